@@ -1,0 +1,47 @@
+"""Errors whose text is the one sentence that the user reads.
+
+Each kind carries the process exit code that the command line ends with. A message says what
+happened, where, and what to do; it never holds a traceback or a newline.
+"""
+
+from __future__ import annotations
+
+
+class FluxmeshError(Exception):
+    """Base of every error that fluxmesh raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(FluxmeshError):
+    """The request itself is wrong: an option, a prompt, a size."""
+
+    exit_code = 2
+
+
+class ModelNotFoundError(FluxmeshError):
+    """No checkpoint, adapter or file of that name; or the Hub refuses or can't be reached."""
+
+
+class WeightsError(FluxmeshError):
+    """A weight file is truncated, corrupt, incomplete or of the wrong shape."""
+
+
+class AdapterError(FluxmeshError):
+    """A LoRA file that does not fit the model: unknown format, keys that match nothing."""
+
+
+class OutputError(FluxmeshError):
+    """A result can't be written: it exists already, the folder is missing, the disk is full."""
+
+
+class DoesNotFitError(FluxmeshError):
+    """The model does not fit in the memory of the hosts that are left."""
+
+    exit_code = 4
+
+
+class CancelledError(FluxmeshError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130

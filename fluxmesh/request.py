@@ -1,0 +1,100 @@
+"""What a user asks for, checked once, before any weight is touched. Pure: imports no mlx.
+
+The command line, the Python API and (over the wire) a coordinator all build the same
+`GenerateRequest`; the runner reads it and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fluxmesh.errors import UsageError
+
+DTYPES = ("bfloat16", "float32")
+BITS = (3, 4, 5, 6, 8)
+MAX_SEED = 2**63 - 1
+MAX_IMAGES = 4096
+MAX_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """A LoRA file and the strength that it is applied with (1.0 = as trained)."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """The picture that image-to-image, inpainting and outpainting begin from.
+
+    `pixels` is uint8 (height, width, 3) at the request's size. `mask` is uint8 (height, width),
+    255 where the model paints and 0 where the picture stays; None paints everywhere.
+    `strength` in (0, 1]: the share of the steps that run; 1 keeps nothing of the painted part.
+    """
+
+    pixels: np.ndarray = field(repr=False)
+    strength: float = 0.6
+    mask: np.ndarray | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One job: `n_images` pictures of `prompt`; image k is what seed `seed + k` gives alone."""
+
+    prompt: str
+    seed: int
+    model: str = "tiny"
+    n_images: int = 1
+    height: int | None = None  # pixels; None is the model's own default
+    width: int | None = None  # pixels
+    steps: int | None = None  # None is the model's own default
+    guidance: float = 4.0  # read by models with a guidance embedding (dev) only
+    dtype: str = "bfloat16"
+    bits: int | None = None  # quantize transformer and text encoders to 3|4|5|6|8 bits
+    adapters: tuple[AdapterRef, ...] = ()
+    fuse_adapters: bool = False
+    t5_padding: bool = True
+    decoding_batch_size: int = 1
+    preload: bool = False  # load every component before the first starts
+    low_memory: bool = False  # release modulation once it is computed; nothing stays warm
+    stepwise: bool = False  # decode a preview after each step
+    source: SourceImage | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` naming the field and what is allowed."""
+        if not 0 <= self.seed <= MAX_SEED - self.n_images:
+            raise UsageError(f"--seed is {self.seed}; it must be from 0 to 2^63 - 1.")
+        if not 1 <= self.n_images <= MAX_IMAGES:
+            raise UsageError(f"--n-images is {self.n_images}; it must be 1 to {MAX_IMAGES}.")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None and not (16 <= side <= MAX_SIDE and side % 16 == 0):
+                raise UsageError(
+                    f"--image-size has {name} {side}; each side must be a multiple of 16 "
+                    f"from 16 to {MAX_SIDE}."
+                )
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise UsageError(f"--steps is {self.steps}; it must be 1 to 1000.")
+        if not (math.isfinite(self.guidance) and 0 <= self.guidance <= 100):
+            raise UsageError(f"--guidance is {self.guidance}; it must be 0 to 100.")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype is {self.dtype!r}; choose bfloat16 or float32.")
+        if self.bits is not None and self.bits not in BITS:
+            raise UsageError(f"--bits is {self.bits}; choose 3, 4, 5, 6 or 8.")
+        if self.decoding_batch_size < 1:
+            raise UsageError("--decoding-batch-size must be at least 1.")
+        for adapter in self.adapters:
+            if not math.isfinite(adapter.scale):
+                raise UsageError(f"--adapter {adapter.path} has scale {adapter.scale}.")
+        if self.source is not None and not 0 < self.source.strength <= 1:
+            raise UsageError(
+                f"--strength is {self.source.strength}; it must be above 0 and at most 1."
+            )
+
+    def seed_of(self, image: int) -> int:
+        """The seed that gives image `image` (counted from 0) alone."""
+        return self.seed + image
