@@ -1,0 +1,86 @@
+"""The `fluxmesh` command: one module a command, imported when that command is named.
+
+This module and the command modules import only click and the standard library at the top, so
+that `fluxmesh --help` answers at once; a command imports what it computes with as it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from fluxmesh import __version__
+from fluxmesh.errors import CancelledError, FluxmeshError
+
+COMMANDS = {
+    "generate": "fluxmesh_coordinator.cli.generate:generate",
+    "interactive": "fluxmesh_coordinator.cli.interactive:interactive",
+    "models": "fluxmesh_coordinator.cli.models:models",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is first asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fluxmesh")
+def cli() -> None:
+    """FLUX images in MLX: same prompt, same seed, same picture.
+
+    \b
+    Begin with:
+      fluxmesh generate "a red apple on a yellow background"
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 usage, 130 cancelled.
+
+    Every error becomes one sentence on stderr; with `--json` also one line on stdout.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = cli.main(arguments, prog_name="fluxmesh", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        _tell_program(arguments, error.format_message(), error.exit_code)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        sys.exit(_fail(arguments, error.format_message(), error.exit_code))
+    except FluxmeshError as error:
+        sys.exit(_fail(arguments, str(error), error.exit_code))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_fail(arguments, "Cancelled.", CancelledError.exit_code))
+    except BrokenPipeError:
+        # Whoever read our output has gone (`fluxmesh ... | head`): there is nobody to tell.
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(arguments: Sequence[str], message: str, code: int) -> int:
+    click.echo(message if message == "Cancelled." else f"Error: {message}", err=True)
+    _tell_program(arguments, message, code)
+    return code
+
+
+def _tell_program(arguments: Sequence[str], message: str, code: int) -> None:
+    if "--json" in arguments:
+        line = {"event": "error", "message": message, "exit_code": code}
+        click.echo(json.dumps(line, ensure_ascii=False))
