@@ -1,0 +1,183 @@
+"""FLUX's transformer: noisy latents, a prompt's features and a time step in, a velocity out.
+
+Stands on `layers.py`; `pipeline.py` drives it. What depends on the request alone is computed once
+a request, not once a block and step: `rope` the rotary tables, `modulations` every block's shifts,
+scales and gates at every time step. Then the modulation weights, 27% of the model, are idle while
+denoising and may leave (`release_modulation`).
+
+The architecture and all names are those of black-forest-labs/flux (`src/flux/model.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fluxmesh.errors import UsageError
+from fluxmesh.flux.config import FluxConfig
+from fluxmesh.flux.layers import (
+    TIME_CHANNELS,
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    rope_tables,
+    timestep_embedding,
+)
+
+
+class Modulations(NamedTuple):
+    """What t, guidance and CLIP's pooled vector do to each block, in the dtype of the weights.
+
+    With all T time steps of a request every array begins with an axis of T; `at` takes one step.
+    """
+
+    double: list[tuple[mx.array, mx.array]]  # a block's (img, txt), each [(T,) B, 1, 6D]
+    single: list[mx.array]  # a block's, [(T,) B, 1, 3D]
+    final: mx.array  # [(T,) B, 1, 2D]
+
+    def at(self, step: int) -> Modulations:
+        """The modulations of time step `step`, counted from 0."""
+        return Modulations(
+            double=[(img[step], txt[step]) for img, txt in self.double],
+            single=[mod[step] for mod in self.single],
+            final=self.final[step],
+        )
+
+
+class Flux(nn.Module):
+    """The transformer. Call it once a step: `flux(img, txt, pe, modulations.at(step))`."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        """Raises ValueError where heads and rotary axes don't divide the hidden size."""
+        super().__init__()
+        if config.hidden_size % config.num_heads or sum(config.axes_dim) != config.head_dim:
+            raise ValueError(
+                f"The transformer's config has hidden size {config.hidden_size}, "
+                f"{config.num_heads} heads and rotary axes {config.axes_dim}; the axes must sum "
+                "to the size of a head."
+            )
+        D = config.hidden_size
+        self.config = config
+        self.modulation_released = False
+
+        self.img_in = nn.Linear(config.in_channels, D)
+        self.time_in = MLPEmbedder(TIME_CHANNELS, D)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, D)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(TIME_CHANNELS, D)
+        self.txt_in = nn.Linear(config.context_in_dim, D)
+        self.double_blocks = [
+            DoubleStreamBlock(D, config.num_heads, config.mlp_hidden_dim)
+            for _ in range(config.depth)
+        ]
+        self.single_blocks = [
+            SingleStreamBlock(D, config.num_heads, config.mlp_hidden_dim)
+            for _ in range(config.depth_single_blocks)
+        ]
+        self.final_layer = LastLayer(D, config.out_channels)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
+        return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+
+    # Once a request
+
+    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
+        """Rotary tables of text and image together, float32 [(B,) 1, S, hd/2, 2].
+
+        Ids are whole numbers, [L, 3] and [S - L, 3], or both with an axis of B first. They are
+        read on the host: call this outside of functions that MLX compiles.
+        """
+        ids = np.concatenate([np.array(txt_ids), np.array(img_ids)], axis=-2)
+        return rope_tables(ids, self.config.axes_dim, self.config.theta)
+
+    def modulations(
+        self, timesteps: mx.array, y: mx.array, guidance: float | None = None
+    ) -> Modulations:
+        """Every block's modulation at every time step.
+
+        `timesteps` is float32 [T] in [0, 1], `y` CLIP's pooled vector [B, vec_in_dim] (B may be 1
+        and stand for all images), `guidance` the strength that a model with a guidance embedding
+        needs and others ignore. Arrays of the result are [T, B, 1, ...].
+        """
+        strength = None if guidance is None else mx.array([guidance], dtype=mx.float32)
+        vec = self._time(timesteps, strength)[:, None] + self._vector(y)[None]  # [T, B, D]
+        return self._modulate(vec)
+
+    def release_modulation(self) -> None:
+        """Drops the modulation weights; `modulations` then raises until they are loaded again."""
+        for double in self.double_blocks:
+            del double.img_mod, double.txt_mod
+        for single in self.single_blocks:
+            del single.modulation
+        del self.final_layer.adaLN_modulation
+        self.modulation_released = True
+
+    # Once a step
+
+    def __call__(
+        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
+    ) -> mx.array:
+        """The velocity, noise minus image: [B, S - L, out_channels], in the dtype of the weights.
+
+        `img` is packed latents [B, S - L, in_channels], `txt` T5's features [B, L, context_in_dim],
+        `pe` from `rope`, `modulation` one step's (`Modulations.at`).
+        """
+        img = self.img_in(img.astype(self.dtype))  # [B, S - L, D]
+        txt = self.txt_in(txt.astype(self.dtype))  # [B, L, D]
+        for double, (img_mod, txt_mod) in zip(self.double_blocks, modulation.double, strict=True):
+            img, txt = double(img, txt, pe, img_mod, txt_mod)
+        x = mx.concatenate([txt, img], axis=1)  # [B, S, D]
+        for single, mod in zip(self.single_blocks, modulation.single, strict=True):
+            x = single(x, pe, mod)
+        return self.final_layer(x[:, txt.shape[1] :], modulation.final)
+
+    def forward(
+        self,
+        img: mx.array,
+        img_ids: mx.array,
+        txt: mx.array,
+        txt_ids: mx.array,
+        timesteps: mx.array,
+        y: mx.array,
+        guidance: mx.array | float | None = None,
+    ) -> mx.array:
+        """Everything in one call, with BFL's arguments: for training and for comparisons.
+
+        Here `timesteps`, `y` and `guidance` hold one entry an image ([B], [B, vec_in_dim], [B] or
+        one number).
+        """
+        if isinstance(guidance, int | float):
+            guidance = mx.full(timesteps.shape, guidance, dtype=mx.float32)
+        vec = self._time(timesteps, guidance) + self._vector(y)  # [B, D]
+        return self(img, txt, self.rope(txt_ids, img_ids), self._modulate(vec))
+
+    # Parts of the modulation
+
+    def _time(self, timesteps: mx.array, guidance: mx.array | None) -> mx.array:
+        """Time steps [N] and guidance [N or 1], embedded and added: [N, D]."""
+        vec = self.time_in(timestep_embedding(timesteps).astype(self.dtype))
+        if not self.config.guidance_embed:
+            return vec
+        if guidance is None:
+            raise UsageError("This model was distilled with guidance; give --guidance a number.")
+        return vec + self.guidance_in(timestep_embedding(guidance).astype(self.dtype))
+
+    def _vector(self, y: mx.array) -> mx.array:
+        return self.vector_in(y.astype(self.dtype))
+
+    def _modulate(self, vec: mx.array) -> Modulations:
+        """vec [..., D] to the arrays of `Modulations`, [..., 1, outputs * D]."""
+        if self.modulation_released:
+            raise RuntimeError("The modulation weights were released; load the transformer again.")
+        act = nn.silu(vec)[..., None, :]  # the new axis is that of tokens
+        return Modulations(
+            double=[(block.img_mod(act), block.txt_mod(act)) for block in self.double_blocks],
+            single=[block.modulation(act) for block in self.single_blocks],
+            final=self.final_layer.modulation(act),
+        )
