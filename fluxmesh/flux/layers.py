@@ -95,7 +95,7 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """From silu(vec) to a block's shifts, scales and gates: `outputs` vectors of D, side by side."""
+    """silu(vec) to a block's shifts, scales and gates: `outputs` vectors of D, side by side."""
 
     def __init__(self, dim: int, outputs: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP side by side, each one matrix in and out."""
+    """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__()

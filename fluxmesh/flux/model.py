@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.errors import UsageError
+from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.layers import (
     TIME_CHANNELS,
@@ -52,10 +52,10 @@ class Flux(nn.Module):
     """The transformer. Call it once a step: `flux(img, txt, pe, modulations.at(step))`."""
 
     def __init__(self, config: FluxConfig) -> None:
-        """Raises ValueError where heads and rotary axes don't divide the hidden size."""
+        """Raises `WeightsError` where heads and rotary axes don't divide the hidden size."""
         super().__init__()
         if config.hidden_size % config.num_heads or sum(config.axes_dim) != config.head_dim:
-            raise ValueError(
+            raise WeightsError(
                 f"The transformer's config has hidden size {config.hidden_size}, "
                 f"{config.num_heads} heads and rotary axes {config.axes_dim}; the axes must sum "
                 "to the size of a head."

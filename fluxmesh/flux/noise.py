@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from fluxmesh.errors import UsageError
+
 PATCH = 2  # latents along one side of a token
 
 
@@ -35,11 +37,11 @@ def initial_noise(
 def token_grid(height: int, width: int, downsampling: int = 8) -> tuple[int, int]:
     """Rows and columns of image tokens for an image of `height` x `width` pixels.
 
-    Raises ValueError where a side is not a positive multiple of `2 * downsampling`.
+    Raises `UsageError` where a side is not a positive multiple of `2 * downsampling`.
     """
     side = PATCH * downsampling
     if height < side or width < side or height % side or width % side:
-        raise ValueError(f"The image is {height}x{width}; each side must be a multiple of {side}.")
+        raise UsageError(f"The image is {height}x{width}; each side must be a multiple of {side}.")
     return height // side, width // side
 
 

@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from fluxmesh.errors import UsageError
 from fluxmesh.flux.config import ScheduleConfig
 
 
@@ -28,12 +29,12 @@ def timesteps(
     `steps * strength` remain, and never fewer than one. The source: `get_timesteps` of
     diffusers' `FluxImg2ImgPipeline`.
 
-    Raises ValueError where `steps` is below 1 or `strength` lies outside (0, 1].
+    Raises `UsageError` where `steps` is below 1 or `strength` lies outside (0, 1].
     """
     if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1.")
+        raise UsageError(f"steps is {steps}; it must be at least 1.")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}; it must be above 0 and at most 1.")
+        raise UsageError(f"strength is {strength}; it must be above 0 and at most 1.")
 
     levels = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if schedule.use_dynamic_shifting:
