@@ -103,7 +103,8 @@ def make_checkpoint(
     The same seed and sizes give the same numbers in both layouts. `layout="bfl"` writes
     `flux1-test.safetensors` and `ae.safetensors` with the text encoders beside them. `dtype` is
     "float32" or "bfloat16"; `shards` above 1 splits the transformer with an index file.
-    `guidance` adds a guidance embedding and dev's schedule.
+    `guidance` adds a guidance embedding and dev's schedule. A folder's pictures are 32x32 in 2
+    steps unless asked otherwise; a single file has no place to say so.
     """
     folder = Path(folder)
     if guidance:
@@ -145,6 +146,8 @@ def make_checkpoint(
         {"_class_name": "FlowMatchEulerDiscreteScheduler", **dataclasses.asdict(schedule)},
     )
     write_json(folder / "model_index.json", MODEL_INDEX)
+    defaults = {"steps": 2, "guidance": 4.0, "height": 32, "width": 32}
+    write_json(folder / "fluxmesh.json", {"format": 1, "defaults": defaults})
     return made
 
 

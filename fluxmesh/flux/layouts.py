@@ -67,7 +67,7 @@ class _Table:
     def stacked(
         self, name: str, parts: list[tuple[str, int]], into: int, bias: bool = True
     ) -> None:
-        """A linear whose rows are the rows of several of the file's linears, one below the other."""
+        """A linear whose rows are those of several of the file's linears, one below the other."""
         out = sum(rows for _, rows in parts)
         for leaf, shape in (("weight", (out, into)), ("bias", (out,)))[: 2 if bias else 1]:
             self.tensor(

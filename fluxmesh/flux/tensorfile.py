@@ -1,0 +1,206 @@
+"""Safetensors files: headers read and checked, rows of a tensor read. Imports no mlx.
+
+MLX loads a truncated file without noticing and always reads whole tensors. Here every size in a
+header is checked against the file before anything is read, a short read is an error, and any range
+of rows of a tensor can be read alone, which is what a shard of a model is.
+
+Format: 8 bytes of header length (little endian), a JSON header, then the tensors' bytes
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxmesh.errors import ModelNotFoundError, WeightsError
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+# what numpy reads the bytes as; it has no bfloat16, so that the two bytes stay as they are
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
+FLOATS = ("F32", "F16", "BF16")  # that a weight may be stored in
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes `begin` to `end` of `path`, row after row."""
+
+    path: Path
+    key: str
+    dtype: str  # the format's name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """All tensors of one file, or of the shards of one component, by name."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks a file's header. Raises `WeightsError` naming the file and what is wrong."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise WeightsError(f"Can't read {path}: {error.strerror}.") from error
+    return _read_header(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_header(path: Path, size: int, _mtime: int) -> Header:
+    """Headers are asked for by name, check and load: parsed once while the file stays the same."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > MAX_HEADER:
+                raise WeightsError(
+                    f"{path} is not a safetensors file, or is corrupt at its beginning; "
+                    "download it again."
+                )
+            if 8 + length > size:
+                raise WeightsError(f"{path} is truncated inside its header; download it again.")
+            text = file.read(length)
+    except OSError as error:
+        raise WeightsError(f"Can't read {path}: {error.strerror}.") from error
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        entries = {key: _entry(path, key, value, 8 + length, size) for key, value in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} has a corrupt header; download it again.") from error
+    last = max((entry.end for entry in entries.values()), default=8 + length)
+    if last != size:
+        raise WeightsError(
+            f"{path} has {size - last} bytes more than its header accounts for; download it again."
+        )
+    return Header(entries, metadata if isinstance(metadata, dict) else {})
+
+
+def _entry(path: Path, key: str, value: Any, data: int, size: int) -> Entry:
+    dtype, shape = value["dtype"], value["shape"]
+    begin, end = value["data_offsets"]
+    if dtype not in ITEM_BYTES:
+        raise WeightsError(f"{path}: {key} has dtype {dtype!r}, which fluxmesh doesn't know.")
+    numbers = [*shape, begin, end]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a size is not a whole number")
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise WeightsError(
+            f"{path} has a corrupt header: {key} of shape {tuple(shape)} and dtype {dtype} "
+            f"can't be {end - begin} bytes; download it again."
+        )
+    if data + end > size:
+        raise WeightsError(
+            f"{path} is truncated: {key} ends at byte {data + end} and the file at {size}; "
+            "download it again."
+        )
+    return Entry(path, key, dtype, tuple(shape), data + begin, data + end)
+
+
+def read_headers(files: Sequence[Path]) -> Header:
+    """One header of several files, each tensor in one of them."""
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        header = read_header(file)
+        entries |= header.entries
+        metadata |= header.metadata
+    return Header(entries, metadata)
+
+
+def read_index(path: Path) -> tuple[Path, ...]:
+    """The files that a `*.safetensors.index.json` lists, in order.
+
+    An entry must be a plain file name in the index's own folder: a path that leads elsewhere is
+    refused, whoever wrote it. Raises `WeightsError`, or `ModelNotFoundError` for a missing file.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{path} has no weight_map; download it again.")
+    names = dict.fromkeys(weight_map.values())
+    for name in names:
+        if not (isinstance(name, str) and is_file_name(name) and name.endswith(".safetensors")):
+            raise WeightsError(
+                f"{path} names {name!r} in its weight_map, which is not a .safetensors file of its "
+                "own folder; don't use this checkpoint."
+            )
+    files = tuple(path.with_name(name) for name in names)
+    for file in files:
+        if not file.is_file():
+            raise ModelNotFoundError(
+                f"{path} names {file.name}, which is missing; complete the checkpoint with "
+                "`fluxmesh models pull`."
+            )
+    return files
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` stays in its folder: no separator, no drive, no `..`, not empty."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\:\0")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Raises `WeightsError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"Can't read {path}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON; download it again.") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} should hold a JSON object; download it again.")
+    return value
+
+
+def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows `start` to `stop` (all of them when None) as they stand in the file.
+
+    float32, float16 or uint32; bfloat16 comes as uint16 of the same bits. Reads nothing else of
+    the tensor. Raises `WeightsError` where the file is shorter than it was or can't be read.
+    """
+    if entry.dtype not in _NUMPY:
+        raise WeightsError(
+            f"{entry.path}: {entry.key} has dtype {entry.dtype}; fluxmesh reads float32, float16 "
+            "and bfloat16 weights."
+        )
+    rows = entry.shape[0] if entry.shape else 1
+    stop = rows if stop is None else stop
+    row_shape = entry.shape[1:]
+    row_bytes = math.prod(row_shape) * ITEM_BYTES[entry.dtype]
+    shape = (stop - start, *row_shape) if entry.shape else ()
+    out = np.empty(shape, dtype=_NUMPY[entry.dtype])
+    view = out.reshape(-1).view(np.uint8).data
+    try:
+        with open(entry.path, "rb", buffering=0) as file:
+            file.seek(entry.begin + start * row_bytes)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise WeightsError(
+                        f"{entry.path} ended in the middle of {entry.key}; download it again."
+                    )
+                done += count
+    except OSError as error:
+        raise WeightsError(f"Can't read {entry.path}: {os.strerror(error.errno or 0)}.") from error
+    return out
