@@ -1,0 +1,110 @@
+"""The sampler: from noise to a picture's latents, one step at a time, as a generator.
+
+`plan` computes what all images of a request share (time steps, modulations, rotary tables);
+`denoise` then walks one image from its noise to its latents and yields after each step without
+evaluating anything: the caller evaluates, reports, shows a preview or stops. Stands between the
+transformer (`model.py`) and the pipeline (`pipeline.py`), and knows neither files nor prompts.
+
+The flow is straight: x_t = (1 - t) * clean + t * noise, the model predicts dx/dt, and an Euler
+step walks it (diffusers' `FlowMatchEulerDiscreteScheduler`; Liu et al. 2022, "Flow Straight and
+Fast"). Latents and their update are float32 whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from fluxmesh.flux import noise as latents
+from fluxmesh.flux.conditioning import Conditioning
+from fluxmesh.flux.model import Flux, Modulations
+from fluxmesh.flux.source import SourceLatents
+
+Guide = Callable[[mx.array, int], mx.array]
+"""A custom loss: `guide(clean, step)` gives a scalar that the sampler makes smaller.
+
+`clean` is the picture that the model expects at this point, as latents float32 [1, h, w, C] (what
+`FluxPipeline.ae.decode` takes), `step` counts from 0. Before each step the prediction moves by
+minus the gradient of the loss, so the loss carries its own strength. Only the prediction is
+differentiated, not the transformer: a step costs no more memory than without a guide.
+Source: He et al. 2023, "Manifold Preserving Guided Diffusion" (https://arxiv.org/abs/2311.16424),
+without its projection.
+"""
+
+
+class Step(NamedTuple):
+    """Where one image stands after a step; lazy arrays, packed float32 [1, L, 4C]."""
+
+    x: mx.array  # latents at the next time step
+    clean: mx.array  # the finished latents as predicted at this step; costs nothing unless used
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every image of one request has in common."""
+
+    times: list[float]  # noise levels from the first to 0.0: one more than steps
+    text: mx.array  # T5's features [1, T, context_in_dim]
+    modulations: Modulations  # of all steps
+    pe: mx.array  # rotary tables, float32
+    latent_size: tuple[int, int]  # (height, width) in latents
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+
+def plan(
+    flow: Flux,
+    text: Conditioning,
+    times: list[float],
+    latent_size: tuple[int, int],
+    guidance: float,
+) -> Plan:
+    """Computes modulations and rotary tables, lazily; `guidance` is for models that embed it."""
+    strength = guidance if flow.config.guidance_embed else None
+    rows, columns = (side // latents.PATCH for side in latent_size)
+    pe = flow.rope(latents.text_positions(text.t5.shape[1]), latents.image_positions(rows, columns))
+    levels = mx.array(times[:-1], dtype=mx.float32)
+    modulations = flow.modulations(levels, text.clip, strength)
+    return Plan(times, text.t5.astype(flow.dtype), modulations, pe, latent_size)
+
+
+def denoise(
+    flow: Flux,
+    plan: Plan,
+    noise: mx.array,
+    *,
+    source: SourceLatents | None = None,
+    guide: Guide | None = None,
+) -> Iterator[Step]:
+    """Yields a `Step` for each of `plan.steps` steps of one image; nothing is evaluated.
+
+    `noise` is packed float32 [1, L, 4C]. With `source`, begins from its picture, noised to the
+    first time step, and after every step puts back what its mask keeps.
+    """
+    x = noise if source is None else source.noised(noise, plan.times[0])
+    for i, (t, t_next) in enumerate(zip(plan.times, plan.times[1:], strict=False)):
+        velocity = flow(x.astype(flow.dtype), plan.text, plan.pe, plan.modulations.at(i))
+        velocity = velocity.astype(mx.float32)
+        clean = x - t * velocity
+        if guide is not None:
+            clean = clean - _pull(guide, clean, plan.latent_size, i)
+            velocity = (x - clean) / t
+        x = x + (t_next - t) * velocity
+        if source is not None:
+            x = source.keep(x, noise, t_next)
+            clean = source.keep(clean, noise, 0.0)
+        yield Step(x, clean)
+
+
+def _pull(guide: Guide, clean: mx.array, latent_size: tuple[int, int], step: int) -> mx.array:
+    """The gradient of the loss with respect to the predicted latents, packed float32."""
+
+    def loss(packed: mx.array) -> mx.array:
+        return guide(latents.unpack(packed, latent_size), step)
+
+    return mx.grad(loss)(clean).astype(mx.float32)
