@@ -36,12 +36,12 @@ def timesteps(
     if not 0 < strength <= 1:
         raise UsageError(f"strength is {strength}; it must be above 0 and at most 1.")
 
-    levels = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    linear = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if schedule.use_dynamic_shifting:
         factor = math.exp(schedule.mu(image_seq_len))
-        levels = factor / (factor + (1 / levels - 1))
+        levels = factor / (factor + (1 / linear - 1))
     else:
-        levels = schedule.shift * levels / (1 + (schedule.shift - 1) * levels)
+        levels = schedule.shift * linear / (1 + (schedule.shift - 1) * linear)
 
     # diffusers' own expression: how steps * strength rounds decides which step comes first.
     first = int(max(steps - min(steps * strength, steps), 0))

@@ -112,7 +112,10 @@ class T5Block(nn.Module):
 
     def __init__(self, config: T5Config, has_bias_table: bool) -> None:
         super().__init__()
-        self.layer = [T5LayerSelfAttention(config, has_bias_table), T5LayerFF(config)]
+        self.layer: list[nn.Module] = [
+            T5LayerSelfAttention(config, has_bias_table),
+            T5LayerFF(config),
+        ]
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
         attend, feed_forward = self.layer

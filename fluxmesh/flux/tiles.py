@@ -25,7 +25,7 @@ class Tile:
     def share(self, scale: int) -> np.ndarray:
         """The tile's weight in each pixel, float32 [(stop - start) * scale].
 
-        A latent is `scale` pixels. Linear ramps where neighbours overlap; two neighbours' weights sum to 1.
+        A latent is `scale` pixels. Linear ramps where neighbours overlap; their weights sum to 1.
         """
         weights = np.ones((self.stop - self.start) * scale, dtype=np.float32)
         if self.before:
