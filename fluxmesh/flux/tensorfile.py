@@ -10,6 +10,7 @@ Format: 8 bytes of header length (little endian), a JSON header, then the tensor
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxmesh.errors import ModelNotFoundError, WeightsError
+from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 ITEM_BYTES = {
@@ -29,7 +30,12 @@ ITEM_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 # what numpy reads the bytes as; it has no bfloat16, so that the two bytes stay as they are
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32}
+_NUMPY: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U32": np.uint32,
+}
 FLOATS = ("F32", "F16", "BF16")  # that a weight may be stored in
 
 
@@ -172,23 +178,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows `start` to `stop` (all of them when None) as they stand in the file.
-
-    float32, float16 or uint32; bfloat16 comes as uint16 of the same bits. Reads nothing else of
-    the tensor. Raises `WeightsError` where the file is shorter than it was or can't be read.
-    """
+def numpy_dtype(entry: Entry) -> type[np.generic]:
+    """What the tensor's bytes are read as. Raises `WeightsError` for a dtype no weight has."""
     if entry.dtype not in _NUMPY:
         raise WeightsError(
             f"{entry.path}: {entry.key} has dtype {entry.dtype}; fluxmesh reads float32, float16 "
             "and bfloat16 weights."
         )
-    rows = entry.shape[0] if entry.shape else 1
-    stop = rows if stop is None else stop
-    row_shape = entry.shape[1:]
-    row_bytes = math.prod(row_shape) * ITEM_BYTES[entry.dtype]
-    shape = (stop - start, *row_shape) if entry.shape else ()
-    out = np.empty(shape, dtype=_NUMPY[entry.dtype])
+    return _NUMPY[entry.dtype]
+
+
+def read_rows_into(out: np.ndarray, entry: Entry, start: int = 0) -> None:
+    """Fills `out`, contiguous and of `numpy_dtype`, with the tensor's rows from `start` on.
+
+    bfloat16 comes as uint16 of the same bits. Reads nothing else of the tensor. Raises
+    `WeightsError` where the file is shorter than it was or can't be read.
+    """
+    row_bytes = math.prod(entry.shape[1:]) * ITEM_BYTES[entry.dtype]
     view = out.reshape(-1).view(np.uint8).data
     try:
         with open(entry.path, "rb", buffering=0) as file:
@@ -202,5 +208,46 @@ def read_rows(entry: Entry, start: int = 0, stop: int | None = None) -> np.ndarr
                     )
                 done += count
     except OSError as error:
-        raise WeightsError(f"Can't read {entry.path}: {os.strerror(error.errno or 0)}.") from error
+        raise WeightsError(f"Can't read {entry.path}: {error.strerror}.") from error
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """A whole tensor, as `read_rows_into` reads it."""
+    out = np.empty(entry.shape, dtype=numpy_dtype(entry))
+    read_rows_into(out, entry)
     return out
+
+
+def write_tensors(
+    path: Path, arrays: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, flushed to the disk. Each array comes with the format's dtype.
+
+    bfloat16 is given as uint16 of the same bits. Raises `OutputError` where it can't be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, (array, dtype) in arrays.items():
+        span = [offset, offset + array.nbytes]
+        header[key] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": span}
+        offset += array.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    try:
+        with open(path, "xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for array, _ in arrays.values():
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The sentence for a file that can't be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"The disk is full: {path} was not written; free some space.")
+    if isinstance(error, FileExistsError):
+        return OutputError(f"{path} exists already; name another, or remove it.")
+    return OutputError(f"Can't write {path}: {error.strerror}; check the folder's permissions.")

@@ -1,0 +1,211 @@
+"""A checkpoint's four models as tables of stored tensors, checked before a byte of them is read.
+
+`Reader` joins a component's files with the table of what its model holds (`layouts.py`): it says
+which tensor is missing or of the wrong shape, and reads any rows of any tensor, however the file
+splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluxmesh.errors import WeightsError
+from fluxmesh.flux import layouts
+from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
+from fluxmesh.flux.layouts import Rows, Tensors
+from fluxmesh.flux.tensorfile import FLOATS, Entry, numpy_dtype, read_headers, read_rows_into
+
+GROUP_SIZES = (64, 32)  # of quantization, the first that divides a row
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows of a model's tensor as the file has them; `dtype` is the file's name for theirs."""
+
+    values: np.ndarray
+    dtype: str
+
+
+def tables(checkpoint: Checkpoint) -> dict[str, Tensors]:
+    """What each component's model holds, unquantized. Raises `WeightsError` for absurd sizes."""
+    _check_sizes(checkpoint)
+    return {
+        "transformer": layouts.transformer_tensors(checkpoint.transformer),
+        "text_encoder": layouts.clip_tensors(checkpoint.clip),
+        "text_encoder_2": layouts.t5_tensors(checkpoint.t5),
+        "vae": layouts.autoencoder_tensors(checkpoint.autoencoder),
+    }
+
+
+def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
+    """Columns that share a scale when tensor `name` is quantized; None where it is kept whole.
+
+    The matrices of all blocks are quantized; embeddings, norms, the layers that meet latents,
+    prompt and time, and the autoencoder are not: together a few percent of the bytes, and the
+    places where rounding shows most.
+    """
+    blocks = {
+        "transformer": ("double_blocks.", "single_blocks."),
+        "text_encoder": ("encoder.layers.",),
+        "text_encoder_2": ("encoder.block.",),
+        "vae": (),
+    }[component]
+    is_matrix = len(shape) == 2 and name.endswith(".weight") and name.startswith(blocks)
+    if not is_matrix or "relative_attention_bias" in name:
+        return None
+    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
+
+
+def quantized_table(component: str, tensors: Tensors, bits: int) -> Tensors:
+    """The table of a quantized folder: packed `weight`, `scales` and `biases` for each matrix."""
+    out: Tensors = {}
+    for name, target in layouts.in_bfl_file(tensors).items():
+        group = group_size(component, name, target.shape)
+        if group is None:
+            out[name] = target
+            continue
+        rows, columns = target.shape
+        module = name.removesuffix(".weight")
+        for leaf, width in (
+            ("weight", columns * bits // 32),
+            ("scales", columns // group),
+            ("biases", columns // group),
+        ):
+            key = f"{module}.{leaf}"
+            out[key] = layouts.Target((rows, width), (Rows(key, 0, rows),))
+    return out
+
+
+class Reader:
+    """Reads one component of a checkpoint by the model's own names."""
+
+    def __init__(self, checkpoint: Checkpoint, component: str) -> None:
+        """Reads headers alone. Raises `WeightsError` naming the file and the tensor."""
+        self.checkpoint, self.component = checkpoint, component
+        part = checkpoint.components[component]
+        self.targets = tables(checkpoint)[component]
+        if checkpoint.bits:
+            self.targets = quantized_table(component, self.targets, checkpoint.bits)
+        elif part.layout == "bfl":
+            self.targets = layouts.in_bfl_file(self.targets)
+        self.header = read_headers(part.files)
+        self.nbytes = part.nbytes
+        self._entries: dict[str, Entry] = {}
+        for name, target in self.targets.items():
+            self._check(name, target)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Stored:
+        """Rows `start` to `stop` of the model's tensor `name`, and not a byte more.
+
+        PyTorch's axis order. A shard of a model is made of such calls. Raises `WeightsError`
+        where the file can't be read.
+        """
+        target = self.targets[name]
+        stop = target.shape[0] if stop is None else stop
+        pieces = [
+            (piece, self._entries[piece.key])
+            for piece in layouts.pieces_between(target.pieces, start, stop)
+        ]
+        dtypes = {entry.dtype for _, entry in pieces}
+        if len(dtypes) > 1:
+            raise WeightsError(
+                f"{self._where()} stores the parts of {name} in different dtypes "
+                f"({', '.join(sorted(dtypes))}); fluxmesh reads files of one dtype."
+            )
+        out = np.empty((stop - start, *target.shape[1:]), dtype=numpy_dtype(pieces[0][1]))
+        offset = 0
+        for piece, entry in pieces:
+            read_rows_into(out[offset : offset + piece.count], entry, piece.start)
+            offset += piece.count
+        return Stored(out, pieces[0][1].dtype)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that the tensor takes in the file."""
+        total = 0
+        for piece in self.targets[name].pieces:
+            entry = self._entries[piece.key]
+            total += entry.nbytes * piece.count // max(entry.shape[0], 1)
+        return total
+
+    def _check(self, name: str, target: layouts.Target) -> None:
+        is_packed = bool(self.checkpoint.bits) and f"{name.removesuffix('.weight')}.scales" in (
+            self.targets
+        )
+        allowed = ("U32",) if is_packed and name.endswith(".weight") else FLOATS
+        ends = _rows_by_key(target)
+        for piece in target.pieces:
+            entry = self._find(piece.key)
+            expected = (ends[piece.key], *target.shape[1:])
+            if not layouts.same_but_for_ones(entry.shape, expected):
+                raise WeightsError(
+                    f"{entry.path}: {entry.key} has shape {entry.shape} where the model's config "
+                    f"asks for {expected}; the file belongs to another model, or is damaged."
+                )
+            if entry.dtype not in allowed:
+                raise WeightsError(
+                    f"{entry.path}: {entry.key} has dtype {entry.dtype}; fluxmesh reads "
+                    f"{', '.join(allowed)} there."
+                )
+            self._entries[piece.key] = entry
+
+    def _find(self, key: str) -> Entry:
+        for spelling in layouts.spellings(key):
+            if spelling in self.header.entries:
+                return self.header.entries[spelling]
+        raise WeightsError(
+            f"{self._where()} lacks {key}, which the model needs; the file is incomplete or of "
+            "another model."
+        )
+
+    def _where(self) -> str:
+        files = self.checkpoint.components[self.component].files
+        return str(files[0]) if len(files) == 1 else str(files[0].parent)
+
+
+def _rows_by_key(target: layouts.Target) -> dict[str, int]:
+    """Rows that each tensor of the file must have: no target leaves any row of it unused."""
+    ends: dict[str, int] = {}
+    for piece in target.pieces:
+        ends[piece.key] = max(ends.get(piece.key, 0), piece.stop)
+    return ends
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Checks every component's files against its config, reading headers alone.
+
+    Raises `WeightsError` naming the first file and tensor that is truncated, corrupt, missing or
+    of the wrong shape or dtype.
+    """
+    for component in COMPONENTS:
+        Reader(checkpoint, component)
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Sizes that no FLUX has would make tables without end, or models that can't be built."""
+    flux = checkpoint.transformer
+    for part in ("transformer", "t5", "clip", "autoencoder"):
+        config = getattr(checkpoint, part)
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            limit = 512 if "depth" in field.name or "layers" in field.name else 2**24
+            for number in numbers:
+                if isinstance(number, int) and not 0 <= number <= limit:
+                    raise WeightsError(
+                        f"The {part} config of {checkpoint.name} says {field.name} is {value}; "
+                        "the checkpoint is damaged."
+                    )
+    if (
+        flux.num_heads == 0
+        or flux.hidden_size % flux.num_heads
+        or sum(flux.axes_dim) != flux.head_dim
+        or any(dim % 2 for dim in flux.axes_dim)
+    ):
+        raise WeightsError(
+            f"The transformer config of {checkpoint.name} has hidden size {flux.hidden_size}, "
+            f"{flux.num_heads} heads and rotary axes {flux.axes_dim}; the axes must be even and "
+            "sum to the size of a head."
+        )
