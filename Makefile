@@ -1,0 +1,87 @@
+# fluxmesh: from a fresh clone,
+#
+#   make demo      set up .venv, then paint a picture (no download of weights)
+#   make test      unit and integration tests
+#   make lint      ruff and mypy          } these two install
+#   make parity    against diffusers      } torch and diffusers
+#
+# EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint parity format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# macOS: MLX's own wheel runs on Metal. Linux: CUDA 13 where the driver has it (580 and newer).
+ifeq ($(shell uname -s),Darwin)
+EXTRA ?= none
+else ifneq ($(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null \
+	| head -n 1 | awk -F. '$$1 >= 580'),)
+EXTRA ?= cuda
+else
+EXTRA ?= cpu
+endif
+
+comma := ,
+MLX := $(filter-out none,$(EXTRA))
+extras = $(if $(strip $(MLX)$(1)),[$(MLX)$(if $(MLX),$(if $(1),$(comma)))$(1)])
+
+# The first Python that runs and is new enough.
+find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14; do \
+	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	echo $$python; exit; fi; done
+
+help:
+	@sed -n '3,8s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	@python="$$($(find_python))"; \
+	if [ -z "$$python" ]; then \
+		echo "fluxmesh needs Python 3.11 or newer: 'brew install python@3.13' on macOS," \
+			"or name one with PYTHON=/path/to/python3." >&2; exit 1; fi; \
+	echo "Making $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "Could not make $(VENV): on Debian and Ubuntu, 'apt install python3-venv'." >&2; \
+		exit 1; }
+
+# Each stamp is one set of extras, installed; a change of pyproject.toml installs anew.
+$(VENV)/.run: $(BIN)/python pyproject.toml
+	@echo "Installing fluxmesh$(call extras) (the first time takes a minute)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(call extras)"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(call extras,test)"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@echo "Installing the checkers and the oracles (torch, diffusers, transformers)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(call extras,dev)"
+	@touch $@
+
+DEMO_PROMPT := a red apple to the left of a dog on a yellow background
+
+demo: $(VENV)/.run
+	@$(BIN)/fluxmesh generate "$(DEMO_PROMPT)" --model tiny --seed 7
+	@echo "That was the embedded checkpoint, 'tiny'. Your own words:"
+	@echo "  $(BIN)/fluxmesh generate 'two dogs on a blue background'"
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+parity: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/parity
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,77 @@
+"""`fluxmesh generate`: prompts in, PNG files out, on this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fluxmesh_coordinator.cli.options import chosen, settings_options
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--prompt-file",
+    metavar="PATH",
+    help="Paint each line of this file (-: stdin).",
+)
+@click.option(
+    "--from",
+    "from_",
+    metavar="IMAGE",
+    help="Make this picture again; other options change what they name.",
+)
+@click.option(
+    "-o", "--output", metavar="PATH", help="A PNG file or a folder.  [the next free of out.png]"
+)
+@click.option("--save-raw", is_flag=True, help="One file an image (out.0.png, ...), not a grid.")
+@click.option("--stepwise", metavar="DIR", help="Also save the picture after each step.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@settings_options
+@click.option("-v", "--verbose", is_flag=True, help="Also tell times, and peak memory by phase.")
+@click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")
+@click.pass_context
+def generate(
+    context: click.Context,
+    prompt: str | None,
+    prompt_file: str | None,
+    from_: str | None,
+    output: str | None,
+    save_raw: bool,
+    stepwise: str | None,
+    force: bool,
+    verbose: bool,
+    as_json: bool,
+    **_settings: Any,
+) -> None:
+    """Paint PROMPT (- reads prompts from stdin, one a line).
+
+    Image k of a call is the one that seed + k gives alone, byte for byte.
+    """
+    from fluxmesh_coordinator.cli.prompts import read_prompts
+    from fluxmesh_coordinator.output import PictureFiles, StepFiles, Target
+    from fluxmesh_coordinator.painting import Painter
+    from fluxmesh_coordinator.recipe import read_recipe
+    from fluxmesh_coordinator.reporting import JsonReporter, Reporter, TerminalReporter
+    from fluxmesh_coordinator.settings import Settings, draw_seed
+
+    told = read_recipe(from_) if from_ else None
+    settings = (Settings.of_recipe(told) if told else Settings()).with_chosen(chosen(context))
+    prompts = read_prompts(prompt, prompt_file, told.prompt if told else None)
+    seed = draw_seed() if settings.seed is None else settings.seed
+
+    # All that can be wrong is found before anything is downloaded, loaded or written.
+    for text in prompts:
+        settings.request(text, seed)
+    images = settings.n_images
+    files = PictureFiles(Target.parse(output, force=force), len(prompts), images, save_raw)
+    steps = StepFiles(stepwise, len(prompts), images, force=force) if stepwise else None
+
+    reporter: Reporter = JsonReporter() if as_json else TerminalReporter(verbose=verbose)
+    with reporter:
+        painter = Painter(reporter, keep_warm=len(prompts) > 1)
+        painter.introduce(settings, seed)
+        for number, text in enumerate(prompts):
+            painter.paint(settings, text, seed, files, number=number, steps=steps, told=told)
+        reporter.finished()

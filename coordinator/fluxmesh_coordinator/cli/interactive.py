@@ -1,0 +1,32 @@
+"""`fluxmesh interactive`: prompt after prompt, with the weights kept in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fluxmesh_coordinator.cli.options import chosen, settings_options
+
+
+@click.command()
+@click.option("-o", "--output", metavar="FOLDER", help="Where pictures go.  [this folder]")
+@settings_options
+@click.option("-v", "--verbose", is_flag=True, help="Also tell times, and peak memory by phase.")
+@click.pass_context
+def interactive(
+    context: click.Context, output: str | None, verbose: bool, **_settings: Any
+) -> None:
+    """Paint prompt after prompt, warm; /help at the prompt tells what can be changed."""
+    from fluxmesh.errors import UsageError
+    from fluxmesh_coordinator.cli.conversation import Conversation
+    from fluxmesh_coordinator.output import Target
+    from fluxmesh_coordinator.reporting import TerminalReporter
+    from fluxmesh_coordinator.settings import Settings
+
+    target = Target.parse(output)
+    if target.given:
+        raise UsageError(f"--output {output}: interactive takes a folder, and names the files.")
+    settings = Settings().with_chosen(chosen(context))
+    with TerminalReporter(verbose=verbose) as reporter:
+        Conversation(settings, target, reporter).run()

@@ -1,0 +1,283 @@
+"""Pictures become files: PNG with its recipe, grids, names that are free, writes that are whole.
+
+A file appears under its name complete or not at all: it is written beside it under a temporary
+name, flushed to the disk, then linked into place, which fails where a file exists already.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import secrets
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from fluxmesh import __version__
+from fluxmesh.errors import OutputError, UsageError
+from fluxmesh_coordinator.recipe import KEYWORD
+
+DEFAULT_STEM = "out"
+GAP = 8  # pixels between the images of a grid
+# What a file system without hard links (exFAT, some network shares) answers to link().
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+def encode_png(pixels: np.ndarray, recipe_json: str) -> bytes:
+    """A PNG of uint8 (height, width, 3) `pixels`, with its recipe in a text chunk."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("Software", f"fluxmesh {__version__}")
+    chunks.add_text(KEYWORD, recipe_json)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def grid(pictures: Sequence[np.ndarray], n_rows: int = 1) -> np.ndarray:
+    """Equally large uint8 (height, width, 3) pictures, row by row; one picture stays as it is.
+
+    What the last row lacks stays black.
+    """
+    if len(pictures) == 1:
+        return pictures[0]
+    columns = -(-len(pictures) // n_rows)
+    height, width, channels = pictures[0].shape
+    rows = -(-len(pictures) // columns)
+    canvas = np.zeros(
+        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), dtype=np.uint8
+    )
+    for index, picture in enumerate(pictures):
+        top = index // columns * (height + GAP)
+        left = index % columns * (width + GAP)
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done, then lets it through.
+
+    Python runs signal handlers in the main thread only; elsewhere there is nothing to hold back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        held.append(number)
+
+    previous = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if held:
+        raise KeyboardInterrupt
+
+
+def write_file(path: Path, data: bytes, *, replace: bool = False) -> None:
+    """Writes a whole file or none; without `replace`, `FileExistsError` where there is one.
+
+    Raises `OutputError` when the disk is full or the folder refuses.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    with uninterrupted():
+        try:
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if replace:
+                    os.replace(temporary, path)
+                else:
+                    _link(temporary, path)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            _sync_folder(path.parent)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"Could not write {path}: {error.strerror or error}; "
+                "make room, or name another place with --output."
+            ) from error
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No hard links here: claim the name first, then put the whole file in its place.
+        with open(path, "xb"):
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.unlink(path)
+                raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """The name itself outlives a power cut; a file system that can't promise that may refuse."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where pictures go: a name that the user gave, or the next free one."""
+
+    folder: Path
+    stem: str = DEFAULT_STEM
+    suffix: str = ".png"
+    given: bool = False  # the user named the file, so no other name will do
+    force: bool = False  # replace what is there
+
+    @classmethod
+    def parse(cls, output: str | None, *, force: bool = False) -> Target:
+        """Reads `--output`: None, a folder, or the name of a PNG file.
+
+        Raises `UsageError` for a name that isn't a PNG's, `OutputError` for a missing folder.
+        """
+        if output is None:
+            return cls(Path(), force=force)
+        path = Path(output)
+        if path.is_dir():
+            target = cls(path, force=force)
+        elif path.suffix.lower() in ("", ".png") and path.name:
+            target = cls(path.parent, path.stem, path.suffix or ".png", given=True, force=force)
+        else:
+            raise UsageError(f"--output {output}: pictures are written as PNG; end it in .png.")
+        if not target.folder.is_dir():
+            raise OutputError(
+                f"--output {output}: the folder {target.folder} does not exist; make it first."
+            )
+        if not os.access(target.folder, os.W_OK):
+            raise OutputError(f"--output {output}: the folder {target.folder} can't be written to.")
+        return target
+
+
+@dataclass
+class PictureFiles:
+    """The files of one call: NAME.png for each prompt, or NAME.0.png, NAME.1.png, ... raw.
+
+    The prompts' names are `stem`, `stem-1`, `stem-2`, ...: with a name that the user gave,
+    exactly these; else those of them that are free.
+    """
+
+    target: Target
+    n_prompts: int = 1
+    n_images: int = 1
+    save_raw: bool = False
+    _taken: dict[int, int] = field(default_factory=dict)  # prompt -> the number of its name
+
+    def __post_init__(self) -> None:
+        """Raises `OutputError`, before any work is done, if a given name is taken."""
+        if not self.target.given or self.target.force:
+            return
+        images = range(self.n_images) if self.save_raw else [None]
+        for prompt in range(self.n_prompts):
+            for image in images:
+                path = self._path(self._numbered(prompt), image)
+                if os.path.lexists(path):
+                    raise OutputError(_exists(path))
+
+    def save(self, prompt: int, image: int | None, data: bytes) -> Path:
+        """Writes `data` for prompt `prompt`, and returns where; both count from 0.
+
+        `image` is the raw image's number, or None for the grid (or single picture).
+        """
+        if self.target.given or self.target.force:
+            path = self._path(self._numbered(prompt), image)
+            try:
+                write_file(path, data, replace=self.target.force)
+            except FileExistsError as error:
+                raise OutputError(_exists(path)) from error
+            return path
+        number = self._taken.get(prompt)
+        if number is None:
+            number = self._next_free(0)
+        while True:
+            path = self._path(self._numbered(number), image)
+            try:
+                write_file(path, data)
+            except FileExistsError:
+                # Somebody else took the name since: the next one, then.
+                number = self._next_free(number + 1)
+            else:
+                self._taken[prompt] = number
+                return path
+
+    def _numbered(self, number: int) -> str:
+        return self.target.stem if number == 0 else f"{self.target.stem}-{number}"
+
+    def _path(self, name: str, image: int | None) -> Path:
+        part = "" if image is None else f".{image}"
+        return self.target.folder / f"{name}{part}{self.target.suffix}"
+
+    def _next_free(self, number: int) -> int:
+        """The first number from `number` on that no file of this name bears."""
+        pattern = re.compile(
+            re.escape(self.target.stem) + r"(?:-(\d+))?(?:\.\d+)?\.png", re.IGNORECASE
+        )
+        names = (entry.name for entry in os.scandir(self.target.folder))
+        used = {int(match[1] or 0) for match in map(pattern.fullmatch, names) if match}
+        while number in used:
+            number += 1
+        return number
+
+
+def _exists(path: Path) -> str:
+    return f"{path} exists already: add --force to replace it, or name another with --output."
+
+
+class StepFiles:
+    """The pictures after each step, in a folder of their own (`--stepwise`)."""
+
+    def __init__(self, folder: str, n_prompts: int, n_images: int, *, force: bool) -> None:
+        """Raises `OutputError` if the folder has something in it already."""
+        self.folder = Path(folder)
+        self.n_prompts = n_prompts
+        self.n_images = n_images
+        self.force = force
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise OutputError(f"--stepwise {folder} is no folder: name a new one.")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not force:
+            raise OutputError(f"--stepwise {folder} is not empty: name a new folder.")
+
+    def save(self, prompt: int, image: int, step: int, steps: int, data: bytes) -> Path:
+        """Writes the preview after `step` (from 1) of `steps`; prompt and image count from 0."""
+        name = f"step-{step:0{max(2, len(str(steps)))}}.png"
+        if self.n_images > 1:
+            name = f"image-{image}-{name}"
+        if self.n_prompts > 1:
+            name = f"prompt-{prompt}-{name}"
+        path = self.folder / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"--stepwise: the folder {self.folder} can't be made: {error.strerror}."
+            ) from error
+        try:
+            write_file(path, data, replace=self.force)
+        except FileExistsError as error:
+            raise OutputError(f"--stepwise: {path} exists already: name a new folder.") from error
+        return path

@@ -1,0 +1,263 @@
+"""How a picture was made: written into its PNG, and read back by `fluxmesh generate --from`.
+
+A recipe holds what the pixels depend on, and nothing else (no time, no file name, no host), so
+that the same picture made twice is the same file. It is read from files that anybody may have
+written: every field is typed and bounded by `GenerateRequest` before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxmesh import __version__
+from fluxmesh.errors import AdapterError, UsageError
+from fluxmesh.request import AdapterRef, GenerateRequest
+
+KEYWORD = "fluxmesh"  # of the PNG text chunk
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files that image-to-image, inpainting and outpainting began from, as they were named."""
+
+    image: str
+    strength: float
+    image_sha256: str = ""
+    mask: str | None = None
+    mask_sha256: str | None = None
+    outpaint: tuple[int, int, int, int] | None = None  # pixels: left, top, right, bottom
+    sized: bool = False  # the user gave a size, so the picture was cut to it
+
+    @classmethod
+    def of(
+        cls,
+        image: str,
+        strength: float,
+        mask: str | None = None,
+        outpaint: tuple[int, int, int, int] | None = None,
+        *,
+        sized: bool = False,
+    ) -> SourceFiles:
+        """The record of these files, with the hashes of what is in them now."""
+        return cls(
+            image=image,
+            strength=strength,
+            image_sha256=sha256_of(image),
+            mask=mask,
+            mask_sha256=sha256_of(mask) if mask else None,
+            outpaint=outpaint,
+            sized=sized,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that `--from` needs; the field names are those of the options."""
+
+    prompt: str
+    model: str
+    seed: int
+    height: int  # pixels, of one image
+    width: int  # pixels
+    steps: int
+    guidance: float
+    revision: str = ""  # of the checkpoint: a Hub commit, or a hash of its files
+    dtype: str = "bfloat16"
+    bits: int | None = None
+    adapters: tuple[tuple[str, float, str], ...] = ()  # path, scale, sha256
+    fuse_adapters: bool = False
+    t5_padding: bool = True
+    decoding_batch_size: int = 1
+    placement: str = "data"
+    source: SourceFiles | None = None
+    n_images: int = 1  # more than one: this file is a grid of them
+    n_rows: int = 1
+    version: str = __version__  # of fluxmesh
+
+    @classmethod
+    def of(
+        cls,
+        request: GenerateRequest,
+        revision: str,
+        source: SourceFiles | None = None,
+        n_rows: int = 1,
+    ) -> Recipe:
+        """The recipe of all of a request's images; its size and steps must be filled in.
+
+        Raises `AdapterError` when an adapter's file can't be read.
+        """
+        assert request.height and request.width and request.steps
+        return cls(
+            prompt=request.prompt,
+            model=request.model,
+            seed=request.seed,
+            height=request.height,
+            width=request.width,
+            steps=request.steps,
+            guidance=request.guidance,
+            revision=revision,
+            dtype=request.dtype,
+            bits=request.bits,
+            adapters=tuple((a.path, a.scale, _adapter_hash(a)) for a in request.adapters),
+            fuse_adapters=request.fuse_adapters,
+            t5_padding=request.t5_padding,
+            decoding_batch_size=request.decoding_batch_size,
+            source=source,
+            n_images=request.n_images,
+            n_rows=n_rows,
+        )
+
+    def of_image(self, seed: int) -> Recipe:
+        """The recipe of one of the images, as if its seed had been asked for alone."""
+        # Alone, a picture is decoded alone, so a batch size that had no effect is left out.
+        batch = self.decoding_batch_size if self.n_images > 1 else 1
+        return replace(self, seed=seed, n_images=1, n_rows=1, decoding_batch_size=batch)
+
+    def file_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file of the user's that the picture depends on, by its path."""
+        hashes = {path: sha256 for path, _, sha256 in self.adapters}
+        if self.source is not None:
+            hashes[self.source.image] = self.source.image_sha256
+            if self.source.mask is not None:
+                hashes[self.source.mask] = self.source.mask_sha256 or ""
+        return hashes
+
+    def to_json(self, **more: Any) -> str:
+        """ASCII, so that it fits a PNG text chunk of any reader; `more` adds keys."""
+        values = asdict(self) | more
+        return json.dumps(values, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Raises `ValueError` naming the field that is missing or of the wrong type."""
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(values, Mapping):
+            raise ValueError("it is not a JSON object")
+        source = values.get("source")
+        return cls(
+            prompt=_field(values, "prompt", str),
+            model=_field(values, "model", str),
+            seed=_field(values, "seed", int),
+            height=_field(values, "height", int),
+            width=_field(values, "width", int),
+            steps=_field(values, "steps", int),
+            guidance=float(_field(values, "guidance", (int, float))),
+            revision=_field(values, "revision", str, ""),
+            dtype=_field(values, "dtype", str, "bfloat16"),
+            bits=_field(values, "bits", (int, type(None)), None),
+            adapters=tuple(_adapter(entry) for entry in _field(values, "adapters", list, [])),
+            fuse_adapters=_field(values, "fuse_adapters", bool, False),
+            t5_padding=_field(values, "t5_padding", bool, True),
+            decoding_batch_size=_field(values, "decoding_batch_size", int, 1),
+            placement=_field(values, "placement", str, "data"),
+            source=None if source is None else _source(source),
+            n_images=_field(values, "n_images", int, 1),
+            n_rows=_field(values, "n_rows", int, 1),
+            version=_field(values, "version", str, ""),
+        )
+
+
+def differences(told: Recipe, now: Recipe) -> list[str]:
+    """What makes it doubtful that `now` gives the picture that `told` stands in, in sentences."""
+    found = []
+    if told.model == now.model and told.revision != now.revision:
+        found.append(
+            f"The picture was made with revision {told.revision} of {told.model}; "
+            f"this machine has {now.revision}."
+        )
+    before, present = told.file_hashes(), now.file_hashes()
+    found.extend(
+        f"{path} is not the file that it was when the picture was made."
+        for path, sha256 in before.items()
+        if present.get(path, sha256) != sha256
+    )
+    return found
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in the PNG at `path`; raises `UsageError` when there is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(KEYWORD)
+    except FileNotFoundError as error:
+        raise UsageError(f"--from {path}: there is no such file.") from error
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UsageError(f"--from {path}: this is not a picture that can be read.") from error
+    if text is None:
+        raise UsageError(
+            f"--from {path}: this picture does not say how it was made; "
+            "only a PNG that fluxmesh wrote does, as long as no other program saved it again."
+        )
+    try:
+        return Recipe.from_json(text)
+    except ValueError as error:
+        raise UsageError(f"--from {path}: its fluxmesh metadata can't be read: {error}.") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _adapter_hash(adapter: AdapterRef) -> str:
+    try:
+        return sha256_of(adapter.path)
+    except OSError as error:
+        raise AdapterError(
+            f"--adapter {adapter.path} can't be read: {error.strerror or error}; "
+            "name a .safetensors file."
+        ) from error
+
+
+_REQUIRED = object()
+
+
+def _field(values: Mapping[str, Any], name: str, kind: Any, default: Any = _REQUIRED) -> Any:
+    value = values.get(name, default)
+    if value is _REQUIRED:
+        raise ValueError(f"{name!r} is missing")
+    # bool is a subclass of int in Python, but true is not a seed.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name!r} is of the wrong type")
+    return value
+
+
+def _adapter(entry: Any) -> tuple[str, float, str]:
+    if not isinstance(entry, list) or len(entry) != 3:
+        raise ValueError("'adapters' is not a list of (path, scale, sha256)")
+    values = dict(zip(("path", "scale", "sha256"), entry, strict=True))
+    return (
+        _field(values, "path", str),
+        float(_field(values, "scale", (int, float))),
+        _field(values, "sha256", str),
+    )
+
+
+def _source(values: Any) -> SourceFiles:
+    if not isinstance(values, Mapping):
+        raise ValueError("'source' is not a JSON object")
+    outpaint = _field(values, "outpaint", (list, type(None)), None)
+    if outpaint is not None:
+        if len(outpaint) != 4 or not all(type(side) is int for side in outpaint):
+            raise ValueError("'outpaint' is not four numbers of pixels")
+        outpaint = tuple(outpaint)
+    return SourceFiles(
+        image=_field(values, "image", str),
+        strength=float(_field(values, "strength", (int, float))),
+        image_sha256=_field(values, "image_sha256", str, ""),
+        mask=_field(values, "mask", (str, type(None)), None),
+        mask_sha256=_field(values, "mask_sha256", (str, type(None)), None),
+        outpaint=outpaint,
+        sized=_field(values, "sized", bool, False),
+    )

@@ -1,0 +1,217 @@
+"""Tells how a job goes: to people as progress on a terminal, to programs as JSON lines.
+
+People read notes and progress on stderr and the names of finished files on stdout; programs
+(`--json`) read one JSON object a line on stdout, and nothing else stands there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
+from fluxmesh.request import GenerateRequest
+
+PHASES = {"text": "text", "denoise": "generation", "decode": "decoding"}
+
+
+class Reporter(Protocol):
+    """What a job is told to; a context manager, so that the terminal is put right again."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def note(self, text: str) -> None:
+        """One sentence for people."""
+
+    def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
+        """A checkpoint's files are on their way."""
+
+    def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
+        """A request, complete with size and steps, is about to run."""
+
+    def event(self, event: Event) -> None:
+        """The runner's next event."""
+
+    def saved(self, path: Path, seeds: list[int]) -> None:
+        """A file with the images of these seeds is in its place."""
+
+    def finished(self) -> None:
+        """All requests are done."""
+
+
+class TerminalReporter:
+    """A progress bar with time left, the files as they appear, peaks of memory when asked."""
+
+    def __init__(self, *, verbose: bool = False, console: Console | None = None) -> None:
+        self.verbose = verbose
+        self.console = console or Console(stderr=True, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.request: GenerateRequest | None = None
+        self.task: TaskID | None = None
+        self.doing: str | None = None  # what the bar counts bytes of, None when it counts steps
+        self.peaks: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.rest()
+
+    def rest(self) -> None:
+        """Takes the bar off the screen, until there is something to show again."""
+        self._clear()
+        self.progress.stop()
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
+        self._bytes(f"Downloading {model}", done_bytes, total_bytes)
+
+    def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
+        self.request = request
+        self._clear()
+
+    def event(self, event: Event) -> None:
+        match event:
+            case Loading():
+                self._bytes(f"Loading {event.component}", event.done_bytes, event.total_bytes)
+            case Step():
+                self._step(event)
+            case Peak():
+                self.peaks[event.phase] = max(event.bytes, self.peaks.get(event.phase, 0))
+            case Encoded() if self.verbose:
+                again = " (seen before)" if event.cached else ""
+                self.note(f"Read the prompt in {event.seconds:.2f} s{again}.")
+            case Picture() if self.verbose:
+                self.note(f"Image {event.image + 1} (seed {event.seed}): {event.seconds:.2f} s.")
+
+    def saved(self, path: Path, seeds: list[int]) -> None:
+        first, last = seeds[0], seeds[-1]
+        told = f"seed {first}" if first == last else f"seeds {first} to {last}"
+        # Through the console that draws the bar, so that the two don't mix on one screen;
+        # to stdout itself when that goes elsewhere.
+        if sys.stdout.isatty() and self.console.is_terminal:
+            self.note(f"Saved {path} ({told})")
+        else:
+            sys.stdout.write(f"Saved {path} ({told})\n")
+            sys.stdout.flush()
+
+    def finished(self) -> None:
+        self.rest()
+        if self.verbose and self.peaks:
+            for phase, name in PHASES.items():
+                if phase in self.peaks:
+                    self._peak(f"for the {name}", self.peaks[phase])
+            self._peak("overall", max(self.peaks.values()))
+
+    def _peak(self, what: str, nbytes: int) -> None:
+        label = f"Peak memory used {what}:"
+        self.note(f"{label:<37}{nbytes / 1024**3:.3f}GB")
+
+    def _bytes(self, doing: str, done: int, total: int) -> None:
+        if doing != self.doing:
+            self._clear()
+            self.doing = doing
+            self.task = self._bar(doing)
+        assert self.task is not None
+        unit = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
+        self.progress.update(self.task, total=total, completed=done, unit=unit)
+
+    def _step(self, event: Step) -> None:
+        images = self.request.n_images if self.request else 1
+        if self.task is None or self.doing is not None:
+            self._clear()
+            self.task = self._bar("")
+        self.progress.update(
+            self.task,
+            description=f"Image {event.image + 1}/{images}",
+            total=images * event.steps,
+            completed=event.image * event.steps + event.step,
+            unit=f"step {event.step}/{event.steps}",
+        )
+
+    def _bar(self, doing: str) -> TaskID:
+        self.progress.start()
+        return self.progress.add_task(doing, unit="")
+
+    def _clear(self) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.doing = None
+
+
+class JsonReporter:
+    """One JSON object a line: each event by its name, with its fields (pixels left out)."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        self._line("note", {"text": text})
+
+    def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
+        values = {"model": model, "done_bytes": done_bytes, "total_bytes": total_bytes}
+        self._line("download", values)
+
+    def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
+        told = ("prompt", "seed", "n_images", "height", "width", "steps", "guidance", "dtype")
+        self._line("start", {name: getattr(request, name) for name in told} | {"model": model})
+
+    def event(self, event: Event) -> None:
+        values = {field.name: getattr(event, field.name) for field in fields(event)}
+        shown = {
+            name: value
+            for name, value in values.items()
+            if value is not None and not isinstance(value, np.ndarray)
+        }
+        self._line(type(event).__name__.lower(), shown)
+
+    def saved(self, path: Path, seeds: list[int]) -> None:
+        self.files.append(str(path))
+        self._line("saved", {"path": str(path), "seeds": seeds})
+
+    def finished(self) -> None:
+        self._line("done", {"files": self.files})
+
+    def _line(self, event: str, values: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
+        sys.stdout.flush()
