@@ -1,0 +1,126 @@
+"""LoRA adapters on a transformer: beside its linears, or fused into their weights.
+
+Stands on `lora_files.py`, which reads every key format. Several adapters stack: their ranks lie
+side by side in one pair of matrices, so that two cost no more calls than one. Works on quantized
+linears too: unfused, the adapter stays exact beside the rounded weight; fused, the sum is rounded
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fluxmesh.flux.config import FluxConfig
+from fluxmesh.flux.lora_files import Adapter, LowRank, find_adapter, read_adapter, write_adapter
+from fluxmesh.flux.weights import module_at, replace_module
+
+__all__ = [
+    "Adapter",
+    "LoRALinear",
+    "LowRank",
+    "apply_adapters",
+    "check_adapters",
+    "find_adapter",
+    "read_adapter",
+    "remove_adapters",
+    "write_adapter",
+]
+
+Paths = Sequence[tuple[str | Path, float]]  # adapters with their strengths; 1.0 is as trained
+
+
+class LoRALinear(nn.Module):
+    """A linear with a low-rank correction beside it: `linear(x) + scale * (x @ a) @ b`.
+
+    Activations keep the dtype that comes in, whatever that of `lora_a` and `lora_b`: training
+    keeps those in float32 without lifting all that follows.
+    """
+
+    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float) -> None:
+        """`lora_a` is [in, rank], `lora_b` [rank, out]; `linear` may be quantized."""
+        super().__init__()
+        self.linear = linear
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        low = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
+        return y + (low if self.scale == 1 else self.scale * low).astype(y.dtype)
+
+
+def check_adapters(adapters: Paths, config: FluxConfig) -> None:
+    """Raises what `apply_adapters` would, before any weight of the model is read."""
+    for path, _ in adapters:
+        read_adapter(path, config)
+
+
+def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False) -> None:
+    """Applies LoRA files to a transformer, in place, beside those that it may have already.
+
+    With `fuse` they are added into the weights: as fast as without, and not removable. Raises
+    `ModelNotFoundError`, `WeightsError` or `AdapterError` (naming keys that match nothing) before
+    anything changes.
+    """
+    found = [(read_adapter(path, flux.config), strength) for path, strength in adapters]
+    joined: dict[str, list[LowRank]] = {}
+    for adapter, strength in found:
+        for name, low in adapter.items():
+            joined.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
+    for name, parts in joined.items():
+        low = stack(parts)
+        module = module_at(flux, name)
+        if fuse:
+            fused(module.linear if isinstance(module, LoRALinear) else module, low)
+        else:
+            replace_module(flux, name, beside(module, low, flux.dtype))
+    mx.clear_cache()
+
+
+def stack(parts: Sequence[LowRank]) -> LowRank:
+    """Several adapters of one module as one of scale 1: ranks side by side."""
+    return LowRank(
+        np.concatenate([low.a for low in parts]),
+        np.concatenate([low.scale * low.b for low in parts], axis=1),
+    )
+
+
+def beside(module: Any, low: LowRank, dtype: mx.Dtype) -> LoRALinear:
+    """`module` with `low`, of scale 1, beside it, in `dtype`; joins an adapter that is there."""
+    a, b = mx.array(low.a.T).astype(dtype), mx.array(low.b.T).astype(dtype)
+    linear = module
+    if isinstance(module, LoRALinear):
+        linear = module.linear
+        a = mx.concatenate([module.lora_a, a.astype(module.lora_a.dtype)], axis=1)
+        b = mx.concatenate([module.scale * module.lora_b, b.astype(module.lora_b.dtype)], axis=0)
+    mx.eval(a, b)
+    return LoRALinear(linear, a, b, 1.0)
+
+
+def fused(linear: Any, low: LowRank) -> None:
+    """Adds `low` to the weight of `linear`, in place; the sum is taken in float32."""
+    delta = low.scale * (mx.array(low.b) @ mx.array(low.a))
+    if isinstance(linear, nn.QuantizedLinear):
+        group, bits = linear.group_size, linear.bits
+        weight = mx.dequantize(linear.weight, linear.scales, linear.biases, group, bits)
+        total = (weight.astype(mx.float32) + delta).astype(linear.scales.dtype)
+        linear.weight, linear.scales, linear.biases = mx.quantize(total, group, bits)
+        mx.eval(linear.weight, linear.scales, linear.biases)
+        return
+    weight = linear.weight
+    linear.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
+    mx.eval(linear.weight)
+
+
+def remove_adapters(flux: Any) -> None:
+    """Takes every adapter that is not fused off a transformer, in place."""
+    for name, module in flux.named_modules():
+        if isinstance(module, LoRALinear):
+            replace_module(flux, name, module.linear)
