@@ -1,0 +1,145 @@
+"""The four models of a checkpoint as attributes that load when first used and leave with `del`.
+
+`Models` finds the checkpoint, checks its files and knows how each part loads (dtype, bits,
+adapters); `FluxPipeline` (`pipeline.py`) is built on it and only computes. T5 and the transformer
+are the two large ones: in bfloat16 FLUX's take 9.5 and 23.8 GB, so that it matters which is
+resident when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from fluxmesh.errors import UsageError
+from fluxmesh.events import Loading
+from fluxmesh.flux import hub, precision, weights
+from fluxmesh.request import DTYPES, AdapterRef
+
+FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
+
+
+class Lazy:
+    """An attribute that is made when it is first read, and leaves memory with `del`."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, models: Any, owner: type | None = None) -> Any:
+        if models is None:
+            return self
+        if self.name not in models.__dict__:
+            models.__dict__[self.name] = self.make(models)
+        return models.__dict__[self.name]
+
+    def __set__(self, models: Any, model: Any) -> None:
+        models.__dict__[self.name] = model
+
+    def __delete__(self, models: Any) -> None:
+        # Not an error when it is not there: it may never have been needed.
+        if models.__dict__.pop(self.name, None) is not None:
+            mx.clear_cache()
+
+
+class Models:
+    """A checkpoint by name, its models loaded as they are used."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: str = "bfloat16",
+        bits: int | None = None,
+        adapters: Iterable[AdapterRef | str] = (),
+        fuse_adapters: bool = False,
+        download: bool = True,
+        on_loading: Callable[[Loading], None] | None = None,
+    ) -> None:
+        """Options as in `FluxPipeline`. Reads headers only; raises what a wrong one deserves."""
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype is {dtype!r}; choose bfloat16 or float32.")
+        precision.require(dtype)
+        self.name = name
+        self.dtype: mx.Dtype = getattr(mx, dtype)
+        self.bits = bits
+        self.adapters = tuple(
+            AdapterRef(adapter) if isinstance(adapter, str) else adapter for adapter in adapters
+        )
+        self.fuse_adapters = fuse_adapters
+        self.on_loading = on_loading
+        self.checkpoint = hub.resolve(name, download=download)
+        weights.verify(self.checkpoint)
+
+    @Lazy
+    def t5(self) -> Any:
+        """The T5 encoder: a prompt's features, one vector a token."""
+        tell = self._tell("text encoders", "t5", before="clip")
+        return weights.load_t5(self.checkpoint, self.dtype, self.bits, tell)
+
+    @Lazy
+    def clip(self) -> Any:
+        """The CLIP text encoder: a prompt's pooled vector."""
+        tell = self._tell("text encoders", "clip", after="t5")
+        return weights.load_clip(self.checkpoint, self.dtype, self.bits, tell)
+
+    @Lazy
+    def flow(self) -> Any:
+        """The transformer, with the adapters applied."""
+        tell = self._tell("transformer", "flow")
+        flow = weights.load_transformer(self.checkpoint, self.dtype, self.bits, tell)
+        if self.adapters:
+            from fluxmesh.flux import lora
+
+            pairs = [(adapter.path, adapter.scale) for adapter in self.adapters]
+            lora.apply_adapters(flow, pairs, fuse=self.fuse_adapters)
+        return flow
+
+    @Lazy
+    def ae(self) -> Any:
+        """The autoencoder: latents to pictures and back."""
+        return weights.load_autoencoder(
+            self.checkpoint, self.dtype, self._tell("autoencoder", "ae")
+        )
+
+    @Lazy
+    def tokenizers(self) -> Any:
+        """(CLIP's tokenizer, T5's tokenizer)."""
+        return weights.load_tokenizers(self.checkpoint)
+
+    def ensure_models_are_loaded(self) -> None:
+        """Loads all four models now, instead of when each is first used."""
+        for name in FOLDERS:
+            getattr(self, name)
+
+    def reload_text_encoders(self) -> None:
+        """Lets T5 and CLIP leave memory; they load again when an unseen prompt needs them."""
+        del self.t5
+        del self.clip
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether `t5`, `clip`, `flow` or `ae` is in memory."""
+        return name in self.__dict__
+
+    def file_bytes(self, *names: str) -> int:
+        """Bytes of the files of `t5`, `clip`, `flow` or `ae` together."""
+        return sum(self.checkpoint.components[FOLDERS[name]].nbytes for name in names)
+
+    def _tell(
+        self, component: str, name: str, *, before: str = "", after: str = ""
+    ) -> Callable[[int, int], None] | None:
+        """A listener for the bytes of model `name`, as the loaders want it.
+
+        `before` and `after` name the model that loads earlier or later as part of `component`.
+        """
+        listen = self.on_loading
+        if listen is None:
+            return None
+        done_before = self.file_bytes(before) if before else 0
+        total = done_before + self.file_bytes(name) + (self.file_bytes(after) if after else 0)
+        return lambda done, _: listen(Loading(component, done_before + done, total))

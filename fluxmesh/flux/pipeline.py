@@ -1,0 +1,251 @@
+"""`FluxPipeline`: a checkpoint by name, and pictures out of it, one step at a time.
+
+    flux = FluxPipeline("flux-schnell")
+    steps = flux.generate_latents("A photo of an astronaut riding a horse", latent_size=(32, 64))
+    mx.eval(next(steps))     # noise and text features: t5 and clip may leave now (`del flux.t5`)
+    for x in steps:          # each step is lazy until evaluated: report, preview or stop here
+        mx.eval(x)
+    image = flux.decode(x, latent_size=(32, 64))     # [1, 256, 512, 3] in [0, 1]
+
+The four models are attributes (`t5`, `clip`, `flow`, `ae`) that load when first used and leave
+with `del` (`models.py`), so that at most one of the two large ones (T5, the transformer) need be
+in memory. Below stand `denoise.py` (the sampler), `source.py` (image-to-image) and
+`conditioning.py`; above stands `runner.py`, which decides what stays resident and reports events.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.errors import UsageError
+from fluxmesh.events import Loading
+from fluxmesh.flux import noise as latents
+from fluxmesh.flux.conditioning import Conditioning, PromptMemory
+from fluxmesh.flux.denoise import Guide, Plan, denoise, plan
+from fluxmesh.flux.models import Models
+from fluxmesh.flux.schedule import timesteps
+from fluxmesh.flux.source import SourceLatents, composite, mask_latents, to_model_range
+from fluxmesh.request import MAX_SEED, AdapterRef, SourceImage
+
+LatentSize = tuple[int, int]  # (height, width) in latents, 8 pixels each
+
+
+class FluxPipeline(Models):
+    """FLUX by name: text in, latents step by step, pictures out. One image at a time (B = 1)."""
+
+    def __init__(
+        self,
+        name: str = "flux-schnell",
+        t5_padding: bool = True,
+        *,
+        dtype: str = "bfloat16",
+        bits: int | None = None,
+        adapters: Iterable[AdapterRef | str] = (),
+        fuse_adapters: bool = False,
+        low_memory: bool = False,
+        download: bool = True,
+        on_loading: Callable[[Loading], None] | None = None,
+    ) -> None:
+        """Finds the checkpoint and checks its files' headers; weights load when they are used.
+
+        `name` is an alias, a Hub repository, a folder or a BFL file (`hub.resolve`). `t5_padding`
+        pads prompts to the checkpoint's own length, as FLUX was trained. `bits` (3|4|5|6|8)
+        quantizes transformer and text encoders as they load. `adapters` are LoRA files, fused
+        into the weights with `fuse_adapters`. `low_memory` drops the modulation weights (27% of
+        the transformer) once a request's modulations are computed. `on_loading` hears of bytes
+        read.
+
+        Raises `ModelNotFoundError`, `WeightsError`, `AdapterError` or `UsageError`.
+        """
+        super().__init__(
+            name,
+            dtype=dtype,
+            bits=bits,
+            adapters=adapters,
+            fuse_adapters=fuse_adapters,
+            download=download,
+            on_loading=on_loading,
+        )
+        self.t5_padding = t5_padding
+        self.low_memory = low_memory
+        self.seed: int | None = None  # of the latest `generate_latents`
+        self._memory = PromptMemory()
+
+    # From text to latents
+
+    def tokenize(self, text: str) -> tuple[mx.array, mx.array]:
+        """(T5's tokens [1, T], CLIP's tokens [1, 77]) of a prompt."""
+        clip, t5 = self.tokenizers
+        return mx.array([t5.encode(text, pad=self.t5_padding)]), mx.array([clip.encode(text)])
+
+    def remembers(self, text: str) -> bool:
+        """Whether `encode` will answer without running the encoders."""
+        return self._memory.get(text, self.t5_padding) is not None
+
+    def encode(self, text: str) -> Conditioning:
+        """The prompt's features, evaluated; encoders run only for a prompt not seen lately."""
+        known = self._memory.get(text, self.t5_padding)
+        if known is None:
+            t5_tokens, clip_tokens = self.tokenize(text)
+            known = Conditioning(self.t5(t5_tokens), self.clip(clip_tokens).pooled_output)
+            mx.eval(known)
+            self._memory.put(text, self.t5_padding, known)
+        return known
+
+    def encode_source(self, source: SourceImage) -> SourceLatents:
+        """A request's picture and mask in the model's space, evaluated (the posterior's mean)."""
+        config = self.ae.config
+        pixels = mx.array(to_model_range(source.pixels))
+        clean = latents.pack(self.ae.encode(pixels).astype(mx.float32))
+        painted = None
+        if source.mask is not None:
+            painted = mask_latents(source.mask, config.downsampling, config.z_channels)
+        mx.eval(clean)
+        return SourceLatents(clean, painted)
+
+    def noise(self, seed: int, latent_size: LatentSize) -> mx.array:
+        """The noise that seed `seed` begins from, packed float32 [1, L, 4C] (`noise.py`)."""
+        config = self.checkpoint.autoencoder
+        height, width = (side * config.downsampling for side in latent_size)
+        return mx.array(
+            latents.initial_noise(seed, height, width, config.z_channels, config.downsampling)
+        )
+
+    def plan(
+        self,
+        text: Conditioning,
+        *,
+        num_steps: int | None = None,
+        guidance: float = 4.0,
+        latent_size: LatentSize = (64, 64),
+        strength: float = 1.0,
+    ) -> Plan:
+        """What all images of a request share; with `low_memory`, drops the modulation weights."""
+        h, w = latent_size
+        tokens = (h // latents.PATCH) * (w // latents.PATCH)
+        steps = num_steps or self.checkpoint.defaults.steps
+        times = timesteps(steps, tokens, self.checkpoint.schedule, strength)
+        self.drop_incomplete_flow()
+        made = plan(self.flow, text, times, latent_size, guidance)
+        if self.low_memory:
+            mx.eval(made.modulations)
+            self.flow.release_modulation()
+            mx.clear_cache()
+        return made
+
+    def drop_incomplete_flow(self) -> None:
+        """Lets a transformer whose modulation weights were released leave; it then loads again."""
+        if self.is_loaded("flow") and self.flow.modulation_released:
+            del self.flow
+
+    def generate_latents(
+        self,
+        text: str,
+        n_images: int = 1,
+        num_steps: int | None = None,
+        guidance: float = 4.0,
+        latent_size: LatentSize = (64, 64),
+        seed: int | None = None,
+        *,
+        source: SourceImage | None = None,
+        guide: Guide | None = None,
+    ) -> Iterator[Any]:
+        """A generator: first the conditioning, then the latents after each step, all lazy.
+
+        The first value is (x_T, x_positions, t5_conditioning, t5_positions, clip_conditioning);
+        every other one x_t, float32 [n_images, L, 4C]. `num_steps` None is the checkpoint's own
+        number; `guidance` is read by models that embed it (dev). Image k is the one that seed
+        `seed + k` gives alone, to the byte; a seed of None is drawn, and kept in `self.seed`.
+
+        `source` begins from a picture and repaints its mask (`fluxmesh.canvas`), `guide` is a
+        custom loss on the expected picture (`denoise.Guide`).
+        """
+        self.check_size(latent_size, source)
+        self.seed = secrets.randbelow(MAX_SEED // 2) if seed is None else seed
+        known = self.encode(text)
+        noises = [self.noise(self.seed + k, latent_size) for k in range(n_images)]
+        rows, columns = (side // latents.PATCH for side in latent_size)
+        yield (
+            mx.concatenate(noises),
+            mx.array(latents.image_positions(rows, columns))[None],
+            mx.broadcast_to(known.t5, (n_images, *known.t5.shape[1:])),
+            mx.array(latents.text_positions(known.t5.shape[1]))[None],
+            mx.broadcast_to(known.clip, (n_images, *known.clip.shape[1:])),
+        )
+        start = None if source is None else self.encode_source(source)
+        made = self.plan(
+            known,
+            num_steps=num_steps,
+            guidance=guidance,
+            latent_size=latent_size,
+            strength=1.0 if source is None else source.strength,
+        )
+        images = [denoise(self.flow, made, x, source=start, guide=guide) for x in noises]
+        for steps in zip(*images, strict=True):
+            yield mx.concatenate([step.x for step in steps])
+
+    # From latents to pictures
+
+    def decode(self, x: mx.array, latent_size: LatentSize = (64, 64)) -> mx.array:
+        """Packed latents [B, L, 4C] to pictures [B, H, W, 3] in [0, 1], float32, lazy."""
+        z = latents.unpack(x, latent_size)
+        image = self.ae.decode_tiled(z).astype(mx.float32)
+        return mx.clip(image * 0.5 + 0.5, 0.0, 1.0)
+
+    def generate_images(
+        self,
+        text: str,
+        n_images: int = 1,
+        num_steps: int | None = None,
+        guidance: float = 4.0,
+        latent_size: LatentSize = (64, 64),
+        seed: int | None = None,
+        reload_text_encoders: bool = True,
+        *,
+        source: SourceImage | None = None,
+        guide: Guide | None = None,
+    ) -> mx.array:
+        """Pictures [n_images, H, W, 3] in [0, 1], evaluated, at any latent size of even sides.
+
+        Options are those of `generate_latents`. With `reload_text_encoders`, T5 and CLIP leave
+        memory before the transformer loads. Where `source` has a mask, everything outside of it
+        equals the source.
+        """
+        steps = self.generate_latents(
+            text, n_images, num_steps, guidance, latent_size, seed, source=source, guide=guide
+        )
+        x, *_ = next(steps)
+        if reload_text_encoders:
+            self.reload_text_encoders()
+        for x in steps:
+            mx.eval(x)
+        images = []
+        for k in range(n_images):
+            image = self.decode(x[k : k + 1], latent_size)
+            mx.eval(image)
+            if source is not None and source.mask is not None:
+                image = mx.array(composite(to_pixels(image)[0], source)[None]) / 255.0
+            images.append(image)
+        return mx.concatenate(images)
+
+    def check_size(self, latent_size: LatentSize, source: SourceImage | None) -> None:
+        """Raises `UsageError` where the sides are odd or the source is of another size."""
+        if any(side < latents.PATCH or side % latents.PATCH for side in latent_size):
+            raise UsageError(f"latent_size is {latent_size}; both sides must be even numbers.")
+        downsampling = self.checkpoint.autoencoder.downsampling
+        height, width = (side * downsampling for side in latent_size)
+        if source is not None and source.pixels.shape[:2] != (height, width):
+            raise UsageError(
+                f"the source picture is {source.pixels.shape[0]}x{source.pixels.shape[1]} and the "
+                f"image {height}x{width}; scale the source to the image's size."
+            )
+
+
+def to_pixels(images: mx.array) -> np.ndarray:
+    """Pictures [B, H, W, 3] in [0, 1] as uint8; evaluates."""
+    return np.round(np.array(images.astype(mx.float32)) * 255.0).astype(np.uint8)
