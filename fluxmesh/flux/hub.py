@@ -143,7 +143,8 @@ def _info(name: str, source: str) -> ModelInfo:
     try:
         found = resolve(name, download=False)
     except FluxmeshError as error:
-        return ModelInfo(name, source, None, 0, str(error))
+        untouched = source in REPOS.values() and cached_snapshot(source) is None
+        return ModelInfo(name, source, None, 0, "not here" if untouched else str(error))
     total = sum(component.nbytes for component in found.components.values())
     return ModelInfo(name, source, found.revision, total)
 

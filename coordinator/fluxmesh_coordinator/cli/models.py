@@ -1,0 +1,133 @@
+"""`fluxmesh models list|pull|quantize`: what is on this machine, and how more comes onto it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+
+
+@click.group()
+def models() -> None:
+    """List, fetch and quantize models."""
+
+
+@models.command("list")
+@as_json
+def list_command(as_json: bool) -> None:
+    """What `--model` can be: the embedded model, the aliases, and FLUX models from the Hub."""
+    from fluxmesh.flux import hub
+
+    found = hub.list_models()
+    if as_json:
+        for model in found:
+            line = {
+                "event": "model",
+                "name": model.name,
+                "source": model.source,
+                "revision": model.revision,
+                "bytes": model.nbytes,
+                "usable": model.revision is not None,
+                "note": model.note,
+            }
+            click.echo(json.dumps(line, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "from", "size", "state"):
+        table.add_column(heading, overflow="fold")
+    default = hub.default_model()
+    for model in found:
+        name = f"{model.name} (default)" if model.name == default else model.name
+        state = f"here, {model.revision[:14]}" if model.revision else model.note
+        table.add_row(name, model.source, _size(model.nbytes) if model.nbytes else "", state)
+    Console().print(table)
+    click.echo("Fetch one with `fluxmesh models pull MODEL`. A Hub id (owner/repo), a folder or a")
+    click.echo(".safetensors file is a model too.")
+
+
+@models.command()
+@click.argument("model")
+@as_json
+def pull(model: str, as_json: bool) -> None:
+    """Fetch MODEL (schnell, dev, krea-dev or owner/repo) from the Hugging Face Hub.
+
+    Only the files that fluxmesh reads are fetched. An interrupted download goes on where it
+    stopped.
+    """
+    from fluxmesh.flux import hub
+    from fluxmesh.flux.components import verify
+
+    with _progress(f"Fetching {model}", as_json) as progress:
+        checkpoint = hub.pull(model, progress)
+    verify(checkpoint)
+    total = sum(part.nbytes for part in checkpoint.components.values())
+    if as_json:
+        line = {"event": "pulled", "name": checkpoint.name, "revision": checkpoint.revision}
+        click.echo(json.dumps(line | {"bytes": total}, ensure_ascii=False))
+    else:
+        click.echo(f"{model} is here: {_size(total)}, revision {checkpoint.revision}.")
+
+
+@models.command()
+@click.argument("source")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--bits", type=click.Choice(["3", "4", "5", "6", "8"]), default="4", show_default=True,
+    help="Bits a weight.",
+)  # fmt: skip
+@as_json
+def quantize(source: str, folder: Path, bits: str, as_json: bool) -> None:
+    """Write model SOURCE into the new FOLDER with its large matrices in few bits.
+
+    FOLDER can be given as --model from then on; its text encoders are quantized too.
+    """
+    from fluxmesh.flux import hub
+    from fluxmesh.flux.quantize import quantize_checkpoint
+
+    with _progress(f"Fetching {source}", as_json) as progress:
+        checkpoint = hub.resolve(source, progress=progress)
+    with _progress(f"Quantizing to {bits} bits", as_json) as progress:
+        quantize_checkpoint(checkpoint, folder, int(bits), progress)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if as_json:
+        line = {"event": "quantized", "folder": str(folder), "bits": int(bits), "bytes": size}
+        click.echo(json.dumps(line, ensure_ascii=False))
+    else:
+        click.echo(f"Wrote {folder}: {_size(size)}, {bits} bits.")
+
+
+@contextmanager
+def _progress(what: str, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes that appears with the first of them; nothing at all with --json."""
+    if as_json:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task(what, total=None, visible=False)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _size(nbytes: int) -> str:
+    """Bytes for people, in the units that the Hub's pages use."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.1f} GB"
+    return f"{nbytes / 1e6:.1f} MB"
