@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux import hub, precision, weights
+from fluxmesh.flux import hub, lora, precision, weights
 from fluxmesh.request import DTYPES, AdapterRef
 
 FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
@@ -75,6 +75,8 @@ class Models:
         self.on_loading = on_loading
         self.checkpoint = hub.resolve(name, download=download)
         weights.verify(self.checkpoint)
+        if self.adapters:
+            lora.check_adapters(self._adapter_pairs(), self.checkpoint.transformer)
 
     @Lazy
     def t5(self) -> Any:
@@ -94,10 +96,7 @@ class Models:
         tell = self._tell("transformer", "flow")
         flow = weights.load_transformer(self.checkpoint, self.dtype, self.bits, tell)
         if self.adapters:
-            from fluxmesh.flux import lora
-
-            pairs = [(adapter.path, adapter.scale) for adapter in self.adapters]
-            lora.apply_adapters(flow, pairs, fuse=self.fuse_adapters)
+            lora.apply_adapters(flow, self._adapter_pairs(), fuse=self.fuse_adapters)
         return flow
 
     @Lazy
@@ -129,6 +128,9 @@ class Models:
     def file_bytes(self, *names: str) -> int:
         """Bytes of the files of `t5`, `clip`, `flow` or `ae` together."""
         return sum(self.checkpoint.components[FOLDERS[name]].nbytes for name in names)
+
+    def _adapter_pairs(self) -> list[tuple[str, float]]:
+        return [(adapter.path, adapter.scale) for adapter in self.adapters]
 
     def _tell(
         self, component: str, name: str, *, before: str = "", after: str = ""
