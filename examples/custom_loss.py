@@ -18,12 +18,15 @@ from fluxmesh.flux.pipeline import to_pixels
 flux = FluxPipeline(sys.argv[1] if len(sys.argv) > 1 else "tiny")
 prompt, latent_size = "a cup on a white background", (8, 8)
 orange = mx.array([0.9, 0.5, 0.1])
+STRENGTH = 0.5
 
 
 def guide(clean: mx.array, step: int) -> mx.array:
-    """`clean` is float32 latents [1, h, w, channels]; a larger factor pulls harder."""
+    """`clean` is float32 latents [1, h, w, channels]; a larger strength pulls harder."""
     picture = flux.ae.decode(clean) * 0.5 + 0.5  # [1, H, W, 3] in [0, 1], nearly
-    return 300.0 * mx.sum((picture.mean(axis=(0, 1, 2)) - orange) ** 2)
+    distance = mx.sum((picture.mean(axis=(0, 1, 2)) - orange) ** 2)
+    # A mean spreads its gradient over all latents: their number makes up for it at any size.
+    return STRENGTH * clean.size * distance
 
 
 plain = to_pixels(flux.generate_images(prompt, latent_size=latent_size, seed=3))[0]
