@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from fluxmesh.errors import UsageError
 from fluxmesh.events import Event, Picture, Step
 from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh_coordinator.output import PictureFiles, StepFiles, encode_png, grid
@@ -25,7 +24,7 @@ from fluxmesh_coordinator.reporting import Reporter
 from fluxmesh_coordinator.settings import Settings
 
 EMBEDDED = "tiny"
-# A picture that gives no size is scaled down to this many times the model's own area.
+# Image-to-image without a size scales a picture down to this many times the model's own area.
 SOURCE_AREA = 2.25
 
 
@@ -111,14 +110,14 @@ class Painter:
     ) -> tuple[SourceImage | None, SourceFiles | None]:
         """What `--image`, `--mask` and `--outpaint` name, as arrays and as a record of files."""
         if settings.image is None:
-            for option in ("mask", "outpaint", "strength"):
-                if getattr(settings, option) is not None:
-                    raise UsageError(f"--{option} says how to change --image; give one.")
             return None, None
         from fluxmesh.canvas import load_source
 
         height, width = settings.image_size or (None, None)
         defaults = checkpoint.defaults
+        # Where parts stay as they are, they stay at their size too, unless the user gave one.
+        keeps = settings.mask is not None or settings.outpaint is not None
+        area = None if keeps else int(SOURCE_AREA * defaults.height * defaults.width)
         source = load_source(
             settings.image,
             mask=settings.mask,
@@ -126,8 +125,10 @@ class Painter:
             strength=settings.strength,
             height=height,
             width=width,
-            max_area=int(SOURCE_AREA * defaults.height * defaults.width),
+            max_area=area,
         )
+        painted = "x".join(map(str, source.pixels.shape[:2]))
+        self.reporter.note(f"{settings.image} becomes {painted} pixels.")
         files = SourceFiles.of(
             settings.image,
             source.strength,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
+from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
 from fluxmesh_coordinator.recipe import Recipe
 
@@ -95,6 +96,9 @@ class Settings:
 
         With the `defaults` of a checkpoint, its size, steps and guidance are filled in.
         """
+        for option in ("mask", "outpaint", "strength") if self.image is None else ():
+            if getattr(self, option) is not None:
+                raise UsageError(f"--{option} says how to change --image; give one.")
         height, width = self.image_size or (None, None)
         if source is not None:
             height, width = source.pixels.shape[:2]

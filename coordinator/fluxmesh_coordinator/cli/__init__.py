@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -68,11 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(_fail(arguments, str(error), error.exit_code))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_fail(arguments, "Cancelled.", CancelledError.exit_code))
-    except BrokenPipeError:
-        # Whoever read our output has gone (`fluxmesh ... | head`): there is nobody to tell.
-        # Python flushes stdout once more as it exits, which would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -17,7 +17,10 @@ from fluxmesh_coordinator.cli.options import chosen, settings_options
 def interactive(
     context: click.Context, output: str | None, verbose: bool, **_settings: Any
 ) -> None:
-    """Paint prompt after prompt, warm; /help at the prompt tells what can be changed."""
+    """Paint prompt after prompt, warm.
+
+    A line is a prompt, or changes a setting if it begins with /; /help tells which there are.
+    """
     from fluxmesh.errors import UsageError
     from fluxmesh_coordinator.cli.conversation import Conversation
     from fluxmesh_coordinator.output import Target

@@ -103,7 +103,7 @@ _OPTIONS = [
     click.option("--steps", type=int, help="Denoising steps.  [the model's own]"),
     click.option("--guidance", type=float, help="Guidance, for models that take it.  [4.0]"),
     click.option("--seed", type=int, help="Where the noise comes from.  [drawn, and told]"),
-    click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid.  [1]"),
+    click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid."),
     click.option("--image", type=_FILE, metavar="PATH", help="Begin from this picture."),
     click.option(
         "--strength", type=float, help="Share of the steps that --image goes through, 0 to 1."

@@ -1,0 +1,74 @@
+"""A random tiny checkpoint, and the real command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import make_checkpoint
+
+Run = Callable[..., "Finished"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of `--json`."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The lines of one kind of event."""
+        return [line for line in self.events if line["event"] == event]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """That of a user with nothing set, whose Hub cache is empty and who has no network."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("FLUX_", "HF_", "HUGGING", "XDG_")) and name not in ("AE", "CI")
+    }
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return kept | threads | {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random FLUX in a diffusers folder; its pictures are noise, but always the same noise."""
+    return make_checkpoint(tmp_path_factory.mktemp("model"), dtype="bfloat16").path
+
+
+@pytest.fixture
+def fluxmesh(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs `fluxmesh ARGUMENTS` in `tmp_path`."""
+    home = tmp_path_factory.mktemp("home")
+
+    def run(*arguments: object, stdin: str | bytes = b"", **more: Any) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)],
+            input=stdin.encode() if isinstance(stdin, str) else stdin,
+            capture_output=True,
+            cwd=tmp_path,
+            env=environment(home),
+            timeout=100,
+            check=False,
+            **more,
+        )
+        return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
