@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.errors import UsageError
 from fluxmesh.flux.autoencoder import AutoEncoder
 from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.clip import ClipTextModel
@@ -84,15 +84,11 @@ def load_autoencoder(
 def load_tokenizers(checkpoint: Checkpoint) -> tuple[ClipTokenizer, T5Tokenizer]:
     """CLIP's and T5's tokenizers. Raises `WeightsError` for files that are no vocabularies."""
     clip, t5 = checkpoint.tokenizer, checkpoint.tokenizer_2
-    try:
-        return (
-            ClipTokenizer(clip / "vocab.json", clip / "merges.txt"),
-            T5Tokenizer(t5 / "spiece.model", checkpoint.defaults.t5_max_length),
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(
-            f"The tokenizers of {checkpoint.name} ({clip.parent}) are damaged; pull it again."
-        ) from error
+    positions = checkpoint.clip.max_position_embeddings
+    return (
+        ClipTokenizer(clip / "vocab.json", clip / "merges.txt", positions),
+        T5Tokenizer(t5 / "spiece.model", checkpoint.defaults.t5_max_length),
+    )
 
 
 def read_rows(
