@@ -15,6 +15,7 @@ import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Self
 
 import regex
 import sentencepiece
@@ -57,6 +58,23 @@ class ClipTokenizer:
         self.end_id = self.vocab[END]
         self.pad_id = self.vocab[pad_token]
         self._markers = _splitter({START, END, pad_token})
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Reads `tokenizer/` of a diffusers folder, or any folder with CLIP's two files.
+
+        Length and pad token are those of `tokenizer_config.json`, else those of OpenAI's CLIP.
+        """
+        config = _read_config(folder)
+        length, pad_token = config.get("model_max_length"), config.get("pad_token")
+        if isinstance(pad_token, dict):  # written by older versions of transformers
+            pad_token = pad_token.get("content")
+        return cls(
+            folder / "vocab.json",
+            folder / "merges.txt",
+            max_length=length if isinstance(length, int) and 2 < length <= 4096 else 77,
+            pad_token=pad_token or END,
+        )
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
         """At most `max_length` ids, exactly as many with `pad`; the end token is always there."""
@@ -142,6 +160,14 @@ class T5Tokenizer:
         self._special_ids |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
         self._specials = _splitter(self._special_ids)
 
+    @classmethod
+    def from_folder(cls, folder: Path, max_length: int) -> Self:
+        """Reads `tokenizer_2/` of a diffusers folder, or any folder with `spiece.model`."""
+        extra_ids = _read_config(folder).get("extra_ids")
+        return cls(
+            folder / "spiece.model", max_length, extra_ids if isinstance(extra_ids, int) else 0
+        )
+
     def encode(self, text: str, pad: bool = True) -> list[int]:
         """At most `max_length` ids, exactly as many with `pad`; the end token is always there."""
         ids = [*self._ids(text)[: self.max_length - 1], self.end_id]
@@ -190,14 +216,26 @@ def _padded(ids: list[int], length: int, pad_id: int) -> list[int]:
     return ids + [pad_id] * (length - len(ids))
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return _read_json(path) if path.is_file() else {}
+
+
 def _read_vocab(path: Path) -> dict[str, int]:
-    try:
-        vocab = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} can't be read as JSON; download it again.") from error
-    if not isinstance(vocab, dict):
+    vocab = _read_json(path)
+    if not all(isinstance(i, int) for i in vocab.values()):
         raise WeightsError(f"{path} is not a vocabulary; it must map tokens to ids.")
     return vocab
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} can't be read as JSON; download it again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no JSON object; download it again.")
+    return content
 
 
 def _read_merges(path: Path) -> dict[tuple[str, str], int]:

@@ -87,7 +87,7 @@ def load_tokenizers(checkpoint: Checkpoint) -> tuple[ClipTokenizer, T5Tokenizer]
     positions = checkpoint.clip.max_position_embeddings
     return (
         ClipTokenizer(clip / "vocab.json", clip / "merges.txt", positions),
-        T5Tokenizer(t5 / "spiece.model", checkpoint.defaults.t5_max_length),
+        T5Tokenizer.from_folder(t5, checkpoint.defaults.t5_max_length),
     )
 
 

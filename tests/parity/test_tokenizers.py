@@ -113,19 +113,21 @@ def write_clip(folder: Path, alphabet: list[str]) -> None:
 
 
 def read_clip(folder: Path) -> tuple[ClipTokenizer, ClipOracle]:
-    ours = ClipTokenizer(folder / "vocab.json", folder / "merges.txt", CLIP_LENGTH)
-    return ours, ClipOracle.from_pretrained(folder)
+    return ClipTokenizer.from_folder(folder), ClipOracle.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[0, 100], ids=["no sentinels", "100 sentinels"])
+@pytest.fixture(scope="module", params=[(0, "nmt_nfkc"), (100, "nmt_nfkc"), (0, "nmt_nfkc_cf")])
 def t5(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[T5Tokenizer, T5Oracle]:
+    """With and without sentinels, keeping and folding case."""
+    extra_ids, normalization = request.param
     folder = tmp_path_factory.mktemp("t5")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([SENTENCE] * 200),
         model_prefix=str(folder / "spiece"),
         vocab_size=100,
+        normalization_rule_name=normalization,
         hard_vocab_limit=False,
         pad_id=0,
         eos_id=1,
@@ -134,12 +136,11 @@ def t5(
         minloglevel=2,
         num_threads=1,
     )
-    config = {"model_max_length": T5_LENGTH, "extra_ids": request.param}
+    config = {"model_max_length": T5_LENGTH, "extra_ids": extra_ids}
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "T5Tokenizer", **config})
     )
-    ours = T5Tokenizer(folder / "spiece.model", T5_LENGTH, extra_ids=request.param)
-    return ours, T5Oracle.from_pretrained(folder)
+    return T5Tokenizer.from_folder(folder, T5_LENGTH), T5Oracle.from_pretrained(folder)
 
 
 def assert_equal(ours, oracle, length: int, texts: list[str]) -> None:

@@ -67,6 +67,25 @@ def test_clip_pads_with_its_pad_token(clip_files: tuple[Path, Path]) -> None:
     assert ClipTokenizer(*clip_files, 4, pad_token="<pad>").encode("cat") == [7, 6, 8, 9]
 
 
+def test_clip_reads_length_and_padding_from_its_folder(clip_files: tuple[Path, Path]) -> None:
+    folder = clip_files[0].parent
+    assert len(ClipTokenizer.from_folder(folder).encode("cat")) == 77
+    for pad_token in ("<pad>", {"content": "<pad>", "special": True}):
+        config = {"model_max_length": 4, "pad_token": pad_token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        assert ClipTokenizer.from_folder(folder).encode("cat") == [7, 6, 8, 9]
+
+
+def test_t5_knows_its_sentinels_only_where_the_folder_declares_them(spiece: Path) -> None:
+    size = sentencepiece.SentencePieceProcessor(model_file=str(spiece)).vocab_size()
+    text = "<extra_id_0> cat <extra_id_9>"
+    without = T5Tokenizer.from_folder(spiece.parent, 32).encode(text, pad=False)
+    assert max(without) < size
+    (spiece.parent / "tokenizer_config.json").write_text('{"extra_ids": 10}')
+    ids = T5Tokenizer.from_folder(spiece.parent, 32).encode(text, pad=False)
+    assert (ids[0], ids[-2], ids[-1]) == (size + 9, size, 1)
+
+
 def test_t5_keeps_the_end_token_when_it_truncates(spiece: Path) -> None:
     tokenizer = T5Tokenizer(spiece, max_length=6)
     full = T5Tokenizer(spiece, max_length=100).encode("a cat and a dog", pad=False)
@@ -79,7 +98,8 @@ def test_t5_keeps_the_end_token_when_it_truncates(spiece: Path) -> None:
     "vocab, merges, message",
     [
         ("{", MERGES, "vocab.json can't be read as JSON"),
-        ("[1]", MERGES, "vocab.json is not a vocabulary"),
+        ("[1]", MERGES, "vocab.json holds no JSON object"),
+        ('{"a": "b"}', MERGES, "vocab.json is not a vocabulary"),
         ('{"a": 0}', MERGES, "lacks the token <|startoftext|>"),
         (None, "c a t\n", "merges.txt has the line 'c a t'"),
     ],
