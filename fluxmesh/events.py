@@ -16,7 +16,7 @@ import numpy as np
 class Loading:
     """A component's weights are being read."""
 
-    component: str  # "text encoders", "transformer" or "autoencoder"
+    component: str  # "text encoders", "transformer", "autoencoder"; "download" before them
     done_bytes: int
     total_bytes: int
 

@@ -73,7 +73,7 @@ class Models:
         )
         self.fuse_adapters = fuse_adapters
         self.on_loading = on_loading
-        self.checkpoint = hub.resolve(name, download=download)
+        self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
         weights.verify(self.checkpoint)
         if self.adapters:
             lora.check_adapters(self._adapter_pairs(), self.checkpoint.transformer)
@@ -131,6 +131,10 @@ class Models:
 
     def _adapter_pairs(self) -> list[tuple[str, float]]:
         return [(adapter.path, adapter.scale) for adapter in self.adapters]
+
+    def _tell_download(self, done: int, total: int) -> None:
+        if self.on_loading is not None:
+            self.on_loading(Loading("download", done, total))
 
     def _tell(
         self, component: str, name: str, *, before: str = "", after: str = ""

@@ -30,7 +30,7 @@ from fluxmesh.flux.denoise import Guide, Plan, denoise, plan
 from fluxmesh.flux.models import Models
 from fluxmesh.flux.schedule import timesteps
 from fluxmesh.flux.source import SourceLatents, composite, mask_latents, to_model_range
-from fluxmesh.request import MAX_SEED, AdapterRef, SourceImage
+from fluxmesh.request import MAX_SEED, AdapterRef, GenerateRequest, SourceImage
 
 LatentSize = tuple[int, int]  # (height, width) in latents, 8 pixels each
 
@@ -164,9 +164,12 @@ class FluxPipeline(Models):
 
         `source` begins from a picture and repaints its mask (`fluxmesh.canvas`), `guide` is a
         custom loss on the expected picture (`denoise.Guide`).
+
+        Raises `UsageError` for numbers out of range, before anything is computed.
         """
         self.check_size(latent_size, source)
         self.seed = secrets.randbelow(MAX_SEED // 2) if seed is None else seed
+        self._check_request(text, self.seed, n_images, num_steps, guidance, latent_size, source)
         known = self.encode(text)
         noises = [self.noise(self.seed + k, latent_size) for k in range(n_images)]
         rows, columns = (side // latents.PATCH for side in latent_size)
@@ -244,6 +247,29 @@ class FluxPipeline(Models):
                 f"the source picture is {source.pixels.shape[0]}x{source.pixels.shape[1]} and the "
                 f"image {height}x{width}; scale the source to the image's size."
             )
+
+    def _check_request(
+        self,
+        text: str,
+        seed: int,
+        n_images: int,
+        num_steps: int | None,
+        guidance: float,
+        latent_size: LatentSize,
+        source: SourceImage | None,
+    ) -> None:
+        """Raises the `UsageError` that the same numbers raise on the command line."""
+        height, width = (side * self.checkpoint.autoencoder.downsampling for side in latent_size)
+        GenerateRequest(
+            text,
+            seed,
+            n_images=n_images,
+            height=height,
+            width=width,
+            steps=num_steps,
+            guidance=guidance,
+            source=source,
+        )
 
 
 def to_pixels(images: mx.array) -> np.ndarray:

@@ -184,6 +184,17 @@ def test_odd_sizes_are_refused(flux: FluxPipeline, latent_size: tuple[int, int])
         next(flux.generate_latents("a dog", latent_size=latent_size))
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"n_images": 0}, "n-images"), ({"num_steps": 0}, "steps"), ({"seed": -1}, "seed")],
+)
+def test_numbers_out_of_range_are_refused(
+    flux: FluxPipeline, options: dict[str, int], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        next(flux.generate_latents("a dog", latent_size=(4, 4), **options))
+
+
 def test_an_unknown_dtype_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="float16"):
         FluxPipeline(str(checkpoint), dtype="float16")
