@@ -160,7 +160,7 @@ class TerminalReporter:
             description=f"Image {event.image + 1}/{images}",
             total=images * event.steps,
             completed=event.image * event.steps + event.step,
-            unit=f"step {event.step}/{event.steps}",
+            unit=f"step {event.step}/{event.steps}" if event.step < event.steps else "decoding",
         )
 
     def _bar(self, doing: str) -> TaskID:

@@ -1,0 +1,128 @@
+"""The import rules: who may import whom, and what must not load before it is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {
+    "fluxmesh": ROOT / "fluxmesh",
+    "fluxmesh_agent": ROOT / "agent" / "fluxmesh_agent",
+    "fluxmesh_coordinator": ROOT / "coordinator" / "fluxmesh_coordinator",
+}
+HEAVY = {"mlx", "torch", "datasets", "transformers", "diffusers", "huggingface_hub"}
+# What describes a model without computing: a coordinator imports it on a machine without mlx.
+PURE = [
+    *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.canvas"),
+    *("fluxmesh.flux", "fluxmesh.flux.config", "fluxmesh.flux.schedule", "fluxmesh.flux.noise"),
+    *("fluxmesh.flux.hub", "fluxmesh.flux.layouts", "fluxmesh.flux.checkpoint"),
+    *("fluxmesh.flux.precision", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
+    *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
+    *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
+    "fluxmesh_coordinator.cli.models",
+]
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """(dotted name, file) of every module of a package."""
+    folder = PACKAGES[package]
+    for path in sorted(folder.rglob("*.py")):
+        parts = (package, *path.relative_to(folder).with_suffix("").parts)
+        yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, also inside of functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            names.add(node.module or "")
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def test_agent_and_coordinator_never_import_each_other_and_the_library_neither() -> None:
+    forbidden = {
+        "fluxmesh": {"fluxmesh_agent", "fluxmesh_coordinator", "click", "rich"},
+        "fluxmesh_agent": {"fluxmesh_coordinator"},
+        "fluxmesh_coordinator": {"fluxmesh_agent"},
+    }
+    for package, others in forbidden.items():
+        for name, path in modules(package):
+            assert not tops(path) & others, name
+
+
+def test_only_the_flux_package_imports_mlx() -> None:
+    allowed = ("fluxmesh.flux.", "fluxmesh.training.", "fluxmesh_agent.engine")
+    found = [
+        name
+        for package in PACKAGES
+        for name, path in modules(package)
+        if "mlx" in tops(path) and not name.startswith(allowed)
+    ]
+    assert found == []
+
+
+def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:
+    for package in PACKAGES:
+        for name, path in modules(package):
+            assert not tops(path) & {"torch", "diffusers", "transformers", "peft"}, name
+            private = [
+                other
+                for other in imported(path)
+                if other.startswith("mlx.") and any(p.startswith("_") for p in other.split("."))
+            ]
+            assert private == [], name
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level packages that a new interpreter has loaded after running `code`."""
+    tail = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{tail}"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_what_does_not_compute_loads_no_mlx() -> None:
+    loaded = loaded_after("\n".join(f"import {name}" for name in PURE))
+    assert not loaded & HEAVY
+    assert "numpy" in loaded  # the check sees what is loaded
+
+
+def test_the_pipeline_loads_mlx_when_it_is_first_named() -> None:
+    assert "mlx" in loaded_after("import fluxmesh; fluxmesh.FluxPipeline")
+    assert "FluxPipeline" in dir(__import__("fluxmesh"))
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        __import__("fluxmesh").Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["generate", "--help"], ["interactive", "--help"]],
+    ids=" ".join,
+)
+def test_the_command_line_answers_without_loading_what_computes(arguments: list[str]) -> None:
+    loaded = loaded_after(
+        "from fluxmesh_coordinator.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as end: assert end.code == 0"
+    )
+    assert not loaded & (HEAVY | {"numpy", "PIL", "rich"})
+    assert "click" in loaded
