@@ -17,10 +17,18 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.lora_files import Adapter, LowRank, find_adapter, read_adapter, write_adapter
+from fluxmesh.flux.lora_files import (
+    FORMATS,
+    Adapter,
+    LowRank,
+    find_adapter,
+    read_adapter,
+    write_adapter,
+)
 from fluxmesh.flux.weights import module_at, replace_module
 
 __all__ = [
+    "FORMATS",
     "Adapter",
     "LoRALinear",
     "LowRank",
