@@ -237,7 +237,12 @@ class PictureFiles:
         pattern = re.compile(
             re.escape(self.target.stem) + r"(?:-(\d+))?(?:\.\d+)?\.png", re.IGNORECASE
         )
-        names = (entry.name for entry in os.scandir(self.target.folder))
+        try:
+            names = os.listdir(self.target.folder)
+        except OSError as error:
+            raise OutputError(
+                f"The folder {self.target.folder} can't be read any more: {error.strerror}."
+            ) from error
         used = {int(match[1] or 0) for match in map(pattern.fullmatch, names) if match}
         while number in used:
             number += 1

@@ -123,9 +123,7 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda v: [v], "not a JSON object"),
     ],
 )
-def test_a_recipe_that_others_wrote_is_checked(
-    tmp_path: Path, change: Any, sentence: str
-) -> None:
+def test_a_recipe_that_others_wrote_is_checked(tmp_path: Path, change: Any, sentence: str) -> None:
     text = json.dumps(change(json.loads(RECIPE.to_json())))
     (tmp_path / "a.png").write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8), text))
     with pytest.raises(UsageError, match=sentence):

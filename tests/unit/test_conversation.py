@@ -1,0 +1,113 @@
+"""`fluxmesh interactive`: settings that change, mistakes that are told, pictures that go on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fluxmesh.events import Event, Picture
+from fluxmesh.flux import hub
+from fluxmesh.flux.checkpoint import ModelDefaults
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator.cli.conversation import Conversation
+from fluxmesh_coordinator.output import Target
+from fluxmesh_coordinator.reporting import TerminalReporter
+from fluxmesh_coordinator.settings import Settings
+
+
+class CountingRunner:
+    """Keeps what it was asked; a prompt "stop" is interrupted."""
+
+    def __init__(self) -> None:
+        self.requests: list[GenerateRequest] = []
+
+    def run(self, request: GenerateRequest) -> Iterator[Event]:
+        self.requests.append(request)
+        if request.prompt == "stop":
+            raise KeyboardInterrupt
+        for k in range(request.n_images):
+            yield Picture(k, request.seed_of(k), np.zeros((16, 16, 3), np.uint8))
+
+
+@pytest.fixture
+def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Says lines to a conversation; returns the runner's requests and what was shown."""
+
+    def resolve(name: str, **_more: Any) -> Any:
+        defaults = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
+        return SimpleNamespace(name=name, revision="r", defaults=defaults)
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr(hub, "default_model", lambda: "tiny")
+
+    def say(*said: str, settings: Settings | None = None) -> tuple[list[GenerateRequest], str]:
+        screen = io.StringIO()
+        lines = iter(said)
+
+        def read() -> str:
+            try:
+                return next(lines)
+            except StopIteration:
+                raise EOFError from None
+
+        reporter = TerminalReporter(console=Console(file=screen, width=200))
+        conversation = Conversation(settings or Settings(), Target(tmp_path), reporter, read)
+        runner = CountingRunner()
+        conversation.painter._runner = runner
+        with reporter:
+            conversation.run()
+        return runner.requests, screen.getvalue()
+
+    return say
+
+
+def test_settings_hold_until_they_are_changed_again(talk: Any) -> None:
+    requests, _ = talk(
+        *("/size 64x32", "/steps 2", "/seed 7", "/n 2", "/model dev", "/guidance 2", "a dog"),
+        *("two dogs", "/size", "/steps", "/n", "/model", "/guidance", "a cat"),
+    )
+    told = [(r.prompt, r.seed, r.n_images, r.height, r.width, r.steps, r.model) for r in requests]
+    assert told == [
+        ("a dog", 7, 2, 64, 32, 2, "dev"),
+        ("two dogs", 7, 2, 64, 32, 2, "dev"),
+        ("a cat", 7, 1, 32, 48, 4, "tiny"),
+    ]
+    assert [request.guidance for request in requests] == [2.0, 2.0, 4.0]
+
+
+def test_every_prompt_has_a_new_seed_and_a_file_of_its_own(talk: Any, tmp_path: Path) -> None:
+    requests, _ = talk("a dog", "a dog", "", "a dog")
+    assert len({request.seed for request in requests}) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.png", "out-2.png", "out.png"]
+
+
+def test_mistakes_are_told_and_change_nothing(talk: Any) -> None:
+    requests, shown = talk(
+        *("/size big", "/steps 0", "/steps many", "/seed -1", "/frobnicate", "/", "a dog"),
+        settings=Settings(steps=3, seed=1),
+    )
+    assert shown.count("Error: ") == 6
+    for part in ("not HEIGHTxWIDTH", "--steps is 0", "'many' is not", "--seed is -1", "/help"):
+        assert part in shown
+    assert [(request.steps, request.seed) for request in requests] == [(3, 1)]
+
+
+def test_ctrl_c_stops_the_picture_and_not_the_conversation(talk: Any, tmp_path: Path) -> None:
+    requests, shown = talk("stop", "a dog")
+    assert [request.prompt for request in requests] == ["stop", "a dog"]
+    assert "Cancelled." in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_help_settings_and_the_end(talk: Any) -> None:
+    requests, shown = talk("/help", "/size 32x64", "/settings", "/quit", "a dog")
+    assert requests == []
+    assert "/guidance 3.5" in shown
+    assert "32x64" in shown and "by itself" in shown

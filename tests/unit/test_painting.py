@@ -1,0 +1,165 @@
+"""From events to files and reports, with a runner that paints by counting."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from fluxmesh.errors import OutputError, WeightsError
+from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator.output import PictureFiles, StepFiles, Target
+from fluxmesh_coordinator.painting import Painting, paint
+from fluxmesh_coordinator.recipe import Recipe, read_recipe
+from fluxmesh_coordinator.reporting import JsonReporter, TerminalReporter
+
+REQUEST = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
+RECIPE = Recipe.of(REQUEST, "abc")
+
+
+def pixels(value: int) -> np.ndarray:
+    return np.full((16, 32, 3), value, np.uint8)
+
+
+def events(stop_after: int | None = None, error: BaseException | None = None) -> Iterator[Event]:
+    """What the runner tells of `REQUEST`; raises `error` after `stop_after` pictures."""
+    yield Loading("transformer", 0, 10)
+    yield Loading("transformer", 10, 10)
+    yield Encoded("dogs", 0.5, cached=False)
+    yield Peak("text", 3 * 2**30)
+    for image in range(2):
+        if image == stop_after and error is not None:
+            raise error
+        for step in (1, 2):
+            yield Step(image, step, 2, 0.25, preview=pixels(10 * image + step))
+        yield Picture(image, 5 + image, pixels(100 + image), 1.5)
+    yield Peak("denoise", 2**30)
+    yield Peak("denoise", 2**29)
+
+
+@pytest.fixture
+def terminal() -> tuple[TerminalReporter, io.StringIO]:
+    """A reporter that believes in its terminal, and what that shows."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, highlight=False)
+    return TerminalReporter(verbose=True, console=console), screen
+
+
+def painting(folder: Path, *, save_raw: bool, stepwise: bool = False) -> Painting:
+    files = PictureFiles(Target.parse(str(folder)), n_images=2, save_raw=save_raw)
+    steps = StepFiles(str(folder / "steps"), 1, 2, force=False) if stepwise else None
+    return Painting(RECIPE, files, steps=steps)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_raw_pictures_are_files_of_their_own_seed(tmp_path: Path) -> None:
+    saved = paint(events(), painting(tmp_path, save_raw=True), JsonReporter())
+    assert [path.name for path in saved] == ["out.0.png", "out.1.png"]
+    recipes = [read_recipe(path) for path in saved]
+    assert [(recipe.seed, recipe.n_images) for recipe in recipes] == [(5, 1), (6, 1)]
+    assert np.asarray(Image.open(saved[1])).max() == 101
+
+
+def test_a_grid_is_one_file_with_the_recipe_of_all(tmp_path: Path) -> None:
+    (path,) = paint(events(), painting(tmp_path, save_raw=False), JsonReporter())
+    assert read_recipe(path) == RECIPE
+    assert np.asarray(Image.open(path)).shape == (16, 72, 3)
+
+
+def test_steps_are_files_that_say_which_step(tmp_path: Path) -> None:
+    paint(events(), painting(tmp_path, save_raw=False, stepwise=True), JsonReporter())
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names == [f"image-{image}-step-{step:02}.png" for image in (0, 1) for step in (1, 2)]
+    with Image.open(tmp_path / "steps" / "image-1-step-02.png") as picture:
+        assert np.asarray(picture).max() == 12
+        assert json.loads(picture.text["fluxmesh"])["step"] == 2
+        assert json.loads(picture.text["fluxmesh"])["seed"] == 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), WeightsError("x is truncated.")])
+def test_what_was_complete_stays_when_the_runner_stops(
+    tmp_path: Path, error: BaseException
+) -> None:
+    for save_raw, left in ((False, []), (True, ["out.0.png"])):
+        with pytest.raises(type(error)):
+            paint(events(1, error), painting(tmp_path, save_raw=save_raw), JsonReporter())
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_the_runner_is_closed_when_writing_fails(tmp_path: Path) -> None:
+    closed = []
+
+    def watched() -> Iterator[Event]:
+        try:
+            yield from events()
+        finally:
+            closed.append(True)
+
+    target = painting(tmp_path, save_raw=True)
+    running = watched()
+    tmp_path.rmdir()
+    with pytest.raises(OutputError, match="can't be read any more: No such file"):
+        paint(running, target, JsonReporter())
+    assert closed == [True]
+
+
+def test_json_lines_tell_every_event_without_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with JsonReporter() as reporter:
+        reporter.started(REQUEST, {"name": "tiny", "revision": "abc"})
+        reporter.downloading("dev", 1, 2)
+        paint(events(), painting(tmp_path, save_raw=False), reporter)
+        reporter.finished()
+    told = lines(capsys)
+    assert told[0]["event"] == "start" and told[0]["model"] == {"name": "tiny", "revision": "abc"}
+    assert told[1] == {"event": "download", "model": "dev", "done_bytes": 1, "total_bytes": 2}
+    assert {"event": "step", "image": 1, "step": 2, "steps": 2, "seconds": 0.25} in told
+    assert {"event": "picture", "image": 0, "seed": 5, "seconds": 1.5} in told
+    assert told[-1] == {"event": "done", "files": [str(tmp_path / "out.png")]}
+
+
+def test_a_terminal_shows_steps_times_peaks_and_the_file(
+    tmp_path: Path, terminal: tuple[TerminalReporter, io.StringIO], capsys: Any
+) -> None:
+    reporter, screen = terminal
+    with reporter:
+        reporter.started(REQUEST, {})
+        reporter.downloading("dev", 2 * 10**9, 4 * 10**9)
+        reporter.progress.refresh()
+        paint(events(), painting(tmp_path, save_raw=False), reporter)
+        reporter.finished()
+    shown = screen.getvalue()
+    assert "2.00/4.00 GB" in shown
+    assert "Read the prompt in 0.50 s." in shown
+    assert "Image 2 (seed 6): 1.50 s." in shown
+    assert "Peak memory used for the text:       3.000GB" in shown
+    assert "Peak memory used for the generation: 1.000GB" in shown
+    assert "Peak memory used overall:            3.000GB" in shown
+    assert "Saved" in shown + capsys.readouterr().out
+
+
+def test_the_bar_counts_steps_over_all_images(
+    terminal: tuple[TerminalReporter, io.StringIO],
+) -> None:
+    reporter, screen = terminal
+    with reporter:
+        reporter.started(REQUEST, {})
+        reporter.event(Step(0, 2, 2, 0.1))
+        reporter.event(Step(1, 1, 2, 0.1))
+        (task,) = reporter.progress.tasks
+        assert (task.completed, task.total) == (3, 4)
+        reporter.progress.refresh()
+        assert "Image 2/2" in screen.getvalue() and "step 1/2" in screen.getvalue()
+    assert reporter.progress.tasks == []
