@@ -297,13 +297,16 @@ def _strip(shape: Shape) -> Shape:
     return tuple(shape[:size])
 
 
+COMFY_PREFIX = "model.diffusion_model."  # before BFL's names in single files of some trainers
+
+
 def spellings(key: str) -> tuple[str, ...]:
-    """Names under which a text encoder's tensor may stand in a file, the usual one first."""
+    """Names under which a tensor may stand in a file, the usual one first."""
     if key == "shared.weight":
         return (key, "encoder.embed_tokens.weight")
     if key.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
         return (f"text_model.{key}", key)
-    return (key,)
+    return (key, f"{COMFY_PREFIX}{key}")
 
 
 def parameter_count(tensors: Mapping[str, Target]) -> int:

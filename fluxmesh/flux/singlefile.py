@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fluxmesh.errors import WeightsError
 from fluxmesh.flux.config import AutoencoderConfig, FluxConfig
+from fluxmesh.flux.layouts import COMFY_PREFIX
 from fluxmesh.flux.tensorfile import read_header
 
 
@@ -55,7 +56,8 @@ class _Shapes:
 
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.what = path, what
-        self.entries = read_header(path).entries
+        entries = read_header(path).entries
+        self.entries = {key.removeprefix(COMFY_PREFIX): entry for key, entry in entries.items()}
 
     def of(self, key: str, dims: int) -> tuple[int, ...]:
         entry = self.entries.get(key)

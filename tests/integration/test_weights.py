@@ -59,6 +59,19 @@ def test_both_layouts_give_the_same_model(tmp_path, component):
     assert_same(*models)
 
 
+def test_a_single_file_may_carry_the_prefix_that_some_trainers_write(tmp_path):
+    plain = make_checkpoint(tmp_path / "plain", layout="bfl", seed=3)
+    prefixed = make_checkpoint(tmp_path / "prefixed", layout="bfl", seed=3)
+
+    def rename(arrays):
+        for key in list(arrays):
+            arrays[f"model.diffusion_model.{key}"] = arrays.pop(key)
+
+    rewrite(prefixed.path, rename)
+    models = [parameters(weights.load_transformer(resolved(made))) for made in (plain, prefixed)]
+    assert_same(*models)
+
+
 @pytest.mark.parametrize("component", LOADERS)
 def test_the_models_hold_exactly_the_tensors_of_the_tables(tmp_path, component):
     checkpoint = resolved(make_checkpoint(tmp_path, guidance=True))
