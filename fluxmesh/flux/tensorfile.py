@@ -221,9 +221,10 @@ def read_tensor(entry: Entry) -> np.ndarray:
 def write_tensors(
     path: Path, arrays: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, flushed to the disk. Each array comes with the format's dtype.
+    """Writes a new safetensors file, flushed to the disk. Each array comes with its dtype's name.
 
-    bfloat16 is given as uint16 of the same bits. Raises `OutputError` where it can't be written.
+    bfloat16 is given as uint16 of the same bits. Nothing is left behind where it can't be written,
+    which raises `OutputError`, as does a file of that name.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -234,14 +235,21 @@ def write_tensors(
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
     try:
-        with open(path, "xb") as file:
+        file = open(path, "xb")  # noqa: SIM115 (closed below; what exists is not ours to remove)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        with file:
             file.write(len(text).to_bytes(8, "little") + text)
             for array, _ in arrays.values():
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:

@@ -191,6 +191,21 @@ def test_pulling_again_takes_the_newest_revision_and_only_what_changed(server, t
     assert hub.resolve("schnell").revision == COMMITS[1]
 
 
+def test_the_command_says_what_came_and_how_large_it_is(server):
+    from click.testing import CliRunner
+
+    from fluxmesh_coordinator.cli.models import models
+
+    done = CliRunner().invoke(models, ["pull", "schnell"])
+    assert done.exit_code == 0, done.output
+    assert f"schnell is here: 6.4 MB, revision {COMMITS[0]}." in done.stdout
+    told = CliRunner().invoke(models, ["pull", "schnell", "--json"])
+    line = json.loads(told.stdout)
+    assert (line["event"], line["revision"]) == ("pulled", COMMITS[0])
+    listed = CliRunner().invoke(models, ["list"])
+    assert "schnell (default)" in listed.stdout
+
+
 def test_a_connection_that_breaks_off_is_taken_up_where_it_stopped(server, tmp_path, monkeypatch):
     from huggingface_hub import constants
 

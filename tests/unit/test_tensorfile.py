@@ -1,6 +1,8 @@
 """Weight files that are whole are read; those that are not are refused in one sentence."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -161,6 +163,26 @@ def test_writing_never_replaces_a_file(file):
     assert file.read_bytes() == before
 
 
-def test_a_full_disk_is_an_error_of_one_sentence():
-    with pytest.raises(OutputError, match="disk is full"):
-        raise tensorfile.cannot_write("out", OSError(28, "No space left on device"))
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (OSError(errno.EIO, "Input/output error"), OutputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_file_that_can_not_be_finished_is_removed(tmp_path, monkeypatch, error, expected):
+    def fail(_handle):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(expected) as caught:
+        tensorfile.write_tensors(tmp_path / "out.safetensors", {"x": (ARRAY, "F32")}, {})
+    assert list(tmp_path.iterdir()) == []
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        assert "disk is full" in str(caught.value)
+
+
+def test_writing_into_a_missing_folder_says_so(tmp_path):
+    with pytest.raises(OutputError, match="No such file"):
+        tensorfile.write_tensors(tmp_path / "absent" / "x.safetensors", {}, {})

@@ -106,19 +106,20 @@ def quantize(source: str, folder: Path, bits: str, as_json: bool) -> None:
 
 @contextmanager
 def _progress(what: str, as_json: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes that appears with the first of them; nothing at all with --json."""
-    if as_json:
-        yield lambda done, total: None
-        return
+    """A bar of bytes that appears with the first of them; nothing with --json or into a file."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    if as_json or not console.is_terminal:
+        yield lambda done, total: None
+        return
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
     )
     task = bar.add_task(what, total=None, visible=False)
