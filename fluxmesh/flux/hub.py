@@ -7,6 +7,7 @@ already lies in the Hub's cache is used without asking the network; `download.py
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, WeightsError
 from fluxmesh.flux.checkpoint import (
+    MANIFEST,
     Checkpoint,
     Component,
     ModelDefaults,
@@ -66,7 +68,7 @@ def resolve(name: str, *, download: bool = True, progress: Progress | None = Non
     """
     alias = _alias(name)
     if alias == TINY:
-        return from_folder(tiny_folder(), TINY)
+        return _embedded()
     if alias is not None:
         override = os.environ.get(OVERRIDES.get(alias, ""), "")
         if override:
@@ -88,6 +90,15 @@ def resolve(name: str, *, download: bool = True, progress: Progress | None = Non
         f"No model is called {name!r}; name one of tiny, {', '.join(REPOS)}, a Hub id like "
         "owner/repo, a folder or a .safetensors file."
     )
+
+
+def _embedded() -> Checkpoint:
+    """The checkpoint of the package; its own fluxmesh.json may say what it paints by default."""
+    found = from_folder(tiny_folder(), TINY)
+    if (tiny_folder() / MANIFEST).is_file():
+        return found
+    trained_at = dataclasses.replace(found.defaults, steps=4, height=128, width=128)
+    return dataclasses.replace(found, defaults=trained_at)
 
 
 def default_model() -> str:

@@ -103,6 +103,17 @@ def test_the_default_is_tiny_until_a_flux_is_here(empty_cache):
     assert hub.default_model() == "schnell"
 
 
+@pytest.mark.parametrize("declared", [False, True])
+def test_the_embedded_model_paints_the_size_that_it_was_trained_at(tmp_path, monkeypatch, declared):
+    made = make_checkpoint(tmp_path / "tiny")  # declares 2 steps, 32 by 32
+    if not declared:
+        (made.folder / "fluxmesh.json").unlink()
+    monkeypatch.setattr(hub, "tiny_folder", lambda: made.folder)
+    defaults = hub.resolve("tiny").defaults
+    expected = (2, 32, 32) if declared else (4, 128, 128)
+    assert (defaults.steps, defaults.height, defaults.width) == expected
+
+
 def test_a_half_fetched_model_is_not_the_default(empty_cache):
     snapshot = cached(empty_cache, hub.REPOS["schnell"], shards=3)
     next(snapshot.glob("transformer/*00002*")).unlink()
