@@ -64,7 +64,7 @@ $(VENV)/.dev: $(VENV)/.test
 DEMO_PROMPT := a red apple to the left of a dog on a yellow background
 
 demo: $(VENV)/.run
-	@$(BIN)/fluxmesh generate "$(DEMO_PROMPT)" --model tiny --seed 7
+	@$(BIN)/fluxmesh generate "$(DEMO_PROMPT)" --model tiny --seed 7 --output "$(CURDIR)"
 	@echo "That was the embedded checkpoint, 'tiny'. Your own words:"
 	@echo "  $(BIN)/fluxmesh generate 'two dogs on a blue background'"
 

@@ -66,9 +66,11 @@ def grid(pictures: Sequence[np.ndarray], n_rows: int = 1) -> np.ndarray:
 def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back until the block is done, then lets it through.
 
-    Python runs signal handlers in the main thread only; elsewhere there is nothing to hold back.
+    Python runs signal handlers in the main thread only; elsewhere, and where Ctrl-C is ignored
+    (a job in the background), there is nothing to hold back.
     """
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
     held: list[int] = []

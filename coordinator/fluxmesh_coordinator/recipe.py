@@ -16,6 +16,7 @@ from typing import Any
 
 from fluxmesh import __version__
 from fluxmesh.errors import AdapterError, UsageError
+from fluxmesh.flux.lora_files import find_adapter
 from fluxmesh.request import AdapterRef, GenerateRequest
 
 KEYWORD = "fluxmesh"  # of the PNG text chunk
@@ -89,7 +90,7 @@ class Recipe:
     ) -> Recipe:
         """The recipe of all of a request's images; its size and steps must be filled in.
 
-        Raises `AdapterError` when an adapter's file can't be read.
+        Raises `ModelNotFoundError` or `AdapterError` when an adapter's file can't be read.
         """
         assert request.height and request.width and request.steps
         return cls(
@@ -212,11 +213,10 @@ def sha256_of(path: str | Path) -> str:
 
 def _adapter_hash(adapter: AdapterRef) -> str:
     try:
-        return sha256_of(adapter.path)
+        return sha256_of(find_adapter(adapter.path))
     except OSError as error:
         raise AdapterError(
-            f"--adapter {adapter.path} can't be read: {error.strerror or error}; "
-            "name a .safetensors file."
+            f"--adapter {adapter.path} can't be read: {error.strerror or error}."
         ) from error
 
 

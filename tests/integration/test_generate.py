@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxmesh_coordinator.recipe import read_recipe
+from fluxmesh.flux.layouts import transformer_tensors
+from fluxmesh_coordinator.recipe import read_recipe, sha256_of
+from tests.checkpoints import TRANSFORMER, write_safetensors
 from tests.integration.conftest import Run, environment
 
 SIZE = ("--image-size", "32x48")
@@ -224,7 +226,74 @@ def test_a_missing_model_is_told_in_a_sentence_to_people_and_programs(
 def test_an_adapter_that_is_missing_is_named(fluxmesh: Run, checkpoint: Path) -> None:
     done = fluxmesh("generate", "dog", "--model", checkpoint, "--adapter", "no.safetensors:0.5")
     assert done.code == 1
-    assert "--adapter no.safetensors can't be read" in done.err
+    assert "No adapter file no.safetensors" in done.err
+
+
+def lora(path: Path, module: str) -> None:
+    """A kohya LoRA of rank 2 for one linear of the random checkpoint, strong enough to see."""
+    out, into = transformer_tensors(TRANSFORMER)["double_blocks.0.img_attn.proj.weight"].shape
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((2, into), dtype=np.float32)
+    up = rng.standard_normal((out, 2), dtype=np.float32)
+    arrays = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    write_safetensors(path, arrays)
+
+
+def test_adapters_act_by_their_scale_and_are_named_in_the_picture(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    lora(tmp_path / "dog.safetensors", "lora_unet_double_blocks_0_img_attn_proj")
+    command = ("generate", "dogs", "--model", checkpoint, *SIZE, "--seed", "2", "--steps", "2")
+    pixels = {}
+    for name, options in {
+        "plain": (),
+        "off": ("--adapter", "dog.safetensors:0"),
+        "on": ("--adapter", "dog.safetensors"),
+        "fused": ("--adapter", "dog.safetensors:1", "--fuse-adapter", "--dtype", "float32"),
+        "twice": ("--adapter", "dog.safetensors:0.5", "--adapter", "dog.safetensors:0.5"),
+    }.items():
+        done = fluxmesh(*command, *options, "-o", f"{name}.png")
+        assert done.code == 0, done.err
+        pixels[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+    assert (pixels["off"] == pixels["plain"]).all()
+    changed = np.abs(pixels["on"] - pixels["plain"]).mean()
+    assert changed > 1
+    for same in ("fused", "twice"):
+        assert np.abs(pixels[same] - pixels["on"]).mean() < changed / 4
+    ((path, scale, sha256),) = read_recipe(tmp_path / "fused.png").adapters
+    assert (path, scale) == ("dog.safetensors", 1.0)
+    assert sha256 == sha256_of(tmp_path / "dog.safetensors")
+    again = fluxmesh("generate", "--from", "twice.png", "-o", "again.png")
+    assert again.code == 0, again.err
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "twice.png").read_bytes()
+
+
+def test_an_adapter_for_another_model_is_refused_by_its_keys(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    lora(tmp_path / "dog.safetensors", "lora_unet_double_blocks_77_img_attn_proj")
+    done = fluxmesh("generate", "dog", "--model", checkpoint, "--adapter", "dog.safetensors")
+    assert done.code == 1
+    assert "double_blocks_77_img_attn_proj" in done.err and "Traceback" not in done.err
+    assert names(tmp_path) == ["dog.safetensors"]
+
+
+def test_inpainting_changes_only_what_the_mask_shows(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    mask = np.zeros((48, 64), np.uint8)
+    mask[16:32, 16:48] = 255
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    command = ("generate", "a dog", "--model", checkpoint, "--image", "photo.png", "--steps", "4")
+    assert fluxmesh(*command, "--mask", "mask.png", "-o", "painted.png").code == 0
+    painted = np.asarray(Image.open(tmp_path / "painted.png")).astype(int)
+    off = np.abs(painted - photo).max(axis=-1)
+    assert off[mask == 0].max() <= 1
+    assert off[mask == 255].mean() > 10
+    half = fluxmesh(*command, "--strength", "0.5", "--json")
+    assert [line["steps"] for line in half.of("step")] == [2, 2]
 
 
 @pytest.mark.parametrize("raw", [False, True])

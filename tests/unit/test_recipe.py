@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from fluxmesh.errors import AdapterError, UsageError
+from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh_coordinator.output import encode_png
 from fluxmesh_coordinator.recipe import Recipe, SourceFiles, differences, read_recipe, sha256_of
@@ -78,7 +78,7 @@ def test_a_missing_adapter_is_named() -> None:
     request = GenerateRequest(
         "a", 1, height=16, width=16, steps=1, adapters=(AdapterRef("no.safetensors"),)
     )
-    with pytest.raises(AdapterError, match=r"--adapter no\.safetensors can't be read: No such"):
+    with pytest.raises(ModelNotFoundError, match=r"No adapter file no\.safetensors"):
         Recipe.of(request, "")
 
 
