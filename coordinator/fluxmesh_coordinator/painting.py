@@ -78,6 +78,7 @@ class Painter:
         self.reporter = reporter
         self.keep_warm = keep_warm
         self._runner: Any = None
+        self._hinted = False
         self._checkpoints: dict[str, Any] = {}
 
     def checkpoint(self, settings: Settings) -> Any:
@@ -99,7 +100,8 @@ class Painter:
         self.reporter.note(
             f"Painting with {checkpoint.name} ({size}{request.steps} steps, seed {seed})."
         )
-        if settings.model is None and checkpoint.name == EMBEDDED:
+        if settings.model is None and checkpoint.name == EMBEDDED and not self._hinted:
+            self._hinted = True
             self.reporter.note(
                 f"{EMBEDDED} is the small checkpoint inside fluxmesh; for FLUX itself, run "
                 "`fluxmesh models pull schnell`, or name one with --model."

@@ -83,7 +83,8 @@ def test_settings_hold_until_they_are_changed_again(talk: Any) -> None:
 
 
 def test_every_prompt_has_a_new_seed_and_a_file_of_its_own(talk: Any, tmp_path: Path) -> None:
-    requests, _ = talk("a dog", "a dog", "", "a dog")
+    requests, shown = talk("a dog", "a dog", "", "a dog")
+    assert shown.count("fluxmesh models pull schnell") == 1
     assert len({request.seed for request in requests}) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.png", "out-2.png", "out.png"]
 
