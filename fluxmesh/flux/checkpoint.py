@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from fluxmesh.errors import ModelNotFoundError, WeightsError
 from fluxmesh.flux.config import (
@@ -216,11 +216,28 @@ def _config(path: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
         )
     values = read_json(path)
     try:
-        return read(values)
+        config = read(values)
     except KeyError as error:
         raise WeightsError(f"{path} lacks {error.args[0]!r}; download it again.") from error
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{path} has a value of the wrong type; download it again.") from error
+    for field, kind in get_type_hints(type(config)).items():
+        value = getattr(config, field)
+        if not _is_of(kind, value):
+            raise WeightsError(
+                f"{path} gives {field} the value {str(value)[:40]!r}, which is of the wrong type; "
+                "download it again."
+            )
+    return config
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value out of a JSON file has the type that the config's field declares."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e30  # false for nan and infinity
+    return type(value) is kind  # not isinstance: True is no number of layers
 
 
 def _quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
@@ -254,9 +271,8 @@ def _defaults(flux: FluxConfig, tokenizer_2: Path, manifest: Mapping[str, Any]) 
     values |= {"height": 512, "width": 512}
     declared = manifest.get("defaults")
     if isinstance(declared, dict):
-        values |= {
-            key: declared[key] for key in values if isinstance(declared.get(key), int | float)
-        }
+        kinds = get_type_hints(ModelDefaults)
+        values |= {key: declared[key] for key in values if _is_of(kinds[key], declared.get(key))}
     return ModelDefaults(**values, t5_max_length=_t5_max_length(tokenizer_2, guided))
 
 

@@ -184,23 +184,23 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Sizes that no FLUX has would make tables without end, or models that can't be built."""
-    flux = checkpoint.transformer
-    for part in ("transformer", "t5", "clip", "autoencoder"):
+    """Sizes that no FLUX has would make tables without end, or models that can't compute."""
+    for part in ("transformer", "t5", "clip", "autoencoder", "schedule"):
         config = getattr(checkpoint, part)
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
+            low, high = _bounds(field.name)
             numbers = value if isinstance(value, tuple) else (value,)
-            limit = 512 if "depth" in field.name or "layers" in field.name else 2**24
-            for number in numbers:
-                if isinstance(number, int) and not 0 <= number <= limit:
-                    raise WeightsError(
-                        f"The {part} config of {checkpoint.name} says {field.name} is {value}; "
-                        "the checkpoint is damaged."
-                    )
+            if not numbers or not all(
+                low <= number <= high for number in numbers if type(number) is int
+            ):
+                raise WeightsError(
+                    f"The {part} config of {checkpoint.name} says {field.name} is {value}; "
+                    "the checkpoint is damaged."
+                )
+    flux = checkpoint.transformer
     if (
-        flux.num_heads == 0
-        or flux.hidden_size % flux.num_heads
+        flux.hidden_size % flux.num_heads
         or sum(flux.axes_dim) != flux.head_dim
         or any(dim % 2 for dim in flux.axes_dim)
     ):
@@ -209,3 +209,39 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             f"{flux.num_heads} heads and rotary axes {flux.axes_dim}; the axes must be even and "
             "sum to the size of a head."
         )
+    for rule, holds in _rules(checkpoint).items():
+        if not holds:
+            raise WeightsError(f"{checkpoint.name} is damaged: in its configs, {rule}.")
+
+
+def _bounds(field: str) -> tuple[int, int]:
+    """What a whole number of a config may be."""
+    if "depth" in field or "layers" in field or "blocks" in field:
+        return (0 if field == "depth_single_blocks" else 1), 512
+    return (0 if field == "eos_token_id" else 1), 2**24
+
+
+def _rules(checkpoint: Checkpoint) -> dict[str, bool]:
+    """What else must hold before the models can compute, in words."""
+    t5, clip, ae = checkpoint.t5, checkpoint.clip, checkpoint.autoencoder
+    schedule = checkpoint.schedule
+    exact = t5.relative_attention_num_buckets // 4  # distances with a bucket of their own
+    return {
+        "T5's layer_norm_epsilon must be above 0": t5.layer_norm_epsilon > 0,
+        "T5's relative_attention_num_buckets must be at least 4, and "
+        "relative_attention_max_distance above a quarter of them": (
+            1 <= exact < t5.relative_attention_max_distance
+        ),
+        "CLIP's layer_norm_eps must be above 0": clip.layer_norm_eps > 0,
+        "CLIP's heads must divide its hidden_size": (
+            clip.hidden_size % clip.num_attention_heads == 0
+        ),
+        "the autoencoder's norm groups must divide each of its widths": all(
+            width % ae.norm_groups == 0 for width in ae.widths
+        ),
+        "the autoencoder's scaling factor must not be 0": ae.scale_factor != 0,
+        "the scheduler's shift must be above 0": schedule.shift > 0,
+        "the scheduler's max_image_seq_len must be above its base_image_seq_len": (
+            schedule.max_image_seq_len > schedule.base_image_seq_len
+        ),
+    }

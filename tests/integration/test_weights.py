@@ -303,20 +303,60 @@ def test_a_hostile_index_reads_no_file_outside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("folder", "changes", "word"),
     [
-        ({"num_layers": 10**9}, "depth"),
-        ({"attention_head_dim": 30}, "axes"),
-        ({"axes_dims_rope": [3, 14, 15]}, "axes"),
-        ({"num_attention_heads": 0}, "0 heads"),
-        ({"num_layers": -1}, "depth"),
+        ("transformer", {"num_layers": 10**9}, "depth"),
+        ("transformer", {"attention_head_dim": 30}, "axes"),
+        ("transformer", {"axes_dims_rope": [3, 14, 15]}, "axes"),
+        ("transformer", {"num_attention_heads": 0}, "hidden_size is 0"),
+        ("transformer", {"num_layers": -1}, "depth"),
+        ("vae", {"layers_per_block": 2**20}, "num_res_blocks"),
+        ("vae", {"block_out_channels": []}, "widths"),
+        ("vae", {"norm_num_groups": 7}, "norm groups"),
+        ("vae", {"scaling_factor": 0.0}, "scaling factor"),
+        ("text_encoder", {"num_attention_heads": 7}, "CLIP's heads"),
+        ("text_encoder", {"layer_norm_eps": 0.0}, "layer_norm_eps"),
+        ("text_encoder_2", {"num_layers": 0}, "num_layers is 0"),
+        ("text_encoder_2", {"layer_norm_epsilon": 0.0}, "layer_norm_epsilon"),
+        ("text_encoder_2", {"relative_attention_max_distance": 1}, "max_distance"),
+        ("scheduler", {"shift": 0.0}, "shift"),
+        ("scheduler", {"max_image_seq_len": 256}, "max_image_seq_len"),
     ],
 )
-def test_a_config_of_absurd_sizes_is_refused(tmp_path, changes, word):
+def test_a_config_of_absurd_sizes_is_refused(tmp_path, folder, changes, word):
     made = make_checkpoint(tmp_path)
-    path = made.folder / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    change_config(made.folder / folder, changes)
     assert_refused(made, word)
+
+
+@pytest.mark.parametrize(
+    ("folder", "field", "value"),
+    [
+        ("transformer", "num_layers", 2.0),
+        ("transformer", "in_channels", None),
+        ("transformer", "guidance_embeds", "yes"),
+        ("transformer", "axes_dims_rope", ["4", "6", "6"]),
+        ("text_encoder", "hidden_act", {}),
+        ("text_encoder", "vocab_size", True),
+        ("text_encoder", "layer_norm_eps", float("nan")),
+        ("text_encoder_2", "num_heads", None),
+        ("vae", "block_out_channels", "ab"),
+        ("vae", "latent_channels", None),
+        ("vae", "scaling_factor", "a"),
+        ("scheduler", "shift", float("inf")),
+    ],
+)
+def test_a_config_value_of_the_wrong_type_is_refused(tmp_path, folder, field, value):
+    made = make_checkpoint(tmp_path)
+    config = change_config(made.folder / folder, {field: value})
+    assert_refused(made, str(config), "wrong type")
+
+
+def change_config(folder, changes):
+    """Edits the folder's config file; returns its path."""
+    path = next(folder.glob("*config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
 
 
 @pytest.mark.parametrize(
