@@ -75,10 +75,11 @@ def resolve(name: str, *, download: bool = True, progress: Progress | None = Non
             file = _named_file(override, OVERRIDES[alias])
             return _single_file(file, alias, download, progress)
         return _from_hub(REPOS[alias], alias, download, progress)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    # os.path, not pathlib: a name too long for a path, or of a user unknown here, is no file.
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return from_folder(path.resolve(), name)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise ModelNotFoundError(
                 f"{name} is not a .safetensors file; fluxmesh loads no other format of weights."
@@ -119,7 +120,7 @@ def pull(name: str, progress: Progress | None = None) -> Checkpoint:
     """
     alias = _alias(name)
     repo = REPOS.get(alias or "", name)
-    if alias == TINY or Path(name).expanduser().exists() or not is_hub_id(repo):
+    if alias == TINY or os.path.exists(os.path.expanduser(name)) or not is_hub_id(repo):
         return resolve(name, progress=progress)
     from fluxmesh.flux.download import download_model
 
@@ -174,9 +175,9 @@ def hub_cache() -> Path:
     """The Hub's cache folder, as huggingface_hub finds it, without importing that."""
     environ = os.environ
     if environ.get("HF_HUB_CACHE"):
-        return Path(environ["HF_HUB_CACHE"]).expanduser()
+        return Path(os.path.expanduser(environ["HF_HUB_CACHE"]))
     base = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(environ.get("HF_HOME") or f"{base}/huggingface").expanduser() / "hub"
+    return Path(os.path.expanduser(environ.get("HF_HOME") or f"{base}/huggingface")) / "hub"
 
 
 def cached_snapshot(repo: str) -> Path | None:
@@ -196,8 +197,8 @@ def _alias(name: str) -> str | None:
 
 
 def _named_file(path: str, variable: str) -> Path:
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):
         raise ModelNotFoundError(
             f"The environment variable {variable} names {path}, which is no file; unset it or "
             "mend the path."

@@ -16,6 +16,7 @@ block. `lora.py` applies the result to a model.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,8 +75,8 @@ def find_adapter(path: str | Path) -> Path:
 
     Raises `ModelNotFoundError`.
     """
-    file = Path(path).expanduser()
-    if file.is_dir():
+    file = Path(os.path.expanduser(path))
+    if os.path.isdir(file):
         names = ("final_adapters.safetensors", "pytorch_lora_weights.safetensors")
         found = [file / name for name in names if (file / name).is_file()]
         found = found or list(file.glob("*.safetensors"))
@@ -84,7 +85,7 @@ def find_adapter(path: str | Path) -> Path:
                 f"The folder {path} holds {len(found)} .safetensors files; name the adapter's file."
             )
         return found[0]
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ModelNotFoundError(f"No adapter file {path}; check the path.")
     return file
 

@@ -199,6 +199,7 @@ def test_an_existing_file_is_kept_unless_forced(
         (("-",), "stdin holds no prompt"),
         (("--from", "missing.png"), "there is no such file"),
         (("dog", "--frobnicate"), "--frobnicate"),
+        (("dog", "--low-memory", "--preload-models"), "exclude each other"),
     ],
 )
 def test_a_wrong_option_is_told_in_a_sentence_and_exits_2(
@@ -220,6 +221,16 @@ def test_a_missing_model_is_told_in_a_sentence_to_people_and_programs(
     (error,) = done.of("error")
     assert error["exit_code"] == 1
     assert error["message"] in done.err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["--output", "--stepwise", "--adapter", "--model"])
+def test_a_path_that_can_not_be_is_a_sentence(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path, option: str
+) -> None:
+    done = fluxmesh("generate", "dog", "--model", checkpoint, option, "x" * 300)
+    assert done.code == 1, done.err
+    assert "Error: " in done.err and "Traceback" not in done.err
     assert names(tmp_path) == []
 
 

@@ -187,6 +187,8 @@ def test_the_autoencoder_is_no_model_by_itself(tmp_path):
         "owner/repo--x",
         "",
         "\0/x",
+        "~nobody-of-this-name/x",
+        "x" * 5000,
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused_without_asking_the_network(name, monkeypatch):

@@ -50,7 +50,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 failed, 2 usage, 130 cancelled.
+    """Runs the command line and exits: 0 done, 1 failed, 2 usage, 4 does not fit, 130 cancelled.
 
     Every error becomes one sentence on stderr; with `--json` also one line on stdout.
     """
@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(_fail(arguments, error.format_message(), error.exit_code))
     except FluxmeshError as error:
         sys.exit(_fail(arguments, str(error), error.exit_code))
+    except OSError as error:  # of a path that no command looked at more closely
+        what = error.strerror or type(error).__name__
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.exit(_fail(arguments, f"{where}{what}.", FluxmeshError.exit_code))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_fail(arguments, "Cancelled.", CancelledError.exit_code))
     sys.exit(code if isinstance(code, int) else 0)
