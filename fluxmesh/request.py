@@ -67,10 +67,13 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` naming the field and what is allowed."""
-        if not 0 <= self.seed <= MAX_SEED - self.n_images:
-            raise UsageError(f"--seed is {self.seed}; it must be from 0 to 2^63 - 1.")
         if not 1 <= self.n_images <= MAX_IMAGES:
             raise UsageError(f"--n-images is {self.n_images}; it must be 1 to {MAX_IMAGES}.")
+        if not 0 <= self.seed <= self.seed_of(self.n_images - 1) <= MAX_SEED:
+            raise UsageError(
+                f"--seed is {self.seed}; it must be 0 or more, and the last image's 2^63 - 1 at "
+                "most."
+            )
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and not (16 <= side <= MAX_SIDE and side % 16 == 0):
                 raise UsageError(
@@ -87,6 +90,8 @@ class GenerateRequest:
             raise UsageError(f"--bits is {self.bits}; choose 3, 4, 5, 6 or 8.")
         if self.decoding_batch_size < 1:
             raise UsageError("--decoding-batch-size must be at least 1.")
+        if self.preload and self.low_memory:
+            raise UsageError("--preload-models and --low-memory exclude each other; choose one.")
         for adapter in self.adapters:
             if not math.isfinite(adapter.scale):
                 raise UsageError(f"--adapter {adapter.path} has scale {adapter.scale}.")

@@ -99,6 +99,10 @@ class Settings:
         for option in ("mask", "outpaint", "strength") if self.image is None else ():
             if getattr(self, option) is not None:
                 raise UsageError(f"--{option} says how to change --image; give one.")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UsageError(f"--strength is {self.strength}; it must be above 0 and at most 1.")
+        if self.n_rows < 1:
+            raise UsageError(f"--n-rows is {self.n_rows}; it must be at least 1.")
         height, width = self.image_size or (None, None)
         if source is not None:
             height, width = source.pixels.shape[:2]

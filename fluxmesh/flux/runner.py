@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.errors import DoesNotFitError, UsageError
+from fluxmesh.errors import DoesNotFitError
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
 from fluxmesh.flux import memory
 from fluxmesh.flux.conditioning import Conditioning
@@ -81,8 +81,6 @@ class Runner:
 
     def _pipeline(self, request: GenerateRequest) -> FluxPipeline:
         """The pipeline that this request needs: the one at hand, or a new one."""
-        if request.preload and request.low_memory:
-            raise UsageError("--preload-models and --low-memory exclude each other; choose one.")
         key = (
             request.model,
             request.dtype,

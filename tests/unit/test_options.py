@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -119,6 +120,15 @@ def test_margins_are_four_numbers() -> None:
 def test_what_changes_a_picture_needs_one(option: str) -> None:
     with pytest.raises(UsageError, match=f"--{option} says how to change --image"):
         Settings(**{option: 0.5}).request("dog", 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [({"strength": 5.0, "image": "a.png"}, "--strength is 5.0"), ({"n_rows": 0}, "--n-rows is 0")],
+)
+def test_numbers_are_checked_before_any_file_is(setting: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        Settings(**setting).request("dog", 1)
 
 
 def test_drawn_seeds_differ_and_are_allowed() -> None:
