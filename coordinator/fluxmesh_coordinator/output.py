@@ -83,8 +83,8 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if held:
-        raise KeyboardInterrupt
+        if held:  # also where the block failed: to stop is what the user asked for
+            raise KeyboardInterrupt
 
 
 def write_file(path: Path, data: bytes, *, replace: bool = False) -> None:
@@ -163,6 +163,8 @@ class Target:
         path = Path(output)
         if path.is_dir():
             target = cls(path, force=force)
+        elif output.endswith(("/", os.sep)):
+            raise OutputError(f"--output {output}: the folder does not exist; make it first.")
         elif path.suffix.lower() in ("", ".png") and path.name:
             target = cls(path.parent, path.stem, path.suffix or ".png", given=True, force=force)
         else:

@@ -150,7 +150,7 @@ class Recipe:
             height=_field(values, "height", int),
             width=_field(values, "width", int),
             steps=_field(values, "steps", int),
-            guidance=float(_field(values, "guidance", (int, float))),
+            guidance=_number(values, "guidance"),
             revision=_field(values, "revision", str, ""),
             dtype=_field(values, "dtype", str, "bfloat16"),
             bits=_field(values, "bits", (int, type(None)), None),
@@ -233,13 +233,20 @@ def _field(values: Mapping[str, Any], name: str, kind: Any, default: Any = _REQU
     return value
 
 
+def _number(values: Mapping[str, Any], name: str) -> float:
+    try:
+        return float(_field(values, name, (int, float)))
+    except OverflowError as error:
+        raise ValueError(f"{name!r} is too large") from error
+
+
 def _adapter(entry: Any) -> tuple[str, float, str]:
     if not isinstance(entry, list) or len(entry) != 3:
         raise ValueError("'adapters' is not a list of (path, scale, sha256)")
     values = dict(zip(("path", "scale", "sha256"), entry, strict=True))
     return (
         _field(values, "path", str),
-        float(_field(values, "scale", (int, float))),
+        _number(values, "scale"),
         _field(values, "sha256", str),
     )
 
@@ -254,7 +261,7 @@ def _source(values: Any) -> SourceFiles:
         outpaint = tuple(outpaint)
     return SourceFiles(
         image=_field(values, "image", str),
-        strength=float(_field(values, "strength", (int, float))),
+        strength=_number(values, "strength"),
         image_sha256=_field(values, "image_sha256", str, ""),
         mask=_field(values, "mask", (str, type(None)), None),
         mask_sha256=_field(values, "mask_sha256", (str, type(None)), None),

@@ -105,6 +105,8 @@ def test_output_names_are_checked(tmp_path: Path) -> None:
         Target.parse(str(tmp_path / "dog.jpeg"))
     with pytest.raises(OutputError, match="does not exist"):
         Target.parse(str(tmp_path / "missing" / "dog.png"))
+    with pytest.raises(OutputError, match="does not exist"):
+        Target.parse(f"{tmp_path}/missing/")
     assert Target.parse(str(tmp_path / "dog")).suffix == ".png"
     assert PictureFiles(Target.parse(str(tmp_path / "v1.2.PNG"))).save(0, None, b"x") == (
         tmp_path / "v1.2.PNG"
@@ -153,6 +155,19 @@ def test_ctrl_c_while_writing_waits_for_the_whole_file(
     assert names(tmp_path) == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == b"whole"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_counts_where_the_name_was_taken_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(_source: Any, _path: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", taken)
+    with pytest.raises(KeyboardInterrupt):
+        output.write_file(tmp_path / "a.png", b"data")
+    assert names(tmp_path) == []
 
 
 def test_steps_go_to_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda v: v | {"adapters": [["a", "b", "c"]]}, "'scale' is of the wrong type"),
         (lambda v: v | {"source": "photo.png"}, "'source' is not"),
         (lambda v: v | {"source": {"image": "a", "strength": 1, "outpaint": [1]}}, "'outpaint'"),
+        (lambda v: v | {"guidance": 10**400}, "'guidance' is too large"),
         (lambda v: [v], "not a JSON object"),
     ],
 )
