@@ -11,6 +11,7 @@ import models
 import numpy as np
 import scenes
 import torch
+from capture import Captured
 from schedule import cosine
 
 
@@ -45,50 +46,60 @@ def draw_pictures(
 def train_autoencoder(args: argparse.Namespace) -> None:
     work, device = args.work, torch.device(args.device)
     torch.manual_seed(args.seed)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = models.build_autoencoder().to(device, memory_format=layout)
+    model = models.build_autoencoder().to(device, memory_format=torch.channels_last)
+    lr = torch.tensor(0.0, device=device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        model.parameters(),
+        lr=lr,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",
     )
-    step, path = 0, work / "autoencoder.pt"
+    done, path = 0, work / "autoencoder.pt"
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        done = state["step"]
     render = data.Renderer(np.load(work / "sprites.npy"), device)
     pictures = {
         size: draw_pictures(render, args.seed, max(1, args.pool // 10 * share // 10), *size)
         for size, share in {(128, 128): 8, (64, 64): 1, (192, 192): 1}.items()
     }
     sizes = [(128, 128)] * 8 + [(64, 64), (192, 192)]
-    end, start = time.time() + 60 * args.minutes, step
-    began = time.time()
+
+    def train(image: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            posterior = model.encode(image).latent_dist
+            latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+            output = model.decode(latents).sample
+        kl = posterior.kl().float().mean() / latents[0].numel()
+        for parameter in model.parameters():
+            parameter.grad = None
+        autoencoder_loss(image, output, kl).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return ((output.detach() - image) ** 2).mean()
+
+    run = Captured(train, args.graphs)
+    began, step, end = time.time(), done, time.time() + 60 * args.minutes
     while step < args.steps and time.time() < end:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, args.steps, 1e-3)
+        lr.fill_(cosine(step, args.steps, args.rate))
         height, width = sizes[int(torch.randint(len(sizes), (), generator=generator))]
         count = max(1, args.batch * 128 * 128 // (height * width))
         source = pictures[height, width]
         rows = torch.randint(len(source), (count,), generator=generator).to(device)
         image = vary_colours(source[rows].float() / 127.5 - 1, generator)
-        image = image.contiguous(memory_format=layout)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = model.encode(image).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
-            output = model.decode(latents).sample
-        loss = autoencoder_loss(image, output, posterior.kl().float().mean() / latents[0].numel())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        error = run(image=image.contiguous(memory_format=torch.channels_last))
         step += 1
         if step % args.log_every == 0 or step == args.steps:
-            psnr = -10 * math.log10(((output - image) ** 2).mean().item() / 4)
-            rate = (step - start) / (time.time() - began)
-            print(f"autoencoder {step}/{args.steps} loss {loss.item():.4f} "
-                  f"psnr {psnr:.2f} dB {rate:.1f} steps/s", flush=True)  # fmt: skip
+            psnr = -10 * math.log10(error.item() / 4)
+            speed = (step - done) / (time.time() - began)
+            print(f"autoencoder {step}/{args.steps} {psnr:.2f} dB {speed:.1f} steps/s", flush=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     torch.save(state, path)
     print(f"autoencoder: {held_out_psnr(model, render, args.seed):.2f} dB on new scenes")

@@ -18,31 +18,38 @@ import scenes
 import torch
 import torch.nn.functional as F
 from autoencoder import load_autoencoder
+from capture import Captured
 from PIL import Image
 from schedule import cosine
 from score import Reader, table
 
-POOL_SIZES = {  # (height, width): (share of the steps, share of the pool)
-    (128, 128): (0.62, 0.62),
-    (64, 64): (0.07, 0.06),
-    (96, 96): (0.06, 0.06),
-    (160, 160): (0.05, 0.05),
-    (192, 192): (0.06, 0.06),
-    (128, 192): (0.05, 0.05),
-    (192, 128): (0.05, 0.05),
-    (64, 128): (0.02, 0.025),
-    (128, 64): (0.02, 0.025),
-}
-# T5 lengths that steps at 128×128 are trained at; None takes captions of one length, unpadded.
-TEXT_LENGTHS = {models.TEXT_TOKENS: 0.72, 24: 0.06, 48: 0.06, 64: 0.04, None: 0.12}
+SHAPES = (  # (height, width, T5's length or None for captions unpadded, share of the steps)
+    (128, 128, models.TEXT_TOKENS, 0.60),
+    (96, 96, models.TEXT_TOKENS, 0.12),
+    (64, 64, models.TEXT_TOKENS, 0.10),
+    (192, 192, models.TEXT_TOKENS, 0.06),
+    (128, 192, models.TEXT_TOKENS, 0.06),
+    (192, 128, models.TEXT_TOKENS, 0.06),
+)
+# The last stage meets every size and length; so many shapes are not worth compiling for.
+LAST_SHAPES = (
+    *((h, w, length, share * 0.5) for h, w, length, share in SHAPES),
+    (160, 160, models.TEXT_TOKENS, 0.06),
+    (64, 128, models.TEXT_TOKENS, 0.04),
+    (128, 64, models.TEXT_TOKENS, 0.04),
+    (128, 128, 24, 0.05),
+    (128, 128, 48, 0.05),
+    (128, 128, 64, 0.04),
+    (128, 128, None, 0.22),
+)
 LONGEST = 64
 
 
 class Flow:
     """Text encoders and transformer in bfloat16, with float32 masters, their EMA and AdamW.
 
-    `step` runs one optimizer step; on CUDA it is captured as one graph a shape, since the
-    model is so small that launching its kernels one by one would take most of the time.
+    `step(latents=, t5=, clip=, image_ids=)` runs one optimizer step at the rate in `rate` and
+    returns the loss.
     """
 
     def __init__(self, args: argparse.Namespace, shift: float, scale: float) -> None:
@@ -62,14 +69,12 @@ class Flow:
         self.weights = list(self.modules.parameters())
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]] | None = None
         self.rate = torch.tensor(0.0, device=self.device)
         self.optimizer = torch.optim.AdamW(
             self.masters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01,
             fused=True, capturable=self.device.type == "cuda",
         )  # fmt: skip
-        if args.graphs:
-            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.step = Captured(self._step, args.graphs)
         if args.compile:
             self.modules["transformer"].compile_repeated_blocks(dynamic=False)
         # diffusers rounds t·1000 to the weights' dtype; the embedding gets the exact value here.
@@ -109,7 +114,7 @@ class Flow:
             txt_ids=torch.zeros(features.shape[1], 3, device=self.device), return_dict=False,
         )[0]  # fmt: skip
 
-    def _train(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _step(self, **inputs: torch.Tensor) -> torch.Tensor:
         for weight in self.weights:
             weight.grad = None
         loss = self.loss(**inputs)
@@ -123,30 +128,6 @@ class Flow:
             torch._foreach_copy_(self.weights, self.masters)
             torch._foreach_lerp_(self.averages, self.masters, 0.002)
         return loss.detach()
-
-    def step(self, inputs: dict[str, torch.Tensor], rate: float) -> torch.Tensor:
-        """One optimizer step on a batch at learning rate `rate`; returns the loss."""
-        self.rate.fill_(rate)
-        if self.graphs is None:
-            return self._train(inputs)
-        key = (inputs["latents"].shape, inputs["t5"].shape, inputs["image_ids"].shape)
-        if key not in self.graphs:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # lets cuBLAS and the compiler settle before the capture
-                    self._train(inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            static = {name: value.clone() for name, value in inputs.items()}
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                loss = self._train(static)
-            self.graphs[key] = (graph, static, loss)
-        graph, static, loss = self.graphs[key]
-        for name, value in inputs.items():
-            static[name].copy_(value)
-        graph.replay()
-        return loss
 
     def state(self) -> dict:
         return {
@@ -183,47 +164,58 @@ def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def next_batch(
-    pools: dict[tuple[int, int], data.Pool], rng: np.random.Generator, batch: int
+    pools: dict[tuple[int, int], data.Pool],
+    shapes: tuple[tuple[int, int, int | None, float], ...],
+    rng: np.random.Generator,
+    batch: int,
 ) -> dict[str, torch.Tensor]:
-    """Draws a size, a text length and a batch of that pool."""
-    sizes = list(pools)
-    shares = np.array([POOL_SIZES[size][0] for size in sizes])
-    pool = pools[sizes[int(rng.choice(len(sizes), p=shares / shares.sum()))]]
-    lengths, chances = zip(*TEXT_LENGTHS.items(), strict=True)
-    length = lengths[int(rng.choice(len(lengths), p=chances))]
-    main = (pool.height, pool.width) == (128, 128)
-    count = batch if main else max(1, batch * 128 * 128 // max(128 * 128, pool.height * pool.width))
-    if length is None and main:
+    """Draws a shape and a batch of its pool; large pictures come in smaller batches."""
+    shares = np.array([share for *_, share in shapes])
+    height, width, length, _ = shapes[int(rng.choice(len(shapes), p=shares / shares.sum()))]
+    pool = pools[height, width]
+    count = max(1, batch * 128 * 128 // max(128 * 128, height * width))
+    if length is None:
         length = int(rng.integers(5, 17))
-        candidates = np.flatnonzero(pool.real == length)
-        rows = candidates[rng.integers(len(candidates), size=count)]
+        rows = rng.choice(np.flatnonzero(pool.real == length), size=count)
     else:
-        length = length if main and length else models.TEXT_TOKENS
         rows = rng.integers(len(pool.real), size=count)
     where = torch.from_numpy(rows).to(pool.t5.device)
     return {
         "latents": pool.latents[where],
         "t5": pool.t5[where, :length],
         "clip": pool.clip[where],
-        "image_ids": image_ids(pool.height, pool.width, pool.t5.device),
+        "image_ids": image_ids(height, width, pool.t5.device),
     }
 
 
+def pool_shares(shapes: tuple[tuple[int, int, int | None, float], ...]) -> dict:
+    """(height, width) to its share of the pool, in the order of `shapes`."""
+    shares: dict[tuple[int, int], float] = {}
+    for height, width, _, share in shapes:
+        shares[height, width] = shares.get((height, width), 0.0) + share
+    total = sum(shares.values())
+    return {size: share / total for size, share in shares.items()}
+
+
 def train_flow(args: argparse.Namespace) -> None:
+    """One sitting of `flow` (few shapes, many steps) or `last` (every shape, to the end)."""
     work, device = args.work, torch.device(args.device)
     end = time.time() + 60 * args.minutes
+    shapes = LAST_SHAPES if args.stage == "last" else SHAPES
     autoencoder = load_autoencoder(args)
     render = data.Renderer(np.load(work / "sprites.npy"), device)
     text = data.Text(work / "checkpoint", LONGEST)
     path = work / "flow.pt"
     state = torch.load(path, map_location=device, weights_only=True) if path.exists() else None
-    step = state["step"] if state else 0
+    done = state["steps"].get(args.stage, 0) if state else 0
+    seed = args.seed * 1_000_003 + 1009 * sum(state["steps"].values() if state else (0,))
     pools = {}
-    for index, (size, (_, share)) in enumerate(POOL_SIZES.items()):
-        seed = args.seed + 1000 * step + index + 1  # a sitting draws new scenes
-        count = max(1, int(args.pool * share))
-        pools[size] = data.build_pool(autoencoder, render, text, seed, count, *size)
-    print(f"pools of {args.pool} pictures, {end - time.time():.0f} s left", flush=True)
+    for index, (size, share) in enumerate(pool_shares(shapes).items()):
+        count = max(64, int(args.pool * share))
+        pools[size] = data.build_pool(autoencoder, render, text, seed + index, count, *size)
+    print(
+        f"{args.stage}: pools of {args.pool} pictures, {end - time.time():.0f} s left", flush=True
+    )
     if state:
         shift, scale = state["shift"], state["scale"]
     else:
@@ -232,22 +224,25 @@ def train_flow(args: argparse.Namespace) -> None:
     flow = Flow(args, shift, scale)
     if state:
         flow.load(state)
-    rng = np.random.default_rng([args.seed, step])
-    torch.manual_seed(args.seed + step)
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
     losses: list[torch.Tensor] = []
-    began, start = time.time(), step
+    began, step = time.time(), done
     while step < args.steps and time.time() < end:
-        inputs = next_batch(pools, rng, args.batch)
-        losses.append(flow.step(inputs, cosine(step, args.steps, args.rate, 500)).clone())
+        flow.rate.fill_(cosine(step, args.steps, args.rate))
+        losses.append(flow.step(**next_batch(pools, shapes, rng, args.batch)))
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             loss = torch.stack(losses).mean().item()
             losses.clear()
-            rate = (step - start) / (time.time() - began)
-            print(f"flow {step}/{args.steps} loss {loss:.4f} {rate:.1f} steps/s", flush=True)
+            rate = (step - done) / (time.time() - began)
+            print(
+                f"{args.stage} {step}/{args.steps} loss {loss:.4f} {rate:.1f} steps/s", flush=True
+            )
             if not math.isfinite(loss):
-                raise SystemExit("flow: the loss is no longer finite; the last state is kept")
-    torch.save({**flow.state(), "step": step, "shift": shift, "scale": scale}, path)
+                raise SystemExit(f"{args.stage}: the loss is not finite; the last state is kept")
+    steps = {**(state["steps"] if state else {}), args.stage: step}
+    torch.save({**flow.state(), "steps": steps, "shift": shift, "scale": scale}, path)
     look(args, flow, autoencoder, text)
 
 

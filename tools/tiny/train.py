@@ -2,13 +2,14 @@
 
     python tools/tiny/train.py sprites     --work W     draws the glyphs (needs the font)
     python tools/tiny/train.py tokenizers  --work W
-    python tools/tiny/train.py autoencoder --work W     ~4 minutes on one H200
-    python tools/tiny/train.py flow        --work W     ~15 minutes: both text encoders, transformer
+    python tools/tiny/train.py autoencoder --work W
+    python tools/tiny/train.py flow        --work W     text encoders and transformer
+    python tools/tiny/train.py last        --work W     the same, at every size and text length
     python tools/tiny/train.py export      --work W     writes W/checkpoint, a diffusers folder
 
 Every stage is seeded, keeps its state in W and goes on from there when it is started again;
-`--minutes` ends a sitting early. Needs torch, diffusers, transformers, tokenizers,
-sentencepiece and Pillow. Flow matching is rectified flow (Liu et al. 2022; Esser et al. 2024).
+`--minutes` ends a sitting early, `--steps` counts over all sittings. README.md tells how long
+each took. Needs torch, diffusers, transformers, tokenizers, sentencepiece and Pillow.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def export(args: argparse.Namespace) -> None:
     autoencoder = load_autoencoder(args)
     autoencoder.register_to_config(shift_factor=flow.shift, scaling_factor=flow.scale)
     models.save(args.work / "checkpoint", {"vae": autoencoder, **dict(flow.averaged().items())})
-    print(f"{args.work / 'checkpoint'} written after {state['step']} steps")
+    print(f"{args.work / 'checkpoint'} written after {state['steps']} steps")
 
 
 def make_sprites(args: argparse.Namespace) -> None:
@@ -47,13 +48,14 @@ def make_tokenizers(args: argparse.Namespace) -> None:
     models.train_clip_tokenizer(captions, args.work / "checkpoint/tokenizer")
 
 
-STAGES: dict[str, tuple[Callable[[argparse.Namespace], None], int, int]] = {
-    # stage: (function, steps, batch)
-    "sprites": (make_sprites, 0, 0),
-    "tokenizers": (make_tokenizers, 0, 0),
-    "autoencoder": (train_autoencoder, 8000, 32),
-    "flow": (train_flow, 40_000, 512),
-    "export": (export, 0, 0),
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], None], int, int, float]] = {
+    # stage: (function, steps, batch, peak learning rate)
+    "sprites": (make_sprites, 0, 0, 0.0),
+    "tokenizers": (make_tokenizers, 0, 0, 0.0),
+    "autoencoder": (train_autoencoder, 8_000, 64, 1e-3),
+    "flow": (train_flow, 80_000, 256, 1e-3),
+    "last": (train_flow, 6_000, 256, 2e-4),
+    "export": (export, 0, 0, 0.0),
 }
 
 
@@ -64,14 +66,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="in all, over every sitting")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of flow")
+    parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--pool", type=int, default=300_000, help="pictures drawn a sitting")
     parser.add_argument("--minutes", type=float, default=1e6, help="ends this sitting after")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--log-every", type=int, default=500)
     parser.add_argument("--font", type=Path, default=FONT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument(
         "--graphs",
@@ -80,8 +81,9 @@ def main() -> None:
         help="one CUDA graph a shape",
     )
     args = parser.parse_args()
-    run, steps, batch = STAGES[args.stage]
+    run, steps, batch, rate = STAGES[args.stage]
     args.steps, args.batch = args.steps or steps, args.batch or batch
+    args.rate = args.rate or rate
     args.work.mkdir(parents=True, exist_ok=True)
     run(args)
 
