@@ -1,0 +1,94 @@
+"""The values that a host of a hostfile may have: each from JSON to what it means, or to None.
+
+Below `hostfile.py`, which says where a value stood and what was expected instead. A hostfile is a
+file from somewhere: whatever ends up in a command line, a path or a socket is checked here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Any, NamedTuple
+
+_SSH = re.compile(r"(ssh://)?([\w.][\w.+-]*@)?[A-Za-z0-9_.\[:][\w.:%\[\]-]*", re.ASCII)
+_IP = re.compile(r"[0-9A-Fa-f.:]{2,45}(%[\w.-]{1,32})?", re.ASCII)
+_MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(GB|GiB|MB|MiB)", re.ASCII)
+_DEVICE = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+
+
+class Endpoint(NamedTuple):
+    """Where an agent listens."""
+
+    address: str  # an IP address, or a name that ssh or DNS knows
+    port: int
+
+
+def ssh(value: Any) -> str | None:
+    """No option of ssh's passes for a name: those begin with a dash."""
+    fits = isinstance(value, str) and len(value) <= 255 and _SSH.fullmatch(value)
+    return value if fits else None
+
+
+def ip(value: Any) -> str | None:
+    """An address that names one interface: not 0.0.0.0, which would listen on all of them."""
+    if not isinstance(value, str) or not _IP.fullmatch(value):
+        return None
+    try:
+        return None if ipaddress.ip_address(value).is_unspecified else value
+    except ValueError:
+        return None
+
+
+def ips(value: Any) -> tuple[str, ...] | None:
+    if not isinstance(value, list):
+        return None
+    found = tuple(address for item in value if (address := ip(item)) is not None)
+    return found if len(found) == len(value) else None
+
+
+def rdma(value: Any) -> tuple[tuple[str, ...] | None, ...] | None:
+    if not isinstance(value, list):
+        return None
+    found: list[tuple[str, ...] | None] = []
+    for item in value:
+        devices = [item] if isinstance(item, str) else item
+        if devices is None:
+            found.append(None)
+        elif (
+            isinstance(devices, list)
+            and devices
+            and all(isinstance(device, str) and _DEVICE.fullmatch(device) for device in devices)
+        ):
+            found.append(tuple(devices))
+        else:
+            return None
+    return tuple(found)
+
+
+def endpoint(value: Any) -> Endpoint | None:
+    address, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    elif ":" in address:
+        return None  # IPv6 without its brackets: where the port begins is anyone's guess
+    fits = re.fullmatch(r"[1-9]\d{0,4}", port, re.ASCII) and int(port) < 65536 and ip(address)
+    return Endpoint(address, int(port)) if fits else None
+
+
+def absolute(value: Any) -> str | None:
+    fits = isinstance(value, str) and value.startswith("/") and value.isprintable()
+    return value if fits and len(value) <= 1024 else None
+
+
+def folder(value: Any) -> str | None:
+    if isinstance(value, str) and value.startswith("~/"):
+        return value if absolute(value[1:]) else None
+    return absolute(value)
+
+
+def memory(value: Any) -> int | None:
+    if isinstance(value, str) and (match := _MEMORY.fullmatch(value)):
+        value = int(float(match[1]) * _UNITS[match[2]])
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
+    return value if fits else None
