@@ -11,7 +11,6 @@ Learners", section 2.2, and openai/CLIP `clip/simple_tokenizer.py`; unigram piec
 from __future__ import annotations
 
 import heapq
-import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ import regex
 import sentencepiece
 
 from fluxmesh.errors import WeightsError
+from fluxmesh.flux.tensorfile import read_json
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -57,13 +57,15 @@ class ClipTokenizer:
         self.start_id = self.vocab[START]
         self.end_id = self.vocab[END]
         self.pad_id = self.vocab[pad_token]
+        self.vocab_size = max(self.vocab.values()) + 1
         self._markers = _splitter({START, END, pad_token})
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def from_folder(cls, folder: Path, limit: int = 4096) -> Self:
         """Reads `tokenizer/` of a diffusers folder, or any folder with CLIP's two files.
 
-        Length and pad token are those of `tokenizer_config.json`, else those of OpenAI's CLIP.
+        Length and pad token are those of `tokenizer_config.json`, else those of OpenAI's CLIP;
+        the length is `limit` at most (how many positions the model has).
         """
         config = _read_config(folder)
         length, pad_token = config.get("model_max_length"), config.get("pad_token")
@@ -72,8 +74,8 @@ class ClipTokenizer:
         return cls(
             folder / "vocab.json",
             folder / "merges.txt",
-            max_length=length if isinstance(length, int) and 2 < length <= 4096 else 77,
-            pad_token=pad_token or END,
+            max_length=min(length if isinstance(length, int) and 2 < length <= 4096 else 77, limit),
+            pad_token=pad_token if pad_token and isinstance(pad_token, str) else END,
         )
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
@@ -156,17 +158,17 @@ class T5Tokenizer:
         self.pad_id: int = max(self.model.pad_id(), 0)
         specials = (self.pad_id, self.end_id, self.model.unk_id())
         self._special_ids = {self.model.id_to_piece(i): i for i in specials if i >= 0}
-        last = self.model.vocab_size() + extra_ids - 1
+        self.vocab_size: int = self.model.vocab_size() + extra_ids
+        last = self.vocab_size - 1
         self._special_ids |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
         self._specials = _splitter(self._special_ids)
 
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> Self:
         """Reads `tokenizer_2/` of a diffusers folder, or any folder with `spiece.model`."""
-        extra_ids = _read_config(folder).get("extra_ids")
-        return cls(
-            folder / "spiece.model", max_length, extra_ids if isinstance(extra_ids, int) else 0
-        )
+        declared = _read_config(folder).get("extra_ids")
+        extra_ids = declared if isinstance(declared, int) and 0 <= declared <= 4096 else 0
+        return cls(folder / "spiece.model", max_length, extra_ids)
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
         """At most `max_length` ids, exactly as many with `pad`; the end token is always there."""
@@ -218,24 +220,14 @@ def _padded(ids: list[int], length: int, pad_id: int) -> list[int]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
-    vocab = _read_json(path)
-    if not all(isinstance(i, int) for i in vocab.values()):
+    vocab = read_json(path)
+    if not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
         raise WeightsError(f"{path} is not a vocabulary; it must map tokens to ids.")
     return vocab
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} can't be read as JSON; download it again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no JSON object; download it again.")
-    return content
 
 
 def _read_merges(path: Path) -> dict[tuple[str, str], int]:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.errors import UsageError
+from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.flux.autoencoder import AutoEncoder
 from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.clip import ClipTextModel
@@ -82,13 +82,25 @@ def load_autoencoder(
 
 
 def load_tokenizers(checkpoint: Checkpoint) -> tuple[ClipTokenizer, T5Tokenizer]:
-    """CLIP's and T5's tokenizers. Raises `WeightsError` for files that are no vocabularies."""
-    clip, t5 = checkpoint.tokenizer, checkpoint.tokenizer_2
-    positions = checkpoint.clip.max_position_embeddings
-    return (
-        ClipTokenizer(clip / "vocab.json", clip / "merges.txt", positions),
-        T5Tokenizer.from_folder(t5, checkpoint.defaults.t5_max_length),
+    """CLIP's and T5's tokenizers.
+
+    Raises `WeightsError` for files that are no vocabularies, or those of another model: a token
+    beyond the embedding would be read from memory that is not the model's.
+    """
+    clip = ClipTokenizer.from_folder(
+        checkpoint.tokenizer, limit=checkpoint.clip.max_position_embeddings
     )
+    t5 = T5Tokenizer.from_folder(checkpoint.tokenizer_2, checkpoint.defaults.t5_max_length)
+    for folder, tokens, rows in (
+        (checkpoint.tokenizer, clip.vocab_size, checkpoint.clip.vocab_size),
+        (checkpoint.tokenizer_2, t5.vocab_size, checkpoint.t5.vocab_size),
+    ):
+        if tokens > rows:
+            raise WeightsError(
+                f"The vocabulary in {folder} has {tokens} tokens and its model {rows}; the folder "
+                "belongs to another model."
+            )
+    return clip, t5
 
 
 def read_rows(

@@ -370,6 +370,25 @@ def test_a_broken_vocabulary_is_refused(tmp_path, file):
         weights.load_tokenizers(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("folder", "part"), [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")]
+)
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, folder, part):
+    made = make_checkpoint(tmp_path)
+    change_config(made.folder / folder, {"vocab_size": 100})
+    with pytest.raises(WeightsError, match=f"{part} has .* its model 100"):
+        weights.load_tokenizers(hub.resolve(str(made.path)))
+
+
+def test_a_prompt_is_cut_where_the_tokenizer_says_and_the_positions_end(tmp_path):
+    made = make_checkpoint(tmp_path)
+    positions = made.clip.max_position_embeddings
+    for declared, length in ((positions - 3, positions - 3), (positions + 3, positions)):
+        change_config(made.folder / "tokenizer", {"model_max_length": declared})
+        clip, _ = weights.load_tokenizers(resolved(made))
+        assert len(clip.encode("dog " * 100)) == length
+
+
 # --- fluxmesh's own quantized folder -----------------------------------------------------------
 
 

@@ -74,6 +74,7 @@ def test_clip_reads_length_and_padding_from_its_folder(clip_files: tuple[Path, P
         config = {"model_max_length": 4, "pad_token": pad_token}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         assert ClipTokenizer.from_folder(folder).encode("cat") == [7, 6, 8, 9]
+    assert ClipTokenizer.from_folder(folder, limit=3).encode("cat") == [7, 6, 8]
 
 
 def test_t5_knows_its_sentinels_only_where_the_folder_declares_them(spiece: Path) -> None:
@@ -97,8 +98,8 @@ def test_t5_keeps_the_end_token_when_it_truncates(spiece: Path) -> None:
 @pytest.mark.parametrize(
     "vocab, merges, message",
     [
-        ("{", MERGES, "vocab.json can't be read as JSON"),
-        ("[1]", MERGES, "vocab.json holds no JSON object"),
+        ("{", MERGES, "vocab.json is not valid JSON"),
+        ("[1]", MERGES, "vocab.json should hold a JSON object"),
         ('{"a": "b"}', MERGES, "vocab.json is not a vocabulary"),
         ('{"a": 0}', MERGES, "lacks the token <|startoftext|>"),
         (None, "c a t\n", "merges.txt has the line 'c a t'"),
