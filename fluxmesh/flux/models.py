@@ -16,7 +16,7 @@ import mlx.core as mx
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import hub, lora, precision, weights
-from fluxmesh.request import DTYPES, AdapterRef
+from fluxmesh.request import BITS, DTYPES, AdapterRef
 
 FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
 
@@ -64,6 +64,8 @@ class Models:
         """Options as in `FluxPipeline`. Reads headers only; raises what a wrong one deserves."""
         if dtype not in DTYPES:
             raise UsageError(f"dtype is {dtype!r}; choose bfloat16 or float32.")
+        if bits is not None and bits not in BITS:
+            raise UsageError(f"bits is {bits}; choose 3, 4, 5, 6 or 8.")
         precision.require(dtype)
         self.name = name
         self.dtype: mx.Dtype = getattr(mx, dtype)

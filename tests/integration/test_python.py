@@ -195,6 +195,8 @@ def test_numbers_out_of_range_are_refused(
         next(flux.generate_latents("a dog", latent_size=(4, 4), **options))
 
 
-def test_an_unknown_dtype_is_refused(checkpoint: Path) -> None:
+def test_an_unknown_dtype_or_number_of_bits_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="float16"):
         FluxPipeline(str(checkpoint), dtype="float16")
+    with pytest.raises(UsageError, match="bits is 7"):
+        FluxPipeline(str(checkpoint), bits=7)
