@@ -79,18 +79,19 @@ class Painter:
         self.keep_warm = keep_warm
         self._runner: Any = None
         self._hinted = False
-        self._checkpoints: dict[str, Any] = {}
+        self._checkpoints: dict[str | None, Any] = {}
 
     def checkpoint(self, settings: Settings) -> Any:
         """The settings' checkpoint, downloaded if it has to be; the default one where unnamed."""
         from fluxmesh.flux import hub
 
-        name = settings.model or hub.default_model()
-        if name not in self._checkpoints:
-            self._checkpoints[name] = hub.resolve(
+        # By what was asked: the default stays what it was, whatever is fetched meanwhile.
+        if settings.model not in self._checkpoints:
+            name = settings.model or hub.default_model()
+            self._checkpoints[settings.model] = hub.resolve(
                 name, progress=partial(self.reporter.downloading, name)
             )
-        return self._checkpoints[name]
+        return self._checkpoints[settings.model]
 
     def introduce(self, settings: Settings, seed: int) -> None:
         """Says which model paints, at which size and from which seed; and how to get FLUX."""

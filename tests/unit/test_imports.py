@@ -22,6 +22,8 @@ PURE = [
     *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.canvas"),
     *("fluxmesh.flux", "fluxmesh.flux.config", "fluxmesh.flux.schedule", "fluxmesh.flux.noise"),
     *("fluxmesh.flux.hub", "fluxmesh.flux.layouts", "fluxmesh.flux.checkpoint"),
+    *("fluxmesh.flux.tensorfile", "fluxmesh.flux.components", "fluxmesh.flux.singlefile"),
+    *("fluxmesh.flux.download", "fluxmesh.flux.lora_files", "fluxmesh.flux.tiles"),
     *("fluxmesh.flux.precision", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
