@@ -90,6 +90,29 @@ def test_text_encoders_leave_before_the_transformer_loads(request_of: GenerateRe
     assert resident(runner) == []
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_left_is_not_held_by_anything_else(
+    request_of: GenerateRequest, low_memory: bool
+) -> None:
+    """By the bytes that MLX holds: a forgotten reference would keep a model without its name."""
+    runner = Runner()
+    two = dataclasses.replace(request_of, n_images=2, low_memory=low_memory)
+    before = mx.get_active_memory()
+    held = {}
+    for event in runner.run(two):
+        mx.synchronize()
+        if isinstance(event, Loading) and event.done_bytes == 0:
+            held[event.component] = mx.get_active_memory() - before
+    assert runner.pipeline is not None
+    size = {name: runner.pipeline.file_bytes(name) for name in ("t5", "flow")}
+    assert held["transformer"] < 0.1 * size["t5"]
+    if low_memory:
+        assert held["autoencoder"] < 0.1 * size["flow"]
+    else:
+        assert held["autoencoder"] > 0.5 * size["flow"]  # it stays for the next image
+    assert mx.get_active_memory() - before < 0.1 * size["t5"]  # the prompt's features
+
+
 def test_bytes_read_are_told_while_they_are_read(request_of: GenerateRequest) -> None:
     heard: list[Loading] = []
     events = events_of(request_of, Runner(on_loading=heard.append))
