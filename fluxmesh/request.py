@@ -67,6 +67,12 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         """Raises `UsageError` naming the field and what is allowed."""
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                "The prompt is not valid UTF-8; check the terminal's encoding."
+            ) from error
         if not 1 <= self.n_images <= MAX_IMAGES:
             raise UsageError(f"--n-images is {self.n_images}; it must be 1 to {MAX_IMAGES}.")
         if not 0 <= self.seed <= self.seed_of(self.n_images - 1) <= MAX_SEED:

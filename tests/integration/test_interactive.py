@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fluxmesh_coordinator.recipe import read_recipe
 from tests.integration.conftest import Run
 
@@ -32,6 +34,20 @@ def test_prompts_share_one_warm_process(fluxmesh: Run, checkpoint: Path, tmp_pat
     assert alone.code == 0, alone.err
     warm = (tmp_path / "pictures" / "out-1.png").read_bytes()
     assert warm == (tmp_path / "alone.png").read_bytes()
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf8_is_told_and_the_next_is_painted(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path, errors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", f"utf-8:{errors}")
+    done = fluxmesh(
+        *("interactive", "--model", checkpoint, "--image-size", "32x32", "--steps", "1"),
+        stdin=b"a \xff dog\ntwo dogs\n",
+    )
+    assert done.code == 0, done.err
+    assert done.err.count("Error: The prompt is not valid UTF-8") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 def test_interactive_takes_a_folder_not_a_file(fluxmesh: Run) -> None:

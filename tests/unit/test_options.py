@@ -166,7 +166,6 @@ def test_prompts_that_are_none_are_told(tmp_path: Path, monkeypatch: pytest.Monk
         (None, str(tmp_path / "empty"), "empty holds no prompt"),
         (None, str(tmp_path), "can't be read: Is a directory"),
         ("-", None, "stdin holds no prompt"),
-        ("caf\udce9", None, "not valid UTF-8"),
     ):
         with pytest.raises(UsageError, match=sentence):
             read_prompts(prompt, file, None)

@@ -16,6 +16,7 @@ PIXELS = np.zeros((16, 16, 3), np.uint8)
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"prompt": "a \udcff dog"}, "not valid UTF-8"),
         ({"seed": -1}, "--seed is -1"),
         ({"seed": MAX_SEED + 1}, "--seed"),
         ({"seed": MAX_SEED, "n_images": 2}, "the last image's"),

@@ -7,6 +7,7 @@ is being painted, and at the empty prompt it ends the conversation.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -123,6 +124,8 @@ def _read(field: str, kind: click.ParamType, text: str) -> dict[str, Any]:
 
 def _reader() -> Callable[[], str]:
     """Reads lines from a terminal (with history and editing where Python has them) or a pipe."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what isn't UTF-8 the request refuses
     if not sys.stdin.isatty():
         return _next_line
     with suppress(ImportError):  # a Python built without it: lines can be typed all the same

@@ -12,7 +12,7 @@ STDIN = "-"
 def read_prompts(prompt: str | None, prompt_file: str | None, fallback: str | None) -> list[str]:
     """The prompts of a call, at least one; `fallback` is that of a picture given by `--from`.
 
-    Raises `UsageError` where none is named, two places are, or a text isn't UTF-8.
+    Raises `UsageError` where none is named, two places are, or a file isn't UTF-8.
     """
     if prompt is not None and prompt_file is not None:
         raise UsageError("PROMPT and --prompt-file were both given; give one of them.")
@@ -26,10 +26,6 @@ def read_prompts(prompt: str | None, prompt_file: str | None, fallback: str | No
         raise UsageError(
             "There is no prompt: give PROMPT, - for stdin, --prompt-file or --from IMAGE."
         )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError("The prompt is not valid UTF-8; check the terminal's encoding.") from error
     return [prompt]
 
 
