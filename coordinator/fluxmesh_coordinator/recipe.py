@@ -185,14 +185,14 @@ def differences(told: Recipe, now: Recipe) -> list[str]:
 
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in the PNG at `path`; raises `UsageError` when there is none."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(KEYWORD)
     except FileNotFoundError as error:
         raise UsageError(f"--from {path}: there is no such file.") from error
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"--from {path}: this is not a picture that can be read.") from error
     if text is None:
         raise UsageError(

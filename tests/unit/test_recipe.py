@@ -138,6 +138,15 @@ def test_nonsense_in_a_recipe_is_a_sentence(tmp_path: Path, text: str) -> None:
         read_recipe(tmp_path / "a.png")
 
 
+def test_a_picture_of_too_many_pixels_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(encode_png(np.zeros((2, 2, 3), np.uint8), RECIPE.to_json()))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)  # Pillow refuses more than twice as many
+    with pytest.raises(UsageError, match="not a picture that can be read"):
+        read_recipe(tmp_path / "a.png")
+
+
 def test_a_picture_without_a_recipe_is_told_so(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png", pnginfo=PngImagePlugin.PngInfo())
     (tmp_path / "b.png").write_bytes(b"no picture")
