@@ -57,10 +57,14 @@ def checkpoint(tmp_path_factory):
 
 
 def velocity(flux) -> np.ndarray:
-    """One forward pass on fixed random input."""
+    """One forward pass on fixed random input, as float32."""
+    return np.array(forward(flux).astype(mx.float32))
+
+
+def forward(flux) -> mx.array:
     rng = np.random.default_rng(11)
     ids = np.stack([np.zeros(6), np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)], axis=-1)
-    out = flux.forward(
+    return flux.forward(
         img=mx.array(normal(rng, 1, 6, CONFIG.in_channels)),
         img_ids=mx.array(ids),
         txt=mx.array(normal(rng, 1, 5, CONFIG.context_in_dim)),
@@ -69,7 +73,6 @@ def velocity(flux) -> np.ndarray:
         y=mx.array(normal(rng, 1, CONFIG.vec_in_dim)),
         guidance=3.5,
     )
-    return np.array(out.astype(mx.float32))
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -390,6 +393,7 @@ def test_the_velocity_of_an_adapted_bfloat16_model_is_bfloat16(checkpoint, adapt
     lora.apply_adapters(flux, [(adapter_file, 1.0)])
     dtypes = {value.dtype for _, value in tree_flatten(flux.parameters())}
     assert dtypes == {mx.bfloat16}
+    assert forward(flux).dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize("bits", [4, 8])
