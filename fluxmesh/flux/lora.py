@@ -25,6 +25,7 @@ from fluxmesh.flux.lora_files import (
     read_adapter,
     write_adapter,
 )
+from fluxmesh.flux.sharding import Cut, cuts
 from fluxmesh.flux.weights import module_at, replace_module
 
 __all__ = [
@@ -73,7 +74,8 @@ def check_adapters(adapters: Paths, config: FluxConfig) -> None:
 def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False) -> None:
     """Applies LoRA files to a transformer, in place, beside those that it may have already.
 
-    With `fuse` they are added into the weights: as fast as without, and not removable. Raises
+    With `fuse` they are added into the weights: as fast as without, and not removable. A shard of
+    a transformer takes its own part of them. Raises
     `ModelNotFoundError`, `WeightsError` or `AdapterError` (naming keys that match nothing) before
     anything changes.
     """
@@ -82,8 +84,11 @@ def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False) -> None:
     for adapter, strength in found:
         for name, low in adapter.items():
             joined.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
+    shard_cuts = cuts(flux.config, flux.shard)
     for name, parts in joined.items():
         low = stack(parts)
+        if name in shard_cuts:
+            low = part_of(low, shard_cuts[name])
         module = module_at(flux, name)
         if fuse:
             fused(module.linear if isinstance(module, LoRALinear) else module, low)
@@ -98,6 +103,13 @@ def stack(parts: Sequence[LowRank]) -> LowRank:
         np.concatenate([low.a for low in parts]),
         np.concatenate([low.scale * low.b for low in parts], axis=1),
     )
+
+
+def part_of(low: LowRank, cut: Cut) -> LowRank:
+    """What a shard that holds `cut` of a linear needs of its adapter."""
+    if cut.axis == 0:
+        return LowRank(low.a, low.b[cut.indices], low.scale)
+    return LowRank(low.a[:, cut.indices], low.b, low.scale)
 
 
 def beside(module: Any, low: LowRank, dtype: mx.Dtype) -> LoRALinear:

@@ -27,6 +27,7 @@ from fluxmesh.flux.layers import (
     rope_tables,
     timestep_embedding,
 )
+from fluxmesh.flux.sharding import Shard
 
 
 class Modulations(NamedTuple):
@@ -63,6 +64,7 @@ class Flux(nn.Module):
         D = config.hidden_size
         self.config = config
         self.modulation_released = False
+        self.shard = Shard()  # the part of the blocks and modulations that is held
 
         self.img_in = nn.Linear(config.in_channels, D)
         self.time_in = MLPEmbedder(TIME_CHANNELS, D)

@@ -1,24 +1,28 @@
 """Loads the four models: tensor by tensor, in the dtype and bits that are asked for.
 
 Peak memory is the model plus its largest tensor: each tensor is read on its own, converted,
-quantized if asked, evaluated, and only then the next. `components.py` finds and checks what the
+quantized if asked, evaluated, and only then the next. Of a transformer, a shard can be loaded
+without the rest (`sharding.py` says which part). `components.py` finds and checks what the
 files hold; `quantize.py` writes a quantized folder with what is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.flux.autoencoder import AutoEncoder
 from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.clip import ClipTextModel
-from fluxmesh.flux.components import Reader, group_size, tables, verify
+from fluxmesh.flux.components import Reader, Stored, group_size, tables, verify
 from fluxmesh.flux.model import Flux
+from fluxmesh.flux.sharding import Cut, Shard, check, cuts
 from fluxmesh.flux.t5 import T5Encoder
 from fluxmesh.flux.tokenizers import ClipTokenizer, T5Tokenizer
 
@@ -28,10 +32,12 @@ __all__ = [
     "load_t5",
     "load_tokenizers",
     "load_transformer",
+    "read_part",
     "read_rows",
     "verify",
 ]
 
+BLOCK_NUMBERS = 1 << 23  # numbers of a tensor in memory at once while columns are picked from it
 OnBytes = Callable[[int, int], None]  # bytes of the component read, and in all
 
 
@@ -40,14 +46,21 @@ def load_transformer(
     dtype: mx.Dtype = mx.bfloat16,
     bits: int | None = None,
     on_bytes: OnBytes | None = None,
+    shard: Shard | None = None,
 ) -> Flux:
     """The transformer, evaluated. `bits` (3|4|5|6|8) quantizes the matrices of its blocks.
 
-    Raises `WeightsError` naming file and tensor; `UsageError` for other bits than those that the
-    checkpoint is stored in.
+    With `shard`, only that part of its blocks and modulations is read and held; `parallel.tensor`
+    runs it. Raises `WeightsError` naming file and tensor; `UsageError` for other bits than those
+    that the checkpoint is stored in, and for a shard that the shapes don't allow.
     """
-    model = Flux(checkpoint.transformer)
-    return _load(model, Reader(checkpoint, "transformer"), dtype, bits, on_bytes)
+    shard = shard or Shard()
+    config = checkpoint.transformer
+    check(config, shard.size, bool(bits or checkpoint.bits))
+    reader = Reader(checkpoint, "transformer")
+    flux = _load(Flux(config), reader, dtype, bits, on_bytes, cuts(config, shard))
+    hold_shard(flux, shard)
+    return flux
 
 
 def load_t5(
@@ -115,10 +128,40 @@ def read_rows(
     Nothing else of the tensor is read, which is how a shard is loaded. `dtype` None keeps that of
     the file; packed integers always keep theirs.
     """
-    stored = reader.rows(name, start, stop)
-    kind = stored.dtype
-    array = mx.array(stored.values)  # a copy
-    del stored  # so that the next conversion holds two copies, not three
+    stored = [reader.rows(name, start, stop)]
+    return _converted(stored, dtype)
+
+
+def read_part(reader: Reader, name: str, cut: Cut, dtype: mx.Dtype | None = None) -> mx.array:
+    """The part of a linear's tensor `name` that is `cut` from its module, as `read_rows` gives it.
+
+    Rows are read span by span. Columns are picked out of blocks of rows as these come, so that the
+    whole tensor is never in memory. A bias is cut as rows are, and whole where columns are cut.
+    """
+    shape = reader.targets[name].shape
+    if cut.axis == 1 and len(shape) == 1:
+        return read_rows(reader, name, dtype)
+    if cut.axis == 0:
+        spans = cut.spans_of(shape[0])
+        stored = [reader.rows(name, start, stop) for start, stop in spans]
+    else:
+        spans = cut.spans_of(shape[1])
+        step = max(1, BLOCK_NUMBERS // shape[1])
+        stored = []
+        for start in range(0, shape[0], step):
+            rows = reader.rows(name, start, min(start + step, shape[0]))
+            columns = [rows.values[:, a:b] for a, b in spans]
+            stored.append(Stored(np.concatenate(columns, axis=1), rows.dtype))
+    return _converted(stored, dtype)
+
+
+def _converted(stored: list[Stored], dtype: mx.Dtype | None) -> mx.array:
+    """Blocks of rows as one array, evaluated; empties `stored`."""
+    kind = stored[0].dtype
+    values = [block.values for block in stored]
+    stored.clear()
+    array = mx.array(values[0] if len(values) == 1 else np.concatenate(values))  # a copy
+    del values  # so that the next conversion holds two copies, not three
     if kind == "BF16":  # numpy has no bfloat16: the bits came as uint16
         array = array.view(mx.bfloat16)
     if dtype is not None and kind != "U32":
@@ -128,18 +171,28 @@ def read_rows(
 
 
 def tensors(
-    reader: Reader, dtype: mx.Dtype, bits: int | None, on_bytes: OnBytes | None = None
+    reader: Reader,
+    dtype: mx.Dtype,
+    bits: int | None,
+    on_bytes: OnBytes | None = None,
+    parts: Mapping[str, Cut] = MappingProxyType({}),
 ) -> Iterator[tuple[str, mx.array]]:
     """Every tensor of a component by name, in PyTorch's axis order; matrices quantized on the way.
 
     Each is evaluated when it comes. A quantized matrix comes as `weight`, `scales` and `biases`.
+    Of the linears in `parts`, only the part comes; where inputs are cut, `bias` as `sum_bias`.
     """
     done = 0
     for name in reader.targets:
-        array = read_rows(reader, name, dtype)
+        cut = parts.get(name.rpartition(".")[0])
+        if cut is None:
+            array = read_rows(reader, name, dtype)
+        else:
+            array = read_part(reader, name, cut, dtype)
         group = group_size(reader.component, name, reader.targets[name].shape)
         if bits is None or reader.checkpoint.bits or group is None:
-            yield name, array
+            is_late = cut is not None and cut.axis == 1 and name.endswith(".bias")
+            yield name.removesuffix("bias") + "sum_bias" if is_late else name, array
         else:
             packed = mx.quantize(array, group_size=group, bits=bits)
             mx.eval(packed)
@@ -153,7 +206,12 @@ def tensors(
 
 
 def _load(
-    model: Any, reader: Reader, dtype: mx.Dtype, bits: int | None, on_bytes: OnBytes | None
+    model: Any,
+    reader: Reader,
+    dtype: mx.Dtype,
+    bits: int | None,
+    on_bytes: OnBytes | None,
+    parts: Mapping[str, Cut] = MappingProxyType({}),
 ) -> Any:
     stored_bits = reader.checkpoint.bits
     if stored_bits and bits not in (None, stored_bits):
@@ -164,16 +222,25 @@ def _load(
     bits = stored_bits or bits
     if bits is not None:
         _quantize_modules(model, reader, bits)
-    for name, array in tensors(reader, dtype, bits, on_bytes):
+    for name, array in tensors(reader, dtype, bits, on_bytes, parts):
         *path, leaf = name.split(".")
         module = module_at(model, ".".join(path))
         if array.ndim == 4:  # PyTorch's out, in, height, width; MLX has channels last
             array = mx.contiguous(array.transpose(0, 2, 3, 1))
             mx.eval(array)
         setattr(module, leaf, array)
+        if leaf == "sum_bias":  # added to the hosts' sum, not by the linear
+            del module.bias
         del array
     mx.clear_cache()  # buffers that conversions left behind
     return model
+
+
+def hold_shard(flux: Flux, shard: Shard) -> None:
+    """Tells a transformer whose linears are cut which part of itself it is."""
+    flux.shard = shard
+    for single in flux.single_blocks:
+        single.qkv_dim = 3 * flux.config.hidden_size // shard.size
 
 
 def _quantize_modules(model: Any, reader: Reader, bits: int) -> None:

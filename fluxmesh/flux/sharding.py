@@ -1,0 +1,109 @@
+"""Which part of the transformer each of N hosts holds for `tensor`. Pure geometry, no mlx.
+
+Heads and the MLPs' hidden columns are dealt out evenly (Shoeybi et al. 2019, "Megatron-LM",
+https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that a
+host computes whole heads; the linear out of it gives up columns, so that each host gets a part of
+a sum. The modulations, 27% of FLUX, give up rows too. `weights.py` reads a shard by these cuts,
+`slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py` runs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluxmesh.errors import UsageError
+from fluxmesh.flux.components import group_size
+from fluxmesh.flux.config import FluxConfig
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `rank` of `size`; by default, the whole."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of one linear's weight [out, in] that a shard holds."""
+
+    axis: int  # 0: outputs. 1: inputs; the outputs are then parts of a sum over the hosts
+    spans: tuple[tuple[int, int], ...]  # from, to; in the order in which they are held
+    length: int  # of the whole axis
+
+    def spans_of(self, stored: int) -> tuple[tuple[int, int], ...]:
+        """The spans in an axis stored as `stored` numbers: a quantized row has fewer than columns.
+
+        Exact where the spans are whole quantization groups, which `check` sees to.
+        """
+        return tuple((a * stored // self.length, b * stored // self.length) for a, b in self.spans)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """The places along the whole axis that are held, int64."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self.spans])
+
+
+def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
+    """The cut of every linear that is dealt out, by the name of its module; empty for the whole.
+
+    What is missing here (embeddings, norms, the last linear: 2% of FLUX) every host holds.
+    """
+    if shard.size == 1:
+        return {}
+    D, M = config.hidden_size, config.mlp_hidden_dim
+
+    def part(width: int, offset: int = 0) -> tuple[int, int]:
+        step = width // shard.size
+        return offset + shard.rank * step, offset + (shard.rank + 1) * step
+
+    heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
+    found: dict[str, Cut] = {}
+    for i in range(config.depth):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{i}.{stream}"
+            found[f"{name}_mod.lin"] = Cut(0, (part(6 * D),), 6 * D)
+            found[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
+            found[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
+            found[f"{name}_mlp.0"] = Cut(0, (part(M),), M)
+            found[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
+    for i in range(config.depth_single_blocks):
+        name = f"single_blocks.{i}"
+        found[f"{name}.modulation.lin"] = Cut(0, (part(3 * D),), 3 * D)
+        found[f"{name}.linear1"] = Cut(0, (*heads, part(M, 3 * D)), 3 * D + M)
+        found[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
+    found["final_layer.adaLN_modulation.1"] = Cut(0, (part(2 * D),), 2 * D)
+    return found
+
+
+def obstacle(config: FluxConfig, size: int, quantized: bool = False) -> str | None:
+    """Why the transformer can't be dealt to `size` hosts, as a clause; None where it can."""
+    if config.num_heads % size:
+        return f"{config.num_heads} heads don't divide by {size}"
+    if config.mlp_hidden_dim % size:
+        return f"{config.mlp_hidden_dim} MLP columns don't divide by {size}"
+    if not quantized:
+        return None
+    for name, cut in cuts(config, Shard(0, size)).items():
+        group = group_size("transformer", f"{name}.weight", (1, cut.length))
+        if cut.axis == 1 and group and any(end % group for span in cut.spans for end in span):
+            width = cut.spans[0][1] - cut.spans[0][0]
+            return (
+                f"a host's {width} columns of {name} are not whole quantization groups of {group}"
+            )
+    return None
+
+
+def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
+    """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
+    reason = obstacle(config, size, quantized)
+    if reason is None:
+        return
+    fit = [n for n in range(1, config.num_heads + 1) if obstacle(config, n, quantized) is None]
+    raise UsageError(
+        f"The transformer can't be sharded over {size} hosts: {reason}; use "
+        f"{', '.join(map(str, fit))} of them, or --placement sequence."
+    )
