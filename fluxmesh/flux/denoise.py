@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from fluxmesh.flux import noise as latents
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.model import Flux, Modulations
+from fluxmesh.flux.config import FluxConfig
+from fluxmesh.flux.model import Modulations
 from fluxmesh.flux.source import SourceLatents
 
 Guide = Callable[[mx.array, int], mx.array]
@@ -33,6 +35,26 @@ differentiated, not the transformer: a step costs no more memory than without a 
 Source: He et al. 2023, "Manifold Preserving Guided Diffusion" (https://arxiv.org/abs/2311.16424),
 without its projection.
 """
+
+
+class Flow(Protocol):
+    """What the sampler asks of a transformer: `Flux`, or one spread over hosts by `parallel.py`."""
+
+    @property
+    def config(self) -> FluxConfig: ...
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+    def rope(self, txt_ids: np.ndarray, img_ids: np.ndarray, /) -> mx.array: ...
+
+    def modulations(
+        self, timesteps: mx.array, y: mx.array, guidance: float | None, /
+    ) -> Modulations: ...
+
+    def __call__(
+        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations, /
+    ) -> mx.array: ...
 
 
 class Step(NamedTuple):
@@ -58,7 +80,7 @@ class Plan:
 
 
 def plan(
-    flow: Flux,
+    flow: Flow,
     text: Conditioning,
     times: list[float],
     latent_size: tuple[int, int],
@@ -74,7 +96,7 @@ def plan(
 
 
 def denoise(
-    flow: Flux,
+    flow: Flow,
     plan: Plan,
     noise: mx.array,
     *,

@@ -157,8 +157,19 @@ def run(layers: list[nn.Module], x: mx.array) -> mx.array:
     return x
 
 
+def outputs(*calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
+    """Calls the linears that end a block's branches, each with its input.
+
+    On a shard of the model these give parts of a sum; `parallel.py` then puts a function in the
+    place of this one that adds the hosts' parts.
+    """
+    return [layer(x) for layer, x in calls]
+
+
 class DoubleStreamBlock(nn.Module):
     """Image and text keep weights of their own and meet in one attention."""
+
+    outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__()
@@ -190,15 +201,24 @@ class DoubleStreamBlock(nn.Module):
         )
         txt_attn, img_attn = mx.split(attn, [txt.shape[1]], axis=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_attn)
-        img = img + img_gate2 * run(self.img_mlp, modulate(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_gate2 * run(self.txt_mlp, modulate(txt, txt_shift2, txt_scale2))
-        return img, txt
+        img_out, txt_out = self.outputs(
+            (self.img_attn.proj, img_attn), (self.txt_attn.proj, txt_attn)
+        )
+        img = img + img_gate1 * img_out
+        txt = txt + txt_gate1 * txt_out
+
+        img_hidden = run(self.img_mlp[:2], modulate(img, img_shift2, img_scale2))
+        txt_hidden = run(self.txt_mlp[:2], modulate(txt, txt_shift2, txt_scale2))
+        img_out, txt_out = self.outputs(
+            (self.img_mlp[2], img_hidden), (self.txt_mlp[2], txt_hidden)
+        )
+        return img + img_gate2 * img_out, txt + txt_gate2 * txt_out
 
 
 class SingleStreamBlock(nn.Module):
     """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
+
+    outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__()
@@ -217,7 +237,9 @@ class SingleStreamBlock(nn.Module):
         q, k, v = split_heads(qkv, self.head_dim)
         q, k = self.norm(q, k)
         attn = attention(q, k, v, pe)
-        return x + gate * self.linear2(mx.concatenate([attn, self.mlp_act(mlp)], axis=-1))
+        hidden = mx.concatenate([attn, self.mlp_act(mlp)], axis=-1)
+        (out,) = self.outputs((self.linear2, hidden))
+        return x + gate * out
 
 
 class LastLayer(nn.Module):

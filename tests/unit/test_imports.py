@@ -27,7 +27,7 @@ PURE = [
     *("fluxmesh.flux.precision", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
-    "fluxmesh_coordinator.cli.models",
+    *("fluxmesh_coordinator.cli.models", "fluxmesh.flux.sharding"),
 ]
 
 
@@ -76,6 +76,16 @@ def test_only_the_flux_package_imports_mlx() -> None:
         if "mlx" in tops(path) and not name.startswith(allowed)
     ]
     assert found == []
+
+
+def test_only_one_module_calls_a_collective() -> None:
+    found = [
+        name
+        for package in PACKAGES
+        for name, path in modules(package)
+        if "mx.distributed" in path.read_text(encoding="utf-8")
+    ]
+    assert found == ["fluxmesh.flux.parallel"]
 
 
 def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:

@@ -1,0 +1,185 @@
+"""What the ranks compute, and one host too: small random transformers with no zero in them.
+
+Imported by the tests and by `worker.py`, so that both make the same model from the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fluxmesh.flux import hub
+from fluxmesh.flux import noise as latents
+from fluxmesh.flux.components import group_size
+from fluxmesh.flux.conditioning import Conditioning
+from fluxmesh.flux.config import FluxConfig, ScheduleConfig
+from fluxmesh.flux.denoise import Flow, Plan, plan
+from fluxmesh.flux.lora import LowRank, beside, fused
+from fluxmesh.flux.model import Flux
+from fluxmesh.flux.parallel import Ranks, SequenceFlux, TensorFlux
+from fluxmesh.flux.schedule import timesteps
+from fluxmesh.flux.sharding import Shard, cuts
+from fluxmesh.flux.weights import load_transformer, module_at, replace_module
+
+STEPS = 3
+
+# 19 tokens, which no number of ranks divides; 12 heads of 6 channels; an embedding of guidance
+ODD = FluxConfig(
+    in_channels=16,
+    out_channels=16,
+    vec_in_dim=8,
+    context_in_dim=12,
+    hidden_size=72,
+    num_heads=12,
+    depth=2,
+    depth_single_blocks=3,
+    axes_dim=(2, 2, 2),
+    guidance_embed=True,
+)
+# 9 tokens: of four ranks one has text alone, one both, one image alone, and one nothing to do
+SHALLOW = replace(
+    ODD,
+    hidden_size=96,
+    depth=1,
+    depth_single_blocks=1,
+    axes_dim=(2, 2, 4),
+    guidance_embed=False,
+)
+# what a checkpoint's folder must have to count as FLUX
+ON_DISK = replace(
+    SHALLOW, in_channels=64, out_channels=64, vec_in_dim=32, context_in_dim=32, guidance_embed=True
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request; equal but for `placement`, two cases should give one picture."""
+
+    name: str
+    placement: str  # "one", "tensor" or "sequence"
+    config: FluxConfig = ODD
+    text_tokens: int = 7
+    size: tuple[int, int] = (6, 8)  # latents: 12 image tokens
+    dtype: str = "float32"
+    bits: int | None = None
+    adapter: str = ""  # "", "beside" or "fused"
+    images: int = 1
+    checkpoint: str = ""  # a folder, instead of a model made here
+    swapped: bool = False  # odd ranks evaluate the second image first
+
+    @property
+    def image_tokens(self) -> int:
+        return self.size[0] * self.size[1] // 4
+
+    @property
+    def tokens(self) -> int:
+        return self.text_tokens + self.image_tokens
+
+
+def quantizable(size: int) -> FluxConfig:
+    """Heads of 32 channels, and columns that are whole groups on each host: of 32 on three."""
+    return replace(
+        ODD,
+        hidden_size=96 if size == 3 else 64 * size,
+        num_heads=3 if size == 3 else 2 * size,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=(8, 12, 12),
+    )
+
+
+def cases(size: int, checkpoint: Path) -> list[Case]:
+    """All that `size` ranks run in one go."""
+    small = {"config": SHALLOW, "text_tokens": 3, "size": (4, 6)}
+    groups = {"config": quantizable(size), "bits": 4}
+    found = []
+    for placement in ("tensor", "sequence"):
+        found += [
+            Case("odd", placement),
+            Case("shallow", placement, **small),
+            Case("bfloat16", placement, dtype="bfloat16"),
+            Case("quantized", placement, **groups),
+            Case("adapted", placement, **small, adapter="beside"),
+            Case("fused", placement, **small, adapter="fused"),
+            Case("quantized and adapted", placement, **groups, adapter="beside"),
+            Case("swapped", placement, **small, images=2, swapped=True),
+            Case("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
+        ]
+    return found
+
+
+def random_flux(case: Case) -> Flux:
+    """A transformer whose every parameter is random, norms and biases too; the same each time."""
+    flux = Flux(case.config)
+    rng = np.random.default_rng(5)
+
+    def draw(name: str, shape: tuple[int, ...]) -> mx.array:
+        values = rng.standard_normal(shape)
+        if name.endswith("scale"):
+            return mx.array(1 + 0.2 * values, dtype=mx.float32)
+        width = shape[1] ** -0.5 if len(shape) == 2 else 0.3
+        return mx.array(width * values, dtype=mx.float32)
+
+    flux.load_weights([(name, draw(name, p.shape)) for name, p in nn.utils.tree_flatten(flux)])
+    if case.bits:
+
+        def chosen(name: str, module: nn.Module) -> bool | dict:
+            if not isinstance(module, nn.Linear):
+                return False
+            group = group_size("transformer", f"{name}.weight", module.weight.shape)
+            return {"group_size": group, "bits": case.bits} if group else False
+
+        nn.quantize(flux, class_predicate=chosen)
+    for name in cuts(case.config, Shard(0, 2)) if case.adapter else ():
+        linear = module_at(flux, name)
+        bias = linear.bias.shape[0]
+        inputs = flux.config.hidden_size
+        if name.endswith("linear2"):
+            inputs += flux.config.mlp_hidden_dim
+        elif name.endswith("mlp.2"):
+            inputs = flux.config.mlp_hidden_dim
+        low = LowRank(
+            rng.standard_normal((3, inputs)).astype(np.float32) / 8,
+            rng.standard_normal((bias, 3)).astype(np.float32) / 8,
+        )
+        if case.adapter == "fused":
+            fused(linear, low)
+        else:
+            replace_module(flux, name, beside(linear, low, mx.float32))
+    flux.set_dtype(getattr(mx, case.dtype))
+    return flux
+
+
+def flow_of(case: Case, ranks: Ranks | None = None) -> Flow:
+    """The transformer as the case's placement runs it."""
+    if case.checkpoint:
+        shard = ranks.shard if ranks and case.placement == "tensor" else None
+        flux = load_transformer(hub.resolve(case.checkpoint), mx.float32, shard=shard)
+    else:
+        flux = random_flux(case)
+    if ranks is None:
+        return flux
+    return {"tensor": TensorFlux, "sequence": SequenceFlux}[case.placement](flux, ranks)
+
+
+def plan_of(case: Case, flow: Flow) -> Plan:
+    rng = np.random.default_rng(1)
+    text = Conditioning(
+        mx.array(
+            rng.standard_normal((1, case.text_tokens, case.config.context_in_dim)), dtype=mx.float32
+        ),
+        mx.array(rng.standard_normal((1, case.config.vec_in_dim)), dtype=mx.float32),
+    )
+    times = timesteps(STEPS, case.image_tokens, ScheduleConfig())
+    return plan(flow, text, times, case.size, guidance=3.5)
+
+
+def noise_of(case: Case, image: int = 0) -> mx.array:
+    height, width = (8 * side for side in case.size)
+    return mx.array(
+        latents.initial_noise(image, height, width, channels=case.config.in_channels // 4)
+    )

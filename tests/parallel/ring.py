@@ -1,0 +1,65 @@
+"""Starts real ranks on loopback, waits for them, and never leaves one behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
+
+
+def run_ranks(size: int, arguments: list[str], folder: Path, timeout: float) -> list[Path]:
+    """Runs `tests.parallel.worker` on `size` ranks; returns each one's OUT.
+
+    Raises `AssertionError` with what they printed where one fails; all are killed where one hangs
+    for `timeout` seconds.
+    """
+    hostfile = folder / "ring.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    outs = [folder / f"rank{rank}" for rank in range(size)]
+    paths = (ROOT, ROOT / "agent", ROOT / "coordinator")
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, out in enumerate(outs):
+            environment = {
+                **os.environ,
+                "MLX_RANK": str(rank),
+                "MLX_HOSTFILE": str(hostfile),
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, "-m", "tests.parallel.worker", *arguments, str(out)]
+            with open(out.with_suffix(".log"), "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes) or time.monotonic() > end:
+                break  # one failed, or all hang: the others would wait for ever
+            time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    logs = [out.with_suffix(".log").read_text() for out in outs]
+    said = "\n".join(f"rank {rank}: {log[-3000:]}" for rank, log in enumerate(logs))
+    assert codes == [0] * size, f"exit codes {codes} (None: hung)\n{said}"
+    return outs

@@ -1,0 +1,172 @@
+"""Two, three and four real ranks on loopback, held to one host: same latents, 1/N of the work."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import make_checkpoint
+from tests.parallel import worker
+from tests.parallel.cases import ON_DISK, STEPS, Case, cases
+from tests.parallel.ring import run_ranks
+
+SIZES = (2, 3, 4)
+TIMEOUT = 90.0  # of all ranks together: a hang is a failure, not a wait
+NAMES = [case.name for case in cases(2, Path()) if case.placement == "tensor"]
+EXACT = [name for name in NAMES if name != "bfloat16"]
+
+
+class Result(NamedTuple):
+    """A case on N ranks, and on one host."""
+
+    case: Case
+    latents: list[np.ndarray]  # of each rank
+    did: list[dict[str, Any]]  # by each rank
+    nonces: list[tuple[bool, bool]]  # whether each rank thought the same, and different ones, equal
+    one: np.ndarray
+    one_held: int
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    made = make_checkpoint(folder / "checkpoint", seed=2, transformer=ON_DISK, guidance=True)
+
+    @functools.cache
+    def ranks(size: int) -> list[Path]:
+        here = folder / str(size)
+        here.mkdir()
+        return run_ranks(size, [str(size), str(made.path)], here, TIMEOUT)
+
+    @functools.cache
+    def alone(case: Case) -> tuple[np.ndarray, dict[str, Any]]:
+        return worker.run(case)
+
+    def find(size: int, name: str, placement: str) -> Result:
+        case = next(
+            case
+            for case in cases(size, made.path)
+            if (case.name, case.placement) == (name, placement)
+        )
+        outs, key = ranks(size), f"{name}/{placement}"
+        reports = [json.loads(out.with_suffix(".json").read_text()) for out in outs]
+        one, did = alone(replace(case, placement="one"))
+        return Result(
+            case,
+            [np.load(out.with_suffix(".npz"))[key] for out in outs],
+            [report[key] for report in reports],
+            [(report["same nonce"], report["strange nonce"]) for report in reports],
+            one,
+            did["held"],
+        )
+
+    return find
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+@pytest.mark.parametrize("name", EXACT)
+def test_many_hosts_paint_what_one_paints(result, size, placement, name):
+    found = result(size, name, placement)
+    assert found.one.dtype == np.float32 and found.one.std() > 0.3
+    for latents in found.latents:
+        assert error(latents, found.one) <= 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+def test_bfloat16_is_no_worse_than_twice_one_hosts(result, size, placement):
+    found = result(size, "bfloat16", placement)
+    exact = result(size, "odd", placement).one
+    one_host = error(found.one, exact)
+    assert one_host > 1e-4  # rounding is at work
+    assert error(found.latents[0], exact) <= 2 * one_host
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+def test_every_rank_has_the_same_whole_latents(result, size, placement):
+    for name in NAMES:
+        found = result(size, name, placement)
+        shape = (found.case.images, found.case.image_tokens, found.case.config.in_channels)
+        for latents, did in zip(found.latents, found.did, strict=True):
+            assert latents.shape == shape and did["dtype"] == "mlx.core.float32"
+            assert latents.tobytes() == found.latents[0].tobytes(), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, name):
+    found = result(size, name, "tensor")
+    case, config = found.case, found.case.config
+    number = 2 if case.dtype == "bfloat16" else 4
+    sums = (2 * config.depth + config.depth_single_blocks) * STEPS * case.images
+    activations = case.tokens * config.hidden_size * number  # DESIGN's A
+    modulations = (12 * config.depth + 3 * config.depth_single_blocks + 2) * config.hidden_size
+    once = (size - 1) * (STEPS * modulations * number // size)
+    for did in found.did:
+        assert did["traffic"] == {
+            "sums": sums,
+            "gathers": 1,
+            "bytes": sums * 2 * (size - 1) * activations // size + once,
+        }
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_sequence_gathers_once_a_block_and_once_a_step(result, size, name):
+    found = result(size, name, "sequence")
+    case, config = found.case, found.case.config
+    number = 2 if case.dtype == "bfloat16" else 4
+    blocks = config.depth + config.depth_single_blocks
+    tokens = -(-case.tokens // size) * size  # with what fills them up
+    activations = tokens * config.hidden_size * number
+    velocity = (size - 1) * tokens // size * config.out_channels * number
+    steps = STEPS * case.images
+    for did in found.did:
+        assert did["traffic"] == {
+            "sums": 0,
+            "gathers": (blocks + 1) * steps,
+            "bytes": (blocks * 2 * (size - 1) * activations // size + velocity) * steps,
+        }
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_rank_does_its_part_of_the_blocks_work(result, size, placement, name):
+    found = result(size, name, placement)
+    case, config = found.case, found.case.config
+    D, M, S = config.hidden_size, config.mlp_hidden_dim, case.tokens
+    blocks = config.depth + config.depth_single_blocks
+    linears = blocks * S * (4 * D * D + 2 * D * M) * STEPS * case.images
+    attention = blocks * 2 * S * S * D * STEPS * case.images
+    for did in found.did:
+        if placement == "tensor":
+            assert (did["linears"] * size, did["attention"] * size) == (linears, attention)
+        else:
+            own = -(-S // size)
+            assert (did["linears"] * S, did["attention"] * S) == (linears * own, attention * own)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_stranger_in_the_ring_is_found_by_every_rank(result, size):
+    assert result(size, "odd", "tensor").nonces == [(True, False)] * size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_shard_is_a_shard(result, size):
+    for name in ("odd", "shallow", "bfloat16", "quantized", "fused", "from files"):
+        found = result(size, name, "tensor")
+        for did in found.did:
+            assert did["held"] <= (1 / size + 0.01) * found.one_held, name
