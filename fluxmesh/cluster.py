@@ -1,0 +1,172 @@
+"""What is known of a mesh at one moment: its hosts, its links, what was measured on them. Pure.
+
+Agents tell most of it (`fluxmesh up` measures step times and link rates), the coordinator holds
+it, and `placement.plan` reads it. All units are bytes, seconds and FLOP; nothing here is a guess
+except `HostInfo.flops_per_second`, which stands in until a step at a size has been timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from fluxmesh.errors import UsageError
+from fluxmesh.request import AdapterRef, GenerateRequest
+
+Placement = Literal["data", "sequence", "tensor"]
+Layout = Literal["replicated", "sharded"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights an engine would have to hold for a request, whatever their layout."""
+
+    model: str
+    dtype: str = "bfloat16"
+    bits: int | None = None
+    adapters: tuple[AdapterRef, ...] = ()
+    fuse_adapters: bool = False
+
+    @classmethod
+    def of(cls, request: GenerateRequest, stored_bits: int | None = None) -> Weights:
+        """Those of a request; `stored_bits` is what the checkpoint itself is quantized to."""
+        return cls(
+            request.model,
+            request.dtype,
+            stored_bits or request.bits,
+            request.adapters,
+            request.fuse_adapters,
+        )
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What an engine has in memory: all of the transformer, or shard `shard` of `shards`."""
+
+    weights: Weights
+    nbytes: int  # everything that the engine would free by letting go of it
+    shards: int = 1
+    shard: int = 0
+
+    def __post_init__(self) -> None:
+        _check("nbytes", self.nbytes, 0)
+        if not 0 <= self.shard < self.shards:
+            raise UsageError(f"Shard {self.shard} of {self.shards} does not exist.")
+
+    @property
+    def layout(self) -> Layout:
+        return "replicated" if self.shards == 1 else "sharded"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one model on one host with nothing else running, at one size."""
+
+    model: str
+    height: int  # pixels
+    width: int  # pixels
+    dtype: str
+    bits: int | None
+    step_seconds: float  # one denoising step of one image
+    decode_seconds: float | None = None  # one image
+
+    def __post_init__(self) -> None:
+        _check("step_seconds", self.step_seconds)
+        if self.decode_seconds is not None:
+            _check("decode_seconds", self.decode_seconds)
+
+
+@dataclass(frozen=True)
+class HostInfo:
+    """One host: an agent and the device that its engine computes on."""
+
+    rank: int
+    name: str
+    kind: str  # of device, such as "Apple M2 Ultra"
+    memory_bytes: int  # the most that its engine may use
+    free_bytes: int  # of the device, beside what engines hold now
+    flops_per_second: float  # in bfloat16; used where no step was timed
+    load_rate: float  # bytes/s from the checkpoint's files into memory
+    measured: tuple[Measured, ...] = ()
+    holds: Holding | None = None
+    device: str = ""  # agents that name the same one share its memory and its time
+
+    def __post_init__(self) -> None:
+        _check("memory_bytes", self.memory_bytes, 0)
+        _check("free_bytes", self.free_bytes, 0)
+        _check("flops_per_second", self.flops_per_second)
+        _check("load_rate", self.load_rate)
+
+    @property
+    def device_key(self) -> str:
+        """The device's name, or one that no other host has."""
+        return self.device or f"rank {self.rank}"
+
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self.holds is None else self.holds.nbytes
+
+
+@dataclass(frozen=True)
+class LinkInfo:
+    """How fast `source` sends to `target`, both ranks, at the addresses that a ring would use."""
+
+    source: int
+    target: int
+    rate: float  # bytes/s
+    latency: float = 0.0  # seconds that one small message takes
+
+    def __post_init__(self) -> None:
+        _check("rate", self.rate)
+        _check("latency", self.latency, 0)
+
+
+@dataclass(frozen=True)
+class MeshView:
+    """The hosts that answer, in rank order, and the links between them.
+
+    A pair without a link can't be neighbours in a ring: in a thunderbolt ring only the hosts at
+    the two ends of a cable have one.
+    """
+
+    hosts: tuple[HostInfo, ...]
+    links: tuple[LinkInfo, ...] = ()
+    backend: str = "ring"
+
+    def __post_init__(self) -> None:
+        ranks = [host.rank for host in self.hosts]
+        if ranks != sorted(set(ranks)):
+            raise UsageError(f"The ranks of a mesh must rise, and are {ranks}.")
+
+    @cached_property
+    def _links(self) -> dict[tuple[int, int], LinkInfo]:
+        return {(link.source, link.target): link for link in self.links}
+
+    @cached_property
+    def _hosts(self) -> dict[int, HostInfo]:
+        return {host.rank: host for host in self.hosts}
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(host.rank for host in self.hosts)
+
+    def host(self, rank: int) -> HostInfo:
+        return self._hosts[rank]
+
+    def link(self, source: int, target: int) -> LinkInfo | None:
+        return self._links.get((source, target))
+
+    def without(self, ranks: Iterable[int]) -> MeshView:
+        """The mesh after these hosts are gone."""
+        gone = set(ranks)
+        return replace(self, hosts=tuple(host for host in self.hosts if host.rank not in gone))
+
+
+def _check(name: str, value: float, least: float | None = None) -> None:
+    """Agents report these numbers, and the planner divides by them."""
+    if not math.isfinite(value) or value < 0 or (least is None and value == 0):
+        bound = "above" if least is None else "at least"
+        raise UsageError(f"A host reports {name} as {value}; it must be {bound} 0.")

@@ -1,0 +1,96 @@
+"""How long a step and a decode take on one host: measured, or scaled from what was measured. Pure.
+
+Between `work.py` (the request in numbers) and `placement.py` (which adds the links).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from fluxmesh.cluster import HostInfo
+from fluxmesh.flux import layouts
+from fluxmesh.flux.config import AutoencoderConfig
+from fluxmesh.work import ModelSizes, Work
+
+FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
+DECODE_RATE = 0.4  # of a step's FLOP/s: convolutions keep a GPU less busy (57 ms at 1024², H200)
+
+
+class Estimate(NamedTuple):
+    """A predicted time, and whether it is one that was measured at this very size."""
+
+    seconds: float
+    measured: bool
+
+
+def step_time(host: HostInfo, work: Work) -> Estimate:
+    """Seconds of one step of one image on this host alone.
+
+    A step timed at this size; else the one nearest in size, by the ratio of their arithmetic;
+    else the arithmetic at the host's rate.
+    """
+    flops = step_flops(work.model, work.height, work.width)
+    like = [
+        timed
+        for timed in host.measured
+        if (timed.model, timed.dtype, timed.bits)
+        == (work.weights.model, work.weights.dtype, work.weights.bits)
+    ]
+    ratios = [(flops / step_flops(work.model, timed.height, timed.width), timed) for timed in like]
+    if not ratios:
+        return Estimate(flops / _rate(host, work), False)
+    ratio, timed = min(ratios, key=lambda pair: abs(math.log(pair[0])))
+    exact = (timed.height, timed.width) == (work.height, work.width)
+    return Estimate(timed.step_seconds if exact else timed.step_seconds * ratio, exact)
+
+
+def decode_time(host: HostInfo, work: Work) -> float:
+    """Seconds in which this host alone decodes one image."""
+    pixels = work.height * work.width
+    timed = [
+        (timed.decode_seconds, pixels / (timed.height * timed.width))
+        for timed in host.measured
+        if timed.decode_seconds is not None
+        and (timed.model, timed.dtype) == (work.weights.model, work.weights.dtype)
+    ]
+    if timed:
+        seconds, ratio = min(timed, key=lambda pair: abs(math.log(pair[1])))
+        return seconds * ratio
+    flops = decode_flops(work.model.autoencoder, work.height, work.width)
+    return flops / (DECODE_RATE * _rate(host, work))
+
+
+@lru_cache(maxsize=256)
+def step_flops(model: ModelSizes, height: int, width: int) -> float:
+    """Arithmetic of one step of one image: the blocks' matrices and attention.
+
+    FLUX.1 at 1024x1024 and 512 text tokens: 74.4e12.
+    """
+    config, tokens = model.transformer, model.tokens(height, width)
+    hidden, mlp = config.hidden_size, config.mlp_hidden_dim
+    matrices = 4 * hidden**2 + 2 * hidden * mlp  # of a block, as one token meets them
+    blocks = config.depth + config.depth_single_blocks
+    return float(blocks * tokens * (2 * matrices + 4 * tokens * hidden))
+
+
+@lru_cache(maxsize=256)
+def decode_flops(config: AutoencoderConfig, height: int, width: int) -> float:
+    """Arithmetic of decoding one image: every convolution at its resolution, and attention."""
+    total = 0.0
+    coarsest = len(config.widths) - 1
+    for name, target in layouts.autoencoder_tensors(config).items():
+        if not name.startswith("decoder.") or len(target.shape) != 4:
+            continue
+        level = 0 if name.startswith("decoder.conv_out") else coarsest
+        if name.startswith("decoder.up."):
+            level = int(name.split(".")[2]) - (".upsample." in name)
+        total += 2.0 * math.prod(target.shape) * height * width / 4**level
+    places = height * width / 4**coarsest
+    return total + (4 * places**2 * config.widths[-1] if config.mid_attention else 0)
+
+
+def _rate(host: HostInfo, work: Work) -> float:
+    slower = FLOAT32_SLOWER if work.weights.dtype == "float32" else 1.0
+    return host.flops_per_second / slower

@@ -1,0 +1,163 @@
+"""How a request is spread over a mesh: every way, what each would take, and which one is best.
+
+The last of the pure modules between a request and the mesh: `options.py` works out each way, and
+`plan` chooses. It never fails: where nothing can be done, the plan says why. It formats no table;
+`fluxmesh plan` does.
+
+Predictions come from measured step times and link rates; the bytes are those of DESIGN §4. Where
+two ways are predicted to take the same time, the one whose pictures are the very bytes that one
+host would give is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fluxmesh.cluster import MeshView, Placement
+from fluxmesh.options import Option, Options, Phase
+from fluxmesh.request import GenerateRequest
+from fluxmesh.room import Need
+from fluxmesh.work import ModelSizes, Work
+
+__all__ = ["Need", "Option", "Phase", "Plan", "plan"]
+
+CLOSE = 1.05  # a faster way must be faster than this to be preferred to a more exact one
+EXACTNESS = ("data", "mixed", "sequence", "tensor")
+SHARDED: tuple[Placement, ...] = ("sequence", "tensor")
+MAX_LAST = 8  # images that a mixed plan tries to leave for the ring
+MAX_RINGS = 4  # rings, the fastest ones, that it tries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. `options` holds every way: those that can be taken first, by time."""
+
+    work: Work
+    options: tuple[Option, ...]
+    winner: Option | None  # None where nothing that was asked for can be done
+    reason: str  # why the winner won, or why there is none
+
+
+def plan(
+    request: GenerateRequest,
+    view: MeshView,
+    model: ModelSizes,
+    *,
+    placement: Placement | None = None,
+    force_shard: bool = False,
+) -> Plan:
+    """Every way to do `request` on `view`, and the best of them.
+
+    `model` is the sizes of the request's checkpoint. `placement` allows that one alone;
+    `force_shard` allows those in which all hosts of a ring work on each image (`sequence` and
+    `tensor`). Both still list the others.
+    """
+    work = Work.of(request, model)
+    found = list(_options(Options(work, view)))
+    found.sort(key=lambda option: (bool(option.problem), option.seconds))
+    allowed = [
+        option
+        for option in found
+        if (placement is None or option.name == placement)
+        and (not force_shard or option.name in SHARDED)
+    ]
+    winner = _best([option for option in allowed if not option.problem])
+    asked = placement or ("a sharded placement" if force_shard else "")
+    if winner is None:
+        reason = _why_none(view, allowed, asked)
+    else:
+        reason = _why(view, winner, allowed, asked)
+    return Plan(work, tuple(found), winner, reason)
+
+
+def _options(options: Options) -> Iterator[Option]:
+    """One of each kind and number of hosts."""
+    view, images = options.view, range(options.work.images)
+    if not view.hosts:
+        return
+    yield options.data(images)
+    rings: list[Option] = []
+    for placement in SHARDED:
+        for hosts in range(2, len(view.hosts) + 1):
+            ring = options.sharded(placement, hosts, images)
+            rings.append(ring)
+            yield ring
+    mixed = _mixed(options, rings)
+    if mixed is not None:
+        yield mixed
+
+
+def _mixed(options: Options, rings: Sequence[Option]) -> Option | None:
+    """The best mixed plan: the first images by `data`, the last few on a ring."""
+    images, hosts = options.work.images, len(options.view.hosts)
+    lasts = {*range(1, min(images, hosts, MAX_LAST + 1)), images % hosts} - {0, images}
+    # Engines can't change what they hold half-way through a request: a slice serves both.
+    usable = [ring for ring in rings if not ring.problem and ring.phases[0].layout == "replicated"]
+    usable = sorted(usable, key=lambda ring: ring.seconds)[:MAX_RINGS]
+    found: list[Option] = []
+    for count in sorted(lasts):
+        first = options.data(range(images - count))
+        if first.problem:
+            return None
+        for ring in usable:
+            last = options.ring(ring.phases[0].placement, ring.ranks, range(images)[-count:])
+            if not last.problem:
+                found.append(options.mixed(first, last))
+    return min(found, key=lambda option: (bool(option.problem), option.seconds), default=None)
+
+
+def _best(options: Sequence[Option]) -> Option | None:
+    """The fastest, or a more exact one that is nearly as fast."""
+    if not options:
+        return None
+    limit = min(option.seconds for option in options) * CLOSE
+    close = [option for option in options if option.seconds <= limit]
+    return min(
+        close,
+        key=lambda option: (EXACTNESS.index(option.name), option.seconds, len(option.ranks)),
+    )
+
+
+def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) -> str:
+    """One or two sentences about an option that can be taken."""
+    if len(view.hosts) == 1:
+        return "The mesh has one host."
+    others = [option for option in allowed if not option.problem and option is not winner]
+    told = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
+    if not others:
+        reason = f"{told}; it is the only way."
+    else:
+        rival = min(others, key=lambda option: option.seconds)
+        than = f"{_title(rival)} {rival.seconds:.3g} s"
+        if rival.seconds < winner.seconds:
+            reason = f"{told}, {than}: nearly the same, and the first is the more exact."
+        else:
+            reason = f"{told}; the next best, {than}."
+    if asked:
+        reason = f"You asked for {asked}. {reason}"
+    wider = [
+        option
+        for option in allowed
+        if option.name == winner.name and option.problem and winner.name in SHARDED
+    ]
+    if wider and len(winner.ranks) < len(view.hosts):
+        reason += f" It can't use more hosts: {wider[-1].problem}."
+    return reason
+
+
+def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:
+    if not view.hosts:
+        return "The mesh has no host."
+    if not allowed and asked == "data":
+        return "--placement data and --force-shard exclude each other; choose one."
+    if not allowed:
+        return f"You asked for {asked}, which needs two hosts; the mesh has {len(view.hosts)}."
+    what = f"You asked for {asked}, which can't be done" if asked else "No placement can be done"
+    problems = dict.fromkeys(option.problem for option in allowed)
+    return f"{what}: {'; '.join(problems)}."
+
+
+def _title(option: Option) -> str:
+    hosts = len(option.ranks)
+    return f"{option.name} on {hosts} host{'' if hosts == 1 else 's'}"

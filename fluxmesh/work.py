@@ -1,0 +1,271 @@
+"""What a request asks for, in numbers: tokens, steps, bytes in memory, bytes on the wire. Pure.
+
+Stands between a checkpoint's configs (`flux/config.py`, `flux/layouts.py`) and `placement.py`;
+`cost.py` turns the same numbers into seconds. Bytes on the wire and of weights are counted
+exactly; memory of activations is estimated, from above. Left out, because every placement spends
+them alike: text encoding, the requests and pictures that travel between coordinator and agents.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from fluxmesh.cluster import Placement, Weights
+from fluxmesh.flux import layouts
+from fluxmesh.flux.checkpoint import Checkpoint, ModelDefaults
+from fluxmesh.flux.components import group_size
+from fluxmesh.flux.config import (
+    AutoencoderConfig,
+    ClipConfig,
+    FluxConfig,
+    ScheduleConfig,
+    T5Config,
+)
+from fluxmesh.flux.schedule import timesteps
+from fluxmesh.request import GenerateRequest
+
+BYTES = {"bfloat16": 2, "float32": 4}
+ACTIVATIONS = 24  # arrays of tokens by hidden size that a step holds at once, at most
+SPLIT_ACTIVATIONS = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
+DECODE_ARRAYS = 4  # arrays of the largest size that a decode holds at once
+UNTILED_LATENTS = 192 * 192  # larger pictures are decoded in tiles (flux/autoencoder.py)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What must be known of a checkpoint in order to plan with it; its files may be elsewhere."""
+
+    transformer: FluxConfig
+    t5: T5Config
+    clip: ClipConfig
+    autoencoder: AutoencoderConfig
+    defaults: ModelDefaults
+    bits: int | None = None  # that the checkpoint itself is quantized to
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelSizes:
+        return cls(
+            checkpoint.transformer,
+            checkpoint.t5,
+            checkpoint.clip,
+            checkpoint.autoencoder,
+            checkpoint.defaults,
+            checkpoint.bits,
+        )
+
+    def tokens(self, height: int, width: int) -> int:
+        """S: tokens of text and image, for a picture of that many pixels."""
+        side = 2 * self.autoencoder.downsampling  # pixels along a token
+        return self.defaults.t5_max_length + math.ceil(height / side) * math.ceil(width / side)
+
+
+class Resident(NamedTuple):
+    """Bytes of a transformer: what `tensor` splits among its ranks, and what each rank keeps."""
+
+    split: int
+    kept: int
+
+    def on_each_of(self, shards: int) -> int:
+        return math.ceil(self.split / shards) + self.kept
+
+
+class Phases(NamedTuple):
+    """Bytes that an engine needs while it denoises, and while it decodes."""
+
+    denoise: int
+    decode: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request in numbers: S tokens of D channels, `steps` times, for each of `images`."""
+
+    model: ModelSizes
+    weights: Weights
+    images: int
+    height: int  # pixels
+    width: int  # pixels
+    steps: int
+    decoding_batch_size: int = 1
+    preload: bool = False
+    low_memory: bool = False
+
+    @classmethod
+    def of(cls, request: GenerateRequest, model: ModelSizes) -> Work:
+        """The request with the model's defaults filled in, as the runner fills them in."""
+        height = request.height or model.defaults.height
+        width = request.width or model.defaults.width
+        strength = 1.0
+        if request.source is not None:
+            strength = request.source.strength
+            if request.height is None and request.width is None:
+                height, width = request.source.pixels.shape[:2]
+        levels = timesteps(request.steps or model.defaults.steps, 1, ScheduleConfig(), strength)
+        return cls(
+            model,
+            Weights.of(request, model.bits),
+            request.n_images,
+            height,
+            width,
+            len(levels) - 1,
+            request.decoding_batch_size,
+            request.preload,
+            request.low_memory,
+        )
+
+    @cached_property
+    def tokens(self) -> int:
+        """S: text and image."""
+        return self.model.tokens(self.height, self.width)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.weights.bits is not None
+
+    @cached_property
+    def transformer(self) -> Resident:
+        """Bytes of the transformer in memory."""
+        return _resident(self.model.transformer, self.weights.dtype, self.weights.bits)
+
+    @cached_property
+    def transformer_file(self) -> Resident:
+        """Bytes of the transformer as a checkpoint stores it."""
+        return _resident(self.model.transformer, "bfloat16", self.model.bits)
+
+    @cached_property
+    def autoencoder_bytes(self) -> int:
+        tensors = layouts.autoencoder_tensors(self.model.autoencoder)
+        return layouts.parameter_count(tensors) * BYTES[self.weights.dtype]
+
+    @cached_property
+    def text_bytes(self) -> int:
+        """T5 and CLIP in memory."""
+        return sum(
+            _bytes(component, tensors, self.weights.dtype, self.weights.bits)
+            for component, tensors in (
+                ("text_encoder", layouts.clip_tensors(self.model.clip)),
+                ("text_encoder_2", layouts.t5_tensors(self.model.t5)),
+            )
+        )
+
+    def sent_a_step(self, placement: Placement, hosts: int) -> int:
+        """Bytes that each host sends in a step: all-gathers of K and V, or ring reductions."""
+        if placement == "data" or hosts < 2:
+            return 0
+        config, size = self.model.transformer, BYTES[self.weights.dtype]
+        if placement == "sequence":
+            # Gathers take equal shapes: every host's tokens are padded to those of the first.
+            padded = math.ceil(self.tokens / hosts) * config.hidden_size * size
+            return self.collectives(placement) * 2 * (hosts - 1) * padded
+        activation = self.tokens * config.hidden_size * size
+        return math.ceil(self.collectives(placement) * 2 * (hosts - 1) * activation / hosts)
+
+    def collectives(self, placement: Placement) -> int:
+        """Collectives in a step, whatever the number of hosts."""
+        config = self.model.transformer
+        if placement == "data":
+            return 0
+        doubles = 1 if placement == "sequence" else 2
+        return doubles * config.depth + config.depth_single_blocks
+
+    def sent_a_request(self, placement: Placement, hosts: int) -> int:
+        """Bytes beside the steps': `tensor` gathers the modulations of all steps, once."""
+        if placement != "tensor" or hosts < 2:
+            return 0
+        config = self.model.transformer
+        columns = (12 * config.depth + 3 * config.depth_single_blocks + 2) * config.hidden_size
+        whole = self.steps * columns * BYTES[self.weights.dtype]
+        return math.ceil(whole * (hosts - 1) / hosts)
+
+    def memory(self, placement: Placement, hosts: int, shards: int) -> Phases:
+        """Bytes on one of `hosts` hosts whose engine holds 1/`shards` of the transformer."""
+        config, size = self.model.transformer, BYTES[self.weights.dtype]
+        row = config.hidden_size * size
+        if placement == "sequence":
+            own = math.ceil(self.tokens / hosts)
+            working = ACTIVATIONS * own * row + 4 * own * hosts * row  # K and V, whole, twice
+        elif placement == "tensor":
+            kept = ACTIVATIONS - SPLIT_ACTIVATIONS
+            working = math.ceil((kept + SPLIT_ACTIVATIONS / hosts) * self.tokens * row)
+        else:
+            working = ACTIVATIONS * self.tokens * row
+        transformer = self.transformer.on_each_of(shards)
+        decode = self.autoencoder_bytes + self._decode_bytes()
+        extra = self.autoencoder_bytes if self.preload else 0
+        return Phases(
+            transformer + working + extra, decode + (0 if self.low_memory else transformer)
+        )
+
+    def _decode_bytes(self) -> int:
+        ae = self.model.autoencoder
+        latents = self.height * self.width // ae.downsampling**2
+        pixels = min(latents, UNTILED_LATENTS) * ae.downsampling**2
+        widest = ae.widths[min(1, len(ae.widths) - 1)]  # what comes in at the finest level
+        batch = min(self.decoding_batch_size, self.images)
+        return DECODE_ARRAYS * batch * pixels * widest * BYTES[self.weights.dtype]
+
+
+def tensor_problem(work: Work, hosts: int) -> str:
+    """Why `tensor` can't split this model over so many hosts; "" where it can.
+
+    Heads stay whole, and so do quantization groups: matrices that are split along their columns
+    (those that lead out of attention and MLP) are quantized in groups along the same columns.
+    """
+    config = work.model.transformer
+    if config.num_heads % hosts:
+        return f"{config.num_heads} heads do not divide by {hosts}"
+    if config.mlp_hidden_dim % hosts:
+        return f"{config.mlp_hidden_dim} MLP columns do not divide by {hosts}"
+    if not work.is_quantized:
+        return ""
+    hidden, mlp = config.hidden_size, config.mlp_hidden_dim
+    for name, columns, parts in (
+        ("double_blocks.0.img_attn.proj.weight", hidden, (hidden,)),
+        ("double_blocks.0.img_mlp.2.weight", mlp, (mlp,)),
+        ("single_blocks.0.linear2.weight", hidden + mlp, (hidden, mlp)),
+    ):
+        group = group_size("transformer", name, (hidden, columns))
+        for part in parts:
+            if group and part // hosts % group:
+                return (
+                    f"{part} columns over {hosts} hosts are {part // hosts}, not whole "
+                    f"quantization groups of {group}"
+                )
+    return ""
+
+
+def split_tokens(tokens: int, hosts: int) -> tuple[int, ...]:
+    """Tokens of each rank under `sequence`: as even as can be, the longer shares first."""
+    return tuple(tokens // hosts + (rank < tokens % hosts) for rank in range(hosts))
+
+
+@lru_cache(maxsize=64)
+def _resident(config: FluxConfig, dtype: str, bits: int | None) -> Resident:
+    """Blocks and modulations are split; embedders, norms and the last linear are kept."""
+    tensors = layouts.transformer_tensors(config)
+    split = {
+        name: target
+        for name, target in tensors.items()
+        if name.startswith(("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation."))
+        and ".norm." not in name
+    }
+    kept = {name: target for name, target in tensors.items() if name not in split}
+    return Resident(
+        _bytes("transformer", split, dtype, bits), _bytes("transformer", kept, dtype, bits)
+    )
+
+
+def _bytes(component: str, tensors: layouts.Tensors, dtype: str, bits: int | None) -> int:
+    """Bytes of tensors in memory, the large matrices quantized where `bits` says so."""
+    total = 0
+    for name, target in tensors.items():
+        count = math.prod(target.shape)
+        group = group_size(component, name, target.shape) if bits else None
+        if bits is None or group is None:
+            total += count * BYTES[dtype]
+        else:  # a scale and a bias a group
+            total += count * bits // 8 + 2 * (count // group) * BYTES[dtype]
+    return total

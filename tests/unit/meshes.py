@@ -1,0 +1,83 @@
+"""Views of meshes and models for tests of the planner: FLUX.1's real sizes, and small ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxmesh.cluster import Holding, HostInfo, LinkInfo, MeshView, Weights
+from fluxmesh.flux.checkpoint import ModelDefaults
+from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.request import GenerateRequest
+from fluxmesh.work import ModelSizes
+
+GB = 10**9
+FLUX = ModelSizes(
+    FluxConfig(),
+    T5Config(),
+    ClipConfig(),
+    AutoencoderConfig(),
+    ModelDefaults(steps=4, guidance=0.0, height=1024, width=1024, t5_max_length=512),
+)
+
+
+def small(heads: int = 4, head_dim: int = 16, mlp_ratio: float = 4.0) -> ModelSizes:
+    """A model that is quick to count."""
+    return ModelSizes(
+        FluxConfig(
+            in_channels=16,
+            vec_in_dim=32,
+            context_in_dim=32,
+            hidden_size=heads * head_dim,
+            num_heads=heads,
+            depth=1,
+            depth_single_blocks=2,
+            mlp_ratio=mlp_ratio,
+            axes_dim=(head_dim // 2, head_dim // 4, head_dim // 4),
+        ),
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
+        ClipConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
+        AutoencoderConfig(widths=(16, 32), num_res_blocks=1, norm_groups=8),
+        ModelDefaults(steps=2, guidance=0.0, height=64, width=64, t5_max_length=16),
+    )
+
+
+def ask(**keys: Any) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a cat", "seed": 0, "model": "m", **keys})
+
+
+def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:
+    """What an engine with the weights of `ask(**keys)` holds."""
+    return Holding(Weights.of(ask(**keys)), 24 * GB // shards, shards, shard)
+
+
+def mac(rank: int, **keys: Any) -> HostInfo:
+    """An M2 Ultra with 192 GB, FLUX in memory, and 2.86 s a step at 1024x1024."""
+    fields: dict[str, Any] = {
+        "name": f"mac{rank}",
+        "kind": "Apple M2 Ultra",
+        "memory_bytes": 144 * GB,
+        "free_bytes": 120 * GB,
+        "flops_per_second": 26e12,
+        "load_rate": 3e9,
+        "holds": held(),
+    }
+    return HostInfo(rank, **{**fields, **keys})
+
+
+def ring(*hosts: HostInfo, rate: float = 5e9) -> MeshView:
+    """Cables between neighbours alone, as in a thunderbolt ring."""
+    ranks = [host.rank for host in hosts]
+    following = zip(ranks, ranks[1:] + ranks[:1], strict=True)
+    pairs = {pair for a, b in following for pair in ((a, b), (b, a))}
+    return MeshView(hosts, tuple(LinkInfo(a, b, rate, 1e-4) for a, b in sorted(pairs) if a != b))
+
+
+def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView:
+    """A link from every host to every other."""
+    return MeshView(
+        hosts,
+        tuple(
+            LinkInfo(a.rank, b.rank, rate, 1e-4) for a in hosts for b in hosts if a.rank != b.rank
+        ),
+        backend,
+    )
