@@ -1,6 +1,6 @@
 """How a request is spread over a mesh: every way, what each would take, and which one is best.
 
-The last of the pure modules between a request and the mesh: `options.py` works out each way, and
+The last of the pure modules between a request and the mesh: `planning/` works out each way, and
 `plan` chooses. It never fails: where nothing can be done, the plan says why. It formats no table;
 `fluxmesh plan` does.
 
@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster import MeshView, Placement
-from fluxmesh.options import Option, Options, Phase
+from fluxmesh.planning.options import Option, Options, Phase
+from fluxmesh.planning.room import Need
+from fluxmesh.planning.work import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
-from fluxmesh.room import Need
-from fluxmesh.work import ModelSizes, Work
 
-__all__ = ["Need", "Option", "Phase", "Plan", "plan"]
+__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Work", "plan"]
 
 CLOSE = 1.05  # a faster way must be faster than this to be preferred to a more exact one
 EXACTNESS = ("data", "mixed", "sequence", "tensor")

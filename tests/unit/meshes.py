@@ -7,8 +7,8 @@ from typing import Any
 from fluxmesh.cluster import Holding, HostInfo, LinkInfo, MeshView, Weights
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
-from fluxmesh.work import ModelSizes
 
 GB = 10**9
 FLUX = ModelSizes(

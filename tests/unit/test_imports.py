@@ -100,6 +100,15 @@ def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:
             assert private == [], name
 
 
+def test_planning_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
+    forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "secrets", "socket"}
+    planning = ("fluxmesh.planning.", "fluxmesh.placement", "fluxmesh.cluster", "fluxmesh.host")
+    found = [(name, path) for name, path in modules("fluxmesh") if name.startswith(planning)]
+    assert len(found) >= 9
+    for name, path in found:
+        assert not tops(path) & forbidden, name
+
+
 def loaded_after(code: str) -> set[str]:
     """The top-level packages that a new interpreter has loaded after running `code`."""
     tail = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"

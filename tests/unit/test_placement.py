@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fluxmesh.cluster import HostInfo, LinkInfo, Measured, MeshView
 from fluxmesh.errors import UsageError
 from fluxmesh.placement import CLOSE, Option, Plan, plan
-from fluxmesh.work import tensor_problem
+from fluxmesh.planning.work import tensor_problem
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small
 
 
@@ -109,6 +109,12 @@ def test_a_ring_exists_only_where_cables_do() -> None:
     assert len(won(found).ranks) == 2
 
 
+def test_of_unequal_hosts_in_a_ring_the_fastest_neighbours_work_together() -> None:
+    rates = (26e12, 13e12, 26e12, 20e12)
+    view = ring(*(mac(rank, flops_per_second=rate) for rank, rate in enumerate(rates)))
+    assert option(plan(ask(), view, FLUX), "sequence", 2).ranks == (2, 3)
+
+
 def test_unequal_hosts_get_unequal_work_and_a_useless_one_none() -> None:
     fast, slow = mac(0), mac(1, flops_per_second=13e12)
     owners = won(plan(ask(n_images=6), ring(fast, slow, rate=1e8), FLUX)).phases[0].owners
@@ -156,6 +162,12 @@ def test_shards_of_another_split_are_read_again() -> None:
     found = plan(ask(), three, FLUX)
     assert won(found).phases[0].layout == "sharded"
     assert all(need.load_bytes > 0 for need in won(found).memory)
+
+
+def test_a_host_with_anothers_shard_reads_its_own() -> None:
+    hosts = [mac(r, memory_bytes=16 * GB, holds=held(4, s)) for r, s in enumerate((0, 2, 1, 3))]
+    found = option(plan(ask(), full(*hosts), FLUX), "tensor", 4)
+    assert [need.load_bytes > 0 for need in found.memory] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("keys", [{"bits": 4}, {"dtype": "float32"}, {"model": "other"}])
@@ -261,32 +273,43 @@ REQUESTS = st.builds(
 )
 
 
+def powers(low: float, high: float) -> st.SearchStrategy[float]:
+    """Numbers from 10^low to 10^high, each size as likely as the next."""
+    return st.floats(low, high).map(lambda exponent: 10.0**exponent)
+
+
+def _ranks(count: int) -> st.SearchStrategy[set[int]]:
+    return st.sets(st.integers(0, 9), min_size=count, max_size=count)
+
+
 @st.composite
 def views(draw: st.DrawFn) -> MeshView:
     """Up to six hosts, of any speed and size, some of them on one device, some links missing."""
-    ranks = sorted(draw(st.sets(st.integers(0, 9), max_size=6)))
+    ranks = sorted(draw(st.sampled_from([0, 1, 2, 3, 4, 6]).flatmap(_ranks)))
+    sizes, slow = powers(6, 8.5).map(int), draw(powers(-3, 2))
     hosts: list[HostInfo] = []
     for rank in ranks:
         shards = draw(st.integers(1, 4))
-        holds = held(
-            shards, draw(st.integers(0, shards - 1)), bits=draw(st.sampled_from([None, 4]))
-        )
+        bits = draw(st.sampled_from([None, 4]))
+        holds = held(shards, draw(st.integers(0, shards - 1)), bits=bits)
+        holds = replace(holds, nbytes=draw(st.integers(0, 10**6)))
         hosts.append(
             mac(
                 rank,
-                memory_bytes=draw(st.integers(0, 4_000_000)),
-                free_bytes=draw(st.integers(0, 4_000_000)),
-                flops_per_second=draw(st.floats(1e6, 1e12)),
-                load_rate=draw(st.floats(1e3, 1e10)),
-                holds=draw(st.none() | st.just(replace(holds, nbytes=draw(st.integers(0, 10**6))))),
+                memory_bytes=draw(sizes),
+                free_bytes=draw(sizes),
+                flops_per_second=draw(powers(9, 10)) * slow,
+                load_rate=draw(powers(6, 9)),
+                holds=draw(st.sampled_from([None, holds])),
                 device=draw(st.sampled_from(["", "", "gpu", "other"])),
             )
         )
+    missing = draw(st.sets(st.tuples(*[st.sampled_from(ranks)] * 2), max_size=3)) if ranks else ()
     links = [
-        LinkInfo(a, b, draw(st.floats(1e3, 1e10)), draw(st.floats(0, 0.1)))
+        LinkInfo(a, b, draw(powers(7, 9)), draw(st.sampled_from([0.0, 1e-4])))
         for a in ranks
         for b in ranks
-        if a != b and draw(st.integers(0, 9)) > 0
+        if a != b and (a, b) not in missing
     ]
     return MeshView(tuple(hosts), tuple(links))
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from fluxmesh import work
 from fluxmesh.cluster import HostInfo, Measured
-from fluxmesh.cost import decode_flops, decode_time, step_flops, step_time
 from fluxmesh.flux import autoencoder
 from fluxmesh.flux.model import Flux
+from fluxmesh.planning import work
+from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
+from fluxmesh.planning.work import Work, split_tokens, tensor_problem
 from fluxmesh.request import SourceImage
-from fluxmesh.work import Work, split_tokens, tensor_problem
 from tests.unit.meshes import FLUX, ask, mac, small
 
 

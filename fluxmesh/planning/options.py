@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fluxmesh.cluster import HostInfo, Layout, MeshView, Placement
-from fluxmesh.cost import decode_time, step_time
-from fluxmesh.handout import Worker, share_out
 from fluxmesh.hostfile import JACCL_HOSTS
-from fluxmesh.room import Memory, Need, shortage
-from fluxmesh.work import Work, split_tokens, tensor_problem
+from fluxmesh.planning.cost import decode_time, step_time
+from fluxmesh.planning.handout import Worker, share_out
+from fluxmesh.planning.room import Memory, Need, shortage
+from fluxmesh.planning.work import Work, split_tokens, tensor_problem
 
 SAME = 1.02  # times that differ by less are the same, and more hosts are taken
 MANY = 16  # hosts; on larger meshes not every set of neighbours is tried

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster import HostInfo, MeshView, Placement
-from fluxmesh.work import Work
+from fluxmesh.planning.work import Work
 
 
 @dataclass(frozen=True)

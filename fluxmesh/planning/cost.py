@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fluxmesh.cluster import HostInfo
 from fluxmesh.flux import layouts
 from fluxmesh.flux.config import AutoencoderConfig
-from fluxmesh.work import ModelSizes, Work
+from fluxmesh.planning.work import ModelSizes, Work
 
 FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
 DECODE_RATE = 0.4  # of a step's FLOP/s: convolutions keep a GPU less busy (57 ms at 1024², H200)
