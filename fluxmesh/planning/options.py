@@ -50,7 +50,7 @@ class Option:
     load_seconds: float = 0.0  # of these, until the last host has its weights
     measured: bool = False  # whether a step of this size was timed on each host
     text_rank: int | None = None  # who runs the text encoders
-    text_stays: bool = False  # whether they fit beside everything else there
+    text_stays: bool = False  # whether they fit there beside all that it holds
     problem: str = ""
 
 
@@ -257,7 +257,7 @@ class Options:
         for host in self.view.hosts:
             room = self.memory.room(host.rank, asked)
             if text <= room:
-                stays = text + asked.get(host.rank, 0) <= room
+                stays = text + asked.get(host.rank, host.held_bytes) <= room
                 places.append((not stays, self.steps[host.rank].seconds, host))
         crowded, _, where = min(places, key=lambda place: place[:2], default=(True, 0.0, None))
         if where is None or (self.work.preload and crowded):

@@ -85,6 +85,24 @@ def test_predicted_seconds_are_the_slowest_share_and_the_bytes_on_the_wire() -> 
     assert option(found, "data").seconds == pytest.approx(4 * 2.8 + 0.5)
 
 
+def test_every_hop_of_a_collective_waits_for_the_link() -> None:
+    hosts = [mac(rank) for rank in range(4)]
+    slow, fast = (
+        replace(view, links=tuple(replace(link, latency=wait) for link in view.links))
+        for view, wait in ((full(*hosts), 1e-3), (full(*hosts), 0.0))
+    )
+    for name, hops in (("tensor", 76 * 2 * 3), ("sequence", 57 * 3)):
+        late, soon = (option(plan(ask(), view, FLUX), name, 4).phases[0] for view in (slow, fast))
+        assert late.step_seconds - soon.step_seconds == pytest.approx(hops * 1e-3)
+
+
+def test_where_times_are_nearly_the_same_the_more_exact_way_is_taken() -> None:
+    found = plan(ask(), ring(mac(0), mac(1), rate=1.18e9), FLUX)
+    assert found.options[0].name == "sequence"
+    assert won(found).name == "data"
+    assert found.reason.endswith("nearly the same, and the first is the more exact.")
+
+
 @pytest.mark.parametrize("hosts", [5, 7])
 def test_tensor_uses_fewer_hosts_where_heads_do_not_divide(hosts: int) -> None:
     view = full(*(mac(rank) for rank in range(hosts)), rate=2e10)
@@ -137,6 +155,23 @@ def test_a_model_too_large_for_any_host_is_sharded() -> None:
     need = won(found).memory[0]
     assert need.load_bytes == pytest.approx(23.7e9 / 4 + 0.24e9, rel=0.01)
     assert won(found).load_seconds == pytest.approx(need.load_bytes / 3e9)
+
+
+def test_slower_hosts_that_hold_the_model_are_found_among_faster_ones_that_cannot() -> None:
+    def host(rank: int) -> HostInfo:
+        if rank % 2:
+            return mac(rank, flops_per_second=13e12)
+        return mac(rank, memory_bytes=8 * GB)
+
+    found = plan(ask(), full(*(host(rank) for rank in range(4))), FLUX)
+    assert option(found, "sequence", 2).ranks == (1, 3)
+
+
+def test_what_an_idle_agent_holds_is_not_free() -> None:
+    agents = [mac(rank, device="gpu", free_bytes=4 * GB) for rank in range(2)]
+    found = won(plan(ask(), full(*agents, rate=1e8), FLUX))
+    assert (len(found.ranks), found.text_stays) == (1, False)
+    assert found.memory[0].available == 28 * GB
 
 
 def test_nothing_fits_and_the_reason_says_how_much_is_missing() -> None:
