@@ -54,7 +54,8 @@ class Flow:
 
     def __init__(self, args: argparse.Namespace, shift: float, scale: float) -> None:
         self.device = torch.device(args.device)
-        # Flash attention alone: the other fused kernels broke at heads this narrow on CUDA.
+        # A first run on CUDA read out of bounds in the backward pass. It went away with these two
+        # off and eager attention in the text encoders; which of the changes did it is not known.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         self.shift, self.scale = shift, scale

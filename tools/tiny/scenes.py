@@ -7,7 +7,7 @@ Pure Python and NumPy; sprites come from `sprites.py`.
 Coordinates: sizes are fractions of the picture's shorter side; x and y are fractions of its
 width and height, and name the centre of a thing. Things lie on the grid of the transformer's
 tokens (16 pixels) and their sizes are multiples of it, so that a thing looks the same to the
-transformer wherever it stands: a small model then learns what it looks like many times faster.
+transformer wherever it stands, and a small model has fewer appearances to learn.
 """
 
 from __future__ import annotations
