@@ -180,6 +180,8 @@ def _one_sentence(repo: str, cache: Path) -> Iterator[None]:
         if isinstance(error, PermissionError):
             raise OutputError(f"Can't write into {cache}: {error.strerror}.") from error
         raise _not_found(repo, error) from error
+    except (TypeError, AttributeError, NameError, LookupError, AssertionError):
+        raise  # a defect, here or in the library: not the network's fault
     except Exception as error:  # the library's kinds changed with every major version
         raise _not_found(repo, error) from error
 

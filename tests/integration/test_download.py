@@ -329,3 +329,13 @@ def test_names_of_files_beside_the_weights_decide_nothing():
         "text_encoder_2/model-00001-of-00002.safetensors",
         "text_encoder_2/model-00002-of-00002.safetensors",
     }
+
+
+def test_a_defect_is_not_told_as_a_broken_network(monkeypatch, tmp_path):
+    def defective(*_args, **_kwargs):
+        raise TypeError("model_info() got an unexpected keyword argument")
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", defective)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        hub.pull("someone/flux")
