@@ -1,0 +1,66 @@
+"""What the tests of loading have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from fluxmesh.errors import WeightsError
+from fluxmesh.flux import hub, weights
+from tests import checkpoints
+
+LOADERS = {
+    "transformer": weights.load_transformer,
+    "text_encoder": weights.load_clip,
+    "text_encoder_2": weights.load_t5,
+    "vae": weights.load_autoencoder,
+}
+FILES = {
+    "transformer": "transformer/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "text_encoder_2": "text_encoder_2/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+def parameters(model) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert mx.array_equal(one[name], other[name]), name
+
+
+def resolved(made):
+    checkpoint = hub.resolve(str(made.path))
+    weights.verify(checkpoint)
+    return checkpoint
+
+
+def assert_refused(made, *words: str) -> None:
+    """One sentence, before any array of MLX is made."""
+    mx.synchronize()
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    with pytest.raises(WeightsError) as caught:
+        weights.verify(hub.resolve(str(made.path)))
+    assert mx.get_peak_memory() <= active
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def rewrite(path: Path, change) -> None:
+    """Reads a float32 safetensors file, lets `change` edit its arrays, and writes it again."""
+    from fluxmesh.flux.tensorfile import read_header, read_tensor
+
+    arrays = {key: read_tensor(entry) for key, entry in read_header(path).entries.items()}
+    change(arrays)
+    checkpoints.write_safetensors(path, arrays)
