@@ -4,9 +4,9 @@
     python tools/tiny/evaluate.py --through diffusers   # the same prompts, for comparison
 
 No prompt's combination of object, place and background, or of two objects, was ever trained
-(`scenes.held_out`). Each picture is read back by `score.Reader`: the nearest of all renderings
-must be the object that the prompt names. Prints a row of the table in README.md, and writes a
-contact sheet. Needs the font (or `--sprites`), and torch and diffusers only for the comparison.
+(`single_held_out` and `pair_held_out` in `scenes.py`). `score.Reader` reads each picture back: the
+nearest of all renderings must be the object that the prompt names. Prints a row of the table in
+README.md, and writes a contact sheet. Needs the font; the comparison torch and diffusers too.
 """
 
 from __future__ import annotations

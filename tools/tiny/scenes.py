@@ -1,8 +1,8 @@
 """What the embedded checkpoint paints: scenes of one or two things on a plain background.
 
 A scene is sampled together with a caption that describes it. Part of all combinations is never
-sampled (`held_out`), so that `evaluate.py` can ask for pictures that training never showed.
-Pure Python and NumPy; sprites come from `sprites.py`.
+sampled (`single_held_out`, `pair_held_out`), so that `evaluate.py` can ask for pictures that
+training never showed. Pure Python and NumPy; sprites come from `sprites.py`.
 
 Coordinates: sizes are fractions of the picture's shorter side; x and y are fractions of its
 width and height, and name the centre of a thing. Things lie on the grid of the transformer's
