@@ -1,0 +1,470 @@
+"""What coordinator, agent and engine say to one another: one frozen dataclass a message. Pure.
+
+`protocol.py` turns them into a msgpack header and raw frames and back, and holds the limits; the
+transports carry them. A field of type `np.ndarray` travels as a frame of its own, uncopied.
+
+    coordinator ── request ──► agent ── work ──► engine
+    coordinator ◄── answer, report ── agent ◄── report ── engine
+
+Every request of a coordinator gets one answer (`Answer`s below; `Refused` where it can't be done),
+matched by the `seq` of the envelope. Reports come by themselves, between the answers. What changes
+a host (`Changing`) carries the `fence` of the sender's lease, and an agent refuses an old one.
+Work carries `job` and `epoch`; reports repeat them, so that what is left over from another job or
+epoch is recognised and dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from fluxmesh.cluster import Holding, Measured, Weights
+
+State = Literal["idle", "loading", "ready", "busy", "failed"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages."""
+
+
+@dataclass(frozen=True)
+class Changing(Message):
+    """A request that changes the host: only the holder of its lease may send it."""
+
+    fence: int
+
+
+# Requests that any trusted coordinator may send
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """Opens a connection; answered by `Welcome`. `client` is random, new for each coordinator."""
+
+    client: str
+    version: str  # of fluxmesh
+
+
+@dataclass(frozen=True)
+class Heartbeat(Message):
+    """Sent by both sides each second; a coordinator's renews its lease and its place in line."""
+
+
+@dataclass(frozen=True)
+class AskStatus(Message):
+    """Answered by `Status`."""
+
+
+@dataclass(frozen=True)
+class AskLogs(Message):
+    """Answered by `Logs`: the last `lines` lines."""
+
+    lines: int = 100
+
+
+@dataclass(frozen=True)
+class AskLease(Message):
+    """Answered by `Done`; then `Queued` reports until `Granted`. `seconds`: how long it may take."""
+
+    job: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class LeaveQueue(Message):
+    """Gives up a lease, or the place in line for one. Answered by `Done`."""
+
+
+@dataclass(frozen=True)
+class ShutDown(Message):
+    """`fluxmesh down`: kills the engine and ends the agent; answered by `Done` first."""
+
+
+@dataclass(frozen=True)
+class ListenForLink(Message):
+    """Opens a port at `ip` for one `ProbeLink` that says `token`. Answered by `Ports`."""
+
+    ip: str
+    token: bytes
+
+
+@dataclass(frozen=True)
+class ProbeLink(Message):
+    """Sends `nbytes` to another agent's `ListenForLink`. Answered by `LinkRate`."""
+
+    ip: str
+    port: int
+    token: bytes
+    nbytes: int = 64 << 20
+
+
+# Requests of the holder of the lease
+
+
+@dataclass(frozen=True)
+class AskPorts(Changing):
+    """`count` ports that are free at `ip`. Answered by `Ports`."""
+
+    ip: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class PutFile(Changing):
+    """A piece of an adapter, kept under its hash. Answered by `Done`; the last piece is checked."""
+
+    sha256: str
+    offset: int
+    total: int
+    data: np.ndarray = field(repr=False, compare=False)  # uint8
+
+
+@dataclass(frozen=True)
+class HasFile(Changing):
+    """Whether an adapter of this hash is there. Answered by `Found`."""
+
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Kill(Changing):
+    """SIGKILLs the engine, whatever it does. Answered by `Done` when it is gone."""
+
+    epoch: int  # the epoch that begins now; older reports are dropped
+
+
+@dataclass(frozen=True)
+class Join(Changing):
+    """Joins a ring (`backends.Joining`); an engine that is in another one is killed first.
+
+    Answered by `Done` at once, and reported by `Joined` or `Failed`. `size` 1 means no ring.
+    """
+
+    epoch: int
+    rank: int  # in the ring
+    size: int
+    backend: str = "ring"
+    envs: tuple[tuple[str, str], ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
+    nonce: bytes = b""
+
+
+@dataclass(frozen=True)
+class Cancel(Changing):
+    """Stops a job's work at the next step, on all ranks of a ring together. Answered by `Done`."""
+
+    job: str
+
+
+@dataclass(frozen=True)
+class Work(Changing):
+    """Base of what the engine does. Answered by `Done` when it is in line; reports follow.
+
+    The engine does what it is given one after another, in the order in which it came.
+    """
+
+    job: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Load(Work):
+    """Makes the engine hold a transformer, whole or a shard of it, and `components` beside it.
+
+    What it holds of other weights leaves first. Reported by `Progress` and `Loaded`.
+    """
+
+    weights: Weights  # adapters by hash: AdapterRef(sha256, scale)
+    shards: int = 1
+    shard: int = 0
+    components: tuple[str, ...] = ()  # of "text encoders", "transformer", "autoencoder"
+    low_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Encode(Work):
+    """Runs the text encoders. Reported by `Encoded`."""
+
+    weights: Weights
+    prompt: str
+    t5_padding: bool = True
+    stay: bool = True  # whether the encoders may stay in memory afterwards
+
+
+@dataclass(frozen=True)
+class EncodeSource(Work):
+    """Encodes the picture to begin from. Reported by `SourceEncoded`."""
+
+    weights: Weights
+    pixels: np.ndarray = field(repr=False, compare=False)  # uint8 [height, width, 3]
+
+
+@dataclass(frozen=True)
+class Paint(Work):
+    """Denoises one image from step `first`, alone or with the ring. Reported by `Stepped` each step.
+
+    All ranks of a ring get the same; each reports its steps, and rank 0 the latents.
+    """
+
+    weights: Weights
+    placement: Literal["data", "sequence", "tensor"]
+    image: int  # counted from 0
+    height: int  # pixels
+    width: int
+    steps: int
+    first: int  # steps already done; 0 begins from noise
+    guidance: float
+    low_memory: bool
+    preview: bool  # decode the expected picture after each step
+    strength: float  # of `source`; 1.0 without one
+    latents: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C] after `first` steps
+    noise: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C]
+    t5: np.ndarray = field(repr=False, compare=False)  # as `Encoded` gave it
+    clip: np.ndarray = field(repr=False, compare=False)
+    source: np.ndarray | None = field(default=None, repr=False, compare=False)  # float32 [1, L, 4C]
+    mask: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # uint8 [height, width]
+
+
+@dataclass(frozen=True)
+class Decode(Work):
+    """Latents to pictures, all in one batch. Reported by a `Pictured` for each."""
+
+    weights: Weights
+    images: tuple[int, ...]
+    height: int  # pixels
+    width: int
+    latents: np.ndarray = field(repr=False, compare=False)  # float32 [images, L, 4C]
+
+
+@dataclass(frozen=True)
+class Measure(Work):
+    """Times a step and a decode, alone and warm. Reported by `Timed`."""
+
+    weights: Weights
+    height: int  # pixels
+    width: int
+
+
+# Answers
+
+
+@dataclass(frozen=True)
+class Done(Message):
+    """What was asked for is done, or in line."""
+
+
+@dataclass(frozen=True)
+class Refused(Message):
+    """What was asked for can't be done; `text` is the sentence that the user reads."""
+
+    code: Literal["version", "malformed", "fence", "usage", "model", "memory", "busy", "internal"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """Who answers: `boot` is random, new for each start of the agent."""
+
+    boot: str
+    version: str  # of fluxmesh
+    status: Status
+
+
+@dataclass(frozen=True)
+class Counters(Message):
+    """What an engine has done since it started, as it counted itself."""
+
+    images: int = 0  # denoised to the end
+    steps: int = 0
+    encodes: int = 0
+    decodes: int = 0
+    sent_bytes: int = 0  # in collectives
+    transformer_bytes: int = 0  # of weights held now: blocks, modulation and the rest
+    peak_bytes: int = 0
+    load_peak_bytes: int = 0  # while the transformer was loaded
+
+
+@dataclass(frozen=True)
+class Status(Message):
+    """One host at one moment."""
+
+    state: State
+    epoch: int
+    pid: int
+    engine_pid: int | None
+    name: str  # of the machine
+    kind: str  # of its device
+    device: str  # agents that name the same one share it
+    mlx_version: str
+    python_version: str
+    memory_bytes: int
+    free_bytes: int
+    load_rate: float  # bytes/s
+    flops_per_second: float
+    clock: float  # seconds since 1970
+    holds: Holding | None
+    measured: tuple[Measured, ...]
+    counters: Counters
+    holder: str  # client that holds the lease, or ""
+    job: str  # that runs, or ""
+    waiting: int  # coordinators in line
+    reason: str = ""  # of the last failure
+
+
+@dataclass(frozen=True)
+class Ports(Message):
+    ports: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found(Message):
+    there: bool
+
+
+@dataclass(frozen=True)
+class LinkRate(Message):
+    rate: float  # bytes/s
+    latency: float  # seconds
+
+
+@dataclass(frozen=True)
+class Logs(Message):
+    lines: tuple[str, ...]
+
+
+# Reports
+
+
+@dataclass(frozen=True)
+class Report(Message):
+    """Base of what an agent tells by itself."""
+
+
+@dataclass(frozen=True)
+class Queued(Report):
+    """Who waits: `place` 1 is next; `seconds` until the lease is free, as far as is known."""
+
+    place: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Granted(Report):
+    """The lease is the receiver's; `epoch` is the agent's latest."""
+
+    fence: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Lost(Report):
+    """The lease is no longer the receiver's."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Joined(Report):
+    epoch: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Failed(Report):
+    """The engine ended, or could not do its work. `fatal`: it is gone, and all that it held."""
+
+    epoch: int
+    job: str
+    kind: str  # a class of fluxmesh.errors, or "Died"
+    text: str
+    fatal: bool
+
+
+@dataclass(frozen=True)
+class Progress(Report):
+    """Bytes of a component read so far."""
+
+    job: str
+    epoch: int
+    component: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Beat(Report):
+    """The engine works at something that gives no other sign: encoding, a first step, decoding."""
+
+    job: str
+    epoch: int
+    doing: str
+
+
+@dataclass(frozen=True)
+class Loaded(Report):
+    job: str
+    epoch: int
+    holding: Holding
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Encoded(Report):
+    job: str
+    epoch: int
+    seconds: float
+    cached: bool
+    peak_bytes: int
+    t5: np.ndarray = field(repr=False, compare=False)  # [1, T, width], bfloat16 as uint16
+    clip: np.ndarray = field(repr=False, compare=False)  # [1, width], the same
+
+
+@dataclass(frozen=True)
+class SourceEncoded(Report):
+    job: str
+    epoch: int
+    latents: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C]
+
+
+@dataclass(frozen=True)
+class Stepped(Report):
+    """A step is done and evaluated; `latents` from rank 0 of a ring alone, and from `data`."""
+
+    job: str
+    epoch: int
+    image: int
+    step: int  # steps done, from 1
+    seconds: float
+    peak_bytes: int
+    latents: np.ndarray | None = field(default=None, repr=False, compare=False)
+    preview: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 [h, w, 3]
+
+
+@dataclass(frozen=True)
+class Pictured(Report):
+    job: str
+    epoch: int
+    image: int
+    seconds: float
+    peak_bytes: int
+    pixels: np.ndarray = field(repr=False, compare=False)  # uint8 [height, width, 3]
+
+
+@dataclass(frozen=True)
+class Timed(Report):
+    job: str
+    epoch: int
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Cancelled(Report):
+    """The engine has let go of a job's work, and is ready for more."""
+
+    job: str
+    epoch: int
