@@ -67,7 +67,10 @@ class AskLogs(Message):
 
 @dataclass(frozen=True)
 class AskLease(Message):
-    """Answered by `Done`; then `Queued` reports until `Granted`. `seconds`: how long it may take."""
+    """Answered by `Done`; then `Queued` reports until `Granted`.
+
+    `seconds` is how long the job may take, for those who wait behind it.
+    """
 
     job: str
     seconds: float = 0.0
@@ -189,7 +192,7 @@ class Encode(Work):
     """Runs the text encoders. Reported by `Encoded`."""
 
     weights: Weights
-    prompt: str
+    prompt: str = field(repr=False)  # a log that names a message names no prompt
     t5_padding: bool = True
     stay: bool = True  # whether the encoders may stay in memory afterwards
 
@@ -204,9 +207,10 @@ class EncodeSource(Work):
 
 @dataclass(frozen=True)
 class Paint(Work):
-    """Denoises one image from step `first`, alone or with the ring. Reported by `Stepped` each step.
+    """Denoises one image from step `first`, alone or with the ring.
 
-    All ranks of a ring get the same; each reports its steps, and rank 0 the latents.
+    Reported by `Stepped` each step. All ranks of a ring get the same; each reports its steps, and
+    rank 0 the latents.
     """
 
     weights: Weights
