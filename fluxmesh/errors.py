@@ -35,6 +35,12 @@ class OutputError(FluxmeshError):
     """A result can't be written: it exists already, the folder is missing, the disk is full."""
 
 
+class HostUnreachableError(FluxmeshError):
+    """No host of the mesh answers, or none that could do the work is left."""
+
+    exit_code = 3
+
+
 class DoesNotFitError(FluxmeshError):
     """The model does not fit in the memory of the hosts that are left."""
 

@@ -15,6 +15,7 @@ epoch is recognised and dropped.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -102,6 +103,11 @@ class ProbeLink(Message):
     port: int
     token: bytes
     nbytes: int = 64 << 20
+
+
+def ring_name(nonce: bytes) -> str:
+    """What `Status` calls a ring: who knows the name does not know the nonce."""
+    return hashlib.sha256(nonce).hexdigest()[:16]
 
 
 # Requests of the holder of the lease
@@ -318,6 +324,9 @@ class Status(Message):
     job: str  # that runs, or ""
     waiting: int  # coordinators in line
     reason: str = ""  # of the last failure
+    ring: str = ""  # that its engine is in: `ring_name` of the nonce; "" outside of one
+    ring_rank: int = 0
+    ring_size: int = 1
 
 
 @dataclass(frozen=True)
