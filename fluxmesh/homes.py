@@ -1,0 +1,164 @@
+"""Where fluxmesh keeps what outlives a process: keys, the mesh that is up, an agent's state.
+
+    FLUXMESH_HOME   ~/.config/fluxmesh                   a user's: `Home`
+    FLUXMESH_STATE  ~/.local/state/fluxmesh/agent-PORT   an agent's: `AgentHome`
+
+All folders are 0700 and all files 0600. A file is replaced in one piece or not at all, and one that
+others could have read or changed is refused, for a key in it may no longer be a secret.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxmesh.errors import FluxmeshError
+
+
+class HomeError(FluxmeshError):
+    """A folder or file that fluxmesh keeps is not the user's own, or can't be used."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """A user's folder."""
+
+    folder: Path
+
+    @classmethod
+    def default(cls) -> Home:
+        """That of FLUXMESH_HOME, or of the user; made if it is not there."""
+        chosen = os.environ.get("FLUXMESH_HOME")
+        folder = Path(chosen) if chosen else Path.home() / ".config" / "fluxmesh"
+        return cls(private_folder(folder))
+
+    @property
+    def mesh(self) -> Path:
+        """The mesh that is up."""
+        return self.folder / "mesh.json"
+
+
+@dataclass(frozen=True)
+class AgentHome:
+    """An agent's folder."""
+
+    folder: Path
+
+    @classmethod
+    def default(cls, port: int) -> AgentHome:
+        """That of FLUXMESH_STATE, or of the agent at `port`; made if it is not there."""
+        chosen = os.environ.get("FLUXMESH_STATE")
+        base = Path.home() / ".local" / "state" / "fluxmesh"
+        return cls(private_folder(Path(chosen) if chosen else base / f"agent-{port}"))
+
+    @property
+    def authorized(self) -> Path:
+        """The folder of public keys that may talk to the agent: `keys.Allowlist`."""
+        return self.folder / "authorized"
+
+    @property
+    def agent(self) -> Path:
+        """Process id, its start time, endpoint and boot id of the agent that runs."""
+        return self.folder / "agent.json"
+
+    @property
+    def engine(self) -> Path:
+        """Process id and start time of the engine that runs."""
+        return self.folder / "engine.json"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "agent.log"
+
+    @property
+    def adapters(self) -> Path:
+        """The folder of adapters by hash."""
+        return self.folder / "adapters"
+
+
+def private_folder(path: Path) -> Path:
+    """Makes a folder that only its owner may look into, and returns it.
+
+    One that is there already is made so. Raises `HomeError` where it belongs to someone else, is a
+    link, or can't be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise HomeError(f"{path} is not a folder of your own; remove it, or choose another.")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise HomeError(f"{path} can't be used: {error.strerror or error}.") from None
+    return path
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only its owner may read, in one piece: the old text stays or the new is.
+
+    Raises `HomeError` where it can't be written.
+    """
+    _place(path, text, os.replace)
+
+
+def create_private(path: Path, text: str) -> bool:
+    """As `write_private`, but a file that is there stays as it is: then False."""
+    try:
+        _place(path, text, os.link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _place(path: Path, text: str, place: Callable[[Path, Path], None]) -> None:
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        try:
+            handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            place(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise HomeError(f"{path} can't be written: {error.strerror or error}.") from None
+
+
+def read_private(path: Path) -> str:
+    """The text of a file that only its owner may read.
+
+    Raises `FileNotFoundError` where there is none, `HomeError` where others may read or change it.
+    """
+    return _read(path, 0o077, "can be read by others; rotate the keys if someone may have, and")
+
+
+def read_own(path: Path) -> str:
+    """The text of a file that others may read, but only its owner change. Raises the same."""
+    return _read(path, 0o022, "can be changed by others; look who did, and")
+
+
+def _read(path: Path, forbidden: int, reason: str) -> str:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(handle, encoding="utf-8") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.geteuid():
+                raise HomeError(f"{path} belongs to someone else; remove it.")
+            if stat.S_IMODE(found.st_mode) & forbidden:
+                raise HomeError(f"{path} {reason} run: chmod 600 {path}")
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise HomeError(f"{path} can't be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise HomeError(f"{path} is not text.") from None
