@@ -130,6 +130,18 @@ def parse_margins(text: str) -> Margins:
     )
 
 
+def composite(pixels: np.ndarray, source: SourceImage) -> np.ndarray:
+    """The finished picture, uint8 [H, W, 3]: `pixels` where painted, the user's own elsewhere.
+
+    Greys of the mask blend the two; where it is 0 the result equals the source exactly.
+    """
+    if source.mask is None:
+        return pixels
+    alpha = source.mask[:, :, None].astype(np.float32) / 255.0
+    blended = alpha * pixels + (1 - alpha) * source.pixels
+    return np.round(blended).astype(np.uint8)
+
+
 def _open(path: PictureFile, option: str) -> Image.Image:
     """The decoded file, turned as its EXIF orientation says."""
     try:

@@ -1,8 +1,8 @@
 """What a running job tells: one frozen dataclass an event, in the order in which they happen.
 
-The runner (`fluxmesh.flux.runner`) yields them; the command line turns them into a progress bar,
-a table or JSON lines, and writes the pictures. Nothing here imports mlx, so that a coordinator
-on another machine can hold them too.
+The coordinator's session (and `fluxmesh.flux.runner`, in one process) yields them; the command
+line turns them into a progress bar, a table or JSON lines, and writes the pictures. `host` is the
+rank of who did it, None in one process. Nothing here imports mlx.
 """
 
 from __future__ import annotations
@@ -19,6 +19,35 @@ class Loading:
     component: str  # "text encoders", "transformer", "autoencoder"; "download" before them
     done_bytes: int
     total_bytes: int
+    host: int | None = None
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Another job has a host that this one needs."""
+
+    place: int  # 1 is next
+    seconds: float  # until it is free, as far as is known; 0 where nothing is
+    host: int | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How the job, or what is left of it, will be done."""
+
+    placement: str  # "data", "sequence", "tensor", or "mixed"
+    hosts: tuple[int, ...]  # ranks
+    seconds: float  # predicted, from now to the last picture
+    reason: str  # why so
+
+
+@dataclass(frozen=True)
+class HostLost:
+    """A host died, hung or gave up; the job goes on without what it had not finished."""
+
+    host: int
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +69,7 @@ class Step:
     seconds: float
     preview: np.ndarray | None = field(default=None, repr=False, compare=False)
     # uint8 (height, width, 3), when the request asked to see each step
+    host: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,8 @@ class Picture:
     seed: int  # the seed that gives this image alone
     pixels: np.ndarray = field(repr=False, compare=False)  # uint8 (height, width, 3)
     seconds: float = 0.0  # denoising and decoding
+    host: int | None = None  # who decoded it
+    placement: str = "data"  # how its steps were made; "mixed" where not all were made alike
 
 
 @dataclass(frozen=True)
@@ -60,4 +92,4 @@ class Peak:
     bytes: int
 
 
-Event = Loading | Encoded | Step | Picture | Peak
+Event = Loading | Queued | Planned | HostLost | Encoded | Step | Picture | Peak

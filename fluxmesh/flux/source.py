@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.canvas import composite
 from fluxmesh.flux import noise as latents
-from fluxmesh.request import SourceImage
+
+__all__ = ["SourceLatents", "composite", "mask_latents", "to_model_range"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,3 @@ def mask_latents(mask: np.ndarray, downsampling: int, channels: int) -> mx.array
     painted = (cells.max(axis=(1, 3)) > 0).astype(np.float32)
     every = np.repeat(painted[None, :, :, None], channels, axis=-1)
     return mx.array(latents.pack(every))
-
-
-def composite(pixels: np.ndarray, source: SourceImage) -> np.ndarray:
-    """The finished picture, uint8 [H, W, 3]: `pixels` where painted, the user's own elsewhere.
-
-    Greys of the mask blend the two; where it is 0 the result equals the source exactly.
-    """
-    if source.mask is None:
-        return pixels
-    alpha = source.mask[:, :, None].astype(np.float32) / 255.0
-    blended = alpha * pixels + (1 - alpha) * source.pixels
-    return np.round(blended).astype(np.uint8)
