@@ -1,0 +1,127 @@
+"""The mesh that is up, as this user's `mesh.json` keeps it between two commands.
+
+`fluxmesh up` writes it once the agents run; `generate`, `status`, `logs`, `plan` and `down` read it
+to know whom to talk to. It holds the hostfile's own text, so that a changed hostfile is noticed,
+and of each agent its address and public key. No secret is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxmesh import hostfile as hostfiles
+from fluxmesh.cluster import LinkInfo, Weights
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.homes import Home, read_private, write_private
+from fluxmesh.hostfile import Host, Hostfile
+from fluxmesh.keys import is_key
+from fluxmesh.request import AdapterRef
+
+VERSION = 1
+THIS_MACHINE = '[{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]'
+THIS_NAME = "this machine"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One agent that was started."""
+
+    rank: int  # of its host in the hostfile
+    address: str  # "host:port" at which it listens
+    key: str  # its public key
+    boot: str  # of the start that was seen last
+    state: str  # its state folder, on its own machine
+    python: str  # the interpreter that runs it
+
+
+@dataclass(frozen=True)
+class MeshRecord:
+    """A mesh that was brought up; `members` are fewer than the hosts after --allow-partial."""
+
+    name: str  # the hostfile's path, or `THIS_NAME`
+    text: str  # the hostfile's text
+    members: tuple[Member, ...]
+    envs: tuple[tuple[str, str], ...] = ()  # of the engines: the hostfile's, and those of --env
+    roots: tuple[str, ...] = ()  # folders beside each host's own in which models may lie
+    links: tuple[LinkInfo, ...] = ()  # as measured
+    weights: Weights | None = None  # that were loaded
+
+    @property
+    def hostfile(self) -> Hostfile:
+        """Raises `HostfileError`, where this version reads hostfiles more strictly."""
+        return hostfiles.parse(self.text, self.name)
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """The hosts that have an agent, in the order of `members`."""
+        every = self.hostfile.hosts
+        return tuple(every[member.rank] for member in self.members)
+
+    @property
+    def is_this_machine(self) -> bool:
+        """Whether it is the mesh of one that needs no hostfile."""
+        return self.name == THIS_NAME
+
+    def member(self, rank: int) -> Member | None:
+        return next((member for member in self.members if member.rank == rank), None)
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> MeshRecord:
+        """Raises `ValueError`, `TypeError` or `KeyError` for what `to_json` did not write."""
+        data: dict[str, Any] = json.loads(text)
+        if data.pop("version") != VERSION:
+            raise ValueError("written by another version")
+        weights = data.pop("weights")
+        members = tuple(Member(**member) for member in data.pop("members"))
+        if not members or not all(is_key(member.key) for member in members):
+            raise ValueError("an agent without a key")
+        return cls(
+            members=members,
+            envs=tuple((str(key), str(value)) for key, value in data.pop("envs")),
+            roots=tuple(map(str, data.pop("roots"))),
+            links=tuple(LinkInfo(**link) for link in data.pop("links")),
+            weights=None if weights is None else _weights(weights),
+            **data,
+        )
+
+
+def _weights(data: dict[str, Any]) -> Weights:
+    adapters = tuple(AdapterRef(**adapter) for adapter in data.pop("adapters"))
+    return Weights(adapters=adapters, **data)
+
+
+def load(home: Home | None = None) -> MeshRecord | None:
+    """The mesh that is up; None where there is none.
+
+    Raises `FluxmeshError` where the file is damaged, `HomeError` where it is not the user's own.
+    """
+    path = (home or Home.default()).mesh
+    try:
+        text = read_private(path)
+    except FileNotFoundError:
+        return None
+    try:
+        return MeshRecord.from_json(text)
+    except (ValueError, TypeError, KeyError, FluxmeshError) as error:
+        raise FluxmeshError(
+            f"{path} is not what fluxmesh wrote ({error}); run `fluxmesh up` with your hostfile "
+            "again."
+        ) from None
+
+
+def save(record: MeshRecord, home: Home | None = None) -> Path:
+    """Writes the mesh that is up, in one piece. Raises `HomeError`."""
+    path = (home or Home.default()).mesh
+    write_private(path, record.to_json())
+    return path
+
+
+def remove(home: Home | None = None) -> None:
+    """Forgets the mesh; twice is harmless."""
+    (home or Home.default()).mesh.unlink(missing_ok=True)

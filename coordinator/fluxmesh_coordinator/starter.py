@@ -1,0 +1,303 @@
+"""What `fluxmesh up` runs on each host: looks at it, and starts, stops or asks about its agent.
+
+    ssh HOST python -m fluxmesh_coordinator.starter      (this machine: the same without ssh)
+
+One JSON object comes in on stdin and JSON lines go out on stdout, so that nothing that a shell
+could misread, and no key, is ever part of a command line. `launch.py` is the other end. The agent
+is started in a session of its own with none of this process's streams, so that it outlives both
+ssh and the command line; what it says first (`READY`) is read through a pipe and passed on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fluxmesh import __version__
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.homes import private_folder, read_private, write_private
+from fluxmesh.keys import Allowlist
+
+READY = 60.0  # seconds within which an agent must listen
+GONE = 8.0  # seconds within which it must end when asked to, before it is killed
+TAIL = 64 << 10  # bytes of a log that are looked at
+
+Spec = dict[str, Any]  # address, port, models, memory, envs, roots: what an agent is started with
+
+
+def agent_command(state: Path, spec: Spec, *more: str) -> list[str]:
+    """The command line of an agent; its keys and the engines' environment go over stdin."""
+    command = [sys.executable, "-m", "fluxmesh_agent", "run", "--state", str(state)]
+    command += ["--address", spec["address"], "--port", str(spec["port"]), "--keys-stdin"]
+    if spec.get("models"):
+        command += ["--models", os.path.expanduser(spec["models"])]
+    if spec.get("memory"):
+        command += ["--memory", str(spec["memory"])]
+    for root in spec.get("roots", ()):
+        command += ["--root", root]
+    return [*command, *more]
+
+
+class Agent:
+    """The agent at one port of this machine: its folder, and the process that runs now."""
+
+    def __init__(self, port: int) -> None:
+        chosen = os.environ.get("FLUXMESH_STATE")
+        base = Path(chosen) if chosen else Path.home() / ".local" / "state" / "fluxmesh"
+        private_folder(base)
+        self.state = private_folder(base / f"agent-{port}")
+        self.log = self.state / "agent.log"
+        self._running = self.state / "started.json"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Two `fluxmesh up` at once come one after the other."""
+        with open(self.state / "started.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def running(self) -> dict[str, Any] | None:
+        """What was written when it was started; None where that process is gone."""
+        try:
+            told: dict[str, Any] = json.loads(read_private(self._running))
+        except (FileNotFoundError, ValueError):
+            return None
+        return told if birth(told["pid"]) == told["birth"] else None
+
+    def start(self, spec: Spec, authorized: dict[str, str]) -> dict[str, Any]:
+        """Starts it and waits until it listens. Raises `FluxmeshError` with what it said last."""
+        private_folder(self.state / "authorized")
+        handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "ab") as log:
+            begin = log.tell()
+            process = subprocess.Popen(
+                agent_command(self.state, spec),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+        ready = hand_over(process, authorized, dict(spec.get("envs", ())))
+        if ready is None:
+            process.kill()
+            process.wait()
+            said = [line for line in tail(self.log, 5, begin) if line.strip()]
+            why = said[-1] if said else "it said nothing"
+            raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
+        told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
+        told |= {"birth": birth(process.pid), "spec": spec, "version": __version__}
+        write_private(self._running, json.dumps(told))
+        return told
+
+    def stop(self) -> bool:
+        """Ends it, by force where it does not go; False where none ran."""
+        told = self.running()
+        if told is None:
+            self._running.unlink(missing_ok=True)
+            return False
+        for number, seconds in ((signal.SIGTERM, GONE), (signal.SIGKILL, GONE)):
+            deadline = time.monotonic() + seconds
+            try:
+                os.kill(told["pid"], number)
+            except ProcessLookupError:
+                break
+            while birth(told["pid"]) == told["birth"] and time.monotonic() < deadline:
+                time.sleep(0.05)
+        self._running.unlink(missing_ok=True)
+        return True
+
+
+def hand_over(
+    process: subprocess.Popen[bytes], authorized: dict[str, str], envs: dict[str, str]
+) -> dict[str, Any] | None:
+    """Gives a new agent its keys; returns the line that it answers, None where it ends first.
+
+    stdin stays open: closing it ends an `--ephemeral` agent. The others don't mind.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    watch = time.monotonic()
+    try:
+        told = {"authorized": authorized, "envs": envs}
+        process.stdin.write(json.dumps(told).encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    line = b""
+    while not line.endswith(b"\n"):
+        left = READY - (time.monotonic() - watch)
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            return None
+        piece = os.read(process.stdout.fileno(), 4096)
+        if not piece:
+            return None
+        line += piece
+    try:
+        ready: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return ready
+
+
+def birth(pid: int) -> str:
+    """When a process began, which tells it from a later one of the same number; "" if it ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            return ""
+        return "" if fields[0] in "ZX" else fields[19]
+    done = subprocess.run(
+        ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    state, _, began = done.stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else began.strip()
+
+
+def tail(path: Path, lines: int, begin: int = 0) -> list[str]:
+    """The last lines of a log, none from before byte `begin`."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(begin, size - TAIL))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()[-lines:] if lines else []
+
+
+# What can be asked
+
+
+def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """This machine, as a mesh needs it; with `model`, whether that is here."""
+    try:
+        mlx = metadata.version("mlx")
+    except metadata.PackageNotFoundError:
+        mlx = ""
+    found = {
+        "version": __version__,
+        "python": sys.executable,
+        "python_version": platform.python_version(),
+        "mlx_version": mlx,
+        "machine": platform.node(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "disk_free_bytes": shutil.disk_usage(Path.home()).free,
+        "clock": time.time(),
+    }
+    if request.get("model"):
+        found["model"] = _model(request["model"], request.get("models"))
+    if request.get("port"):
+        found["agent"] = Agent(request["port"]).running()
+    return found
+
+
+def _model(name: str, folder: str | None) -> dict[str, Any]:
+    """{"revision", "bytes"}, or {"problem"} where it is not here or broken."""
+    from fluxmesh.flux import hub
+
+    own = Path(os.path.expanduser(folder)) / name if folder else None
+    try:
+        checkpoint = hub.resolve(
+            str(own) if own is not None and own.exists() else name, download=False
+        )
+    except FluxmeshError as error:
+        return {"problem": str(error)}
+    nbytes = sum(part.nbytes for part in checkpoint.components.values())
+    return {"revision": checkpoint.revision, "bytes": nbytes}
+
+
+def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Starts the agent, or lets the user in at the one that runs as asked already."""
+    spec, authorized = request["spec"], request["authorized"]
+    agent = Agent(spec["port"])
+    with agent.alone():
+        allowed = Allowlist(agent.state / "authorized")
+        known = allowed.users()
+        for key in request.get("forget", ()):
+            if key in known:
+                allowed.remove(known[key])
+        for name, key in authorized.items():
+            allowed.add(name, key)
+        told = agent.running()
+        same = told is not None and (told["spec"], told["version"]) == (spec, __version__)
+        if not same or request.get("rotate"):
+            agent.stop()
+            if request.get("rotate"):
+                for name in ("agent.key", "agent.pub"):
+                    (agent.state / name).unlink(missing_ok=True)
+            told = agent.start(spec, authorized)
+        assert told is not None
+        return {**told, "state": str(agent.state), "python": sys.executable, "fresh": not same}
+
+
+def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Ends the agent where it did not do so when it was asked over the network."""
+    agent = Agent(request["port"])
+    with agent.alone():
+        return {"stopped": agent.stop()}
+
+
+def logs(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The end of the agent's log, also of one that is gone."""
+    return {"lines": tail(Agent(request["port"]).log, request["lines"])}
+
+
+def pull(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Fetches a model from the Hub, with this host's own token where it needs one."""
+    from fluxmesh.flux import hub
+
+    told = [0.0]
+
+    def progress(done: int, total: int) -> None:
+        if time.monotonic() - told[0] > 0.2 or done == total:
+            told[0] = time.monotonic()
+            tell({"done_bytes": done, "total_bytes": total})
+
+    checkpoint = hub.pull(request["model"], progress)
+    return {"revision": checkpoint.revision}
+
+
+ACTIONS = {"look": look, "start": start, "stop": stop, "logs": logs, "pull": pull}
+
+
+def main() -> None:
+    """Reads one request and answers it; exits 0 also where the answer is an error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+
+    def tell(line: dict[str, Any]) -> None:
+        answers.write(json.dumps(line) + "\n")
+        answers.flush()
+
+    request = json.loads(sys.stdin.readline())
+    if request["version"] != __version__:
+        text = f"It has fluxmesh {__version__} and this machine {request['version']}; install one."
+        tell({"error": text, "version": __version__})
+        return
+    try:
+        tell({"result": ACTIONS[request["action"]](request, tell)})
+    except FluxmeshError as error:
+        tell({"error": str(error)})
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        tell({"error": f"{where}{error.strerror or error}."})
+
+
+if __name__ == "__main__":
+    main()
