@@ -102,14 +102,21 @@ def denoise(
     *,
     source: SourceLatents | None = None,
     guide: Guide | None = None,
+    first: int = 0,
+    latents: mx.array | None = None,
 ) -> Iterator[Step]:
     """Yields a `Step` for each of `plan.steps` steps of one image; nothing is evaluated.
 
     `noise` is packed float32 [1, L, 4C]. With `source`, begins from its picture, noised to the
-    first time step, and after every step puts back what its mask keeps.
+    first time step, and after every step puts back what its mask keeps. With `first`, goes on
+    from the `latents` that so many steps left, to the same bytes as without the interruption.
     """
     x = noise if source is None else source.noised(noise, plan.times[0])
-    for i, (t, t_next) in enumerate(zip(plan.times, plan.times[1:], strict=False)):
+    if first:
+        assert latents is not None, "to go on, the latents after the last step are needed"
+        x = latents
+    for i in range(first, plan.steps):
+        t, t_next = plan.times[i], plan.times[i + 1]
         velocity = flow(x.astype(flow.dtype), plan.text, plan.pe, plan.modulations.at(i))
         velocity = velocity.astype(mx.float32)
         clean = x - t * velocity

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -20,13 +21,18 @@ GROUP = 64  # weights that share a scale and a bias when quantized
 ROOMY = 0.7  # share of memory that resident weights may take; the rest is for activations
 
 
-def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None) -> float:
-    """Bytes of all four models in memory, estimated: as if every matrix were quantized."""
+def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None, shards: int = 1) -> float:
+    """Bytes of all four models in memory, estimated: as if every matrix were quantized.
+
+    Of the transformer, 1/`shards`.
+    """
     plain = BYTES[dtype]
     bits = checkpoint.bits or bits
     packed = plain if bits is None else bits / 8 + 2 * plain / GROUP
     return sum(
-        (plain if component == "vae" else packed) * layouts.parameter_count(tensors)
+        (plain if component == "vae" else packed)
+        * layouts.parameter_count(tensors)
+        / (shards if component == "transformer" else 1)
         for component, tensors in components.tables(checkpoint).items()
     )
 
@@ -40,9 +46,26 @@ def memory_of_device() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def is_roomy(checkpoint: Checkpoint, dtype: str, bits: int | None) -> bool:
-    """Whether all models together leave memory for the activations of a large picture."""
-    return resident_bytes(checkpoint, dtype, bits) <= ROOMY * memory_of_device()
+def is_roomy(
+    checkpoint: Checkpoint,
+    dtype: str,
+    bits: int | None,
+    shards: int = 1,
+    limit: int | None = None,
+) -> bool:
+    """Whether all models together leave memory for the activations of a large picture.
+
+    `limit` is the most that may be used, in bytes, where that is not all of the device's.
+    """
+    room = memory_of_device() if limit is None else min(limit, memory_of_device())
+    return resident_bytes(checkpoint, dtype, bits, shards) <= ROOMY * room
+
+
+@dataclass
+class Apart:
+    """The peak of what `PeakMeter.apart` measured, there when it is over."""
+
+    nbytes: int = 0
 
 
 class PeakMeter:
@@ -50,14 +73,45 @@ class PeakMeter:
 
     def __init__(self) -> None:
         self.peaks: dict[str, int] = {}
+        self._current: str | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures what runs inside; MLX has one counter, so phases don't nest."""
         mx.reset_peak_memory()
+        self._current = name
         try:
             yield
         finally:
-            # The counter starts at nothing, although weights may be resident already.
-            peak = max(mx.get_peak_memory(), mx.get_active_memory())
-            self.peaks[name] = max(peak, self.peaks.get(name, 0))
+            self._keep()
+            self._current = None
+
+    @contextmanager
+    def apart(self) -> Iterator[Apart]:
+        """Measures a part of a phase by itself, and as part of the phase."""
+        self._keep()
+        mx.reset_peak_memory()
+        found = Apart()
+        try:
+            yield found
+        finally:
+            found.nbytes = _peak()
+            self._keep()
+
+    def now(self, name: str | None = None) -> int:
+        """Bytes of the phase so far; without a name, of all of them."""
+        self._keep()
+        return max(self.peaks.values(), default=0) if name is None else self.peaks.get(name, 0)
+
+    def forget(self) -> None:
+        """Begins anew, with the next job."""
+        self.peaks.clear()
+
+    def _keep(self) -> None:
+        if self._current is not None:
+            self.peaks[self._current] = max(_peak(), self.peaks.get(self._current, 0))
+
+
+def _peak() -> int:
+    # The counter starts at nothing, although weights may be resident already.
+    return max(mx.get_peak_memory(), mx.get_active_memory())

@@ -16,6 +16,7 @@ import mlx.core as mx
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import hub, lora, precision, weights
+from fluxmesh.flux.sharding import Shard
 from fluxmesh.request import BITS, DTYPES, AdapterRef
 
 FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
@@ -75,6 +76,7 @@ class Models:
         )
         self.fuse_adapters = fuse_adapters
         self.on_loading = on_loading
+        self.shard = Shard()  # what `flow` loads: set it while there is none
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
         weights.verify(self.checkpoint)
         if self.adapters:
@@ -96,7 +98,7 @@ class Models:
     def flow(self) -> Any:
         """The transformer, with the adapters applied."""
         tell = self._tell("transformer", "flow")
-        flow = weights.load_transformer(self.checkpoint, self.dtype, self.bits, tell)
+        flow = weights.load_transformer(self.checkpoint, self.dtype, self.bits, tell, self.shard)
         if self.adapters:
             lora.apply_adapters(flow, self._adapter_pairs(), fuse=self.fuse_adapters)
         return flow

@@ -87,6 +87,10 @@ class Ranks:
         every = self.gather(mx.array(np.frombuffer(nonce, dtype=np.uint8))[None])
         return bool(mx.all(every == every[:1]).item())
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank gives true: waits for all of them, who then go on, or stop, together."""
+        return bool(self.sum(mx.array(int(flag), dtype=mx.int32)[None]).item())
+
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every rank's `x`; of one shape and dtype on all."""
         # A ring adds up 1/N of the array at each rank, then hands the sums round.

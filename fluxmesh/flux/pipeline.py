@@ -124,17 +124,22 @@ class FluxPipeline(Models):
         guidance: float = 4.0,
         latent_size: LatentSize = (64, 64),
         strength: float = 1.0,
+        flow: Any = None,
     ) -> Plan:
-        """What all images of a request share; with `low_memory`, drops the modulation weights."""
+        """What all images of a request share; with `low_memory`, drops the modulation weights.
+
+        `flow` is the transformer spread over a ring (`parallel.py`), if it is.
+        """
         h, w = latent_size
         tokens = (h // latents.PATCH) * (w // latents.PATCH)
         steps = num_steps or self.checkpoint.defaults.steps
         times = timesteps(steps, tokens, self.checkpoint.schedule, strength)
         self.drop_incomplete_flow()
-        made = plan(self.flow, text, times, latent_size, guidance)
+        flow = self.flow if flow is None else flow
+        made = plan(flow, text, times, latent_size, guidance)
         if self.low_memory:
             mx.eval(made.modulations)
-            self.flow.release_modulation()
+            flow.release_modulation()
             mx.clear_cache()
         return made
 

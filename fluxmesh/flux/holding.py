@@ -1,0 +1,207 @@
+"""What an engine holds: the models of one checkpoint, whole or a shard, and its place in a ring.
+
+Below `worker.py`, which does the work with them. Here is decided what leaves when something else
+comes, and every load is told, timed, measured and, when asked, broken off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fluxmesh.cluster import Holding, Weights
+from fluxmesh.errors import UsageError
+from fluxmesh.events import Loading
+from fluxmesh.flux import memory
+from fluxmesh.flux.parallel import Ranks, SequenceFlux, TensorFlux
+from fluxmesh.flux.pipeline import FluxPipeline
+from fluxmesh.flux.sharding import Shard
+from fluxmesh.messages import Counters, Paint
+
+COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
+
+
+class Stopped(Exception):
+    """A load was told to stop before it was done."""
+
+
+@dataclass
+class Options:
+    """What surrounds a worker, and how it finds models."""
+
+    locate: Callable[[Weights], Weights] = lambda weights: weights  # names here for names sent
+    download: bool = False
+    memory_bytes: int | None = None  # the most that it may use; None is all of the device's
+    hear: Callable[[Loading], None] | None = None  # told of bytes while weights are read
+    stopping: Callable[[], bool] = lambda: False  # whether the unit at hand was cancelled
+    pause: Callable[[str], None] = lambda phase: None  # tests slow an engine down with it
+
+
+class Held:
+    """A pipeline and a place in a ring, kept between units of work."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
+        self.pipeline: FluxPipeline | None = None
+        self.ranks: Ranks | None = None
+        self.meter = memory.PeakMeter()
+        self.doing = "starting"
+        self.load_rate = 0.0  # bytes/s of the last load; 0 before one
+        self.done = Counters()  # what was done since the start
+        self.weights: Weights | None = None  # under the names that they were asked for
+        self._spread: dict[str, TensorFlux | SequenceFlux] = {}
+
+    @property
+    def model(self) -> FluxPipeline:
+        """The pipeline that `open` made."""
+        assert self.pipeline is not None, "open the weights first"
+        return self.pipeline
+
+    @property
+    def counters(self) -> Counters:
+        """What was done since the start, and what is held now: counted, not reckoned."""
+        pipeline = self.pipeline
+        held = 0
+        if pipeline is not None and pipeline.is_loaded("flow"):
+            held = _bytes_of(pipeline.flow)
+        return replace(
+            self.done,
+            sent_bytes=0 if self.ranks is None else self.ranks.traffic.bytes,
+            transformer_bytes=held,
+            peak_bytes=max(self.done.peak_bytes, self.meter.now()),
+        )
+
+    @property
+    def holding(self) -> Holding | None:
+        """The transformer in memory, and the bytes of all beside it; None without one."""
+        pipeline = self.pipeline
+        if pipeline is None or self.weights is None or not pipeline.is_loaded("flow"):
+            return None
+        names = (name for every in COMPONENTS.values() for name in every)
+        nbytes = sum(_bytes_of(getattr(pipeline, n)) for n in names if pipeline.is_loaded(n))
+        return Holding(self.weights, nbytes, pipeline.shard.size, pipeline.shard.rank)
+
+    def count(self, **more: int) -> None:
+        """Adds to the counters."""
+        self.done = replace(
+            self.done, **{name: getattr(self.done, name) + value for name, value in more.items()}
+        )
+
+    def is_roomy(self, weights: Weights, shards: int = 1) -> bool:
+        """Whether all models together, 1/`shards` of the transformer, leave room for a picture."""
+        limit, checkpoint = self.options.memory_bytes, self.open(weights).checkpoint
+        return memory.is_roomy(checkpoint, weights.dtype, weights.bits, shards, limit)
+
+    def join(self, ranks: Ranks | None) -> None:
+        """Takes a place in a ring; None is alone."""
+        self.ranks = ranks
+        self._spread.clear()
+
+    def ring(self) -> Ranks:
+        """The place in the ring. Raises `UsageError` without one."""
+        if self.ranks is None:
+            raise UsageError("This host is in no ring, which tensor and sequence need; join one.")
+        return self.ranks
+
+    # What comes and what leaves
+
+    def open(self, weights: Weights) -> FluxPipeline:
+        """The pipeline of these weights: the one at hand, or a new one, after the other has left.
+
+        Reads headers alone. Raises what `FluxPipeline` does.
+        """
+        if self.pipeline is None or weights != self.weights:
+            self.release()
+            found = self.options.locate(weights)
+            self.pipeline = FluxPipeline(
+                found.model,
+                dtype=found.dtype,
+                bits=found.bits,
+                adapters=found.adapters,
+                fuse_adapters=found.fuse_adapters,
+                download=self.options.download,
+                on_loading=self._hear,
+            )
+            self.weights = weights
+        return self.pipeline
+
+    def release(self) -> None:
+        """Lets every model leave memory."""
+        self.pipeline, self.weights = None, None
+        self._spread.clear()
+        mx.clear_cache()
+
+    def drop_transformer(self) -> None:
+        """Lets the transformer leave; it loads again when it is needed."""
+        self._spread.clear()
+        if self.pipeline is not None:
+            del self.pipeline.flow
+
+    def drop_incomplete(self, placement: str) -> None:
+        """Lets it leave if its modulation weights, which are needed again, were released."""
+        spread = self._spread.get(placement)
+        if self.model.is_loaded("flow") and (
+            self.model.flow.modulation_released or (spread and spread.modulation_released)
+        ):
+            self.drop_transformer()
+
+    def hold(self, shard: Shard) -> None:
+        """Says which part of the transformer is wanted; another part leaves."""
+        if self.model.shard != shard:
+            self.drop_transformer()
+            self.model.shard = shard
+
+    def hold_for(self, work: Paint) -> None:
+        """The part that a placement runs: any shard of this rank, or the whole, for `tensor`."""
+        if work.placement != "tensor":
+            self.hold(Shard())
+        elif self.model.shard != Shard():
+            self.hold(self.ring().shard)
+
+    def flow(self, placement: str) -> Any:
+        """The transformer as the placement runs it."""
+        if placement == "data":
+            return self.model.flow
+        if placement not in self._spread:
+            spread = TensorFlux if placement == "tensor" else SequenceFlux
+            self._spread[placement] = spread(self.model.flow, self.ring())
+        return self._spread[placement]
+
+    def load(self, component: str) -> Generator[Loading, None, None]:
+        """Loads what is missing of a component, with an event before and after.
+
+        Raises `Stopped` when the unit at hand is cancelled meanwhile.
+        """
+        if component not in COMPONENTS:
+            raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
+        missing = [name for name in COMPONENTS[component] if not self.model.is_loaded(name)]
+        if not missing:
+            return
+        self.doing = f"loading the {component}"
+        total = self.model.file_bytes(*missing)
+        yield Loading(component, 0, total)
+        self.options.pause("load")
+        start, before = time.perf_counter(), mx.get_active_memory()
+        with self.meter.apart() as peak:
+            for name in missing:
+                getattr(self.model, name)
+        self.load_rate = total / max(time.perf_counter() - start, 1e-6)
+        if component == "transformer":
+            self.done = replace(self.done, load_peak_bytes=max(0, peak.nbytes - before))
+        yield Loading(component, total, total)
+
+    def _hear(self, event: Loading) -> None:
+        """Bytes were read: the one moment at which a load can stop."""
+        if self.options.stopping():
+            raise Stopped
+        if self.options.hear is not None:
+            self.options.hear(event)
+
+
+def _bytes_of(model: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))

@@ -1,0 +1,353 @@
+"""The units of work of one engine: load, encode, paint, decode, measure. Holds no socket.
+
+A unit goes in as a message (`messages.Work`), reports come out, one after another, from a
+generator: whoever asks (the engine of a mesh, or `runner.py` on one machine) sends them on, and
+closes the generator to stop. Stands on `holding.py` (the models in memory, the place in a ring).
+
+What stays in memory (the memory policy):
+
+- Models stay until another unit needs the room. `Encode` without `stay` makes the transformer
+  leave until the encoders are done, and the encoders leave before anything else loads.
+- Other weights, or another shard of these, make what is there leave first.
+- `low_memory` releases the modulation weights once they are used; the transformer leaves before
+  the first picture is decoded.
+
+In a ring all ranks are given the same `Paint`s, and before each step they agree on whether anyone
+was told to stop (`Ranks.any`): a rank that stopped alone would leave the others in a collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh import messages
+from fluxmesh.cluster import Holding, Measured
+from fluxmesh.errors import DoesNotFitError, UsageError
+from fluxmesh.flux.conditioning import Conditioning
+from fluxmesh.flux.denoise import Plan, denoise
+from fluxmesh.flux.holding import Held, Options, Stopped
+from fluxmesh.flux.pipeline import to_pixels
+from fluxmesh.flux.sharding import Shard
+from fluxmesh.flux.source import SourceLatents, mask_latents
+from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
+from fluxmesh.request import SourceImage
+
+MEASURED_STEPS = 2
+
+Reports = Generator[Report, None, None]
+
+
+class Worker(Held):
+    """Does one unit of work after another."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.quiet = ""  # what it does, while it gives no other sign of life
+        self._low_memory = False
+        self._plans: dict[str, tuple[bytes, Plan]] = {}  # the latest of each placement
+        self._warm: set[Any] = set()  # what steps were run at: kernels are compiled for it
+        self._job = ""
+
+    def do(self, work: messages.Work) -> Iterator[Report]:
+        """Does one unit and yields its reports.
+
+        Raises what a wrong model, file or request deserves (`errors.py`), `DoesNotFitError` where
+        memory runs out. A unit that is told to stop ends without the report that would end it.
+        """
+        if work.job != self._job:
+            self.end_job()
+            self.meter.forget()
+            self._job = work.job
+        units: dict[type, Callable[[Any], Reports]] = {
+            Load: self._load_all,
+            Encode: self._encode,
+            EncodeSource: self._encode_source,
+            Paint: self._paint,
+            Decode: self._decode,
+            Measure: self._measure,
+        }
+        try:
+            yield from units[type(work)](work)
+        except Stopped:
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            name = "the model" if self.weights is None else self.weights.model
+            raise DoesNotFitError(
+                f"Memory ran out while {self.doing} with {name}; try --quantize, "
+                "--low-memory or a smaller --image-size."
+            ) from error
+        finally:
+            self.quiet = ""
+            self.done = replace(self.done, peak_bytes=max(self.done.peak_bytes, self.meter.now()))
+
+    def end_job(self) -> None:
+        """Lets go of what only the images of one job share."""
+        self._plans.clear()
+
+    def release(self) -> None:
+        super().release()
+        self.end_job()
+
+    # Units
+
+    def _load_all(self, work: Load) -> Reports:
+        start = time.perf_counter()
+        self.open(work.weights)
+        self._low_memory = work.low_memory
+        with self.meter.phase("load"):
+            for component in work.components or ("transformer",):
+                if component == "transformer":
+                    self.hold(Shard(work.shard, work.shards))
+                yield from self._loading(work, component)
+        holding = self.holding or Holding(work.weights, 0, work.shards, work.shard)
+        yield messages.Loaded(work.job, work.epoch, holding, time.perf_counter() - start)
+
+    def _encode(self, work: Encode) -> Reports:
+        self.doing = "reading the prompt"
+        pipeline = self.open(work.weights)
+        pipeline.t5_padding = work.t5_padding
+        cached = pipeline.remembers(work.prompt)
+        with self.meter.phase("text"):
+            start = time.perf_counter()
+            if not cached:
+                if not work.stay:
+                    self.drop_transformer()
+                yield from self._loading(work, "text encoders")
+                start = time.perf_counter()
+            self._begin("encoding", "encode")
+            text = pipeline.encode(work.prompt)
+            self.quiet = ""
+            if not work.stay:
+                pipeline.reload_text_encoders()
+            seconds = time.perf_counter() - start
+            self.count(encodes=0 if cached else 1)
+            t5, clip = to_wire(text.t5), to_wire(text.clip)
+            peak = self.meter.now("text")
+        yield messages.Encoded(work.job, work.epoch, seconds, cached, peak, t5, clip)
+
+    def _encode_source(self, work: EncodeSource) -> Reports:
+        pipeline = self.open(work.weights)
+        with self.meter.phase("text"):
+            yield from self._loading(work, "autoencoder")
+            self.doing = "encoding the picture"
+            self._begin("encoding", "encode")
+            source = pipeline.encode_source(SourceImage(work.pixels))
+            self.quiet = ""
+        yield messages.SourceEncoded(work.job, work.epoch, np.array(source.clean))
+
+    def _paint(self, work: Paint) -> Reports:
+        """One image: a step, evaluated, its report, the next; a ring agrees before each."""
+        pipeline = self.open(work.weights)
+        self._low_memory = pipeline.low_memory = work.low_memory
+        if self._stops(work):
+            return
+        with self.meter.phase("denoise"):
+            try:
+                yield from self._load_for(work)
+            except Stopped:
+                if work.placement == "data":
+                    return
+            if self._stops(work):  # a rank that was stopped while it loaded tells the others
+                return
+            self.doing = "denoising"
+            shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
+            if shape not in self._warm:
+                self._begin("first step")
+            plan = self._plan(work)
+            if work.first >= plan.steps:
+                raise UsageError(f"The image has {plan.steps} steps, all of them done; decode it.")
+            walk = denoise(
+                self.flow(work.placement),
+                plan,
+                mx.array(work.noise),
+                source=self._source(work),
+                first=work.first,
+                latents=mx.array(work.latents),
+            )
+            is_first = work.placement == "data" or self.ring().rank == 0
+            start = time.perf_counter()
+            for number, step in enumerate(walk, start=work.first + 1):
+                self.options.pause("step")
+                mx.eval(step.x)
+                seconds = time.perf_counter() - start
+                self._warm.add(shape)
+                self.count(steps=1, images=int(number == plan.steps))
+                preview = None
+                if work.preview and is_first:
+                    self.quiet = "decoding"
+                    preview = to_pixels(pipeline.decode(step.clean, self._latent_size(work)))[0]
+                self.quiet = ""
+                yield messages.Stepped(
+                    work.job,
+                    work.epoch,
+                    work.image,
+                    number,
+                    seconds,
+                    self.meter.now("denoise"),
+                    np.array(step.x) if is_first else None,
+                    preview,
+                )
+                if number < plan.steps and self._stops(work):
+                    return
+                start = time.perf_counter()
+
+    def _decode(self, work: Decode) -> Reports:
+        pipeline = self.open(work.weights)
+        if self._low_memory:
+            self.drop_transformer()
+        with self.meter.phase("decode"):
+            yield from self._loading(work, "autoencoder")
+            if self.options.stopping():
+                return
+            self.doing = "decoding"
+            self._begin("decoding", "decode")
+            start = time.perf_counter()
+            pixels = to_pixels(pipeline.decode(mx.array(work.latents), self._latent_size(work)))
+            self.quiet = ""
+            seconds = (time.perf_counter() - start) / len(pixels)
+            self.count(decodes=len(pixels))
+            peak = self.meter.now("decode")
+        for image, picture in zip(work.images, pixels, strict=True):
+            yield messages.Pictured(work.job, work.epoch, image, seconds, peak, picture)
+
+    def _measure(self, work: Measure) -> Reports:
+        """Steps and a decode of noise, after one of each to warm up."""
+        weights, pipeline = work.weights, self.open(work.weights)
+        pipeline.low_memory = False
+        self.hold(Shard())
+        self.drop_incomplete("data")
+        yield from self._loading(work, "transformer")
+        yield from self._loading(work, "autoencoder")
+        self.doing = "measuring"
+        self._begin("first step")
+        config, size = pipeline.checkpoint.transformer, self._latent_size(work)
+        tokens = pipeline.checkpoint.defaults.t5_max_length
+        text = Conditioning(
+            mx.zeros((1, tokens, config.context_in_dim)), mx.zeros((1, config.vec_in_dim))
+        )
+        plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size)
+        mx.eval(plan.modulations, plan.pe)
+        x = pipeline.noise(0, size)
+        spent = []
+        start = time.perf_counter()
+        for step in denoise(pipeline.flow, plan, x):
+            mx.eval(step.x)
+            spent.append(time.perf_counter() - start)
+            if self.options.stopping():
+                return
+            start = time.perf_counter()
+        mx.eval(pipeline.decode(x, size))
+        start = time.perf_counter()
+        mx.eval(pipeline.decode(x, size))
+        measured = Measured(
+            weights.model,
+            work.height,
+            work.width,
+            weights.dtype,
+            weights.bits,
+            step_seconds=min(spent[1:]),
+            decode_seconds=time.perf_counter() - start,
+        )
+        yield messages.Timed(work.job, work.epoch, measured)
+
+    # Parts of them
+
+    def _loading(self, work: messages.Work, component: str) -> Reports:
+        for event in self.load(component):
+            told = (event.component, event.done_bytes, event.total_bytes)
+            yield messages.Progress(work.job, work.epoch, *told)
+
+    def _load_for(self, work: Paint) -> Reports:
+        """The transformer in the part that the placement needs; what was released comes back."""
+        self.hold_for(work)
+        if self._kept_plan(work) is None:
+            self.drop_incomplete(work.placement)
+        yield from self._loading(work, "transformer")
+        if work.preview:
+            yield from self._loading(work, "autoencoder")
+
+    def _stops(self, work: Paint) -> bool:
+        """Whether to stop: in a ring, on all ranks or on none."""
+        told = self.options.stopping()
+        return told if work.placement == "data" else self.ring().any(told)
+
+    def _plan(self, work: Paint) -> Plan:
+        """What the images of a job share, evaluated; kept for the next one.
+
+        All ranks of a ring must find it, or none, since it is made with a collective: so that one
+        is kept for each placement and never for another job, whatever a rank does in between.
+        """
+        plan = self._kept_plan(work)
+        if plan is None:
+            self._plans.pop(work.placement, None)
+            plan = self.model.plan(
+                Conditioning(from_wire(work.t5), from_wire(work.clip)),
+                num_steps=work.steps,
+                guidance=work.guidance,
+                latent_size=self._latent_size(work),
+                strength=work.strength,
+                flow=self.flow(work.placement),
+            )
+            mx.eval(plan.modulations, plan.pe)
+            self._plans[work.placement] = (_plan_key(work), plan)
+        return plan
+
+    def _kept_plan(self, work: Paint) -> Plan | None:
+        key, plan = self._plans.get(work.placement, (b"", None))
+        return plan if plan is not None and key == _plan_key(work) else None
+
+    def _source(self, work: Paint) -> SourceLatents | None:
+        if work.source is None:
+            return None
+        config = self.model.checkpoint.autoencoder
+        painted = None
+        if work.mask is not None:
+            painted = mask_latents(work.mask, config.downsampling, config.z_channels)
+        return SourceLatents(mx.array(work.source), painted)
+
+    def _latent_size(self, work: Paint | Decode | Measure) -> tuple[int, int]:
+        downsampling = self.model.checkpoint.autoencoder.downsampling
+        size = (work.height // downsampling, work.width // downsampling)
+        self.model.check_size(size, None)
+        return size
+
+    def _begin(self, quiet: str, phase: str = "") -> None:
+        """From here on the unit gives no sign until it is done."""
+        self.quiet = quiet
+        if phase:
+            self.options.pause(phase)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX failed to allocate: Metal, CUDA and the CPU each say so in words."""
+    text = str(error).lower()
+    words = ("malloc", "out of memory", "unable to allocate", "insufficient memory")
+    return isinstance(error, MemoryError) or any(word in text for word in words)
+
+
+def to_wire(x: mx.array) -> np.ndarray:
+    """An array for a message: NumPy has no bfloat16, whose bits travel as uint16. Evaluates."""
+    mx.eval(x)
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
+
+
+def from_wire(x: np.ndarray) -> mx.array:
+    """What `to_wire` was given."""
+    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+
+
+def _plan_key(work: Paint) -> bytes:
+    size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
+    key = hashlib.blake2b(repr((work.job, work.epoch, work.weights, size)).encode())
+    for array in (work.t5, work.clip):
+        key.update(array.tobytes())
+    return key.digest()
