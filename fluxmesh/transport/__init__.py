@@ -1,6 +1,11 @@
 """How messages travel between coordinators and agents: one small interface, several carriers.
 
-`base` is the interface; `curve` the real one (ZeroMQ with CURVE); `inproc` a twin inside of one
-process; `broken` a wrapper that loses, repeats, delays and cuts, for tests. Importing this package
-loads none of them.
+    base      the interface: `Connection`, `Listener`, `Dialer`, `ConnectionClosed`
+    listener  the agent's side of the real one: `await CurveListener.open(address, keys, allowlist)`
+    dialer    the coordinator's: `await CurveDialer(keys).connect(address, server_key)`
+    gate      who is let in; `options` and `mailbox` serve both sides
+    inproc    a twin inside of one process: `Network().listen()`, `.dialer()`
+    broken    a wrapper that loses, repeats, delays and cuts, for tests
+
+Importing this package loads none of them.
 """

@@ -17,6 +17,10 @@ class ConnectionClosed(FluxmeshError):
     """The other side is gone, or this side closed; nothing more comes or goes."""
 
 
+class NotAllowed(ConnectionClosed):
+    """The agent does not know our key, or is not the one whose key we know."""
+
+
 class Connection(Protocol):
     """One conversation with one peer."""
 

@@ -13,10 +13,9 @@ import logging
 from fluxmesh.messages import Message, Refused
 from fluxmesh.protocol import Frame, ProtocolError, decode, encode
 from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh.transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
-
-_Box = asyncio.Queue[list[Frame] | None]  # None is the end
 
 
 class InprocConnection:
@@ -26,8 +25,7 @@ class InprocConnection:
         self.user = user
         self.label = label
         self._accepted = accepted
-        self._box: _Box = asyncio.Queue()
-        self._closed = False
+        self.box = Mailbox()
         self.twin: InprocConnection | None = None
 
     async def send(self, message: Message, seq: int = 0) -> None:
@@ -35,17 +33,14 @@ class InprocConnection:
 
     async def send_frames(self, frames: list[Frame]) -> None:
         """What a peer might send that has no respect for the codec."""
-        if self._closed or self.twin is None:
-            raise ConnectionClosed(f"{self.label} is gone.")
-        self.twin._box.put_nowait(frames)
+        if self.box.ended or self.twin is None:
+            raise ConnectionClosed(self.box.reason)
+        self.twin.box.put(frames)
         await asyncio.sleep(0)
 
     async def receive(self) -> tuple[int, Message]:
         while True:
-            frames = None if self._closed and self._box.empty() else await self._box.get()
-            if frames is None:
-                self._closed = True
-                raise ConnectionClosed(f"{self.label} is gone.")
+            frames = await self.box.get()
             try:
                 return decode(frames)
             except ProtocolError as error:
@@ -55,10 +50,9 @@ class InprocConnection:
                 await self.send(Refused(error.code, str(error)), error.seq)
 
     async def close(self) -> None:
-        for end in (self, self.twin):
-            if end is not None and not end._closed:
-                end._closed = True
-                end._box.put_nowait(None)
+        self.box.end(f"The connection of {self.label} is closed.")
+        if self.twin is not None:
+            self.twin.box.end(f"{self.twin.label} is gone.")
 
 
 class InprocListener:

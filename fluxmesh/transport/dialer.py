@@ -1,0 +1,150 @@
+"""The coordinator's side of the real transport: a DEALER for each agent, never connected twice.
+
+ZeroMQ would connect again by itself and lose what was on the way without a word. Here a connection
+that breaks is over; who dials again has a new identity and says `Hello` again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import zmq
+import zmq.asyncio
+
+from fluxmesh.keys import Keys
+from fluxmesh.messages import Message
+from fluxmesh.protocol import decode, encode
+from fluxmesh.transport import options
+from fluxmesh.transport.base import ConnectionClosed, NotAllowed
+from fluxmesh.transport.mailbox import Mailbox
+
+_WAITING = 64  # messages taken off the socket and not received: more wait in ZeroMQ, then in TCP
+
+
+class DialledConnection:
+    """One agent, as the coordinator sees it. Made by `CurveDialer.connect`."""
+
+    def __init__(
+        self, sock: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket, user: str, label: str
+    ) -> None:
+        self.user = user
+        self.label = label
+        self._socket = sock
+        self._monitor = monitor
+        self._box = Mailbox()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    @property
+    def closed(self) -> bool:
+        return self._socket.closed
+
+    async def send(self, message: Message, seq: int = 0) -> None:
+        """Waits while the line is full. Raises `ConnectionClosed`."""
+        frames = encode(message, seq)
+        while not self._box.ended:
+            try:
+                await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+                return
+            except zmq.Again:  # full, or gone, which the monitor tells
+                await asyncio.sleep(0.02)
+            except zmq.ZMQError as error:
+                self._box.end(f"The agent at {self.label} is gone: {error.strerror}.")
+        raise ConnectionClosed(self._box.reason)
+
+    async def receive(self) -> tuple[int, Message]:
+        """Raises `ConnectionClosed`, and `ProtocolError` for what is no message."""
+        return decode(await self._box.get())
+
+    async def close(self) -> None:
+        self._box.end(f"The connection to {self.label} is closed.")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        options.close_watched(self._socket, self._monitor)
+
+    async def _read(self) -> None:
+        while not self._box.ended:
+            await self._box.room(_WAITING)
+            frames = await self._socket.recv_multipart(copy=False)
+            if len(frames) == 1 and frames[0].bytes == options.GOODBYE:
+                self._box.end(f"The agent at {self.label} has closed the connection.")
+            else:
+                self._box.put([frame.buffer for frame in frames])
+
+    async def _watch(self) -> None:
+        while (await options.next_event(self._monitor)).kind != zmq.EVENT_DISCONNECTED:
+            continue
+        await asyncio.sleep(0.02)  # what arrived last is still on its way through ZeroMQ
+        while len(self._box) >= _WAITING and not self._box.ended:
+            await asyncio.sleep(0.02)
+        self._box.end(f"The agent at {self.label} is gone, or silent for too long.")
+
+
+class CurveDialer:
+    """Connects to agents with the keys of a user."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._context = zmq.asyncio.Context()
+        self._connections: list[DialledConnection] = []
+
+    async def connect(
+        self, address: str, server_key: str, seconds: float = 5.0
+    ) -> DialledConnection:
+        """As `base.Dialer.connect`; one attempt, which ends at once where nobody listens."""
+        host, port = options.split(address)
+        sock = self._context.socket(zmq.DEALER)
+        options.guard(sock, host)
+        sock.setsockopt(zmq.ROUTING_ID, secrets.token_hex(16).encode())
+        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
+        sock.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
+        sock.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
+        monitor = options.watch(sock)
+        try:
+            sock.connect(f"tcp://{options.join(host, port)}")
+            async with asyncio.timeout(seconds):
+                await _handshake(monitor, address)
+        except BaseException as error:
+            options.close_watched(sock, monitor)
+            if isinstance(error, TimeoutError):
+                raise ConnectionClosed(
+                    f"No agent answers at {address} within {seconds:.0f} s."
+                ) from None
+            if isinstance(error, zmq.ZMQError):
+                raise ConnectionClosed(f"Can't connect to {address}: {error.strerror}.") from None
+            raise
+        connection = DialledConnection(sock, monitor, server_key, address)
+        self._connections = [each for each in self._connections if not each.closed]
+        self._connections.append(connection)
+        return connection
+
+    async def close(self) -> None:
+        for connection in self._connections:
+            await connection.close()
+        await asyncio.to_thread(self._context.term)  # waits for what was sent last
+
+
+async def _handshake(monitor: zmq.asyncio.Socket, address: str) -> None:
+    """Waits until the agent has proved its key and knows ours."""
+    while True:
+        event = await options.next_event(monitor)
+        if event.kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            return
+        if event.kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise NotAllowed(
+                f"The agent at {address} does not know this user's key; "
+                "run `fluxmesh up` to add it."
+            )
+        if event.kind in (
+            zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+            zmq.EVENT_DISCONNECTED,
+        ):
+            raise NotAllowed(
+                f"What listens at {address} is not the agent whose key is known; "
+                "run `fluxmesh up` to learn its key."
+            )
+        if event.kind in (zmq.EVENT_CLOSED, zmq.EVENT_CONNECT_RETRIED):
+            raise ConnectionClosed(f"Nobody listens at {address}; is the agent up?")

@@ -1,0 +1,113 @@
+"""ZeroMQ's options and events, as both ends of the real transport use them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from fluxmesh import limits
+
+HEARTBEAT_MS = 1000  # a ping after so much silence
+SILENCE_MS = 5000  # a peer that answers none of them for so long is gone
+HANDSHAKE_MS = 5000  # a stranger who connects and does not prove a key is put out
+LINGER_MS = 1000  # how long what was sent last may take to leave when a side closes
+HIGH_WATER = 256  # messages in line to one peer
+
+GOODBYE = b""  # one empty frame: the other side closes; no message of the codec looks like it
+
+REFUSALS = {
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake broke off",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak CURVE with this agent's key",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "its key is not in the allowlist",
+}
+EVENTS = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+@dataclass(frozen=True)
+class SocketEvent:
+    """What the monitor of a socket told; `value` is a file descriptor, an error or a status."""
+
+    kind: int
+    value: int
+
+
+def guard(sock: zmq.asyncio.Socket, host: str) -> None:
+    """The options of every socket: limits, heartbeats, an end to waiting."""
+    sock.setsockopt(zmq.LINGER, LINGER_MS)
+    sock.setsockopt(zmq.IMMEDIATE, 1)
+    sock.setsockopt(zmq.SNDHWM, HIGH_WATER)
+    sock.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    # CURVE wraps a frame in some more bytes.
+    sock.setsockopt(zmq.MAXMSGSIZE, limits.MAX_FRAME + 1024)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS - HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TTL, SILENCE_MS)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    sock.setsockopt(zmq.IPV6, int(":" in host))
+
+
+def watch(sock: zmq.asyncio.Socket) -> zmq.asyncio.Socket:
+    """A socket that tells the events of another one."""
+    return sock.get_monitor_socket(EVENTS)
+
+
+def close_watched(sock: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+    """Closes both; what was sent last still leaves. Twice is harmless."""
+    if not sock.closed:
+        sock.disable_monitor()
+        monitor.close(linger=0)
+        sock.close()
+
+
+async def next_event(monitor: zmq.asyncio.Socket) -> SocketEvent:
+    return _event(await monitor.recv_multipart())
+
+
+async def events_now(monitor: zmq.asyncio.Socket) -> list[SocketEvent]:
+    """Those that are there, without waiting."""
+    found: list[SocketEvent] = []
+    while True:
+        try:
+            found.append(_event(await monitor.recv_multipart(flags=zmq.NOBLOCK)))
+        except zmq.Again:
+            return found
+
+
+def _event(frames: list[bytes]) -> SocketEvent:
+    parsed = parse_monitor_message(frames)
+    return SocketEvent(int(parsed["event"]), int(parsed["value"]))
+
+
+def peer_of(descriptor: int) -> str:
+    """ "host:port" at the other end of a TCP connection, if it is not gone already."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as twin:
+            name = twin.getpeername()
+    except OSError:
+        return "a stranger who is gone already"
+    return f"{name[0]}:{name[1]}"
+
+
+def split(address: str) -> tuple[str, int]:
+    """Host and port of "host:port"; an IPv6 address stands in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def join(host: str, port: int) -> str:
+    """The reverse of `split`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
