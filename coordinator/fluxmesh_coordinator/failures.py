@@ -1,0 +1,29 @@
+"""What an agent's report of a failure means: an error for the user, or a host to go on without.
+
+Pure; below `session.py`. An engine names the class of `fluxmesh.errors` that it raised.
+"""
+
+from __future__ import annotations
+
+from fluxmesh import errors
+
+# What the request itself is to blame for: every host would say the same.
+FINAL = {"UsageError", "AdapterError"}
+# What a host would say again, and another may not: its disk, its memory.
+OF_HOST = {"WeightsError", "ModelNotFoundError", "DoesNotFitError"}
+# What agents say when they refuse a request -> the error that it stands for.
+REFUSALS = {
+    "usage": "UsageError",
+    "model": "ModelNotFoundError",
+    "memory": "DoesNotFitError",
+    "version": "UsageError",
+}
+DIED = "Died"  # an engine's end, for which its own host is to blame even in a ring
+
+
+def error_of(kind: str, text: str) -> errors.FluxmeshError:
+    """The error of that name; of one that is no error of ours, the base."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, errors.FluxmeshError):
+        return found(text)
+    return errors.FluxmeshError(text)

@@ -1,0 +1,182 @@
+"""One host of a running job: what its engine has in line, and when its silence means death. Pure.
+
+Below `session.py`. An engine does its units of work one after another; the first in line is the
+one that it is at. Each kind of work has its own sign of life (DESIGN §5): a step that was timed
+before must come again in time; what takes long by itself (loading, encoding, a first step, a
+decode) ticks meanwhile, and may not take for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from fluxmesh import hostfile
+from fluxmesh.cluster import Holding, HostInfo
+from fluxmesh.messages import Decode, Encode, EncodeSource, Join, Load, Message, Paint, Work
+from fluxmesh_coordinator.jobs import LeasedHost
+
+SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
+SLACK = 4.0  # times what a step took before
+START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
+STALLED = 60.0  # seconds in which not one byte was loaded
+BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
+KILLING = 10.0  # seconds that an agent may take to end its engine
+
+T = TypeVar("T", bound=Message)
+
+
+@dataclass
+class Unit:
+    """Work in line, or a ring to join."""
+
+    message: Work | Join
+    since: float | None = None  # when it became the first in line
+
+
+class Worker:
+    """One host, its engine, and what it was given."""
+
+    def __init__(self, leased: LeasedHost, now: float) -> None:
+        self.host: hostfile.Host = leased.host
+        self.info: HostInfo = leased.info
+        self.fence = leased.fence
+        self.epoch = leased.epoch
+        self.ring = (leased.ring, leased.ring_rank, leased.ring_size)
+        self.line: deque[Unit] = deque()
+        self.is_loaded = False  # with what the phase needs
+        self.killed: float | None = None  # since when its engine is being ended
+        self.patience = 1.0  # deadlines are this many times as long: each alarm may be a false one
+        self._is_new = not leased.is_up  # the engine has given no sign yet
+        self._shapes: set[tuple[str, int, int]] = set()  # of which it has made a step
+        self._step_seconds: dict[tuple[str, int, int], float] = {}
+        self._heard = now  # when the engine last gave a sign
+        self._moved = now  # when work last went on by a step or a byte
+
+    @property
+    def rank(self) -> int:
+        return self.info.rank
+
+    @property
+    def is_free(self) -> bool:
+        return not self.line and self.killed is None
+
+    def has(self, *kinds: type[Message]) -> bool:
+        """Whether something of these kinds is in line."""
+        return any(isinstance(unit.message, kinds) for unit in self.line)
+
+    def put(self, message: Work | Join, now: float) -> None:
+        """The last in line."""
+        self.line.append(Unit(message, None if self.line else now))
+
+    def find(self, kind: type[T], image: int | None = None) -> T | None:
+        """The first in line of this kind (and with this image), None where there is none."""
+        for unit in self.line:
+            message = unit.message
+            if isinstance(message, kind) and (image is None or image in _images(message)):
+                return message
+        return None
+
+    def done(self, kind: type[Message], now: float, image: int | None = None) -> None:
+        """What `find` finds is done, and the next one begins."""
+        message = self.find(kind, image)
+        self.line = deque(unit for unit in self.line if unit.message is not message)
+        if self.line and self.line[0].since is None:
+            self.line[0].since = now
+
+    def heard(self, now: float, *, moved: bool = False) -> None:
+        """A sign from the engine; `moved`: its work went on."""
+        self._heard = now
+        self._is_new = False
+        if moved:
+            self._moved = now
+
+    def stepped(self, paint: Paint, seconds: float, now: float) -> None:
+        """A step is done: the next one is expected in about the time that this one took."""
+        shape = _shape(paint)
+        begun = next((u.since for u in self.line if u.message is paint), None) or now
+        took = now - max(self._moved, begun) if shape in self._shapes else seconds
+        self._shapes.add(shape)
+        self._step_seconds[shape] = max(seconds, took)
+        self.heard(now, moved=True)
+
+    def step_deadline(self, paint: Paint) -> float:
+        """Seconds in which a step that is not the first of its shape must come."""
+        return max(SILENCE, SLACK * self._step_seconds.get(_shape(paint), 0.0)) * self.patience
+
+    def expect(self, paint: Paint, seconds: float) -> None:
+        """What was predicted of a step, where none was timed."""
+        self._step_seconds.setdefault(_shape(paint), seconds)
+
+    def lost_engine(self, now: float) -> None:
+        """What its engine held, knew and had in line is gone."""
+        self.line.clear()
+        self.is_loaded = False
+        self.ring = ("", 0, 1)
+        self._shapes.clear()
+        self._is_new = True
+        self._heard = self._moved = now
+
+    def kill(self, epoch: int, now: float) -> None:
+        """The engine is being ended; `epoch` begins."""
+        self.lost_engine(now)
+        self.epoch, self.killed = epoch, now
+
+    def hold(self, holding: Holding | None) -> int:
+        """The engine holds this now; returns by how many bytes that is more than before."""
+        before = self.info.held_bytes
+        self.info = replace(self.info, holds=holding)
+        return self.info.held_bytes - before
+
+    def overdue(self, now: float) -> str:
+        """What did not happen in time, "" where all is well."""
+        if self.killed is not None:
+            return "its agent does not end its engine" if now - self.killed > KILLING else ""
+        if not self.line:
+            return ""
+        unit = self.line[0]
+        assert unit.since is not None
+        message, silent = unit.message, now - max(self._heard, unit.since)
+        if isinstance(message, Paint) and _shape(message) in self._shapes:
+            limit = self.step_deadline(message)
+            if now - max(self._moved, unit.since) > limit:
+                return f"a step did not come within {limit:.0f} s"
+            return ""
+        what = _doing(message)
+        limit = START if self._is_new or isinstance(message, Join) else SILENCE
+        if silent > limit * self.patience:
+            return f"it gave no sign for {silent:.0f} s while {what}"
+        if isinstance(message, Load) and now - max(self._moved, unit.since) > (
+            STALLED * self.patience
+        ):
+            return f"it read nothing for {STALLED * self.patience:.0f} s"
+        budget = BUDGETS.get(type(message))
+        if budget is not None and now - unit.since > budget * self.patience:
+            return f"{what} took more than {budget * self.patience:.0f} s"
+        return ""
+
+
+def _shape(paint: Paint) -> tuple[str, int, int]:
+    return paint.placement, paint.height, paint.width
+
+
+def _images(message: Message) -> tuple[int, ...]:
+    if isinstance(message, Paint):
+        return (message.image,)
+    return message.images if isinstance(message, Decode) else ()
+
+
+def _doing(message: Message) -> str:
+    match message:
+        case Load():
+            return "loading"
+        case Encode():
+            return "reading the prompt"
+        case EncodeSource():
+            return "encoding the picture"
+        case Decode():
+            return "decoding"
+        case Join():
+            return "joining its ring"
+    return "making a first step"

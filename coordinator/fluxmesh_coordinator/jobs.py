@@ -1,0 +1,143 @@
+"""One job as a session sees it: what is asked, which hosts it holds, what happens, what is to do.
+
+The vocabulary of `session.py`: an `Input` goes in, an `Instruction` comes out. Pure, as all that a
+session imports: no socket, no clock, no chance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from fluxmesh import events, hostfile
+from fluxmesh.cluster import HostInfo, LinkInfo, Placement
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.messages import Message, Report
+from fluxmesh.planning.work import ModelSizes
+from fluxmesh.request import GenerateRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, ready for a mesh: size and steps are filled in, adapters are named by hash."""
+
+    id: str
+    request: GenerateRequest
+    sizes: ModelSizes
+    secret: bytes = field(repr=False)  # random; what rings prove themselves with comes from it
+    placement: Placement | None = None
+    force_shard: bool = False
+    warm: bool = True  # encoders and autoencoder may stay in memory for the next job
+
+    def nonce(self, epoch: int) -> bytes:
+        """What the ring of `epoch` gathers: nobody else can know it."""
+        return hashlib.sha256(self.secret + epoch.to_bytes(8, "big")).digest()
+
+
+@dataclass(frozen=True)
+class LeasedHost:
+    """A host whose lease the job holds, as it stood when the lease was granted."""
+
+    info: HostInfo
+    host: hostfile.Host
+    fence: int
+    epoch: int
+    is_up: bool = True  # whether its engine runs already
+    ring: str = ""  # `messages.ring_name` of the ring that its engine is in
+    ring_rank: int = 0
+    ring_size: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.info.rank
+
+
+@dataclass(frozen=True)
+class Links:
+    """How the hosts reach one another."""
+
+    links: tuple[LinkInfo, ...] = ()
+    backend: str = "ring"
+
+
+# What happens
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An agent answered a request of this session."""
+
+    rank: int
+    request: Message
+    answer: Message
+
+
+@dataclass(frozen=True)
+class Reported:
+    """An agent tells something by itself."""
+
+    rank: int
+    report: Report
+
+
+@dataclass(frozen=True)
+class Gone:
+    """An agent, or the connection to it, or the lease of it, is lost."""
+
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Back:
+    """A host that was gone can be used again."""
+
+    host: LeasedHost
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The user cancels, or nobody wants the pictures any more."""
+
+
+Input = Answered | Reported | Gone | Back | Tick | Stop
+
+
+# What is to be done
+
+
+@dataclass(frozen=True)
+class Send:
+    """A request for an agent."""
+
+    rank: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class Tell:
+    """An event for the user."""
+
+    event: events.Event
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """The hosts that are left can't do what is left: `Session.begin` goes on with others."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The hosts are idle again. With an error where the job failed or was cancelled."""
+
+    error: FluxmeshError | None = None
+
+
+Instruction = Send | Tell | Stuck | Finished
