@@ -8,6 +8,7 @@ NumPy and Pillow only, no mlx: the command line and a coordinator call it; the p
 
 from __future__ import annotations
 
+import io
 import math
 from os import PathLike
 from pathlib import Path
@@ -68,8 +69,12 @@ def read_picture(path: PictureFile) -> np.ndarray:
 
     Transparent parts become white. Raises `UsageError` naming the file.
     """
-    picture = _open(path, "--image")
-    return _over(picture, background=255)
+    return _over(_open(Path(path), f"--image {path}"), background=255)
+
+
+def decode_picture(data: bytes, name: str) -> np.ndarray:
+    """As `read_picture`, from the file's bytes; a `UsageError` begins with `name`."""
+    return _over(_open(io.BytesIO(data), name), background=255)
 
 
 def read_mask(path: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
@@ -78,7 +83,7 @@ def read_mask(path: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
     With `like`, the mask is brought to that picture's size; proportions that differ raise
     `UsageError`, since the mask was then drawn over something else.
     """
-    mask = _open(path, "--mask")
+    mask = _open(Path(path), f"--mask {path}")
     grey = np.asarray(Image.fromarray(_over(mask, background=0)).convert("L"))
     if like is None or grey.shape == like.shape[:2]:
         return grey
@@ -142,20 +147,22 @@ def composite(pixels: np.ndarray, source: SourceImage) -> np.ndarray:
     return np.round(blended).astype(np.uint8)
 
 
-def _open(path: PictureFile, option: str) -> Image.Image:
-    """The decoded file, turned as its EXIF orientation says."""
+def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """The decoded file, turned as its EXIF orientation says; messages call it `name`."""
     try:
-        with Image.open(Path(path)) as picture:
+        with Image.open(file) as picture:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except FileNotFoundError:
-        raise UsageError(f"{option} {path} does not exist; check the path.") from None
+        raise UsageError(f"{name} does not exist; check the path.") from None
     except Image.DecompressionBombError:
-        raise UsageError(f"{option} {path} has too many pixels; scale it down first.") from None
+        raise UsageError(f"{name} has too many pixels; scale it down first.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text is Python's own name
+        detail = "unknown format" if unknown else str(error).partition("\n")[0]
+        detail = detail or type(error).__name__
         raise UsageError(
-            f"{option} {path} can't be read as a picture ({detail}); give a PNG, JPEG or WebP file."
+            f"{name} can't be read as a picture ({detail}); give a PNG, JPEG or WebP file."
         ) from None
 
 

@@ -1,0 +1,139 @@
+"""Pictures and captions as the transformer reads them: encoded once, kept on disk.
+
+Every crop and every caption is a unit of work of its own (`pending`), so that the hosts of a mesh
+can share them; `features` then only reads. The autoencoder's answer is the posterior's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.flux import noise as latents
+from fluxmesh.flux.conditioning import Conditioning, PromptMemory
+from fluxmesh.flux.pipeline import FluxPipeline
+from fluxmesh.flux.source import to_model_range
+from fluxmesh.training.cache import Arrays, FeatureCache, key
+from fluxmesh.training.crops import Size, crop_box, cut
+from fluxmesh.training.dataset import Example
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text to be encoded."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Crop `crop` of image `image`, both counted from 0."""
+
+    image: int
+    crop: int
+
+
+Unit = Caption | Crop
+
+
+class Encoder:
+    """Latents and text features of a data set, by way of the cache."""
+
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        cache: FeatureCache,
+        examples: Sequence[Example],
+        sizes: Sequence[Size],
+        seed: int,
+    ) -> None:
+        """`sizes` is the size that each example is trained at, in pixels."""
+        self.pipeline = pipeline
+        self.cache = cache
+        self.examples = examples
+        self.sizes = sizes
+        self.seed = seed
+        self._texts = PromptMemory(64)
+
+    # What there is to do
+
+    def key(self, unit: Unit) -> str:
+        """The name of a unit's features in the cache: a hash of all that they depend on."""
+        checkpoint = self.pipeline.checkpoint
+        model = {
+            "revision": checkpoint.revision,
+            "dtype": str(self.pipeline.dtype),
+            "device": str(mx.default_device().type),  # float32 on a GPU rounds otherwise
+        }
+        if isinstance(unit, Caption):
+            bits = checkpoint.bits or self.pipeline.bits
+            padded = self.pipeline.t5_padding
+            return key(kind="text", text=unit.text, bits=bits, padded=padded, **model)
+        example, size = self.examples[unit.image], self.sizes[unit.image]
+        box = crop_box(example.size, size, self.seed, example.content, unit.crop)
+        return key(kind="image", content=example.content, box=box, size=size, **model)
+
+    def pending(self, units: Sequence[Unit]) -> list[Unit]:
+        """Those of `units` that the cache lacks, each once."""
+        return [unit for unit in dict.fromkeys(units) if not self.cache.has(self.key(unit))]
+
+    def store(self, unit: Unit) -> None:
+        """Encodes a unit into the cache. Raises `OutputError` for a full disk."""
+        self.cache.put(self.key(unit), self.compute(unit))
+
+    def release(self) -> None:
+        """Lets the models that encode leave memory."""
+        self.pipeline.reload_text_encoders()
+        del self.pipeline.ae
+
+    def compute(self, unit: Unit) -> Arrays:
+        """A unit's features, computed here; as the cache stores them and a mesh sends them."""
+        if isinstance(unit, Caption):
+            known = self.pipeline.encode(unit.text)
+            return {"t5": _stored(known.t5), "clip": _stored(known.clip)}
+        example, size = self.examples[unit.image], self.sizes[unit.image]
+        box = crop_box(example.size, size, self.seed, example.content, unit.crop)
+        pixels = cut(example.pixels(), size, box)
+        clean = self.pipeline.ae.encode(mx.array(to_model_range(pixels)))
+        return {"latents": _stored(latents.pack(clean.astype(mx.float32)))}
+
+    # What the training reads
+
+    def text(self, caption: str) -> Conditioning:
+        """A caption's features, [1, T, context_in_dim] and [1, vec_in_dim]."""
+        known = self._texts.get(caption, True)
+        if known is None:
+            found = self._read(Caption(caption))
+            known = Conditioning(_array(found["t5"]), _array(found["clip"]))
+            self._texts.put(caption, True, known)
+        return known
+
+    def latents(self, image: int, crop: int) -> mx.array:
+        """A crop's latents, packed float32 [1, L, 4C]."""
+        return _array(self._read(Crop(image, crop))["latents"])
+
+    def _read(self, unit: Unit) -> Arrays:
+        found = self.cache.get(self.key(unit))
+        if found is None:
+            raise FluxmeshError(
+                f"{self.cache.path(self.key(unit))} is missing or damaged, although it was "
+                "written; start again with --resume."
+            )
+        return found
+
+
+def _stored(array: mx.array) -> tuple[np.ndarray, str]:
+    """An array with its dtype's name, bfloat16 as uint16 of the same bits; evaluates."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16)), "BF16"
+    return np.array(array.astype(mx.float32)), "F32"
+
+
+def _array(stored: tuple[np.ndarray, str]) -> Any:
+    values, kind = stored
+    return mx.array(values).view(mx.bfloat16) if kind == "BF16" else mx.array(values)

@@ -1,0 +1,81 @@
+"""What a running training tells: one frozen dataclass an event. Imports no mlx."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data set is checked and the model's sizes are known."""
+
+    images: int
+    sizes: dict[tuple[int, int], int]  # images by (height, width) that they are trained at
+    held_out: int
+    updates: int
+    micro_batches: int  # of an update
+    batch_size: int
+    numbers: int  # that are trained
+    warmup: int  # updates
+    begins_at: int  # updates done, by the run that is resumed
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A caption or a crop was encoded that the cache lacked."""
+
+    what: str  # "captions" or "pictures"
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Updated:
+    """The weights have moved."""
+
+    update: int  # counted from 1
+    iteration: int  # micro-batches done
+    loss: float  # mean over the update's images
+    rate: float
+    norm: float  # of the gradient, before clipping
+    images: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The loss on the images that were held out, at fixed time steps and noise."""
+
+    iteration: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A picture of the progress prompt, always from the same seed."""
+
+    iteration: int
+    pixels: np.ndarray = field(repr=False, compare=False)  # uint8 (height, width, 3)
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint is on the disk."""
+
+    iteration: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The adapter is on the disk."""
+
+    path: Path
+
+
+TrainEvent = Prepared | Encoding | Updated | Validated | Progress | CheckpointSaved | Finished

@@ -1,0 +1,188 @@
+"""One host's part of a training: gradients of the micro-batches that it is given, and the update.
+
+A run on one host gives it all of an update's micro-batches and the sum back. A run on several
+deals the numbers out (`sampling.deal`), adds the vectors of `total` across the ring and gives every
+host the same sum: each then makes the same update to its own copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.flux import noise as latents
+from fluxmesh.flux.denoise import denoise
+from fluxmesh.flux.pipeline import FluxPipeline, to_pixels
+from fluxmesh.training import exact, optimizer
+from fluxmesh.training.adapters import Adapters
+from fluxmesh.training.encoding import Encoder
+from fluxmesh.training.optimizer import State
+from fluxmesh.training.plan import LEVELS, NO_CAPTION, Plan
+from fluxmesh.training.rates import learning_rate
+from fluxmesh.training.sampling import SCHNELL_STEPS, MicroBatch
+from fluxmesh.training.step import Batch, loss_and_gradient, squared_errors
+from fluxmesh.training.streams import VALIDATION, generator
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What an update did."""
+
+    loss: float  # mean over its images
+    norm: float  # of the gradient, before clipping
+    rate: float
+    images: int
+    bad: int  # micro-batches without a usable gradient; the weights moved only if there are none
+
+
+class Learner:
+    """The transformer with the LoRAs that are trained, and where these stand."""
+
+    def __init__(self, pipeline: FluxPipeline, encoder: Encoder, plan: Plan) -> None:
+        """Loads the transformer where it is not in memory. All features must be encoded."""
+        self.pipeline = pipeline
+        self.encoder = encoder
+        self.plan = plan
+        self.request = plan.request
+        self.flux = pipeline.flow
+        self.adapters = Adapters(self.flux, self.request)
+        self.state: State = optimizer.begin(
+            self.adapters.flatten(self.adapters.weights()), self.request
+        )
+        mx.eval(self.state.weights)
+
+    # An update
+
+    def total(self, numbers: Sequence[int], parts: int) -> mx.array:
+        """The exact sum of the gradients of these micro-batches, int64 [size + TAIL], evaluated.
+
+        `parts` is how many micro-batches the whole update has, on all hosts. No number gives zeros.
+        """
+        total = mx.zeros((self.adapters.size + exact.TAIL,), dtype=mx.int64)
+        for number in numbers:
+            total = total + self.gradient(self.plan.sampler.micro_batch(number), parts)
+            mx.eval(total)
+        return total
+
+    def gradient(self, micro: MicroBatch, parts: int) -> mx.array:
+        """One micro-batch's vector, lazily."""
+        request = self.request
+        dropped = request.lora_dropout > 0
+        loss, gradient = loss_and_gradient(
+            self.flux,
+            self.adapters,
+            self.batch(micro),
+            request.guidance,
+            micro.dropout_keys(len(self.adapters.names)) if dropped else None,
+            request.grad_checkpoint,
+        )
+        return exact.on_grid(gradient, loss, len(micro.items), parts)
+
+    def advance(self, total: mx.array) -> Moved:
+        """Moves the weights by the sum of a whole update."""
+        found = exact.read(total)
+        rate = learning_rate(self.request, self.state.update)
+        if found.bad:
+            return Moved(float("nan"), float("nan"), rate, found.images, found.bad)
+        self.state, norm = optimizer.advance(self.state, found.gradient, rate, self.request)
+        self.adapters.install(self.adapters.unflatten(self.state.weights))
+        return Moved(found.loss, norm, rate, found.images, 0)
+
+    def batch(self, micro: MicroBatch) -> Batch:
+        """What the transformer sees in a micro-batch."""
+        plan = self.plan
+        images = [(plan.trained[image], crop) for image, crop in micro.items]
+        clean = mx.concatenate([self.encoder.latents(*item) for item in images])
+        captions = [
+            NO_CAPTION if left_out else plan.examples[image].caption
+            for (image, _), left_out in zip(images, micro.without_caption, strict=True)
+        ]
+        noise = mx.array(micro.noise(*clean.shape[1:]))
+        return self._batch(clean, noise, micro.times, captions, micro.size)
+
+    def _batch(
+        self,
+        clean: mx.array,
+        noise: mx.array,
+        times: np.ndarray,
+        captions: Sequence[str],
+        size: tuple[int, int],
+    ) -> Batch:
+        texts = [self.encoder.text(caption) for caption in captions]
+        return Batch(
+            clean,
+            noise,
+            mx.array(times),
+            mx.concatenate([text.t5 for text in texts]),
+            mx.concatenate([text.clip for text in texts]),
+            latents.token_grid(*size, self.pipeline.checkpoint.autoencoder.downsampling),
+        )
+
+    # Looking at it
+
+    def validate(self) -> float:
+        """The mean loss on the images held out, at fixed time steps and from fixed noise."""
+        plan = self.plan
+        self.adapters.install(self.adapters.unflatten(self.state.result))
+        losses = []
+        for image in plan.held_out:
+            clean = self.encoder.latents(image, 0)
+            size = plan.sizes[image]
+            for step, time in enumerate(self._levels(size)):
+                random = generator(self.request.seed, VALIDATION, 1 + image * len(LEVELS) + step)
+                noise = mx.array(random.standard_normal(clean.shape, dtype=np.float32))
+                caption = plan.examples[image].caption
+                batch = self._batch(clean, noise, time.reshape(1), [caption], size)
+                losses.append(squared_errors(self.flux, batch, self.request.guidance).item())
+        self.adapters.install(self.adapters.unflatten(self.state.weights))
+        return float(np.mean(losses))
+
+    def _levels(self, size: tuple[int, int]) -> np.ndarray:
+        if self.plan.times.kind == "schnell":
+            return (np.arange(1, SCHNELL_STEPS + 1) / SCHNELL_STEPS).astype(np.float32)
+        return self.plan.times.shifted(np.array(LEVELS), size).astype(np.float32)
+
+    def paint(self) -> np.ndarray:
+        """A picture of the progress prompt from the run's seed, uint8 [H, W, 3].
+
+        Takes no number of the training's, and leaves its weights as they were.
+        """
+        pipeline, request = self.pipeline, self.request
+        side = pipeline.checkpoint.autoencoder.downsampling
+        size = (self.plan.picture_size[0] // side, self.plan.picture_size[1] // side)
+        self.adapters.install(self.adapters.unflatten(self.state.result))
+        made = pipeline.plan(
+            self.encoder.text(request.progress_prompt),
+            num_steps=request.progress_steps,
+            guidance=request.guidance,
+            latent_size=size,
+        )
+        x = pipeline.noise(request.seed, size)
+        for step in denoise(self.flux, made, x):
+            x = step.x
+            mx.eval(x)
+        self.adapters.install(self.adapters.unflatten(self.state.weights))
+        pixels = to_pixels(pipeline.decode(x, size))[0]
+        del pipeline.ae
+        return pixels
+
+    # On the disk
+
+    def vectors(self) -> dict[str, np.ndarray]:
+        """The state's vectors as a checkpoint stores them."""
+        state = self.state
+        found = {"weights": state.weights, "first": state.first, "second": state.second}
+        if state.average is not None:
+            found["average"] = state.average
+        return {name: np.array(vector) for name, vector in found.items()}
+
+    def restore(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
+        """Goes on from a checkpoint's vectors, after `update` updates."""
+        found = {name: mx.array(vector) for name, vector in vectors.items()}
+        self.state = State(
+            update, found["weights"], found["first"], found["second"], found.get("average")
+        )
+        self.adapters.install(self.adapters.unflatten(self.state.weights))

@@ -1,0 +1,109 @@
+"""A run before it begins: which images are trained on and held out, at which sizes. No mlx.
+
+`prepare` is a function of the request, the data set and the checkpoint's sizes; every host of a
+mesh that is handed the same three has the same plan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fluxmesh.errors import UsageError
+from fluxmesh.flux.checkpoint import Checkpoint
+from fluxmesh.flux.noise import PATCH
+from fluxmesh.training.crops import Size, bucket_of, buckets
+from fluxmesh.training.dataset import Example, fingerprint
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.sampling import Sampler, TimeSteps
+from fluxmesh.training.streams import VALIDATION, generator
+
+DEFAULT_AREA = 512 * 512  # pixels of a training picture, or fewer where the model's own is smaller
+LEVELS = (0.125, 0.375, 0.625, 0.875)  # where validation measures, before the shift
+NO_CAPTION = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run trains on."""
+
+    request: TrainRequest
+    examples: Sequence[Example]
+    sizes: tuple[Size, ...]  # of each example, in pixels
+    trained: tuple[int, ...]  # indices into `examples`
+    held_out: tuple[int, ...]
+    sampler: Sampler  # its image i is example `trained[i]`
+    times: TimeSteps
+    picture_size: Size  # of progress pictures
+    data: str  # fingerprint
+
+    @property
+    def captions(self) -> list[str]:
+        """Every text that the run needs, each once."""
+        texts = [example.caption for example in self.examples]
+        if self.request.caption_dropout:
+            texts.append(NO_CAPTION)
+        if self.request.progress_prompt:
+            texts.append(self.request.progress_prompt)
+        return list(dict.fromkeys(texts))
+
+    @property
+    def crops(self) -> list[tuple[int, int]]:
+        """Every (example, crop) that the run needs."""
+        count = self.request.num_augmentations
+        trained = [(image, crop) for image in self.trained for crop in range(count)]
+        return trained + [(image, 0) for image in self.held_out]
+
+    def sizes_count(self) -> dict[Size, int]:
+        """How many images are trained at each size."""
+        return dict(sorted(Counter(self.sizes[image] for image in self.trained).items()))
+
+
+def prepare(request: TrainRequest, examples: Sequence[Example], checkpoint: Checkpoint) -> Plan:
+    """Raises `UsageError` where nothing would be left to train on, or a size does not divide."""
+    downsampling = checkpoint.autoencoder.downsampling
+    multiple = PATCH * downsampling
+    own = checkpoint.defaults.height * checkpoint.defaults.width
+    area = min(DEFAULT_AREA, own)
+    if request.resolution is None:
+        choices = buckets(area, multiple)
+        sizes = tuple(bucket_of(example.size, choices) for example in examples)
+    else:
+        if any(side % multiple for side in request.resolution):
+            raise UsageError(
+                f"--resolution is {'x'.join(map(str, request.resolution))}; this model needs "
+                f"multiples of {multiple}."
+            )
+        sizes = (request.resolution,) * len(examples)
+    if request.validation >= len(examples):
+        raise UsageError(
+            f"--validation holds out {request.validation} of {len(examples)} images, which leaves "
+            "none to train on; give fewer."
+        )
+    order = generator(request.seed, VALIDATION, 0).permutation(len(examples)).tolist()
+    held_out = tuple(sorted(order[: request.validation]))
+    trained = tuple(i for i in range(len(examples)) if i not in set(held_out))
+    times = TimeSteps.of(
+        request.timesteps, checkpoint.transformer, checkpoint.schedule, downsampling
+    )
+    sampler = Sampler(
+        request.seed,
+        [sizes[i] for i in trained],
+        request.num_augmentations,
+        request.batch_size,
+        times,
+        request.caption_dropout,
+    )
+    picture_size = request.resolution or bucket_of((1, 1), buckets(area, multiple))
+    return Plan(
+        request=request,
+        examples=examples,
+        sizes=sizes,
+        trained=trained,
+        held_out=held_out,
+        sampler=sampler,
+        times=times,
+        picture_size=picture_size,
+        data=fingerprint(list(examples)),
+    )

@@ -1,0 +1,105 @@
+"""Loss and gradient of one micro-batch.
+
+The flow is straight, x_t = (1 - t) * clean + t * noise, and the model predicts noise - clean (Liu
+et al. 2022, "Flow Straight and Fast"); the loss is the mean square error of that, in float32.
+The weights that are trained go in as an argument; the layers are lent them while MLX traces.
+
+With checkpointing a block's activations are dropped and computed again in the backward pass (Chen
+et al. 2016, https://arxiv.org/abs/1604.06174). The weights then enter the block as arguments, or
+no gradient would reach them; dropout's keys are constants that each layer holds, so that the second
+pass drops what the first one dropped (MLX's own random state would give it other masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.flux import noise as latents
+from fluxmesh.flux.model import Flux
+from fluxmesh.training.adapters import Adapters, TrainedLinear, Weights
+
+
+class Batch(NamedTuple):
+    """B images of one size as the transformer is trained on them."""
+
+    clean: mx.array  # latents, packed float32 [B, L, 4C]
+    noise: mx.array  # float32 [B, L, 4C]
+    times: mx.array  # float32 [B], in (0, 1]
+    t5: mx.array  # [B, T, context_in_dim]
+    clip: mx.array  # [B, vec_in_dim]
+    grid: tuple[int, int]  # rows and columns of tokens
+
+
+def squared_errors(flux: Flux, batch: Batch, guidance: float) -> mx.array:
+    """Each image's mean square error, float32 [B], lazily."""
+    t = batch.times[:, None, None]
+    noised = (1 - t) * batch.clean + t * batch.noise
+    velocity = flux.forward(
+        noised,
+        latents.image_positions(*batch.grid),
+        batch.t5,
+        latents.text_positions(batch.t5.shape[1]),
+        batch.times,
+        batch.clip,
+        guidance if flux.config.guidance_embed else None,
+    )
+    error = velocity.astype(mx.float32) - (batch.noise - batch.clean)
+    return mx.mean(mx.square(error), axis=(1, 2))
+
+
+def loss_and_gradient(
+    flux: Flux,
+    adapters: Adapters,
+    batch: Batch,
+    guidance: float,
+    keys: np.ndarray | None = None,
+    checkpoint: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """The sum over the images of their losses, and its gradient float32 [size]; lazy.
+
+    `keys` are dropout's (uint32 [layers, 2]); None drops nothing.
+    """
+    held = adapters.weights()
+
+    def loss(weights: Weights) -> mx.array:
+        adapters.install(weights)
+        return mx.sum(squared_errors(flux, batch, guidance))
+
+    adapters.set_keys(keys)
+    plain = flux.call
+    if checkpoint:
+        flux.call = checkpointed
+    try:
+        value, gradient = mx.value_and_grad(loss)(held)
+    finally:
+        flux.call = plain
+        adapters.install(held)
+        adapters.set_keys(None)
+    return value, adapters.flatten(gradient)
+
+
+def checkpointed(block: Callable[..., Any], *arrays: mx.array) -> Any:
+    """`block(*arrays)`, keeping none of its activations for the backward pass."""
+    layers = [
+        layer
+        for name, layer in block.named_modules()  # type: ignore[attr-defined]
+        if isinstance(layer, TrainedLinear) and "mod" not in name.partition(".")[0]
+    ]  # those of the modulation ran before the blocks
+
+    def run(weights: list[tuple[mx.array, mx.array]], *arrays: mx.array) -> Any:
+        _lend(layers, weights)
+        return block(*arrays)
+
+    weights = [(layer.lora_a, layer.lora_b) for layer in layers]
+    out = mx.checkpoint(run)(weights, *arrays)
+    _lend(layers, weights)
+    return out
+
+
+def _lend(layers: list[TrainedLinear], weights: list[tuple[mx.array, mx.array]]) -> None:
+    for layer, (a, b) in zip(layers, weights, strict=True):
+        layer.lora_a, layer.lora_b = a, b
