@@ -78,7 +78,9 @@ def load_keys(folder: Path, name: str) -> Keys:
         keys = Keys.of(secret.strip())
     except HomeError as error:
         raise HomeError(f"{path}: {error}") from None
-    create_private(folder / f"{name}.pub", keys.public + "\n")
+    public = folder / f"{name}.pub"
+    if not public.is_file() or public.read_text("utf-8", "replace").strip() != keys.public:
+        write_private(public, keys.public + "\n")
     return keys
 
 
