@@ -62,7 +62,8 @@ def crop_box(size: Size, target: Size, seed: int, content: str, crop: int) -> Bo
         zoom, down, right = generator(seed, CROP, number).random(3).tolist()
         zoom = max(ZOOM + (1 - ZOOM) * zoom, min(1.0, 1 / scale))
     height, width = target[0] * scale * zoom, target[1] * scale * zoom
-    top, left = down * (size[0] - height), right * (size[1] - width)
+    # never outside by a rounding
+    top, left = max(0.0, down * (size[0] - height)), max(0.0, right * (size[1] - width))
     return left, top, min(left + width, size[1]), min(top + height, size[0])
 
 

@@ -1,0 +1,87 @@
+"""A training request: what it refuses, how long it is, and its learning rates."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxmesh.errors import UsageError
+from fluxmesh.training.rates import learning_rate, warmup_updates
+from fluxmesh.training.request import TrainRequest
+
+
+def request(**fields):
+    return TrainRequest("data", 1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("seed", -1, "--seed"),
+        ("dtype", "float16", "--dtype"),
+        ("bits", 3, "--bits"),
+        ("resolution", (512, 500), "--resolution"),
+        ("num_augmentations", 0, "--num-augmentations"),
+        ("iterations", 0, "--iterations"),
+        ("batch_size", 0, "--batch-size"),
+        ("grad_accumulate", 0, "--grad-accumulate"),
+        ("lora_rank", 0, "--lora-rank"),
+        ("lora_blocks", 0, "--lora-blocks"),
+        ("lora_alpha", 0.0, "--lora-alpha"),
+        ("lora_dropout", 1.0, "--lora-dropout"),
+        ("caption_dropout", -0.1, "--caption-dropout"),
+        ("ema", 1.0, "--ema"),
+        ("learning_rate", float("nan"), "--learning-rate"),
+        ("clip_norm", float("inf"), "--clip-norm"),
+        ("timesteps", "sigmoid", "--timesteps"),
+        ("optimizer", "sgd", "--optimizer"),
+        ("lr_schedule", "step", "--lr-schedule"),
+        ("progress_steps", 0, "--progress-steps"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_the_option_s_name(field, value, said):
+    with pytest.raises(UsageError, match=said):
+        TrainRequest(**{"dataset": "data", "seed": 1, field: value})
+
+
+def test_the_seed_document_s_defaults_stand():
+    asked = request()
+    assert (asked.iterations, asked.batch_size, asked.grad_accumulate) == (600, 1, 4)
+    assert (asked.lora_rank, asked.lora_blocks, asked.learning_rate) == (8, -1, 1e-4)
+    assert (asked.warmup_steps, asked.guidance, asked.num_augmentations) == (100, 4.0, 5)
+    assert asked.output_dir == "mlx_output" and asked.scale == 1.0
+
+
+def test_the_last_update_takes_what_is_left():
+    asked = request(iterations=10, grad_accumulate=4)
+    assert asked.updates == 3
+    parts = [list(asked.micro_batches(update)) for update in range(3)]
+    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_what_does_not_reach_the_adapter_may_change_on_resume():
+    asked = request().identity()
+    assert request(output_dir="x", resume=True, checkpoint_every=7).identity() == asked
+    for field, value in {"seed": 2, "lora_rank": 4, "dtype": "float32", "ema": 0.9}.items():
+        changed = TrainRequest(**{"dataset": "data", "seed": 1, field: value}).identity()
+        assert [name for name in asked if asked[name] != changed[name]] == [field]
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 20, 100, 101, 150, 600])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_rate_rises_is_full_and_falls_to_nothing_whatever_the_length(updates, schedule):
+    asked = request(iterations=updates, grad_accumulate=1, lr_schedule=schedule)
+    rates = [learning_rate(asked, update) for update in range(updates)]
+    warmup = warmup_updates(asked)
+    assert warmup == (100 if updates > 100 else updates // 2)
+    assert rates[warmup] == max(rates) == asked.learning_rate
+    assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert min(rates) > 0
+    after_the_last = learning_rate(asked, updates)
+    assert after_the_last == pytest.approx(0, abs=1e-12)
+
+
+def test_a_constant_rate_stays():
+    asked = request(iterations=8, grad_accumulate=1, warmup_steps=2, lr_schedule="constant")
+    rates = [learning_rate(asked, update) for update in range(8)]
+    assert rates[2:] == [asked.learning_rate] * 6 and rates[0] < rates[1] < rates[2]
