@@ -183,5 +183,6 @@ class Dispatch:
             course.source,
             None if source is None else source.mask,
         )
-        worker.expect(paint, phase.step_seconds)
+        if course.option is not None and course.option.measured:
+            worker.expect(paint, phase.step_seconds)
         self.send(worker, paint)

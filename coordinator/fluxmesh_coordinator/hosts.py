@@ -8,19 +8,33 @@ decode) ticks meanwhile, and may not take for ever.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fluxmesh import hostfile
 from fluxmesh.cluster import Holding, HostInfo
-from fluxmesh.messages import Decode, Encode, EncodeSource, Join, Load, Message, Paint, Work
+from fluxmesh.messages import (
+    Beat,
+    Decode,
+    Encode,
+    EncodeSource,
+    Join,
+    Load,
+    Message,
+    Paint,
+    Progress,
+    Report,
+    Work,
+)
 from fluxmesh_coordinator.jobs import LeasedHost
 
 SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
 SLACK = 4.0  # times what a step took before
 START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
 STALLED = 60.0  # seconds in which not one byte was loaded
+FIRST = 30.0  # seconds for a step that ticks not and was never timed
 BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
 KILLING = 10.0  # seconds that an agent may take to end its engine
 
@@ -52,7 +66,8 @@ class Worker:
         self._shapes: set[tuple[str, int, int]] = set()  # of which it has made a step
         self._step_seconds: dict[tuple[str, int, int], float] = {}
         self._heard = now  # when the engine last gave a sign
-        self._moved = now  # when work last went on by a step or a byte
+        self._sign: type[Report] | None = None
+        self._moved = now  # when the last step was done
 
     @property
     def rank(self) -> int:
@@ -85,12 +100,9 @@ class Worker:
         if self.line and self.line[0].since is None:
             self.line[0].since = now
 
-    def heard(self, now: float, *, moved: bool = False) -> None:
-        """A sign from the engine; `moved`: its work went on."""
-        self._heard = now
-        self._is_new = False
-        if moved:
-            self._moved = now
+    def heard(self, report: Report, now: float) -> None:
+        """A sign from the engine."""
+        self._heard, self._sign, self._is_new = now, type(report), False
 
     def stepped(self, paint: Paint, seconds: float, now: float) -> None:
         """A step is done: the next one is expected in about the time that this one took."""
@@ -99,14 +111,14 @@ class Worker:
         took = now - max(self._moved, begun) if shape in self._shapes else seconds
         self._shapes.add(shape)
         self._step_seconds[shape] = max(seconds, took)
-        self.heard(now, moved=True)
+        self._moved = now
 
     def step_deadline(self, paint: Paint) -> float:
         """Seconds in which a step that is not the first of its shape must come."""
         return max(SILENCE, SLACK * self._step_seconds.get(_shape(paint), 0.0)) * self.patience
 
     def expect(self, paint: Paint, seconds: float) -> None:
-        """What was predicted of a step, where none was timed."""
+        """How long a step takes by what was measured, until one is timed here."""
         self._step_seconds.setdefault(_shape(paint), seconds)
 
     def lost_engine(self, now: float) -> None:
@@ -116,6 +128,7 @@ class Worker:
         self.ring = ("", 0, 1)
         self._shapes.clear()
         self._is_new = True
+        self._sign = None
         self._heard = self._moved = now
 
     def kill(self, epoch: int, now: float) -> None:
@@ -137,24 +150,29 @@ class Worker:
             return ""
         unit = self.line[0]
         assert unit.since is not None
-        message, silent = unit.message, now - max(self._heard, unit.since)
+        message, what, patience = unit.message, _doing(unit.message), self.patience
         if isinstance(message, Paint) and _shape(message) in self._shapes:
             limit = self.step_deadline(message)
-            if now - max(self._moved, unit.since) > limit:
-                return f"a step did not come within {limit:.0f} s"
-            return ""
-        what = _doing(message)
-        limit = START if self._is_new or isinstance(message, Join) else SILENCE
-        if silent > limit * self.patience:
+            late = now - max(self._moved, unit.since) > limit
+            return f"a step did not come within {limit:.0f} s" if late else ""
+        silent, limit = now - max(self._heard, unit.since), self._silence(unit) * patience
+        if silent > limit:
             return f"it gave no sign for {silent:.0f} s while {what}"
-        if isinstance(message, Load) and now - max(self._moved, unit.since) > (
-            STALLED * self.patience
-        ):
-            return f"it read nothing for {STALLED * self.patience:.0f} s"
-        budget = BUDGETS.get(type(message))
-        if budget is not None and now - unit.since > budget * self.patience:
-            return f"{what} took more than {budget * self.patience:.0f} s"
-        return ""
+        budget = BUDGETS.get(type(message), math.inf) * patience
+        return f"{what} took more than {budget:.0f} s" if now - unit.since > budget else ""
+
+    def _silence(self, unit: Unit) -> float:
+        """Seconds that the first in line may go without a sign."""
+        message, has_begun = unit.message, self._heard >= (unit.since or 0.0)
+        if self._is_new or isinstance(message, Join):
+            return START
+        if isinstance(message, Load) or (has_begun and self._sign is Progress):
+            return STALLED
+        if isinstance(message, Paint) and not (has_begun and self._sign is Beat):
+            # An engine that made this step in an earlier job does not tick in it.
+            expected = self._step_seconds.get(_shape(message))
+            return FIRST if expected is None else max(SILENCE, SLACK * expected)
+        return SILENCE
 
 
 def _shape(paint: Paint) -> tuple[str, int, int]:

@@ -163,7 +163,7 @@ class Session:
         if getattr(report, "job", "") not in ("", self.course.job.id):
             return
         now = self._now
-        worker.heard(now, moved=not isinstance(report, messages.Beat | messages.Stepped))
+        worker.heard(report, now)
         match report:
             case messages.Joined():
                 worker.done(messages.Join, now)

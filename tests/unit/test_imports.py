@@ -109,6 +109,19 @@ def test_planning_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
         assert not tops(path) & forbidden, name
 
 
+def test_a_session_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
+    forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "secrets", "socket"}
+    session = {"session", "course", "dispatch", "recovery", "rings", "hosts", "album", "jobs"}
+    found = [
+        (name, path)
+        for name, path in modules("fluxmesh_coordinator")
+        if name.rpartition(".")[2] in session | {"failures"}
+    ]
+    assert len(found) == 9
+    for name, path in found:
+        assert not tops(path) & forbidden, name
+
+
 def loaded_after(code: str) -> set[str]:
     """The top-level packages that a new interpreter has loaded after running `code`."""
     tail = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"

@@ -1,0 +1,364 @@
+"""One job's life, event by event: who is given what, and that no loss costs a picture or a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxmesh import events, messages
+from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
+from fluxmesh.request import SourceImage
+from fluxmesh_coordinator.jobs import Answered, Back, Reported, Stop
+from tests.fakes import expected
+from tests.unit.simulation import SIZES, Simulation
+
+PLACEMENTS = ["data", "sequence", "tensor"]
+
+
+def check(done: Simulation) -> None:
+    """The job ended well: every picture once, right, and no acknowledged step made again."""
+    assert done.end is not None, done.stuck
+    assert done.end.error is None, done.end.error
+    pictures = {event.image: event for event in done.of(events.Picture)}
+    assert len(done.of(events.Picture)) == len(pictures) == done.request.n_images
+    for image, event in pictures.items():
+        assert np.array_equal(event.pixels, expected(done.request, SIZES, image)), image
+        assert event.seed == done.request.seed + image
+    assert done.repeated == []
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+@pytest.mark.parametrize("images", [1, 5])
+def test_images_are_shared_out_and_each_is_the_one_of_its_seed(hosts: int, images: int) -> None:
+    done = Simulation(hosts, n_images=images, placement="data").run()
+    check(done)
+    made = [len(machine.made) // 3 for machine in done.machines.values()]
+    assert sum(made) == images
+    assert max(made) - min(made) <= 1 or images < hosts
+    assert done.messages(messages.Join) == []
+    assert len(done.messages(messages.Encode)) == 1
+
+
+@pytest.mark.parametrize("placement", ["sequence", "tensor"])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_a_ring_makes_every_step_together(placement: Any, hosts: int) -> None:
+    done = Simulation(hosts, n_images=2, placement=placement).run()
+    check(done)
+    for machine in done.machines.values():
+        assert machine.made == [(image, step) for image in (0, 1) for step in (1, 2, 3)]
+    joins = done.messages(messages.Join)
+    assert [(join.rank, join.size) for join in joins] == [(rank, hosts) for rank in range(hosts)]
+    assert len({join.nonce for join in joins}) == 1
+    assert len(done.messages(messages.AskPorts)) == hosts
+
+
+def test_nothing_moves_before_the_ring_has_proved_itself() -> None:
+    done = Simulation(2, placement="sequence").run()
+    kinds = [type(send.message) for send in done.sent]
+    assert max(i for i, kind in enumerate(kinds) if kind is messages.Join) < min(
+        i for i, kind in enumerate(kinds) if kind in (messages.Load, messages.Encode)
+    )
+
+
+def test_a_ring_that_stands_is_used_again() -> None:
+    first = Simulation(2, placement="sequence").run()
+    second = Simulation(2, placement="sequence")
+    for rank, machine in second.machines.items():
+        nonce = first.messages(messages.Join)[rank].nonce
+        leased = machine.leased
+        machine.leased = type(leased)(
+            leased.info, leased.host, 2, 1, True, messages.ring_name(nonce), rank, 2
+        )
+        machine.engine = first.machines[rank].engine
+    check(second.run())
+    assert second.messages(messages.Join) == []
+    assert {message.epoch for message in second.messages(messages.Paint)} == {1}
+
+
+def test_events_come_in_the_order_of_the_work() -> None:
+    done = Simulation(1, n_images=2).run()
+    kinds = [type(event) for event in done.told if not isinstance(event, events.Loading)]
+    image = [*[events.Step] * 3, events.Picture]
+    assert kinds[:3] == [events.Planned, events.Encoded, events.Peak]
+    assert sorted(kinds[3:-2], key=str) == sorted(image * 2, key=str)
+    assert {event.phase: event.bytes for event in done.of(events.Peak)} == {
+        "text": 3,
+        "denoise": 4,
+        "decode": 5,
+    }
+
+
+def test_images_are_decoded_in_groups_that_do_not_depend_on_the_hosts() -> None:
+    for hosts in (1, 3):
+        done = Simulation(hosts, n_images=5, decoding_batch_size=2, placement="data").run()
+        check(done)
+        groups = {decode.images for decode in done.messages(messages.Decode)}
+        assert groups == {(0, 1), (2, 3), (4,)}
+
+
+def test_with_low_memory_nothing_is_decoded_before_all_is_painted() -> None:
+    done = Simulation(2, n_images=4, low_memory=True).run()
+    check(done)
+    kinds = [type(event) for event in done.told]
+    assert kinds.index(events.Picture) > max(
+        i for i, kind in enumerate(kinds) if kind is events.Step
+    )
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("after", range(0, 40, 3))
+@pytest.mark.parametrize("fault", ["kill_engine", "stop_engine", "lose"])
+def test_a_death_at_any_moment_costs_no_picture_and_no_step(
+    placement: Any, after: int, fault: str
+) -> None:
+    def break_one(mesh: Simulation) -> None:
+        if mesh.reports == after and not struck:
+            struck.append(True)
+            getattr(mesh, fault)(1)
+
+    struck: list[bool] = []
+    done = Simulation(3, n_images=3, placement=placement, faults=break_one).run()
+    check(done)
+    if struck and fault == "kill_engine":
+        (lost,) = done.of(events.HostLost)
+        assert (lost.host, lost.reason) == (1, "It was killed.")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(PLACEMENTS),
+    st.integers(1, 5),
+    st.lists(
+        st.tuples(
+            st.integers(0, 60),
+            st.sampled_from(["kill_engine", "stop_engine", "lose"]),
+            st.integers(0, 3),
+        ),
+        max_size=3,
+    ),
+)
+def test_any_three_faults_on_four_hosts_lose_nothing(
+    placement: Any, images: int, faults: list[tuple[int, str, int]]
+) -> None:
+    left = list(faults)
+
+    def break_some(mesh: Simulation) -> None:
+        for fault in [fault for fault in left if fault[0] <= mesh.reports]:
+            left.remove(fault)
+            if fault[2] in mesh.machines and fault[2] in mesh.session.course.workers:
+                getattr(mesh, fault[1])(fault[2])
+
+    check(Simulation(4, n_images=images, placement=placement, faults=break_some).run())
+
+
+def test_a_death_outside_of_a_ring_touches_nobody_else() -> None:
+    def break_one(mesh: Simulation) -> None:
+        if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
+            mesh.kill_engine(0)
+
+    done = Simulation(2, n_images=4, placement="data", faults=break_one).run()
+    check(done)
+    assert done.messages(messages.Kill) == []
+    assert len(done.messages(messages.Load, 0)) == 2
+    assert len(done.messages(messages.Load, 1)) == 1
+
+
+def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None:
+    def break_one(mesh: Simulation) -> None:
+        if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
+            mesh.kill_engine(1)
+
+    done = Simulation(2, placement="sequence", steps=6, faults=break_one).run()
+    check(done)
+    assert [kill.epoch for kill in done.messages(messages.Kill)] == [2, 2]
+    joins = done.messages(messages.Join)
+    assert [join.epoch for join in joins] == [1, 1, 3, 3]
+    assert joins[0].nonce != joins[2].nonce
+    assert joins[0].files != joins[2].files
+    firsts = [(paint.first, paint.epoch) for paint in done.messages(messages.Paint, 0)]
+    assert firsts == [(0, 1), (2, 3)]
+
+
+def test_a_host_that_failed_twice_is_left_out() -> None:
+    def break_it(mesh: Simulation) -> None:
+        if len(mesh.machines[1].made) > len(deaths) and 1 in mesh.session.course.workers:
+            deaths.append(len(mesh.machines[1].made))
+            mesh.kill_engine(1)
+
+    deaths: list[int] = []
+    done = Simulation(2, n_images=4, placement="data", faults=break_it).run()
+    check(done)
+    assert [lost.host for lost in done.of(events.HostLost)] == [1, 1]
+    assert list(done.session.course.workers) == [0]
+    assert len(done.machines[1].made) == 2
+
+
+def test_one_host_that_fails_twice_fails_the_job_in_a_sentence() -> None:
+    def break_it(mesh: Simulation) -> None:
+        if mesh.of(events.Step) and mesh.session.course.workers:
+            mesh.kill_engine(0)
+
+    done = Simulation(1, faults=break_it).run()
+    assert done.end is not None and isinstance(done.end.error, FluxmeshError)
+    assert "mac0 failed twice: It was killed." in str(done.end.error)
+
+
+def test_rings_that_never_work_are_given_up() -> None:
+    def break_it(mesh: Simulation) -> None:
+        if mesh.messages(messages.Join) and isinstance(mesh.machines[0].at, messages.Join):
+            mesh.fail(0, "RingError", "A stranger is in the ring.")
+
+    done = Simulation(2, placement="tensor", faults=break_it).run()
+    assert done.end is not None and "5 rings failed" in str(done.end.error)
+    assert len({join.epoch for join in done.messages(messages.Join)}) == 5
+
+
+def test_what_the_request_is_to_blame_for_fails_it_at_once() -> None:
+    def break_it(mesh: Simulation) -> None:
+        if mesh.messages(messages.Load) and mesh.end is None:
+            mesh.fail(0, "AdapterError", "The adapter fits no key.")
+
+    done = Simulation(2, n_images=2, placement="data", faults=break_it).run()
+    assert done.end is not None and isinstance(done.end.error, AdapterError)
+    assert done.messages(messages.Cancel, 1)
+    assert done.of(events.Step) == []
+
+
+def test_a_host_whose_files_are_broken_is_left_out_while_another_has_them() -> None:
+    def break_it(mesh: Simulation) -> None:
+        for rank in bad:
+            if rank in mesh.session.course.workers and isinstance(
+                mesh.machines[rank].at, messages.Load
+            ):
+                mesh.fail(rank, "WeightsError", "model.safetensors is truncated.")
+
+    bad = [1]
+    done = Simulation(2, n_images=2, placement="data", faults=break_it).run()
+    check(done)
+    assert done.machines[1].made == []
+    bad = [0, 1]
+    done = Simulation(2, n_images=2, placement="data", faults=break_it).run()
+    assert done.end is not None and isinstance(done.end.error, WeightsError)
+    assert "truncated" in str(done.end.error)
+
+
+def test_a_step_is_late_after_four_times_what_the_last_took_and_then_patience_doubles() -> None:
+    def break_one(mesh: Simulation) -> None:
+        if not stopped:
+            mesh.now += 3.9
+        if len(mesh.of(events.Step)) == 3 and not stopped:
+            stopped.append(mesh.now)
+            mesh.stop_engine(0)
+
+    stopped: list[float] = []
+    done = Simulation(1, steps=6, faults=break_one).run()
+    check(done)
+    (lost,) = done.of(events.HostLost)
+    assert "a step did not come within 16 s" in lost.reason
+    assert done.session.course.workers[0].patience == 2
+
+
+def test_an_engine_that_ticks_is_not_taken_for_dead() -> None:
+    mesh = Simulation(1).begin()
+    while not isinstance(mesh.machines[0].at, messages.Encode):
+        mesh.report(0)
+    epoch = mesh.session.course.workers[0].epoch
+    for _ in range(20):
+        mesh.now += 3.0
+        mesh.feed(Reported(0, messages.Beat("job", epoch, "encoding")))
+        mesh.turn_clock()
+    assert mesh.of(events.HostLost) == []
+    mesh.now += 6.0
+    mesh.turn_clock()
+    assert "no sign for 6 s" in mesh.of(events.HostLost)[0].reason
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_cancel_stops_everyone_and_leaves_them_idle(placement: Any) -> None:
+    mesh = Simulation(2, n_images=4, placement=placement).begin()
+    while not mesh.of(events.Step):
+        mesh.turn()
+    made = [len(machine.made) for machine in mesh.machines.values()]
+    mesh.feed(Stop())
+    assert mesh.end is not None and isinstance(mesh.end.error, CancelledError)
+    assert mesh.end.error.exit_code == 130
+    assert [len(machine.made) for machine in mesh.machines.values()] == made
+    assert mesh.messages(messages.Kill) == []
+    assert all(worker.is_free for worker in mesh.session.course.workers.values())
+
+
+def test_an_engine_that_hears_of_no_cancel_is_killed() -> None:
+    mesh = Simulation(1).begin()
+    while not mesh.of(events.Step):
+        mesh.turn()
+    mesh.stop_engine(0)
+    mesh.feed(Stop())
+    assert mesh.end is None
+    mesh.now += 60
+    mesh.turn_clock()
+    assert len(mesh.messages(messages.Kill)) == 1
+    assert mesh.end is not None and isinstance(mesh.end.error, CancelledError)
+
+
+def test_a_lost_mesh_goes_on_where_it_stopped_when_a_host_is_back() -> None:
+    def break_it(mesh: Simulation) -> None:
+        if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
+            mesh.lose(0)
+
+    done = Simulation(1, steps=5, faults=break_it).run()
+    assert done.stuck == ["The mesh has no host."] and done.end is None
+    done.stuck.clear()
+    done.machines[0] = done.machine(0, fence=2)
+    done.begin()
+    while done.turn():
+        pass
+    check(done)
+    assert done.machines[0].made == [(0, 3), (0, 4), (0, 5)]
+
+
+def test_a_host_that_returns_helps_with_whole_images() -> None:
+    mesh = Simulation(2, n_images=8, placement="data").begin()
+    while len(mesh.of(events.Step)) < 4:
+        mesh.turn()
+    mesh.lose(1)
+    mesh.machines[1] = mesh.machine(1, fence=2)
+    mesh.feed(Back(mesh.machines[1].leased))
+    while mesh.turn():
+        pass
+    check(mesh)
+    assert mesh.machines[1].made
+
+
+def test_what_is_left_over_from_another_epoch_or_job_is_dropped() -> None:
+    mesh = Simulation(1).begin()
+    while not mesh.of(events.Step):
+        mesh.turn()
+    latents = np.full((1, 4, 16), 9.0, np.float32)
+    mesh.feed(Reported(0, messages.Stepped("job", 7, 0, 3, 0.1, 1, latents)))
+    mesh.feed(Reported(0, messages.Stepped("other", 0, 0, 3, 0.1, 1, latents)))
+    while mesh.turn():
+        pass
+    check(mesh)
+
+
+def test_an_old_fence_means_that_the_host_is_lost() -> None:
+    mesh = Simulation(1).begin()
+    load = mesh.messages(messages.Load)[0]
+    mesh.feed(Answered(0, load, messages.Refused("fence", "Another coordinator holds it.")))
+    assert mesh.stuck and mesh.of(events.HostLost)[0].reason == "Another coordinator holds it."
+
+
+def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
+    pixels = np.full((32, 32, 3), 77, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:16] = 255
+    done = Simulation(1, source=SourceImage(pixels, 1.0, mask)).run()
+    (picture,) = done.of(events.Picture)
+    assert (picture.pixels[16:] == 77).all()
+    assert not (picture.pixels[:16] == 77).all()
+    (paint,) = done.messages(messages.Paint)
+    assert paint.source is not None and (paint.mask == mask).all()
