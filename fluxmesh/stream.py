@@ -98,6 +98,9 @@ class AsyncChannel:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._lock = asyncio.Lock()
+        self._count = 0  # what is known of the message that arrives now
+        self._lengths: tuple[int, ...] = ()
+        self._frames: list[Frame] = []
 
     @classmethod
     async def open(cls, sock: socket.socket) -> Self:
@@ -113,18 +116,31 @@ class AsyncChannel:
                 await self._writer.drain()
             except (OSError, RuntimeError) as error:
                 raise ConnectionClosed(f"The other end of the stream is gone: {error}.") from None
+            if self._writer.is_closing():
+                raise ConnectionClosed("The stream was closed before all was sent.")
 
     async def receive(self) -> tuple[int, Message]:
-        """As `Channel.receive`."""
+        """As `Channel.receive`. It may be cancelled: the next one goes on where this one was."""
         try:
-            count = _check_count(await self._reader.readexactly(_COUNT.size))
-            lengths = _check_lengths(await self._reader.readexactly(4 * count))
-            frames = [await self._reader.readexactly(size) for size in lengths]
+            if not self._count:
+                self._count = _check_count(await self._reader.readexactly(_COUNT.size))
+            if not self._lengths:
+                head = await self._reader.readexactly(4 * self._count)
+                self._lengths = _check_lengths(head)
+            while len(self._frames) < self._count:
+                size = self._lengths[len(self._frames)]
+                self._frames.append(await self._reader.readexactly(size))
         except (asyncio.IncompleteReadError, OSError):
             raise ConnectionClosed("The other end of the stream is gone.") from None
+        frames, self._frames, self._lengths, self._count = self._frames, [], (), 0
         return decode(frames)
 
     async def close(self) -> None:
+        """What an engine that hangs has not read within a second is lost."""
         self._writer.close()
-        with contextlib.suppress(OSError):  # it ended in an error, which is an end as well
-            await self._writer.wait_closed()
+        try:
+            await asyncio.wait_for(self._writer.wait_closed(), 1.0)
+        except TimeoutError:
+            self._writer.transport.abort()
+        except OSError:  # it ended in an error, which is an end as well
+            return
