@@ -481,3 +481,30 @@ class Cancelled(Report):
 
     job: str
     epoch: int
+
+
+# Between an agent and its engine alone
+
+
+@dataclass(frozen=True)
+class Device(Message):
+    """What the engine computes on; the first that it says."""
+
+    kind: str  # such as "Apple M2 Ultra"
+    name: str  # of the device on its machine: "gpu 0"
+    mlx_version: str
+    memory_bytes: int  # the most that it may use
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Account(Message):
+    """What the engine has done and holds, before a report that says so.
+
+    `is_over`: the unit of work, or the `Join`, has ended, however it did.
+    """
+
+    is_over: bool
+    holds: Holding | None
+    counters: Counters
+    load_rate: float  # bytes/s of the last load; 0 before one

@@ -1,22 +1,92 @@
-"""`fluxmesh-agent`: the command that a host of the mesh runs.
+"""`fluxmesh-agent`: the command that a host of the mesh runs. `fluxmesh up` starts it.
 
-On one machine no agent is needed: `fluxmesh generate` computes in its own process. The command
-tells the installed version, which is how a host is checked before it joins a mesh.
+Keys come over stdin and never stand on a command line. When it listens, it prints one line of JSON
+that says where, with which key, and as which process.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
 import click
 
 from fluxmesh import __version__
+from fluxmesh.errors import FluxmeshError
+
+MAX_KEYS = 1 << 20  # bytes of the line on stdin
 
 
-@click.command()
+@click.group()
 @click.version_option(__version__, prog_name="fluxmesh-agent")
-@click.pass_context
-def main(context: click.Context) -> None:
-    """The fluxmesh agent of this host.
+def main() -> None:
+    """The fluxmesh agent of this host: listens for coordinators, and runs the engine."""
 
-    This version generates on one machine, where no agent takes part: run `fluxmesh generate`.
-    """
-    click.echo(context.get_help())
+
+@main.command()
+@click.option("--state", type=click.Path(path_type=Path), help="Folder of keys, log and adapters.")
+@click.option("--address", default="127.0.0.1", help="IP address to listen at, no other.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 takes a free one.")
+@click.option("--models", type=click.Path(path_type=Path), help="Folder of checkpoints.")
+@click.option("--memory", type=click.IntRange(min=1), help="Bytes that it may use at most.")
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A folder that models may be in, beside --models. Can be given several times.",
+)
+@click.option("--keys-stdin", is_flag=True, help="Read who may talk to it from stdin first.")
+@click.option("--ephemeral", is_flag=True, help="End when stdin ends.")
+def run(
+    state: Path | None,
+    address: str,
+    port: int,
+    models: Path | None,
+    memory: int | None,
+    roots: tuple[Path, ...],
+    keys_stdin: bool,
+    ephemeral: bool,
+) -> None:
+    """Run in the foreground."""
+    from fluxmesh_agent.process import Settings, serve
+
+    try:
+        told = _read_told() if keys_stdin else {}
+        serve(
+            Settings(
+                state=state,
+                address=address,
+                port=port,
+                models=models,
+                memory=memory,
+                roots=roots,
+                authorized=_texts(told, "authorized"),
+                envs=tuple(_texts(told, "envs").items()),
+                ephemeral=ephemeral,
+            )
+        )
+    except FluxmeshError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _read_told() -> dict[str, Any]:
+    """The JSON object on stdin. Raises `FluxmeshError` where there is none."""
+    line = sys.stdin.buffer.readline(MAX_KEYS)
+    try:
+        told = json.loads(line)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise FluxmeshError("stdin must begin with one line of JSON: who may talk to the agent.")
+    return told
+
+
+def _texts(told: dict[str, Any], key: str) -> dict[str, str]:
+    found = told.get(key, {})
+    if not isinstance(found, dict) or not all(type(value) is str for value in found.values()):
+        raise FluxmeshError(f"{key!r} on stdin must be an object of texts.")
+    return found

@@ -55,6 +55,7 @@ class Held:
         self.done = Counters()  # what was done since the start
         self.weights: Weights | None = None  # under the names that they were asked for
         self._spread: dict[str, TensorFlux | SequenceFlux] = {}
+        self._sizes: dict[str, tuple[Any, int]] = {}
 
     @property
     def model(self) -> FluxPipeline:
@@ -68,7 +69,7 @@ class Held:
         pipeline = self.pipeline
         held = 0
         if pipeline is not None and pipeline.is_loaded("flow"):
-            held = _bytes_of(pipeline.flow)
+            held = self._bytes_of("flow")
         return replace(
             self.done,
             sent_bytes=0 if self.ranks is None else self.ranks.traffic.bytes,
@@ -83,7 +84,7 @@ class Held:
         if pipeline is None or self.weights is None or not pipeline.is_loaded("flow"):
             return None
         names = (name for every in COMPONENTS.values() for name in every)
-        nbytes = sum(_bytes_of(getattr(pipeline, n)) for n in names if pipeline.is_loaded(n))
+        nbytes = sum(self._bytes_of(name) for name in names if pipeline.is_loaded(name))
         return Holding(self.weights, nbytes, pipeline.shard.size, pipeline.shard.rank)
 
     def count(self, **more: int) -> None:
@@ -189,6 +190,7 @@ class Held:
         start, before = time.perf_counter(), mx.get_active_memory()
         with self.meter.apart() as peak:
             for name in missing:
+                self._sizes.pop(name, None)
                 getattr(self.model, name)
         self.load_rate = total / max(time.perf_counter() - start, 1e-6)
         if component == "transformer":
@@ -202,6 +204,11 @@ class Held:
         if self.options.hear is not None:
             self.options.hear(event)
 
-
-def _bytes_of(model: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    def _bytes_of(self, name: str) -> int:
+        """Bytes of a model's arrays, counted once for as long as it is the same."""
+        model = getattr(self.model, name)
+        state = (id(model), getattr(model, "modulation_released", False))
+        if self._sizes.get(name, (None, 0))[0] != state:
+            nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+            self._sizes[name] = (state, nbytes)
+        return self._sizes[name][1]

@@ -1,0 +1,266 @@
+"""The engine's main: the only process of a host that imports mlx. A child of the agent.
+
+    python -m fluxmesh_agent.engine '{"fd": 5, ...}'
+
+Work comes over an inherited socket (`stream.py`), one unit after another is done by a `Worker`,
+and its reports go back. Three threads: this one computes; one reads, so that a `Cancel` is heard
+during a step, and ends the process when the agent is gone; one says each second that a unit which
+gives no other sign is still at work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.events import Loading
+from fluxmesh.flux import memory
+from fluxmesh.flux.holding import Options
+from fluxmesh.flux.parallel import Ranks
+from fluxmesh.flux.worker import Worker
+from fluxmesh.messages import (
+    Account,
+    Beat,
+    Cancel,
+    Cancelled,
+    Device,
+    Failed,
+    Join,
+    Joined,
+    Message,
+    Paint,
+    Progress,
+    Work,
+)
+from fluxmesh.stream import Channel
+from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh_agent.names import Roots
+
+log = logging.getLogger("engine")
+
+BEAT_SECONDS = 1.0
+PROGRESS_SECONDS = 0.05  # between two reports of bytes
+BROKEN = 70  # exit code: the engine told why, or could not
+DELAYS = "FLUXMESH_DELAYS"  # "step=0.5,load=1": seconds, so that a test can hit a phase
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the agent starts an engine with."""
+
+    fd: int  # of the socket
+    scratch: str  # folder for the files of a ring
+    adapters: str
+    models: str | None
+    roots: list[str]
+    memory: int | None  # bytes that it may use at most
+
+
+class Engine:
+    """One life: from the first message to the end of the stream."""
+
+    def __init__(self, config: Config, channel: Channel) -> None:
+        self.config, self.channel = config, channel
+        roots = Roots(
+            Path(config.adapters),
+            Path(config.models) if config.models else None,
+            [Path(root) for root in config.roots],
+        )
+        self.worker = Worker(
+            Options(
+                locate=roots.locate,
+                memory_bytes=config.memory,
+                hear=self._hear,
+                stopping=self._is_cancelled,
+                pause=_pauses(os.environ.get(DELAYS, "")),
+            )
+        )
+        self._line: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._cancelled: dict[str, None] = {}
+        self._work: Work | None = None
+        self._told = 0.0  # when bytes were last reported
+
+    def run(self) -> None:
+        """Works until the agent is gone."""
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+        self.channel.send(device(self.config.memory))
+        while True:
+            message = self._line.get()
+            if isinstance(message, Cancel):
+                self.channel.send(Cancelled(message.job, 0))  # the agent knows the epoch
+                continue
+            if isinstance(message, Join):
+                self._join(message)
+            elif isinstance(message, Work):
+                self._do(message)
+            self._account(is_over=True)
+
+    def _account(self, *, is_over: bool) -> None:
+        worker = self.worker
+        self.channel.send(Account(is_over, worker.holding, worker.counters, worker.load_rate))
+
+    # Work
+
+    def _do(self, work: Work) -> None:
+        # In a ring even a cancelled image begins: the ranks must agree that they stop.
+        together = isinstance(work, Paint) and work.placement != "data"
+        if work.job in self._cancelled and not together:
+            return
+        self._work = work
+        try:
+            for report in self.worker.do(work):
+                if not isinstance(report, Progress):
+                    self._account(is_over=False)
+                self.channel.send(report)
+        except FluxmeshError as error:
+            if isinstance(error, ConnectionClosed):
+                raise
+            kind = type(error).__name__
+            self.channel.send(Failed(work.epoch, work.job, kind, str(error), fatal=False))
+        except Exception as error:
+            self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
+        finally:
+            self._work = None
+
+    def _join(self, join: Join) -> None:
+        """Forms the ring with the others, and makes sure that they are the others."""
+        for variable, text in join.files:
+            path = Path(self.config.scratch) / f"{variable}.json"
+            path.write_text(text)
+            os.environ[variable] = str(path)
+        os.environ.update(join.envs)
+        try:
+            ranks = Ranks.join("jaccl" if join.backend.startswith("jaccl") else join.backend)
+            if (ranks.rank, ranks.size) != (join.rank, join.size):
+                raise RuntimeError(
+                    f"rank {join.rank} of {join.size} became {ranks.rank} of {ranks.size}"
+                )
+            if not ranks.agree(join.nonce):
+                raise RuntimeError("a rank does not know the nonce of this epoch")
+        except Exception as error:
+            self._give_up(join.epoch, "", "while joining the ring", error)
+        self.worker.join(ranks)
+        self.channel.send(Joined(join.epoch, join.rank))
+
+    def _give_up(self, epoch: int, job: str, doing: str, error: Exception) -> None:
+        """Ends the process: what raised such a thing may have left anything behind."""
+        log.error("the engine ends %s", doing, exc_info=error)
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = f"The engine failed {doing}: {said.rstrip('.')}."
+        self.channel.send(Failed(epoch, job, "Died", text, fatal=True))
+        os._exit(BROKEN)
+
+    def _is_cancelled(self) -> bool:
+        return self._work is not None and self._work.job in self._cancelled
+
+    def _hear(self, event: Loading) -> None:
+        now, work = time.monotonic(), self._work
+        if work is not None and now - self._told >= PROGRESS_SECONDS:
+            self._told = now
+            told = (event.component, event.done_bytes, event.total_bytes)
+            self.channel.send(Progress(work.job, work.epoch, *told))
+
+    # The other threads
+
+    def _read(self) -> None:
+        try:
+            while True:
+                _, message = self.channel.receive()
+                if isinstance(message, Cancel):
+                    self._cancelled[message.job] = None
+                    while len(self._cancelled) > 256:
+                        del self._cancelled[next(iter(self._cancelled))]
+                self._line.put(message)
+        except ConnectionClosed:
+            os._exit(0)  # the agent is gone; the main thread may sit in a collective for ever
+        except BaseException:
+            log.exception("the engine can't read its agent")
+            os._exit(BROKEN)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            work, doing = self._work, self.worker.quiet
+            if work is not None and doing:
+                try:
+                    self.channel.send(Beat(work.job, work.epoch, doing))
+                except ConnectionClosed:
+                    return  # the reader ends the process
+
+
+def device(limit: int | None = None) -> Device:
+    """What this process computes on; takes some 50 ms to find out how fast it is."""
+    known = mx.device_info()
+    kind = str(known.get("device_name") or known.get("name") or _cpu_name())
+    total = memory.memory_of_device()
+    return Device(
+        kind=kind,
+        name=str(mx.default_device()),
+        mlx_version=metadata.version("mlx"),
+        memory_bytes=total if limit is None else min(limit, total),
+        flops_per_second=_flops(),
+    )
+
+
+def _flops(seconds: float = 0.01) -> float:
+    """FLOP a second of square bfloat16 products, as large as take `seconds`: a first guess."""
+    size, rate = 128, 1e9
+    while size <= 8192:
+        x = mx.ones((size, size), mx.bfloat16)
+        mx.eval(x @ x)
+        start = time.perf_counter()
+        mx.eval(x @ x)
+        spent = max(time.perf_counter() - start, 1e-9)
+        rate = 2 * size**3 / spent
+        if spent >= seconds:
+            break
+        size *= 2
+    return rate
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "CPU")
+
+
+def _pauses(text: str) -> Any:
+    """What makes an engine slower in each phase, from "step=0.5,load=1"."""
+    seconds = {
+        name: float(value)
+        for name, _, value in (p.partition("=") for p in text.split(","))
+        if value
+    }
+    return lambda phase: time.sleep(seconds.get(phase, 0.0))
+
+
+def main() -> None:
+    """Runs the engine on the socket that the agent has opened."""
+    logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s", level=logging.INFO)
+    config = Config(**json.loads(sys.argv[1]))
+    os.set_inheritable(config.fd, False)  # a compiler that mlx calls must not keep it open
+    channel = Channel(socket.socket(fileno=config.fd))
+    try:
+        Engine(config, channel).run()
+    except ConnectionClosed:
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Who may change this host, and who waits: first come, first served. Pure: time is an argument.
+
+A lease carries a fencing number that rises with every grant, and begins above those of the agent's
+earlier lives: a message from a coordinator that has lost its lease without noticing is told apart.
+A coordinator that stays silent for `SILENCE` seconds loses its lease, or its place in line.
+`service.py` asks, and sends the notices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SILENCE = 5.0  # seconds
+TELL_EVERY = 2.0  # seconds between two `InLine`s that say the same place
+
+
+@dataclass(frozen=True)
+class Holds:
+    """The lease is this client's."""
+
+    client: str
+    fence: int
+
+
+@dataclass(frozen=True)
+class InLine:
+    """This client waits; `place` 1 is next."""
+
+    client: str
+    place: int
+    seconds: float  # until the lease is free, as far as is known
+
+
+@dataclass(frozen=True)
+class Loses:
+    """The lease, or the place in line, is no longer this client's."""
+
+    client: str
+    reason: str
+
+
+Notice = Holds | InLine | Loses
+
+
+@dataclass
+class _Asked:
+    client: str
+    job: str
+    seconds: float
+    fence: int = 0
+    since: float = 0.0  # of the lease
+    told: tuple[int, float] = field(default=(0, float("-inf")))  # place, when
+
+
+class Leases:
+    """The lease of one host."""
+
+    def __init__(self, first_fence: int = 1) -> None:
+        """`first_fence` is above every fence of this host's earlier lives."""
+        self._fence = first_fence
+        self._holder: _Asked | None = None
+        self._line: list[_Asked] = []
+        self._heard: dict[str, float] = {}
+
+    @property
+    def holder(self) -> str:
+        """The client that holds the lease, or ""."""
+        return self._holder.client if self._holder else ""
+
+    @property
+    def waiting(self) -> int:
+        return len(self._line)
+
+    def is_valid(self, client: str, fence: int) -> bool:
+        """Whether `fence` is that of the lease, and `client` holds it."""
+        holder = self._holder
+        return holder is not None and (holder.client, holder.fence) == (client, fence)
+
+    def hear(self, client: str, now: float) -> None:
+        """Any sign of life."""
+        self._heard[client] = now
+
+    def ask(self, client: str, job: str, seconds: float, now: float) -> list[Notice]:
+        """Gets in line, once: who holds the lease already is told so again."""
+        self.hear(client, now)
+        if self._holder and self._holder.client == client:
+            self._holder.job, self._holder.seconds, self._holder.since = job, seconds, now
+            return [Holds(client, self._holder.fence)]
+        for asked in self._line:
+            if asked.client == client:
+                asked.job, asked.seconds, asked.told = job, seconds, (0, float("-inf"))
+                return []
+        self._line.append(_Asked(client, job, seconds))
+        return []
+
+    def leave(self, client: str) -> bool:
+        """Gives up the lease or the place. Whether it was the lease."""
+        self._line = [asked for asked in self._line if asked.client != client]
+        if self._holder is None or self._holder.client != client:
+            return False
+        self._holder = None
+        return True
+
+    def tick(self, now: float, is_free: bool = True) -> list[Notice]:
+        """What time has brought. `is_free`: nothing is left of the last holder's work."""
+        notices: list[Notice] = []
+        for client in [asked.client for asked in (self._holder, *self._line) if asked]:
+            silence = now - self._heard.get(client, now)
+            if silence > SILENCE:
+                self.leave(client)
+                notices.append(Loses(client, f"nothing was heard of it for {silence:.0f} s"))
+        if self._holder is None and self._line and is_free:
+            self._holder = self._line.pop(0)
+            self._holder.fence, self._holder.since = self._fence, now
+            self._fence += 1
+            notices.append(Holds(self._holder.client, self._holder.fence))
+        return notices + self._tell_line(now)
+
+    def forget(self, client: str) -> None:
+        """The client is gone for good: nothing of it is kept."""
+        if client not in (asked.client for asked in (self._holder, *self._line) if asked):
+            self._heard.pop(client, None)
+
+    def _tell_line(self, now: float) -> list[Notice]:
+        notices: list[Notice] = []
+        seconds = 0.0
+        if self._holder:
+            seconds = max(0.0, self._holder.seconds - (now - self._holder.since))
+        for place, asked in enumerate(self._line, start=1):
+            told_place, when = asked.told
+            if place != told_place or now - when >= TELL_EVERY:
+                asked.told = (place, now)
+                notices.append(InLine(asked.client, place, seconds))
+            seconds += asked.seconds
+        return notices

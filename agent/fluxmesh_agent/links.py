@@ -1,0 +1,150 @@
+"""Measures a link: how fast this host sends to another at the addresses that a ring would use.
+
+One agent opens a port for a token that only the two know of, the other sends. Plain sockets in a
+thread, since that is what a ring uses too, and no event loop is as fast as a thunderbolt cable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import socket
+import struct
+import time
+
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.messages import LinkRate
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 20.0  # seconds that a port stays open, and that each read or write may take
+PINGS = 8
+BLOCK = 1 << 20
+LIMIT = 1 << 30  # bytes of one probe
+_HEAD = struct.Struct(">QB")  # bytes that follow, length of the token
+
+
+def listen(ip: str, token: bytes) -> int:
+    """Opens a port at `ip` for one probe that knows `token`, and returns it.
+
+    Raises `UsageError` where `ip` is not an address of this machine.
+    """
+    try:
+        server = _server(ip)
+    except OSError as error:
+        raise UsageError(f"{ip} is not an address of this host ({error.strerror}).") from None
+    port: int = server.getsockname()[1]
+    task = asyncio.create_task(asyncio.to_thread(_serve, server, token))
+    _running.add(task)
+    task.add_done_callback(_running.discard)
+    return port
+
+
+_running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
+
+
+async def probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
+    """What a link carries. Raises `FluxmeshError` where nobody listens, or stops listening."""
+    if not 0 < nbytes <= LIMIT:
+        raise UsageError(f"A probe sends 1 to {LIMIT} bytes, not {nbytes}.")
+    try:
+        return await asyncio.to_thread(_probe, ip, port, token, nbytes)
+    except OSError as error:
+        reason = error.strerror or str(error) or "it took too long"
+        raise FluxmeshError(f"The link to {ip} can't be measured: {reason}.") from None
+
+
+def free_ports(ip: str, count: int) -> tuple[int, ...]:
+    """Ports of `ip` that nobody uses now. Raises `UsageError` where `ip` is not of this machine."""
+    taken: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            taken.append(_server(ip, listening=False))
+        return tuple(one.getsockname()[1] for one in taken)
+    except OSError as error:
+        raise UsageError(f"{ip} is not an address of this host ({error.strerror}).") from None
+    finally:
+        for one in taken:
+            one.close()
+
+
+def _server(ip: str, listening: bool = True) -> socket.socket:
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    server = socket.socket(family)
+    try:
+        server.bind((ip, 0))
+        if listening:
+            server.settimeout(PATIENCE)
+            server.listen(4)
+    except OSError:
+        server.close()
+        raise
+    return server
+
+
+def _serve(server: socket.socket, token: bytes) -> None:
+    """Takes probes until one knows the token, or time is up."""
+    end = time.monotonic() + PATIENCE
+    with server:
+        while time.monotonic() < end:
+            try:
+                peer, address = server.accept()
+            except OSError:
+                return
+            with peer:
+                peer.settimeout(PATIENCE)
+                try:
+                    if _take(peer, token):
+                        return
+                    log.warning("refused a probe of a link from %s", address[0])
+                except OSError as error:
+                    log.warning("a probe of a link from %s broke off: %s", address[0], error)
+
+
+def _take(peer: socket.socket, token: bytes) -> bool:
+    nbytes, length = _HEAD.unpack(_read(peer, _HEAD.size))
+    if not hmac.compare_digest(_read(peer, length), token) or nbytes > LIMIT:
+        return False
+    for _ in range(PINGS):
+        peer.sendall(_read(peer, 1))
+    block = bytearray(BLOCK)
+    while nbytes:
+        got = peer.recv_into(block, min(nbytes, BLOCK))
+        if not got:
+            raise ConnectionResetError("the other side has gone")
+        nbytes -= got
+    peer.sendall(b"\0")
+    return True
+
+
+def _probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
+    with socket.create_connection((ip, port), timeout=PATIENCE) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.sendall(_HEAD.pack(nbytes, len(token)) + token)
+        trips = []
+        for _ in range(PINGS):
+            start = time.perf_counter()
+            peer.sendall(b"\0")
+            _read(peer, 1)
+            trips.append(time.perf_counter() - start)
+        latency = min(trips) / 2
+        block = memoryview(bytes(BLOCK))
+        start = time.perf_counter()
+        left = nbytes
+        while left:
+            peer.sendall(block[: min(left, BLOCK)])
+            left -= min(left, BLOCK)
+        _read(peer, 1)
+        seconds = time.perf_counter() - start - latency
+    return LinkRate(nbytes / max(seconds, 1e-9), latency)
+
+
+def _read(peer: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = peer.recv(count - len(data))
+        if not more:
+            raise ConnectionResetError("the other side has gone")
+        data += more
+    return data

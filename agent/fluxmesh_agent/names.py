@@ -1,0 +1,74 @@
+"""From a model's or adapter's name that came over the wire to what an engine may open.
+
+A name is an alias, a Hub id (looked for in this host's cache) or a path. A path counts only inside
+of the roots: the embedded checkpoint, the host's own folder of models, and what `--root` adds; no
+message makes an engine read anything else. Adapters are named by their hash. Imports no mlx.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fluxmesh.cluster import Weights
+from fluxmesh.errors import AdapterError, ModelNotFoundError
+from fluxmesh.flux import hub
+from fluxmesh.request import AdapterRef
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where an engine may look."""
+
+    adapters: Path
+    models: Path | None = None
+    others: Sequence[Path] = ()
+
+    def locate(self, weights: Weights) -> Weights:
+        """The same weights under names that open them here.
+
+        Raises `ModelNotFoundError` for a path outside of the roots or of no file, `AdapterError`
+        for an adapter that was never sent.
+        """
+        adapters = tuple(self._adapter(adapter) for adapter in weights.adapters)
+        return replace(weights, model=self.model(weights.model), adapters=adapters)
+
+    def model(self, name: str) -> str:
+        """What `hub.resolve` takes; raises `ModelNotFoundError`."""
+        short = name.lower().removeprefix("flux-")
+        if short == hub.TINY:
+            return name
+        if self.models is not None and not os.path.isabs(name):
+            inside = self._inside(self.models / name)
+            if inside is not None:
+                return inside
+        if short in hub.REPOS:
+            return name
+        if os.path.isabs(name) or name.startswith("~"):
+            inside = self._inside(Path(os.path.expanduser(name)))
+            if inside is not None:
+                return inside
+        elif hub.is_hub_id(name) and not name.endswith(".safetensors"):
+            return name
+        raise ModelNotFoundError(
+            f"This host has no model {name!r} where its agent may read; pull it there with "
+            "`fluxmesh models pull`, or put it in the folder that the hostfile's `models` names."
+        )
+
+    def _inside(self, path: Path) -> str | None:
+        """The path, all links followed, if it is there and inside of a root."""
+        real = Path(os.path.realpath(path))
+        roots = [hub.tiny_folder(), *self.others, *([self.models] if self.models else [])]
+        allowed = any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+        return str(real) if allowed and real.exists() else None
+
+    def _adapter(self, adapter: AdapterRef) -> AdapterRef:
+        path = self.adapters / f"{adapter.path}.safetensors"
+        if not SHA256.fullmatch(adapter.path) or not path.is_file():
+            raise AdapterError("The adapter was not sent to this host; send it, and try again.")
+        return AdapterRef(str(path), adapter.scale)

@@ -1,0 +1,309 @@
+"""The agent itself: between coordinators (transport), the lease and the engine, in one event loop.
+
+    coordinator ◄──► Client ──► Service ──► leases.py      who may change the host
+                                    ├─────► lifecycle.py   what is to be done, as instructions
+                                    └─────► supervisor.py  the engine's process
+
+Every request is answered once: one that is repeated under the same `seq` gets the same answer, and
+is not done again. What an engine reports goes to the holder of the lease alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Coroutine, Sequence
+
+from fluxmesh import __version__, messages
+from fluxmesh.cluster import Measured
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.homes import AgentHome
+from fluxmesh.messages import Done, Heartbeat, Hello, Message, Refused
+from fluxmesh.transport.base import Connection, ConnectionClosed, Listener
+from fluxmesh_agent import links
+from fluxmesh_agent.adapters import Adapters
+from fluxmesh_agent.client import Client
+from fluxmesh_agent.leases import Holds, InLine, Leases, Loses, Notice
+from fluxmesh_agent.lifecycle import (
+    Instruction,
+    KillEngine,
+    Lifecycle,
+    Refusal,
+    Send,
+    StartEngine,
+    Tell,
+)
+from fluxmesh_agent.status import last_lines, status_of
+from fluxmesh_agent.supervisor import EngineOptions, Supervisor
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 1.0  # seconds
+TICK = 0.25  # seconds between two looks at the leases
+LETTING_GO = 3.0  # seconds that an engine has to stop for a coordinator that is gone
+FIRST_WORD = 20.0  # seconds that a newcomer waits for an engine that has just been started
+
+
+class Service:
+    """One agent."""
+
+    def __init__(self, listener: Listener, home: AgentHome, options: EngineOptions) -> None:
+        self.boot = secrets.token_hex(8)
+        self.listener, self.home = listener, home
+        self.lifecycle = Lifecycle()
+        # Fences of earlier lives were smaller: it begins with the time.
+        self.leases = Leases(first_fence=int(time.time() * 1000))
+        self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
+        self.adapters = Adapters(home.adapters)
+        self.measured: dict[tuple[object, ...], Measured] = {}
+        self.stopping = asyncio.Event()
+        self._clients: dict[str, Client] = {}
+        self._order = asyncio.Lock()  # of what is done to the engine
+        self._engine_known = asyncio.Event()  # it has told what it computes on, or has failed
+        self._late: float | None = None  # when an abandoned engine is ended
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serves until `stopping` is set, or a coordinator says `ShutDown`; ends the engine."""
+        self.supervisor.end_orphan()
+        async with self._order:
+            await self._carry_out(self.lifecycle.start())
+        self._spawn(self._accept())
+        self._spawn(self._keep_time())
+        try:
+            await self.stopping.wait()
+            log.info("the agent ends")
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.supervisor.kill()
+            await self.listener.close()
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                self._spawn(self._converse(await self.listener.accept()))
+
+    async def _keep_time(self) -> None:
+        beat = 0.0
+        while True:
+            now = time.monotonic()
+            if now - beat >= HEARTBEAT:
+                beat = now
+                for client in self._clients.values():
+                    client.tell(Heartbeat())
+            self._tick(now)
+            if self._late is not None and now >= self._late:
+                self._late = None
+                async with self._order:
+                    await self._carry_out(self.lifecycle.give_up())
+            await asyncio.sleep(TICK)
+
+    # Conversations
+
+    async def _converse(self, connection: Connection) -> None:
+        client = Client(connection)
+        try:
+            while True:
+                seq, message = await connection.receive()
+                if client.name:
+                    self.leases.hear(client.name, time.monotonic())
+                if isinstance(message, Heartbeat):
+                    continue
+                if client.repeats(seq):
+                    continue
+                if isinstance(message, messages.ProbeLink):  # takes long; the rest goes on
+                    self._spawn(self._answer(client, seq, message))
+                else:
+                    await self._answer(client, seq, message)
+        except ConnectionClosed as error:
+            log.info("%s", error)
+        finally:
+            if self._clients.get(client.name) is client:
+                del self._clients[client.name]  # its lease stays for as long as it may be silent
+            await client.close()
+            await connection.close()
+
+    async def _answer(self, client: Client, seq: int, message: Message) -> None:
+        try:
+            answer = await self._do(client, message)
+        except Refusal as error:
+            answer = Refused(error.code, str(error))
+        except UsageError as error:
+            answer = Refused("usage", str(error))
+        except ConnectionClosed:
+            raise
+        except FluxmeshError as error:
+            answer = Refused("internal", str(error))
+        except Exception as error:
+            log.exception("%s could not be done", type(message).__name__)
+            text = f"The agent failed at {type(message).__name__}: {type(error).__name__}."
+            answer = Refused("internal", f"{text} See `fluxmesh logs`.")
+        if isinstance(answer, Refused):
+            name = type(message).__name__
+            log.warning("%s: refused %s: %s", client.label, name, answer.text)
+        client.answer(seq, answer)
+
+    async def _do(self, client: Client, message: Message) -> Message:
+        now = time.monotonic()
+        if isinstance(message, Hello):
+            return await self._welcome(client, message)
+        if not client.name:
+            return Refused("usage", "Say Hello first.")
+        if isinstance(message, messages.Changing):
+            if not self.leases.is_valid(client.name, message.fence):
+                return Refused("fence", "The lease of this host is not, or no longer, yours.")
+            return await self._change(message)
+        if isinstance(message, messages.AskStatus):
+            return self.status()
+        if isinstance(message, messages.AskLogs):
+            return messages.Logs(last_lines(self.home.log, message.lines))
+        if isinstance(message, messages.AskLease):
+            self._notify(self.leases.ask(client.name, message.job, message.seconds, now))
+            asyncio.get_running_loop().call_soon(self._tick)
+            return Done()
+        if isinstance(message, messages.LeaveQueue):
+            if self.leases.leave(client.name):
+                self._abandon()
+            asyncio.get_running_loop().call_soon(self._tick)
+            return Done()
+        if isinstance(message, messages.ListenForLink):
+            return messages.Ports((links.listen(message.ip, message.token),))
+        if isinstance(message, messages.ProbeLink):
+            return await links.probe(message.ip, message.port, message.token, message.nbytes)
+        if isinstance(message, messages.ShutDown):
+            log.info("%s shuts the agent down", client.label)
+            asyncio.get_running_loop().call_later(0.1, self.stopping.set)
+            return Done()
+        return Refused("usage", f"{type(message).__name__} is no request to an agent.")
+
+    async def _change(self, message: messages.Changing) -> Message:
+        """What only the holder of the lease may ask for."""
+        if isinstance(message, messages.HasFile):
+            return messages.Found(self.adapters.has(message.sha256))
+        if isinstance(message, messages.PutFile):
+            piece = (message.sha256, message.offset, message.total, message.data)
+            await asyncio.to_thread(self.adapters.put, *piece)
+            return Done()
+        if isinstance(message, messages.AskPorts):
+            return messages.Ports(links.free_ports(message.ip, message.count))
+        async with self._order:
+            if isinstance(message, messages.Kill):
+                await self._carry_out(self.lifecycle.kill(message))
+            elif isinstance(message, messages.Join):
+                await self._carry_out(self.lifecycle.join(message))
+            elif isinstance(message, messages.Cancel):
+                await self._carry_out(self.lifecycle.cancel(message))
+            elif isinstance(message, messages.Work):
+                await self._carry_out(self.lifecycle.work(message))
+            else:
+                return Refused("usage", f"{type(message).__name__} is no request to an agent.")
+        return Done()
+
+    async def _welcome(self, client: Client, hello: Hello) -> Message:
+        if hello.version != __version__:
+            text = f"This host has fluxmesh {__version__} and you {hello.version}; update one."
+            return Refused("version", text)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._engine_known.wait(), FIRST_WORD)
+        client.name = f"{client.user}/{hello.client}"
+        self._clients[client.name] = client
+        self.leases.hear(client.name, time.monotonic())
+        log.info("%s says hello", client.label)
+        return messages.Welcome(self.boot, __version__, self.status())
+
+    def status(self) -> messages.Status:
+        """This host at this moment."""
+        holder = self.leases.holder.rpartition("/")[2]
+        return status_of(
+            self.lifecycle,
+            engine_pid=self.supervisor.pid,
+            measured=tuple(self.measured.values()),
+            memory=self.supervisor.options.memory,
+            holder=holder,
+            waiting=self.leases.waiting,
+        )
+
+    # Leases
+
+    def _tick(self, now: float | None = None) -> None:
+        now = time.monotonic() if now is None else now
+        self._notify(self.leases.tick(now, self.lifecycle.is_free))
+
+    def _notify(self, notices: Sequence[Notice]) -> None:
+        for notice in notices:
+            client = self._clients.get(notice.client)
+            if isinstance(notice, Holds):
+                report: Message = messages.Granted(notice.fence, self.lifecycle.epoch)
+            elif isinstance(notice, InLine):
+                report = messages.Queued(notice.place, notice.seconds)
+            else:
+                report = messages.Lost(f"This host took the lease back: {notice.reason}.")
+            if isinstance(notice, Loses):
+                log.warning("%s lost its lease: %s", notice.client, notice.reason)
+                if not self.leases.holder:
+                    self._abandon()
+            if client is not None:
+                client.tell(report)
+
+    def _abandon(self) -> None:
+        """The lease was given up: what is left of the work stops, by force if need be."""
+        if self.lifecycle.is_free:
+            return
+        self._late = time.monotonic() + LETTING_GO
+        self._send_all(self.lifecycle.abandon())
+
+    # The engine
+
+    async def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, KillEngine):
+                await self.supervisor.kill()
+            elif isinstance(instruction, StartEngine):
+                self.supervisor.start(instruction.envs)
+            else:
+                self._send_all([instruction])
+
+    def _send_all(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Send):
+                self.supervisor.send(instruction.message)
+            elif isinstance(instruction, Tell):
+                holder = self._clients.get(self.leases.holder)
+                if holder is not None:
+                    holder.tell(instruction.report)
+
+    def _engine_said(self, message: Message) -> None:
+        if isinstance(message, messages.Timed):
+            m = message.measured
+            self.measured[m.model, m.height, m.width, m.dtype, m.bits] = m
+        instructions = self.lifecycle.engine_said(message)
+        self._engine_known.set()
+        self._send_all(instructions)
+        if any(isinstance(one, KillEngine) for one in instructions):
+            self._spawn(self._end_engine())
+        elif self._late is not None and self.lifecycle.is_free:
+            self._late = None
+        if isinstance(message, messages.Account) and message.is_over:
+            self._tick()
+
+    async def _end_engine(self) -> None:
+        """After it has told that it is of no more use."""
+        async with self._order:
+            if self.lifecycle.state == "failed":  # not, where the next was started meanwhile
+                await self.supervisor.kill()
+
+    def _engine_ended(self, text: str) -> None:
+        self._engine_known.set()
+        self._send_all(self.lifecycle.engine_ended(text))
+        self._late = None
+        self._tick()

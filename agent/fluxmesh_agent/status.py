@@ -1,0 +1,75 @@
+"""What an agent says of itself when it is asked: the host at one moment, and its last log lines."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+from fluxmesh.cluster import Measured
+from fluxmesh.messages import Status
+from fluxmesh_agent import facts
+from fluxmesh_agent.lifecycle import Lifecycle
+
+LOAD_RATE = 1e9  # bytes/s, until a load was timed
+FLOPS = 1e9  # a second, until the engine has told
+TAIL = 1 << 20  # bytes of the log that are looked at
+LINE = 2000  # characters of a line that are shown
+
+
+def status_of(
+    life: Lifecycle,
+    *,
+    engine_pid: int | None,
+    measured: tuple[Measured, ...],
+    memory: int | None,
+    holder: str,
+    waiting: int,
+) -> Status:
+    """The answer to `AskStatus`; `memory` is the most that the host's owner allows, in bytes."""
+    device = life.device
+    total = device.memory_bytes if device else facts.memory_bytes()
+    held = life.holds.nbytes if life.holds else 0
+    # A graphics card beside the processor has memory of its own; on a Mac it is the machine's.
+    is_apart = device is not None and device.name.startswith("Device(gpu") and not facts.is_mac()
+    free = max(0, total - held) if is_apart else facts.free_bytes()
+    ring, rank, size = life.ring
+    return Status(
+        state=life.state,
+        epoch=life.epoch,
+        pid=os.getpid(),
+        engine_pid=engine_pid,
+        name=facts.machine_name(),
+        kind=device.kind if device else "unknown",
+        device=f"{facts.machine_id()}/{device.name if device else 'unknown'}",
+        mlx_version=device.mlx_version if device else "unknown",
+        python_version=platform.python_version(),
+        memory_bytes=total if memory is None else min(total, memory),
+        free_bytes=free,
+        load_rate=life.load_rate or LOAD_RATE,
+        flops_per_second=device.flops_per_second if device else FLOPS,
+        clock=time.time(),
+        holds=life.holds,
+        measured=measured,
+        counters=life.counters,
+        holder=holder,
+        job=life.job,
+        waiting=waiting,
+        reason=life.reason,
+        ring=ring,
+        ring_rank=rank,
+        ring_size=size,
+    )
+
+
+def last_lines(path: Path, count: int) -> tuple[str, ...]:
+    """The last `count` lines of a log; none where there is no log yet."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - TAIL))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ()
+    lines = text.splitlines()
+    return tuple(line[:LINE] for line in lines[max(0, len(lines) - count) :])

@@ -1,0 +1,180 @@
+"""Starts, watches and ends the engine's process, and carries messages to and from it.
+
+The engine runs in a session of its own and is joined to the agent by a socket pair: when either
+ends, the other reads the end of the stream. Which process it is stands in the state folder, so that
+an agent that is started again can end an engine that its predecessor left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.homes import AgentHome, private_folder, read_private, write_private
+from fluxmesh.messages import Message
+from fluxmesh.stream import AsyncChannel
+from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh_agent.facts import kill_process, started_at
+
+log = logging.getLogger(__name__)
+
+GONE_SECONDS = 10.0  # after SIGKILL
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every engine of this agent is started with."""
+
+    models: Path | None = None
+    roots: tuple[Path, ...] = ()
+    memory: int | None = None  # bytes
+    envs: tuple[tuple[str, str], ...] = ()
+
+
+class _Life:
+    """One process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.outbox: asyncio.Queue[Message] = asyncio.Queue()
+        self.task: asyncio.Task[None] | None = None
+        self.is_wanted = True
+
+
+class Supervisor:
+    """At most one engine at a time."""
+
+    def __init__(
+        self,
+        home: AgentHome,
+        options: EngineOptions,
+        on_message: Callable[[Message], None],
+        on_end: Callable[[str], None],
+    ) -> None:
+        """`on_end` hears why an engine ended that nobody here has ended."""
+        self.home, self.options = home, options
+        self.on_message, self.on_end = on_message, on_end
+        self._life: _Life | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._life.process.pid if self._life else None
+
+    def end_orphan(self) -> None:
+        """Ends the engine of an agent that was killed, if it is still there."""
+        try:
+            known = json.loads(read_private(self.home.engine))
+            pid, start = int(known["pid"]), str(known["start"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return
+        if kill_process(pid, start):
+            log.warning("ended engine %d, which an agent before this one has left", pid)
+        self.home.engine.unlink(missing_ok=True)
+
+    def start(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
+        """Starts an engine; messages may be sent at once. Raises `FluxmeshError`."""
+        assert self._life is None, "end the engine first"
+        near, far = socket.socketpair()
+        scratch = private_folder(self.home.folder / "engine")
+        config = {
+            "fd": far.fileno(),
+            "scratch": str(scratch),
+            "adapters": str(self.home.adapters),
+            "models": str(self.options.models) if self.options.models else None,
+            "roots": [str(root) for root in self.options.roots],
+            "memory": self.options.memory,
+        }
+        environment = {
+            **os.environ,
+            # float32 means float32; bfloat16 doesn't care. Read when mlx loads.
+            "MLX_ENABLE_TF32": "0",
+            **dict(self.options.envs),
+            **dict(envs),
+        }
+        try:
+            with open(self.home.log, "ab") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "fluxmesh_agent.engine", json.dumps(config)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    cwd=scratch,  # an empty folder: no relative name leads anywhere
+                    env=environment,
+                    pass_fds=[far.fileno()],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            near.close()
+            raise FluxmeshError(f"The engine does not start: {error.strerror}.") from None
+        finally:
+            far.close()
+        write_private(
+            self.home.engine, json.dumps({"pid": process.pid, "start": started_at(process.pid)})
+        )
+        log.info("engine %d started", process.pid)
+        life = self._life = _Life(process)
+        life.task = asyncio.create_task(self._serve(life, near))
+
+    def send(self, message: Message) -> None:
+        """Puts a message in line for the engine; one that has ended gets nothing."""
+        if self._life is not None:
+            self._life.outbox.put_nowait(message)
+
+    async def kill(self) -> None:
+        """Ends the engine, whatever it does, and waits until it is gone."""
+        life, self._life = self._life, None
+        if life is None or life.task is None:
+            return
+        life.is_wanted = False
+        life.process.kill()
+        try:
+            await asyncio.wait_for(asyncio.to_thread(life.process.wait), GONE_SECONDS)
+        except TimeoutError:
+            log.error("engine %d does not end", life.process.pid)
+        log.info("engine %d was ended", life.process.pid)
+        life.task.cancel()
+        await asyncio.gather(life.task, return_exceptions=True)
+        self.home.engine.unlink(missing_ok=True)
+
+    async def _serve(self, life: _Life, near: socket.socket) -> None:
+        channel = await AsyncChannel.open(near)
+        writer = asyncio.create_task(self._write(life, channel))
+        try:
+            while life.is_wanted:
+                _, message = await channel.receive()
+                if life.is_wanted:
+                    self.on_message(message)
+        except FluxmeshError as error:
+            if not isinstance(error, ConnectionClosed):
+                log.error("the engine sends what is no message: %s", error)
+                life.process.kill()
+        finally:
+            writer.cancel()
+            await channel.close()
+        code = await asyncio.to_thread(life.process.wait)
+        if life.is_wanted:
+            self._life = None
+            text = _ending(life.process.pid, code)
+            log.error("%s", text)
+            self.on_end(text)
+
+    async def _write(self, life: _Life, channel: AsyncChannel) -> None:
+        try:
+            while True:
+                await channel.send(await life.outbox.get())
+        except ConnectionClosed:
+            return  # `_serve` reads the same end
+
+
+def _ending(pid: int, code: int) -> str:
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"The engine (process {pid}) {how}."
