@@ -8,7 +8,8 @@ and of each agent its address and public key. No secret is in it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class MeshRecord:
 
     def member(self, rank: int) -> Member | None:
         return next((member for member in self.members if member.rank == rank), None)
+
+    def only(self, ranks: Iterable[int]) -> MeshRecord:
+        """Some of its agents."""
+        kept = set(ranks)
+        return replace(self, members=tuple(each for each in self.members if each.rank in kept))
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"

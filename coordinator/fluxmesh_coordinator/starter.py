@@ -17,6 +17,7 @@ import platform
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -203,8 +204,27 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     if request.get("model"):
         found["model"] = _model(request["model"], request.get("models"))
     if request.get("port"):
-        found["agent"] = Agent(request["port"]).running()
+        running = Agent(request["port"]).running()
+        found["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
+        address = request["address"]
+        found["control"] = {
+            "endpoint": f"{address}:{request['port']}",
+            "free": can_bind(address, request["port"]),
+        }
+    found["ips"] = {ip: can_bind(ip, 0) for ip in request.get("ips", ())}
     return found
+
+
+def can_bind(address: str, port: int) -> bool:
+    """Whether this host has that address, and the port is free."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address, port))
+        except OSError:
+            return False
+    return True
 
 
 def _model(name: str, folder: str | None) -> dict[str, Any]:

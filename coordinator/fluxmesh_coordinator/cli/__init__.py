@@ -21,6 +21,12 @@ COMMANDS = {
     "generate": "fluxmesh_coordinator.cli.generate:generate",
     "interactive": "fluxmesh_coordinator.cli.interactive:interactive",
     "models": "fluxmesh_coordinator.cli.models:models",
+    "up": "fluxmesh_coordinator.cli.up:up",
+    "status": "fluxmesh_coordinator.cli.status:status",
+    "plan": "fluxmesh_coordinator.cli.plan:plan",
+    "doctor": "fluxmesh_coordinator.cli.doctor:doctor",
+    "logs": "fluxmesh_coordinator.cli.logs:logs",
+    "down": "fluxmesh_coordinator.cli.down:down",
 }
 
 

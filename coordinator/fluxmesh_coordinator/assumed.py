@@ -1,0 +1,148 @@
+"""A mesh that is not there, for `fluxmesh plan --assume`: what its hosts and links would measure.
+
+An assumption is a JSON object about every host of a hostfile; `hostfiles/README.md` has its keys.
+From it and the hostfile comes the same `MeshView` that real agents give, so that nothing of the
+planner is special. `sizes_of` knows FLUX.1's published sizes: planning needs no files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fluxmesh import hostfields
+from fluxmesh.cluster import Holding, HostInfo, LinkInfo, Measured, MeshView, Weights
+from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.flux import hub
+from fluxmesh.flux.checkpoint import ModelDefaults
+from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.hostfile import Hostfile
+from fluxmesh.planning.work import ModelSizes, Work
+
+REQUIRED = ("memory", "link_rate")
+NUMBERS = {"flops_per_second": 26e12, "load_rate": 3e9, "link_latency": 1e-4}  # left out
+KEYS = (*REQUIRED, *NUMBERS, "kind", "links", "step_seconds", "warm")
+
+
+def sizes_of(model: str) -> tuple[str, ModelSizes, bool]:
+    """(the model's name, its sizes, whether it is on this machine).
+
+    The aliases of FLUX.1 have their published sizes where it is not. Raises what `hub.resolve`
+    does for any other model that is not here.
+    """
+    try:
+        checkpoint = hub.resolve(model, download=False)
+    except ModelNotFoundError:
+        alias = model.lower().removeprefix("flux-")
+        if alias not in hub.REPOS:
+            raise
+        return alias, published(alias), False
+    return checkpoint.name, ModelSizes.of(checkpoint), True
+
+
+def published(alias: str) -> ModelSizes:
+    """FLUX.1's own sizes, as its repositories on the Hub declare them."""
+    guided = alias != "schnell"
+    return ModelSizes(
+        FluxConfig(guidance_embed=guided),
+        T5Config(),
+        ClipConfig(),
+        AutoencoderConfig(),
+        ModelDefaults(50 if guided else 4, 4.0, 512, 512, 512 if guided else 256),
+    )
+
+
+def load_assumption(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, every value of it checked. Raises `UsageError`."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--assume {path}: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise UsageError(f"--assume {path}: it is not JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"--assume {path}: expected an object with {', '.join(REQUIRED)}.")
+    for key in (*data, *REQUIRED):
+        if key not in KEYS or key not in data:
+            what = "is missing" if key in KEYS else f"is no key; expected {', '.join(KEYS)}"
+            raise UsageError(f"--assume {path}: {key} {what}.")
+    read = {
+        "memory": hostfields.memory,
+        "kind": lambda value: value if isinstance(value, str) else None,
+        "links": lambda value: value if value in ("ring", "all") else None,
+        "warm": lambda value: value if isinstance(value, bool) else None,
+        "step_seconds": _times,
+    }
+    checked = {key: read.get(key, _positive)(value) for key, value in data.items()}
+    for key, value in checked.items():
+        if value is None:
+            raise UsageError(f"--assume {path}: {key} can't be {json.dumps(data[key])[:60]}.")
+    return {"kind": "assumed", "warm": True, **NUMBERS, **checked}
+
+
+def assumed_view(
+    hostfile: Hostfile, assumption: dict[str, Any], work: Work, weights: Weights
+) -> MeshView:
+    """What the hosts of `hostfile` would tell, were they as `assumption` says."""
+    steps: dict[tuple[int, int], float] = assumption.get("step_seconds", {})
+    measured = tuple(
+        Measured(weights.model, height, width, weights.dtype, weights.bits, seconds)
+        for (height, width), seconds in steps.items()
+    )
+    memory = assumption["memory"]
+    nbytes = sum(work.transformer) + work.autoencoder_bytes + work.text_bytes
+    hosts: list[HostInfo] = []
+    for host in hostfile.hosts:
+        crowd = sum(other.machine == host.machine for other in hostfile.hosts)
+        warm = assumption["warm"] and nbytes * crowd <= memory
+        hosts.append(
+            HostInfo(
+                rank=host.rank,
+                name=host.name,
+                kind=assumption["kind"],
+                memory_bytes=min(memory, host.memory or memory),
+                free_bytes=memory - nbytes * crowd * warm,
+                flops_per_second=assumption["flops_per_second"],
+                load_rate=assumption["load_rate"],
+                measured=measured,
+                holds=Holding(weights, nbytes) if warm else None,
+                device=host.machine,
+            )
+        )
+    return MeshView(tuple(hosts), _links(hostfile, assumption), hostfile.backend)
+
+
+def _links(hostfile: Hostfile, assumption: dict[str, Any]) -> tuple[LinkInfo, ...]:
+    """Cables of a ring reach neighbours alone; anything else reaches everyone."""
+    count = len(hostfile.hosts)
+    machines = {host.machine for host in hostfile.hosts}
+    ring = hostfile.backend in ("ring", "jaccl-ring") and len(machines) == count
+    near = assumption.get("links", "ring" if ring else "all") == "ring"
+    rate, latency = assumption["link_rate"], assumption["link_latency"]
+    return tuple(
+        LinkInfo(a, b, rate, latency)
+        for a in range(count)
+        for b in range(count)
+        if a != b and (not near or (a - b) % count in (1, count - 1))
+    )
+
+
+def _positive(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) and value > 0 else None
+
+
+def _times(value: Any) -> dict[tuple[int, int], float] | None:
+    """{"1024x1024": seconds, ...}"""
+    if not isinstance(value, dict):
+        return None
+    times: dict[tuple[int, int], float] = {}
+    for size, given in value.items():
+        height, _, width = size.partition("x")
+        seconds = _positive(given)
+        if seconds is None or not (height.isdecimal() and width.isdecimal()):
+            return None
+        times[int(height), int(width)] = seconds
+    return times

@@ -1,0 +1,221 @@
+"""`fluxmesh up`, without its screen: check, start, load, measure, remember.
+
+    launch.py (ssh) ──► agents listen ──► load.py (weights, step times, links) ──► record.py
+
+Each step asks all hosts side by side. What is done already is not done again, so that a second
+`up` only looks. A host that fails is left out where the user allows it, else all of it stops; what
+runs by then is on record, so that `up` again goes on and `down` ends it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from fluxmesh.cluster import Weights
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.homes import Home
+from fluxmesh.hostfile import Host, Hostfile
+from fluxmesh.keys import Keys, load_keys, store_keys
+from fluxmesh_coordinator import checks, launch, record
+from fluxmesh_coordinator.checks import Finding
+from fluxmesh_coordinator.record import Member, MeshRecord
+from fluxmesh_coordinator.survey import with_agents
+
+
+class Watcher(Protocol):
+    """Whom `up` tells how it goes."""
+
+    def stage(self, text: str) -> None:
+        """What all hosts do now."""
+
+    def note(self, text: str) -> None:
+        """One sentence for people."""
+
+    def failed(self, rank: int, text: str) -> None:
+        """A host that is left out, and why."""
+
+    def progress(self, rank: int, what: str, done: int, total: int) -> None:
+        """Bytes, on one host."""
+
+    def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
+        """Whether these hosts may fetch a model that they lack."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks `up` for."""
+
+    hostfile: Hostfile
+    name: str  # the hostfile's path, or `record.THIS_NAME`
+    text: str  # of the hostfile
+    weights: Weights
+    envs: tuple[tuple[str, str], ...] = ()  # the hostfile's, then those of --env
+    roots: tuple[str, ...] = ()
+    allow_partial: bool = False
+    rotate_keys: bool = False
+
+
+@dataclass
+class Bringup:
+    """One `fluxmesh up`."""
+
+    wish: Wish
+    watcher: Watcher
+    home: Home = field(default_factory=Home.default)
+
+    def run(self) -> MeshRecord:
+        """The agents of the mesh, running and on record; weights are `load.py`'s.
+
+        Raises `FluxmeshError`: `HostUnreachableError` where no host can be reached.
+        """
+        wish = self.wish
+        old = record.load(self.home)
+        keys = before = load_keys(self.home.folder, "client")
+        for warning in wish.hostfile.warnings:
+            self.watcher.note(warning)
+        hosts = self._check(wish.hostfile.hosts)
+        if wish.rotate_keys:
+            keys = Keys.new()
+        self.watcher.stage("Starting agents")
+        forget = [before.public] if wish.rotate_keys else []
+
+        def start(host: Host) -> tuple[Member, bool]:
+            spec = launch.agent_spec(wish.hostfile, host.rank, wish.envs, wish.roots)
+            return launch.start(host, spec, keys, rotate=wish.rotate_keys, forget=forget)
+
+        started, errors = launch.each(hosts, start)
+        if wish.rotate_keys and started:  # every agent that could be reached has the new key by now
+            store_keys(self.home.folder, "client", keys)
+        self._left_out(errors, bool(started))
+        members = tuple(member for member, _ in started.values())
+        fresh = any(is_fresh for _, is_fresh in started.values())
+        if old is not None:
+            self._retire(old, members)
+        links = old.links if old is not None and not fresh and _same(old.members, members) else ()
+        up = MeshRecord(wish.name, wish.text, members, wish.envs, wish.roots, links, wish.weights)
+        record.save(up, self.home)
+        return up
+
+    # Before anything runs
+
+    def _check(self, hosts: Sequence[Host]) -> list[Host]:
+        """The hosts that can take part. Raises `FluxmeshError` naming those that can't."""
+        self.watcher.stage("Looking at the hosts")
+        looks, errors = look_at(self.wish.hostfile, self.wish.weights.model)
+        self._left_out(errors, bool(looks))
+        here = looks.pop(-1)
+        lacking = [rank for rank, (look, _) in looks.items() if "problem" in look.get("model", {})]
+        if lacking and self.watcher.may_pull(self.wish.weights.model, lacking):
+            self._pull([hosts[rank] for rank in lacking])
+            again, errors = look_at(self.wish.hostfile, self.wish.weights.model)
+            self._left_out(errors, bool(again))
+            here, looks = again.pop(-1), again
+        bad: dict[int, FluxmeshError] = {}
+        for rank, (look, now) in looks.items():
+            for finding in checks.findings(hosts[rank], look, here[0], now):
+                text = f"{launch.title(hosts[rank])}, {finding.check}: {finding.text}"
+                if finding.level == "fail":
+                    bad.setdefault(rank, FluxmeshError(text))
+                elif finding.level == "warn":
+                    self.watcher.note(text)
+        good = [host for host in hosts if host.rank in looks and host.rank not in bad]
+        self._left_out(bad, bool(good))
+        return good
+
+    def _pull(self, hosts: Sequence[Host]) -> None:
+        model = self.wish.weights.model
+        self.watcher.stage(f"Fetching {model}")
+
+        def pull(host: Host) -> None:
+            def tell(told: dict[str, Any]) -> None:
+                done, total = int(told["done_bytes"]), int(told["total_bytes"])
+                self.watcher.progress(host.rank, f"fetching {model}", done, total)
+
+            launch.ask(host, "pull", tell, model=model)
+
+        _, errors = launch.each(hosts, pull)
+        self._left_out(errors, True)
+
+    def _left_out(self, errors: Mapping[int, FluxmeshError], others: bool) -> None:
+        """Tells of hosts that failed. Raises unless the rest may go on without them."""
+        if not errors:
+            return
+        if self.wish.allow_partial and others:
+            for rank, error in errors.items():
+                self.watcher.failed(rank, str(error))
+            return
+        told = " ".join(str(error) for error in errors.values())
+        if not others and all(isinstance(e, HostUnreachableError) for e in errors.values()):
+            raise HostUnreachableError(told)
+        go_on = " --allow-partial goes on without." if others else ""
+        raise FluxmeshError(f"{told}{go_on}")
+
+    # Agents of the mesh before that are not in this one
+
+    def _retire(self, old: MeshRecord, members: Sequence[Member]) -> None:
+        kept = {member.address for member in members}
+        gone = tuple(member for member in old.members if member.address not in kept)
+        if not gone:
+            return
+        self.watcher.stage("Ending agents that the hostfile names no more")
+        for error in take_down(replace(old, members=gone)).values():
+            self.watcher.note(str(error))
+
+
+def _same(old: Sequence[Member], new: Sequence[Member]) -> bool:
+    return [(m.rank, m.address, m.key) for m in old] == [(m.rank, m.address, m.key) for m in new]
+
+
+def look_at(
+    hostfile: Hostfile, model: str | None
+) -> tuple[dict[int, tuple[dict[str, Any], float]], dict[int, FluxmeshError]]:
+    """(what the starter found on each host and when, errors), by rank; rank -1 is this machine."""
+
+    def look(host: Host) -> tuple[dict[str, Any], float]:
+        fields: dict[str, Any] = {"model": model, "models": host.models}
+        if host.rank >= 0:
+            control = hostfile.control(host.rank)
+            fields["address"] = launch.address_of(host, control.address)
+            fields |= {"port": control.port, "ips": list(host.ips)}
+        begin = time.time()
+        return launch.ask(host, "look", **fields), (begin + time.time()) / 2
+
+    return launch.each([Host(-1, "127.0.0.1"), *hostfile.hosts], look)
+
+
+def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
+    """Everything that `up` would find, for `doctor`; hosts that can't be reached among it."""
+    looks, errors = look_at(hostfile, model)
+    if -1 in errors:
+        raise errors[-1]
+    here = looks.pop(-1)[0]
+    found = [Finding(rank, "reached", "fail", str(error)) for rank, error in errors.items()]
+    for rank, (look, now) in looks.items():
+        way = "this machine" if hostfile.hosts[rank].is_local else "over ssh"
+        found.append(Finding(rank, "reached", "ok", f"{way}, {look['system']}"))
+        found += checks.findings(hostfile.hosts[rank], look, here, now)
+    return sorted(found, key=lambda finding: finding.rank)
+
+
+def take_down(
+    mesh: MeshRecord, keys: Keys | None = None, done: Callable[[int], None] | None = None
+) -> dict[int, FluxmeshError]:
+    """Ends the agents of a mesh, those that don't hear it by way of the starter; errors by rank."""
+    from fluxmesh import messages
+    from fluxmesh_coordinator.client import Client
+
+    async def end(client: Client) -> None:
+        await client.ask(messages.ShutDown(), messages.Done)
+
+    with_agents(mesh, end, keys)
+    hostfile = mesh.hostfile
+
+    def stop(host: Host) -> None:
+        launch.ask(host, "stop", port=hostfile.control(host.rank).port)
+        if done is not None:
+            done(host.rank)
+
+    return launch.each(mesh.hosts, stop)[1]

@@ -1,0 +1,59 @@
+"""`fluxmesh doctor`: whether the hosts can make a mesh, and what to do where they can't."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+MARKS = {"ok": "ok", "warn": "warning", "fail": "FAILS"}
+
+
+@click.command()
+@click.argument("hostfile", required=False, type=click.Path(path_type=Path))
+@click.option("-m", "--model", metavar="MODEL", help="Also look whether it is on every host.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_context
+def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_json: bool) -> None:
+    """Check ssh, Python, versions, memory, clocks, addresses and keys of HOSTFILE's hosts.
+
+    Without HOSTFILE, of the mesh that is up, and of its agents and links too; else this machine.
+    Exits 1 where something fails.
+    """
+    from fluxmesh import hostfile as hostfiles
+    from fluxmesh_coordinator import record
+    from fluxmesh_coordinator.bringup import examine
+    from fluxmesh_coordinator.diagnosis import keys_of_this_user, of_agents
+
+    mesh = record.load() if hostfile is None else None
+    if hostfile is not None:
+        hosts = hostfiles.load(hostfile)
+    else:
+        hosts = mesh.hostfile if mesh is not None else hostfiles.this_machine()
+    found = [keys_of_this_user(), *examine(hosts, model)]
+    if mesh is not None:
+        found += of_agents(mesh)
+    found.sort(key=lambda finding: finding.rank)
+    if as_json:
+        for finding in found:
+            click.echo(json.dumps({"event": "check", **asdict(finding)}, ensure_ascii=False))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for heading in ("host", "check", "", "found"):
+            table.add_column(heading, overflow="fold")
+        for finding in found:
+            host = "here" if finding.rank < 0 else f"{finding.rank}"
+            table.add_row(host, finding.check, MARKS[finding.level], finding.text)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 160
+        console.print(table)
+        for warning in hosts.warnings:
+            click.echo(warning)
+    if any(finding.level == "fail" for finding in found):
+        context.exit(1)

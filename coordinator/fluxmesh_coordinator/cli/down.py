@@ -1,0 +1,43 @@
+"""`fluxmesh down`: ends the agents of the mesh, and with them everything that it started."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Also while somebody's job runs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def down(force: bool, as_json: bool) -> None:
+    """End every agent of the mesh; nothing of it runs on after that.
+
+    Keys and logs stay, so that the next `fluxmesh up` knows its hosts again.
+    """
+    from fluxmesh.errors import FluxmeshError
+    from fluxmesh_coordinator import record
+    from fluxmesh_coordinator.bringup import take_down
+    from fluxmesh_coordinator.cli.status import NO_MESH
+    from fluxmesh_coordinator.survey import survey
+
+    mesh = record.load()
+    if mesh is None:
+        click.echo(json.dumps({"event": "down", "hosts": []}) if as_json else NO_MESH)
+        return
+    busy = {} if force else survey(mesh).statuses
+    for rank, status in busy.items():
+        if status.job:
+            raise FluxmeshError(
+                f"Host {rank} works on {status.job}; wait until it is done, or use --force."
+            )
+    errors = take_down(mesh)
+    if errors:
+        record.save(mesh.only(errors))
+        raise FluxmeshError(" ".join(str(error) for error in errors.values()))
+    record.remove()
+    if as_json:
+        click.echo(json.dumps({"event": "down", "hosts": [m.rank for m in mesh.members]}))
+    else:
+        count = len(mesh.members)
+        click.echo(f"The mesh is down: {count} agent{'' if count == 1 else 's'} ended.")

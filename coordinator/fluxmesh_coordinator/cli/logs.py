@@ -1,0 +1,55 @@
+"""`fluxmesh logs`: what the agents and engines of the mesh wrote last."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("host", required=False)
+@click.option(
+    "-n", "--lines", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Of each."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def logs(host: str | None, lines: int, as_json: bool) -> None:
+    """Show the end of each agent's log; of HOST, a rank or a name, alone.
+
+    An agent that is gone has its log read from its machine, over ssh where it is another.
+    """
+    from fluxmesh import messages
+    from fluxmesh.errors import FluxmeshError, UsageError
+    from fluxmesh_coordinator import launch, record
+    from fluxmesh_coordinator.cli.status import NO_MESH
+    from fluxmesh_coordinator.client import Client
+    from fluxmesh_coordinator.survey import with_agents
+
+    mesh = record.load()
+    if mesh is None:
+        raise UsageError(NO_MESH)
+    if host is not None:
+        chosen = [each.rank for each in mesh.hosts if host in (str(each.rank), each.name)]
+        if not chosen:
+            names = ", ".join(f"{each.rank} ({each.name})" for each in mesh.hosts)
+            raise UsageError(f"The mesh has no host {host!r}; it has {names}.")
+        mesh = mesh.only(chosen)
+
+    async def ask(client: Client) -> tuple[str, ...]:
+        return (await client.ask(messages.AskLogs(lines), messages.Logs)).lines
+
+    found, _ = with_agents(mesh, ask)
+    hostfile = mesh.hostfile
+    for each in mesh.hosts:
+        if each.rank not in found:
+            port = hostfile.control(each.rank).port
+            try:
+                told = launch.ask(each, "logs", port=port, lines=lines)["lines"]
+            except FluxmeshError as error:
+                told = [str(error)]
+            found[each.rank] = tuple(told)
+        for line in found[each.rank]:
+            if as_json:
+                click.echo(json.dumps({"event": "log", "host": each.rank, "line": line}))
+            else:
+                click.echo(f"{each.rank} | {line}" if len(mesh.hosts) > 1 else line)

@@ -1,0 +1,57 @@
+"""`fluxmesh status`: hosts, memory, models, jobs and queues of the mesh that is up."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+
+EVERY = 1.0  # seconds between two looks with --watch
+NO_MESH = "No mesh is up; `fluxmesh up` starts one."
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Again each second, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, a line each with --watch.")
+@click.pass_context
+def status(context: click.Context, watch: bool, as_json: bool) -> None:
+    """Tell how the mesh is: hosts, memory, model, job, queue.
+
+    Exits 3 where no host answers.
+    """
+    from fluxmesh_coordinator import record, tables
+    from fluxmesh_coordinator.survey import Survey, answering, survey
+
+    mesh = record.load()
+    if mesh is None:
+        if as_json:
+            click.echo(json.dumps({"event": "status", "mesh": None, "hosts": [], "links": []}))
+        else:
+            click.echo(NO_MESH)
+        return
+
+    def tell(found: Survey) -> None:
+        if as_json:
+            click.echo(json.dumps(tables.as_json(found), ensure_ascii=False))
+        else:
+            tables.show(found)
+
+    found = survey(mesh)
+    if not watch:
+        tell(found)
+        answering(found)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    if as_json or not console.is_terminal:
+        while True:
+            tell(found)
+            time.sleep(EVERY)
+            found = survey(mesh)
+    with Live(tables.mesh_table(found), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(EVERY)
+            live.update(tables.mesh_table(survey(mesh)), refresh=True)

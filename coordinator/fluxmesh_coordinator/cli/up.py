@@ -1,0 +1,119 @@
+"""`fluxmesh up`: a hostfile becomes a mesh of agents with the weights in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fluxmesh_coordinator.bringup import Wish
+
+
+@click.command()
+@click.argument("hostfile", required=False, type=click.Path(path_type=Path))
+@click.option("-m", "--model", metavar="MODEL", help="What to load.  [FLUX if it is here, or tiny]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of weights.",
+)
+@click.option("-q", "--quantize", is_flag=True, help="Quantize the weights: less memory.")
+@click.option(
+    "--bits",
+    type=click.Choice(["3", "4", "5", "6", "8"]),
+    help="Of a quantized weight; implies --quantize.  [4]",
+)
+@click.option("--env", "envs", multiple=True, metavar="KEY=VALUE", help="For the engines.")
+@click.option("--allow-partial", is_flag=True, help="Go on without hosts that fail.")
+@click.option("--pull", is_flag=True, help="Fetch the model where it is missing, without asking.")
+@click.option("--rotate-keys", is_flag=True, help="New keys for you and for every agent.")
+@click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")
+def up(
+    hostfile: Path | None,
+    model: str | None,
+    dtype: str,
+    quantize: bool,
+    bits: str | None,
+    envs: tuple[str, ...],
+    allow_partial: bool,
+    pull: bool,
+    rotate_keys: bool,
+    as_json: bool,
+) -> None:
+    """Start an agent on each host of HOSTFILE, and load weights.
+
+    Without HOSTFILE, on this machine alone. Again, it only looks, and does what is missing; with
+    another hostfile, it changes the mesh. `fluxmesh down` ends it.
+    """
+    from fluxmesh.flux import hub
+    from fluxmesh.planning.work import ModelSizes, Work
+    from fluxmesh.request import GenerateRequest
+    from fluxmesh_coordinator import tables
+    from fluxmesh_coordinator.bringup import Bringup
+    from fluxmesh_coordinator.screen import watcher
+    from fluxmesh_coordinator.survey import survey
+    from fluxmesh_coordinator.warming import Warming
+
+    with watcher(as_json=as_json, pull=pull) as watch:
+        name = model or hub.default_model()
+        checkpoint = hub.resolve(name, download=pull)
+        if os.path.exists(os.path.expanduser(name)):
+            name = os.path.abspath(os.path.expanduser(name))
+        defaults = checkpoint.defaults
+        request = GenerateRequest(
+            prompt="",
+            seed=0,
+            model=name if os.path.isabs(name) else checkpoint.name,
+            height=defaults.height,
+            width=defaults.width,
+            steps=defaults.steps,
+            dtype=dtype,
+            bits=int(bits) if bits else 4 if quantize else None,
+        )
+        work = Work.of(request, ModelSizes.of(checkpoint))
+        wish = _wish(hostfile, work.weights, envs, allow_partial, rotate_keys)
+        mesh = Bringup(wish, watch).run()
+        mesh = Warming(mesh, work, watch).run()
+        found = survey(mesh)
+        watch.ready(tables.as_json(found) if as_json else None)
+    if not as_json:
+        tables.show(found)
+
+
+def _wish(
+    hostfile: Path | None,
+    weights: Any,
+    envs: tuple[str, ...],
+    allow_partial: bool,
+    rotate_keys: bool,
+) -> Wish:
+    from fluxmesh import hostfile as hostfiles
+    from fluxmesh_coordinator.bringup import Wish
+    from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME
+
+    roots: tuple[str, ...] = (weights.model,) if os.path.isabs(weights.model) else ()
+    if hostfile is None:
+        # This user's own machine: every model that the user can read is the user's to name.
+        text, name, roots = THIS_MACHINE, THIS_NAME, ("/",)
+        hosts = hostfiles.this_machine()
+    else:
+        name = str(hostfile.absolute())
+        hosts = hostfiles.load(hostfile)
+        text = hostfile.read_text(encoding="utf-8")
+    given = tuple(_pair(item) for item in envs)
+    merged = tuple({**dict(hosts.envs), **dict(given)}.items())
+    return Wish(hosts, name, text, weights, merged, roots, allow_partial, rotate_keys)
+
+
+def _pair(item: str) -> tuple[str, str]:
+    from fluxmesh.errors import UsageError
+
+    key, equals, value = item.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"--env {item}: expected KEY=VALUE, such as --env NCCL_DEBUG=INFO.")
+    return key, value

@@ -1,0 +1,164 @@
+"""One agent as the commands of a mesh talk to it: requests with their answers, and its reports.
+
+Stands on `fluxmesh.transport` and below `survey.py` and `bringup.py`. A job has the whole of
+`session.py` for what can go wrong; here a connection that ends is an error that names the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeVar
+
+from fluxmesh import __version__, messages
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.transport.base import Connection, ConnectionClosed, Dialer
+from fluxmesh_coordinator.failures import REFUSALS, error_of
+from fluxmesh_coordinator.record import Member
+
+BEAT = 1.0  # seconds between two heartbeats
+SILENT = 5.0  # seconds without a sign of life, after which an agent counts as dead
+ANSWER = 30.0  # seconds within which an agent answers
+
+T = TypeVar("T", bound=messages.Message)
+
+
+class Client:
+    """A conversation with one agent; an async context manager that says `Hello` first."""
+
+    def __init__(self, dialer: Dialer, member: Member, name: str = "") -> None:
+        self.member = member
+        self.title = f"host {member.rank} ({name or member.address})"
+        self._dialer = dialer
+        self._connection: Connection | None = None
+        self._answers: dict[int, asyncio.Future[messages.Message]] = {}
+        self._reports: asyncio.Queue[messages.Report | None] = asyncio.Queue()  # None is the end
+        self._tasks: list[asyncio.Task[None]] = []
+        self._seq = 0
+        self._heard = 0.0
+        self._over: FluxmeshError | None = None
+        self.welcome: messages.Welcome | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._connection = await self._dialer.connect(self.member.address, self.member.key)
+        except ConnectionClosed as error:
+            raise HostUnreachableError(f"{self.title}: {error}") from None
+        self._heard = asyncio.get_running_loop().time()
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
+        try:
+            hello = messages.Hello(secrets.token_hex(16), __version__)
+            self.welcome = await self.ask(hello, messages.Welcome)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def ask(self, message: messages.Message, kind: type[T], seconds: float = ANSWER) -> T:
+        """The answer to a request. Raises `FluxmeshError` that names the host."""
+        future = await self.post(message)
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await future
+        except TimeoutError:
+            raise HostUnreachableError(
+                f"{self.title}: its agent does not answer within {seconds:.0f} s; "
+                "look at `fluxmesh logs`."
+            ) from None
+        if isinstance(answer, messages.Refused):
+            raise error_of(REFUSALS.get(answer.code, ""), f"{self.title}: {answer.text}")
+        if not isinstance(answer, kind):
+            raise FluxmeshError(f"{self.title}: it answers with {type(answer).__name__}.")
+        return answer
+
+    async def post(self, message: messages.Message) -> asyncio.Future[messages.Message]:
+        """Sends a request. Its answer, be it `Refused`, comes in the future, which raises, as this
+        does, `HostUnreachableError` where the agent is gone."""
+        if self._over is not None or self._connection is None:
+            raise self._over or HostUnreachableError(f"{self.title}: not connected.")
+        self._seq += 1
+        seq = self._seq
+        future: asyncio.Future[messages.Message] = asyncio.get_running_loop().create_future()
+        self._answers[seq] = future
+        future.add_done_callback(lambda _: self._answers.pop(seq, None))
+        try:
+            await self._connection.send(message, seq)
+        except ConnectionClosed as error:
+            future.cancel()
+            raise HostUnreachableError(f"{self.title}: {error}") from None
+        return future
+
+    async def report(self) -> messages.Report:
+        """The next report. Raises `HostUnreachableError` once the agent is gone."""
+        report = await self._reports.get()
+        if report is None:
+            self._reports.put_nowait(None)  # for whoever asks again
+            raise self._over or HostUnreachableError(f"{self.title}: not connected.")
+        return report
+
+    async def lease(
+        self, job: str, seconds: float, waiting: Callable[[messages.Queued], None]
+    ) -> messages.Granted:
+        """Waits in line for this host's lease; `seconds` is how long it will be used."""
+        await self.ask(messages.AskLease(job, seconds), messages.Done)
+        while True:
+            match await self.report():
+                case messages.Granted() as granted:
+                    return granted
+                case messages.Queued() as queued:
+                    waiting(queued)
+                case messages.Lost() as lost:
+                    raise FluxmeshError(f"{self.title}: {lost.reason}")
+
+    async def close(self) -> None:
+        """Ends the conversation, and with it the lease."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._connection is not None:
+            await self._connection.close()
+        self._end(f"{self.title}: the connection is closed.")
+
+    async def _listen(self) -> None:
+        assert self._connection is not None
+        try:
+            while True:
+                seq, message = await self._connection.receive()
+                self._heard = asyncio.get_running_loop().time()
+                if isinstance(message, messages.Report):
+                    self._reports.put_nowait(message)
+                elif seq in self._answers and not self._answers[seq].done():
+                    self._answers[seq].set_result(message)
+        except FluxmeshError as error:  # closed, or a message that is none
+            self._end(f"{self.title}: {error}")
+
+    async def _beat(self) -> None:
+        assert self._connection is not None
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                await asyncio.sleep(BEAT)
+                self._seq += 1
+                await self._connection.send(messages.Heartbeat(), self._seq)
+                if asyncio.get_running_loop().time() - self._heard > SILENT:
+                    self._end(f"{self.title}: its agent is silent; see whether the host hangs.")
+                    return
+
+    def _end(self, text: str) -> None:
+        if self._over is None:
+            self._over = HostUnreachableError(text)
+            for future in self._answers.values():
+                if not future.done():
+                    future.set_exception(self._over)
+            self._reports.put_nowait(None)

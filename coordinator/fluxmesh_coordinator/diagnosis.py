@@ -1,0 +1,47 @@
+"""What `fluxmesh doctor` asks beside `checks.py`: this user's keys, the mesh's agents and links."""
+
+from __future__ import annotations
+
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.homes import Home
+from fluxmesh_coordinator.checks import SKEW, Finding
+from fluxmesh_coordinator.record import MeshRecord
+from fluxmesh_coordinator.survey import survey, user_keys
+
+
+def keys_of_this_user() -> Finding:
+    """Whether they are there, and nobody else's to read."""
+    try:
+        keys = user_keys()
+    except FluxmeshError as error:
+        return Finding(-1, "keys", "fail", str(error))
+    return Finding(-1, "keys", "ok", f"{keys.public} in {Home.default().folder}")
+
+
+def of_agents(mesh: MeshRecord) -> list[Finding]:
+    """Whether each agent answers, how its engine is, and how fast its links are."""
+    found: list[Finding] = []
+    told = survey(mesh)
+    for rank, error in told.errors.items():
+        found.append(Finding(rank, "agent", "fail", str(error)))
+    for rank, status in told.statuses.items():
+        text = f"{status.state}, epoch {status.epoch}, {status.kind}"
+        reason = status.reason.rstrip(".")
+        if status.state == "failed":
+            text = f"its engine failed: {reason}; the next job starts another."
+            found.append(Finding(rank, "agent", "warn", text))
+        else:
+            found.append(Finding(rank, "agent", "ok", text))
+        if abs(told.clock_skews[rank]) > SKEW:
+            skew = f"{told.clock_skews[rank]:+.0f} s; switch on network time there."
+            found.append(Finding(rank, "agent's clock", "warn", skew))
+    for link in mesh.links:
+        rate = f"to host {link.target}: {link.rate / 1e9:.2f} GB/s, {link.latency * 1e6:.0f} us"
+        found.append(Finding(link.source, "link", "ok", rate))
+    ranks = [member.rank for member in mesh.members]
+    linked = {(link.source, link.target) for link in mesh.links}
+    for a, b in zip(ranks, ranks[1:] + ranks[:1], strict=True):
+        if a != b and (a, b) not in linked:
+            text = f"none to host {b}: no ring of all hosts; look at cables and `ips`."
+            found.append(Finding(a, "link", "warn", text))
+    return found

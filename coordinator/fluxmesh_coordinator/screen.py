@@ -1,0 +1,121 @@
+"""What `fluxmesh up` shows while it works: a bar a host on a terminal, or JSON lines.
+
+Twins of `reporting.py` for a job. Both are `bringup.Watcher`s.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+
+def watcher(*, as_json: bool, pull: bool) -> TerminalWatcher | JsonWatcher:
+    """For people, or with `as_json` for programs; `pull` lets hosts fetch what they lack."""
+    return JsonWatcher(pull) if as_json else TerminalWatcher(pull)
+
+
+class TerminalWatcher:
+    """Stages and notes on stderr, and a bar for each host that loads."""
+
+    def __init__(self, pull: bool, console: Console | None = None) -> None:
+        self.pull = pull
+        self.console = console or Console(stderr=True, highlight=False)
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            DownloadColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[tuple[int, str], TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def stage(self, text: str) -> None:
+        for task in self.tasks.values():
+            self.bars.remove_task(task)
+        self.tasks.clear()
+        self.note(f"{text} ...")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def failed(self, rank: int, text: str) -> None:
+        self.note(f"Left out: {text}")
+
+    def progress(self, rank: int, what: str, done: int, total: int) -> None:
+        key = rank, what
+        if key not in self.tasks:
+            self.tasks[key] = self.bars.add_task(f"host {rank}, {what}", total=total)
+        self.bars.update(self.tasks[key], completed=done, total=total)
+
+    def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
+        if self.pull or not (sys.stdin.isatty() and self.console.is_terminal):
+            return self.pull
+        self.bars.stop()
+        hosts = ", ".join(map(str, ranks))
+        answer = click.confirm(f"{model} is not on host {hosts}. Fetch it there?", err=True)
+        self.bars.start()
+        return answer
+
+    def ready(self, _told: dict[str, Any] | None) -> None:
+        """The mesh is warm; its table follows."""
+
+
+class JsonWatcher:
+    """One JSON object a line on stdout."""
+
+    def __init__(self, pull: bool) -> None:
+        self.pull = pull
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        sys.stdout.flush()
+
+    def stage(self, text: str) -> None:
+        self._line("stage", {"text": text})
+
+    def note(self, text: str) -> None:
+        self._line("note", {"text": text})
+
+    def failed(self, rank: int, text: str) -> None:
+        self._line("left_out", {"host": rank, "reason": text})
+
+    def progress(self, rank: int, what: str, done: int, total: int) -> None:
+        values = {"host": rank, "what": what, "done_bytes": done, "total_bytes": total}
+        self._line("progress", values)
+
+    def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
+        return self.pull
+
+    def ready(self, told: dict[str, Any] | None) -> None:
+        self._line("up", {key: value for key, value in (told or {}).items() if key != "event"})
+
+    def _line(self, event: str, values: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+        sys.stdout.flush()

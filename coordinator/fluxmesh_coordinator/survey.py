@@ -1,0 +1,131 @@
+"""What a mesh says of itself now: each agent's `Status`, and the view that the planner reads.
+
+Stands on `client.py`; `status`, `plan`, `doctor` and `bringup.py` stand on this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fluxmesh import messages
+from fluxmesh.cluster import HostInfo, MeshView
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.homes import Home
+from fluxmesh.keys import Keys, load_keys
+from fluxmesh.transport.base import Dialer
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.record import Member, MeshRecord
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One moment of a mesh. Every rank of the record is in `statuses` or in `errors`."""
+
+    record: MeshRecord
+    statuses: dict[int, messages.Status]
+    errors: dict[int, FluxmeshError]
+    clock_skews: dict[int, float]  # seconds by which a host's clock is ahead of ours
+
+    @property
+    def view(self) -> MeshView:
+        """The hosts that answer, and their links."""
+        hosts = tuple(host_info(rank, self.statuses[rank]) for rank in sorted(self.statuses))
+        links = tuple(
+            link
+            for link in self.record.links
+            if link.source in self.statuses and link.target in self.statuses
+        )
+        return MeshView(hosts, links, self.record.hostfile.backend)
+
+
+def host_info(rank: int, status: messages.Status) -> HostInfo:
+    """A host as the planner sees it. Raises `UsageError` for numbers that make no sense."""
+    return HostInfo(
+        rank=rank,
+        name=status.name,
+        kind=status.kind,
+        memory_bytes=status.memory_bytes,
+        free_bytes=status.free_bytes,
+        flops_per_second=status.flops_per_second,
+        load_rate=status.load_rate,
+        measured=status.measured,
+        holds=status.holds,
+        device=status.device,
+    )
+
+
+def user_keys(home: Home | None = None) -> Keys:
+    """This user's keys, made on first use."""
+    return load_keys((home or Home.default()).folder, "client")
+
+
+def survey(record: MeshRecord, keys: Keys | None = None) -> Survey:
+    """Asks every agent of a mesh for its status. Raises nothing for hosts that don't answer."""
+
+    async def one(client: Client) -> tuple[messages.Status, float]:
+        begin = time.time()
+        status = await client.ask(messages.AskStatus(), messages.Status)
+        return status, status.clock - (begin + time.time()) / 2
+
+    found, errors = with_agents(record, one, keys)
+    return Survey(
+        record,
+        {rank: status for rank, (status, _) in found.items()},
+        errors,
+        {rank: skew for rank, (_, skew) in found.items()},
+    )
+
+
+def answering(found: Survey) -> Survey:
+    """`found`, if a host answers. Raises `HostUnreachableError` with the first reason if none."""
+    if not found.statuses:
+        reason = next(iter(found.errors.values()), "the mesh has no host.")
+        raise HostUnreachableError(f"No host of {found.record.name} answers: {reason}")
+    return found
+
+
+def with_agents(
+    record: MeshRecord, do: Callable[[Client], Awaitable[T]], keys: Keys | None = None
+) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
+    """`do` with each agent of a mesh, side by side: (results, errors), each by rank."""
+    keys = keys or user_keys()
+
+    async def everyone(dialer: Dialer) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
+        async def one(member: Member) -> T:
+            async with Client(dialer, member, names[member.rank]) as client:
+                return await do(client)
+
+        ended = await asyncio.gather(*map(one, record.members), return_exceptions=True)
+        results: dict[int, T] = {}
+        errors: dict[int, FluxmeshError] = {}
+        for member, end in zip(record.members, ended, strict=True):
+            if isinstance(end, FluxmeshError):
+                errors[member.rank] = end
+            elif isinstance(end, BaseException):
+                raise end
+            else:
+                results[member.rank] = end
+        return results, errors
+
+    names = {host.rank: host.name for host in record.hosts}
+    return run(keys, everyone)
+
+
+def run(keys: Keys, do: Callable[[Dialer], Coroutine[Any, Any, T]]) -> T:
+    """Runs `do` with a dialer that proves `keys`, in an event loop of its own."""
+    from fluxmesh.transport.dialer import CurveDialer  # loads zmq
+
+    async def body() -> T:
+        dialer = CurveDialer(keys)
+        try:
+            return await do(dialer)
+        finally:
+            await dialer.close()
+
+    return asyncio.run(body())

@@ -1,0 +1,114 @@
+"""The tables of a mesh for people, and the same for programs: `status`, `up`, `doctor`.
+
+Strings and dictionaries from a `Survey`; only `show` and `mesh_table` touch rich.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fluxmesh.hostfile import Host
+from fluxmesh.messages import Status
+from fluxmesh_coordinator.survey import Survey
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADINGS = ("host", "name", "device", "state", "model", "memory", "free", "step", "link", "queue")
+RIGHT = ("memory", "free", "step", "link")
+PLAIN_WIDTH = 160  # characters, where the output is no terminal
+
+
+def mesh_table(found: Survey) -> Table:
+    """One row a host, in rank order; hosts that don't answer with the reason below."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in HEADINGS:
+        justify: Any = "right" if heading in RIGHT else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
+    for host in found.record.hosts:
+        table.add_row(*row(found, host))
+    return table
+
+
+def row(found: Survey, host: Host) -> list[str]:
+    """A host's cells under `HEADINGS`."""
+    status = found.statuses.get(host.rank)
+    if status is None:
+        return [str(host.rank), host.name, "", "gone", "", "", "", "", "", ""]
+    following = next_in_ring(found, host.rank)
+    link = "" if following is None else f"{following / 1e9:.2f} GB/s"
+    step = min(status.measured, key=lambda one: one.height * one.width, default=None)
+    timed = "" if step is None else f"{_seconds(step.step_seconds)} at {step.height}x{step.width}"
+    cells = [str(host.rank), host.name, status.kind, state(status), holds(status)]
+    cells += [f"{status.memory_bytes / 1e9:.1f} GB", f"{status.free_bytes / 1e9:.1f} GB"]
+    return [*cells, timed, link, queue(status)]
+
+
+def state(status: Status) -> str:
+    return f"{status.state}, {status.job}" if status.job else status.state
+
+
+def holds(status: Status) -> str:
+    """Which weights an engine has, and how much of them."""
+    if status.holds is None:
+        return "-"
+    weights, part = status.holds.weights, status.holds
+    precision = f"{weights.bits}-bit" if weights.bits else weights.dtype
+    shard = f", shard {part.shard + 1} of {part.shards}" if part.shards > 1 else ""
+    return f"{weights.model} {precision}{shard}"
+
+
+def queue(status: Status) -> str:
+    taken = "leased" if status.holder else "free"
+    return f"{taken}, {status.waiting} waiting" if status.waiting else taken
+
+
+def next_in_ring(found: Survey, rank: int) -> float | None:
+    """Bytes a second to the host that follows in the ring; None where no link was measured."""
+    ranks = [member.rank for member in found.record.members]
+    following = ranks[(ranks.index(rank) + 1) % len(ranks)]
+    rates = [
+        link.rate for link in found.record.links if (link.source, link.target) == (rank, following)
+    ]
+    return rates[0] if rates else None
+
+
+def as_json(found: Survey) -> dict[str, Any]:
+    """All that `status --json` tells."""
+    hosts: list[dict[str, Any]] = []
+    for host in found.record.hosts:
+        member = found.record.member(host.rank)
+        line: dict[str, Any] = {"rank": host.rank, "ssh": host.ssh}
+        line["address"] = "" if member is None else member.address
+        if host.rank in found.statuses:
+            line |= {"answers": True, **asdict(found.statuses[host.rank])}
+            line["clock_skew"] = round(found.clock_skews[host.rank], 3)
+        else:
+            line |= {"answers": False, "reason": str(found.errors[host.rank])}
+        hosts.append(line)
+    return {
+        "event": "status",
+        "mesh": found.record.name,
+        "backend": found.record.hostfile.backend,
+        "hosts": hosts,
+        "links": [asdict(link) for link in found.record.links],
+    }
+
+
+def show(found: Survey) -> None:
+    """Prints the mesh on stdout."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(mesh_table(found))
+    for error in found.errors.values():
+        console.print(str(error), soft_wrap=True, markup=False)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,238 @@
+"""A mesh whose agents run becomes warm: links measured, weights loaded, steps timed.
+
+The second half of `fluxmesh up`, after `bringup.py`. Weights are replicated where they fit on every
+host, else each holds its shard; `layout` decides, purely. What a host holds, and what was measured
+before, is not done again, and needs no lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+
+from fluxmesh import messages
+from fluxmesh.cluster import LinkInfo, MeshView
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError
+from fluxmesh.homes import Home
+from fluxmesh.planning.room import Memory, shortage
+from fluxmesh.planning.work import Work, tensor_problem
+from fluxmesh.transport.base import Dialer
+from fluxmesh_coordinator import record
+from fluxmesh_coordinator.bringup import Watcher
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.failures import error_of
+from fluxmesh_coordinator.record import MeshRecord
+from fluxmesh_coordinator.survey import host_info, run, user_keys
+
+FAR = 8  # hosts; in a larger mesh only neighbours are measured
+PROBE = 16 << 20  # bytes that a link is measured with
+LINK = 15.0  # seconds within which a link is measured, or is none
+SILENCE = 60.0  # seconds without a byte, after which a load counts as hung
+MEASURING = 300.0  # seconds that timing a step may take: kernels compile
+COMPONENTS = ("transformer", "autoencoder")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what: shard i of `shards` on `ranks[i]`, or all of it on each where that is 1."""
+
+    ranks: tuple[int, ...]
+    shards: int
+    idle: tuple[int, ...] = ()  # hosts that can't hold their part
+    why: str = ""  # they can't
+
+    def shard(self, rank: int) -> int:
+        return self.ranks.index(rank) if self.shards > 1 else 0
+
+
+def layout(work: Work, view: MeshView) -> Layout:
+    """Replicated where that fits, else sharded, else replicated on the hosts where it fits.
+
+    Raises `DoesNotFitError` where no host can hold its part.
+    """
+    memory, ranks, size = Memory(work, view), view.ranks, len(view.ranks)
+    whole, part = memory.needed("data", 1, 1), memory.needed("tensor", size, size)
+    needs = memory.needs(ranks, [whole] * size)
+    if all(need.fits for need in needs):
+        return Layout(ranks, 1)
+    if size > 1 and not tensor_problem(work, size):
+        shares = memory.needs(ranks, [part] * size, size)
+        if all(need.fits for need in shares):
+            return Layout(ranks, size)
+    able: tuple[int, ...] = ()
+    for rank in ranks:
+        if all(need.fits for need in memory.needs((*able, rank), [whole] * (len(able) + 1))):
+            able = (*able, rank)
+    why = shortage(needs)
+    if not able:
+        raise DoesNotFitError(
+            f"{work.weights.model} does not fit: {why}; try --quantize, or more hosts."
+        )
+    return Layout(able, 1, tuple(rank for rank in ranks if rank not in able), why)
+
+
+def pairs(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Rounds of (source, target) in which each host sends to one other, as in a ring."""
+    size = len(ranks)
+    steps = range(1, size) if size <= FAR else (1, size - 1)
+    return [[(ranks[i], ranks[(i + step) % size]) for i in range(size)] for step in steps]
+
+
+@dataclass
+class Warming:
+    """What `up` does once the agents of `mesh` listen."""
+
+    mesh: MeshRecord
+    work: Work  # of one picture of the model's own size
+    watcher: Watcher
+    home: Home = field(default_factory=Home.default)
+    clients: dict[int, Client] = field(default_factory=dict)
+
+    def run(self) -> MeshRecord:
+        """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
+        return run(user_keys(self.home), self._run)
+
+    async def _run(self, dialer: Dialer) -> MeshRecord:
+        names = {host.rank: host.name for host in self.mesh.hosts}
+        async with AsyncExitStack() as stack:
+            for member in self.mesh.members:
+                client = Client(dialer, member, names[member.rank])
+                self.clients[member.rank] = await stack.enter_async_context(client)
+            if not self.mesh.links and len(self.clients) > 1:
+                self.watcher.stage("Measuring the links")
+                self.mesh = replace(self.mesh, links=await self._links())
+                record.save(self.mesh, self.home)
+            await self._fill()
+        return self.mesh
+
+    # Links
+
+    async def _links(self) -> tuple[LinkInfo, ...]:
+        found: list[LinkInfo] = []
+        for each in pairs(list(self.clients)):
+            links = await asyncio.gather(*(self._link(*pair) for pair in each))
+            found += [link for link in links if link is not None]
+        return tuple(sorted(found, key=lambda link: (link.source, link.target)))
+
+    async def _link(self, source: int, target: int) -> LinkInfo | None:
+        """None where `target` can't be reached at the addresses that a ring would use."""
+        host = self.mesh.hostfile.hosts[target]
+        rates: list[messages.LinkRate] = []
+        for ip in host.ips:  # a ring sends over all of them at once
+            token = secrets.token_bytes(32)
+            try:
+                listen = messages.ListenForLink(ip, token)
+                ports = await self.clients[target].ask(listen, messages.Ports, LINK)
+                probe = messages.ProbeLink(ip, ports.ports[0], token, PROBE)
+                rates.append(await self.clients[source].ask(probe, messages.LinkRate, LINK))
+            except HostUnreachableError:
+                raise
+            except FluxmeshError:
+                return None  # no cable between these two
+        if not rates:
+            return None
+        rate = sum(each.rate for each in rates)
+        return LinkInfo(source, target, rate, max(each.latency for each in rates))
+
+    # Weights and step times
+
+    async def _fill(self) -> None:
+        """Loads and times what isn't yet, under the leases of the hosts that need it."""
+        asked = [each.ask(messages.AskStatus(), messages.Status) for each in self.clients.values()]
+        statuses = dict(zip(self.clients, await asyncio.gather(*asked), strict=True))
+        infos = tuple(host_info(rank, status) for rank, status in statuses.items())
+        view = MeshView(infos, self.mesh.links, self.mesh.hostfile.backend)
+        place = layout(self.work, view)
+        for rank in place.idle:
+            self.watcher.note(f"Host {rank} holds no weights: {place.why}.")
+        cold = [rank for rank in place.ranks if not self._holds(statuses[rank], place, rank)]
+        untimed = [
+            rank for rank in place.ranks if place.shards == 1 and not self._timed(statuses[rank])
+        ]
+        leases: dict[int, messages.Granted] = {}
+        for rank in sorted({*cold, *untimed}):  # in rank order, so that no two can deadlock
+            leases[rank] = await self._lease(rank)
+        jobs = {rank: _Job(self.clients[rank], leases[rank], self.work) for rank in leases}
+        if cold:
+            self.watcher.stage(f"Loading {self.work.weights.model}")
+            await asyncio.gather(*(self._load(jobs[rank], place, rank) for rank in cold))
+        if untimed:
+            self.watcher.stage("Timing a step")
+            same: dict[str, list[_Job]] = {}
+            for rank in untimed:
+                same.setdefault(view.host(rank).device_key, []).append(jobs[rank])
+            await asyncio.gather(*map(self._time, same.values()))
+        for rank in leases:
+            await self.clients[rank].ask(messages.LeaveQueue(), messages.Done)
+
+    def _holds(self, status: messages.Status, place: Layout, rank: int) -> bool:
+        """Whole weights serve where a shard would do: nothing is thrown away."""
+        held = status.holds
+        if held is None or held.weights != self.work.weights:
+            return False
+        return held.shards == 1 or (held.shards, held.shard) == (place.shards, place.shard(rank))
+
+    def _timed(self, status: messages.Status) -> bool:
+        weights, work = self.work.weights, self.work
+        wanted = (weights.model, work.height, work.width, weights.dtype, weights.bits)
+        return any(
+            (one.model, one.height, one.width, one.dtype, one.bits) == wanted
+            for one in status.measured
+        )
+
+    async def _lease(self, rank: int) -> messages.Granted:
+        def waiting(queued: messages.Queued) -> None:
+            self.watcher.note(f"Host {rank} is busy; this `up` is number {queued.place} in line.")
+
+        return await self.clients[rank].lease(f"up-{secrets.token_hex(4)}", 60.0, waiting)
+
+    async def _load(self, job: _Job, place: Layout, rank: int) -> None:
+        load = messages.Load(*job.common, place.shards, place.shard(rank), COMPONENTS)
+        async for report in job.do(load, SILENCE):
+            if isinstance(report, messages.Progress):
+                what, done, total = report.component, report.done_bytes, report.total_bytes
+                self.watcher.progress(rank, what, done, total)
+
+    async def _time(self, jobs: Iterable[_Job]) -> None:
+        """Hosts of one device, one after another: each is timed with nothing else running."""
+        for job in jobs:
+            measure = messages.Measure(*job.common, self.work.height, self.work.width)
+            async for _ in job.do(measure, MEASURING):
+                pass  # it beats until it is done
+
+
+class _Job:
+    """Work on one leased host."""
+
+    def __init__(self, client: Client, granted: messages.Granted, work: Work) -> None:
+        self.client = client
+        self.name = f"up-{secrets.token_hex(4)}"
+        self.common = (granted.fence, self.name, granted.epoch, work.weights)
+
+    async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
+        """The reports about one unit of work, until it is done.
+
+        Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
+        """
+        await self.client.ask(message, messages.Done)
+        while True:
+            try:
+                async with asyncio.timeout(silence):
+                    report = await self.client.report()
+            except TimeoutError:
+                raise HostUnreachableError(
+                    f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
+                    "`fluxmesh logs`."
+                ) from None
+            match report:
+                case messages.Failed():
+                    raise error_of(report.kind, f"{self.client.title}: {report.text}")
+                case messages.Lost():
+                    raise FluxmeshError(f"{self.client.title}: {report.reason}")
+                case messages.Loaded() | messages.Timed():
+                    return
+                case _:
+                    yield report
