@@ -1,0 +1,104 @@
+"""A training's checkpoints on the disk: whole or not there, pruned, refused when they don't fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fluxmesh.errors import OutputError, UsageError, WeightsError
+from fluxmesh.training import checkpoint
+from fluxmesh.training.cache import FeatureCache, key
+from fluxmesh.training.checkpoint import Counters, Saved
+
+VECTORS = {"weights": np.arange(5, dtype=np.float32), "first": np.ones(5, np.float32)}
+
+
+def saved(iteration: int = 8, **changed) -> Saved:
+    fields = {"request": {"seed": 1, "targets": ["*"]}, "data": "d", "model": "m"} | changed
+    return Saved(Counters(iteration // 4, iteration, 0.5, 0.25), vectors=VECTORS, **fields)
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    checkpoint.save(tmp_path, saved(4))
+    checkpoint.save(tmp_path, saved(8))
+    found = checkpoint.latest(tmp_path)
+    assert found.counters == Counters(2, 8, 0.5, 0.25)
+    assert (found.request, found.data, found.model) == ({"seed": 1, "targets": ["*"]}, "d", "m")
+    for name, vector in VECTORS.items():
+        np.testing.assert_array_equal(found.vectors[name], vector)
+    assert checkpoint.iterations(tmp_path) == [4, 8]
+
+
+def test_a_checkpoint_that_could_not_be_written_whole_is_not_there(tmp_path):
+    checkpoint.save(tmp_path, saved(4))
+
+    def half(partial):
+        partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="disk is full"):
+        checkpoint.written(checkpoint.state_path(tmp_path, 8), half)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000004_state.safetensors"]
+
+
+def test_pruning_keeps_the_last_ones_and_the_best_and_clears_what_was_half_written(tmp_path):
+    for iteration in range(10, 70, 10):
+        checkpoint.save(tmp_path, saved(iteration))
+        checkpoint.adapters_path(tmp_path, iteration).write_bytes(b"")
+    (tmp_path / ".0000070_state.safetensors.ab12.partial").write_bytes(b"half")
+    (tmp_path / "final_adapters.safetensors").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.prune(tmp_path, 2, best=20)
+    assert checkpoint.iterations(tmp_path) == [20, 50, 60]
+    assert len(list(tmp_path.iterdir())) == 2 * 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"request": {"seed": 2, "targets": ["*"]}}, "seed was 1 and is 2"),
+        ({"data": "other"}, "pictures or captions have changed"),
+        ({"model": "other"}, "the model was m and is other"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused_by_what_differs(changed, said):
+    now = saved(**changed)
+    with pytest.raises(UsageError, match=said):
+        checkpoint.check_same(saved(), now.request, now.data, now.model)
+
+
+def test_a_folder_that_holds_a_training_is_not_written_over(tmp_path):
+    checkpoint.check_new(tmp_path / "new")
+    checkpoint.save(tmp_path, saved())
+    with pytest.raises(OutputError, match="--resume"):
+        checkpoint.check_new(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_told_by_its_name(tmp_path):
+    path = checkpoint.save(tmp_path, saved())
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(WeightsError, match="0000008_state"):
+        checkpoint.latest(tmp_path)
+
+
+def test_the_cache_gives_back_what_it_was_given_and_nothing_that_is_damaged(tmp_path):
+    cache = FeatureCache(tmp_path / "cache")
+    name = key(kind="image", content="ab", box=(0.0, 1.0))
+    assert cache.get(name) is None and not cache.has(name)
+    bits = np.array([[1, 2]], np.uint16)
+    cache.put(name, {"t5": (bits, "BF16"), "clip": (VECTORS["weights"], "F32")})
+    found = cache.get(name)
+    assert found["t5"][1] == "BF16"
+    np.testing.assert_array_equal(found["t5"][0], bits)
+    np.testing.assert_array_equal(found["clip"][0], VECTORS["weights"])
+    path = cache.path(name)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cache.get(name) is None and not cache.has(name)
+    cache.put(name, {"t5": (bits, "BF16")})
+    assert cache.has(name)
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_a_key_depends_on_every_value():
+    assert key(a=1, b="x") == key(b="x", a=1)
+    assert len({key(a=1, b="x"), key(a=2, b="x"), key(a=1, b="y"), key(a=1)}) == 4
