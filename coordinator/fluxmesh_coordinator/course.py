@@ -6,13 +6,13 @@ Shared by `session.py` (what happens), `dispatch.py` (what is to be done next) a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, MeshView
+from fluxmesh.cluster import Holding, HostInfo, MeshView
 from fluxmesh.placement import Option, Phase, Plan, plan
 from fluxmesh.planning.work import Work
 from fluxmesh_coordinator.album import Album
@@ -97,17 +97,23 @@ class Course:
         """Whether a host's death is the death of the ring that works now, or forms."""
         return self.ring is not None and self.in_ring and rank in self.ring.ranks
 
-    def plan(self) -> Plan:
-        """How what is left is best done by the hosts that are left; sets `option` and `phases`."""
-        left = self.album.unpainted
-        request = replace(self.job.request, n_images=max(1, len(left)))
-        hosts = tuple(self.workers[rank].info for rank in sorted(self.workers))
-        view = MeshView(hosts, self.links.links, self.links.backend)
+    def find(self, hosts: Sequence[HostInfo]) -> Plan:
+        """How what is left is best done by these hosts, as a request of that many images."""
+        left = max(1, len(self.album.unpainted))
+        request = replace(self.job.request, n_images=left)
+        ordered = tuple(sorted(hosts, key=lambda host: host.rank))
+        view = MeshView(ordered, self.links.links, self.links.backend)
         placement, force = self.job.placement, self.job.force_shard
         found = plan(request, view, self.job.sizes, placement=placement, force_shard=force)
         if found.winner is None and self.losses and hosts:
             # A picture that is finished in another way is better than none.
             found = plan(request, view, self.job.sizes)
+        return found
+
+    def plan(self) -> Plan:
+        """Settles how what is left is done by the hosts that are left: `option` and `phases`."""
+        left = self.album.unpainted
+        found = self.find([worker.info for worker in self.workers.values()])
         self.needs_plan = False
         self.option, self.phases, self.ring = found.winner, [], None
         if found.winner is not None and left:

@@ -307,13 +307,13 @@ class Ephemeral:
         self.close()
 
 
-def start_ephemeral(envs: Sequence[tuple[str, str]] = ()) -> Ephemeral:
+def start_ephemeral(envs: Sequence[tuple[str, str]] = (), keys: Keys | None = None) -> Ephemeral:
     """A mesh of one on this machine, for this call alone; its agent may read every model.
 
-    It ends when its stdin closes, so nothing is left behind however this process ends. Raises
-    `FluxmeshError` with what the agent said last.
+    It ends when its stdin closes, so nothing is left behind however this process ends. `keys` are
+    those of an earlier one that died. Raises `FluxmeshError` with what the agent said last.
     """
-    keys = Keys.new()
+    keys = keys or Keys.new()
     state = Path(tempfile.mkdtemp(prefix="fluxmesh-"))
     log = state / "agent.log"
     spec = {"address": "127.0.0.1", "port": 0, "roots": ["/"]}

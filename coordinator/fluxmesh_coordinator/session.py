@@ -11,11 +11,13 @@ last acknowledged step, which therefore never runs twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fluxmesh import events, messages
 from fluxmesh.canvas import composite
+from fluxmesh.cluster import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.placement import Plan
 from fluxmesh_coordinator import failures
 from fluxmesh_coordinator.course import Course
 from fluxmesh_coordinator.dispatch import Dispatch
@@ -89,10 +91,15 @@ class Session:
                 self._tick()
         return self._go_on()
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether it only waits for its hosts to let go."""
-        return self._is_ending
+    def find(self, hosts: Sequence[HostInfo], links: Links) -> Plan:
+        """How what is left would be done by these hosts; those that failed too often are left
+        out."""
+        self.course.links = links
+        return self.course.find([host for host in hosts if self._recovery.takes(host.rank)])
+
+    def has_given_up(self, ranks: Iterable[int]) -> bool:
+        """Whether all of these hosts failed too often to be used again."""
+        return not any(self._recovery.takes(rank) for rank in ranks)
 
     def _go_on(self) -> list[Instruction]:
         course = self.course

@@ -1,0 +1,69 @@
+"""A user's adapters on a mesh: named by their hash, and sent to the hosts that lack them.
+
+Below `mesh.py` (which names them) and `conduct.py` (which sends them before an engine is told to
+load them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fluxmesh.errors import AdapterError
+from fluxmesh.flux.lora_files import find_adapter
+from fluxmesh.messages import Done, Found, HasFile, PutFile
+from fluxmesh.request import AdapterRef
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.recipe import sha256_of
+
+PIECE = 4 << 20  # bytes a message
+
+Files = Mapping[str, tuple[str, Path]]  # hash -> (what the user called it, the file)
+
+
+def by_hash(adapters: Iterable[AdapterRef]) -> tuple[tuple[AdapterRef, ...], Files]:
+    """The same adapters, named by their files' hashes. Raises `AdapterError`."""
+    named: list[AdapterRef] = []
+    files: dict[str, tuple[str, Path]] = {}
+    for adapter in adapters:
+        try:
+            path = Path(find_adapter(adapter.path))
+            sha256 = sha256_of(path)
+        except OSError as error:
+            raise AdapterError(
+                f"--adapter {adapter.path} can't be read: {error.strerror or error}."
+            ) from error
+        files[sha256] = (adapter.path, path)
+        named.append(AdapterRef(sha256, adapter.scale))
+    return tuple(named), files
+
+
+def with_names(text: str, files: Files) -> str:
+    """A sentence of an agent, in which adapters bear the names that the user gave them."""
+    for sha256, (name, _) in files.items():
+        # As a function: a name is no pattern.
+        text = re.sub(rf"[^\s'\"]*{sha256}(\.safetensors)?", _constant(name), text)
+    return text
+
+
+def _constant(text: str) -> Callable[[re.Match[str]], str]:
+    return lambda _: text
+
+
+async def send(client: Client, fence: int, files: Files) -> None:
+    """Makes a host have these files. Raises `FluxmeshError`."""
+    for sha256, (name, path) in files.items():
+        found = await client.ask(HasFile(fence, sha256), Found)
+        if found.there:
+            continue
+        total = path.stat().st_size
+        with open(path, "rb") as file:
+            for offset in range(0, total, PIECE):
+                piece = file.read(PIECE)
+                if not piece:
+                    raise AdapterError(f"--adapter {name} shrinks while it is read; try again.")
+                data = np.frombuffer(piece, np.uint8)
+                await client.ask(PutFile(fence, sha256, offset, total, data), Done)

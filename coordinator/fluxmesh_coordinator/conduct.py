@@ -1,0 +1,321 @@
+"""One job on a driver's agents: leases, then `session.py` until its end; again when it is stuck.
+
+The I/O around the pure session: takes the leases of the hosts that the plan needs, in rank order
+(so that two coordinators never wait for each other), hands it what agents say, does what it says,
+and brings back hosts that return. Below `mesh.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fluxmesh import messages
+from fluxmesh.cluster import HostInfo
+from fluxmesh.errors import (
+    CancelledError,
+    DoesNotFitError,
+    FluxmeshError,
+    HostUnreachableError,
+)
+from fluxmesh.events import Event, Queued
+from fluxmesh_coordinator import adapters
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.driver import Driver
+from fluxmesh_coordinator.jobs import (
+    Answered,
+    Back,
+    Finished,
+    Gone,
+    Input,
+    Instruction,
+    Job,
+    LeasedHost,
+    Reported,
+    Send,
+    Stop,
+    Stuck,
+    Tell,
+    Tick,
+)
+from fluxmesh_coordinator.session import Session
+from fluxmesh_coordinator.survey import host_info
+
+TICK = 0.25  # seconds
+RETURN = 15.0  # seconds in which a host that was lost may come back, if none else can do the work
+
+
+class Conductor:
+    """Does one job. `tell` hears its events; `stop` cancels it."""
+
+    def __init__(
+        self, driver: Driver, job: Job, files: adapters.Files, tell: Callable[[Event], None]
+    ) -> None:
+        self.driver, self.job, self.files, self.tell = driver, job, files, tell
+        self.session = Session(job)
+        self.stop = asyncio.Event()
+        self._inbox: asyncio.Queue[Input] = asyncio.Queue()
+        self._outboxes: dict[int, asyncio.Queue[messages.Changing]] = {}
+        self._leased: dict[int, Client] = {}
+        self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
+        self._tasks: dict[int, list[asyncio.Task[None]]] = {}
+        self._returning: asyncio.Task[None] | None = None
+        self._was_lost = False
+
+    async def run(self, wait: float | None = None) -> None:
+        """To the end of the job; raises how it failed. `wait`: seconds for hosts to return."""
+        stopping = asyncio.create_task(self._watch_stop())
+        try:
+            while True:
+                out = self.session.begin(await self._lease(wait), self.driver.links, self._now)
+                self._returning = asyncio.create_task(self._bring_back())
+                end = await self._serve(out)
+                await self._release()
+                if isinstance(end, Finished):
+                    if end.error is not None:
+                        said = adapters.with_names(str(end.error), self.files)
+                        raise type(end.error)(said)
+                    return
+                self._was_lost = True
+        finally:
+            stopping.cancel()
+            await self._release()
+
+    @property
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    # Leases
+
+    async def _lease(self, wait: float | None) -> list[LeasedHost]:
+        """The hosts of the best plan, leased; waits for hosts that may return."""
+        deadline: float | None = None
+        while True:
+            infos = await self.driver.infos()
+            plan = self.session.find(list(infos.values()), self.driver.links)
+            if plan.winner is not None:
+                ranks = {*plan.winner.ranks, plan.winner.text_rank}
+                hosts = await self._take(sorted(r for r in ranks if r is not None), plan.winner)
+                if hosts is not None:
+                    return hosts
+                continue
+            if deadline is None:
+                deadline = self._now + (self._patience() if wait is None else wait)
+            await self._await_change(deadline, plan.reason, infos)
+
+    def _patience(self) -> float:
+        """How long a mesh that can't do the work may take to change, where nobody said."""
+        missing = self.driver.reasons
+        if self._was_lost or any(self.driver.can_restart(rank) for rank in missing):
+            return RETURN if missing else 0.0
+        return 0.0
+
+    async def _await_change(self, deadline: float, reason: str, infos: dict[int, HostInfo]) -> None:
+        """Until a host comes or goes. Raises where that takes too long."""
+        left = deadline - self._now
+        if left <= 0:
+            if not infos:
+                raise self.driver.unreachable()
+            if self._was_lost and self.session.has_given_up(infos):
+                raise FluxmeshError("Every host that answers has failed twice in this job.")
+            raise DoesNotFitError(reason)
+        try:
+            async with asyncio.timeout(min(left, 1.0)):
+                await self._unless_stopped(self.driver.change())
+        except TimeoutError:
+            pass  # looks again, at the clock too
+
+    async def _take(self, ranks: list[int], option: Any) -> list[LeasedHost] | None:
+        """The leases of these hosts, in rank order; None where one of them was lost meanwhile."""
+        granted: dict[int, messages.Granted] = {}
+        for rank in ranks:
+            client = self.driver.clients.get(rank)
+            try:
+                if client is None:
+                    raise HostUnreachableError(self.driver.reasons.get(rank, "It is gone."))
+                self._asked[rank] = client
+                lease = client.lease(self.job.id, option.seconds, self._teller(rank))
+                granted[rank] = await self._unless_stopped(lease)
+                self._leased[rank] = client
+            except HostUnreachableError as error:
+                if client is not None:
+                    self.driver.lost(rank, client, str(error))
+                await self._release()
+                return None
+        statuses = await self.driver.statuses(ranks)
+        if len(statuses) < len(ranks):
+            await self._release()
+            return None
+        return [self._open(rank, granted[rank], statuses[rank]) for rank in ranks]
+
+    def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
+        return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
+
+    def _open(self, rank: int, granted: messages.Granted, told: messages.Status) -> LeasedHost:
+        """A host whose lease is ours: from now on its reports come in, and messages go out."""
+        client = self._leased[rank]
+        self._outboxes[rank] = asyncio.Queue()
+        self._tasks[rank] = [
+            asyncio.create_task(self._listen(rank, client)),
+            asyncio.create_task(self._deliver(rank, client, self._outboxes[rank])),
+        ]
+        return LeasedHost(
+            host_info(rank, told),
+            self.driver.hosts[rank],
+            granted.fence,
+            max(granted.epoch, told.epoch),
+            told.engine_pid is not None,
+            told.ring,
+            told.ring_rank,
+            told.ring_size,
+        )
+
+    async def _release(self) -> None:
+        """Gives back all leases, and places in line."""
+        if self._returning is not None:
+            self._returning.cancel()
+            await asyncio.gather(self._returning, return_exceptions=True)
+            self._returning = None
+        asked, self._asked = self._asked, {}
+        self._leased = {}
+        for rank in list(self._tasks):
+            await self._close(rank)
+
+        async def leave(rank: int, client: Client) -> None:
+            try:
+                await client.ask(messages.LeaveQueue(), messages.Done)
+            except FluxmeshError as error:
+                self.driver.lost(rank, client, str(error))
+
+        await asyncio.gather(*(leave(rank, client) for rank, client in asked.items()))
+
+    async def _close(self, rank: int) -> None:
+        self._outboxes.pop(rank, None)
+        tasks = self._tasks.pop(rank, [])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _bring_back(self) -> None:
+        """Leases hosts of the job that were lost, when they answer again and their line is short.
+
+        In the background: whoever holds one is never waited for with other leases in hand.
+        """
+        wanted = set(self._leased)
+        while True:
+            for rank in wanted - set(self._leased):
+                client = self.driver.clients.get(rank)
+                if client is None:
+                    continue
+                self._asked[rank] = client
+                try:
+                    granted = await client.lease(self.job.id, 0.0, lambda _: None)
+                except FluxmeshError as error:
+                    self.driver.lost(rank, client, str(error))
+                    continue
+                told = (await self.driver.statuses([rank])).get(rank)
+                if told is not None:
+                    self._leased[rank] = client
+                    self._inbox.put_nowait(Back(self._open(rank, granted, told)))
+            await self.driver.change()
+
+    # The session
+
+    async def _serve(self, out: list[Instruction]) -> Finished | Stuck:
+        """Does what the session says until it ends, or is stuck."""
+        ticked = self._now
+        end = self._carry_out(out)
+        while end is None:
+            try:
+                async with asyncio.timeout(TICK):
+                    event = await self._inbox.get()
+            except TimeoutError:
+                event = Tick()
+            if isinstance(event, Gone):
+                await self._close(event.rank)
+            end = self._carry_out(self.session.handle(event, self._now))
+            if end is None and self._now - ticked >= TICK:
+                ticked = self._now
+                end = self._carry_out(self.session.handle(Tick(), self._now))
+        return end
+
+    def _carry_out(self, out: list[Instruction]) -> Finished | Stuck | None:
+        end: Finished | Stuck | None = None
+        for instruction in out:
+            match instruction:
+                case Tell():
+                    self.tell(instruction.event)
+                case Send():
+                    outbox = self._outboxes.get(instruction.rank)
+                    message = instruction.message
+                    if outbox is not None and isinstance(message, messages.Changing):
+                        outbox.put_nowait(message)
+                case Finished() | Stuck():
+                    end = instruction
+        return end
+
+    async def _listen(self, rank: int, client: Client) -> None:
+        """Everything that an agent reports, until it is gone."""
+        try:
+            while True:
+                self._inbox.put_nowait(Reported(rank, await client.report()))
+        except FluxmeshError as error:
+            self._gone(rank, client, str(error))
+
+    async def _deliver(
+        self, rank: int, client: Client, outbox: asyncio.Queue[messages.Changing]
+    ) -> None:
+        """Sends in order what the session gives out, adapters before whatever needs them."""
+        lacks = dict(self.files)
+        while True:
+            message = await outbox.get()
+            try:
+                if lacks and isinstance(message, messages.Load | messages.Encode):
+                    await adapters.send(client, message.fence, lacks)
+                    lacks = {}
+                answer = await client.post(message)
+            except HostUnreachableError as error:
+                self._gone(rank, client, str(error))
+                return
+            except FluxmeshError as error:
+                refused = messages.Refused("usage", str(error))
+                self._inbox.put_nowait(Answered(rank, message, refused))
+                continue
+            answer.add_done_callback(self._answerer(rank, message))
+
+    def _answerer(
+        self, rank: int, message: messages.Changing
+    ) -> Callable[[asyncio.Future[messages.Message]], None]:
+        def heard(answer: asyncio.Future[messages.Message]) -> None:
+            # One that fails ends the conversation, which `_listen` tells.
+            if not answer.cancelled() and answer.exception() is None:
+                self._inbox.put_nowait(Answered(rank, message, answer.result()))
+
+        return heard
+
+    def _gone(self, rank: int, client: Client, reason: str) -> None:
+        if self._leased.get(rank) is client:
+            del self._leased[rank], self._asked[rank]
+            self.driver.lost(rank, client, reason)
+            self._inbox.put_nowait(Gone(rank, reason))
+
+    # Stopping
+
+    async def _watch_stop(self) -> None:
+        await self.stop.wait()
+        self._inbox.put_nowait(Stop())
+
+    async def _unless_stopped(self, waiting: Any) -> Any:
+        """The result of a coroutine that waits for others. Raises `CancelledError` on a stop."""
+        task = asyncio.ensure_future(waiting)
+        stopped = asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise CancelledError("Cancelled.")
+        finally:
+            for one in (task, stopped):
+                one.cancel()
+            await asyncio.gather(task, stopped, return_exceptions=True)

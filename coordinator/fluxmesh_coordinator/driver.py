@@ -1,0 +1,143 @@
+"""The agents of a mesh in one event loop: connected, told apart, and connected again when lost.
+
+Between `client.py` (one agent) and `conduct.py` (one job on them). A member that is lost is tried
+again for as long as the driver is open; one on this machine whose process has ended is started
+again first, if the driver knows how.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Self
+
+from fluxmesh import messages
+from fluxmesh.cluster import HostInfo
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.hostfile import Host
+from fluxmesh.transport.base import Dialer
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.jobs import Links
+from fluxmesh_coordinator.record import Member, MeshRecord
+from fluxmesh_coordinator.survey import host_info
+
+log = logging.getLogger(__name__)
+
+OTHERS = 1.0  # seconds that the first host that answers waits for the others
+RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
+RESTARTS = 3  # of one agent, in the life of a driver
+
+Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
+
+
+class Driver:
+    """A mesh, as one coordinator holds it. An async context manager."""
+
+    def __init__(self, record: MeshRecord, dialer: Dialer, restart: Restart | None = None) -> None:
+        self.record = record
+        self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
+        self.links = Links(record.links, record.hostfile.backend)
+        self.clients: dict[int, Client] = {}  # those that answer
+        self.reasons: dict[int, str] = {}  # why the others do not
+        self._members = {member.rank: member for member in record.members}
+        self._dialer, self._restart = dialer, restart
+        self._restarts: dict[int, int] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        """Connects to all that answer; raises nothing where none does."""
+        for rank in self._members:
+            self._tasks[rank] = asyncio.create_task(self._reach(rank))
+        while len(self.clients) + len(self.reasons) < len(self._members):
+            try:
+                async with asyncio.timeout(OTHERS if self.clients else None):
+                    await self.change()
+            except TimeoutError:
+                break
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self.clients.values()))
+        await self._dialer.close()
+
+    async def change(self) -> None:
+        """Waits until a host answers that did not, or the other way round."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def can_restart(self, rank: int) -> bool:
+        """Whether a host that is lost is started again from here."""
+        tried = self._restarts.get(rank, 0)
+        return self._restart is not None and self.hosts[rank].is_local and tried < RESTARTS
+
+    def lost(self, rank: int, client: Client, reason: str) -> None:
+        """A client's conversation is over: another one is begun. Twice is harmless."""
+        if self.clients.get(rank) is not client:
+            return
+        del self.clients[rank]
+        self.reasons[rank] = reason
+        self._tasks[rank] = asyncio.create_task(self._reach(rank, client))
+        self._changed.set()
+
+    async def statuses(self, ranks: Iterable[int] | None = None) -> dict[int, messages.Status]:
+        """What the hosts that answer say of themselves now."""
+        chosen = list(self._members if ranks is None else ranks)
+
+        async def one(rank: int) -> messages.Status | None:
+            client = self.clients.get(rank)
+            if client is None:
+                return None
+            try:
+                return await client.ask(messages.AskStatus(), messages.Status)
+            except FluxmeshError as error:
+                self.lost(rank, client, str(error))
+                return None
+
+        found = await asyncio.gather(*map(one, chosen))
+        return {rank: status for rank, status in zip(chosen, found, strict=True) if status}
+
+    async def infos(self) -> dict[int, HostInfo]:
+        """The hosts that answer, as the planner sees them."""
+        return {rank: host_info(rank, told) for rank, told in (await self.statuses()).items()}
+
+    def unreachable(self) -> HostUnreachableError:
+        """Why no host answers, in a sentence."""
+        why = next(iter(self.reasons.values()), "it has no host.")
+        return HostUnreachableError(f"No host of {self.record.name} answers: {why}")
+
+    async def _reach(self, rank: int, old: Client | None = None) -> None:
+        """Until the member answers: connects, or has it started again."""
+        if old is not None:
+            await old.close()
+        pause, limit = RETRY
+        while True:
+            member = self._members[rank]
+            client = Client(self._dialer, member, self.hosts[rank].name)
+            try:
+                await client.__aenter__()
+            except FluxmeshError as error:
+                self.reasons[rank] = str(error)
+            else:
+                self.clients[rank] = client
+                self.reasons.pop(rank, None)
+                self._changed.set()
+                return
+            if self.can_restart(rank):
+                await self._start_again(rank)
+            self._changed.set()
+            await asyncio.sleep(pause)
+            pause = min(limit, 2 * pause)
+
+    async def _start_again(self, rank: int) -> None:
+        assert self._restart is not None
+        self._restarts[rank] = self._restarts.get(rank, 0) + 1
+        try:
+            self._members[rank] = await asyncio.to_thread(self._restart, rank)
+        except FluxmeshError as error:
+            log.warning("host %d could not be started again: %s", rank, error)
+            self.reasons[rank] = str(error)

@@ -1,0 +1,256 @@
+"""`Mesh`: the hosts of a hostfile, or this machine alone, as a program holds them.
+
+    with fluxmesh.Mesh.connect() as mesh:
+        for event in mesh.generate(GenerateRequest("a red apple", seed=7)):
+            ...
+
+The command line stands on this, and so can any program (`fluxmesh.Mesh`). An event loop in a
+thread of its own drives the agents (`driver.py`, `conduct.py`); everything here blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Self, TypeVar
+
+from fluxmesh import messages
+from fluxmesh.cluster import MeshView, Placement
+from fluxmesh.events import Event
+from fluxmesh.keys import Keys
+from fluxmesh.placement import Plan
+from fluxmesh.placement import plan as find_plan
+from fluxmesh.planning.work import ModelSizes
+from fluxmesh.request import GenerateRequest
+from fluxmesh.transport.base import Dialer
+from fluxmesh_coordinator import launch
+from fluxmesh_coordinator.adapters import Files, by_hash
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.driver import Driver, Restart
+from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.record import Member, MeshRecord, load
+from fluxmesh_coordinator.survey import user_keys
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """Agents that are up, and the jobs of this program on them. A context manager."""
+
+    def __init__(
+        self,
+        record: MeshRecord,
+        dialer: Callable[[], Dialer],
+        *,
+        restart: Restart | None = None,
+        close: Callable[[], None] = lambda: None,
+        keeps_warm: bool = True,
+    ) -> None:
+        """`connect` is the usual way in. `dialer` is called in the loop's thread; `restart`
+        starts the agent of a rank again, `close` ends what was started for this mesh alone.
+        """
+        self.record = record
+        self.keeps_warm = keeps_warm  # whether weights serve others after this program
+        self._close = close
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
+        self._thread.start()
+
+        async def begin() -> Driver:
+            return await Driver(record, dialer(), restart).__aenter__()
+
+        try:
+            self._driver: Driver = self._run(begin())
+        except BaseException:
+            self._end()
+            raise
+
+    @classmethod
+    def connect(cls, record: MeshRecord | None = None, keys: Keys | None = None) -> Self:
+        """The mesh of `record`, or the one that is up; where none is, one of this machine alone.
+
+        The last ends with this program. Raises `FluxmeshError` where it can't be started; a mesh
+        none of whose hosts answers is told by what is asked of it.
+        """
+        record = record or load()
+        if record is not None:
+            return cls._of(record, keys or user_keys())
+        started = launch.start_ephemeral()
+        ephemeral = [started]
+
+        def restart(rank: int) -> Member:
+            ephemeral[0].close()
+            ephemeral[0] = launch.start_ephemeral(keys=started.keys)
+            return ephemeral[0].record.members[rank]
+
+        def close() -> None:
+            ephemeral[0].close()
+
+        try:
+            return cls(
+                started.record,
+                _curve(started.keys),
+                restart=restart,
+                close=close,
+                keeps_warm=False,
+            )
+        except BaseException:
+            close()
+            raise
+
+    @classmethod
+    def _of(cls, record: MeshRecord, keys: Keys) -> Self:
+        def restart(rank: int) -> Member:
+            member = launch.start_again(record, rank, keys).member(rank)
+            assert member is not None
+            return member
+
+        return cls(record, _curve(keys), restart=restart)
+
+    # What it can do
+
+    def generate(
+        self,
+        request: GenerateRequest,
+        placement: Placement | None = None,
+        force_shard: bool = False,
+        wait: float | None = None,
+        *,
+        keep_warm: bool = True,
+    ) -> Generator[Event, None, None]:
+        """Runs a request; yields its events as they happen. Pictures come as they are ready.
+
+        `placement` and `force_shard` narrow the plan; `wait` is how many seconds hosts that are
+        lost, or do not answer, may take to return. Closing the iterator cancels the job within a
+        step. Raises `UsageError`, `ModelNotFoundError`, `WeightsError`, `AdapterError`,
+        `HostUnreachableError` or `DoesNotFitError`.
+        """
+        job, files = self._prepare(request, placement, force_shard, keep_warm)
+        box: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+
+        async def begin() -> Conductor:
+            return Conductor(self._driver, job, files, box.put)
+
+        conductor = self._run(begin())
+        done = asyncio.run_coroutine_threadsafe(conductor.run(wait), self._loop)
+        done.add_done_callback(lambda _: box.put(None))
+        try:
+            while (event := box.get()) is not None:
+                yield event
+            done.result()
+        finally:
+            if not done.done():
+                self._loop.call_soon_threadsafe(conductor.stop.set)
+                done.exception()  # waits for the hosts to let go; we were told to stop
+
+    def plan(
+        self,
+        request: GenerateRequest,
+        placement: Placement | None = None,
+        force_shard: bool = False,
+    ) -> Plan:
+        """What `generate` would do now, and every other way."""
+        job, _ = self._prepare(request, placement, force_shard, True)
+        return plan_of(job, self.view)
+
+    def status(self) -> dict[int, messages.Status | str]:
+        """Of each host by rank: what it says of itself, or why it does not answer."""
+
+        async def ask() -> dict[int, messages.Status | str]:
+            driver = self._driver
+            found: dict[int, messages.Status | str] = dict(await driver.statuses())
+            for member in self.record.members:
+                found.setdefault(
+                    member.rank, driver.reasons.get(member.rank, "It does not answer.")
+                )
+            return dict(sorted(found.items()))
+
+        return self._run(ask())
+
+    @property
+    def view(self) -> MeshView:
+        """The hosts that answer now, as the planner sees them."""
+        infos = self._run(self._driver.infos())
+        hosts = tuple(infos[rank] for rank in sorted(infos))
+        links = self._driver.links
+        return MeshView(hosts, links.links, links.backend)
+
+    def close(self) -> None:
+        """Lets go of the agents; a mesh that was started by `connect` ends. Twice is harmless."""
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._driver.__aexit__())
+        finally:
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    # Within
+
+    def _prepare(
+        self,
+        request: GenerateRequest,
+        asked: Placement | None,
+        force_shard: bool,
+        keep_warm: bool,
+    ) -> tuple[Job, Files]:
+        """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
+        from fluxmesh.flux import hub
+
+        checkpoint = hub.resolve(request.model)
+        named, files = by_hash(request.adapters)
+        name, local = request.model, os.path.expanduser(request.model)
+        if os.path.exists(local):
+            name = os.path.abspath(local)
+        job = Job(
+            secrets.token_hex(8),
+            replace(request, model=name, adapters=named),
+            ModelSizes.of(checkpoint),
+            secrets.token_bytes(32),
+            asked,
+            force_shard,
+            self.keeps_warm or keep_warm,
+        )
+        return job, files
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, done in the loop's thread."""
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._close()
+
+
+def plan_of(job: Job, view: MeshView) -> Plan:
+    """How a job would be done on these hosts."""
+    return find_plan(
+        job.request, view, job.sizes, placement=job.placement, force_shard=job.force_shard
+    )
+
+
+def _curve(keys: Keys) -> Callable[[], Dialer]:
+    def dialer() -> Dialer:
+        from fluxmesh.transport.dialer import CurveDialer  # loads zmq
+
+        return CurveDialer(keys)
+
+    return dialer
