@@ -295,6 +295,7 @@ class Counters(Message):
     decodes: int = 0
     sent_bytes: int = 0  # in collectives
     transformer_bytes: int = 0  # of weights held now: blocks, modulation and the rest
+    block_bytes: int = 0  # of these, blocks and modulation: what a shard divides
     peak_bytes: int = 0
     load_peak_bytes: int = 0  # while the transformer was loaded
 

@@ -24,6 +24,7 @@ from fluxmesh.flux.sharding import Shard
 from fluxmesh.messages import Counters, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
+BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
 
 
 class Stopped(Exception):
@@ -55,7 +56,7 @@ class Held:
         self.done = Counters()  # what was done since the start
         self.weights: Weights | None = None  # under the names that they were asked for
         self._spread: dict[str, TensorFlux | SequenceFlux] = {}
-        self._sizes: dict[str, tuple[Any, int]] = {}
+        self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
 
     @property
     def model(self) -> FluxPipeline:
@@ -67,13 +68,14 @@ class Held:
     def counters(self) -> Counters:
         """What was done since the start, and what is held now: counted, not reckoned."""
         pipeline = self.pipeline
-        held = 0
+        held = blocks = 0
         if pipeline is not None and pipeline.is_loaded("flow"):
-            held = self._bytes_of("flow")
+            held, blocks = self._bytes_of("flow"), self._bytes_of("flow", BLOCKS)
         return replace(
             self.done,
             sent_bytes=0 if self.ranks is None else self.ranks.traffic.bytes,
             transformer_bytes=held,
+            block_bytes=blocks,
             peak_bytes=max(self.done.peak_bytes, self.meter.now()),
         )
 
@@ -189,8 +191,8 @@ class Held:
         self.options.pause("load")
         start, before = time.perf_counter(), mx.get_active_memory()
         with self.meter.apart() as peak:
+            self._sizes.clear()
             for name in missing:
-                self._sizes.pop(name, None)
                 getattr(self.model, name)
         self.load_rate = total / max(time.perf_counter() - start, 1e-6)
         if component == "transformer":
@@ -204,11 +206,13 @@ class Held:
         if self.options.hear is not None:
             self.options.hear(event)
 
-    def _bytes_of(self, name: str) -> int:
+    def _bytes_of(self, name: str, prefixes: tuple[str, ...] = ("",)) -> int:
         """Bytes of a model's arrays, counted once for as long as it is the same."""
         model = getattr(self.model, name)
         state = (id(model), getattr(model, "modulation_released", False))
-        if self._sizes.get(name, (None, 0))[0] != state:
-            nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-            self._sizes[name] = (state, nbytes)
-        return self._sizes[name][1]
+        known, nbytes = self._sizes.get((name, prefixes), (None, 0))
+        if known != state:
+            arrays = tree_flatten(model.parameters())
+            nbytes = sum(array.nbytes for key, array in arrays if key.startswith(prefixes))
+            self._sizes[name, prefixes] = (state, nbytes)
+        return nbytes

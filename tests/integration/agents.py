@@ -1,0 +1,265 @@
+"""Real agents on loopback, and a coordinator for tests that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fluxmesh import __version__, messages
+from fluxmesh.backends import joining
+from fluxmesh.cluster import Weights
+from fluxmesh.flux.noise import initial_noise
+from fluxmesh.hostfile import Host
+from fluxmesh.keys import Keys
+from fluxmesh.messages import Message
+from fluxmesh.transport.dialer import CurveDialer, DialledConnection
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 60.0  # seconds that a test waits for anything
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+
+@dataclass
+class Agent:
+    """A process, and what it said when it listened."""
+
+    process: subprocess.Popen[bytes]
+    state: Path
+    endpoint: str
+    key: str
+    boot: str
+    user: Keys
+
+    @property
+    def log(self) -> str:
+        return (self.state / "agent.log").read_text()
+
+    def close_stdin(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+
+@contextmanager
+def agent(
+    state: Path,
+    *options: str,
+    user: Keys | None = None,
+    envs: Mapping[str, str] | None = None,
+    ephemeral: bool = True,
+) -> Iterator[Agent]:
+    """An agent at a free port of loopback, gone at the end."""
+    user = user or Keys.new()
+    paths = (ROOT, ROOT / "agent", ROOT / "coordinator")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "fluxmesh_agent", "run", "--state", str(state)]
+    command += ["--keys-stdin", *options, *(["--ephemeral"] if ephemeral else [])]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        told = {"authorized": {"tester": user.public}, "envs": dict(envs or {})}
+        process.stdin.write(json.dumps(told).encode() + b"\n")
+        process.stdin.flush()
+        said = json.loads(process.stdout.readline())
+        yield Agent(process, state, said["endpoint"], said["public_key"], said["boot"], user)
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        if not ephemeral:
+            process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+class Coordinator:
+    """One conversation with one agent."""
+
+    def __init__(self, connection: DialledConnection, client: str) -> None:
+        self.connection, self.client = connection, client
+        self.fence = self.epoch = 0
+        self.heard: list[Message] = []  # all reports but heartbeats
+        self.beats = 0  # heartbeats of the agent
+        self._read = 0
+        self._news = asyncio.Condition()
+        self._seq = 0
+        self._answers: dict[int, Message] = {}
+
+    async def ask(self, message: Message) -> Message:
+        """The answer, `Refused` too."""
+        self._seq += 1
+        return await self.repeat(message, self._seq)
+
+    async def repeat(self, message: Message, seq: int) -> Message:
+        """Sends under a number that may have been sent before."""
+        self._answers.pop(seq, None)
+        await self.connection.send(message, seq)
+        async with self._news:
+            await asyncio.wait_for(self._news.wait_for(lambda: seq in self._answers), PATIENCE)
+        return self._answers[seq]
+
+    async def done(self, message: Message) -> None:
+        """Asks, and wants `Done`."""
+        answer = await self.ask(message)
+        assert isinstance(answer, messages.Done), answer
+
+    async def until(self, kind: type[M], seconds: float = PATIENCE) -> M:
+        """The next report of a kind that was not returned yet; a `Failed` in between fails."""
+
+        def found() -> int | None:
+            for i in range(self._read, len(self.heard)):
+                if isinstance(self.heard[i], kind | messages.Failed):
+                    return i
+            return None
+
+        async with self._news:
+            await asyncio.wait_for(self._news.wait_for(lambda: found() is not None), seconds)
+        at = found()
+        assert at is not None
+        self._read = at + 1
+        report = self.heard[at]
+        assert isinstance(report, kind), report
+        return report
+
+    async def status(self) -> messages.Status:
+        answer = await self.ask(messages.AskStatus())
+        assert isinstance(answer, messages.Status)
+        return answer
+
+    async def lease(self, job: str = "job") -> None:
+        """Waits for the lease; work goes on from the agent's epoch."""
+        await self.done(messages.AskLease(job, 1.0))
+        granted = await self.until(messages.Granted)
+        self.fence, self.epoch = granted.fence, granted.epoch
+
+    def head(self, job: str = "job") -> tuple[int, str, int]:
+        """What all work begins with."""
+        return self.fence, job, self.epoch
+
+    async def listen(self) -> None:
+        while True:
+            seq, message = await self.connection.receive()
+            async with self._news:
+                if seq:
+                    self._answers[seq] = message
+                elif isinstance(message, messages.Heartbeat):
+                    self.beats += 1
+                else:
+                    self.heard.append(message)
+                self._news.notify_all()
+
+
+@asynccontextmanager
+async def coordinator(
+    host: Agent, *, beats: bool = True, client: str = ""
+) -> AsyncIterator[Coordinator]:
+    """Connects and says hello; `beats` False falls silent after that."""
+    dialer = CurveDialer(host.user)
+    connection = await dialer.connect(host.endpoint, host.key)
+    one = Coordinator(connection, client or secrets.token_hex(8))
+
+    async def beat() -> None:
+        while beats:
+            await connection.send(messages.Heartbeat())
+            await asyncio.sleep(1.0)
+
+    tasks = [asyncio.create_task(one.listen()), asyncio.create_task(beat())]
+    try:
+        welcome = await one.ask(messages.Hello(one.client, __version__))
+        assert isinstance(welcome, messages.Welcome), welcome
+        yield one
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await dialer.close()
+
+
+def play(scene: Coroutine[Any, Any, T], seconds: float = 100.0) -> T:
+    """Runs a scene to its end, or fails."""
+    return asyncio.run(asyncio.wait_for(scene, seconds))
+
+
+async def encode(one: Coordinator, weights: Weights, prompt: str = "a cat") -> messages.Encoded:
+    await one.done(messages.Encode(*one.head(), weights, prompt))
+    return await one.until(messages.Encoded)
+
+
+def painting(
+    one: Coordinator,
+    weights: Weights,
+    text: messages.Encoded,
+    *,
+    placement: Any = "data",
+    seed: int = 7,
+    steps: int = 3,
+    first: int = 0,
+    latents: np.ndarray | None = None,
+    image: int = 0,
+    size: int = 32,
+    low_memory: bool = False,
+    job: str = "job",
+    channels: int = 16,
+) -> messages.Paint:
+    """One image of `size` x `size` pixels."""
+    noise = initial_noise(seed, size, size, channels, 8)
+    return messages.Paint(
+        *one.head(job),
+        weights,
+        placement,
+        image,
+        size,
+        size,
+        steps,
+        first,
+        guidance=4.0,
+        low_memory=low_memory,
+        preview=False,
+        strength=1.0,
+        latents=noise if latents is None else latents,
+        noise=noise,
+        t5=text.t5,
+        clip=text.clip,
+    )
+
+
+async def join_ring(ones: list[Coordinator], epoch: int) -> None:
+    """All of them form a ring on loopback, in their order."""
+    ports: list[tuple[int, ...]] = []
+    for one in ones:
+        answer = await one.ask(messages.AskPorts(one.fence, "127.0.0.1"))
+        assert isinstance(answer, messages.Ports), answer
+        ports.append(answer.ports)
+    hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(len(ones))]
+    nonce = secrets.token_bytes(32)
+    made = joining("ring", hosts, ports)
+    for rank, (one, each) in enumerate(zip(ones, made, strict=True)):
+        one.epoch = epoch
+        await one.done(
+            messages.Join(one.fence, epoch, rank, len(ones), "ring", each.envs, each.files, nonce)
+        )
+    for one in ones:
+        await one.until(messages.Joined)

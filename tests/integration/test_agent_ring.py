@@ -1,0 +1,210 @@
+"""Two real agents with a real ring between their engines: shards, spread work, cancel, a death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh import messages
+from fluxmesh.cluster import Weights
+from fluxmesh.keys import Keys
+from fluxmesh.messages import Decode, Load, Paint
+from tests.checkpoints import TRANSFORMER, make_checkpoint
+from tests.integration.agents import (
+    Coordinator,
+    agent,
+    coordinator,
+    encode,
+    join_ring,
+    painting,
+    play,
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("ring")).path), "float32")
+
+
+@asynccontextmanager
+async def mesh(
+    folder: Path, weights: Weights, count: int = 2, **envs: str
+) -> AsyncIterator[list[Coordinator]]:
+    user = Keys.new()
+    async with AsyncExitStack() as stack:
+        ones = []
+        for rank in range(count):
+            state = folder / f"agent{rank}"
+            host = stack.enter_context(agent(state, "--root", weights.model, user=user, envs=envs))
+            ones.append(await stack.enter_async_context(coordinator(host)))
+        for one in ones:
+            await one.lease()
+        yield ones
+
+
+async def paint(ones: list[Coordinator], works: list[Paint]) -> list[messages.Stepped]:
+    """Gives each rank its work, and returns what rank 0 told."""
+    for one, work in zip(ones, works, strict=True):
+        await one.done(work)
+    steps = [await ones[0].until(messages.Stepped) for _ in range(works[0].steps - works[0].first)]
+    for one in ones[1:]:
+        for _ in steps:
+            assert (await one.until(messages.Stepped)).latents is None
+    return steps
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_engines_paint_in_a_ring_what_one_paints(
+    tmp_path: Path, weights: Weights, shards: int
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights) as ones:
+            await join_ring(ones, 1)
+            text = await encode(ones[0], weights)
+            for shard, one in enumerate(ones):
+                load = Load(*one.head(), weights, shards, shard if shards > 1 else 0)
+                await one.done(load)
+                holding = (await one.until(messages.Loaded)).holding
+                assert (holding.shards, holding.shard) == (shards, shard if shards > 1 else 0)
+            spread = {}
+            for placement in ("tensor", "sequence") if shards == 1 else ("tensor",):
+                works = [painting(one, weights, text, placement=placement) for one in ones]
+                steps = await paint(ones, works)
+                assert [step.step for step in steps] == [1, 2, 3]
+                # From the second step's latents on: to the same bytes.
+                first = {"first": 2, "latents": steps[1].latents}
+                works = [painting(one, weights, text, placement=placement, **first) for one in ones]
+                again = await paint(ones, works)
+                assert [step.step for step in again] == [3]
+                assert np.array_equal(again[0].latents, steps[2].latents)
+                spread[placement] = steps[2].latents
+            counters = [(await one.status()).counters for one in ones]
+            for counted in counters:
+                assert counted.steps == 4 * len(spread)
+                assert counted.sent_bytes > 10_000
+            await ones[0].done(painting(ones[0], weights, text))
+            for _ in range(3):
+                alone = await ones[0].until(messages.Stepped)
+            for placement, latents in spread.items():
+                assert error(latents, alone.latents) <= 1e-5, placement
+            status = [await one.status() for one in ones]
+            assert [s.counters.steps for s in status] == [4 * len(spread) + 3, 4 * len(spread)]
+            assert len({s.ring for s in status}) == 1
+            assert [(s.ring_rank, s.ring_size) for s in status] == [(0, 2), (1, 2)]
+
+    play(scene())
+
+
+def test_a_shard_is_a_shard_in_the_engine_and_while_it_loads(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights) as ones:
+            counted: dict[tuple[int, int], messages.Counters] = {}
+            for shards in (1, 2):
+                for shard, one in enumerate(ones):
+                    part = shard if shards > 1 else 0
+                    await one.done(Load(*one.head(), weights, shards, part))
+                    await one.until(messages.Loaded)
+                    counted[shards, shard] = (await one.status()).counters
+            whole = counted[1, 0].block_bytes
+            D = TRANSFORMER.hidden_size
+            largest = 4 * 7 * D * D  # linear1 of a single block, float32
+            for shard in (0, 1):
+                found = counted[2, shard]
+                assert whole / 2 <= found.block_bytes <= (1 / 2 + 0.01) * whole
+                assert found.transformer_bytes <= found.load_peak_bytes
+                assert found.load_peak_bytes <= 1.1 * (found.transformer_bytes + largest)
+
+    play(scene())
+
+
+def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.15") as ones:
+            await join_ring(ones, 1)
+            text = await encode(ones[0], weights)
+            for image in range(2):
+                for one in ones:
+                    more = {"steps": 40, "image": image, "placement": "tensor"}
+                    await one.done(painting(one, weights, text, **more))
+            await ones[0].until(messages.Stepped)
+            await ones[0].done(messages.Cancel(ones[0].fence, "job"))
+            await asyncio.sleep(0.4)  # one rank hears of it later, and stops at the same step
+            await ones[1].done(messages.Cancel(ones[1].fence, "job"))
+            for one in ones:
+                await one.until(messages.Cancelled)
+            counted = [(await one.status()).counters for one in ones]
+            assert counted[0].steps == counted[1].steps <= 4
+            assert counted[0].images == 0
+            works = [
+                painting(one, weights, text, placement="tensor", steps=2, job="next")
+                for one in ones
+            ]
+            steps = await paint(ones, works)
+            await ones[0].done(
+                Decode(*ones[0].head("next"), weights, (0,), 32, 32, steps[1].latents)
+            )
+            assert (await ones[0].until(messages.Pictured)).pixels.shape == (32, 32, 3)
+
+    play(scene())
+
+
+def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.1") as ones:
+            await join_ring(ones, 1)
+            text = await encode(ones[0], weights)
+            for one in ones:
+                await one.done(painting(one, weights, text, placement="tensor", steps=8))
+            for _ in range(3):
+                kept = await ones[0].until(messages.Stepped)
+            victim = (await ones[1].status()).engine_pid
+            assert victim is not None
+            os.kill(victim, signal.SIGKILL)
+            while not any(isinstance(heard, messages.Failed) for heard in ones[1].heard):
+                await asyncio.sleep(0.02)
+            last = [m for m in ones[0].heard if isinstance(m, messages.Stepped)][-1]
+            assert last.step >= kept.step
+            for one in ones:
+                one.heard.clear()
+                one._read = 0
+                await one.done(messages.Kill(one.fence, 2))
+            assert [(await one.status()).engine_pid for one in ones] == [None, None]
+            await join_ring(ones, 2)
+            works = [
+                painting(
+                    one,
+                    weights,
+                    text,
+                    placement="tensor",
+                    steps=8,
+                    first=last.step,
+                    latents=last.latents,
+                )
+                for one in ones
+            ]
+            resumed = await paint(ones, works)
+            assert [step.step for step in resumed] == list(range(last.step + 1, 9))
+            whole = await paint(
+                ones,
+                [painting(one, weights, text, placement="tensor", steps=8) for one in ones],
+            )
+            assert np.array_equal(whole[-1].latents, resumed[-1].latents)
+
+    play(scene())
