@@ -4,11 +4,12 @@
 #   make test      unit and integration tests
 #   make lint      ruff and mypy          } these two install
 #   make parity    against diffusers      } torch and diffusers
+#   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
 #
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity format clean
+.PHONY: help demo test lint parity ssh format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 p
 	echo $$python; exit; fi; done
 
 help:
-	@sed -n '3,8s/^# \{0,1\}//p' Makefile
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@python="$$($(find_python))"; \
@@ -78,6 +79,9 @@ lint: $(VENV)/.dev
 
 parity: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/parity
+
+ssh: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/ssh
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix .

@@ -42,9 +42,9 @@ MODULE = "fluxmesh_coordinator.starter"
 
 # Finds a Python that has fluxmesh: this machine's own path, then that of the user's login shell.
 FIND = """\
-for python in {own} "$(dirname "$("${{SHELL:-/bin/sh}}" -lc 'command -v fluxmesh' </dev/null \
-2>/dev/null | tail -n 1)")/python" python3; do
-"$python" -c 'import fluxmesh_coordinator' </dev/null 2>/dev/null && exec "$python" -m {module}
+found=$("${{SHELL:-/bin/sh}}" -lc 'command -v fluxmesh' </dev/null 2>/dev/null | tail -n 1)
+for python in {own} "${{found%/*}}/python" python3; do
+"$python" -c 'import {module}' </dev/null 2>/dev/null && exec "$python" -m {module}
 done
 exit 127"""
 
