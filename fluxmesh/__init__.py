@@ -1,18 +1,20 @@
 """fluxmesh: FLUX images in MLX, on one machine or on many.
 
-Importing this package loads no mlx: `FluxPipeline` is looked up when it is first used (PEP 562),
-so that the command line and the agents, which never compute, start at once.
+Importing this package loads no mlx and no zmq: `FluxPipeline` (in this process) and `Mesh` (on many
+hosts) are looked up when they are first used (PEP 562), so that the command line and the agents
+start at once.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fluxmesh.flux.pipeline import FluxPipeline
 
 __version__ = "0.1.0"
-__all__ = ["FluxPipeline", "__version__"]
+__all__ = ["FluxPipeline", "Mesh", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +22,9 @@ def __getattr__(name: str) -> Any:
         from fluxmesh.flux.pipeline import FluxPipeline
 
         return FluxPipeline
+    if name == "Mesh":
+        # The one place where the library names a deployable, for whoever writes `fluxmesh.Mesh`.
+        return importlib.import_module("fluxmesh_coordinator.mesh").Mesh
     raise AttributeError(f"module 'fluxmesh' has no attribute {name!r}")
 
 

@@ -1,23 +1,23 @@
 """A prompt becomes files: what `generate` and `interactive` have in common.
 
-`Painter` finds the checkpoint, builds the request, drives the runner and hands its events to
-`paint`, which reports them and writes the pictures. Nothing is imported that computes until the
-first picture is asked for.
+`Painter` finds the checkpoint, builds the request, gives it to the mesh and hands its events to
+`paint`, which reports them and writes the pictures. No mesh is looked for until the first picture
+is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-
-from fluxmesh.events import Event, Picture, Step
+from fluxmesh.cluster import Placement
+from fluxmesh.events import Event, Picture, Planned, Step
 from fluxmesh.request import GenerateRequest, SourceImage
+from fluxmesh_coordinator import record
 from fluxmesh_coordinator.output import PictureFiles, StepFiles, encode_png, grid
 from fluxmesh_coordinator.recipe import Recipe, SourceFiles, differences
 from fluxmesh_coordinator.reporting import Reporter
@@ -48,38 +48,64 @@ def paint(
     """
     recipe = painting.recipe
     saved: list[Path] = []
-    pictures: list[np.ndarray] = []
+    pictures: dict[int, Picture] = {}  # by image: hosts finish them in any order
+    planned = recipe.placement
     with closing(events):
         for event in events:
             reporter.event(event)
-            if isinstance(event, Step) and event.preview is not None and painting.steps:
-                text = recipe.of_image(recipe.seed + event.image).to_json(step=event.step)
-                data = encode_png(event.preview, text)
+            if isinstance(event, Planned):
+                planned = event.placement
+            elif isinstance(event, Step) and event.preview is not None and painting.steps:
+                made = replace(recipe.of_image(recipe.seed + event.image), placement=planned)
+                data = encode_png(event.preview, made.to_json(step=event.step))
                 painting.steps.save(painting.prompt, event.image, event.step, event.steps, data)
             elif isinstance(event, Picture) and painting.files.save_raw:
-                data = encode_png(event.pixels, recipe.of_image(event.seed).to_json())
+                made = replace(recipe.of_image(event.seed), placement=event.placement)
+                data = encode_png(event.pixels, made.to_json())
                 saved.append(painting.files.save(painting.prompt, event.image, data))
                 reporter.saved(saved[-1], [event.seed])
             elif isinstance(event, Picture):
-                pictures.append(event.pixels)
+                pictures[event.image] = event
     if pictures:
-        whole = recipe if len(pictures) > 1 else recipe.of_image(recipe.seed)
-        data = encode_png(grid(pictures, recipe.n_rows), whole.to_json())
-        saved.append(painting.files.save(painting.prompt, None, data))
-        reporter.saved(saved[-1], [recipe.seed + k for k in range(len(pictures))])
+        shown = [pictures[k] for k in sorted(pictures)]
+        placements = {picture.placement for picture in shown}
+        whole = recipe if len(shown) > 1 else recipe.of_image(recipe.seed)
+        whole = replace(whole, placement=placements.pop() if len(placements) == 1 else "mixed")
+        sheet = grid([picture.pixels for picture in shown], recipe.n_rows)
+        saved.append(painting.files.save(painting.prompt, None, encode_png(sheet, whole.to_json())))
+        reporter.saved(saved[-1], [picture.seed for picture in shown])
     return saved
 
 
-class Painter:
-    """Paints prompt after prompt in this process, and keeps what it has loaded."""
+@dataclass(frozen=True)
+class Spread:
+    """How the user wants work spread over the mesh."""
 
-    def __init__(self, reporter: Reporter, *, keep_warm: bool) -> None:
+    placement: Placement | None = None  # None: whichever is fastest
+    force_shard: bool = False  # all hosts of a ring work on each image
+    wait: float | None = None  # seconds that hosts may take to return
+
+
+class Painter:
+    """Paints prompt after prompt, on the mesh that is up or one of its own; a context manager."""
+
+    def __init__(
+        self, reporter: Reporter, *, keep_warm: bool, spread: Spread | None = None
+    ) -> None:
         """`keep_warm`: more prompts are expected, so weights stay where memory allows."""
         self.reporter = reporter
         self.keep_warm = keep_warm
-        self._runner: Any = None
+        self.spread = spread or Spread()
+        self._mesh: Any = None
         self._hinted = False
         self._checkpoints: dict[str | None, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._mesh is not None:
+            self._mesh.close()
 
     def checkpoint(self, settings: Settings) -> Any:
         """The settings' checkpoint, downloaded if it has to be; the default one where unnamed."""
@@ -87,11 +113,18 @@ class Painter:
 
         # By what was asked: the default stays what it was, whatever is fetched meanwhile.
         if settings.model not in self._checkpoints:
-            name = settings.model or hub.default_model()
+            name = settings.model or self._default_model()
             self._checkpoints[settings.model] = hub.resolve(
                 name, progress=partial(self.reporter.downloading, name)
             )
         return self._checkpoints[settings.model]
+
+    def _default_model(self) -> str:
+        """What the mesh that is up has loaded, else the best that is on this machine."""
+        from fluxmesh.flux import hub
+
+        up = record.load()
+        return up.weights.model if up and up.weights else hub.default_model()
 
     def introduce(self, settings: Settings, seed: int) -> None:
         """Says which model paints, at which size and from which seed; and how to get FLUX."""
@@ -176,10 +209,16 @@ class Painter:
     def _start(self, request: GenerateRequest) -> Generator[Event, None, None]:
         from fluxmesh.flux import precision
 
-        precision.prepare(request.dtype)
-        if self._runner is None:
-            from fluxmesh.flux.runner import Runner
+        precision.prepare(request.dtype)  # before an agent of our own inherits it
+        if self._mesh is None:
+            from fluxmesh_coordinator.mesh import Mesh
 
-            self._runner = Runner(keep_warm=self.keep_warm, on_loading=self.reporter.event)
-        events: Generator[Event, None, None] = self._runner.run(request)
+            self._mesh = Mesh.connect()
+        events: Generator[Event, None, None] = self._mesh.generate(
+            request,
+            self.spread.placement,
+            self.spread.force_shard,
+            self.spread.wait,
+            keep_warm=self.keep_warm,
+        )
         return events

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
+from fluxmesh.events import (
+    Encoded,
+    Event,
+    HostLost,
+    Loading,
+    Peak,
+    Picture,
+    Planned,
+    Queued,
+    Step,
+)
 from fluxmesh.request import GenerateRequest
 
 PHASES = {"text": "text", "denoise": "generation", "decode": "decoding"}
@@ -52,7 +63,7 @@ class Reporter(Protocol):
         """A request, complete with size and steps, is about to run."""
 
     def event(self, event: Event) -> None:
-        """The runner's next event."""
+        """The job's next event."""
 
     def saved(self, path: Path, seeds: list[int]) -> None:
         """A file with the images of these seeds is in its place."""
@@ -82,6 +93,11 @@ class TerminalReporter:
         self.task: TaskID | None = None
         self.doing: str | None = None  # what the bar counts bytes of, None when it counts steps
         self.peaks: dict[str, int] = {}
+        self.began = 0.0  # when the request was planned
+        self.predicted = 0.0  # seconds from then on
+        self.place = 0  # in line
+        self.bytes: dict[int | None, tuple[int, int]] = {}  # read by each host, and in all
+        self.steps: dict[int, int] = {}  # done of each image
 
     def __enter__(self) -> Self:
         return self
@@ -102,16 +118,28 @@ class TerminalReporter:
 
     def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
         self.request = request
+        self.began = self.predicted = 0.0
+        self.place = 0
+        self.steps = {}
         self._clear()
 
     def event(self, event: Event) -> None:
         match event:
             case Loading():
-                self._bytes(f"Loading {event.component}", event.done_bytes, event.total_bytes)
+                self._loading(event)
             case Step():
                 self._step(event)
             case Peak():
                 self.peaks[event.phase] = max(event.bytes, self.peaks.get(event.phase, 0))
+                if self.verbose and event.phase == "decode":  # the last of a job
+                    took = time.monotonic() - self.began
+                    self.note(f"Took {took:.2f} s; {self.predicted:.2f} s was predicted.")
+            case Queued():
+                self._queued(event)
+            case Planned():
+                self._planned(event)
+            case HostLost():
+                self.note(f"Host {event.host} ({event.name}) is lost: {event.reason}")
             case Encoded() if self.verbose:
                 again = " (seen before)" if event.cached else ""
                 self.note(f"Read the prompt in {event.seconds:.2f} s{again}.")
@@ -137,6 +165,31 @@ class TerminalReporter:
                     self._peak(f"for the {name}", self.peaks[phase])
             self._peak("overall", max(self.peaks.values()))
 
+    def _queued(self, event: Queued) -> None:
+        if event.place == self.place:
+            return
+        self.place = event.place
+        about = f", about {event.seconds:.0f} s" if event.seconds >= 1 else ""
+        self.note(f"Host {event.host} is in use: {_ordinal(event.place)} in line{about}.")
+
+    def _planned(self, event: Planned) -> None:
+        now = time.monotonic()
+        self.began = self.began or now
+        self.predicted = now - self.began + event.seconds
+        if self.verbose:
+            ranks = ", ".join(map(str, event.hosts))
+            hosts = f"host {ranks}" if len(event.hosts) == 1 else f"hosts {ranks}"
+            self.note(f"Plan: {event.placement} on {hosts}, {event.seconds:.2f} s. {event.reason}")
+
+    def _loading(self, event: Loading) -> None:
+        """One bar for all hosts that read the same."""
+        doing = f"Loading {event.component}"
+        if doing != self.doing:
+            self.bytes = {}
+        self.bytes[event.host] = (event.done_bytes, event.total_bytes)
+        done, total = (sum(parts) for parts in zip(*self.bytes.values(), strict=True))
+        self._bytes(doing, done, total)
+
     def _peak(self, what: str, nbytes: int) -> None:
         label = f"Peak memory used {what}:"
         self.note(f"{label:<37}{nbytes / 1024**3:.3f}GB")
@@ -152,6 +205,7 @@ class TerminalReporter:
 
     def _step(self, event: Step) -> None:
         images = self.request.n_images if self.request else 1
+        self.steps[event.image] = event.step
         if self.task is None or self.doing is not None:
             self._clear()
             self.task = self._bar("")
@@ -159,7 +213,7 @@ class TerminalReporter:
             self.task,
             description=f"Image {event.image + 1}/{images}",
             total=images * event.steps,
-            completed=event.image * event.steps + event.step,
+            completed=sum(self.steps.values()),
             unit=f"step {event.step}/{event.steps}" if event.step < event.steps else "decoding",
         )
 
@@ -171,6 +225,11 @@ class TerminalReporter:
         if self.task is not None:
             self.progress.remove_task(self.task)
         self.task = self.doing = None
+
+
+def _ordinal(number: int) -> str:
+    teen = number % 100 in (11, 12, 13)
+    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 class JsonReporter:

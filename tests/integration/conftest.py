@@ -44,7 +44,8 @@ def environment(home: Path) -> dict[str, str]:
         if not name.startswith(("FLUX_", "HF_", "HUGGING", "XDG_")) and name not in ("AE", "CI")
     }
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return kept | threads | {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1"}
+    own = {"HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "1", "FLUXMESH_HOME": str(home / "mesh")}
+    return kept | threads | own
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,17 @@ from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings
 
 
-class CountingRunner:
+class CountingMesh:
     """Keeps what it was asked; a prompt "stop" is interrupted."""
 
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
+        self.is_closed = False
 
-    def run(self, request: GenerateRequest) -> Iterator[Event]:
+    def close(self) -> None:
+        self.is_closed = True
+
+    def generate(self, request: GenerateRequest, *_how: Any, **_more: Any) -> Iterator[Event]:
         self.requests.append(request)
         if request.prompt == "stop":
             raise KeyboardInterrupt
@@ -38,7 +42,7 @@ class CountingRunner:
 
 @pytest.fixture
 def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says lines to a conversation; returns the runner's requests and what was shown."""
+    """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
         defaults = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
@@ -58,12 +62,12 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise EOFError from None
 
         reporter = TerminalReporter(console=Console(file=screen, width=200))
-        conversation = Conversation(settings or Settings(), Target(tmp_path), reporter, read)
-        runner = CountingRunner()
-        conversation.painter._runner = runner
+        conversation = Conversation(settings or Settings(), Target(tmp_path), reporter, read=read)
+        mesh = conversation.painter._mesh = CountingMesh()
         with reporter:
             conversation.run()
-        return runner.requests, screen.getvalue()
+        assert mesh.is_closed
+        return mesh.requests, screen.getvalue()
 
     return say
 

@@ -16,7 +16,7 @@ PACKAGES = {
     "fluxmesh_agent": ROOT / "agent" / "fluxmesh_agent",
     "fluxmesh_coordinator": ROOT / "coordinator" / "fluxmesh_coordinator",
 }
-HEAVY = {"mlx", "torch", "datasets", "transformers", "diffusers", "huggingface_hub"}
+HEAVY = {"mlx", "zmq", "torch", "datasets", "transformers", "diffusers", "huggingface_hub"}
 # What describes a model without computing: a coordinator imports it on a machine without mlx.
 PURE = [
     *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.canvas"),
@@ -28,6 +28,7 @@ PURE = [
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
     *("fluxmesh_coordinator.cli.models", "fluxmesh.flux.sharding"),
+    *("fluxmesh_coordinator.session", "fluxmesh_coordinator.mesh"),
 ]
 
 
@@ -140,6 +141,11 @@ def test_what_does_not_compute_loads_no_mlx() -> None:
 def test_the_pipeline_loads_mlx_when_it_is_first_named() -> None:
     assert "mlx" in loaded_after("import fluxmesh; fluxmesh.FluxPipeline")
     assert "FluxPipeline" in dir(__import__("fluxmesh"))
+
+
+def test_the_mesh_computes_nothing_itself() -> None:
+    loaded = loaded_after("import fluxmesh; fluxmesh.Mesh.connect")
+    assert not loaded & HEAVY
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:

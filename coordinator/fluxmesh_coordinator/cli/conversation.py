@@ -19,7 +19,7 @@ import click
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh_coordinator.cli.options import ImageSize
 from fluxmesh_coordinator.output import PictureFiles, Target
-from fluxmesh_coordinator.painting import Painter
+from fluxmesh_coordinator.painting import Painter, Spread
 from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings, draw_seed
 
@@ -51,17 +51,22 @@ class Conversation:
         settings: Settings,
         target: Target,
         reporter: TerminalReporter,
+        spread: Spread | None = None,
         read: Callable[[], str] | None = None,
     ) -> None:
         """`read` gives the next line, and raises `EOFError` after the last; None: stdin."""
         self.settings = settings
         self.target = target
         self.reporter = reporter
-        self.painter = Painter(reporter, keep_warm=True)
+        self.painter = Painter(reporter, keep_warm=True, spread=spread)
         self.read = read or _reader()
 
     def run(self) -> None:
         """Until /quit or the end of the input."""
+        with self.painter:
+            self._talk()
+
+    def _talk(self) -> None:
         self.reporter.note("A prompt a line; /help tells more, /quit ends.")
         while True:
             try:

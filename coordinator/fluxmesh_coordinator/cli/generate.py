@@ -1,4 +1,4 @@
-"""`fluxmesh generate`: prompts in, PNG files out, on this machine."""
+"""`fluxmesh generate`: prompts in, PNG files out, on the mesh that is up or on this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import chosen, settings_options
+from fluxmesh_coordinator.cli.options import chosen, settings_options, spread_options
 
 
 @click.command()
@@ -29,7 +29,10 @@ from fluxmesh_coordinator.cli.options import chosen, settings_options
 @click.option("--stepwise", metavar="DIR", help="Also save the picture after each step.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @settings_options
-@click.option("-v", "--verbose", is_flag=True, help="Also tell times, and peak memory by phase.")
+@spread_options
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also tell the plan, times, and peak memory by phase."
+)
 @click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")
 @click.pass_context
 def generate(
@@ -41,6 +44,9 @@ def generate(
     save_raw: bool,
     stepwise: str | None,
     force: bool,
+    placement: Any,
+    force_shard: bool,
+    wait: float | None,
     verbose: bool,
     as_json: bool,
     **_settings: Any,
@@ -51,7 +57,7 @@ def generate(
     """
     from fluxmesh_coordinator.cli.prompts import read_prompts
     from fluxmesh_coordinator.output import PictureFiles, StepFiles, Target
-    from fluxmesh_coordinator.painting import Painter
+    from fluxmesh_coordinator.painting import Painter, Spread
     from fluxmesh_coordinator.recipe import read_recipe
     from fluxmesh_coordinator.reporting import JsonReporter, Reporter, TerminalReporter
     from fluxmesh_coordinator.settings import Settings, draw_seed
@@ -69,8 +75,8 @@ def generate(
     steps = StepFiles(stepwise, len(prompts), images, force=force) if stepwise else None
 
     reporter: Reporter = JsonReporter() if as_json else TerminalReporter(verbose=verbose)
-    with reporter:
-        painter = Painter(reporter, keep_warm=len(prompts) > 1)
+    spread = Spread(placement, force_shard, wait)
+    with reporter, Painter(reporter, keep_warm=len(prompts) > 1, spread=spread) as painter:
         painter.introduce(settings, seed)
         for number, text in enumerate(prompts):
             painter.paint(settings, text, seed, files, number=number, steps=steps, told=told)

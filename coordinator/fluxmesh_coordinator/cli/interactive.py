@@ -6,16 +6,25 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import chosen, settings_options
+from fluxmesh_coordinator.cli.options import chosen, settings_options, spread_options
 
 
 @click.command()
 @click.option("-o", "--output", metavar="FOLDER", help="Where pictures go.  [this folder]")
 @settings_options
-@click.option("-v", "--verbose", is_flag=True, help="Also tell times, and peak memory by phase.")
+@spread_options
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Also tell the plan, times, and peak memory by phase."
+)
 @click.pass_context
 def interactive(
-    context: click.Context, output: str | None, verbose: bool, **_settings: Any
+    context: click.Context,
+    output: str | None,
+    placement: Any,
+    force_shard: bool,
+    wait: float | None,
+    verbose: bool,
+    **_settings: Any,
 ) -> None:
     """Paint prompt after prompt, warm.
 
@@ -24,6 +33,7 @@ def interactive(
     from fluxmesh.errors import UsageError
     from fluxmesh_coordinator.cli.conversation import Conversation
     from fluxmesh_coordinator.output import Target
+    from fluxmesh_coordinator.painting import Spread
     from fluxmesh_coordinator.reporting import TerminalReporter
     from fluxmesh_coordinator.settings import Settings
 
@@ -32,4 +42,4 @@ def interactive(
         raise UsageError(f"--output {output}: interactive takes a folder, and names the files.")
     settings = Settings().with_chosen(chosen(context))
     with TerminalReporter(verbose=verbose) as reporter:
-        Conversation(settings, target, reporter).run()
+        Conversation(settings, target, reporter, Spread(placement, force_shard, wait)).run()

@@ -93,6 +93,25 @@ def settings_options(command: Command) -> Command:
     return command
 
 
+def spread_options(command: Command) -> Command:
+    """Adds the options that say how work is spread over a mesh: the fields of `Spread`."""
+    for option in reversed(_SPREAD):
+        command = option(command)
+    return command
+
+
+_SPREAD = [
+    click.option(
+        "--placement",
+        type=click.Choice(["data", "sequence", "tensor"]),
+        help="How hosts share the work.  [whichever is fastest]",
+    ),
+    click.option("--force-shard", is_flag=True, help="All hosts of a ring work on each image."),
+    click.option(
+        "--wait", type=click.FloatRange(min=0), metavar="SECONDS",
+        help="How long hosts that are lost may take to return.",
+    ),
+]  # fmt: skip
 _FILE = click.Path(exists=True, dir_okay=False)
 _OPTIONS = [
     click.option(
