@@ -1,0 +1,56 @@
+"""A link is measured by those who know its token, and by nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.messages import LinkRate
+from fluxmesh_agent import links
+
+
+def test_a_probe_that_knows_the_token_measures_the_link() -> None:
+    async def scene() -> LinkRate:
+        port = links.listen("127.0.0.1", b"token")
+        return await links.probe("127.0.0.1", port, b"token", 8 << 20)
+
+    rate = asyncio.run(scene())
+    assert 1e7 < rate.rate < 1e12
+    assert 0 < rate.latency < 0.1
+
+
+def test_a_stranger_is_refused_and_the_port_stays_for_the_one_who_is_awaited() -> None:
+    async def scene() -> LinkRate:
+        port = links.listen("127.0.0.1", b"token")
+        with pytest.raises(FluxmeshError, match="can't be measured"):
+            await links.probe("127.0.0.1", port, b"other", 1000)
+        return await links.probe("127.0.0.1", port, b"token", 1000)
+
+    assert asyncio.run(scene()).rate > 0
+
+
+def test_where_nobody_listens_there_is_no_rate() -> None:
+    (port,) = links.free_ports("127.0.0.1", 1)
+    with pytest.raises(FluxmeshError, match="can't be measured"):
+        asyncio.run(links.probe("127.0.0.1", port, b"token", 1000))
+
+
+def test_a_probe_has_a_limit() -> None:
+    with pytest.raises(UsageError, match="A probe sends"):
+        asyncio.run(links.probe("127.0.0.1", 1, b"token", links.LIMIT + 1))
+
+
+def test_free_ports_are_different_and_can_be_bound() -> None:
+    ports = links.free_ports("127.0.0.1", 8)
+    assert len(set(ports)) == 8
+    for port in ports:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+
+
+def test_an_address_of_another_host_is_refused() -> None:
+    with pytest.raises(UsageError, match="not an address of this host"):
+        links.free_ports("192.0.2.1", 1)
