@@ -21,6 +21,7 @@ class Prepared:
     numbers: int  # that are trained
     warmup: int  # updates
     begins_at: int  # updates done, by the run that is resumed
+    revision: str  # of the base model
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class Validated:
 
 @dataclass(frozen=True)
 class Progress:
-    """A picture of the progress prompt, always from the same seed."""
+    """A picture of the progress prompt, always from the run's seed."""
 
     iteration: int
+    steps: int  # of its generation
     pixels: np.ndarray = field(repr=False, compare=False)  # uint8 (height, width, 3)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class DivergedError(FluxmeshError):
 
 def train(
     request: TrainRequest, on_loading: Callable[[Loading], None] | None = None
-) -> Iterator[TrainEvent]:
+) -> Generator[TrainEvent, None, None]:
     """Runs a training, or goes on with one, to the adapter in `output_dir`.
 
     Raises `DatasetError`, `UsageError`, `OutputError`, `ModelNotFoundError`, `WeightsError`,
@@ -142,12 +142,13 @@ class Trainer:
             numbers=learner.adapters.size,
             warmup=warmup_updates(request),
             begins_at=self.counters.update,
+            revision=self.pipeline.checkpoint.revision,
         )
 
     def _loop(self, learner: Learner) -> Iterator[TrainEvent]:
         request = self.request
         if request.progress_prompt and self.counters.update == 0:
-            yield Progress(0, learner.paint())
+            yield self._paint(learner)
         for update in range(self.counters.update, request.updates):
             start = time.perf_counter()
             mx.reset_peak_memory()
@@ -169,7 +170,11 @@ class Trainer:
                 yield from self._look(learner)
                 yield self._save(learner)
             if request.progress_prompt and self._due(request.progress_every, before):
-                yield Progress(numbers.stop, learner.paint())
+                yield self._paint(learner)
+
+    def _paint(self, learner: Learner) -> Progress:
+        steps = self.request.progress_steps or self.pipeline.checkpoint.defaults.steps
+        return Progress(self.counters.iteration, steps, learner.paint())
 
     def _due(self, every: int, before: int) -> bool:
         """Whether a multiple of `every` iterations, or the end, was reached since `before`."""

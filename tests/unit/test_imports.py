@@ -29,6 +29,10 @@ PURE = [
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
     *("fluxmesh_coordinator.cli.models", "fluxmesh.flux.sharding"),
     *("fluxmesh_coordinator.session", "fluxmesh_coordinator.mesh"),
+    *("fluxmesh.training.request", "fluxmesh.training.dataset", "fluxmesh.training.plan"),
+    *("fluxmesh.training.sampling", "fluxmesh.training.rates", "fluxmesh.training.cache"),
+    *("fluxmesh.training.checkpoint", "fluxmesh.training.events", "fluxmesh_coordinator.training"),
+    "fluxmesh_coordinator.cli.train",
 ]
 
 
@@ -155,7 +159,13 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["generate", "--help"], ["interactive", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["train", "--help"],
+        ["interactive", "--help"],
+    ],
     ids=" ".join,
 )
 def test_the_command_line_answers_without_loading_what_computes(arguments: list[str]) -> None:

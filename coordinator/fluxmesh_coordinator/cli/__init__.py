@@ -19,6 +19,7 @@ from fluxmesh.errors import CancelledError, FluxmeshError
 
 COMMANDS = {
     "generate": "fluxmesh_coordinator.cli.generate:generate",
+    "train": "fluxmesh_coordinator.cli.train:train",
     "interactive": "fluxmesh_coordinator.cli.interactive:interactive",
     "models": "fluxmesh_coordinator.cli.models:models",
     "up": "fluxmesh_coordinator.cli.up:up",
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(arguments: Sequence[str], message: str, code: int) -> int:
-    click.echo(message if message == "Cancelled." else f"Error: {message}", err=True)
+    click.echo(message if code == CancelledError.exit_code else f"Error: {message}", err=True)
     _tell_program(arguments, message, code)
     return code
 
