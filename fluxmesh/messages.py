@@ -394,7 +394,9 @@ class Failed(Report):
 
     epoch: int
     job: str
-    kind: str  # a class of fluxmesh.errors, or "Died"
+    # A class of fluxmesh.errors; "Raised": the engine ended itself over an exception, as those do
+    # whose neighbour in a ring is gone; "Died": something else ended it.
+    kind: str
     text: str
     fatal: bool
 

@@ -161,7 +161,7 @@ class Engine:
         log.error("the engine ends %s", doing, exc_info=error)
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"The engine failed {doing}: {said.rstrip('.')}."
-        self.channel.send(Failed(epoch, job, "Died", text, fatal=True))
+        self.channel.send(Failed(epoch, job, "Raised", text, fatal=True))
         os._exit(BROKEN)
 
     def _is_cancelled(self) -> bool:
