@@ -2,45 +2,33 @@
 
 `FakeEngine` is pure: a unit of work goes in, the reports of a real engine come out, and the
 latents after a step depend on what they were before it and on nothing else, so that a picture
-shows whether each of its steps was made exactly once and in order.
+shows whether each of its steps was made exactly once and in order. `FakeMesh` puts it into real
+agents that are joined by the in-process transport.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding
+from fluxmesh.cluster import Holding, LinkInfo
 from fluxmesh.flux.noise import initial_noise
+from fluxmesh.homes import AgentHome, private_folder
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.transport.inproc import Network
+from fluxmesh_agent.service import Service
+from fluxmesh_agent.supervisor import EngineOptions
+from fluxmesh_coordinator.record import Member, MeshRecord
 
 GB = 10**9
-STATUS = messages.Status(
-    state="idle",
-    epoch=0,
-    pid=1,
-    engine_pid=None,
-    name="fake",
-    kind="fake device",
-    device="",
-    mlx_version="0",
-    python_version="3",
-    memory_bytes=100 * GB,
-    free_bytes=100 * GB,
-    load_rate=1e9,
-    flops_per_second=1e12,
-    clock=0.0,
-    holds=None,
-    measured=(),
-    counters=messages.Counters(),
-    holder="",
-    job="",
-    waiting=0,
-)
 
 
 def one_step(latents: np.ndarray, step: int) -> np.ndarray:
@@ -117,3 +105,133 @@ class FakeEngine:
         for name, value in more.items():
             now = getattr(self.counters, name) + value
             self.counters = dataclasses.replace(self.counters, **{name: now})
+
+
+class FakeSupervisor:
+    """Stands in for an agent's `Supervisor`: its engine is a `FakeEngine` in the same loop."""
+
+    def __init__(
+        self,
+        on_message: Callable[[messages.Message], None],
+        on_end: Callable[[str], None],
+        memory: int | None = None,
+        pause: float = 0.002,
+    ) -> None:
+        """`pause` is how many seconds each report takes."""
+        self.on_message, self.on_end, self.pause = on_message, on_end, pause
+        self.options = EngineOptions(memory=memory)
+        self.engine: FakeEngine | None = None
+        self.steps: list[tuple[int, int]] = []  # of all engines so far
+        self.starts = 0
+        self._goes = asyncio.Event()  # not while it is stopped
+        self._line: asyncio.Queue[messages.Message] = asyncio.Queue()
+        self._cancelled: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self.engine is None else 4711
+
+    def end_orphan(self) -> None:
+        """There is none."""
+
+    def start(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
+        self.engine = FakeEngine()
+        self.starts += 1
+        self._line, self._cancelled = asyncio.Queue(), set()
+        self._goes.set()
+        self._task = asyncio.create_task(self._run(self.engine))
+
+    def send(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Cancel):
+            self._cancelled.add(message.job)
+        self._line.put_nowait(message)
+
+    async def kill(self) -> None:
+        self._end()
+
+    def die(self) -> None:
+        """SIGKILL by somebody else."""
+        self._end()
+        self.on_end("The engine was killed by signal 9.")
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        self._goes.clear()
+
+    def _end(self) -> None:
+        if self.engine is not None:
+            self.steps += self.engine.steps
+        self.engine = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self, engine: FakeEngine) -> None:
+        device = messages.Device("fake device", f"fake {id(self)}", "0", 100 * GB, 1e15)
+        self.on_message(device)
+        while True:
+            unit = await self._line.get()
+            if isinstance(unit, messages.Cancel):
+                self.on_message(messages.Cancelled(unit.job, 0))
+                continue
+            if isinstance(unit, messages.Work | messages.Join):
+                for report in engine.work(unit):
+                    await asyncio.sleep(self.pause)
+                    await self._goes.wait()
+                    if getattr(unit, "job", "") in self._cancelled:
+                        break
+                    self.on_message(report)
+                account = messages.Account(True, engine.holding, engine.counters, 1e9)
+                self.on_message(account)
+
+
+class FakeMesh:
+    """Agents in this event loop, real but for their engines, on the in-process transport."""
+
+    def __init__(self, folder: Path, hosts: int) -> None:
+        self.network = Network()
+        self.folder = folder
+        self.services: dict[int, Service] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        entries = [
+            {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{47100 + rank}"}
+            for rank in range(hosts)
+        ]
+        members = [Member(rank, f"host:{rank}", "", "", "", "") for rank in range(hosts)]
+        pairs = [(a, b) for a in range(hosts) for b in range(hosts) if a != b]
+        links = tuple(LinkInfo(a, b, 1e18) for a, b in pairs)
+        self.record = MeshRecord("mesh.json", json.dumps(entries), tuple(members), links=links)
+
+    async def __aenter__(self) -> Self:
+        for rank in range(len(self.record.members)):
+            self.start(rank)
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        for rank in list(self.services):
+            await self.kill(rank)
+
+    def start(self, rank: int) -> None:
+        """An agent of that rank, as after `fluxmesh up`."""
+        home = AgentHome(private_folder(self.folder / f"agent-{rank}"))
+        service = Service(self.network.listen(f"host:{rank}"), home, EngineOptions())
+        service.supervisor = FakeSupervisor(  # type: ignore[assignment]
+            service._engine_said, service._engine_ended
+        )
+        self.services[rank] = service
+        self._tasks[rank] = asyncio.create_task(service.run())
+
+    def engine(self, rank: int) -> FakeSupervisor:
+        found = self.services[rank].supervisor
+        assert isinstance(found, FakeSupervisor)
+        return found
+
+    async def kill(self, rank: int) -> None:
+        """SIGKILL of an agent: its engine ends with it, and all its connections."""
+        del self.services[rank]
+        task = self._tasks.pop(rank)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        listener = self.network.listeners.get(f"host:{rank}")
+        if listener is not None:
+            await listener.close()

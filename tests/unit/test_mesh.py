@@ -1,0 +1,310 @@
+"""A whole mesh in one process: real sessions and real agents, without sockets and without MLX."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxmesh import events
+from fluxmesh.errors import (
+    CancelledError,
+    DoesNotFitError,
+    FluxmeshError,
+    HostUnreachableError,
+    ModelNotFoundError,
+)
+from fluxmesh.request import AdapterRef
+from fluxmesh_coordinator.adapters import by_hash, with_names
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.driver import Driver
+from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.record import Member
+from tests.fakes import FakeMesh, expected
+from tests.unit.meshes import ask, small
+
+SIZES = small()
+
+
+def job(name: str = "job", **keys: Any) -> Job:
+    placement, force = keys.pop("placement", None), keys.pop("force_shard", False)
+    request = ask(**{"height": 32, "width": 32, "steps": 3, **keys})
+    return Job(name, request, SIZES, b"secret", placement, force)
+
+
+class Heard(list[events.Event]):
+    """The events of a job, and something to do when the first of a kind comes."""
+
+    def __init__(self, kind: type[Any] | None = None, do: Callable[[], Any] | None = None) -> None:
+        super().__init__()
+        self.kind, self.do = kind, do
+
+    def __call__(self, event: events.Event) -> None:
+        self.append(event)
+        if self.do is not None and self.kind is not None and isinstance(event, self.kind):
+            do, self.do = self.do, None
+            do()
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self if isinstance(event, kind)]
+
+
+def check(heard: Heard, done: Job) -> None:
+    """Every picture came once, and is right."""
+    pictures = {event.image: event.pixels for event in heard.of(events.Picture)}
+    assert len(heard.of(events.Picture)) == len(pictures) == done.request.n_images
+    for image, pixels in pictures.items():
+        assert np.array_equal(pixels, expected(done.request, SIZES, image))
+
+
+def play(
+    folder: Path, hosts: int, body: Callable[[FakeMesh, Driver], Awaitable[None]], **more: Any
+) -> None:
+    """Runs `body` on a mesh of that many hosts and a coordinator connected to it."""
+
+    async def run() -> None:
+        async with FakeMesh(folder, hosts) as mesh:
+            restart = more.get("restart")
+            if restart is not None:
+                restart = restart(mesh, asyncio.get_running_loop())
+            async with Driver(mesh.record, mesh.network.dialer(), restart) as driver:
+                await asyncio.wait_for(body(mesh, driver), 60)
+
+    asyncio.run(run())
+
+
+def together(loop: asyncio.AbstractEventLoop, work: Any) -> None:
+    """Starts a coroutine and keeps it alive."""
+    task = loop.create_task(work)
+    task.add_done_callback(lambda _: None)
+    _TASKS.append(task)
+
+
+_TASKS: list[Any] = []
+
+
+@pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])
+def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        asked, heard = job(n_images=4, placement=placement), Heard()
+        await Conductor(driver, asked, {}, heard).run()
+        check(heard, asked)
+        counts = [len(mesh.engine(rank).engine.steps) for rank in range(4)]
+        assert counts == ([3] * 4 if placement == "data" else [12] * 4)
+        statuses = await driver.statuses()
+        assert [status.holder for status in statuses.values()] == [""] * 4
+        assert sum(status.counters.encodes for status in statuses.values()) == 1
+
+    play(tmp_path, 4, body)
+
+
+def test_the_next_job_goes_on_in_the_ring_of_the_last(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        for name in ("one", "two"):
+            asked, heard = job(name, placement="tensor"), Heard()
+            await Conductor(driver, asked, {}, heard).run()
+            check(heard, asked)
+        statuses = await driver.statuses()
+        assert {status.epoch for status in statuses.values()} == {1}
+        assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
+
+    play(tmp_path, 2, body)
+
+
+def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        async with Driver(mesh.record, mesh.network.dialer("other")) as other:
+            asked = [job("one", n_images=6, steps=8), job("two", n_images=2)]
+            heard = [Heard(), Heard()]
+            first = asyncio.create_task(Conductor(driver, asked[0], {}, heard[0]).run())
+            while not heard[0].of(events.Step):
+                await asyncio.sleep(0.01)
+            await Conductor(other, asked[1], {}, heard[1]).run()
+            assert first.done()
+            for one, two in zip(heard, asked, strict=True):
+                check(one, two)
+            queued = heard[1].of(events.Queued)
+            assert [(event.place, event.host) for event in queued][:1] == [(1, 0)]
+
+    play(tmp_path, 2, body)
+
+
+@pytest.mark.parametrize("placement", ["data", "sequence"])
+def test_an_engine_that_dies_costs_no_acknowledged_step(tmp_path: Path, placement: Any) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        asked = job(n_images=2, steps=6, placement=placement)
+        heard = Heard(events.Step, lambda: mesh.engine(1).die())
+        await Conductor(driver, asked, {}, heard).run()
+        check(heard, asked)
+        assert [lost.host for lost in heard.of(events.HostLost)] == [1]
+        steps = [(event.image, event.step) for event in heard.of(events.Step)]
+        assert len(steps) == len(set(steps)) == 12
+        if placement == "data":
+            assert mesh.engine(0).starts == 1
+
+    play(tmp_path, 2, body)
+
+
+def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Path) -> None:
+    def restart(mesh: FakeMesh, loop: asyncio.AbstractEventLoop) -> Callable[[int], Member]:
+        def again(rank: int) -> Member:
+            loop.call_soon_threadsafe(mesh.start, rank)
+            return mesh.record.members[rank]
+
+        return again
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        asked = job(steps=8)
+        heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(0)))
+        await Conductor(driver, asked, {}, heard).run()
+        check(heard, asked)
+        (lost,) = heard.of(events.HostLost)
+        assert lost.host == 0
+        made = mesh.engine(0).engine.steps
+        assert made and made[0][1] > 1 and made[-1] == (0, 8)
+
+    play(tmp_path, 1, body, restart=restart)
+
+
+def test_the_others_go_on_when_an_agent_is_gone_for_good(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        asked = job(n_images=6, placement="data")
+        heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(1)))
+        await Conductor(driver, asked, {}, heard).run()
+        check(heard, asked)
+
+    play(tmp_path, 3, body)
+
+
+def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        await mesh.kill(0)
+        while driver.clients:
+            for rank, client in list(driver.clients.items()):
+                driver.lost(rank, client, "gone")
+            await asyncio.sleep(0.05)
+        with pytest.raises(HostUnreachableError, match="No host of mesh.json answers") as caught:
+            await Conductor(driver, job(), {}, Heard()).run()
+        assert caught.value.exit_code == 3
+
+    play(tmp_path, 1, body)
+
+
+def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        await mesh.kill(0)
+        for rank, client in list(driver.clients.items()):
+            driver.lost(rank, client, "gone")
+        asyncio.get_running_loop().call_later(1.0, mesh.start, 0)
+        asked, heard = job(), Heard()
+        await Conductor(driver, asked, {}, heard).run(wait=20)
+        check(heard, asked)
+
+    play(tmp_path, 1, body)
+
+
+def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        with pytest.raises(DoesNotFitError, match="which needs two hosts") as caught:
+            await Conductor(driver, job(placement="tensor"), {}, Heard()).run()
+        assert caught.value.exit_code == 4
+
+    play(tmp_path, 1, body)
+
+
+@pytest.mark.parametrize("placement", ["data", "tensor"])
+def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement: Any) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        asked = job("one", n_images=2, steps=100, placement=placement)
+        heard = Heard(events.Step, lambda: conductor.stop.set())
+        conductor = Conductor(driver, asked, {}, heard)
+        with pytest.raises(CancelledError):
+            await conductor.run()
+        assert len(heard.of(events.Step)) < 10
+        assert all(service.lifecycle.is_free for service in mesh.services.values())
+        assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
+        again, heard = job("two", placement=placement), Heard()
+        await Conductor(driver, again, {}, heard).run()
+        check(heard, again)
+
+    play(tmp_path, 2, body)
+
+
+def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        async with Driver(mesh.record, mesh.network.dialer("other")) as other:
+            asked, heard = job("one", n_images=3, steps=20), Heard()
+            first = asyncio.create_task(Conductor(driver, asked, {}, heard).run())
+            while not heard.of(events.Step):
+                await asyncio.sleep(0.01)
+            waiting = Heard(events.Queued, lambda: second.stop.set())
+            second = Conductor(other, job("two"), {}, waiting)
+            with pytest.raises(CancelledError):
+                await second.run()
+            assert mesh.services[0].leases.waiting == 0
+            await first
+            check(heard, asked)
+
+    play(tmp_path, 1, body)
+
+
+def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
+    path = tmp_path / "dog.safetensors"
+    path.write_bytes(bytes(range(256)) * 40000)
+    named, files = by_hash([AdapterRef(str(path), 0.5)])
+    asked = job(adapters=named)
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        heard = Heard()
+        await Conductor(driver, asked, files, heard).run()
+        check(heard, asked)
+        stored = tmp_path / "agent-0" / "adapters" / f"{named[0].path}.safetensors"
+        assert stored.read_bytes() == path.read_bytes()
+        path.unlink()  # the host has it: nothing is read again
+        await Conductor(driver, dataclasses.replace(asked, id="two"), files, Heard()).run()
+
+    play(tmp_path, 1, body)
+
+
+def test_sentences_of_agents_name_adapters_as_the_user_did(tmp_path: Path) -> None:
+    path = tmp_path / "dog.safetensors"
+    path.write_bytes(b"dog")
+    (adapter,), files = by_hash([AdapterRef(str(path))])
+    said = f"The adapter /state/adapters/{adapter.path}.safetensors fits no key."
+    assert with_names(said, files) == f"The adapter {path} fits no key."
+    with pytest.raises(ModelNotFoundError, match="cat"):
+        by_hash([AdapterRef(str(tmp_path / "cat.safetensors"))])
+
+
+def test_a_program_holds_a_mesh_and_streams_a_job(tmp_path: Path) -> None:
+    """Through `Mesh` itself, whose loop runs in a thread of its own."""
+    fake: list[FakeMesh] = []
+
+    def dialer() -> Any:
+        fake.append(FakeMesh(tmp_path, 2))
+        fake[0].start(0)
+        fake[0].start(1)
+        return fake[0].network.dialer()
+
+    record = FakeMesh(tmp_path, 2).record
+    request = ask(model="tiny", height=32, width=32, n_images=2)
+    with Mesh(record, dialer) as mesh:
+        assert [host.rank for host in mesh.view.hosts] == [0, 1]
+        assert mesh.plan(request).winner is not None
+        told = list(mesh.generate(request, placement="data"))
+        assert [type(event) for event in told].count(events.Picture) == 2
+        stream = mesh.generate(dataclasses.replace(request, steps=500))
+        assert next(event for event in stream if isinstance(event, events.Step)).step == 1
+        stream.close()
+        status = mesh.status()
+        assert {rank: getattr(one, "job", one) for rank, one in status.items()} == {0: "", 1: ""}
+        with pytest.raises(FluxmeshError, match="nobody"):
+            next(mesh.generate(dataclasses.replace(request, model="nobody")))
+        asyncio.run_coroutine_threadsafe(fake[0].__aexit__(), mesh._loop).result()
+    mesh.close()
