@@ -12,7 +12,6 @@ Imports no mlx, and `datasets` only when one of the Hub is named.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fluxmesh.canvas import decode_picture
 from fluxmesh.errors import ModelNotFoundError, UsageError
@@ -28,8 +26,6 @@ from fluxmesh.training.crops import Size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHOWN = 20  # problems in the sentence of a `DatasetError`
-TURNED = (5, 6, 7, 8)  # values of EXIF's orientation that exchange height and width
-ORIENTATION = 0x0112
 
 
 class DatasetError(UsageError):
@@ -87,7 +83,7 @@ def load_dataset(
         caption = row.caption.strip() if isinstance(row.caption, str) else row.caption
         if caption is None or caption == "":
             caption = trigger
-        if not isinstance(caption, str):
+        if not isinstance(caption, str) or not _is_text(caption):
             problems.append(f"{row.where}: the caption is no text")
         elif not caption:
             problems.append(f"{row.where}: the caption is empty")
@@ -112,6 +108,14 @@ def fingerprint(examples: list[Example]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _is_text(caption: str) -> bool:
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # half of a pair, as JSON can spell it
+        return False
+    return True
+
+
 def _triggered(caption: str, trigger: str) -> str:
     return caption if trigger in caption else f"{trigger}, {caption}"
 
@@ -121,6 +125,8 @@ def _bytes(data: Path | bytes) -> bytes:
         return data
     try:
         return data.read_bytes()
+    except ValueError:  # a NUL in the name
+        raise UsageError(f"{str(data)!r} is no file name") from None
     except FileNotFoundError:
         raise UsageError(f"{data} does not exist") from None
     except OSError as error:
@@ -136,11 +142,7 @@ def _inspect(row: _Row) -> tuple[str, Size]:
     except UsageError as error:
         raise UsageError(f"{row.where}: {error}") from None
     name = f"{row.where}: {row.image}" if isinstance(row.image, Path) else row.where
-    decode_picture(data, name)
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
-        if picture.getexif().get(ORIENTATION) in TURNED:
-            height, width = width, height
+    height, width, _ = decode_picture(data, name).shape
     return hashlib.sha256(data).hexdigest(), (height, width)
 
 

@@ -103,19 +103,23 @@ def test_everything_that_is_wrong_is_told_at_once_with_its_line(tmp_path):
             {"image": 3, "prompt": "a dog"},
             "[]",
             {"image": "gone.png", "prompt": ""},
+            {"image": "0.png", "prompt": "half \ud800"},
+            {"image": "a\0b.png", "prompt": "a dog"},
+            {"image": ".", "prompt": "a dog"},
         ],
     )
     with pytest.raises(DatasetError) as caught:
         load_dataset(str(tmp_path))
     problems = caught.value.problems
     lines = [int(problem.split("line ")[1].split(":")[0]) for problem in problems]
-    assert lines == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12]
+    assert lines == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 12, 13, 14, 15]
     said = dict(zip(lines, problems, strict=True))
     assert "blank" in said[2] and "absent.png does not exist" in said[3]
     assert "broken.png" in said[4] and "text.png" in said[5]
     assert "the caption is empty" in said[6] and "no text" in said[7]
     assert "JSON" in said[8] and "'image'" in said[9] and "gone.png" in said[12]
-    assert "12 problems" in str(caught.value) and "\n" not in str(caught.value)
+    assert "no text" in said[13] and "no file name" in said[14] and "read" in said[15]
+    assert "15 problems" in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == UsageError.exit_code
 
 
