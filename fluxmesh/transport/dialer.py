@@ -45,6 +45,7 @@ class DialledConnection:
         while not self._box.ended:
             try:
                 await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+                await asyncio.sleep(0)  # who sends in a loop lets others run, the end be noticed
                 return
             except zmq.Again:  # full, or gone, which the monitor tells
                 await asyncio.sleep(0.02)

@@ -48,6 +48,7 @@ class AcceptedConnection:
         waited = 0.0
         while not self.box.ended:
             if await self._listener.push(frames):
+                await asyncio.sleep(0)  # who sends in a loop lets others run, the end be noticed
                 return
             if waited >= _PATIENCE:
                 await self._end(f"{self.label} does not read what it is sent.")
