@@ -159,6 +159,13 @@ class MeshView:
     def link(self, source: int, target: int) -> LinkInfo | None:
         return self._links.get((source, target))
 
+    def timed(self, rank: int) -> HostInfo:
+        """The host with all that was measured on its device, also by other agents there."""
+        own = self._hosts[rank]
+        others = (host for host in self.hosts if host.device_key == own.device_key)
+        found = (*own.measured, *(one for host in others for one in host.measured))
+        return replace(own, measured=tuple(dict.fromkeys(found)))
+
     def without(self, ranks: Iterable[int]) -> MeshView:
         """The mesh after these hosts are gone."""
         gone = set(ranks)

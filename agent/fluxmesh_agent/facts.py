@@ -1,4 +1,4 @@
-"""What an agent knows of its machine and of processes on it, without mlx."""
+"""What an agent knows of its machine, without mlx."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import contextlib
 import os
 import platform
 import re
-import signal
 import subprocess
-import time
 import uuid
 from pathlib import Path
-
-KILL_SECONDS = 5.0
 
 
 def is_mac() -> bool:
@@ -51,33 +47,6 @@ def free_bytes() -> int:
     except OSError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return 1024 * int(_first(r"MemAvailable:\s+(\d+)", told, "0"))
-
-
-def started_at(pid: int) -> str | None:
-    """When a process started, in the system's own words; None where there is none.
-
-    With its pid, this names a process for ever: a pid alone is given away again.
-    """
-    if not is_mac():
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return None
-        state, *fields = stat.rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]  # field 22 of all: starttime
-    return _output("ps", "-o", "lstart=", "-p", str(pid)).strip() or None
-
-
-def kill_process(pid: int, start: str) -> bool:
-    """SIGKILLs the process that started then; whether there was one. Waits until it is gone."""
-    if started_at(pid) != start:
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + KILL_SECONDS
-    while started_at(pid) == start and time.monotonic() < end:
-        time.sleep(0.02)
-    return True
 
 
 def _output(*command: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.homes import AgentHome, private_folder, write_private
 from fluxmesh.keys import Allowlist, load_keys
-from fluxmesh_agent.facts import started_at
+from fluxmesh.processes import started_at
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.homes import AgentHome, private_folder, read_private, write_private
 from fluxmesh.messages import Message
+from fluxmesh.processes import kill_process, started_at
 from fluxmesh.stream import AsyncChannel
 from fluxmesh.transport.base import ConnectionClosed
-from fluxmesh_agent.facts import kill_process, started_at
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ runs by then is on record, so that `up` again goes on and `down` ends it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -200,22 +200,25 @@ def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.rank)
 
 
-def take_down(
-    mesh: MeshRecord, keys: Keys | None = None, done: Callable[[int], None] | None = None
-) -> dict[int, FluxmeshError]:
-    """Ends the agents of a mesh, those that don't hear it by way of the starter; errors by rank."""
+def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshError]:
+    """Ends the agents of a mesh: by the starter, or over the network where ssh does not reach.
+
+    Returns errors by rank, of the agents that may still run.
+    """
     from fluxmesh import messages
     from fluxmesh_coordinator.client import Client
 
-    async def end(client: Client) -> None:
-        await client.ask(messages.ShutDown(), messages.Done)
-
-    with_agents(mesh, end, keys)
     hostfile = mesh.hostfile
 
     def stop(host: Host) -> None:
         launch.ask(host, "stop", port=hostfile.control(host.rank).port)
-        if done is not None:
-            done(host.rank)
 
-    return launch.each(mesh.hosts, stop)[1]
+    errors = launch.each(mesh.hosts, stop)[1]
+    if not errors:
+        return {}
+
+    async def end(client: Client) -> None:
+        await client.ask(messages.ShutDown(), messages.Done)
+
+    ended, _ = with_agents(mesh.only(errors), end, keys)
+    return {rank: error for rank, error in errors.items() if rank not in ended}

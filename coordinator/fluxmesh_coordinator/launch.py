@@ -240,10 +240,12 @@ def start(
     *,
     rotate: bool = False,
     forget: Sequence[str] = (),
+    again: bool = False,
 ) -> tuple[Member, bool]:
     """(the agent of a host that listens and lets this user in, whether it was started just now).
 
-    `rotate` gives it new keys; the public keys `forget` are let in no more.
+    `rotate` gives it new keys; the public keys `forget` are let in no more; `again` does nothing
+    for an agent that was ended on purpose. Raises `FluxmeshError` naming the host.
     """
     told = ask(
         host,
@@ -252,6 +254,7 @@ def start(
         authorized={user_name(keys.public): keys.public},
         rotate=rotate,
         forget=list(forget),
+        again=again,
     )
     member = Member(
         rank=host.rank,
@@ -271,7 +274,7 @@ def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:
     """
     hostfile = record.hostfile
     spec = agent_spec(hostfile, rank, record.envs, record.roots)
-    member, _ = start(hostfile.hosts[rank], spec, keys)
+    member, _ = start(hostfile.hosts[rank], spec, keys, again=True)
     members = tuple(member if old.rank == rank else old for old in record.members)
     return replace(record, members=members)
 

@@ -31,6 +31,7 @@ from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.homes import private_folder, read_private, write_private
 from fluxmesh.keys import Allowlist
+from fluxmesh.processes import end_process, kill_process, started_at
 
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed
@@ -76,7 +77,7 @@ class Agent:
             told: dict[str, Any] = json.loads(read_private(self._running))
         except (FileNotFoundError, ValueError):
             return None
-        return told if birth(told["pid"]) == told["birth"] else None
+        return told if started_at(told["pid"]) == told["start"] else None
 
     def start(self, spec: Spec, authorized: dict[str, str]) -> dict[str, Any]:
         """Starts it and waits until it listens. Raises `FluxmeshError` with what it said last."""
@@ -100,26 +101,36 @@ class Agent:
             why = said[-1] if said else "it said nothing"
             raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
         told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
-        told |= {"birth": birth(process.pid), "spec": spec, "version": __version__}
+        told |= {"start": started_at(process.pid), "spec": spec, "version": __version__}
         write_private(self._running, json.dumps(told))
         return told
 
     def stop(self) -> bool:
         """Ends it, by force where it does not go; False where none ran."""
-        told = self.running()
+        told, known = self.running(), not self.was_stopped
+        self._running.unlink(missing_ok=True)  # first: nobody starts it again from now on
         if told is None:
-            self._running.unlink(missing_ok=True)
+            if known:
+                self._end_engine()
             return False
-        for number, seconds in ((signal.SIGTERM, GONE), (signal.SIGKILL, GONE)):
-            deadline = time.monotonic() + seconds
-            try:
-                os.kill(told["pid"], number)
-            except ProcessLookupError:
-                break
-            while birth(told["pid"]) == told["birth"] and time.monotonic() < deadline:
-                time.sleep(0.05)
-        self._running.unlink(missing_ok=True)
+        pid, start = told["pid"], told["start"]
+        if not end_process(pid, start, signal.SIGTERM, GONE) and not end_process(pid, start):
+            raise FluxmeshError(f"Its agent, process {pid}, does not end; restart the machine.")
+        self._end_engine()
         return True
+
+    def _end_engine(self) -> None:
+        """An engine that hangs does not see that its agent was killed."""
+        try:
+            known = json.loads(read_private(self.state / "engine.json"))
+        except (FileNotFoundError, ValueError):
+            return
+        kill_process(int(known["pid"]), str(known["start"]))
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it was ended on purpose, or never started."""
+        return not self._running.exists()
 
 
 def hand_over(
@@ -151,22 +162,6 @@ def hand_over(
     except ValueError:
         return None
     return ready
-
-
-def birth(pid: int) -> str:
-    """When a process began, which tells it from a later one of the same number; "" if it ended."""
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            return ""
-        return "" if fields[0] in "ZX" else fields[19]
-    done = subprocess.run(
-        ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
-    state, _, began = done.stdout.strip().partition(" ")
-    return "" if state.startswith("Z") else began.strip()
 
 
 def tail(path: Path, lines: int, begin: int = 0) -> list[str]:
@@ -247,6 +242,8 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
     spec, authorized = request["spec"], request["authorized"]
     agent = Agent(spec["port"])
     with agent.alone():
+        if request.get("again") and agent.was_stopped:
+            raise FluxmeshError("Its agent was ended by `fluxmesh down`; `fluxmesh up` starts it.")
         allowed = Allowlist(agent.state / "authorized")
         known = allowed.users()
         for key in request.get("forget", ()):

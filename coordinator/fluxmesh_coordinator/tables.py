@@ -40,7 +40,8 @@ def row(found: Survey, host: Host) -> list[str]:
         return [str(host.rank), host.name, "", "gone", "", "", "", "", "", ""]
     following = next_in_ring(found, host.rank)
     link = "" if following is None else f"{following / 1e9:.2f} GB/s"
-    step = min(status.measured, key=lambda one: one.height * one.width, default=None)
+    known = found.view.timed(host.rank).measured
+    step = min(known, key=lambda one: one.height * one.width, default=None)
     timed = "" if step is None else f"{_seconds(step.step_seconds)} at {step.height}x{step.width}"
     cells = [str(host.rank), host.name, status.kind, state(status), holds(status)]
     cells += [f"{status.memory_bytes / 1e9:.1f} GB", f"{status.free_bytes / 1e9:.1f} GB"]

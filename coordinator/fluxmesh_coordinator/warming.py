@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
@@ -149,9 +149,7 @@ class Warming:
         for rank in place.idle:
             self.watcher.note(f"Host {rank} holds no weights: {place.why}.")
         cold = [rank for rank in place.ranks if not self._holds(statuses[rank], place, rank)]
-        untimed = [
-            rank for rank in place.ranks if place.shards == 1 and not self._timed(statuses[rank])
-        ]
+        untimed = self._untimed(view, place)
         leases: dict[int, messages.Granted] = {}
         for rank in sorted({*cold, *untimed}):  # in rank order, so that no two can deadlock
             leases[rank] = await self._lease(rank)
@@ -161,10 +159,7 @@ class Warming:
             await asyncio.gather(*(self._load(jobs[rank], place, rank) for rank in cold))
         if untimed:
             self.watcher.stage("Timing a step")
-            same: dict[str, list[_Job]] = {}
-            for rank in untimed:
-                same.setdefault(view.host(rank).device_key, []).append(jobs[rank])
-            await asyncio.gather(*map(self._time, same.values()))
+            await asyncio.gather(*(self._time(jobs[rank]) for rank in untimed))
         for rank in leases:
             await self.clients[rank].ask(messages.LeaveQueue(), messages.Done)
 
@@ -175,13 +170,16 @@ class Warming:
             return False
         return held.shards == 1 or (held.shards, held.shard) == (place.shards, place.shard(rank))
 
-    def _timed(self, status: messages.Status) -> bool:
+    def _untimed(self, view: MeshView, place: Layout) -> list[int]:
+        """One host of each device on which this size was not timed; a shard alone can't be."""
         weights, work = self.work.weights, self.work
         wanted = (weights.model, work.height, work.width, weights.dtype, weights.bits)
-        return any(
-            (one.model, one.height, one.width, one.dtype, one.bits) == wanted
-            for one in status.measured
-        )
+        devices: dict[str, int] = {}
+        for rank in place.ranks if place.shards == 1 else ():
+            known = view.timed(rank).measured
+            if wanted not in [(o.model, o.height, o.width, o.dtype, o.bits) for o in known]:
+                devices.setdefault(view.host(rank).device_key, rank)
+        return list(devices.values())
 
     async def _lease(self, rank: int) -> messages.Granted:
         def waiting(queued: messages.Queued) -> None:
@@ -196,12 +194,11 @@ class Warming:
                 what, done, total = report.component, report.done_bytes, report.total_bytes
                 self.watcher.progress(rank, what, done, total)
 
-    async def _time(self, jobs: Iterable[_Job]) -> None:
-        """Hosts of one device, one after another: each is timed with nothing else running."""
-        for job in jobs:
-            measure = messages.Measure(*job.common, self.work.height, self.work.width)
-            async for _ in job.do(measure, MEASURING):
-                pass  # it beats until it is done
+    async def _time(self, job: _Job) -> None:
+        """With nothing else running on the device."""
+        measure = messages.Measure(*job.common, self.work.height, self.work.width)
+        async for _ in job.do(measure, MEASURING):
+            pass  # it beats until it is done
 
 
 class _Job:

@@ -60,8 +60,8 @@ class Options:
     def __init__(self, work: Work, view: MeshView) -> None:
         self.work, self.view = work, view
         self.memory = Memory(work, view)
-        self.steps = {host.rank: step_time(host, work) for host in view.hosts}
-        self.decodes = {host.rank: decode_time(host, work) for host in view.hosts}
+        self.steps = {rank: step_time(view.timed(rank), work) for rank in view.ranks}
+        self.decodes = {rank: decode_time(view.timed(rank), work) for rank in view.ranks}
 
     def data(self, images: Sequence[int]) -> Option:
         """Whole images, each to whoever is free; hosts that would only delay it are left out."""

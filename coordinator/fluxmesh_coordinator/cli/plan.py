@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,7 @@ def plan(
     from fluxmesh.errors import UsageError
     from fluxmesh.flux import hub
     from fluxmesh_coordinator import assumed, record
+    from fluxmesh_coordinator.adapters import by_hash
     from fluxmesh_coordinator.settings import Settings
 
     if (hostfile is None) != (assume is None):
@@ -64,7 +67,10 @@ def plan(
     up = record.load() if hostfile is None else None
     default = up.weights.model if up and up.weights else None
     name, sizes, here = assumed.sizes_of(settings.model or default or hub.default_model())
+    if os.path.exists(os.path.expanduser(name)):
+        name = os.path.abspath(os.path.expanduser(name))  # as agents know it
     request = settings.request(prompt or "", 0, model=name, defaults=sizes.defaults)
+    request = replace(request, adapters=by_hash(request.adapters)[0])
     if hostfile is not None and assume is not None:
         view = _assumed(hostfile, assume, request, sizes)
     else:
@@ -160,8 +166,6 @@ def _seconds(seconds: float) -> str:
 
 
 def _as_json(found: Plan, view: MeshView) -> dict[str, Any]:
-    from dataclasses import asdict
-
     work = found.work
     return {
         "event": "plan",
