@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -37,12 +37,18 @@ from fluxmesh.messages import (
     Cancel,
     Cancelled,
     Device,
+    Encoded,
     Failed,
     Join,
     Joined,
+    Loaded,
     Message,
     Paint,
+    Pictured,
     Progress,
+    Report,
+    SourceEncoded,
+    Timed,
     Work,
 )
 from fluxmesh.stream import Channel
@@ -53,6 +59,7 @@ log = logging.getLogger("engine")
 
 BEAT_SECONDS = 1.0
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
+LAST = (Loaded, Encoded, SourceEncoded, Pictured, Timed)  # after the last of these, a unit is over
 BROKEN = 70  # exit code: the engine told why, or could not
 DELAYS = "FLUXMESH_DELAYS"  # "step=0.5,load=1": seconds, so that a test can hit a phase
 
@@ -103,11 +110,15 @@ class Engine:
             if isinstance(message, Cancel):
                 self.channel.send(Cancelled(message.job, 0))  # the agent knows the epoch
                 continue
+            last: Report | None = None
             if isinstance(message, Join):
-                self._join(message)
+                last = self._join(message)
             elif isinstance(message, Work):
-                self._do(message)
+                last = self._do(message)
+            # Before the last report: whoever hears it finds the host free.
             self._account(is_over=True)
+            if last is not None:
+                self.channel.send(last)
 
     def _account(self, *, is_over: bool) -> None:
         worker = self.worker
@@ -115,28 +126,36 @@ class Engine:
 
     # Work
 
-    def _do(self, work: Work) -> None:
+    def _do(self, work: Work) -> Report | None:
+        """Does a unit and sends its reports, but for the last one, which is returned."""
         # In a ring even a cancelled image begins: the ranks must agree that they stop.
         together = isinstance(work, Paint) and work.placement != "data"
         if work.job in self._cancelled and not together:
-            return
+            return None
         self._work = work
+        last: Report | None = None
         try:
             for report in self.worker.do(work):
+                if last is not None:
+                    self.channel.send(last)
+                last = report if isinstance(report, LAST) else None
+                if last is not None:
+                    continue
                 if not isinstance(report, Progress):
                     self._account(is_over=False)
                 self.channel.send(report)
+            return last
         except FluxmeshError as error:
             if isinstance(error, ConnectionClosed):
                 raise
             kind = type(error).__name__
-            self.channel.send(Failed(work.epoch, work.job, kind, str(error), fatal=False))
+            return Failed(work.epoch, work.job, kind, str(error), fatal=False)
         except Exception as error:
-            self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
+            return self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
         finally:
             self._work = None
 
-    def _join(self, join: Join) -> None:
+    def _join(self, join: Join) -> Report:
         """Forms the ring with the others, and makes sure that they are the others."""
         for variable, text in join.files:
             path = Path(self.config.scratch) / f"{variable}.json"
@@ -152,11 +171,11 @@ class Engine:
             if not ranks.agree(join.nonce):
                 raise RuntimeError("a rank does not know the nonce of this epoch")
         except Exception as error:
-            self._give_up(join.epoch, "", "while joining the ring", error)
+            return self._give_up(join.epoch, "", "while joining the ring", error)
         self.worker.join(ranks)
-        self.channel.send(Joined(join.epoch, join.rank))
+        return Joined(join.epoch, join.rank)
 
-    def _give_up(self, epoch: int, job: str, doing: str, error: Exception) -> None:
+    def _give_up(self, epoch: int, job: str, doing: str, error: Exception) -> NoReturn:
         """Ends the process: what raised such a thing may have left anything behind."""
         log.error("the engine ends %s", doing, exc_info=error)
         said = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,504 @@
+"""One real agent with a real engine over the real transport: answers, deaths, hangs, leases."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh import __version__, messages
+from fluxmesh.cluster import Weights
+from fluxmesh.events import Picture
+from fluxmesh.flux.runner import Runner
+from fluxmesh.messages import Decode, Encode, Load, Measure
+from fluxmesh.processes import started_at
+from fluxmesh.request import AdapterRef, GenerateRequest
+from tests.checkpoints import make_checkpoint, write_safetensors
+from tests.integration.agents import Agent, Coordinator, agent, coordinator, encode, painting, play
+
+GONE = 10.0  # seconds within which what should end has ended
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
+
+
+@pytest.fixture
+def host(tmp_path: Path, weights: Weights) -> Iterator[Agent]:
+    with agent(tmp_path / "agent", "--root", weights.model) as running:
+        yield running
+
+
+def is_running(pid: int) -> bool:
+    return started_at(pid) is not None
+
+
+def wait_gone(pid: int, seconds: float = GONE) -> None:
+    end = time.monotonic() + seconds
+    while is_running(pid):
+        assert time.monotonic() < end, f"process {pid} is still there"
+        time.sleep(0.02)
+
+
+async def engine_of(one: Coordinator) -> int:
+    pid = (await one.status()).engine_pid
+    assert pid is not None
+    return pid
+
+
+async def failed(one: Coordinator, seconds: float = GONE) -> messages.Failed:
+    """The next report of a failure."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for report in one.heard:
+            if isinstance(report, messages.Failed):
+                one.heard.clear()
+                one._read = 0
+                return report
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"nothing failed: {one.heard}")
+
+
+def test_an_image_by_way_of_an_agent_is_that_of_this_process(host: Agent, weights: Weights) -> None:
+    async def scene() -> np.ndarray:
+        async with coordinator(host) as one:
+            await one.lease()
+            text = await encode(one, weights, "two dogs")
+            await one.done(painting(one, weights, text, seed=5))
+            for number in (1, 2, 3):
+                step = await one.until(messages.Stepped)
+                assert step.step == number
+                assert step.latents is not None
+            await one.done(Decode(*one.head(), weights, (0,), 32, 32, step.latents))
+            picture = (await one.until(messages.Pictured)).pixels
+            status = await one.status()
+            assert (status.state, status.job, status.epoch) == ("ready", "", 0)
+            counted = status.counters
+            assert (counted.images, counted.steps, counted.encodes, counted.decodes) == (1, 3, 1, 1)
+            assert counted.sent_bytes == 0
+            assert status.holds is not None
+            assert status.holds.weights == weights
+            assert status.holds.nbytes > counted.transformer_bytes > counted.block_bytes > 0
+            assert one.client == status.holder
+            return picture
+
+    request = GenerateRequest(
+        "two dogs", 5, weights.model, height=32, width=32, steps=3, dtype="float32"
+    )
+    alone = [e.pixels for e in Runner().run(request) if isinstance(e, Picture)]
+    assert np.array_equal(play(scene()), alone[0])
+
+
+def test_status_says_what_the_host_is_before_anything_is_loaded(host: Agent) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            status = await one.status()
+            assert status.state == "idle"
+            assert status.holds is None
+            assert status.memory_bytes > status.free_bytes > 1 << 20
+            assert status.flops_per_second > 1e8
+            assert abs(status.clock - time.time()) < 5
+            assert status.kind != "unknown"
+            assert status.pid == host.process.pid
+
+    play(scene())
+
+
+def test_a_step_and_a_decode_are_measured(host: Agent, weights: Weights) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            await one.done(Measure(*one.head(), weights, 32, 32))
+            timed = await one.until(messages.Timed)
+            measured = (await one.status()).measured
+            assert measured == (timed.measured,)
+            assert measured[0].decode_seconds is not None
+            assert 0 < measured[0].step_seconds < 10
+
+    play(scene())
+
+
+def test_an_adapter_is_sent_once_and_changes_the_image(
+    host: Agent, weights: Weights, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    low = {"lora_down": (4, 64), "lora_up": (64, 4)}
+    arrays = {
+        f"diffusion_model.double_blocks.0.img_attn.proj.{leaf}.weight": rng.standard_normal(
+            shape, dtype=np.float32
+        )
+        for leaf, shape in low.items()
+    }
+    write_safetensors(tmp_path / "adapter.safetensors", arrays)
+    data = np.frombuffer((tmp_path / "adapter.safetensors").read_bytes(), np.uint8)
+    sha = hashlib.sha256(data).hexdigest()
+    adapted = Weights(weights.model, "float32", adapters=(AdapterRef(sha),))
+
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            assert await one.ask(messages.HasFile(one.fence, sha)) == messages.Found(False)
+            await one.done(Load(*one.head(), adapted))
+            assert (await failed(one)).kind == "AdapterError"
+            for start in range(0, len(data), 1500):
+                piece = data[start : start + 1500]
+                await one.done(messages.PutFile(one.fence, sha, start, len(data), piece))
+            assert await one.ask(messages.HasFile(one.fence, sha)) == messages.Found(True)
+            latents = []
+            for each in (weights, adapted):
+                text = await encode(one, each)
+                await one.done(painting(one, each, text, steps=1))
+                latents.append((await one.until(messages.Stepped)).latents)
+            assert np.abs(latents[0] - latents[1]).max() > 0.01
+
+    play(scene())
+
+
+def test_a_model_outside_of_the_roots_is_refused_and_the_engine_lives(
+    host: Agent, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            engine = await engine_of(one)
+            for name in ("/etc", str(host.state), "../.."):
+                await one.done(Load(*one.head(), Weights(name)))
+                report = await failed(one)
+                assert (report.kind, report.fatal) == ("ModelNotFoundError", False)
+            await encode(one, weights)
+            assert await engine_of(one) == engine
+
+    play(scene())
+
+
+@pytest.mark.parametrize("moment", ["load", "encode", "step", "decode"])
+def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
+    tmp_path: Path, weights: Weights, moment: str
+) -> None:
+    async def scene(host: Agent) -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            text = await encode(one, weights)
+            noise = painting(one, weights, text).noise
+            work = {
+                "load": Load(*one.head(), weights),
+                "encode": Encode(*one.head(), weights, "another"),
+                "step": painting(one, weights, text),
+                "decode": Decode(*one.head(), weights, (0,), 32, 32, noise),
+            }[moment]
+            engine = await engine_of(one)
+            await one.done(work)
+            await asyncio.sleep(0.4)
+            os.kill(engine, signal.SIGKILL)
+            start = time.monotonic()
+            report = await failed(one)
+            assert time.monotonic() - start < 1.0
+            assert (report.kind, report.fatal, report.job) == ("Died", True, "job")
+            assert "signal 9" in report.text
+            status = await one.status()
+            assert (status.state, status.engine_pid, status.holds) == ("failed", None, None)
+            await one.done(work)  # the same agent starts another
+            ends = (messages.Loaded, messages.Encoded, messages.Stepped, messages.Pictured)
+            kind = dict(zip(("load", "encode", "step", "decode"), ends, strict=True))[moment]
+            await one.until(kind)
+            assert await engine_of(one) != engine
+
+    slow = {"FLUXMESH_DELAYS": "load=0.8,encode=0.8,step=0.8,decode=0.8"}
+    with agent(tmp_path, "--root", weights.model, envs=slow) as host:
+        play(scene(host))
+
+
+def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_it(
+    host: Agent, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            text = await encode(one, weights)
+            engine = await engine_of(one)
+            await one.done(painting(one, weights, text, steps=500))
+            await one.until(messages.Stepped)
+            os.kill(engine, signal.SIGSTOP)
+            await asyncio.sleep(0.3)
+            one.heard.clear()
+            beats = one.beats
+            await asyncio.sleep(2.5)
+            assert one.heard == []
+            assert one.beats >= beats + 2
+            assert (await one.status()).state == "busy"
+            await one.done(messages.Kill(one.fence, one.epoch + 1))
+            assert not is_running(engine)
+            one.epoch += 1
+            one._read = 0
+            await one.done(painting(one, weights, text))
+            assert (await one.until(messages.Stepped)).epoch == one.epoch
+
+    play(scene())
+
+
+def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: Weights) -> None:
+    async def scene(host: Agent) -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            text = await encode(one, weights)
+            await one.done(painting(one, weights, text, steps=2))
+            assert (await one.until(messages.Beat)).doing == "first step"
+            await one.until(messages.Stepped)
+            await one.until(messages.Stepped)
+            one.heard.clear()
+            one._read = 0
+            await one.done(painting(one, weights, text, steps=1, image=1))
+            await one.until(messages.Stepped)
+            # The second step at a shape gives its sign by being done.
+            assert not any(isinstance(report, messages.Beat) for report in one.heard)
+
+    with agent(tmp_path, "--root", weights.model, envs={"FLUXMESH_DELAYS": "step=1.6"}) as host:
+        play(scene(host))
+
+
+def test_cancel_stops_at_the_next_step_and_drops_what_waits(host: Agent, weights: Weights) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            text = await encode(one, weights)
+            engine = await engine_of(one)
+            for image in range(3):
+                await one.done(painting(one, weights, text, steps=500, image=image))
+            await one.until(messages.Stepped)
+            start = time.monotonic()
+            await one.done(messages.Cancel(one.fence, "job"))
+            await one.until(messages.Cancelled)
+            assert time.monotonic() - start < 2.0
+            steps = (await one.status()).counters.steps
+            assert steps < 500
+            await one.done(painting(one, weights, text, steps=1, job="next"))
+            assert (await one.until(messages.Stepped)).job == "next"
+            status = await one.status()
+            assert status.counters.steps == steps + 1
+            assert status.engine_pid == engine
+
+    play(scene())
+
+
+def test_who_has_no_lease_changes_nothing(host: Agent, weights: Weights) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one, coordinator(host) as other:
+            await one.lease()
+            for fence in (0, one.fence, one.fence + 1):
+                answer = await other.ask(Load(fence, "job", 0, weights))
+                assert isinstance(answer, messages.Refused)
+                assert answer.code == "fence"
+            stale = await one.ask(Load(one.fence - 1, "job", 0, weights))
+            assert isinstance(stale, messages.Refused)
+            assert (await one.status()).state == "idle"
+
+    play(scene())
+
+
+def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
+    host: Agent, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            work = Encode(*one.head(), weights, "a cat")
+            for _ in range(5):
+                assert await one.repeat(work, 1000) == messages.Done()
+            await one.until(messages.Encoded)
+            assert (await one.status()).counters.encodes == 1
+            assert sum(isinstance(report, messages.Encoded) for report in one.heard) == 1
+
+    play(scene())
+
+
+def test_the_second_waits_sees_its_place_and_gets_the_lease_when_the_first_leaves(
+    host: Agent,
+) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one, coordinator(host) as other:
+            await one.lease()
+            await other.done(messages.AskLease("mine", 1.0))
+            queued = await other.until(messages.Queued)
+            assert queued.place == 1
+            assert (await one.status()).waiting == 1
+            start = time.monotonic()
+            await one.done(messages.LeaveQueue())
+            granted = await other.until(messages.Granted)
+            assert granted.fence > one.fence
+            assert time.monotonic() - start < 0.2
+
+    play(scene())
+
+
+def test_a_coordinator_that_falls_silent_loses_the_host_and_its_work_stops(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene(host: Agent) -> None:
+        async with coordinator(host, beats=False) as one, coordinator(host) as other:
+            await one.lease()
+            text = await encode(one, weights)
+            engine = await engine_of(one)
+            await one.done(painting(one, weights, text, steps=300))
+            silent = time.monotonic()
+            await other.lease("mine")
+            assert 4.5 < time.monotonic() - silent < 10.0
+            await one.until(messages.Lost)
+            status = await other.status()
+            assert (status.state, status.engine_pid) == ("ready", engine)  # still warm
+            assert 10 < status.counters.steps < 300
+            assert status.holder == other.client
+
+    with agent(tmp_path, "--root", weights.model, envs={"FLUXMESH_DELAYS": "step=0.1"}) as host:
+        play(scene(host))
+
+
+def test_an_engine_that_does_not_let_go_of_a_lost_coordinators_work_is_ended(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene(host: Agent) -> None:
+        async with coordinator(host, beats=False) as one, coordinator(host) as other:
+            await one.lease()
+            text = await encode(one, weights)
+            engine = await engine_of(one)
+            await one.done(painting(one, weights, text, steps=300))
+            await asyncio.sleep(0.3)
+            os.kill(engine, signal.SIGSTOP)
+            silent = time.monotonic()
+            await other.lease("mine")
+            assert time.monotonic() - silent < 10.0
+            assert not is_running(engine)
+            assert other.epoch == one.epoch + 1
+            await encode(other, weights)
+
+    with agent(tmp_path, "--root", weights.model) as host:
+        play(scene(host))
+
+
+def test_an_engine_ends_when_its_agent_is_killed(host: Agent, weights: Weights) -> None:
+    async def scene() -> int:
+        async with coordinator(host) as one:
+            await one.lease()
+            text = await encode(one, weights)
+            await one.done(painting(one, weights, text, steps=300))
+            await one.until(messages.Stepped)
+            engine = await engine_of(one)
+            host.process.kill()
+            return engine
+
+    wait_gone(play(scene()), 3.0)
+
+
+def test_an_agent_that_starts_again_ends_the_engine_that_was_left_behind(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def engine(host: Agent) -> int:
+        async with coordinator(host) as one:
+            return await engine_of(one)
+
+    with agent(tmp_path) as host:
+        orphan = play(engine(host))
+        os.kill(orphan, signal.SIGSTOP)  # it can't hear that its agent is gone
+        host.process.kill()
+        host.process.wait()
+        key, boot = host.key, host.boot
+    assert is_running(orphan)
+    with agent(tmp_path) as host:
+        assert play(engine(host)) != orphan
+        assert not is_running(orphan)
+        assert (host.key == key, host.boot == boot) == (True, False)
+
+
+def test_another_process_with_the_orphans_number_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as stranger:
+        try:
+            (tmp_path / "agent").mkdir(mode=0o700)
+            record = tmp_path / "agent" / "engine.json"
+            record.write_text(f'{{"pid": {stranger.pid}, "start": "1"}}')
+            record.chmod(0o600)
+            with agent(tmp_path / "agent"):
+                time.sleep(0.5)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_an_ephemeral_agent_ends_with_its_stdin_and_leaves_no_process(host: Agent) -> None:
+    async def engine() -> int:
+        async with coordinator(host) as one:
+            return await engine_of(one)
+
+    pid = play(engine())
+    host.close_stdin()
+    assert host.process.wait(GONE) == 0
+    assert not is_running(pid)
+    assert not (host.state / "engine.json").exists()
+
+
+def test_shutting_down_is_answered_and_leaves_no_process(tmp_path: Path) -> None:
+    async def scene(host: Agent) -> int:
+        async with coordinator(host) as one:
+            engine = await engine_of(one)
+            await one.done(messages.ShutDown())
+            return engine
+
+    with agent(tmp_path, ephemeral=False) as host:
+        engine = play(scene(host))
+        assert host.process.wait(GONE) == 0
+        assert not is_running(engine)
+
+
+def test_one_state_folder_has_one_agent(host: Agent) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxmesh_agent", "run", "--state", str(host.state)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "An agent runs with" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_version_is_refused_and_nothing_works_before_hello(host: Agent) -> None:
+    async def scene() -> None:
+        async with coordinator(host) as one:
+            answer = await one.ask(messages.Hello("again", "0.0.0"))
+            assert isinstance(answer, messages.Refused)
+            assert answer.code == "version"
+            assert __version__ in answer.text
+            connection = one.connection
+            one._seq += 1
+        async with coordinator(host) as one:
+            answer = await one.ask(messages.Granted(1, 1))
+            assert isinstance(answer, messages.Refused)
+            assert answer.code == "usage"
+        with contextlib.suppress(Exception):
+            await connection.close()
+
+    play(scene())
+
+
+def test_the_log_names_no_prompt(host: Agent, weights: Weights) -> None:
+    async def scene() -> tuple[str, ...]:
+        async with coordinator(host) as one:
+            await one.lease()
+            await encode(one, weights, "an unmistakable prompt")
+            answer = await one.ask(messages.AskLogs(50))
+            assert isinstance(answer, messages.Logs)
+            return answer.lines
+
+    lines = play(scene())
+    assert any("says hello" in line for line in lines)
+    assert "unmistakable" not in host.log
