@@ -30,6 +30,7 @@ MAX_HOSTS = 256
 MAX_FILE_BYTES = 1 << 20
 JACCL_HOSTS = 8  # the largest mesh in which every host has a cable to every other
 CONTROL_PORT = 47100  # of the first agent of a machine; the next ones count up from it
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # names of this machine
 
 # Neither a library to load nor a token can come in through a hostfile; ranks, addresses and
 # precision are fluxmesh's own to set.
@@ -78,13 +79,13 @@ class Host:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is this machine, which needs no ssh."""
-        return self.name in ("127.0.0.1", "localhost", "::1")
+        """Whether it is this machine and this user, which needs no ssh."""
+        return self.ssh in LOOPBACK
 
     @property
     def machine(self) -> str:
         """The same for all agents on one machine."""
-        return "localhost" if self.is_local else self.name
+        return "localhost" if self.name in LOOPBACK else self.name
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,8 @@ class Hostfile:
         host = self.hosts[rank]
         if host.control is not None:
             return host.control
-        return Endpoint(
-            "127.0.0.1" if host.is_local else host.name, CONTROL_PORT + self.local_index(rank)
-        )
+        address = "127.0.0.1" if host.name in LOOPBACK else host.name
+        return Endpoint(address, CONTROL_PORT + self.local_index(rank))
 
 
 def this_machine() -> Hostfile:

@@ -100,6 +100,9 @@ def ask(host: Host, action: str, tell: Tell | None = None, **fields: Any) -> dic
         if process.poll() is None:
             process.kill()
             process.wait()
+        process.stdout.close()
+        if not listener.is_alive():  # else a connection that ssh shares still holds the pipe
+            process.stderr.close()
     if "result" in answer:
         result: dict[str, Any] = answer["result"]
         return result

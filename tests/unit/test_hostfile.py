@@ -135,6 +135,14 @@ def test_the_name_of_a_machine_is_without_user_and_port(ssh: str, name: str) -> 
     assert Host(0, ssh).name == name
 
 
+def test_another_user_of_this_machine_is_reached_by_ssh_and_shares_its_ports() -> None:
+    hosts = [{"ssh": name, "ips": ["127.0.0.1"]} for name in ("localhost", "me@localhost")]
+    found = parse(json.dumps(hosts))
+    assert [host.is_local for host in found.hosts] == [True, False]
+    assert [host.machine for host in found.hosts] == ["localhost", "localhost"]
+    assert found.control(0).port + 1 == found.control(1).port
+
+
 def test_a_mesh_of_one_needs_no_file() -> None:
     assert this_machine().hosts[0].is_local
     assert len(this_machine().hosts) == 1

@@ -445,3 +445,18 @@ def test_equal_hosts_get_images_within_one_of_even(hosts: int, images: int) -> N
 def test_the_same_question_has_the_same_answer() -> None:
     view = full(*(mac(rank) for rank in range(4)))
     assert plan(ask(n_images=5), view, FLUX) == plan(ask(n_images=5), view, FLUX)
+
+
+def test_what_one_agent_measured_holds_for_all_on_its_device() -> None:
+    timed = Measured("m", 1024, 1024, "bfloat16", None, 2.0)
+    hosts = [
+        mac(0, device="one", measured=(timed,)),
+        mac(1, device="one"),
+        mac(2, device="two"),
+    ]
+    found = plan(ask(height=1024, width=1024, n_images=3), full(*hosts), FLUX)
+    whole = next(option for option in found.options if option.name == "data")
+    assert not whole.measured
+    pair = plan(ask(height=1024, width=1024, n_images=2), full(*hosts[:2]), FLUX)
+    both = next(option for option in pair.options if option.name == "sequence")
+    assert both.ranks == (0, 1) and both.measured

@@ -1,0 +1,71 @@
+"""What `up` and `doctor` make of what a host says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fluxmesh.hostfile import Host
+from fluxmesh_coordinator.checks import findings
+
+NOW = 1_000_000.0
+GOOD: dict[str, Any] = {
+    "version": "0.1.0",
+    "python": "/opt/venv/bin/python",
+    "python_version": "3.12.4",
+    "mlx_version": "0.32.4",
+    "memory_bytes": 192 * 10**9,
+    "disk_free_bytes": 10**12,
+    "clock": NOW,
+    "model": {"revision": "abc", "bytes": 34 * 10**9},
+    "ips": {"192.168.0.1": True},
+    "control": {"endpoint": "192.168.0.1:47100", "free": True},
+    "agent": None,
+}
+
+
+def levels(**changed: Any) -> dict[str, str]:
+    found = findings(Host(1, "mac1"), {**GOOD, **changed}, GOOD, NOW)
+    assert {finding.rank for finding in found} == {1}
+    return {finding.check: finding.level for finding in found}
+
+
+def text(check: str, **changed: Any) -> str:
+    found = findings(Host(1, "mac1"), {**GOOD, **changed}, GOOD, NOW)
+    return next(finding.text for finding in found if finding.check == check)
+
+
+def test_a_host_like_this_machine_is_well() -> None:
+    assert set(levels().values()) == {"ok"}
+    assert set(levels()) == {"Python", "MLX", "memory", "disk", "clock", "ips", "control", "model"}
+
+
+@pytest.mark.parametrize(
+    ("check", "level", "changed", "told"),
+    [
+        ("Python", "fail", {"python_version": "3.9.6"}, "3.9.6 is too old"),
+        ("MLX", "fail", {"mlx_version": ""}, "pip install mlx"),
+        ("MLX", "warn", {"mlx_version": "0.33.0"}, "0.33.0 there and 0.32.4 here"),
+        ("disk", "warn", {"disk_free_bytes": 10**8}, "make room"),
+        ("clock", "warn", {"clock": NOW - 90}, "90 s behind"),
+        ("clock", "warn", {"clock": NOW + 7}, "7 s ahead"),
+        ("ips", "fail", {"ips": {"192.168.0.9": False}}, "192.168.0.9 is no address"),
+        ("control", "fail", {"control": {"endpoint": "1.2.3.4:5", "free": False}}, "1.2.3.4:5"),
+        ("model", "fail", {"model": {"problem": "It is not here."}}, "It is not here."),
+        ("model", "fail", {"model": {"revision": "xyz", "bytes": 1}}, "xyz there and abc here"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_remedy(
+    check: str, level: str, changed: dict[str, Any], told: str
+) -> None:
+    others = {name: found for name, found in levels(**changed).items() if name != check}
+    assert set(others.values()) == {"ok"}
+    assert levels(**changed)[check] == level
+    assert told in text(check, **changed)
+
+
+def test_a_port_that_its_own_agent_holds_is_not_taken() -> None:
+    taken = {"endpoint": "192.168.0.1:47100", "free": False}
+    agent = {"endpoint": "192.168.0.1:47100", "version": "0.1.0"}
+    assert levels(control=taken, agent=agent)["control"] == "ok"

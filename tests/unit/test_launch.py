@@ -1,0 +1,153 @@
+"""How hosts are asked: the command lines, and the sentences when they don't answer."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.hostfile import Host, parse
+from fluxmesh.keys import Keys
+from fluxmesh_coordinator import launch
+from fluxmesh_coordinator.starter import agent_command
+
+REMOTE = Host(1, "me@mac1")
+
+
+def fake_ssh(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ssh that runs `script`; returns the file in which it leaves its arguments."""
+    path, told = folder / "ssh", folder / "arguments"
+    path.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >> {told}\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("FLUXMESH_SSH", str(path))
+    return told
+
+
+def test_no_key_and_no_path_of_the_user_is_part_of_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = fake_ssh(tmp_path, 'cat > "$0.stdin"; exit 255', monkeypatch)
+    keys = Keys.new()
+    spec = {"address": "192.168.0.1", "port": 47100, "models": "~/models", "envs": []}
+
+    with pytest.raises(HostUnreachableError):
+        launch.start(REMOTE, spec, keys)
+
+    said = told.read_text()
+    assert keys.public not in said and keys.secret not in said and "models" not in said
+    stdin = (tmp_path / "ssh.stdin").read_text()
+    assert keys.secret not in stdin
+    assert "~/models" in stdin
+    assert "BatchMode=yes" in said and "--\nme@mac1\n" in said
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "text"),
+    [
+        (
+            "echo 'Permission denied (publickey).' >&2; exit 255",
+            HostUnreachableError,
+            "ssh-copy-id",
+        ),
+        ("exit 127", FluxmeshError, "no Python there has fluxmesh"),
+        ("echo 'No module named fluxmesh_coordinator' >&2; exit 1", FluxmeshError, "install it"),
+        ("echo Boom. >&2; exit 1", FluxmeshError, "fluxmesh fails there: Boom."),
+        ('echo \'{"error": "The disk is full."}\'', FluxmeshError, "The disk is full."),
+    ],
+)
+def test_a_host_that_fails_is_named_with_its_reason(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    kind: type[FluxmeshError],
+    text: str,
+) -> None:
+    fake_ssh(tmp_path, f"cat >/dev/null; {script}", monkeypatch)
+    with pytest.raises(kind) as caught:
+        launch.ask(REMOTE, "look")
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith("host 1 (mac1): ") and text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_login_script_prints_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "echo Welcome; echo '[1]'; echo '{\"result\": {\"clock\": 1}}'"
+    fake_ssh(tmp_path, f"cat >/dev/null; {lines}", monkeypatch)
+    assert launch.ask(REMOTE, "look") == {"clock": 1}
+
+
+def test_progress_is_heard_before_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = 'echo \'{"done_bytes": 1, "total_bytes": 2}\'; echo \'{"result": {}}\''
+    fake_ssh(tmp_path, f"cat >/dev/null; {lines}", monkeypatch)
+    heard: list[dict[str, int]] = []
+    launch.ask(REMOTE, "pull", heard.append, model="dev")
+    assert heard == [{"done_bytes": 1, "total_bytes": 2}]
+
+
+def test_a_host_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ssh(tmp_path, "exec sleep 60", monkeypatch)
+    monkeypatch.setitem(launch.SECONDS, "look", 0.3)
+    with pytest.raises(HostUnreachableError, match="does not answer"):
+        launch.ask(REMOTE, "look")
+
+
+def test_another_version_there_is_told() -> None:
+    host = Host(0, "127.0.0.1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "__version__", "9.9")
+        with pytest.raises(FluxmeshError, match=r"has fluxmesh \d.* and this machine 9\.9"):
+            launch.ask(host, "look")
+
+
+def test_this_machine_is_asked_without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXMESH_SSH", "/no/such/ssh")
+    found = launch.ask(Host(0, "localhost"), "look", ips=["127.0.0.1", "203.0.113.7"])
+    assert found["python"] == sys.executable
+    assert found["ips"] == {"127.0.0.1": True, "203.0.113.7": False}
+
+
+def test_hosts_are_asked_side_by_side_and_each_has_its_own_end() -> None:
+    hosts = [Host(rank, f"mac{rank}") for rank in range(3)]
+
+    def do(host: Host) -> str:
+        if host.rank == 1:
+            raise FluxmeshError("host 1 fails.")
+        return host.name
+
+    results, errors = launch.each(hosts, do)
+    assert results == {0: "mac0", 2: "mac2"}
+    assert {rank: str(error) for rank, error in errors.items()} == {1: "host 1 fails."}
+
+
+def test_an_agent_binds_an_address_and_not_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ssh(tmp_path, "echo user me; echo hostname 127.0.0.9", monkeypatch)
+    hosts = parse('[{"ssh": "mac1", "ips": ["192.168.0.1"]}]')
+    assert launch.agent_spec(hosts, 0, ())["address"] == "127.0.0.9"
+    fake_ssh(tmp_path, "echo hostname no-such-host.invalid", monkeypatch)
+    with pytest.raises(HostUnreachableError, match='give it as "control"'):
+        launch.agent_spec(hosts, 0, ())
+
+
+def test_the_command_of_an_agent_holds_no_secret() -> None:
+    spec = {"address": "127.0.0.1", "port": 1, "models": "~/m", "memory": 7, "roots": ["/r"]}
+    command = agent_command(Path("/state"), {**spec, "envs": [["KEY", "VALUE"]]})
+    assert command[:4] == [sys.executable, "-m", "fluxmesh_agent", "run"]
+    assert "VALUE" not in " ".join(command)
+    assert command[command.index("--models") + 1] == os.path.expanduser("~/m")
+    assert "--keys-stdin" in command
+
+
+def test_users_are_told_apart_by_their_keys() -> None:
+    one, two = Keys.new(), Keys.new()
+    assert launch.user_name(one.public) != launch.user_name(two.public)
+    assert launch.user_name(one.public) == launch.user_name(one.public)

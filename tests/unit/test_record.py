@@ -1,0 +1,82 @@
+"""`mesh.json`: what one command leaves for the next, and what a damaged file becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxmesh.cluster import LinkInfo, Weights
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.homes import Home
+from fluxmesh.request import AdapterRef
+from fluxmesh_coordinator import record
+from fluxmesh_coordinator.record import Member, MeshRecord
+
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+HOSTS = json.dumps([{"ssh": f"mac{i}", "ips": [f"192.168.0.{i + 1}"]} for i in range(3)])
+MESH = MeshRecord(
+    name="/mesh.json",
+    text=HOSTS,
+    members=tuple(
+        Member(rank, f"192.168.0.{rank + 1}:47100", KEY, f"b{rank}", "/state", "/python")
+        for rank in (0, 2)
+    ),
+    envs=(("OMP_NUM_THREADS", "1"),),
+    roots=("/models",),
+    links=(LinkInfo(0, 2, 1e9, 1e-4), LinkInfo(2, 0, 2e9)),
+    weights=Weights("dev", "float32", 4, (AdapterRef("dog", 0.5),), True),
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    tmp_path.chmod(0o700)
+    return Home(tmp_path)
+
+
+def test_a_mesh_is_read_as_it_was_written(home: Home) -> None:
+    assert record.load(home) is None
+    record.save(MESH, home)
+    assert record.load(home) == MESH
+    assert home.mesh.stat().st_mode & 0o777 == 0o600
+
+
+def test_only_hosts_with_an_agent_count(home: Home) -> None:
+    assert [host.name for host in MESH.hosts] == ["mac0", "mac2"]
+    assert MESH.member(1) is None
+    assert [each.rank for each in MESH.only([2]).members] == [2]
+
+
+def test_a_mesh_is_forgotten_once(home: Home) -> None:
+    record.save(MESH, home)
+    record.remove(home)
+    record.remove(home)
+    assert record.load(home) is None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data | {"version": 2},
+        lambda data: data | {"members": []},
+        lambda data: data | {"members": [data["members"][0] | {"key": "short"}]},
+        lambda data: data | {"links": [{"source": 0, "target": 1, "rate": -1.0}]},
+        lambda data: data | {"surprise": 1},
+        lambda data: {key: value for key, value in data.items() if key != "text"},
+        lambda data: [],
+    ],
+)
+def test_a_damaged_file_is_told_with_the_remedy(home: Home, spoil) -> None:  # type: ignore[no-untyped-def]
+    record.save(MESH, home)
+    home.mesh.write_text(json.dumps(spoil(json.loads(home.mesh.read_text()))))
+    with pytest.raises(FluxmeshError, match="run `fluxmesh up`"):
+        record.load(home)
+
+
+def test_a_file_that_is_cut_off_is_told_too(home: Home) -> None:
+    record.save(MESH, home)
+    home.mesh.write_text(home.mesh.read_text()[:100])
+    with pytest.raises(FluxmeshError, match="run `fluxmesh up`"):
+        record.load(home)
