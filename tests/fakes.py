@@ -121,7 +121,6 @@ class FakeSupervisor:
         self.on_message, self.on_end, self.pause = on_message, on_end, pause
         self.options = EngineOptions(memory=memory)
         self.engine: FakeEngine | None = None
-        self.steps: list[tuple[int, int]] = []  # of all engines so far
         self.starts = 0
         self._goes = asyncio.Event()  # not while it is stopped
         self._line: asyncio.Queue[messages.Message] = asyncio.Queue()
@@ -131,6 +130,11 @@ class FakeSupervisor:
     @property
     def pid(self) -> int | None:
         return None if self.engine is None else 4711
+
+    @property
+    def made(self) -> list[tuple[int, int]]:
+        """(image, step) that the engine that runs has made."""
+        return [] if self.engine is None else self.engine.steps
 
     def end_orphan(self) -> None:
         """There is none."""
@@ -160,8 +164,6 @@ class FakeSupervisor:
         self._goes.clear()
 
     def _end(self) -> None:
-        if self.engine is not None:
-            self.steps += self.engine.steps
         self.engine = None
         if self._task is not None:
             self._task.cancel()

@@ -151,6 +151,8 @@ class Client:
                 await asyncio.sleep(BEAT)
                 self._seq += 1
                 await self._connection.send(messages.Heartbeat(), self._seq)
+                if self.welcome is None:
+                    continue  # a new agent answers when its engine has said what it is
                 if asyncio.get_running_loop().time() - self._heard > SILENT:
                     self._end(f"{self.title}: its agent is silent; see whether the host hangs.")
                     return

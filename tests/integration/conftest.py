@@ -55,9 +55,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fluxmesh(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `environment` keeps what a user has."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def fluxmesh(tmp_path: Path, home: Path) -> Run:
     """Runs `fluxmesh ARGUMENTS` in `tmp_path`."""
-    home = tmp_path_factory.mktemp("home")
 
     def run(*arguments: object, stdin: str | bytes = b"", **more: Any) -> Finished:
         done = subprocess.run(

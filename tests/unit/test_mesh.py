@@ -95,7 +95,7 @@ def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> Non
         asked, heard = job(n_images=4, placement=placement), Heard()
         await Conductor(driver, asked, {}, heard).run()
         check(heard, asked)
-        counts = [len(mesh.engine(rank).engine.steps) for rank in range(4)]
+        counts = [len(mesh.engine(rank).made) for rank in range(4)]
         assert counts == ([3] * 4 if placement == "data" else [12] * 4)
         statuses = await driver.statuses()
         assert [status.holder for status in statuses.values()] == [""] * 4
@@ -166,7 +166,7 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
         check(heard, asked)
         (lost,) = heard.of(events.HostLost)
         assert lost.host == 0
-        made = mesh.engine(0).engine.steps
+        made = mesh.engine(0).made
         assert made and made[0][1] > 1 and made[-1] == (0, 8)
 
     play(tmp_path, 1, body, restart=restart)

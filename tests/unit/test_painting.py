@@ -14,7 +14,17 @@ from PIL import Image
 from rich.console import Console
 
 from fluxmesh.errors import OutputError, WeightsError
-from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
+from fluxmesh.events import (
+    Encoded,
+    Event,
+    HostLost,
+    Loading,
+    Peak,
+    Picture,
+    Planned,
+    Queued,
+    Step,
+)
 from fluxmesh.request import GenerateRequest
 from fluxmesh_coordinator.output import PictureFiles, StepFiles, Target
 from fluxmesh_coordinator.painting import Painting, paint
@@ -164,3 +174,58 @@ def test_the_bar_counts_steps_over_all_images(
         reporter.progress.refresh()
         assert "Image 2/2" in screen.getvalue() and "step 1/2" in screen.getvalue()
     assert reporter.progress.tasks == []
+
+
+def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
+    terminal: tuple[TerminalReporter, io.StringIO],
+) -> None:
+    reporter, screen = terminal
+    with reporter:
+        reporter.started(REQUEST, {})
+        for place, seconds in ((2, 40.4), (2, 38.0), (1, 0.0)):
+            reporter.event(Queued(place, seconds, 3))
+        reporter.event(Planned("tensor", (0, 1), 12.5, "It is the only way."))
+        reporter.event(HostLost(1, "mac1", "Its agent is silent."))
+        reporter.event(Planned("data", (0,), 20.0, "The mesh has one host."))
+        reporter.event(Peak("decode", 1))
+    shown = screen.getvalue()
+    assert shown.count("in line") == 2
+    assert "Host 3 is in use: 2nd in line, about 40 s." in shown
+    assert "Host 3 is in use: 1st in line." in shown
+    assert "Plan: tensor on hosts 0, 1, 12.50 s. It is the only way." in shown
+    assert "Host 1 (mac1) is lost: Its agent is silent." in shown
+    assert "Plan: data on host 0" in shown
+    assert "Took 0.0" in shown and "20.0" in shown.rpartition("Took")[2]
+
+
+def test_one_bar_counts_the_bytes_of_all_hosts(
+    terminal: tuple[TerminalReporter, io.StringIO],
+) -> None:
+    reporter, _ = terminal
+    with reporter:
+        for host, done in ((0, 1), (1, 2), (0, 3)):
+            reporter.event(Loading("transformer", done * 10**9, 4 * 10**9, host))
+        (task,) = reporter.progress.tasks
+        assert (task.completed, task.total) == (5e9, 8e9)
+
+
+def test_pictures_that_come_in_any_order_stand_in_their_own(tmp_path: Path) -> None:
+    def shuffled() -> Iterator[Event]:
+        yield Picture(1, 6, pixels(101), 1.0, 1, "tensor")
+        yield Picture(0, 5, pixels(100), 1.0, 0, "data")
+
+    (path,) = paint(shuffled(), painting(tmp_path, save_raw=False), JsonReporter())
+    sheet = np.asarray(Image.open(path))
+    assert (sheet[0, 0, 0], sheet[0, -1, 0]) == (100, 101)
+    assert read_recipe(path).placement == "mixed"
+
+
+def test_each_raw_picture_says_by_which_placement_it_was_made(tmp_path: Path) -> None:
+    def made() -> Iterator[Event]:
+        yield Planned("tensor", (0, 1), 1.0, "")
+        yield Step(0, 1, 2, 0.1, pixels(1))
+        yield Picture(0, 5, pixels(100), 1.0, 0, "tensor")
+
+    (path,) = paint(made(), painting(tmp_path, save_raw=True, stepwise=True), JsonReporter())
+    assert read_recipe(path).placement == "tensor"
+    assert read_recipe(tmp_path / "steps" / "image-0-step-01.png").placement == "tensor"

@@ -297,7 +297,7 @@ def test_an_engine_that_hears_of_no_cancel_is_killed() -> None:
         mesh.turn()
     mesh.stop_engine(0)
     mesh.feed(Stop())
-    assert mesh.end is None
+    assert mesh.messages(messages.Kill) == []
     mesh.now += 60
     mesh.turn_clock()
     assert len(mesh.messages(messages.Kill)) == 1

@@ -1,0 +1,155 @@
+"""`Mesh` on real agents, engines and rings on loopback: the same pictures, whoever makes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxmesh import Mesh, events, messages
+from fluxmesh.cluster import LinkInfo, Placement
+from fluxmesh.flux.runner import Runner
+from fluxmesh.homes import Home, private_folder
+from fluxmesh.keys import Keys, store_keys
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator import record as records
+from fluxmesh_coordinator.recipe import read_recipe
+from fluxmesh_coordinator.record import Member, MeshRecord
+from tests.integration.agents import agent
+from tests.integration.conftest import Run
+
+SLOW = {"FLUXMESH_DELAYS": "step=0.4"}
+
+
+def record_of(agents: list[Any]) -> MeshRecord:
+    """A mesh of agents on loopback, as `fluxmesh up` would have written it down."""
+    entries = [
+        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{_port(one)}"}
+        for one in agents
+    ]
+    members = [
+        Member(rank, one.endpoint, one.key, one.boot, str(one.state), "python")
+        for rank, one in enumerate(agents)
+    ]
+    pairs = [(a, b) for a in range(len(agents)) for b in range(len(agents)) if a != b]
+    links = tuple(LinkInfo(a, b, 1e9) for a, b in pairs)
+    return MeshRecord("loopback.json", json.dumps(entries), tuple(members), links=links)
+
+
+def _port(one: Any) -> int:
+    return int(one.endpoint.rpartition(":")[2])
+
+
+@contextmanager
+def mesh_of(
+    folder: Path, hosts: int, root: Path, envs: dict[str, str] | None = None
+) -> Iterator[Mesh]:
+    user = Keys.new()
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(
+                agent(folder / f"agent-{rank}", "--root", str(root), user=user, envs=envs)
+            )
+            for rank in range(hosts)
+        ]
+        yield stack.enter_context(Mesh.connect(record_of(agents), user))
+
+
+def request_of(checkpoint: Path, **keys: Any) -> GenerateRequest:
+    fields = {"height": 32, "width": 48, "steps": 3, "dtype": "float32", **keys}
+    return GenerateRequest("two dogs", seed=5, model=str(checkpoint), **fields)
+
+
+def pictures(told: list[events.Event]) -> list[np.ndarray]:
+    found = {event.image: event.pixels for event in told if isinstance(event, events.Picture)}
+    return [found[k] for k in sorted(found)]
+
+
+def counters(mesh: Mesh) -> list[messages.Counters]:
+    found = list(mesh.status().values())
+    assert all(isinstance(one, messages.Status) for one in found), found
+    return [one.counters for one in found if isinstance(one, messages.Status)]
+
+
+def test_every_placement_gives_the_pictures_of_one_host(checkpoint: Path, tmp_path: Path) -> None:
+    request = request_of(checkpoint, n_images=3)
+    alone = pictures(list(Runner().run(request)))
+    with mesh_of(tmp_path, 2, checkpoint) as mesh:
+        shared = pictures(list(mesh.generate(request, "data")))
+        assert all(np.array_equal(a, b) for a, b in zip(alone, shared, strict=True))
+        counts = [one.images for one in counters(mesh)]
+        assert sorted(counts) == [1, 2]
+        before = [one.steps for one in counters(mesh)]
+        for placement in ("sequence", "tensor"):
+            told = list(mesh.generate(request, placement))
+            for a, b in zip(alone, pictures(told), strict=True):
+                assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+            made = {event.placement for event in told if isinstance(event, events.Picture)}
+            assert made == {placement}
+        after = [one.steps for one in counters(mesh)]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [18, 18]
+        epochs = {one.epoch for one in mesh.status().values() if isinstance(one, messages.Status)}
+        assert epochs == {1}  # one ring served both
+
+
+@pytest.mark.parametrize(
+    ("placement", "number"),
+    [("data", signal.SIGSTOP), ("sequence", signal.SIGSTOP), ("tensor", signal.SIGKILL)],
+)
+def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
+    checkpoint: Path, tmp_path: Path, placement: Placement, number: signal.Signals
+) -> None:
+    request = request_of(checkpoint, n_images=2, steps=4)
+    alone = pictures(list(Runner().run(request)))
+    with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
+        told: list[events.Event] = []
+        struck = 0.0
+        for event in mesh.generate(request, placement):
+            told.append(event)
+            if isinstance(event, events.Step) and event.step == 2 and not struck:
+                struck = time.monotonic()
+                status = mesh.status()[1]
+                assert isinstance(status, messages.Status) and status.engine_pid
+                os.kill(status.engine_pid, number)
+        took = time.monotonic() - struck
+        for a, b in zip(alone, pictures(told), strict=True):
+            assert np.abs(a.astype(int) - b.astype(int)).max() <= (0 if placement == "data" else 1)
+        steps = [(e.image, e.step) for e in told if isinstance(e, events.Step)]
+        assert len(steps) == len(set(steps)) == 8
+        assert any(isinstance(event, events.HostLost) for event in told)
+        assert took < 25
+
+
+def test_the_command_line_uses_the_mesh_that_is_up(
+    fluxmesh: Run,
+    home: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder, user = tmp_path_factory.mktemp("agents"), Keys.new()
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(agent(folder / str(k), "--root", str(checkpoint), user=user))
+            for k in range(2)
+        ]
+        own = Home(private_folder(home / "mesh"))
+        store_keys(own.folder, "client", user)
+        records.save(record_of(agents), own)
+        command = ("generate", "dogs", "--model", checkpoint, "--image-size", "32x48", "-v")
+        done = fluxmesh(*command, "--placement", "tensor", "--seed", "1", "-o", "a.png")
+        assert done.code == 0, done.err
+        assert "Plan: tensor on hosts 0, 1" in done.err
+        assert "was predicted" in done.err
+        assert read_recipe(tmp_path / "a.png").placement == "tensor"
+        refused = fluxmesh(*command, "--placement", "data", "--force-shard")
+        assert refused.code == 4 and "exclude each other" in refused.err
+        assert all(one.process.poll() is None for one in agents)
