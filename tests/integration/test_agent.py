@@ -409,6 +409,7 @@ def test_an_agent_that_starts_again_ends_the_engine_that_was_left_behind(
     with agent(tmp_path) as host:
         orphan = play(engine(host))
         os.kill(orphan, signal.SIGSTOP)  # it can't hear that its agent is gone
+        time.sleep(0.3)
         host.process.kill()
         host.process.wait()
         key, boot = host.key, host.boot

@@ -1,0 +1,290 @@
+"""A worker's units, without agent or socket: what they leave in memory, resume, stop and count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from fluxmesh import messages
+from fluxmesh.cluster import Weights
+from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.flux.holding import Options
+from fluxmesh.flux.noise import initial_noise
+from fluxmesh.flux.worker import Worker, from_wire, to_wire
+from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
+from tests.checkpoints import make_checkpoint
+
+HEAD = (0, "job", 0)
+R = TypeVar("R", bound=Report)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    made = make_checkpoint(tmp_path_factory.mktemp("model"), guidance=True)
+    return Weights(str(made.path), "float32")
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def only(worker: Worker, work: messages.Work, kind: type[R]) -> list[R]:
+    return [report for report in worker.do(work) if isinstance(report, kind)]
+
+
+def painting(worker: Worker, weights: Weights, **more: Any) -> Paint:
+    """A painting of 3 steps, 32 x 48 pixels."""
+    (text,) = only(worker, Encode(*HEAD, weights, "two dogs"), messages.Encoded)
+    noise = initial_noise(7, 32, 48, 16, 8)
+    fields: dict[str, Any] = {
+        "placement": "data",
+        "image": 0,
+        "height": 32,
+        "width": 48,
+        "steps": 3,
+        "first": 0,
+        "guidance": 4.0,
+        "low_memory": False,
+        "preview": False,
+        "strength": 1.0,
+        "latents": noise,
+        "noise": noise,
+        "t5": text.t5,
+        "clip": text.clip,
+    }
+    return Paint(*HEAD, weights, **(fields | more))
+
+
+def latents(worker: Worker, work: Paint) -> list[np.ndarray]:
+    found = [step.latents for step in only(worker, work, messages.Stepped)]
+    assert all(each is not None for each in found)
+    return found  # type: ignore[return-value]
+
+
+def loaded(worker: Worker) -> list[str]:
+    assert worker.pipeline is not None
+    return [name for name in ("t5", "clip", "flow", "ae") if worker.pipeline.is_loaded(name)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "source", "mask", "low memory"])
+def test_an_image_goes_on_from_any_step_to_the_same_bytes(
+    worker: Worker, weights: Weights, kind: str
+) -> None:
+    more: dict[str, Any] = {"steps": 4, "low_memory": kind == "low memory"}
+    if kind in ("source", "mask"):
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        (source,) = only(worker, EncodeSource(*HEAD, weights, pixels), messages.SourceEncoded)
+        more |= {"source": source.latents, "strength": 0.7}
+    if kind == "mask":
+        more["mask"] = np.tile(np.array([0, 255], np.uint8), (32, 24))
+    work = painting(worker, weights, **more)
+    whole = latents(worker, work)
+    assert len(whole) == (3 if "source" in more else 4)  # strength leaves the first step out
+    for first in range(1, len(whole)):
+        other = Worker()  # as after a death: nothing is warm
+        rest = latents(other, replace(work, first=first, latents=whole[first - 1]))
+        assert len(rest) == len(whole) - first
+        assert np.array_equal(rest[-1], whole[-1])
+        assert other.counters.steps == len(rest)
+
+
+def test_an_image_whose_steps_are_done_is_not_painted(worker: Worker, weights: Weights) -> None:
+    with pytest.raises(UsageError, match="decode it"):
+        latents(worker, painting(worker, weights, first=3))
+
+
+def test_images_of_a_job_share_what_the_prompt_gives_and_jobs_do_not(
+    worker: Worker, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = painting(worker, weights)
+    made = []
+    plan = worker.model.plan
+    monkeypatch.setattr(worker.model, "plan", lambda *a, **k: made.append(k) or plan(*a, **k))
+    first = latents(worker, work)
+    assert np.array_equal(latents(worker, replace(work, image=1))[-1], first[-1])
+    assert len(made) == 1
+    latents(worker, replace(work, guidance=2.0))
+    assert len(made) == 2
+    assert np.array_equal(latents(worker, replace(work, job="next"))[-1], first[-1])
+    assert len(made) == 3
+
+
+def test_low_memory_paints_the_same_and_the_transformer_leaves_before_the_decode(
+    worker: Worker, weights: Weights
+) -> None:
+    expected = latents(Worker(), painting(worker, weights))[-1]
+    work = painting(worker, weights, low_memory=True)
+    for _ in range(2):  # the second image needs no modulation weights
+        assert np.array_equal(latents(worker, work)[-1], expected)
+        assert worker.model.flow.modulation_released
+    assert np.array_equal(latents(worker, replace(work, job="next"))[-1], expected)
+    list(worker.do(Decode(0, "next", 0, weights, (0,), 32, 48, expected)))
+    assert "flow" not in loaded(worker)
+
+
+def test_encoders_that_may_not_stay_make_room_and_leave(worker: Worker, weights: Weights) -> None:
+    list(worker.do(Load(*HEAD, weights, components=("transformer", "autoencoder"))))
+    assert loaded(worker) == ["flow", "ae"]
+    list(worker.do(Encode(*HEAD, weights, "one", stay=False)))
+    assert loaded(worker) == ["ae"]
+    list(worker.do(Load(*HEAD, weights)))
+    (again,) = only(worker, Encode(*HEAD, weights, "one", stay=False), messages.Encoded)
+    assert again.cached
+    assert loaded(worker) == ["flow", "ae"]  # nothing had to run
+    list(worker.do(Encode(*HEAD, weights, "two")))
+    assert loaded(worker) == ["t5", "clip", "flow", "ae"]
+
+
+def test_what_is_held_is_said_and_leaves_for_other_weights(
+    worker: Worker, weights: Weights
+) -> None:
+    assert worker.holding is None
+    (whole,) = only(worker, Load(*HEAD, weights), messages.Loaded)
+    flow = worker.counters.transformer_bytes
+    assert (whole.holding.weights, whole.holding.nbytes) == (weights, flow)
+    list(worker.do(Load(*HEAD, weights, components=("autoencoder",))))
+    assert worker.holding is not None
+    assert worker.holding.nbytes > flow
+    half = replace(weights, dtype="bfloat16")
+    before = mx.get_active_memory()
+    (other,) = only(worker, Load(*HEAD, half), messages.Loaded)
+    assert other.holding.weights == half
+    assert worker.counters.transformer_bytes * 2 == flow
+    assert mx.get_active_memory() < before
+
+
+def test_a_shard_is_loaded_alone_and_the_whole_comes_back_for_data(
+    worker: Worker, weights: Weights
+) -> None:
+    expected = latents(Worker(), painting(worker, weights))[-1]
+    (whole,) = only(worker, Load(*HEAD, weights), messages.Loaded)
+    blocks = worker.counters.block_bytes
+    for shard in (0, 1):
+        (part,) = only(worker, Load(*HEAD, weights, 2, shard), messages.Loaded)
+        assert (part.holding.shards, part.holding.shard) == (2, shard)
+        assert blocks / 2 <= worker.counters.block_bytes <= (1 / 2 + 0.01) * blocks
+    assert np.array_equal(latents(worker, painting(worker, weights))[-1], expected)
+    assert worker.holding is not None
+    assert worker.holding.shards == 1
+    assert worker.counters.block_bytes == blocks
+    assert whole.holding.shards == 1
+
+
+def test_bytes_are_told_before_and_after_and_an_early_stop_leaves_nothing(
+    weights: Weights,
+) -> None:
+    heard: list[int] = []
+    stop = False
+    worker = Worker(
+        Options(hear=lambda event: heard.append(event.done_bytes), stopping=lambda: stop)
+    )
+    reports = list(worker.do(Load(*HEAD, weights)))
+    told = [r for r in reports if isinstance(r, messages.Progress)]
+    assert [r.done_bytes for r in told] == [0, told[-1].total_bytes]
+    assert len(heard) > 10
+    worker.drop_transformer()
+    stop = True
+    reports = list(worker.do(Load(*HEAD, weights)))
+    assert not any(isinstance(report, messages.Loaded) for report in reports)
+    assert loaded(worker) == []
+    stop = False
+    assert only(worker, Load(*HEAD, weights), messages.Loaded)
+
+
+def test_an_image_stops_before_the_next_step(weights: Weights) -> None:
+    done = 0
+    worker = Worker(Options(stopping=lambda: done >= 2))
+    for report in worker.do(painting(worker, weights, steps=10)):
+        done += isinstance(report, messages.Stepped)
+    assert done == 2
+    assert worker.counters.steps == 2
+    assert worker.counters.images == 0
+
+
+def test_what_was_done_is_counted(worker: Worker, weights: Weights) -> None:
+    work = painting(worker, weights)
+    x = latents(worker, work)[-1]
+    pictures = only(
+        worker,
+        Decode(*HEAD, weights, (4, 5), 32, 48, np.concatenate([x, x])),
+        messages.Pictured,
+    )
+    assert [picture.image for picture in pictures] == [4, 5]
+    assert np.array_equal(pictures[0].pixels, pictures[1].pixels)
+    counted = worker.counters
+    assert (counted.encodes, counted.steps, counted.images, counted.decodes) == (1, 3, 1, 2)
+    assert counted.peak_bytes >= pictures[0].peak_bytes > counted.transformer_bytes
+    assert counted.load_peak_bytes >= counted.transformer_bytes
+
+
+def test_previews_are_decoded_when_they_are_asked_for(worker: Worker, weights: Weights) -> None:
+    steps = only(worker, painting(worker, weights, preview=True), messages.Stepped)
+    assert all(step.preview is not None and step.preview.shape == (32, 48, 3) for step in steps)
+    assert steps[-1].latents is not None
+    (last,) = only(
+        worker, Decode(*HEAD, weights, (0,), 32, 48, steps[-1].latents), messages.Pictured
+    )
+    assert steps[-1].preview is not None
+    assert np.abs(steps[-1].preview.astype(int) - last.pixels).max() <= 1
+
+
+def test_a_first_step_is_quiet_and_the_next_ones_are_not(weights: Weights) -> None:
+    quiet: list[str] = []
+    worker = Worker(Options(pause=lambda phase: quiet.append(worker.quiet)))
+    work = painting(worker, weights)
+    quiet.clear()
+    latents(worker, work)
+    assert quiet[-3:] == ["first step", "", ""]
+    latents(worker, replace(work, image=1))
+    assert quiet[-3:] == ["", "", ""]
+    wider = initial_noise(7, 32, 64, 16, 8)
+    latents(worker, replace(work, width=64, noise=wider))
+    assert quiet[-3:] == ["first step", "", ""]
+
+
+def test_a_step_and_a_decode_are_measured_whatever_is_held(
+    worker: Worker, weights: Weights
+) -> None:
+    latents(worker, painting(worker, weights, low_memory=True))
+    list(worker.do(Load(*HEAD, weights, 2, 1)))
+    (timed,) = only(worker, Measure(*HEAD, weights, 32, 48), messages.Timed)
+    measured = timed.measured
+    assert (measured.model, measured.height, measured.width) == (weights.model, 32, 48)
+    assert (measured.dtype, measured.bits) == ("float32", None)
+
+
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+def test_without_a_ring_no_image_is_painted_together(
+    worker: Worker, weights: Weights, placement: str
+) -> None:
+    with pytest.raises(UsageError, match="in no ring"):
+        list(worker.do(painting(worker, weights, placement=placement)))
+
+
+def test_mistakes_are_told_in_words(worker: Worker, weights: Weights) -> None:
+    with pytest.raises(UsageError, match="no 'heart'"):
+        list(worker.do(Load(*HEAD, weights, components=("heart",))))
+    with pytest.raises(ModelNotFoundError):
+        list(worker.do(Load(*HEAD, Weights("nonesuch"))))
+    with pytest.raises(UsageError, match="even"):
+        list(worker.do(painting(worker, weights, width=40)))
+    assert latents(worker, painting(worker, weights))  # and it works on
+
+
+def test_names_that_were_sent_are_not_those_that_are_opened(weights: Weights) -> None:
+    worker = Worker(Options(locate=lambda sent: replace(sent, model=weights.model)))
+    (report,) = only(worker, Load(*HEAD, replace(weights, model="alias")), messages.Loaded)
+    assert report.holding.weights.model == "alias"
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_features_travel_without_a_rounding(dtype: mx.Dtype) -> None:
+    x = mx.random.normal((1, 5, 7)).astype(dtype)
+    y = from_wire(to_wire(x))
+    assert y.dtype == dtype
+    assert mx.array_equal(x, y)
