@@ -1,0 +1,203 @@
+"""A mesh of real agents and engines on this machine, brought up by `fluxmesh up`, to be hurt."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.events import Event, HostLost, Picture, Planned, Step
+from fluxmesh.homes import Home
+from fluxmesh.keys import load_keys
+from fluxmesh.messages import Status
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator import record
+from fluxmesh_coordinator.mesh import Mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 120.0  # seconds that anything here may take
+
+
+def environment(folder: Path, delays: str = "") -> dict[str, str]:
+    """Of a user whose home is `folder`; engines pause as `delays` says ("step=0.3")."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("FLUXMESH_")}
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "agent", ROOT / "coordinator")))
+    return {
+        **keep,
+        "HOME": str(folder),
+        "FLUXMESH_HOME": str(folder / "config"),
+        "HF_HOME": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        **({"FLUXMESH_DELAYS": delays} if delays else {}),
+    }
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)]
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    try:
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in held]
+    finally:
+        for one in held:
+            one.close()
+
+
+@dataclass
+class Up:
+    """A mesh that is up, and its user."""
+
+    folder: Path
+    ports: list[int]
+    env: dict[str, str]
+
+    def fluxmesh(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs the command line as this mesh's user."""
+        done = subprocess.run(
+            command(*arguments),
+            env=self.env,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"fluxmesh {arguments}: {done.returncode}\n{done.stderr}")
+        return done
+
+    def start(self, *arguments: object) -> subprocess.Popen[bytes]:
+        """The command line, running beside the test."""
+        return subprocess.Popen(
+            command(*arguments),
+            env=self.env,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def connect(self) -> Mesh:
+        """The mesh, held by this process."""
+        home = Home(self.folder / "config")
+        found = record.load(home)
+        assert found is not None
+        return Mesh.connect(found, load_keys(home.folder, "client"))
+
+    def status(self, mesh: Mesh, rank: int) -> Status:
+        """What a host says of itself; waits until it answers."""
+        end = time.monotonic() + LIMIT
+        while time.monotonic() < end:
+            told = mesh.status()[rank]
+            if isinstance(told, Status):
+                return told
+            time.sleep(0.1)
+        raise AssertionError(f"host {rank} does not answer: {told}")
+
+    def processes(self) -> list[int]:
+        """Agents and engines of this mesh that run now."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                words = (entry / "cmdline").read_bytes()
+                if f"HOME={self.folder}".encode() in variables and b"fluxmesh_agent" in words:
+                    found.append(int(entry.name))
+        return found
+
+
+@contextmanager
+def up(
+    folder: Path, hosts: int, model: str = "tiny", dtype: str = "float32", delays: str = ""
+) -> Iterator[Up]:
+    """`hosts` agents with `model` in memory; nothing of them is left at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = free_ports(hosts)
+    local: list[dict[str, Any]] = [
+        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}"}
+        for port in ports
+    ]
+    path = folder / "hosts.json"
+    path.write_text(json.dumps(local))
+    mesh = Up(folder, ports, environment(folder, delays))
+    try:
+        mesh.fluxmesh("up", path, "--model", model, "--dtype", dtype)
+        yield mesh
+    finally:
+        mesh.fluxmesh("down", check=False)
+        left = mesh.processes()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+    assert not left, f"`fluxmesh down` left {left}"
+
+
+@dataclass
+class Outcome:
+    """How a job went."""
+
+    pictures: dict[int, np.ndarray]
+    steps: list[tuple[int, int]]  # (image, step), as they were acknowledged
+    lost: list[HostLost]
+    planned: list[Planned]
+    seconds: float
+    error: FluxmeshError | None = None
+
+
+def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any = None) -> Outcome:
+    """Runs a job to its end; `hurt(event)` is called for every event, and may do harm."""
+    pictures: dict[int, np.ndarray] = {}
+    steps: list[tuple[int, int]] = []
+    lost: list[HostLost] = []
+    planned: list[Planned] = []
+    began = time.monotonic()
+    error = None
+    try:
+        for event in mesh.generate(request, placement):
+            note(event, pictures, steps, lost, planned)
+            if hurt is not None:
+                hurt(event)
+    except FluxmeshError as failed:
+        error = failed
+    return Outcome(pictures, steps, lost, planned, time.monotonic() - began, error)
+
+
+def note(
+    event: Event,
+    pictures: dict[int, np.ndarray],
+    steps: list[tuple[int, int]],
+    lost: list[HostLost],
+    planned: list[Planned],
+) -> None:
+    match event:
+        case Picture():
+            assert event.image not in pictures, "a picture is committed once"
+            pictures[event.image] = event.pixels
+        case Step():
+            steps.append((event.image, event.step))
+        case HostLost():
+            lost.append(event)
+        case Planned():
+            planned.append(event)
