@@ -1,8 +1,13 @@
 """Training: LoRA and QLoRA on the transformer, the same bytes on one host and on many.
 
-A run walks forward through the modules: `request.py` (what is asked), `dataset.py`, `crops.py`
-(pictures and captions in), `sampling.py` (what micro-batch n is), `cache.py`, `encoding.py`
-(latents and text features), `adapters.py` (the weights that are trained), `step.py`, `exact.py`
-(loss, gradients, their sum without rounding), `optimizer.py`, `checkpoint.py`, `trainer.py` (the
-loop). Only encoding, adapters, step, exact, optimizer and trainer import mlx.
+A run walks forward through the modules:
+
+- what is asked: `request.py`; what is told: `events.py`
+- pictures and captions in: `dataset.py`, `crops.py`, `cache.py`, `encoding.py`
+- which of them when: `plan.py`, `sampling.py` (what micro-batch n is), `streams.py` (random numbers)
+- one host's work: `adapters.py` (the weights that are trained), `step.py` (loss and gradient),
+  `exact.py` (sums without rounding), `optimizer.py`, `rates.py`, `learner.py`
+- the run: `trainer.py` (the loop), `checkpoint.py` (what a resume needs)
+
+Only encoding, adapters, step, exact, optimizer, learner and trainer import mlx.
 """
