@@ -114,6 +114,21 @@ def test_planning_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
         assert not tops(path) & forbidden, name
 
 
+def test_what_an_agent_decides_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
+    forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "secrets", "socket"}
+    pure = ("fluxmesh_agent.lifecycle", "fluxmesh_agent.leases", "fluxmesh.messages")
+    found = dict(pair for package in PACKAGES for pair in modules(package) if pair[0] in pure)
+    assert set(found) == set(pure)
+    for name, path in found.items():
+        assert not tops(path) & forbidden, name
+
+
+def test_an_agent_never_loads_mlx() -> None:
+    loaded = loaded_after("import fluxmesh_agent.process, fluxmesh_agent.cli")
+    assert not loaded & HEAVY
+    assert {"zmq", "asyncio"} <= loaded
+
+
 def test_a_session_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
     forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "secrets", "socket"}
     session = {"session", "course", "dispatch", "recovery", "rings", "hosts", "album", "jobs"}
