@@ -10,96 +10,26 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from fluxmesh.errors import CancelledError, OutputError, UsageError
-from fluxmesh.flux import lora
-from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.tensorfile import read_header
-from fluxmesh.training import checkpoint, trainer
-from fluxmesh.training.cache import FeatureCache
-from fluxmesh.training.dataset import load_dataset
-from fluxmesh.training.encoding import Caption, Crop, Encoder
+from fluxmesh.training import checkpoint
 from fluxmesh.training.events import (
-    CheckpointSaved,
-    Encoding,
     Prepared,
     Progress,
-    TrainEvent,
     Updated,
     Validated,
 )
 from fluxmesh.training.learner import Learner, Moved
-from fluxmesh.training.plan import prepare
-from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.sampling import deal
-from fluxmesh.training.step import loss_and_gradient
 from fluxmesh.training.trainer import DivergedError, train
-from tests.checkpoints import make_checkpoint
-from tests.datasets import make_dataset, picture
-
-FINAL = checkpoint.FINAL
+from tests.trainings import FINAL, asked, final, learner, make_place, of, run
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A model, a data set of two sizes, and a cache, shared by the tests."""
-    folder = tmp_path_factory.mktemp("training")
-    make_checkpoint(folder / "model", seed=4, guidance=True)
-    make_dataset(folder / "data", sizes=((40, 40), (48, 24), (33, 37)))
-    return folder
-
-
-def asked(place: Path, out: Path, **changed) -> TrainRequest:
-    """A short run with everything random switched on."""
-    request = TrainRequest(
-        dataset=str(place / "data"),
-        seed=7,
-        model=str(place / "model"),
-        dtype="float32",
-        iterations=16,
-        grad_accumulate=4,
-        batch_size=2,
-        num_augmentations=2,
-        lora_rank=4,
-        lora_dropout=0.1,
-        caption_dropout=0.2,
-        warmup_steps=1,
-        learning_rate=3e-3,
-        checkpoint_every=4,
-        output_dir=str(out),
-        cache_dir=str(place / "cache"),
-    )
-    return dataclasses.replace(request, **changed)
-
-
-def run(request: TrainRequest) -> list[TrainEvent]:
-    return list(train(request))
-
-
-def of(events: list[TrainEvent], kind: type) -> list:
-    return [event for event in events if isinstance(event, kind)]
-
-
-def final(out: Path) -> bytes:
-    return (out / FINAL).read_bytes()
-
-
-def learner(request: TrainRequest) -> Learner:
-    """One host's learner, its features encoded."""
-    pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
-    examples = load_dataset(request.dataset, trigger=request.trigger)
-    plan = prepare(request, examples, pipeline.checkpoint)
-    cache = FeatureCache(Path(request.cache_dir))
-    encoder = Encoder(pipeline, cache, examples, plan.sizes, request.seed)
-    units = [*map(Caption, plan.captions), *(Crop(*item) for item in plan.crops)]
-    for unit in encoder.pending(units):
-        encoder.store(unit)
-    return Learner(pipeline, encoder, plan)
+    return make_place(tmp_path_factory.mktemp("training"))
 
 
 # --- the same training ---------------------------------------------------------------------------
@@ -257,212 +187,6 @@ def test_old_checkpoints_go_but_the_best_stays(place, tmp_path):
     best = min(losses, key=losses.__getitem__)
     assert [event.iteration for event in of(events, Validated) if event.best][-1] == best
     assert checkpoint.iterations(tmp_path) == sorted({best, 16})
-
-
-# --- loss and gradients --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype, bits):
-    made = learner(asked(place, tmp_path, dtype=dtype, bits=bits, lora_dropout=0.3))
-    micro = made.plan.sampler.micro_batch(3)
-    keys = micro.dropout_keys(len(made.adapters.names))
-    weights = made.adapters.unflatten(0.05 * mx.random.normal((made.adapters.size,)))
-    made.adapters.install(weights)
-
-    def step(keys, kept):
-        loss, gradient = loss_and_gradient(
-            made.flux, made.adapters, made.batch(micro), 4.0, keys, kept
-        )
-        return loss.item(), np.array(gradient)
-
-    (plain, one), (again, other) = step(keys, False), step(keys, True)
-    assert again == pytest.approx(plain, rel=1e-5)
-    assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
-    without, _ = step(None, True)
-    assert without != pytest.approx(plain, rel=1e-4)  # dropout did something
-    for name, layer in made.adapters.layers.items():  # what was lent is back, without a graph
-        assert layer.lora_a is weights[name]["a"] and layer.dropout.key is None
-
-
-def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):
-    made = learner(asked(place, tmp_path, dtype="bfloat16"))
-    seen = set()
-
-    def watch(block, *arrays):
-        out = block(*arrays)
-        seen.update(x.dtype for x in (out if isinstance(out, tuple) else (out,)))
-        return out
-
-    made.flux.call = watch
-    micro = made.plan.sampler.micro_batch(0)
-    _, gradient = loss_and_gradient(made.flux, made.adapters, made.batch(micro), 4.0)
-    assert seen == {mx.bfloat16}
-    assert gradient.dtype == made.state.weights.dtype == mx.float32
-
-
-def test_before_the_first_update_the_adapter_changes_nothing(place, tmp_path):
-    made = learner(asked(place, tmp_path))
-    assert all(not layer.lora_b.any().item() for layer in made.adapters.layers.values())
-    assert all(layer.lora_a.any().item() for layer in made.adapters.layers.values())
-
-
-def test_only_the_adapter_moves(place, tmp_path):
-    made = learner(asked(place, tmp_path, bits=4))
-    assert isinstance(made.flux.double_blocks[0].img_attn.qkv.linear, nn.QuantizedLinear)
-
-    def base():
-        return {
-            name: np.array(value.astype(mx.float32) if value.dtype == mx.bfloat16 else value)
-            for name, value in tree_flatten(made.flux.parameters())
-            if "lora_" not in name
-        }
-
-    before = base()
-    made.advance(made.total(range(4), 4))
-    after = base()
-    assert before.keys() == after.keys()
-    assert all((before[name] == after[name]).all() for name in before)
-
-
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_the_loss_on_what_is_trained_falls(place, tmp_path, bits):
-    """One picture, always the same crop: the model learns it by heart."""
-    data = make_dataset(tmp_path / "data", sizes=((32, 32),))
-    request = asked(
-        place,
-        tmp_path / "out",
-        dataset=str(data),
-        bits=bits,
-        iterations=120,
-        grad_accumulate=2,
-        num_augmentations=1,
-        lora_dropout=0.0,
-        caption_dropout=0.0,
-        learning_rate=1e-2,
-        lora_rank=8,
-    )
-    losses = [event.loss for event in of(run(request), Updated)]
-    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
-
-
-def test_a_short_last_batch_counts_by_its_images(place, tmp_path):
-    """Three images of one size in batches of two: the sum is that of single images."""
-    data = make_dataset(tmp_path / "data", sizes=((32, 32),) * 3)
-    request = asked(place, tmp_path, dataset=str(data), resolution=(32, 32), num_augmentations=1)
-    made = learner(request)
-    epoch = [made.plan.sampler.micro_batch(n) for n in range(made.plan.sampler.epoch_length)]
-    assert sorted(len(micro.items) for micro in epoch) == [1, 2]
-    moved = made.advance(made.total(range(2), 2))
-    assert moved.images == 3
-
-
-@pytest.mark.parametrize(
-    ("blocks", "targets", "expected"),
-    [
-        (1, ("*",), {"single_blocks.1"}),
-        (3, ("*",), {"double_blocks.1", "single_blocks.0", "single_blocks.1"}),
-        (99, ("*attn.qkv",), {"double_blocks.0", "double_blocks.1"}),
-    ],
-)
-def test_blocks_count_from_the_last_and_targets_are_patterns(
-    place, tmp_path, blocks, targets, expected
-):
-    made = learner(asked(place, tmp_path, lora_blocks=blocks, lora_targets=targets))
-    assert {".".join(name.split(".")[:2]) for name in made.adapters.names} == expected
-    if targets == ("*attn.qkv",):
-        assert len(made.adapters.names) == 4
-
-
-def test_targets_that_match_nothing_are_refused(place, tmp_path):
-    with pytest.raises(UsageError, match="to_q"):
-        learner(asked(place, tmp_path, lora_targets=("*.to_q",)))
-
-
-# --- what is saved -------------------------------------------------------------------------------
-
-
-def test_the_adapter_loads_as_any_other_and_paints_what_training_saw(place, tmp_path):
-    request = asked(place, tmp_path, lora_alpha=6.0, lora_dropout=0.0, ema=0.9)
-    events = list(train(dataclasses.replace(request, progress_prompt="a cat", progress_every=16)))
-    header = read_header(tmp_path / FINAL)
-    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in header.entries
-    assert header.metadata["lora_rank"] == "4" and header.metadata["lora_blocks"] == "-1"
-    flux = FluxPipeline(
-        request.model, dtype="float32", adapters=[str(tmp_path)], fuse_adapters=True
-    )
-    painted = flux.generate_images("a cat", seed=request.seed, latent_size=(4, 4))
-    pixels = np.round(np.array(painted[0]) * 255)
-    shown = of(events, Progress)[-1].pixels
-    assert np.abs(pixels - shown).max() <= 1
-    assert (of(events, Progress)[0].pixels != shown).any()
-
-
-def test_every_checkpoint_has_an_adapter_beside_it(place, tmp_path):
-    events = run(asked(place, tmp_path))
-    assert [event.iteration for event in of(events, CheckpointSaved)] == [4, 8, 12, 16]
-    last = checkpoint.adapters_path(tmp_path, 16)
-    assert last.read_bytes() == final(tmp_path)
-    config = FluxPipeline(str(place / "model")).checkpoint.transformer
-    for event in of(events, CheckpointSaved)[1:]:
-        assert lora.read_adapter(event.path, config)
-
-
-def test_the_average_of_weights_is_what_is_saved(place, tmp_path):
-    run(asked(place, tmp_path / "last"))
-    run(asked(place, tmp_path / "average", ema=0.99))
-    states = [checkpoint.latest(tmp_path / name).vectors for name in ("last", "average")]
-    np.testing.assert_array_equal(states[0]["weights"], states[1]["weights"])
-    assert final(tmp_path / "last") != final(tmp_path / "average")
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-def test_a_second_run_encodes_nothing(place, tmp_path):
-    request = asked(place, tmp_path / "a", cache_dir=str(tmp_path / "cache"), iterations=4)
-    first = of(run(request), Encoding)
-    assert [(event.what, event.done, event.total) for event in first] == [
-        *(("captions", i, 4) for i in range(1, 5)),  # three and the empty one
-        *(("pictures", i, 6) for i in range(1, 7)),  # three, two crops each
-    ]
-    again = dataclasses.replace(request, output_dir=str(tmp_path / "b"))
-    assert of(run(again), Encoding) == []
-    assert final(tmp_path / "a") == final(tmp_path / "b")
-
-
-def test_a_new_picture_leaves_the_others_in_the_cache(place, tmp_path):
-    data = make_dataset(tmp_path / "data")
-    request = asked(place, tmp_path / "a", dataset=str(data), cache_dir=str(tmp_path / "cache"))
-    request = dataclasses.replace(request, iterations=4)
-    run(request)
-    picture(9, (32, 32)).save(data / "new.png")
-    with open(data / "train.jsonl", "a") as file:
-        file.write('{"image": "new.png", "prompt": "a red dog"}\n')
-    more = of(run(dataclasses.replace(request, output_dir=str(tmp_path / "b"))), Encoding)
-    assert [(event.what, event.total) for event in more] == [("pictures", 2)] * 2
-
-
-def test_validation_images_are_not_trained_on(place, tmp_path):
-    events = run(asked(place, tmp_path, validation=1))
-    told = of(events, Prepared)[0]
-    assert (told.images, told.held_out) == (2, 1)
-    assert len(of(events, Validated)) == 4
-    with pytest.raises(UsageError, match="leaves none"):
-        run(asked(place, tmp_path / "b", validation=3))
-
-
-def test_mistakes_are_told_before_anything_loads(place, tmp_path, monkeypatch):
-    def never(*_args, **_more):
-        raise AssertionError("the model was looked for")
-
-    monkeypatch.setattr(trainer, "FluxPipeline", never)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"image": "no.png", "prompt": ""}\n')
-    with pytest.raises(UsageError, match="2 problems"):
-        run(asked(place, tmp_path / "out", dataset=str(tmp_path / "data")))
-    assert not (tmp_path / "out").exists()
 
 
 # --- when it goes wrong --------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""Short training runs of a random model on random pictures, everything random switched on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from fluxmesh.flux.pipeline import FluxPipeline
+from fluxmesh.training import checkpoint
+from fluxmesh.training.cache import FeatureCache
+from fluxmesh.training.dataset import load_dataset
+from fluxmesh.training.encoding import Caption, Crop, Encoder
+from fluxmesh.training.events import TrainEvent
+from fluxmesh.training.learner import Learner
+from fluxmesh.training.plan import prepare
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.trainer import train
+from tests.checkpoints import make_checkpoint
+from tests.datasets import make_dataset
+
+FINAL = checkpoint.FINAL
+
+
+def make_place(folder: Path) -> Path:
+    """A model, a data set of two sizes, and room for a cache."""
+    make_checkpoint(folder / "model", seed=4, guidance=True)
+    make_dataset(folder / "data", sizes=((40, 40), (48, 24), (33, 37)))
+    return folder
+
+
+def asked(place: Path, out: Path, **changed) -> TrainRequest:
+    """A short run with everything random switched on."""
+    request = TrainRequest(
+        dataset=str(place / "data"),
+        seed=7,
+        model=str(place / "model"),
+        dtype="float32",
+        iterations=16,
+        grad_accumulate=4,
+        batch_size=2,
+        num_augmentations=2,
+        lora_rank=4,
+        lora_dropout=0.1,
+        caption_dropout=0.2,
+        warmup_steps=1,
+        learning_rate=3e-3,
+        checkpoint_every=4,
+        output_dir=str(out),
+        cache_dir=str(place / "cache"),
+    )
+    return dataclasses.replace(request, **changed)
+
+
+def run(request: TrainRequest) -> list[TrainEvent]:
+    return list(train(request))
+
+
+def of(events: list[TrainEvent], kind: type) -> list:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def final(out: Path) -> bytes:
+    return (out / FINAL).read_bytes()
+
+
+def learner(request: TrainRequest) -> Learner:
+    """One host's learner, its features encoded."""
+    pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
+    examples = load_dataset(request.dataset, trigger=request.trigger)
+    plan = prepare(request, examples, pipeline.checkpoint)
+    cache = FeatureCache(Path(request.cache_dir))
+    encoder = Encoder(pipeline, cache, examples, plan.sizes, request.seed)
+    units = [*map(Caption, plan.captions), *(Crop(*item) for item in plan.crops)]
+    for unit in encoder.pending(units):
+        encoder.store(unit)
+    return Learner(pipeline, encoder, plan)
