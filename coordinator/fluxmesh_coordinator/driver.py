@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 OTHERS = 1.0  # seconds that the first host that answers waits for the others
 RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
+AGAIN = 3.0  # seconds that an agent that answered before may take to do so again
 RESTARTS = 3  # of one agent, in the life of a driver
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
@@ -119,7 +120,10 @@ class Driver:
             member = self._members[rank]
             client = Client(self._dialer, member, self.hosts[rank].name)
             try:
-                await client.__aenter__()
+                async with asyncio.timeout(AGAIN if old is not None else None):
+                    await client.__aenter__()
+            except TimeoutError:
+                self.reasons[rank] = f"{client.title}: its agent does not answer."
             except FluxmeshError as error:
                 self.reasons[rank] = str(error)
             else:

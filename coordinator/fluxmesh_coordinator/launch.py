@@ -29,8 +29,10 @@ from typing import Any, Self, TypeVar
 
 from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.homes import read_private
 from fluxmesh.hostfile import Host, Hostfile
 from fluxmesh.keys import Keys
+from fluxmesh.processes import kill_process
 from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME, Member, MeshRecord
 from fluxmesh_coordinator.starter import agent_command, hand_over
 
@@ -243,12 +245,13 @@ def start(
     *,
     rotate: bool = False,
     forget: Sequence[str] = (),
-    again: bool = False,
+    again: str = "",
 ) -> tuple[Member, bool]:
     """(the agent of a host that listens and lets this user in, whether it was started just now).
 
-    `rotate` gives it new keys; the public keys `forget` are let in no more; `again` does nothing
-    for an agent that was ended on purpose. Raises `FluxmeshError` naming the host.
+    `rotate` gives it new keys; the public keys `forget` are let in no more; `again` is
+    the boot of an agent that does not answer, and does nothing for one that was ended on purpose.
+    Raises `FluxmeshError` naming the host.
     """
     told = ask(
         host,
@@ -271,13 +274,15 @@ def start(
 
 
 def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:
-    """The mesh after an agent that died was started again, with the keys that it had.
+    """The mesh after an agent that died or hangs was started again, with the keys that it had.
 
     Only for hosts that are this machine: others are brought back by `fluxmesh up`.
     """
     hostfile = record.hostfile
     spec = agent_spec(hostfile, rank, record.envs, record.roots)
-    member, _ = start(hostfile.hosts[rank], spec, keys, again=True)
+    lost = record.member(rank)
+    again = lost.boot if lost else ""
+    member, _ = start(hostfile.hosts[rank], spec, keys, again=again or "unknown")
     members = tuple(member if old.rank == rank else old for old in record.members)
     return replace(record, members=members)
 
@@ -304,7 +309,18 @@ class Ephemeral:
             self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        shutil.rmtree(self.record.members[0].state, ignore_errors=True)
+        state = Path(self.record.members[0].state)
+        try:  # an engine that hangs does not see that its agent was killed
+            known = json.loads(read_private(state / "engine.json"))
+            kill_process(int(known["pid"]), str(known["start"]))
+        except (FileNotFoundError, ValueError):
+            pass  # it has none
+        shutil.rmtree(state, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Ends it by force, because it does not answer."""
+        self.process.kill()
+        self.close()
 
     def __enter__(self) -> Self:
         return self

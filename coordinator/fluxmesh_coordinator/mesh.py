@@ -34,7 +34,7 @@ from fluxmesh_coordinator.adapters import Files, by_hash
 from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.driver import Driver, Restart
 from fluxmesh_coordinator.jobs import Job
-from fluxmesh_coordinator.record import Member, MeshRecord, load
+from fluxmesh_coordinator.record import Member, MeshRecord, load, save
 from fluxmesh_coordinator.survey import user_keys
 
 T = TypeVar("T")
@@ -78,14 +78,16 @@ class Mesh:
         The last ends with this program. Raises `FluxmeshError` where it can't be started; a mesh
         none of whose hosts answers is told by what is asked of it.
         """
-        record = record or load()
         if record is not None:
-            return cls._of(record, keys or user_keys())
+            return cls._of(record, keys or user_keys(), lambda _: None)
+        record = load()
+        if record is not None:
+            return cls._of(record, keys or user_keys(), _remember)
         started = launch.start_ephemeral()
         ephemeral = [started]
 
         def restart(rank: int) -> Member:
-            ephemeral[0].close()
+            ephemeral[0].kill()
             ephemeral[0] = launch.start_ephemeral(keys=started.keys)
             return ephemeral[0].record.members[rank]
 
@@ -105,9 +107,13 @@ class Mesh:
             raise
 
     @classmethod
-    def _of(cls, record: MeshRecord, keys: Keys) -> Self:
+    def _of(cls, record: MeshRecord, keys: Keys, remember: Callable[[MeshRecord], None]) -> Self:
+        latest = [record]
+
         def restart(rank: int) -> Member:
-            member = launch.start_again(record, rank, keys).member(rank)
+            latest[0] = launch.start_again(latest[0], rank, keys)
+            remember(latest[0])
+            member = latest[0].member(rank)
             assert member is not None
             return member
 
@@ -245,6 +251,13 @@ def plan_of(job: Job, view: MeshView) -> Plan:
     return find_plan(
         job.request, view, job.sizes, placement=job.placement, force_shard=job.force_shard
     )
+
+
+def _remember(mesh: MeshRecord) -> None:
+    """Writes down which agents run now, unless another mesh came up meanwhile."""
+    known = load()
+    if known is not None and known.text == mesh.text:
+        save(mesh)
 
 
 def _curve(keys: Keys) -> Callable[[], Dialer]:

@@ -96,7 +96,8 @@ class Recovery:
             return
         self.tell(HostLost(rank, worker.info.name, reason))
         course.losses += 1
-        self._failures[rank] = self._failures.get(rank, 0) + 1
+        if worker.killed is None:  # else it hung, and that was counted
+            self._failures[rank] = self._failures.get(rank, 0) + 1
         broke_ring = course.has_ring_with(rank)
         self._drop(rank)
         if broke_ring:

@@ -119,6 +119,13 @@ class Agent:
         self._end_engine()
         return True
 
+    def kill(self) -> None:
+        """Ends it by force, in order to start it again."""
+        told = self.running()
+        if told is not None:
+            end_process(told["pid"], told["start"])
+        self._end_engine()
+
     def _end_engine(self) -> None:
         """An engine that hangs does not see that its agent was killed."""
         try:
@@ -252,6 +259,9 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
         for name, key in authorized.items():
             allowed.add(name, key)
         told = agent.running()
+        if told is not None and told["boot"] == request.get("again"):
+            agent.kill()  # it runs, and does not answer
+            told = None
         same = told is not None and (told["spec"], told["version"]) == (spec, __version__)
         if not same or request.get("rotate"):
             agent.stop()

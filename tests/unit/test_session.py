@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluxmesh import events, messages
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
-from fluxmesh_coordinator.jobs import Answered, Back, Reported, Stop
+from fluxmesh_coordinator.jobs import Answered, Back, Gone, Reported, Stop
 from tests.fakes import expected
 from tests.unit.simulation import SIZES, Simulation
 
@@ -195,6 +195,26 @@ def test_a_host_that_failed_twice_is_left_out() -> None:
     assert [lost.host for lost in done.of(events.HostLost)] == [1, 1]
     assert list(done.session.course.workers) == [0]
     assert len(done.machines[1].made) == 2
+
+
+def test_an_agent_that_hangs_has_failed_once() -> None:
+    """Its engine's deadline passes first, then the agent itself is found to be silent."""
+    mesh = Simulation(1, steps=5).begin()
+    while len(mesh.of(events.Step)) < 2:
+        mesh.turn()
+    mesh.stop_engine(0)
+    agent = mesh.machines.pop(0)
+    while not mesh.messages(messages.Kill):
+        mesh.turn()
+    mesh.feed(Gone(0, "Its agent is silent."))
+    assert mesh.stuck
+    mesh.machines[0] = mesh.machine(0, fence=2)
+    mesh.stuck.clear()
+    mesh.begin()
+    while mesh.turn():
+        pass
+    check(mesh)
+    assert agent.made + mesh.machines[0].made == [(0, step) for step in range(1, 6)]
 
 
 def test_one_host_that_fails_twice_fails_the_job_in_a_sentence() -> None:
