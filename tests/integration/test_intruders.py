@@ -13,12 +13,10 @@ import zmq
 import zmq.asyncio
 
 from fluxmesh import limits
-from fluxmesh.keys import Allowlist, Keys
+from fluxmesh.keys import Keys
 from fluxmesh.messages import Heartbeat, Refused
 from fluxmesh.protocol import Frame, decode, encode
 from fluxmesh.transport.base import ConnectionClosed, NotAllowed
-from fluxmesh.transport.dialer import CurveDialer
-from fluxmesh.transport.listener import CurveListener
 from tests.messages import forged
 from tests.wire import Middle, Wire, echo, run, wire
 
@@ -127,17 +125,12 @@ def test_an_allowlist_that_is_gone_lets_nobody_in(tmp_path: Path) -> None:
 
 def test_nobody_is_let_in_while_the_gate_does_not_answer(tmp_path: Path) -> None:
     async def main() -> None:
-        allowlist, anna, keys = Allowlist(tmp_path / "a"), Keys.new(), Keys.new()
-        allowlist.add("anna", anna.public)
-        listener = await CurveListener.open("127.0.0.1:0", keys, allowlist)
-        made = Wire(keys, anna, allowlist, listener, dialer := CurveDialer(anna))
-        await made.works()
-        await listener._gate.close()
-        with pytest.raises(ConnectionClosed):
-            await dialer.connect(listener.address, keys.public, 1.0)
-        await nothing_arrives(made)
-        await dialer.close()
-        await listener.close()
+        async with wire(tmp_path) as made:
+            await made.works()
+            await made.listener._gate.close()
+            with pytest.raises(ConnectionClosed):
+                await made.dialer.connect(made.listener.address, made.keys.public, 1.0)
+            await nothing_arrives(made)
 
     run(main())
 
