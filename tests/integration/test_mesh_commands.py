@@ -1,0 +1,256 @@
+"""`up`, `status`, `plan`, `logs`, `doctor` and `down`, with real agents and engines on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmesh.processes import started_at
+from fluxmesh_coordinator.launch import start_ephemeral
+from fluxmesh_coordinator.survey import survey
+from tests.integration.conftest import Finished, environment
+
+
+class Machine:
+    """One user's `fluxmesh`, with folders of its own."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        own = {name: str(folder / name.lower()) for name in ("FLUXMESH_HOME", "FLUXMESH_STATE")}
+        self.env = environment(folder) | own
+
+    def __call__(self, *arguments: object, **more: Any) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=100,
+            check=False,
+            **more,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    def hostfile(self, agents: int, **keys: Any) -> Path:
+        """A hostfile of so many agents at free ports."""
+        hosts = [
+            {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}", **keys}
+            for port in free_ports(agents)
+        ]
+        path = self.folder / "mesh.json"
+        path.write_text(json.dumps(hosts))
+        return path
+
+    def up(self, *arguments: object) -> Finished:
+        done = self("up", *arguments, "--model", self.model, "--json")
+        assert done.code == 0, done.err
+        return done
+
+    def hosts(self) -> list[dict[str, Any]]:
+        hosts: list[dict[str, Any]] = self("status", "--json").of("status")[0]["hosts"]
+        return hosts
+
+
+@pytest.fixture
+def machine(tmp_path: Path, checkpoint: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path, checkpoint)  # its pictures are 32x32: quick to time
+    yield machine
+    machine("down", "--force")
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in socks]
+
+
+def processes(hosts: list[dict[str, Any]]) -> list[int]:
+    return [host[key] for host in hosts for key in ("pid", "engine_pid")]
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if started_at(pid) is not None]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.02)
+
+
+def test_a_mesh_comes_up_is_found_changed_and_goes_down_without_a_trace(machine: Machine) -> None:
+    done = machine.up(machine.hostfile(2))
+    first = done.of("up")[0]["hosts"]
+    assert {host["holds"]["weights"]["model"] for host in first} == {str(machine.model)}
+    assert [len(host["measured"]) for host in first] == [1, 0]  # one device is timed once
+    assert {(link["source"], link["target"]) for link in done.of("up")[0]["links"]} == {
+        (0, 1),
+        (1, 0),
+    }
+    assert {line["host"] for line in done.of("progress")} == {0, 1}
+
+    again = machine.up(machine.folder / "mesh.json")
+    told = [line["text"] for line in again.of("stage")]
+    assert told == ["Looking at the hosts", "Starting agents"]
+    second = again.of("up")[0]["hosts"]
+    assert processes(second) == processes(first)
+
+    plan = machine("plan", "-n", 2, "--json").of("plan")[0]
+    assert {option["name"] for option in plan["options"]} == {"data", "sequence", "tensor", "mixed"}
+    assert [host["rank"] for host in plan["hosts"]] == [0, 1]
+    assert all(option["measured"] for option in plan["options"])
+
+    hosts = json.loads((machine.folder / "mesh.json").read_text())
+    (machine.folder / "mesh.json").write_text(json.dumps(hosts[1:]))
+    changed = machine.up(machine.folder / "mesh.json").of("up")[0]["hosts"]
+    assert processes(changed) == processes(first)[2:]
+    wait_until_gone(processes(first)[:2])
+
+    doctor = machine("doctor", "--json")
+    assert doctor.code == 0, doctor.out
+    checks = {(line["rank"], line["check"]): line["level"] for line in doctor.of("check")}
+    assert checks[0, "agent"] == checks[0, "control"] == checks[-1, "keys"] == "ok"
+
+    lines = machine("logs", "0", "-n", 500).out
+    assert "listens at 127.0.0.1" in lines
+    assert "a red" not in lines
+
+    down = machine("down")
+    assert (down.code, down.out) == (0, "The mesh is down: 1 agent ended.\n")
+    wait_until_gone(processes(changed))
+    assert not (machine.folder / "fluxmesh_home" / "mesh.json").exists()
+    assert machine("down").out == "No mesh is up; `fluxmesh up` starts one.\n"
+
+
+def test_a_mesh_of_this_machine_needs_no_hostfile(machine: Machine) -> None:
+    (host,) = machine.up().of("up")[0]["hosts"]
+    assert host["answers"] and host["address"] == "127.0.0.1:47100"
+    table = machine("status").out
+    assert " bfloat16 " in table and " ready " in table
+    for name in ("fluxmesh_home", "fluxmesh_state"):
+        for path in [machine.folder / name, *(machine.folder / name).rglob("*.key")]:
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: Machine) -> None:
+    machine.model = Path("tiny")  # 29 MB whole, 21 MB for half of it
+    done = machine.up(machine.hostfile(2, memory="25MB"))
+    hosts = done.of("up")[0]["hosts"]
+    assert [(host["holds"]["shard"], host["holds"]["shards"]) for host in hosts] == [(0, 2), (1, 2)]
+    whole = machine("plan", "--json").of("plan")[0]
+    winner = whole["options"][whole["winner"]]
+    assert (winner["name"], winner["phases"][0]["layout"]) == ("tensor", "sharded")
+
+
+def test_a_host_that_fails_is_named_and_the_rest_can_go_on(machine: Machine) -> None:
+    path = machine.hostfile(3)
+    port = json.loads(path.read_text())[1]["control"].rpartition(":")[2]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(port)))
+        taken.listen()
+        whole = machine("up", path, "--model", machine.model)
+        assert whole.code == 1
+        assert f"host 1 (127.0.0.1), control: 127.0.0.1:{port} is taken" in whole.err
+        assert "--allow-partial goes on without" in whole.err and "Traceback" not in whole.err
+
+        partial = machine.up(path, "--allow-partial")
+        assert [line["host"] for line in partial.of("left_out")] == [1]
+        assert [host["rank"] for host in partial.of("up")[0]["hosts"]] == [0, 2]
+        doctor = machine("doctor", path)
+        assert doctor.code == 1 and "FAILS" in doctor.out
+
+
+def test_a_dead_agent_is_told_and_up_brings_it_back_with_its_key(machine: Machine) -> None:
+    path = machine.hostfile(2)
+    before = machine.up(path).of("up")[0]["hosts"]
+    record = json.loads((machine.folder / "fluxmesh_home" / "mesh.json").read_text())
+    os.kill(before[1]["pid"], signal.SIGKILL)
+    wait_until_gone(processes(before)[2:])
+
+    dead = machine("status", "--json")
+    assert dead.code == 0
+    assert [host["answers"] for host in dead.of("status")[0]["hosts"]] == [True, False]
+    assert "host 1 (127.0.0.1): Nobody listens" in dead.of("status")[0]["hosts"][1]["reason"]
+
+    after = machine.up(path).of("up")[0]["hosts"]
+    assert processes(after)[:2] == processes(before)[:2]
+    assert after[1]["pid"] != before[1]["pid"] and after[1]["holds"]
+    kept = json.loads((machine.folder / "fluxmesh_home" / "mesh.json").read_text())
+    assert [each["key"] for each in kept["members"]] == [each["key"] for each in record["members"]]
+
+
+def test_down_ends_agents_and_engines_that_hang(machine: Machine) -> None:
+    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+    for key in ("pid", "engine_pid"):
+        os.kill(host[key], signal.SIGSTOP)
+
+    done = machine("down", "--force")
+
+    assert done.code == 0, done.err
+    wait_until_gone(processes([host]))
+
+
+def test_no_host_that_answers_is_exit_code_3(machine: Machine) -> None:
+    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+    os.kill(host["pid"], signal.SIGKILL)
+    wait_until_gone(processes([host]))
+    for command in (("status",), ("plan",)):
+        done = machine(*command)
+        assert done.code == 3
+        assert "No host of" in done.err and "Nobody listens" in done.err
+
+
+def test_envs_of_the_command_line_reach_the_engines(machine: Machine) -> None:
+    path = machine.hostfile(1)
+    (host,) = machine.up(path, "--env", "FLUXMESH_TEST=5").of("up")[0]["hosts"]
+    environ = Path(f"/proc/{host['engine_pid']}/environ")
+    if sys.platform == "linux":
+        assert b"FLUXMESH_TEST=5" in environ.read_bytes().split(b"\0")
+    wrong = machine("up", path, "--env", "nonsense")
+    assert wrong.code == 2 and "--env nonsense: expected KEY=VALUE" in wrong.err
+
+
+def test_an_agent_for_one_call_ends_with_its_starter(tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from fluxmesh_coordinator.launch import start_ephemeral\n"
+        "one = start_ephemeral()\n"
+        "print(one.process.pid, one.record.members[0].state, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path) | {"TMPDIR": str(tmp_path)},
+    ) as starter:
+        assert starter.stdout is not None
+        pid, state = starter.stdout.readline().split()
+        assert started_at(int(pid)) is not None and Path(state).is_dir()
+        starter.kill()
+    wait_until_gone([int(pid)])
+
+
+def test_an_agent_for_one_call_lets_in_its_starter_alone_and_leaves_no_folder() -> None:
+    with start_ephemeral() as one:
+        state = Path(one.record.members[0].state)
+        assert [user.read_text().strip() for user in (state / "authorized").glob("*.pub")] == [
+            one.keys.public
+        ]
+        found = survey(one.record, one.keys)
+        assert found.errors == {} and found.view.ranks == (0,)
+        engine = found.statuses[0].engine_pid
+    assert not state.exists()
+    wait_until_gone([one.process.pid, *([engine] if engine else [])])
