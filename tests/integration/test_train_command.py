@@ -52,6 +52,7 @@ def test_a_data_set_becomes_an_adapter_that_generate_takes(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4, 6, 8]
     assert all(line["loss"] > 0 for line in lines)
+    assert "iteration 8" in (out / "report.html").read_text()
 
     painted = fluxmesh("generate", "--from", out / "0000008_progress.png", "--output", "again.png")
     assert painted.code == 0, painted.err

@@ -16,6 +16,7 @@ from fluxmesh.flux import lora
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.tensorfile import read_header
 from fluxmesh.training import checkpoint, trainer
+from fluxmesh.training.adapters import Dropout
 from fluxmesh.training.events import (
     CheckpointSaved,
     Encoding,
@@ -76,6 +77,28 @@ def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):
     _, gradient = loss_and_gradient(made.flux, made.adapters, made.batch(micro), 4.0)
     assert seen == {mx.bfloat16}
     assert gradient.dtype == made.state.weights.dtype == mx.float32
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_asked_for():
+    dropout = Dropout(0.25)
+    x = mx.full((200, 200), 3.0)
+    assert (dropout(x) == x).all()
+    dropout.key = mx.array([1, 2], dtype=mx.uint32)
+    out = np.array(dropout(x))
+    assert np.mean(out == 0) == pytest.approx(0.25, abs=0.02)
+    assert out.mean() == pytest.approx(3.0, rel=0.02)
+    assert dropout(x.astype(mx.bfloat16)).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("field", ["lora_dropout", "caption_dropout"])
+def test_what_is_dropped_reaches_the_training(place, tmp_path, field):
+    """Everything else is equal, so without it the losses would be too."""
+    losses = []
+    for share in (0.0, 0.6):
+        request = asked(place, tmp_path / str(share), lora_dropout=0.0, caption_dropout=0.0)
+        request = dataclasses.replace(request, **{field: share}, iterations=8)
+        losses.append([event.loss for event in of(run(request), Updated)])
+    assert losses[0] != losses[1]
 
 
 def test_before_the_first_update_the_adapter_changes_nothing(place, tmp_path):

@@ -107,13 +107,8 @@ def train(context: click.Context, dataset: str, as_json: bool, **_fields: Any) -
 
     The adapter is final_adapters.safetensors in --output-dir; `generate --adapter` takes it.
     """
-    from fluxmesh_coordinator.training import (
-        JsonReporter,
-        TerminalReporter,
-        TrainReporter,
-        conduct,
-        request_of,
-    )
+    from fluxmesh_coordinator.train_reporting import JsonReporter, TerminalReporter, TrainReporter
+    from fluxmesh_coordinator.training import conduct, request_of
 
     request = request_of(dataset, chosen(context))
     reporter: TrainReporter = JsonReporter() if as_json else TerminalReporter()

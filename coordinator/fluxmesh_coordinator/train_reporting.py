@@ -1,0 +1,173 @@
+"""Tells how a training goes: to people as a bar with the loss, to programs as JSON lines.
+
+People read notes and the bar on stderr and the names of files on stdout; programs (`--json`) read
+one JSON object a line on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fluxmesh.events import Loading
+from fluxmesh.training.events import (
+    CheckpointSaved,
+    Encoding,
+    Prepared,
+    TrainEvent,
+    Updated,
+    Validated,
+)
+from fluxmesh.training.request import TrainRequest
+
+
+class TrainReporter(Protocol):
+    """What a run is told to; a context manager, so that the terminal is put right again."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def started(self, request: TrainRequest) -> None:
+        """The request is sound; the data set comes next."""
+
+    def event(self, event: TrainEvent | Loading) -> None:
+        """The run's next event."""
+
+    def saved(self, path: Path) -> None:
+        """A file that the user asked for is in its place."""
+
+
+def told(event: TrainEvent | Loading) -> dict[str, Any]:
+    """An event as JSON: its name and its fields, pixels left out."""
+    values: dict[str, Any] = {"event": type(event).__name__.lower()}
+    for field in fields(event):
+        value = getattr(event, field.name)
+        if isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, dict):
+            value = {"x".join(map(str, size)): count for size, count in value.items()}
+        if not isinstance(value, np.ndarray):
+            values[field.name] = value
+    return values
+
+
+class JsonReporter:
+    """One JSON object a line on stdout."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        sys.stdout.flush()
+
+    def started(self, request: TrainRequest) -> None:
+        values = {"dataset": request.dataset, "model": request.model, **request.identity()}
+        self._line({"event": "start", **values})
+
+    def event(self, event: TrainEvent | Loading) -> None:
+        self._line(told(event))
+
+    def saved(self, path: Path) -> None:
+        self._line({"event": "saved", "path": str(path)})
+
+    def _line(self, values: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+class TerminalReporter:
+    """What will be done, then a bar with loss, memory and the time left; files on stdout."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.request: TrainRequest | None = None
+        self.updates = 0
+        self.task: TaskID | None = None
+        self.doing = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.bar.stop()
+
+    def started(self, request: TrainRequest) -> None:
+        self.request = request
+        self._note(f"Training {request.model} on {request.dataset} (seed {request.seed}).")
+
+    def saved(self, path: Path) -> None:
+        self.bar.stop()
+        sys.stdout.write(f"Saved {path}\n")
+        sys.stdout.flush()
+
+    def event(self, event: TrainEvent | Loading) -> None:
+        match event:
+            case Loading():
+                unit = f"{event.done_bytes / 1e9:.2f}/{event.total_bytes / 1e9:.2f} GB"
+                self._show(f"Loading {event.component}", event.done_bytes, event.total_bytes, unit)
+            case Encoding():
+                unit = f"{event.done}/{event.total}"
+                self._show(f"Encoding {event.what}", event.done, event.total, unit)
+            case Prepared():
+                self._prepared(event)
+            case Updated():
+                unit = (
+                    f"{event.update}/{self.updates} loss {event.loss:.4f} "
+                    f"{event.seconds:.2f} s {event.peak_bytes / 1e9:.1f} GB"
+                )
+                self._show("Training", event.update, self.updates, unit)
+            case Validated():
+                best = ", the best so far" if event.best else ""
+                self._note(f"Iteration {event.iteration}: loss {event.loss:.4f} held out{best}.")
+            case CheckpointSaved():
+                self._note(f"Iteration {event.iteration}: saved {event.path.name}.")
+
+    def _prepared(self, event: Prepared) -> None:
+        self.updates = event.updates
+        sizes = ", ".join(f"{n} at {size[0]}x{size[1]}" for size, n in event.sizes.items())
+        images = event.micro_batches * event.batch_size
+        self._note(f"{event.images} pictures ({sizes}), {event.held_out} held out.")
+        self._note(
+            f"{event.updates} updates of {images} images, {event.numbers / 1e6:.2f} M numbers to "
+            f"train, warm-up {event.warmup}."
+        )
+        if event.begins_at:
+            self._note(f"Going on after update {event.begins_at}.")
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def _show(self, doing: str, done: int, total: int, unit: str) -> None:
+        if doing != self.doing or self.task is None:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.doing = doing
+            self.task = self.bar.add_task(doing, total=total, told=unit)
+        self.bar.start()
+        self.bar.update(self.task, completed=done, told=unit)

@@ -1,0 +1,44 @@
+"""The report of a training: one file, nothing from elsewhere, the user's words escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from fluxmesh_coordinator.output import encode_png
+from fluxmesh_coordinator.report import curve, running_mean, write_report
+from tests.datasets import SIZES, picture
+
+
+def test_losses_and_pictures_stand_in_one_file(tmp_path):
+    lines = [{"event": "updated", "iteration": 4 * i, "loss": 1 / i} for i in range(1, 6)]
+    lines.append({"event": "validated", "iteration": 8, "loss": 0.7})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for iteration in (0, 8):
+        pixels = np.array(picture(iteration, SIZES[0]))
+        (tmp_path / f"{iteration:07d}_progress.png").write_bytes(encode_png(pixels, "{}"))
+    page = write_report(tmp_path, "tiny on <dogs>", {"prompt": "a <b> & c"}).read_text()
+    assert page.count("<polyline") == 3
+    assert page.count("data:image/png;base64,") == 2
+    assert "iteration 8" in page
+    assert "tiny on &lt;dogs&gt;" in page and "a &lt;b&gt; &amp; c" in page
+    assert not re.search(r"""(src|href)=["']?(https?:|/)""", page)
+
+
+def test_a_run_without_metrics_has_a_report_too(tmp_path):
+    assert "<svg" not in write_report(tmp_path, "t", {}).read_text()
+
+
+def test_the_curve_spans_its_frame_and_copes_with_one_point():
+    drawn = curve([(1, 0.5), (10, 1.5)], [])
+    (points,) = re.findall(r'stroke-width="1" points="([^"]*)"', drawn)
+    (_, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
+    assert (y0, x1, y1) == (232, 812, 48)
+    assert "nan" not in curve([(4, 2.0)], [])
+
+
+def test_the_running_mean_of_a_constant_is_that_constant():
+    assert [y for _, y in running_mean([(i, 3.0) for i in range(5)])] == pytest.approx([3.0] * 5)
