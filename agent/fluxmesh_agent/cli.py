@@ -39,7 +39,7 @@ def main() -> None:
     help="A folder that models may be in, beside --models. Can be given several times.",
 )
 @click.option("--keys-stdin", is_flag=True, help="Read who may talk to it from stdin first.")
-@click.option("--ephemeral", is_flag=True, help="End when stdin ends.")
+@click.option("--ephemeral", is_flag=True, help="End when stdin ends, and remove the state.")
 def run(
     state: Path | None,
     address: str,

@@ -104,6 +104,8 @@ class Engine:
         """Works until the agent is gone."""
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
+        if self.config.memory is not None:
+            mx.set_memory_limit(self.config.memory)
         self.channel.send(device(self.config.memory))
         while True:
             message = self._line.get()

@@ -109,17 +109,14 @@ class Leases:
             if silence > SILENCE:
                 self.leave(client)
                 notices.append(Loses(client, f"nothing was heard of it for {silence:.0f} s"))
+        # Every command is a client of its own: those of yesterday are forgotten.
+        self._heard = {c: heard for c, heard in self._heard.items() if now - heard <= SILENCE}
         if self._holder is None and self._line and is_free:
             self._holder = self._line.pop(0)
             self._holder.fence, self._holder.since = self._fence, now
             self._fence += 1
             notices.append(Holds(self._holder.client, self._holder.fence))
         return notices + self._tell_line(now)
-
-    def forget(self, client: str) -> None:
-        """The client is gone for good: nothing of it is kept."""
-        if client not in (asked.client for asked in (self._holder, *self._line) if asked):
-            self._heard.pop(client, None)
 
     def _tell_line(self, now: float) -> list[Notice]:
         notices: list[Notice] = []

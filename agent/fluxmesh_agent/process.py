@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -52,6 +53,8 @@ def serve(settings: Settings) -> None:
     with _alone(home):
         _log_to(home.log)
         asyncio.run(_serve(settings, home))
+        if settings.ephemeral:
+            shutil.rmtree(home.folder, ignore_errors=True)
 
 
 async def _serve(settings: Settings, home: AgentHome) -> None:

@@ -86,7 +86,12 @@ class Service:
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the agent failed", exc_info=task.exception())
 
     async def _accept(self) -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -269,7 +274,11 @@ class Service:
             if isinstance(instruction, KillEngine):
                 await self.supervisor.kill()
             elif isinstance(instruction, StartEngine):
-                self.supervisor.start(instruction.envs)
+                try:
+                    self.supervisor.start(instruction.envs)
+                except FluxmeshError as error:
+                    self._engine_ended(str(error))
+                    raise
             else:
                 self._send_all([instruction])
 

@@ -253,13 +253,20 @@ async def join_ring(ones: list[Coordinator], epoch: int) -> None:
         answer = await one.ask(messages.AskPorts(one.fence, "127.0.0.1"))
         assert isinstance(answer, messages.Ports), answer
         ports.append(answer.ports)
-    hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(len(ones))]
-    nonce = secrets.token_bytes(32)
-    made = joining("ring", hosts, ports)
-    for rank, (one, each) in enumerate(zip(ones, made, strict=True)):
+    for one, join in zip(ones, joins_of(ones, epoch, ports), strict=True):
         one.epoch = epoch
-        await one.done(
-            messages.Join(one.fence, epoch, rank, len(ones), "ring", each.envs, each.files, nonce)
-        )
+        await one.done(join)
     for one in ones:
         await one.until(messages.Joined)
+
+
+def joins_of(
+    ones: list[Coordinator], epoch: int, ports: list[tuple[int, ...]]
+) -> list[messages.Join]:
+    """What the ranks of one ring on loopback are told."""
+    size, nonce = len(ones), secrets.token_bytes(32)
+    hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(size)]
+    return [
+        messages.Join(one.fence, epoch, rank, size, "ring", told.envs, told.files, nonce)
+        for rank, (one, told) in enumerate(zip(ones, joining("ring", hosts, ports), strict=True))
+    ]

@@ -443,7 +443,7 @@ def test_an_ephemeral_agent_ends_with_its_stdin_and_leaves_no_process(host: Agen
     host.close_stdin()
     assert host.process.wait(GONE) == 0
     assert not is_running(pid)
-    assert not (host.state / "engine.json").exists()
+    assert not host.state.exists()
 
 
 def test_shutting_down_is_answered_and_leaves_no_process(tmp_path: Path) -> None:

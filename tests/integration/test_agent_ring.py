@@ -23,6 +23,7 @@ from tests.integration.agents import (
     coordinator,
     encode,
     join_ring,
+    joins_of,
     painting,
     play,
 )
@@ -208,3 +209,44 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
             assert np.array_equal(whole[-1].latents, resumed[-1].latents)
 
     play(scene())
+
+
+def test_a_stranger_on_the_rings_port_ends_the_epoch_and_fresh_ports_form_another(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights) as ones:
+            ports = []
+            for one in ones:
+                answer = await one.ask(messages.AskPorts(one.fence, "127.0.0.1"))
+                assert isinstance(answer, messages.Ports)
+                ports.append(answer.ports)
+            joins = joins_of(ones, 1, ports)
+            await ones[0].done(joins[0])
+            stranger = await knock(ports[0][0])
+            stranger.write(b"\0" * 4096)
+            await ones[1].done(joins[1])
+            await asyncio.sleep(3.0)
+            heard = [report for one in ones for report in one.heard]
+            assert not any(isinstance(report, messages.Joined) for report in heard)
+            for one in ones:
+                await one.done(messages.Kill(one.fence, 2))
+                assert (await one.status()).counters.transformer_bytes == 0
+                one._read = len(one.heard)
+            stranger.close()
+            await join_ring(ones, 2)
+            text = await encode(ones[0], weights)
+            works = [painting(one, weights, text, placement="tensor") for one in ones]
+            assert len(await paint(ones, works)) == 3
+
+    play(scene())
+
+
+async def knock(port: int) -> asyncio.StreamWriter:
+    """A connection to a port, as soon as somebody listens there."""
+    for _ in range(500):
+        try:
+            return (await asyncio.open_connection("127.0.0.1", port))[1]
+        except OSError:
+            await asyncio.sleep(0.01)
+    raise AssertionError(f"nobody listens at {port}")

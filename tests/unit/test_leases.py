@@ -91,6 +91,14 @@ def test_asking_again_changes_nothing_but_the_job() -> None:
     assert leases.waiting == 1
 
 
+def test_clients_of_yesterday_are_forgotten() -> None:
+    leases = Leases()
+    for number in range(1000):
+        leases.hear(str(number), float(number))
+        leases.tick(float(number))
+    assert len(leases._heard) < 10
+
+
 def test_leaving_a_line_is_not_leaving_a_lease() -> None:
     leases = Leases()
     granted(leases, "a")
