@@ -28,6 +28,11 @@ PURE = [
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
     *("fluxmesh_coordinator.cli.models", "fluxmesh.flux.sharding"),
+    *("fluxmesh_coordinator.starter", "fluxmesh_coordinator.launch"),
+    *("fluxmesh_coordinator.bringup", "fluxmesh_coordinator.warming"),
+    *("fluxmesh_coordinator.survey", "fluxmesh_coordinator.tables"),
+    *("fluxmesh_coordinator.assumed", "fluxmesh_coordinator.diagnosis"),
+    *("fluxmesh_coordinator.screen", "fluxmesh_coordinator.record"),
     *("fluxmesh_coordinator.session", "fluxmesh_coordinator.mesh"),
     *("fluxmesh.training.request", "fluxmesh.training.dataset", "fluxmesh.training.plan"),
     *("fluxmesh.training.sampling", "fluxmesh.training.rates", "fluxmesh.training.cache"),
@@ -114,6 +119,30 @@ def test_planning_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
         assert not tops(path) & forbidden, name
 
 
+def test_the_contract_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
+    forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "socket", "threading"}
+    wanted = {"fluxmesh.messages", "fluxmesh.protocol", "fluxmesh.limits"}
+    found = {name: path for name, path in modules("fluxmesh") if name in wanted}
+    assert found.keys() == wanted
+    for name, path in found.items():
+        assert not tops(path) & forbidden, name
+    loaded = loaded_after("import fluxmesh.protocol, fluxmesh.transport, fluxmesh.keys")
+    assert not loaded & (HEAVY | {"zmq", "asyncio", "click", "rich"})
+
+
+def test_only_the_transport_and_the_making_of_keys_know_zeromq() -> None:
+    known = {name for package in PACKAGES for name, path in modules(package) if "zmq" in tops(path)}
+    assert known == {
+        "fluxmesh.keys",
+        *(f"fluxmesh.transport.{part}" for part in ("dialer", "gate", "listener", "options")),
+    }
+
+
+def test_the_twins_load_no_zeromq() -> None:
+    loaded = loaded_after("import fluxmesh.transport.inproc, fluxmesh.transport.broken")
+    assert "asyncio" in loaded and not loaded & (HEAVY | {"zmq"})
+
+
 def test_what_an_agent_decides_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
     forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "secrets", "socket"}
     pure = ("fluxmesh_agent.lifecycle", "fluxmesh_agent.leases", "fluxmesh.messages")
@@ -191,5 +220,5 @@ def test_the_command_line_answers_without_loading_what_computes(arguments: list[
         f"try: main({arguments!r})\n"
         "except SystemExit as end: assert end.code == 0"
     )
-    assert not loaded & (HEAVY | {"numpy", "PIL", "rich"})
+    assert not loaded & (HEAVY | {"numpy", "PIL", "rich", "zmq", "msgpack", "asyncio"})
     assert "click" in loaded
