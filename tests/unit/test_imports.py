@@ -211,6 +211,12 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
         ["generate", "--help"],
         ["train", "--help"],
         ["interactive", "--help"],
+        ["up", "--help"],
+        ["status", "--help"],
+        ["plan", "--help"],
+        ["doctor", "--help"],
+        ["logs", "--help"],
+        ["down", "--help"],
     ],
     ids=" ".join,
 )
