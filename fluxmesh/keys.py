@@ -97,6 +97,7 @@ class Allowlist:
     def __init__(self, folder: Path) -> None:
         """Makes the folder if it is not there. Raises `HomeError` where it is not the user's."""
         self.folder = private_folder(folder)
+        self._told: set[str] = set()
 
     def users(self) -> dict[str, str]:
         """Public key to name, as the files say now. A file that holds no key lets nobody in."""
@@ -107,13 +108,19 @@ class Allowlist:
             except FileNotFoundError:  # removed at this moment
                 continue
             except HomeError as error:
-                log.warning("a key is left out: %s", error)
+                self._tell(str(error))
                 continue
             if _NAME.fullmatch(path.stem) and is_key(key):
                 found[key] = path.stem
             else:
-                log.warning("a key is left out: %s holds no key of a user", path)
+                self._tell(f"{path} holds no key of a user")
         return found
+
+    def _tell(self, reason: str) -> None:
+        """Once: the folder is read again and again."""
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning("a key is left out: %s", reason)
 
     def add(self, name: str, key: str) -> None:
         """Lets a key in; one of the same name before is out. Raises `HomeError` for neither."""

@@ -66,12 +66,16 @@ class Gate:
     async def _answer(self) -> None:
         while True:
             request = await self._socket.recv_multipart()
-            await self._socket.send_multipart(self._verdict(request))
+            try:
+                verdict = self._verdict(request)
+            except Exception:  # the gate must go on answering, and what it can't check is a no
+                log.exception("a handshake could not be checked, and is refused")
+                verdict = _refused(request)
+            await self._socket.send_multipart(verdict)
 
     def _verdict(self, request: list[bytes]) -> list[bytes]:
         """[version, request id, status, text, user id, metadata] for a request of the same RFC."""
-        ticket = request[1] if len(request) > 1 else b""
-        refused = [b"1.0", ticket, b"400", b"not in the allowlist", b"", b""]
+        refused = _refused(request)
         if len(request) != 7 or request[0] != b"1.0" or request[2] != DOMAIN:
             self.tell("refused a handshake that is none of this agent's")
             return refused
@@ -85,4 +89,9 @@ class Gate:
         if self.name(key) is None:
             self.tell(f"refused {origin}: the key {key} is not in the allowlist")
             return refused
-        return [b"1.0", ticket, b"200", b"OK", key.encode(), b""]
+        return [b"1.0", request[1], b"200", b"OK", key.encode(), b""]
+
+
+def _refused(request: list[bytes]) -> list[bytes]:
+    ticket = request[1] if len(request) > 1 else b""
+    return [b"1.0", ticket, b"400", b"not in the allowlist", b"", b""]

@@ -166,7 +166,10 @@ class CurveListener:
             # A descriptor may be a new peer's already: hear first that the old one left.
             for event in await options.events_now(self._monitor):
                 self._note(event)
-            await self._sort(frames)
+            try:
+                await self._sort(frames)
+            except Exception:  # one message that can't be sorted must not end all conversations
+                log.exception("a message could not be sorted, and is dropped")
 
     async def _sort(self, frames: list[zmq.Frame]) -> None:
         """Puts a message into its connection's box; opens a connection for a new identity."""

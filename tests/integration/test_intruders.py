@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from fluxmesh import limits
-from fluxmesh.keys import Keys
+from fluxmesh.keys import Allowlist, Keys
 from fluxmesh.messages import Heartbeat, Refused
 from fluxmesh.protocol import Frame, decode, encode
 from fluxmesh.transport.base import ConnectionClosed, NotAllowed
@@ -131,6 +131,27 @@ def test_nobody_is_let_in_while_the_gate_does_not_answer(tmp_path: Path) -> None
             with pytest.raises(ConnectionClosed):
                 await made.dialer.connect(made.listener.address, made.keys.public, 1.0)
             await nothing_arrives(made)
+
+    run(main())
+
+
+def test_what_the_gate_can_not_check_is_refused_and_the_gate_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: Allowlist) -> dict[str, str]:
+        raise OSError("the disk is gone")
+
+    async def main() -> None:
+        async with wire(tmp_path) as made:
+            good = await made.pair()
+            with monkeypatch.context() as patch:
+                patch.setattr(Allowlist, "users", broken)
+                with pytest.raises(NotAllowed):
+                    await made.dialer.connect(made.listener.address, made.keys.public)
+                await good[0].send(Heartbeat(), 2)
+                await told(caplog, "could not be sorted")
+            await echo(*good)
+            await made.works()
 
     run(main())
 
