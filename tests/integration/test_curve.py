@@ -122,7 +122,7 @@ def test_only_the_address_that_was_named_is_bound(tmp_path: Path) -> None:
     async def main() -> None:
         async with wire(tmp_path) as made:
             with pytest.raises(OSError):
-                await asyncio.open_connection("127.0.0.2", made.port)
+                await asyncio.wait_for(asyncio.open_connection("127.0.0.2", made.port), 2)
             await made.works()
 
     run(main())
