@@ -1,7 +1,7 @@
 """Where fluxmesh keeps what outlives a process: keys, the mesh that is up, an agent's state.
 
     FLUXMESH_HOME   ~/.config/fluxmesh                   a user's: `Home`
-    FLUXMESH_STATE  ~/.local/state/fluxmesh/agent-PORT   an agent's: `AgentHome`
+    FLUXMESH_STATE  ~/.local/state/fluxmesh              the agents', in `agent-PORT`: `AgentHome`
 
 All folders are 0700 and all files 0600. A file is replaced in one piece or not at all, and one that
 others could have read or changed is refused, for a key in it may no longer be a secret.
@@ -50,10 +50,10 @@ class AgentHome:
 
     @classmethod
     def default(cls, port: int) -> AgentHome:
-        """That of FLUXMESH_STATE, or of the agent at `port`; made if it is not there."""
+        """That of the agent at `port`, below FLUXMESH_STATE or the user's own; made if missing."""
         chosen = os.environ.get("FLUXMESH_STATE")
-        base = Path.home() / ".local" / "state" / "fluxmesh"
-        return cls(private_folder(Path(chosen) if chosen else base / f"agent-{port}"))
+        base = Path(chosen) if chosen else Path.home() / ".local" / "state" / "fluxmesh"
+        return cls(private_folder(private_folder(base) / f"agent-{port}"))
 
     @property
     def authorized(self) -> Path:

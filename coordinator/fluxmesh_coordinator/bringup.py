@@ -9,6 +9,7 @@ runs by then is on record, so that `up` again goes on and `down` ends it.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,14 @@ from typing import Any, Protocol
 from fluxmesh.cluster import Weights
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.homes import Home
-from fluxmesh.hostfile import Host, Hostfile
+from fluxmesh.hostfile import CONTROL_PORT, Host, Hostfile
 from fluxmesh.keys import Keys, load_keys, store_keys
-from fluxmesh_coordinator import checks, launch, record
+from fluxmesh_coordinator import checks, launch, record, starter
 from fluxmesh_coordinator.checks import Finding
 from fluxmesh_coordinator.record import Member, MeshRecord
 from fluxmesh_coordinator.survey import with_agents
+
+PORTS = 100  # that are tried for an agent of this machine, which others may use too
 
 
 class Watcher(Protocol):
@@ -163,6 +166,24 @@ class Bringup:
         self.watcher.stage("Ending agents that the hostfile names no more")
         for error in take_down(replace(old, members=gone)).values():
             self.watcher.note(str(error))
+
+
+def this_machine(home: Home | None = None) -> str:
+    """The text of the hostfile that stands for this machine alone, with a port that can be had.
+
+    The one of the mesh that is up, where it is such a one; else a free port, or our own agent's.
+    """
+    up = record.load(home)
+    if up is not None and up.is_this_machine:
+        return up.text
+    ports = range(CONTROL_PORT, CONTROL_PORT + PORTS)
+    port = next((port for port in ports if _can_have(port)), CONTROL_PORT)
+    host = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}"}
+    return json.dumps([host])
+
+
+def _can_have(port: int) -> bool:
+    return starter.can_bind("127.0.0.1", port) or starter.Agent(port).running() is not None
 
 
 def _same(old: Sequence[Member], new: Sequence[Member]) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 
 from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import private_folder, read_private, write_private
+from fluxmesh.homes import AgentHome, private_folder, read_private, write_private
 from fluxmesh.keys import Allowlist
 from fluxmesh.processes import end_process, kill_process, started_at
 
@@ -57,11 +57,8 @@ class Agent:
     """The agent at one port of this machine: its folder, and the process that runs now."""
 
     def __init__(self, port: int) -> None:
-        chosen = os.environ.get("FLUXMESH_STATE")
-        base = Path(chosen) if chosen else Path.home() / ".local" / "state" / "fluxmesh"
-        private_folder(base)
-        self.state = private_folder(base / f"agent-{port}")
-        self.log = self.state / "agent.log"
+        self.home = AgentHome.default(port)
+        self.state, self.log = self.home.folder, self.home.log
         self._running = self.state / "started.json"
 
     @contextmanager
@@ -81,7 +78,7 @@ class Agent:
 
     def start(self, spec: Spec, authorized: dict[str, str]) -> dict[str, Any]:
         """Starts it and waits until it listens. Raises `FluxmeshError` with what it said last."""
-        private_folder(self.state / "authorized")
+        private_folder(self.home.authorized)
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "ab") as log:
             begin = log.tell()
@@ -129,7 +126,7 @@ class Agent:
     def _end_engine(self) -> None:
         """An engine that hangs does not see that its agent was killed."""
         try:
-            known = json.loads(read_private(self.state / "engine.json"))
+            known = json.loads(read_private(self.home.engine))
         except (FileNotFoundError, ValueError):
             return
         kill_process(int(known["pid"]), str(known["start"]))
@@ -251,7 +248,7 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
     with agent.alone():
         if request.get("again") and agent.was_stopped:
             raise FluxmeshError("Its agent was ended by `fluxmesh down`; `fluxmesh up` starts it.")
-        allowed = Allowlist(agent.state / "authorized")
+        allowed = Allowlist(agent.home.authorized)
         known = allowed.users()
         for key in request.get("forget", ()):
             if key in known:

@@ -24,14 +24,14 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
     """
     from fluxmesh import hostfile as hostfiles
     from fluxmesh_coordinator import record
-    from fluxmesh_coordinator.bringup import examine
+    from fluxmesh_coordinator.bringup import examine, this_machine
     from fluxmesh_coordinator.diagnosis import keys_of_this_user, of_agents
 
     mesh = record.load() if hostfile is None else None
     if hostfile is not None:
         hosts = hostfiles.load(hostfile)
     else:
-        hosts = mesh.hostfile if mesh is not None else hostfiles.this_machine()
+        hosts = mesh.hostfile if mesh is not None else hostfiles.parse(this_machine())
     found = [keys_of_this_user(), *examine(hosts, model)]
     if mesh is not None:
         found += of_agents(mesh)

@@ -93,14 +93,14 @@ def _wish(
     rotate_keys: bool,
 ) -> Wish:
     from fluxmesh import hostfile as hostfiles
-    from fluxmesh_coordinator.bringup import Wish
-    from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME
+    from fluxmesh_coordinator.bringup import Wish, this_machine
+    from fluxmesh_coordinator.record import THIS_NAME
 
     roots: tuple[str, ...] = (weights.model,) if os.path.isabs(weights.model) else ()
     if hostfile is None:
         # This user's own machine: every model that the user can read is the user's to name.
-        text, name, roots = THIS_MACHINE, THIS_NAME, ("/",)
-        hosts = hostfiles.this_machine()
+        text, name, roots = this_machine(), THIS_NAME, ("/",)
+        hosts = hostfiles.parse(text, name)
     else:
         name = str(hostfile.absolute())
         hosts = hostfiles.load(hostfile)
