@@ -307,9 +307,8 @@ def _single(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, s
             break
     word, size = _size(rng, SINGLE_SIZES, 0.4)
     column, row, phrases = PLACES[place]
-    x = ANCHORS[column] + rng.uniform(-0.05, 0.05)
-    y = ANCHORS[row] + rng.uniform(-0.05, 0.05)
-    scene = Scene(background, (place_thing(name, size, x, y, height, width),))
+    thing = place_thing(name, size, ANCHORS[column], ANCHORS[row], height, width)
+    scene = Scene(background, (thing,))
     subject = _with_article(rng, _noun(rng, name, word))
     where = str(_choice(rng, phrases)) if said else ""
     return scene, _finish(rng, subject, where, background if rng.random() < 0.88 else None)
@@ -341,14 +340,13 @@ def _pair(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, str
             leads, axis, phrases = RELATIONS[int(rng.integers(len(RELATIONS)))]
             subject = f"{one} {_choice(rng, phrases)} {two}"
     ends = (ANCHORS[0], ANCHORS[2]) if leads == 0 else (ANCHORS[2], ANCHORS[0])
-    across = 0.5 + rng.uniform(-0.05, 0.05)
-    things = []
-    for index, (name, size) in enumerate(zip((first, second), sizes, strict=True)):
-        along = ends[index] + rng.uniform(-0.03, 0.03)
-        aside = across + rng.uniform(-0.04, 0.04)
-        x, y = (along, aside) if axis == "x" else (aside, along)
-        things.append(place_thing(name, size, x, y, height, width))
-    scene = Scene(background, tuple(things))
+    scene = Scene(
+        background,
+        tuple(
+            place_thing(name, size, *((end, 0.5) if axis == "x" else (0.5, end)), height, width)
+            for name, size, end in zip((first, second), sizes, ends, strict=True)
+        ),
+    )
     return scene, _finish(rng, subject, "", background if rng.random() < 0.88 else None)
 
 

@@ -52,9 +52,9 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], None], int, int, float]] 
     # stage: (function, steps, batch, peak learning rate)
     "sprites": (make_sprites, 0, 0, 0.0),
     "tokenizers": (make_tokenizers, 0, 0, 0.0),
-    "autoencoder": (train_autoencoder, 8_000, 64, 1e-3),
-    "flow": (train_flow, 80_000, 256, 1e-3),
-    "last": (train_flow, 6_000, 256, 2e-4),
+    "autoencoder": (train_autoencoder, 2_500, 64, 1e-3),
+    "flow": (train_flow, 53_000, 256, 1e-3),
+    "last": (train_flow, 1_700, 256, 2e-4),
     "export": (export, 0, 0, 0.0),
 }
 
