@@ -21,6 +21,10 @@ def watcher(*, as_json: bool, pull: bool) -> TerminalWatcher | JsonWatcher:
     return JsonWatcher(pull) if as_json else TerminalWatcher(pull)
 
 
+def _title(rank: int, what: str) -> str:
+    return f"{'this machine' if rank < 0 else f'host {rank}'}, {what}"
+
+
 class TerminalWatcher:
     """Stages and notes on stderr, and a bar for each host that loads."""
 
@@ -64,15 +68,15 @@ class TerminalWatcher:
     def progress(self, rank: int, what: str, done: int, total: int) -> None:
         key = rank, what
         if key not in self.tasks:
-            self.tasks[key] = self.bars.add_task(f"host {rank}, {what}", total=total)
+            self.tasks[key] = self.bars.add_task(_title(rank, what), total=total)
         self.bars.update(self.tasks[key], completed=done, total=total)
 
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         if self.pull or not (sys.stdin.isatty() and self.console.is_terminal):
             return self.pull
         self.bars.stop()
-        hosts = ", ".join(map(str, ranks))
-        answer = click.confirm(f"{model} is not on host {hosts}. Fetch it there?", err=True)
+        hosts = ", ".join("this machine" if rank < 0 else f"host {rank}" for rank in ranks)
+        answer = click.confirm(f"{model} is not on {hosts}. Fetch it?", err=True)
         self.bars.start()
         return answer
 

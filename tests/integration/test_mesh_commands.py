@@ -205,6 +205,63 @@ def test_down_ends_agents_and_engines_that_hang(machine: Machine) -> None:
     wait_until_gone(processes([host]))
 
 
+def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back(
+    machine: Machine,
+) -> None:
+    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+    command = ["generate", "a red apple", "--model", machine.model, "--steps", 1000, "-n", 50]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fluxmesh_coordinator", *map(str, command)],
+        env=machine.env,
+        cwd=machine.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as painting:
+        deadline = time.monotonic() + 30
+        while not (job := machine.hosts()[0]["job"]):
+            assert time.monotonic() < deadline and painting.poll() is None
+
+        refused = machine("down")
+        assert refused.code == 1
+        assert refused.err == (
+            f"Error: Host 0 works on {job}; wait until it is done, or use --force.\n"
+        )
+        assert machine.hosts()[0]["job"] == job
+
+        forced = machine("down", "--force")
+        assert forced.code == 0, forced.err
+        _, err = painting.communicate(timeout=60)
+        assert painting.returncode in (1, 3) and "Traceback" not in err
+    wait_until_gone(processes([host]))
+    folder = machine.folder / "fluxmesh_state"
+    assert list(folder.glob("agent-*/started.json")) == []
+    assert list(folder.glob("agent-*/agent.json")) == []
+
+
+def test_status_is_told_again_and_again_until_ctrl_c(machine: Machine) -> None:
+    machine.up(machine.hostfile(1))
+    with subprocess.Popen(
+        [sys.executable, "-m", "fluxmesh_coordinator", "status", "--watch", "--json"],
+        env=machine.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        told = [json.loads(watching.stdout.readline()) for _ in range(3)]
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(20) == 130
+    clocks = [line["hosts"][0]["clock"] for line in told]
+    assert clocks == sorted(set(clocks))
+
+
+def test_a_model_that_is_not_here_is_told_with_how_to_get_it(machine: Machine) -> None:
+    done = machine("up", "--model", "schnell")
+    assert done.code == 1
+    assert "fluxmesh models pull schnell" in done.err and "Traceback" not in done.err
+
+
 def test_no_host_that_answers_is_exit_code_3(machine: Machine) -> None:
     (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
     os.kill(host["pid"], signal.SIGKILL)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from fluxmesh_coordinator.bringup import Wish
+    from fluxmesh.flux.checkpoint import Checkpoint
+    from fluxmesh_coordinator.bringup import Watcher, Wish
+
+THIS = -1  # what stands for this machine among the ranks
 
 
 @click.command()
@@ -61,7 +64,7 @@ def up(
 
     with watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()
-        checkpoint = hub.resolve(name, download=pull)
+        checkpoint = _checkpoint(name, watch)
         if os.path.exists(os.path.expanduser(name)):
             name = os.path.abspath(os.path.expanduser(name))
         defaults = checkpoint.defaults
@@ -83,6 +86,22 @@ def up(
         watch.ready(tables.as_json(found) if as_json else None)
     if not as_json:
         tables.show(found)
+
+
+def _checkpoint(name: str, watch: Watcher) -> Checkpoint:
+    """The model on this machine, which plans with it; fetched where the user agrees."""
+    from fluxmesh.errors import ModelNotFoundError
+    from fluxmesh.flux import hub
+
+    try:
+        return hub.resolve(name, download=False)
+    except ModelNotFoundError:
+        if not watch.may_pull(name, [THIS]):
+            raise
+    watch.stage(f"Fetching {name}")
+    return hub.resolve(
+        name, progress=lambda done, total: watch.progress(THIS, f"fetching {name}", done, total)
+    )
 
 
 def _wish(
