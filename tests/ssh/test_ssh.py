@@ -104,7 +104,7 @@ def test_up_starts_an_agent_as_the_other_user_that_outlives_the_ssh_session(
     here, there = done.of("up")[0]["hosts"]
     assert here["answers"] and there["answers"]
     assert here["holds"]["weights"]["model"] == there["holds"]["weights"]["model"] == "tiny"
-    assert [len(host["measured"]) for host in (here, there)] == [1, 1]
+    assert len(here["measured"] + there["measured"]) == 1  # one device, timed once
     links = done.of("up")[0]["links"]
     assert {(link["source"], link["target"]) for link in links} == {(0, 1), (1, 0)}
     assert os.stat(f"/proc/{there['pid']}").st_uid == server.uid
