@@ -229,6 +229,8 @@ def test_a_second_run_encodes_nothing(place, tmp_path):
     again = dataclasses.replace(request, output_dir=str(tmp_path / "b"))
     assert of(run(again), Encoding) == []
     assert final(tmp_path / "a") == final(tmp_path / "b")
+    other = dataclasses.replace(request, output_dir=str(tmp_path / "c"), dtype="bfloat16")
+    assert len(of(run(other), Encoding)) == len(first)  # not what float32 has left there
 
 
 def test_a_new_picture_leaves_the_others_in_the_cache(place, tmp_path):
