@@ -98,7 +98,7 @@ class FakeEngine:
             latents = one_step(latents, step)
             self.steps.append((unit.image, step))
             self._count(steps=1, images=int(step == unit.steps))
-            told = latents if self.rank == 0 else None
+            told = latents if unit.placement == "data" or self.rank == 0 else None
             yield messages.Stepped(unit.job, unit.epoch, unit.image, step, 0.1, 4, told)
 
     def _count(self, **more: int) -> None:

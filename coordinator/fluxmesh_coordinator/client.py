@@ -22,6 +22,7 @@ from fluxmesh_coordinator.record import Member
 BEAT = 1.0  # seconds between two heartbeats
 SILENT = 5.0  # seconds without a sign of life, after which an agent counts as dead
 ANSWER = 30.0  # seconds within which an agent answers
+NO_NEWS = 5.0  # seconds in line without a word; agents tell the place more often
 
 T = TypeVar("T", bound=messages.Message)
 
@@ -29,7 +30,11 @@ T = TypeVar("T", bound=messages.Message)
 class Client:
     """A conversation with one agent; an async context manager that says `Hello` first."""
 
-    def __init__(self, dialer: Dialer, member: Member, name: str = "") -> None:
+    def __init__(
+        self, dialer: Dialer, member: Member, name: str = "", client: str | None = None
+    ) -> None:
+        """`client` is who we are to the agent, the same in every conversation of a coordinator."""
+        self._client = client or secrets.token_hex(16)
         self.member = member
         self.title = f"host {member.rank} ({name or member.address})"
         self._dialer = dialer
@@ -50,7 +55,7 @@ class Client:
         self._heard = asyncio.get_running_loop().time()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
         try:
-            hello = messages.Hello(secrets.token_hex(16), __version__)
+            hello = messages.Hello(self._client, __version__)
             self.welcome = await self.ask(hello, messages.Welcome)
         except BaseException:
             await self.close()
@@ -113,13 +118,19 @@ class Client:
         """Waits in line for this host's lease; `seconds` is how long it will be used."""
         await self.ask(messages.AskLease(job, seconds), messages.Done)
         while True:
-            match await self.report():
-                case messages.Granted() as granted:
-                    return granted
-                case messages.Queued() as queued:
-                    waiting(queued)
-                case messages.Lost() as lost:
-                    raise FluxmeshError(f"{self.title}: {lost.reason}")
+            try:
+                async with asyncio.timeout(NO_NEWS):
+                    report = await self.report()
+            except TimeoutError:  # asking again is harmless, and tells what was not heard
+                await self.ask(messages.AskLease(job, seconds), messages.Done)
+                continue
+            match report:
+                case messages.Granted():
+                    return report
+                case messages.Queued():
+                    waiting(report)
+                case messages.Lost():
+                    raise FluxmeshError(f"{self.title}: {report.reason}")
 
     async def close(self) -> None:
         """Ends the conversation, and with it the lease."""
@@ -163,4 +174,5 @@ class Client:
             for future in self._answers.values():
                 if not future.done():
                     future.set_exception(self._over)
+                    future.exception()  # nobody need be waiting for it any more
             self._reports.put_nowait(None)

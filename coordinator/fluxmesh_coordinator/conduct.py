@@ -43,6 +43,7 @@ from fluxmesh_coordinator.session import Session
 from fluxmesh_coordinator.survey import host_info
 
 TICK = 0.25  # seconds
+ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
 RETURN = 15.0  # seconds in which a host that was lost may come back, if none else can do the work
 
 
@@ -59,12 +60,23 @@ class Conductor:
         self._outboxes: dict[int, asyncio.Queue[messages.Changing]] = {}
         self._leased: dict[int, Client] = {}
         self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
+        self._seen: set[int] = set()  # ranks whose lease was asked for
         self._tasks: dict[int, list[asyncio.Task[None]]] = {}
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
 
     async def run(self, wait: float | None = None) -> None:
-        """To the end of the job; raises how it failed. `wait`: seconds for hosts to return."""
+        """To the end of the job, after those before it on this driver; raises how it failed.
+
+        `wait` is how many seconds hosts may take to return.
+        """
+        await self._unless_stopped(self.driver.one_job.acquire())
+        try:
+            await self._run(wait)
+        finally:
+            self.driver.one_job.release()
+
+    async def _run(self, wait: float | None) -> None:
         stopping = asyncio.create_task(self._watch_stop())
         try:
             while True:
@@ -134,8 +146,7 @@ class Conductor:
             try:
                 if client is None:
                     raise HostUnreachableError(self.driver.reasons.get(rank, "It is gone."))
-                self._asked[rank] = client
-                lease = client.lease(self.job.id, option.seconds, self._teller(rank))
+                lease = self._line_up(rank, client, option.seconds, self._teller(rank))
                 granted[rank] = await self._unless_stopped(lease)
                 self._leased[rank] = client
             except HostUnreachableError as error:
@@ -148,6 +159,16 @@ class Conductor:
             await self._release()
             return None
         return [self._open(rank, granted[rank], statuses[rank]) for rank in ranks]
+
+    async def _line_up(
+        self, rank: int, client: Client, seconds: float, tell: Callable[[messages.Queued], None]
+    ) -> messages.Granted:
+        """The lease of a host. What an earlier conversation left in line there is cancelled."""
+        self._asked[rank] = client
+        if self._was_lost or rank in self._seen:
+            await client.ask(messages.LeaveQueue(), messages.Done)
+        self._seen.add(rank)
+        return await client.lease(self.job.id, seconds, tell)
 
     def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
@@ -208,9 +229,8 @@ class Conductor:
                 client = self.driver.clients.get(rank)
                 if client is None:
                     continue
-                self._asked[rank] = client
                 try:
-                    granted = await client.lease(self.job.id, 0.0, lambda _: None)
+                    granted = await self._line_up(rank, client, 0.0, lambda _: None)
                 except FluxmeshError as error:
                     self.driver.lost(rank, client, str(error))
                     continue
@@ -283,6 +303,7 @@ class Conductor:
                 self._inbox.put_nowait(Answered(rank, message, refused))
                 continue
             answer.add_done_callback(self._answerer(rank, message))
+            asyncio.get_running_loop().call_later(ANSWER, self._must_be_there, rank, client, answer)
 
     def _answerer(
         self, rank: int, message: messages.Changing
@@ -293,6 +314,13 @@ class Conductor:
                 self._inbox.put_nowait(Answered(rank, message, answer.result()))
 
         return heard
+
+    def _must_be_there(
+        self, rank: int, client: Client, answer: asyncio.Future[messages.Message]
+    ) -> None:
+        if not answer.done():
+            text = f"{client.title}: its agent does not answer within {ANSWER:.0f} s."
+            self._gone(rank, client, text)
 
     def _gone(self, rank: int, client: Client, reason: str) -> None:
         if self._leased.get(rank) is client:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Iterable
 from typing import Self
 
@@ -42,6 +43,8 @@ class Driver:
         self.clients: dict[int, Client] = {}  # those that answer
         self.reasons: dict[int, str] = {}  # why the others do not
         self._members = {member.rank: member for member in record.members}
+        self.one_job = asyncio.Lock()  # leases are a coordinator's, not a job's
+        self._client = secrets.token_hex(16)
         self._dialer, self._restart = dialer, restart
         self._restarts: dict[int, int] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -118,7 +121,7 @@ class Driver:
         pause, limit = RETRY
         while True:
             member = self._members[rank]
-            client = Client(self._dialer, member, self.hosts[rank].name)
+            client = Client(self._dialer, member, self.hosts[rank].name, self._client)
             try:
                 async with asyncio.timeout(AGAIN if old is not None else None):
                     await client.__aenter__()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxmesh import events
+from fluxmesh import events, messages
 from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,
@@ -20,6 +20,8 @@ from fluxmesh.errors import (
     ModelNotFoundError,
 )
 from fluxmesh.request import AdapterRef
+from fluxmesh.transport.broken import BrokenDialer, Faults
+from fluxmesh_coordinator import client, conduct
 from fluxmesh_coordinator.adapters import by_hash, with_names
 from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.driver import Driver
@@ -186,8 +188,8 @@ def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         await mesh.kill(0)
         while driver.clients:
-            for rank, client in list(driver.clients.items()):
-                driver.lost(rank, client, "gone")
+            for rank, known in list(driver.clients.items()):
+                driver.lost(rank, known, "gone")
             await asyncio.sleep(0.05)
         with pytest.raises(HostUnreachableError, match="No host of mesh.json answers") as caught:
             await Conductor(driver, job(), {}, Heard()).run()
@@ -199,8 +201,8 @@ def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
 def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         await mesh.kill(0)
-        for rank, client in list(driver.clients.items()):
-            driver.lost(rank, client, "gone")
+        for rank, known in list(driver.clients.items()):
+            driver.lost(rank, known, "gone")
         asyncio.get_running_loop().call_later(1.0, mesh.start, 0)
         asked, heard = job(), Heard()
         await Conductor(driver, asked, {}, heard).run(wait=20)
@@ -280,6 +282,40 @@ def test_sentences_of_agents_name_adapters_as_the_user_did(tmp_path: Path) -> No
     assert with_names(said, files) == f"The adapter {path} fits no key."
     with pytest.raises(ModelNotFoundError, match="cat"):
         by_hash([AdapterRef(str(tmp_path / "cat.safetensors"))])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("placement", ["data", "tensor"])
+def test_messages_that_come_twice_or_late_or_break_off_change_no_picture(
+    tmp_path: Path, placement: Any, seed: int
+) -> None:
+    faults = Faults(seed=seed, repeat=0.2, delay=0.05, seconds=0.02, cut=0.002)
+
+    async def body(mesh: FakeMesh, _: Driver) -> None:
+        dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
+        async with Driver(mesh.record, dialer) as driver:
+            asked, heard = job(n_images=6, placement=placement), Heard()
+            await Conductor(driver, asked, {}, heard).run(wait=20)
+            check(heard, asked)
+
+    play(tmp_path, 3, body)
+
+
+def test_a_word_that_is_lost_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "NO_NEWS", 0.3)
+    monkeypatch.setattr(conduct, "ANSWER", 0.5)
+    faults = Faults(seed=1, drop=0.4, only=(messages.Granted, messages.Ports))
+
+    async def body(mesh: FakeMesh, _: Driver) -> None:
+        dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
+        async with Driver(mesh.record, dialer) as driver:
+            asked, heard = job(placement="sequence"), Heard()
+            await Conductor(driver, asked, {}, heard).run(wait=20)
+            check(heard, asked)
+
+    play(tmp_path, 3, body)
 
 
 def test_a_program_holds_a_mesh_and_streams_a_job(tmp_path: Path) -> None:
