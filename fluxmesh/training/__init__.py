@@ -4,7 +4,7 @@ A run walks forward through the modules:
 
 - what is asked: `request.py`; what is told: `events.py`
 - pictures and captions in: `dataset.py`, `crops.py`, `cache.py`, `encoding.py`
-- which of them when: `plan.py`, `sampling.py` (what micro-batch n is), `streams.py` (random numbers)
+- which of them when: `plan.py`, `sampling.py` (what micro-batch n is), `streams.py` (randomness)
 - one host's work: `adapters.py` (the weights that are trained), `step.py` (loss and gradient),
   `exact.py` (sums without rounding), `optimizer.py`, `rates.py`, `learner.py`
 - the run: `trainer.py` (the loop), `checkpoint.py` (what a resume needs)
