@@ -16,7 +16,8 @@ import numpy as np
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.homes import private_folder
 
-MAX_BYTES = 8 << 30
+MAX_BYTES = 8 << 30  # of one
+KEPT_BYTES = 32 << 30  # of all: those that were asked for the longest ago leave first
 
 
 @dataclass
@@ -25,8 +26,15 @@ class Adapters:
 
     folder: Path
 
+    kept_bytes: int = KEPT_BYTES
+
     def has(self, sha256: str) -> bool:
-        return self._path(sha256).is_file()
+        """Whether it is there; from now on it counts as used."""
+        path = self._path(sha256)
+        if not path.is_file():
+            return False
+        os.utime(path)
+        return True
 
     def put(self, sha256: str, offset: int, total: int, data: np.ndarray) -> None:
         """Takes the next piece; the last one is followed by the check of the hash.
@@ -62,6 +70,16 @@ class Adapters:
             part.unlink()
             raise UsageError("The adapter arrived with another hash than it was announced with.")
         os.replace(part, self._path(sha256))
+        self._make_room(self._path(sha256))
+
+    def _make_room(self, newest: Path) -> None:
+        files = [(path.stat(), path) for path in self.folder.glob("*.safetensors")]
+        total = sum(stat.st_size for stat, _ in files)
+        for stat, path in sorted(files, key=lambda pair: pair[0].st_mtime):
+            if total <= self.kept_bytes or path == newest:
+                return
+            path.unlink()
+            total -= stat.st_size
 
     def _path(self, sha256: str) -> Path:
         # The codec holds the name to 64 hexadecimal digits; a name is a path, so look again.

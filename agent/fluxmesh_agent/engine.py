@@ -159,12 +159,12 @@ class Engine:
 
     def _join(self, join: Join) -> Report:
         """Forms the ring with the others, and makes sure that they are the others."""
-        for variable, text in join.files:
-            path = Path(self.config.scratch) / f"{variable}.json"
-            path.write_text(text)
-            os.environ[variable] = str(path)
-        os.environ.update(join.envs)
         try:
+            for variable, text in join.files:
+                path = Path(self.config.scratch) / f"{variable}.json"
+                path.write_text(text)
+                os.environ[variable] = str(path)
+            os.environ.update(join.envs)
             ranks = Ranks.join("jaccl" if join.backend.startswith("jaccl") else join.backend)
             if (ranks.rank, ranks.size) != (join.rank, join.size):
                 raise RuntimeError(
@@ -230,7 +230,7 @@ def device(limit: int | None = None) -> Device:
     total = memory.memory_of_device()
     return Device(
         kind=kind,
-        name=str(mx.default_device()),
+        name=f"{mx.default_device()}{os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
         mlx_version=metadata.version("mlx"),
         memory_bytes=total if limit is None else min(limit, total),
         flops_per_second=_flops(),

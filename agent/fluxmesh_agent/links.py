@@ -7,7 +7,9 @@ thread, since that is what a ring uses too, and no event loop is as fast as a th
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
+import ipaddress
 import logging
 import socket
 import struct
@@ -32,8 +34,8 @@ def listen(ip: str, token: bytes) -> int:
     """
     try:
         server = _server(ip)
-    except OSError as error:
-        raise UsageError(f"{ip} is not an address of this host ({error.strerror}).") from None
+    except (OSError, ValueError) as error:
+        raise _no_address(ip, error) from None
     port: int = server.getsockname()[1]
     task = asyncio.create_task(asyncio.to_thread(_serve, server, token))
     _running.add(task)
@@ -62,14 +64,21 @@ def free_ports(ip: str, count: int) -> tuple[int, ...]:
         for _ in range(count):
             taken.append(_server(ip, listening=False))
         return tuple(one.getsockname()[1] for one in taken)
-    except OSError as error:
-        raise UsageError(f"{ip} is not an address of this host ({error.strerror}).") from None
+    except (OSError, ValueError) as error:
+        raise _no_address(ip, error) from None
     finally:
         for one in taken:
             one.close()
 
 
+def _no_address(ip: str, error: OSError | ValueError) -> UsageError:
+    reason = error.strerror if isinstance(error, OSError) else "an IP address is needed"
+    return UsageError(f"{ip!r} is not an address of this host: {reason}.")
+
+
 def _server(ip: str, listening: bool = True) -> socket.socket:
+    if ipaddress.ip_address(ip).is_unspecified:
+        raise OSError(errno.EADDRNOTAVAIL, "it means all addresses")
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     server = socket.socket(family)
     try:

@@ -109,8 +109,7 @@ class Service:
             self._tick(now)
             if self._late is not None and now >= self._late:
                 self._late = None
-                async with self._order:
-                    await self._carry_out(self.lifecycle.give_up())
+                self._spawn(self._give_up())
             await asyncio.sleep(TICK)
 
     # Conversations
@@ -304,6 +303,11 @@ class Service:
             self._late = None
         if isinstance(message, messages.Account) and message.is_over:
             self._tick()
+
+    async def _give_up(self) -> None:
+        """The engine did not let go of what a lost coordinator left behind."""
+        async with self._order:
+            await self._carry_out(self.lifecycle.give_up())
 
     async def _end_engine(self) -> None:
         """After it has told that it is of no more use."""

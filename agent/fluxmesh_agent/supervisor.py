@@ -117,9 +117,14 @@ class Supervisor:
             raise FluxmeshError(f"The engine does not start: {error.strerror}.") from None
         finally:
             far.close()
-        write_private(
-            self.home.engine, json.dumps({"pid": process.pid, "start": started_at(process.pid)})
-        )
+        record = {"pid": process.pid, "start": started_at(process.pid)}
+        try:
+            write_private(self.home.engine, json.dumps(record))
+        except FluxmeshError:  # a full disk: an engine that no record names could be left behind
+            process.kill()
+            process.wait()
+            near.close()
+            raise
         log.info("engine %d started", process.pid)
         life = self._life = _Life(process)
         life.task = asyncio.create_task(self._serve(life, near))

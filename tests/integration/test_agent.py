@@ -341,6 +341,26 @@ def test_the_second_waits_sees_its_place_and_gets_the_lease_when_the_first_leave
     play(scene())
 
 
+def test_a_coordinator_whose_connection_breaks_comes_back_to_its_lease(
+    host: Agent, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with coordinator(host, client="me") as one:
+            await one.lease()
+            fence = one.fence
+        async with (
+            coordinator(host, client="other") as other,
+            coordinator(host, client="me") as one,
+        ):
+            await other.done(messages.AskLease("mine", 1.0))
+            await one.lease()
+            assert one.fence == fence
+            await encode(one, weights)
+            assert (await other.status()).waiting == 1
+
+    play(scene())
+
+
 def test_a_coordinator_that_falls_silent_loses_the_host_and_its_work_stops(
     tmp_path: Path, weights: Weights
 ) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from fluxmesh import messages
 from fluxmesh.cluster import Weights
 from fluxmesh.keys import Keys
 from fluxmesh.messages import Decode, Load, Paint
-from tests.checkpoints import TRANSFORMER, make_checkpoint
+from fluxmesh.request import AdapterRef
+from tests.checkpoints import TRANSFORMER, make_checkpoint, write_safetensors
 from tests.integration.agents import (
     Coordinator,
     agent,
@@ -103,6 +106,45 @@ def test_two_engines_paint_in_a_ring_what_one_paints(
             assert [s.counters.steps for s in status] == [4 * len(spread) + 3, 4 * len(spread)]
             assert len({s.ring for s in status}) == 1
             assert [(s.ring_rank, s.ring_size) for s in status] == [(0, 2), (1, 2)]
+
+    play(scene())
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_shards_with_an_adapter_and_quantized_ones_paint_what_the_whole_paints(
+    tmp_path: Path, bits: int | None, fuse: bool
+) -> None:
+    # Wide enough for a shard to have whole quantization groups.
+    transformer = replace(TRANSFORMER, hidden_size=128, num_heads=4)
+    made = make_checkpoint(tmp_path / "wide", transformer=transformer)
+    rng = np.random.default_rng(3)
+    low = {"lora_down": (4, 128), "lora_up": (128, 4)}
+    key = "diffusion_model.double_blocks.0.img_attn.proj.{}.weight"
+    arrays = {
+        key.format(leaf): 0.1 * rng.standard_normal(shape, dtype=np.float32)
+        for leaf, shape in low.items()
+    }
+    write_safetensors(tmp_path / "adapter.safetensors", arrays)
+    data = np.frombuffer((tmp_path / "adapter.safetensors").read_bytes(), np.uint8)
+    sha = hashlib.sha256(data).hexdigest()
+    adapted = Weights(str(made.path), "float32", bits, (AdapterRef(sha, 0.5),), fuse)
+
+    async def scene() -> None:
+        async with mesh(tmp_path, adapted) as ones:
+            for one in ones:
+                await one.done(messages.PutFile(one.fence, sha, 0, len(data), data))
+            text = await encode(ones[0], adapted)
+            await ones[0].done(painting(ones[0], adapted, text))
+            for _ in range(3):
+                alone = await ones[0].until(messages.Stepped)
+            await join_ring(ones, 1)
+            for shard, one in enumerate(ones):
+                await one.done(Load(*one.head(), adapted, 2, shard))
+                await one.until(messages.Loaded)
+            works = [painting(one, adapted, text, placement="tensor") for one in ones]
+            steps = await paint(ones, works)
+            assert error(steps[-1].latents, alone.latents) <= 1e-5
 
     play(scene())
 

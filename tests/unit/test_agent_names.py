@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def test_an_adapter_with_another_hash_is_refused_and_can_come_again(tmp_path: Pa
     assert not adapters.has(sha)
     put(adapters, data)
     assert adapters.has(sha)
+
+
+def test_adapters_that_nobody_asked_for_lately_make_room(tmp_path: Path) -> None:
+    adapters = Adapters(tmp_path, kept_bytes=2500)
+    old, used, new = (put(adapters, bytes([i]) * 1000) for i in range(3) if not age(tmp_path))
+    assert [adapters.has(sha) for sha in (old, used, new)] == [False, True, True]
+    age(tmp_path)
+    assert adapters.has(used)
+    put(adapters, b"x" * 1000)
+    assert [adapters.has(sha) for sha in (used, new)] == [True, False]
+
+
+def age(folder: Path) -> None:
+    """All that is there was used an hour earlier."""
+    for path in folder.glob("*.safetensors"):
+        used = path.stat().st_mtime - 3600
+        os.utime(path, (used, used))
 
 
 def test_a_piece_out_of_turn_is_refused(tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ def test_free_ports_are_different_and_can_be_bound() -> None:
             one.bind(("127.0.0.1", port))
 
 
-def test_an_address_of_another_host_is_refused() -> None:
+@pytest.mark.parametrize("ip", ["192.0.2.1", "0.0.0.0", "::", "localhost", ""])
+def test_an_address_that_is_not_one_of_this_host_is_refused(ip: str) -> None:
     with pytest.raises(UsageError, match="not an address of this host"):
-        links.free_ports("192.0.2.1", 1)
+        links.free_ports(ip, 1)
+    with pytest.raises(UsageError, match="not an address of this host"):
+        links.listen(ip, b"token")
