@@ -125,12 +125,12 @@ class Conductor:
 
     async def _await_change(self, deadline: float, reason: str, infos: dict[int, HostInfo]) -> None:
         """Until a host comes or goes. Raises where that takes too long."""
+        if self.session.has_given_up(self.driver.hosts):
+            raise FluxmeshError("Every host has failed twice in this job; see `fluxmesh logs`.")
         left = deadline - self._now
         if left <= 0:
             if not infos:
                 raise self.driver.unreachable()
-            if self._was_lost and self.session.has_given_up(infos):
-                raise FluxmeshError("Every host that answers has failed twice in this job.")
             raise DoesNotFitError(reason)
         try:
             async with asyncio.timeout(min(left, 1.0)):
