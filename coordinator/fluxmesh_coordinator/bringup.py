@@ -85,7 +85,7 @@ class Bringup:
         self.watcher.stage("Starting agents")
         forget = [before.public] if wish.rotate_keys else []
 
-        def start(host: Host) -> tuple[Member, bool]:
+        def start(host: Host) -> launch.Started:
             spec = launch.agent_spec(wish.hostfile, host.rank, wish.envs, wish.roots)
             return launch.start(host, spec, keys, rotate=wish.rotate_keys, forget=forget)
 
@@ -93,8 +93,11 @@ class Bringup:
         if wish.rotate_keys and started:  # every agent that could be reached has the new key by now
             store_keys(self.home.folder, "client", keys)
         self._left_out(errors, bool(started))
-        members = tuple(member for member, _ in started.values())
-        fresh = any(is_fresh for _, is_fresh in started.values())
+        members = tuple(each.member for each in started.values())
+        fresh = any(each.is_fresh for each in started.values())
+        for rank, each in started.items():
+            if each.kept:
+                self.watcher.note(f"Host {rank} keeps the settings of {', '.join(each.kept)}.")
         if old is not None:
             self._retire(old, members)
         links = old.links if old is not None and not fresh and _same(old.members, members) else ()

@@ -238,6 +238,15 @@ def _ssh_name(host: Host) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Started:
+    """An agent that runs."""
+
+    member: Member
+    is_fresh: bool  # whether it was started just now
+    kept: tuple[str, ...] = ()  # users whose settings it has, where they differ from ours
+
+
 def start(
     host: Host,
     spec: dict[str, Any],
@@ -246,8 +255,8 @@ def start(
     rotate: bool = False,
     forget: Sequence[str] = (),
     again: str = "",
-) -> tuple[Member, bool]:
-    """(the agent of a host that listens and lets this user in, whether it was started just now).
+) -> Started:
+    """The agent of a host, which listens and lets this user in.
 
     `rotate` gives it new keys; the public keys `forget` are let in no more; `again` is
     the boot of an agent that does not answer, and does nothing for one that was ended on purpose.
@@ -270,7 +279,7 @@ def start(
         state=told["state"],
         python=told["python"],
     )
-    return member, bool(told["fresh"])
+    return Started(member, bool(told["fresh"]), tuple(told["kept"]))
 
 
 def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:
@@ -282,7 +291,7 @@ def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:
     spec = agent_spec(hostfile, rank, record.envs, record.roots)
     lost = record.member(rank)
     again = lost.boot if lost else ""
-    member, _ = start(hostfile.hosts[rank], spec, keys, again=again or "unknown")
+    member = start(hostfile.hosts[rank], spec, keys, again=again or "unknown").member
     members = tuple(member if old.rank == rank else old for old in record.members)
     return replace(record, members=members)
 

@@ -77,7 +77,9 @@ class Agent:
         return told if started_at(told["pid"]) == told["start"] else None
 
     def start(self, spec: Spec, authorized: dict[str, str]) -> dict[str, Any]:
-        """Starts it and waits until it listens. Raises `FluxmeshError` with what it said last."""
+        """Starts it for the users `authorized` (names to keys), who may change how from now on.
+
+        Waits until it listens. Raises `FluxmeshError` with what it said last."""
         private_folder(self.home.authorized)
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "ab") as log:
@@ -99,6 +101,7 @@ class Agent:
             raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
         told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
         told |= {"start": started_at(process.pid), "spec": spec, "version": __version__}
+        told["by"] = list(authorized)
         write_private(self._running, json.dumps(told))
         return told
 
@@ -259,15 +262,20 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
         if told is not None and told["boot"] == request.get("again"):
             agent.kill()  # it runs, and does not answer
             told = None
-        same = told is not None and (told["spec"], told["version"]) == (spec, __version__)
-        if not same or request.get("rotate"):
+        fits = told is not None and told["version"] == __version__ and not request.get("rotate")
+        if told is not None and set(told["by"]) & set(authorized):
+            fits = fits and told["spec"] == spec
+        # Another user's agent keeps its settings: to change them would end what runs there.
+        if not fits:
             agent.stop()
             if request.get("rotate"):
                 for name in ("agent.key", "agent.pub"):
                     (agent.state / name).unlink(missing_ok=True)
             told = agent.start(spec, authorized)
         assert told is not None
-        return {**told, "state": str(agent.state), "python": sys.executable, "fresh": not same}
+        answer = {name: told[name] for name in ("endpoint", "public_key", "boot")}
+        answer |= {"state": str(agent.state), "python": sys.executable}
+        return {**answer, "fresh": not fits, "kept": told["by"] if told["spec"] != spec else []}
 
 
 def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -194,6 +194,24 @@ def test_a_dead_agent_is_told_and_up_brings_it_back_with_its_key(machine: Machin
     assert [each["key"] for each in kept["members"]] == [each["key"] for each in record["members"]]
 
 
+def test_another_user_joins_a_mesh_and_changes_nothing_of_it(machine: Machine) -> None:
+    path = machine.hostfile(1)
+    (before,) = machine.up(path).of("up")[0]["hosts"]
+    other = Machine(machine.folder, machine.model)
+    other.env = machine.env | {"FLUXMESH_HOME": str(machine.folder / "other")}
+
+    joined = other.up(path, "--env", "FLUXMESH_TEST=5")
+
+    (after,) = joined.of("up")[0]["hosts"]
+    assert processes([after]) == processes([before])
+    (note,) = [line["text"] for line in joined.of("note")]
+    assert note.startswith("Host 0 keeps the settings of ")
+    assert [host["answers"] for host in machine.hosts()] == [True]
+    changed = machine.up(path, "--env", "FLUXMESH_TEST=5").of("up")[0]["hosts"][0]
+    assert changed["pid"] != before["pid"]
+    assert [host["answers"] for host in other.hosts()] == [True]  # its key is still known
+
+
 def test_down_ends_agents_and_engines_that_hang(machine: Machine) -> None:
     (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
     for key in ("pid", "engine_pid"):
