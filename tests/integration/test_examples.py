@@ -20,6 +20,7 @@ SIZES = {  # of the PNG that each writes: height, width
     "seeds": (128, 128),
     "inpaint": (128, 256),
     "custom_loss": (64, 128),
+    "mesh": (64, 128),
 }
 
 
@@ -67,3 +68,9 @@ def test_custom_loss(model: str, tmp_path: Path) -> None:
     told = example("custom_loss", model, tmp_path)
     plain, guided = (float(number) for number in re.findall(r"is (\d\.\d+) away", told))
     assert guided < plain
+
+
+def test_mesh(model: str, tmp_path: Path) -> None:
+    told = example("mesh", model, tmp_path)
+    assert "data on hosts (0,): The mesh has one host." in told
+    assert "image 1: step 1 of" in told and "host 0" in told
