@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -96,7 +97,8 @@ class Engine:
             )
         )
         self._line: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._cancelled: dict[str, None] = {}
+        self._cancelled: Counter[str] = Counter()  # `Cancel`s of each job that are in line
+        self._lock = threading.Lock()
         self._work: Work | None = None
         self._told = 0.0  # when bytes were last reported
 
@@ -110,7 +112,9 @@ class Engine:
         while True:
             message = self._line.get()
             if isinstance(message, Cancel):
-                self.channel.send(Cancelled(message.job, 0))  # the agent knows the epoch
+                self._cancel(message.job, -1)  # what comes after it is new work
+                if message.fence:  # else the agent's own, for a coordinator that is gone
+                    self.channel.send(Cancelled(message.job, 0))  # the agent knows the epoch
                 continue
             last: Report | None = None
             if isinstance(message, Join):
@@ -185,6 +189,13 @@ class Engine:
         self.channel.send(Failed(epoch, job, "Raised", text, fatal=True))
         os._exit(BROKEN)
 
+    def _cancel(self, job: str, count: int) -> None:
+        """A `Cancel` of a job has come, or what was before it in line is over."""
+        with self._lock:
+            self._cancelled[job] += count
+            if not self._cancelled[job]:
+                del self._cancelled[job]
+
     def _is_cancelled(self) -> bool:
         return self._work is not None and self._work.job in self._cancelled
 
@@ -202,9 +213,7 @@ class Engine:
             while True:
                 _, message = self.channel.receive()
                 if isinstance(message, Cancel):
-                    self._cancelled[message.job] = None
-                    while len(self._cancelled) > 256:
-                        del self._cancelled[next(iter(self._cancelled))]
+                    self._cancel(message.job, 1)
                 self._line.put(message)
         except ConnectionClosed:
             os._exit(0)  # the agent is gone; the main thread may sit in a collective for ever

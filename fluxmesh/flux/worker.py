@@ -148,11 +148,12 @@ class Worker(Held):
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
         self._low_memory = pipeline.low_memory = work.low_memory
+        key = _plan_key(work)
         if self._stops(work):
             return
         with self.meter.phase("denoise"):
             try:
-                yield from self._load_for(work)
+                yield from self._load_for(work, key)
             except Stopped:
                 if work.placement == "data":
                     return
@@ -162,7 +163,7 @@ class Worker(Held):
             shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
             if shape not in self._warm:
                 self._begin("first step")
-            plan = self._plan(work)
+            plan = self._plan(work, key)
             if work.first >= plan.steps:
                 raise UsageError(f"The image has {plan.steps} steps, all of them done; decode it.")
             walk = denoise(
@@ -266,10 +267,10 @@ class Worker(Held):
             told = (event.component, event.done_bytes, event.total_bytes)
             yield messages.Progress(work.job, work.epoch, *told)
 
-    def _load_for(self, work: Paint) -> Reports:
+    def _load_for(self, work: Paint, key: bytes) -> Reports:
         """The transformer in the part that the placement needs; what was released comes back."""
         self.hold_for(work)
-        if self._kept_plan(work) is None:
+        if self._kept_plan(work.placement, key) is None:
             self.drop_incomplete(work.placement)
         yield from self._loading(work, "transformer")
         if work.preview:
@@ -280,13 +281,13 @@ class Worker(Held):
         told = self.options.stopping()
         return told if work.placement == "data" else self.ring().any(told)
 
-    def _plan(self, work: Paint) -> Plan:
+    def _plan(self, work: Paint, key: bytes) -> Plan:
         """What the images of a job share, evaluated; kept for the next one.
 
         All ranks of a ring must find it, or none, since it is made with a collective: so that one
         is kept for each placement and never for another job, whatever a rank does in between.
         """
-        plan = self._kept_plan(work)
+        plan = self._kept_plan(work.placement, key)
         if plan is None:
             self._plans.pop(work.placement, None)
             plan = self.model.plan(
@@ -298,12 +299,12 @@ class Worker(Held):
                 flow=self.flow(work.placement),
             )
             mx.eval(plan.modulations, plan.pe)
-            self._plans[work.placement] = (_plan_key(work), plan)
+            self._plans[work.placement] = (key, plan)
         return plan
 
-    def _kept_plan(self, work: Paint) -> Plan | None:
-        key, plan = self._plans.get(work.placement, (b"", None))
-        return plan if plan is not None and key == _plan_key(work) else None
+    def _kept_plan(self, placement: str, key: bytes) -> Plan | None:
+        known, plan = self._plans.get(placement, (b"", None))
+        return plan if known == key else None
 
     def _source(self, work: Paint) -> SourceLatents | None:
         if work.source is None:
@@ -346,6 +347,7 @@ def from_wire(x: np.ndarray) -> mx.array:
 
 
 def _plan_key(work: Paint) -> bytes:
+    """Equal for paintings that share a plan."""
     size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
     key = hashlib.blake2b(repr((work.job, work.epoch, work.weights, size)).encode())
     for array in (work.t5, work.clip):

@@ -282,10 +282,11 @@ def test_cancel_stops_at_the_next_step_and_drops_what_waits(host: Agent, weights
             assert time.monotonic() - start < 2.0
             steps = (await one.status()).counters.steps
             assert steps < 500
-            await one.done(painting(one, weights, text, steps=1, job="next"))
-            assert (await one.until(messages.Stepped)).job == "next"
+            for job in ("next", "job"):  # also the cancelled one, from here on
+                await one.done(painting(one, weights, text, steps=1, job=job))
+                assert (await one.until(messages.Stepped)).job == job
             status = await one.status()
-            assert status.counters.steps == steps + 1
+            assert status.counters.steps == steps + 2
             assert status.engine_pid == engine
 
     play(scene())
