@@ -131,7 +131,9 @@ class Conductor:
         if left <= 0:
             if not infos:
                 raise self.driver.unreachable()
-            raise DoesNotFitError(reason)
+            gone = sorted(self.driver.reasons)
+            also = f" Hosts that do not answer: {', '.join(map(str, gone))}." if gone else ""
+            raise DoesNotFitError(f"{reason}{also}")
         try:
             async with asyncio.timeout(min(left, 1.0)):
                 await self._unless_stopped(self.driver.change())

@@ -29,7 +29,7 @@ from fluxmesh.placement import plan as find_plan
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.transport.base import Dialer
-from fluxmesh_coordinator import launch
+from fluxmesh_coordinator import assumed, launch
 from fluxmesh_coordinator.adapters import Files, by_hash
 from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.driver import Driver, Restart
@@ -212,9 +212,7 @@ class Mesh:
         keep_warm: bool,
     ) -> tuple[Job, Files]:
         """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
-        from fluxmesh.flux import hub
-
-        checkpoint = hub.resolve(request.model)
+        sizes = self._sizes(request.model)
         named, files = by_hash(request.adapters)
         name, local = request.model, os.path.expanduser(request.model)
         if os.path.exists(local):
@@ -222,13 +220,21 @@ class Mesh:
         job = Job(
             secrets.token_hex(8),
             replace(request, model=name, adapters=named),
-            ModelSizes.of(checkpoint),
+            sizes,
             secrets.token_bytes(32),
             asked,
             force_shard,
             self.keeps_warm or keep_warm,
         )
         return job, files
+
+    def _sizes(self, model: str) -> ModelSizes:
+        """What planning must know of a model; a mesh may have one that this machine lacks."""
+        from fluxmesh.flux import hub
+
+        if self.record.is_this_machine:
+            return ModelSizes.of(hub.resolve(model))
+        return assumed.sizes_of(model)[1]
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the loop's thread."""

@@ -86,6 +86,15 @@ class Spread:
     wait: float | None = None  # seconds that hosts may take to return
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A checkpoint that only hosts of the mesh have."""
+
+    name: str
+    defaults: Any  # fluxmesh.flux.checkpoint.ModelDefaults
+    revision: str = ""
+
+
 class Painter:
     """Paints prompt after prompt, on the mesh that is up or one of its own; a context manager."""
 
@@ -108,23 +117,29 @@ class Painter:
             self._mesh.close()
 
     def checkpoint(self, settings: Settings) -> Any:
-        """The settings' checkpoint, downloaded if it has to be; the default one where unnamed."""
-        from fluxmesh.flux import hub
+        """Name, revision and defaults of the settings' model, or of the default one.
 
+        It is downloaded if it has to be, unless hosts of a mesh have it: what this machine then
+        lacks has no revision that it could know.
+        """
         # By what was asked: the default stays what it was, whatever is fetched meanwhile.
         if settings.model not in self._checkpoints:
-            name = settings.model or self._default_model()
-            self._checkpoints[settings.model] = hub.resolve(
-                name, progress=partial(self.reporter.downloading, name)
-            )
+            self._checkpoints[settings.model] = self._find(settings.model)
         return self._checkpoints[settings.model]
 
-    def _default_model(self) -> str:
-        """What the mesh that is up has loaded, else the best that is on this machine."""
+    def _find(self, model: str | None) -> Any:
         from fluxmesh.flux import hub
 
         up = record.load()
-        return up.weights.model if up and up.weights else hub.default_model()
+        loaded = up.weights.model if up and up.weights else None
+        name = model or loaded or hub.default_model()
+        if up is not None and not up.is_this_machine:
+            from fluxmesh_coordinator import assumed
+
+            name, sizes, is_here = assumed.sizes_of(name)
+            if not is_here:
+                return Elsewhere(name, sizes.defaults)
+        return hub.resolve(name, progress=partial(self.reporter.downloading, name))
 
     def introduce(self, settings: Settings, seed: int) -> None:
         """Says which model paints, at which size and from which seed; and how to get FLUX."""

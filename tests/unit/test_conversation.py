@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fluxmesh.cluster import Weights
+from fluxmesh.errors import ModelNotFoundError
 from fluxmesh.events import Event, Picture
 from fluxmesh.flux import hub
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator import record
 from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.output import Target
+from fluxmesh_coordinator.painting import Painter
+from fluxmesh_coordinator.record import Member, MeshRecord
 from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings
 
@@ -116,3 +121,20 @@ def test_help_settings_and_the_end(talk: Any) -> None:
     assert requests == []
     assert "/guidance 3.5" in shown
     assert "32x64" in shown and "by itself" in shown
+
+
+def test_a_model_that_only_the_mesh_has_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = Member(0, "mac1:47100", "", "", "", "")
+    up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=Weights("dev"))
+    monkeypatch.setattr(record, "load", lambda: up)
+
+    def resolve(name: str, *, download: bool = True, **_more: Any) -> Any:
+        assert not download
+        raise ModelNotFoundError(name)
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    reporter = TerminalReporter(console=Console(file=io.StringIO()))
+    found = Painter(reporter, keep_warm=False).checkpoint(Settings())
+    assert (found.name, found.revision, found.defaults.steps) == ("dev", "", 50)
