@@ -1,6 +1,6 @@
 """`fluxmesh up`, without its screen: check, start, load, measure, remember.
 
-    launch.py (ssh) ──► agents listen ──► load.py (weights, step times, links) ──► record.py
+    launch.py (ssh) ──► agents listen ──► warming.py (weights, step times, links)
 
 Each step asks all hosts side by side. What is done already is not done again, so that a second
 `up` only looks. A host that fails is left out where the user allows it, else all of it stops; what
@@ -20,7 +20,7 @@ from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.homes import Home
 from fluxmesh.hostfile import CONTROL_PORT, Host, Hostfile
 from fluxmesh.keys import Keys, load_keys, store_keys
-from fluxmesh_coordinator import checks, launch, record, starter
+from fluxmesh_coordinator import asking, checks, launch, record, starter
 from fluxmesh_coordinator.checks import Finding
 from fluxmesh_coordinator.record import Member, MeshRecord
 from fluxmesh_coordinator.survey import with_agents
@@ -89,7 +89,7 @@ class Bringup:
             spec = launch.agent_spec(wish.hostfile, host.rank, wish.envs, wish.roots)
             return launch.start(host, spec, keys, rotate=wish.rotate_keys, forget=forget)
 
-        started, errors = launch.each(hosts, start)
+        started, errors = asking.each(hosts, start)
         if wish.rotate_keys and started:  # every agent that could be reached has the new key by now
             store_keys(self.home.folder, "client", keys)
         self._left_out(errors, bool(started))
@@ -122,7 +122,7 @@ class Bringup:
         bad: dict[int, FluxmeshError] = {}
         for rank, (look, now) in looks.items():
             for finding in checks.findings(hosts[rank], look, here[0], now):
-                text = f"{launch.title(hosts[rank])}, {finding.check}: {finding.text}"
+                text = f"{asking.title(hosts[rank])}, {finding.check}: {finding.text}"
                 if finding.level == "fail":
                     bad.setdefault(rank, FluxmeshError(text))
                 elif finding.level == "warn":
@@ -140,9 +140,9 @@ class Bringup:
                 done, total = int(told["done_bytes"]), int(told["total_bytes"])
                 self.watcher.progress(host.rank, f"fetching {model}", done, total)
 
-            launch.ask(host, "pull", tell, model=model)
+            asking.ask(host, "pull", tell, model=model)
 
-        _, errors = launch.each(hosts, pull)
+        _, errors = asking.each(hosts, pull)
         self._left_out(errors, True)
 
     def _left_out(self, errors: Mapping[int, FluxmeshError], others: bool) -> None:
@@ -205,9 +205,9 @@ def look_at(
             fields["address"] = launch.address_of(host, control.address)
             fields |= {"port": control.port, "ips": list(host.ips)}
         begin = time.time()
-        return launch.ask(host, "look", **fields), (begin + time.time()) / 2
+        return asking.ask(host, "look", **fields), (begin + time.time()) / 2
 
-    return launch.each([Host(-1, "127.0.0.1"), *hostfile.hosts], look)
+    return asking.each([Host(-1, "127.0.0.1"), *hostfile.hosts], look)
 
 
 def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
@@ -235,9 +235,9 @@ def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshE
     hostfile = mesh.hostfile
 
     def stop(host: Host) -> None:
-        launch.ask(host, "stop", port=hostfile.control(host.rank).port)
+        asking.ask(host, "stop", port=hostfile.control(host.rank).port)
 
-    errors = launch.each(mesh.hosts, stop)[1]
+    errors = asking.each(mesh.hosts, stop)[1]
     if not errors:
         return {}
 

@@ -1,8 +1,7 @@
-"""Starts agents, and what else `starter.py` does on a host: over ssh, or directly on this machine.
+"""Starts agents: on the hosts of a mesh, by way of `asking.py`, or on this machine for one call.
 
-The commands of a mesh stand on this; no other module calls ssh. A host is asked one thing at a
-time, by a JSON line on the stdin of a `starter` that runs there; several hosts are asked side by
-side (`each`). `start_ephemeral` is the mesh of one that `generate` brings up for one call.
+`bringup.py` brings up a mesh with `start`; `mesh.py` has an agent of this machine started again
+with `start_again`. `start_ephemeral` is the mesh of one that `generate` brings up for one call.
 """
 
 from __future__ import annotations
@@ -11,47 +10,26 @@ import getpass
 import hashlib
 import ipaddress
 import json
-import os
 import platform
 import re
-import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.homes import read_private
 from fluxmesh.hostfile import Host, Hostfile
 from fluxmesh.keys import Keys
 from fluxmesh.processes import kill_process
+from fluxmesh_coordinator.asking import ask, ssh_name, title
 from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME, Member, MeshRecord
 from fluxmesh_coordinator.starter import agent_command, hand_over
-
-SECONDS = {"look": 60.0, "start": 120.0, "stop": 60.0, "logs": 30.0, "pull": 86400.0}
-SSH_FAILED = 255  # ssh's own exit code for what went wrong before the command ran
-NOT_FOUND = (126, 127)  # a shell's
-MANY = 32  # hosts that are asked at once
-MODULE = "fluxmesh_coordinator.starter"
-
-# Finds a Python that has fluxmesh: this machine's own path, then that of the user's login shell.
-FIND = """\
-found=$("${{SHELL:-/bin/sh}}" -lc 'command -v fluxmesh' </dev/null 2>/dev/null | tail -n 1)
-for python in {own} "${{found%/*}}/python" python3; do
-"$python" -c 'import {module}' </dev/null 2>/dev/null && exec "$python" -m {module}
-done
-exit 127"""
-
-T = TypeVar("T")
-Tell = Callable[[dict[str, Any]], None]
 
 
 def user_name(public_key: str) -> str:
@@ -59,137 +37,6 @@ def user_name(public_key: str) -> str:
     who = f"{getpass.getuser()}@{platform.node().partition('.')[0]}"
     short = re.sub(r"[^A-Za-z0-9_.@-]", "-", who).lstrip(".-")[:48] or "user"
     return f"{short}-{hashlib.sha256(public_key.encode()).hexdigest()[:8]}"
-
-
-# Asking a host
-
-
-def ask(host: Host, action: str, tell: Tell | None = None, **fields: Any) -> dict[str, Any]:
-    """What the starter on `host` answers; `tell` hears of its progress.
-
-    Raises `HostUnreachableError` where ssh does not reach it, `FluxmeshError` where it can't do
-    what is asked; both name the host.
-    """
-    command = _command(host)
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdin and process.stdout and process.stderr
-    late = threading.Timer(SECONDS[action], process.kill)
-    late.daemon = True
-    late.start()
-    heard: list[bytes] = []
-    listener = threading.Thread(target=lambda: heard.extend(process.stderr or ()), daemon=True)
-    listener.start()
-    answer: dict[str, Any] = {}
-    try:
-        request = {"action": action, "version": __version__, **fields}
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended before it read anything: its exit code tells why
-        for line in process.stdout:
-            told = _parsed(line)
-            if "result" in told or "error" in told:
-                answer = told
-            elif told and tell is not None:
-                tell(told)
-        process.wait()
-        listener.join(1.0)
-    finally:
-        late.cancel()
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-        if not listener.is_alive():  # else a connection that ssh shares still holds the pipe
-            process.stderr.close()
-    if "result" in answer:
-        result: dict[str, Any] = answer["result"]
-        return result
-    if "error" in answer:
-        raise FluxmeshError(f"{title(host)}: {answer['error']}")
-    errors = b"".join(heard).decode("utf-8", errors="replace").splitlines()
-    raise _failure(host, process.returncode, [line.strip() for line in errors if line.strip()])
-
-
-def each(
-    hosts: Iterable[Host], do: Callable[[Host], T]
-) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
-    """`do` for all hosts side by side: (results, errors), each by rank."""
-    results: dict[int, T] = {}
-    errors: dict[int, FluxmeshError] = {}
-    with ThreadPoolExecutor(MANY, thread_name_prefix="host") as pool:
-        tasks = {host.rank: pool.submit(do, host) for host in hosts}
-        for rank, task in tasks.items():
-            try:
-                results[rank] = task.result()
-            except FluxmeshError as error:
-                errors[rank] = error
-    return results, errors
-
-
-def title(host: Host) -> str:
-    """How sentences name a host."""
-    return f"host {host.rank} ({host.name})"
-
-
-def _command(host: Host) -> list[str]:
-    if host.is_local:
-        return [host.python or sys.executable, "-m", MODULE]
-    if host.python:
-        there = f"exec {shlex.quote(host.python)} -m {MODULE}"
-    else:
-        there = (
-            f"exec sh -c {shlex.quote(FIND.format(own=shlex.quote(sys.executable), module=MODULE))}"
-        )
-    return [*_ssh(), "-T", "--", host.ssh, there]
-
-
-def _ssh() -> list[str]:
-    """ssh, or what FLUXMESH_SSH says, that asks no questions and notices a host that is gone."""
-    told = os.environ.get("FLUXMESH_SSH")
-    options = (
-        "BatchMode=yes",
-        "ConnectTimeout=10",
-        "ServerAliveInterval=5",
-        "ClearAllForwardings=yes",
-    )
-    return [*(shlex.split(told) if told else ["ssh"]), *(f"-o{option}" for option in options)]
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        told = json.loads(line)
-    except ValueError:  # a login script that prints
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _failure(host: Host, code: int, errors: Sequence[str]) -> FluxmeshError:
-    """Why a starter gave no answer."""
-    last = errors[-1].rstrip(".") if errors else f"exit code {code}"
-    if not host.is_local and code == SSH_FAILED:
-        return HostUnreachableError(
-            f"{title(host)}: ssh says {last!r}; make `ssh {host.ssh}` work without a password "
-            f"(ssh-copy-id {host.ssh}), and try again."
-        )
-    if code < 0:
-        return HostUnreachableError(f"{title(host)}: it does not answer; see whether it hangs.")
-    if code in NOT_FOUND and host.python:
-        return FluxmeshError(
-            f"{title(host)}, python: there is no {host.python}; mend the hostfile."
-        )
-    if code in NOT_FOUND or any("No module named" in line for line in errors):
-        return FluxmeshError(
-            f"{title(host)}: no Python there has fluxmesh {__version__}; install it, and name "
-            'the interpreter as "python" in the hostfile.'
-        )
-    return FluxmeshError(f"{title(host)}: fluxmesh fails there: {last}.")
-
-
-# Starting
 
 
 def agent_spec(
@@ -214,7 +61,7 @@ def address_of(host: Host, name: str) -> str:
     except ValueError:
         pass  # a name
     if not host.is_local and name == host.name:
-        name = _ssh_name(host) or name
+        name = ssh_name(host) or name
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -224,18 +71,6 @@ def address_of(host: Host, name: str) -> str:
         ) from None
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
     return str(found[0][4][0])
-
-
-def _ssh_name(host: Host) -> str | None:
-    """What ~/.ssh/config means by a host's name."""
-    done = subprocess.run(
-        [*_ssh(), "-G", "--", host.ssh], capture_output=True, text=True, check=False
-    )
-    for line in done.stdout.splitlines():
-        key, _, value = line.partition(" ")
-        if key == "hostname" and value:
-            return value
-    return None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
     """
     from fluxmesh import messages
     from fluxmesh.errors import FluxmeshError, UsageError
-    from fluxmesh_coordinator import launch, record
+    from fluxmesh_coordinator import asking, record
     from fluxmesh_coordinator.cli.status import NO_MESH
     from fluxmesh_coordinator.client import Client
     from fluxmesh_coordinator.survey import with_agents
@@ -44,7 +44,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
         if each.rank not in found:
             port = hostfile.control(each.rank).port
             try:
-                told = launch.ask(each, "logs", port=port, lines=lines)["lines"]
+                told = asking.ask(each, "logs", port=port, lines=lines)["lines"]
             except FluxmeshError as error:
                 told = [str(error)]
             found[each.rank] = tuple(told)
