@@ -11,19 +11,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from fluxmesh import placement as placing
+from fluxmesh.cluster import MeshView
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost, Picture, Planned, Step
-from fluxmesh.homes import Home
+from fluxmesh.homes import AgentHome, Home
 from fluxmesh.keys import load_keys
 from fluxmesh.messages import Status
+from fluxmesh.placement import Plan
+from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator import record
+from fluxmesh_coordinator import course, record
 from fluxmesh_coordinator.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +74,7 @@ class Up:
     folder: Path
     ports: list[int]
     env: dict[str, str]
+    model: str
 
     def fluxmesh(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs the command line as this mesh's user."""
@@ -86,23 +92,27 @@ class Up:
             raise AssertionError(f"fluxmesh {arguments}: {done.returncode}\n{done.stderr}")
         return done
 
-    def start(self, *arguments: object) -> subprocess.Popen[bytes]:
-        """The command line, running beside the test."""
-        return subprocess.Popen(
-            command(*arguments),
-            env=self.env,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def connect(self) -> Mesh:
-        """The mesh, held by this process."""
+    @contextmanager
+    def connect(self) -> Iterator[Mesh]:
+        """The mesh, held by this process, which is its user meanwhile: it starts agents again."""
         home = Home(self.folder / "config")
         found = record.load(home)
         assert found is not None
-        return Mesh.connect(found, load_keys(home.folder, "client"))
+        with (
+            mock.patch.dict(os.environ, self.env),
+            Mesh.connect(found, load_keys(home.folder, "client")) as mesh,
+        ):
+            yield mesh
+
+    def home(self, rank: int) -> AgentHome:
+        """The folder of an agent."""
+        return AgentHome(self.folder / f".local/state/fluxmesh/agent-{self.ports[rank]}")
+
+    def pid(self, victim: str, rank: int) -> int:
+        """The process of the "agent" or the "engine" of a host that runs now."""
+        home = self.home(rank)
+        told = json.loads((home.agent if victim == "agent" else home.engine).read_text())
+        return int(told["pid"])
 
     def status(self, mesh: Mesh, rank: int) -> Status:
         """What a host says of itself; waits until it answers."""
@@ -136,12 +146,11 @@ def up(
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(hosts)
     local: list[dict[str, Any]] = [
-        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}"}
-        for port in ports
+        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}"} for port in ports
     ]
     path = folder / "hosts.json"
     path.write_text(json.dumps(local))
-    mesh = Up(folder, ports, environment(folder, delays))
+    mesh = Up(folder, ports, environment(folder, delays), model)
     try:
         mesh.fluxmesh("up", path, "--model", model, "--dtype", dtype)
         yield mesh
@@ -167,7 +176,10 @@ class Outcome:
 
 
 def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any = None) -> Outcome:
-    """Runs a job to its end; `hurt(event)` is called for every event, and may do harm."""
+    """Runs a job to its end; `hurt(event)` is called for every event, and may do harm.
+
+    As many hosts as can work on it: the agents share a machine, and a planner that knows uses few.
+    """
     pictures: dict[int, np.ndarray] = {}
     steps: list[tuple[int, int]] = []
     lost: list[HostLost] = []
@@ -175,13 +187,28 @@ def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any
     began = time.monotonic()
     error = None
     try:
-        for event in mesh.generate(request, placement):
-            note(event, pictures, steps, lost, planned)
-            if hurt is not None:
-                hurt(event)
+        with mock.patch.object(course, "plan", _widest):
+            for event in mesh.generate(request, placement):
+                note(event, pictures, steps, lost, planned)
+                if hurt is not None:
+                    hurt(event)
     except FluxmeshError as failed:
         error = failed
     return Outcome(pictures, steps, lost, planned, time.monotonic() - began, error)
+
+
+def _widest(
+    request: GenerateRequest,
+    view: MeshView,
+    sizes: ModelSizes,
+    *,
+    placement: Any = None,
+    **keys: Any,
+) -> Plan:
+    """The plan for `placement` that uses most hosts."""
+    found = placing.plan(request, view, sizes, placement=placement, **keys)
+    ways = [one for one in found.options if one.name == placement and not one.problem]
+    return replace(found, winner=max(ways, key=lambda one: len(one.ranks))) if ways else found
 
 
 def note(

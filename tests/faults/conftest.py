@@ -1,0 +1,104 @@
+"""Which faults run: all with `--faults all` (`make faults`), else a sample drawn by a seed.
+
+A test says by `@pytest.mark.sample(n)` how many of its cases belong to a sample; one without the
+mark is for `make faults` alone. Meshes are shared by the tests of a session, one at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh.cluster import Placement
+from fluxmesh_coordinator.mesh import Mesh
+from tests.faults import mesh, strike
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption("--faults", choices=("sample", "all"), default="sample")
+    group.addoption("--faults-seed", type=int, default=1, help="which sample")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sample(n): so many cases belong to a sample of faults")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--faults") == "all":
+        return
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if HERE in item.path.parents:
+            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    left_out: set[pytest.Item] = set()
+    for (path, name), group in cases.items():
+        mark = group[0].get_closest_marker("sample")
+        count = min(mark.args[0], len(group)) if mark else 0
+        draw = random.Random(f"{config.getoption('--faults-seed')} {path.name} {name}")
+        left_out |= set(group) - set(draw.sample(group, count))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return strike.make_model(tmp_path_factory.mktemp("model"))
+
+
+@dataclass
+class Field:
+    """A mesh that is up, what its pictures are, and how long they take when nobody is hurt."""
+
+    up: mesh.Up
+    alone: dict[int, np.ndarray]
+    _warm: dict[str, float] = field(default_factory=dict)
+    _cold: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, held: Mesh, placement: Placement) -> tuple[float, float]:
+        """Of a job that nobody hurts: (on a warm mesh, for a load more)."""
+        request = strike.request_of(self.up.model)
+        if placement not in self._warm:
+            strike.heal(self.up, held, placement, cold=True)
+            self._cold[placement] = mesh.paint(held, request, placement).seconds
+            self._warm[placement] = mesh.paint(held, request, placement).seconds
+        warm = self._warm[placement]
+        return warm, max(0.0, self._cold[placement] - warm)
+
+
+class Grounds:
+    """Meshes with slow engines, one at a time: another size takes the place of what is up."""
+
+    def __init__(self, folders: pytest.TempPathFactory, model: str) -> None:
+        self.model = model
+        self._folders = folders
+        self._pictures = strike.alone(strike.request_of(model))
+        self._stack = ExitStack()
+        self._up: Field | None = None
+
+    def of(self, hosts: int) -> Field:
+        if self._up is None or len(self._up.up.ports) != hosts:
+            self.close()
+            folder = self._folders.mktemp("mesh")
+            up = self._stack.enter_context(mesh.up(folder, hosts, self.model, delays=strike.DELAYS))
+            self._up = Field(up, self._pictures)
+        return self._up
+
+    def close(self) -> None:
+        self._up = None
+        self._stack.close()
+
+
+@pytest.fixture(scope="session")
+def grounds(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grounds]:
+    grounds = Grounds(tmp_path_factory, model)
+    yield grounds
+    grounds.close()

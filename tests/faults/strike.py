@@ -1,0 +1,268 @@
+"""A job that is struck at a chosen moment: who is hurt, when, how, and what came of it.
+
+Stands on `mesh.py`; `test_deaths.py`, `test_hangs.py` and `tools/chaos.py` use it. Engines are
+slowed down (`DELAYS`), so that a moment lasts long enough to be hit, and a step that runs twice is
+counted twice. Steps are counted in two ways: what the coordinator asked for and what had been
+acknowledged then (`Log`, exact), and what the engines counted themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+
+from fluxmesh import messages
+from fluxmesh.cluster import Placement
+from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
+from fluxmesh.flux.config import FluxConfig
+from fluxmesh.flux.runner import Runner
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator.album import Album
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.mesh import Mesh
+from tests.checkpoints import make_checkpoint
+from tests.faults.mesh import LIMIT, Outcome, Up, paint
+
+STEP, DECODE, LOAD = 0.4, 0.4, 0.3  # seconds that an engine pauses
+DELAYS = f"step={STEP},encode=0.3,decode={DECODE},load={LOAD}"
+STEPS = 4
+DEADLINE = 5.0  # seconds of silence that mean death (DESIGN §5), for steps as short as ours
+SLACK = 10.0  # seconds that a death may cost beside the lost step and one load
+
+# 6 heads: they divide by 1, 2 and 3 hosts.
+TRANSFORMER = FluxConfig(
+    in_channels=64,
+    out_channels=64,
+    vec_in_dim=32,
+    context_in_dim=32,
+    hidden_size=96,
+    num_heads=6,
+    depth=2,
+    depth_single_blocks=2,
+    axes_dim=(4, 6, 6),
+)
+
+Moment = Literal["load", "encode", "first", "middle", "last", "decode", "save"]
+MOMENTS: tuple[Moment, ...] = ("load", "first", "middle", "last", "decode", "save")
+
+
+def make_model(folder: Path) -> str:
+    """A random checkpoint that 1, 2 and 3 hosts can share; every bias counts."""
+    return str(make_checkpoint(folder, transformer=TRANSFORMER).path)
+
+
+def request_of(model: str, **keys: Any) -> GenerateRequest:
+    fields = {"seed": 5, "height": 32, "width": 48, "steps": STEPS, "n_images": 2, **keys}
+    return GenerateRequest("two dogs", model=model, dtype="float32", **fields)
+
+
+def alone(request: GenerateRequest) -> dict[int, np.ndarray]:
+    """The pictures of one host that nobody hurts."""
+    told = Runner().run(request)
+    return {event.image: event.pixels for event in told if isinstance(event, Picture)}
+
+
+def difference(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> int:
+    """The largest difference of two pixels, of 255. All pictures must be there."""
+    assert a.keys() == b.keys(), f"pictures {sorted(b)} instead of {sorted(a)}"
+    return max(int(np.abs(a[k].astype(int) - b[k]).max()) for k in a)
+
+
+def allowed(placement: str) -> int:
+    """How far a pixel may be from that of one host."""
+    return 0 if placement == "data" else 1
+
+
+# When and whom
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Who is hurt, when, and how."""
+
+    placement: Placement
+    moment: Moment
+    victim: Literal["engine", "agent"]
+    rank: int
+    number: signal.Signals = signal.SIGKILL
+
+    def __str__(self) -> str:
+        return f"{self.victim}-{self.rank}-{self.moment}-{self.placement}"
+
+
+def faults_of(hosts: int, number: signal.Signals) -> list[Fault]:
+    """Every engine and every agent at every moment, for every placement."""
+    return [
+        Fault(placement, moment, victim, rank, number)
+        for placement in ("data", "tensor", "sequence")
+        for victim in ("engine", "agent")
+        for rank in range(hosts)
+        for moment in MOMENTS
+    ]
+
+
+def is_moment(moment: Moment, event: Event, steps: int) -> bool:
+    """Whether `event` opens the moment: what it names is under way when it is told."""
+    match moment:
+        case "load":
+            return isinstance(event, Loading)
+        case "encode":
+            return isinstance(event, Planned)
+        case "first":
+            return isinstance(event, Encoded)
+        case "save":
+            return isinstance(event, Picture)
+    done = {"middle": steps // 2, "last": steps - 1, "decode": steps}[moment]
+    return isinstance(event, Step) and event.step == done
+
+
+# Counting
+
+
+@dataclass
+class Log:
+    """What one coordinator asked for and what had come by then, in the order of its own loop."""
+
+    reached: dict[int, int] = field(default_factory=dict)  # image -> steps acknowledged
+    again: list[str] = field(default_factory=list)  # acknowledged steps that were asked for
+    twice: list[str] = field(default_factory=list)  # steps that came twice
+
+
+@contextmanager
+def watched() -> Iterator[Log]:
+    """Looks on while coordinators of this process work."""
+    log = Log()
+    acknowledge, post = Album.acknowledge, Client.post
+
+    def acknowledged(self: Album, index: int, step: int, *rest: Any) -> bool:
+        is_news = acknowledge(self, index, step, *rest)
+        if not is_news:
+            log.twice.append(f"step {step} of image {index}")
+        log.reached[index] = max(step, log.reached.get(index, 0))
+        return is_news
+
+    async def posted(self: Client, message: messages.Message) -> Any:
+        if isinstance(message, messages.Paint):
+            reached = log.reached.get(message.image, 0)
+            if message.first < reached:
+                log.again.append(f"image {message.image} from {message.first}, was at {reached}")
+        return await post(self, message)
+
+    with (
+        mock.patch.object(Album, "acknowledge", acknowledged),
+        mock.patch.object(Client, "post", posted),
+    ):
+        yield log
+
+
+Life = tuple[int | None, int]  # an engine's process, and the steps it has counted
+
+
+def lives(mesh: Mesh, hosts: int) -> dict[int, Life]:
+    """Of each host that answers."""
+    found = mesh.status()
+    return {
+        rank: (told.engine_pid, told.counters.steps)
+        for rank in range(hosts)
+        if isinstance(told := found[rank], messages.Status)
+    }
+
+
+def steps_run(begin: dict[int, Life], struck: dict[int, Life], end: dict[int, Life]) -> int:
+    """Steps that all engines made between `begin` and `end`, dead ones up to `struck`."""
+    total = 0
+    for rank, (pid, steps) in end.items():
+        total += steps
+        was_pid, was = struck[rank]
+        if was_pid == pid:
+            total -= begin[rank][1]
+        else:
+            total += was - begin[rank][1]
+    return total
+
+
+# The job
+
+
+@dataclass
+class Struck:
+    """What came of a job that was hurt."""
+
+    outcome: Outcome
+    log: Log
+    begin: dict[int, Life]
+    struck: dict[int, Life]
+    end: dict[int, Life]
+    at: float  # when it was hurt, on `time.monotonic`
+    noticed: float | None  # seconds until a loss was told
+
+    @property
+    def steps_run(self) -> int:
+        return steps_run(self.begin, self.struck, self.end)
+
+
+def heal(up: Up, mesh: Mesh, placement: Placement, *, cold: bool = False) -> None:
+    """Every host answers, is free, and holds its weights; or, `cold`, has a dead engine."""
+    hosts = len(up.ports)
+    for rank in range(hosts):
+        up.status(mesh, rank)
+    if not cold:
+        warm = paint(mesh, request_of(up.model, steps=1, n_images=hosts), placement)
+        assert warm.error is None, warm.error
+        return
+    for rank in range(hosts):
+        pid = up.status(mesh, rank).engine_pid
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + LIMIT
+    while any(up.status(mesh, rank).engine_pid for rank in range(hosts)):
+        assert time.monotonic() < end, "an agent does not see that its engine is dead"
+        time.sleep(0.05)
+
+
+def strike(
+    up: Up,
+    mesh: Mesh,
+    request: GenerateRequest,
+    fault: Fault,
+    hurt: Callable[[], None] | None = None,
+) -> Struck:
+    """Runs `request`, and does harm once, as `fault` says (or `hurt` does)."""
+    hosts = len(up.ports)
+    begin = lives(mesh, hosts)
+    struck: dict[int, Life] = {}
+    times: list[float] = []
+    noticed: list[float] = []
+
+    def look(event: Event) -> None:
+        if not times and is_moment(fault.moment, event, request.steps or STEPS):
+            struck.update(lives(mesh, hosts))
+            times.append(time.monotonic())
+            if hurt is not None:
+                hurt()
+            else:
+                os.kill(up.pid(fault.victim, fault.rank), fault.number)
+        elif times and type(event).__name__ == "HostLost":
+            noticed.append(time.monotonic() - times[0])
+
+    with watched() as log:
+        outcome = paint(mesh, request, fault.placement, look)
+    assert times, f"the moment {fault.moment} never came: {outcome}"
+    at = times[0]
+    return Struck(outcome, log, begin, struck, {}, at, noticed[0] if noticed else None)
+
+
+def wake(pid: int) -> None:
+    """SIGCONT, for a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)

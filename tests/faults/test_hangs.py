@@ -1,0 +1,68 @@
+"""A hang is a death: SIGSTOP of every engine and agent, noticed within DESIGN §5's deadline.
+
+After that a job goes on as after a death. Waking what hung, later, does no harm.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.faults import strike
+from tests.faults.conftest import Grounds
+from tests.faults.mesh import paint
+from tests.faults.strike import (
+    DEADLINE,
+    SLACK,
+    STEP,
+    STEPS,
+    Fault,
+    allowed,
+    difference,
+    heal,
+    request_of,
+    wake,
+)
+
+MOMENTS = ("load", "first", "middle", "decode")
+LOOKS = 1.5  # seconds between a silence that is too long and the event that tells it
+CASES = [
+    pytest.param(hosts, fault, id=f"{hosts}-{fault}")
+    for hosts in (2, 3)
+    for fault in strike.faults_of(hosts, signal.SIGSTOP)
+    if fault.moment in MOMENTS
+]
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(("hosts", "fault"), CASES)
+def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
+    grounds: Grounds, hosts: int, fault: Fault
+) -> None:
+    ground = grounds.of(hosts)
+    up, request = ground.up, request_of(ground.up.model)
+    with up.connect() as mesh:
+        warm, load = ground.seconds(mesh, fault.placement)
+        is_cold = fault.moment == "load"
+        heal(up, mesh, fault.placement, cold=is_cold)
+        victim = 0 if is_cold else up.pid(fault.victim, fault.rank)
+        try:
+            found = strike.strike(up, mesh, request, fault)
+        finally:
+            victim = victim or up.pid(fault.victim, fault.rank)
+            wake(victim)
+        outcome = found.outcome
+
+        assert outcome.error is None, outcome.error
+        assert difference(ground.alone, outcome.pictures) <= allowed(fault.placement)
+        assert found.noticed is not None and found.noticed <= DEADLINE + LOOKS
+        extra = outcome.seconds - warm - (load if is_cold else 0.0) - found.noticed
+        assert extra <= STEP + load + SLACK
+        assert found.log.again == []
+        assert sorted(outcome.steps) == [(k, n + 1) for k in range(2) for n in range(STEPS)]
+
+        heal(up, mesh, fault.placement)
+        after = paint(mesh, request, fault.placement)
+        assert after.lost == []
+        assert difference(ground.alone, after.pictures) <= allowed(fault.placement)
