@@ -66,6 +66,7 @@ class Worker:
         self._shapes: set[tuple[str, int, int]] = set()  # of which it has made a step
         self._step_seconds: dict[tuple[str, int, int], float] = {}
         self._heard = now  # when the engine last gave a sign
+        self._read = now  # when it last told of bytes that it loaded
         self._sign: type[Report] | None = None
         self._moved = now  # when the last step was done
 
@@ -103,6 +104,8 @@ class Worker:
     def heard(self, report: Report, now: float) -> None:
         """A sign from the engine."""
         self._heard, self._sign, self._is_new = now, type(report), False
+        if isinstance(report, Progress):
+            self._read = now
 
     def stepped(self, paint: Paint, seconds: float, now: float) -> None:
         """A step is done: the next one is expected in about the time that this one took."""
@@ -158,6 +161,8 @@ class Worker:
         silent, limit = now - max(self._heard, unit.since), self._silence(unit) * patience
         if silent > limit:
             return f"it gave no sign for {silent:.0f} s while {what}"
+        if isinstance(message, Load) and now - max(self._read, unit.since) > STALLED * patience:
+            return f"not one byte was loaded for {STALLED * patience:.0f} s"
         budget = BUDGETS.get(type(message), math.inf) * patience
         return f"{what} took more than {budget:.0f} s" if now - unit.since > budget else ""
 
@@ -166,8 +171,6 @@ class Worker:
         message, has_begun = unit.message, self._heard >= (unit.since or 0.0)
         if self._is_new or isinstance(message, Join):
             return START
-        if isinstance(message, Load) or (has_begun and self._sign is Progress):
-            return STALLED
         if isinstance(message, Paint) and not (has_begun and self._sign is Beat):
             # An engine that made this step in an earlier job does not tick in it.
             expected = self._step_seconds.get(_shape(message))

@@ -101,6 +101,7 @@ class Worker(Held):
 
     def _load_all(self, work: Load) -> Reports:
         start = time.perf_counter()
+        self._begin("loading")
         self.open(work.weights)
         self._low_memory = work.low_memory
         with self.meter.phase("load"):
@@ -264,8 +265,11 @@ class Worker(Held):
 
     def _loading(self, work: messages.Work, component: str) -> Reports:
         for event in self.load(component):
+            self._begin("loading")
+            self._warm.clear()  # whatever runs next reads new weights, and may take long
             told = (event.component, event.done_bytes, event.total_bytes)
             yield messages.Progress(work.job, work.epoch, *told)
+        self.quiet = ""
 
     def _load_for(self, work: Paint, key: bytes) -> Reports:
         """The transformer in the part that the placement needs; what was released comes back."""

@@ -237,6 +237,7 @@ def test_a_first_step_is_quiet_and_the_next_ones_are_not(weights: Weights) -> No
     quiet: list[str] = []
     worker = Worker(Options(pause=lambda phase: quiet.append(worker.quiet)))
     work = painting(worker, weights)
+    assert set(quiet) >= {"loading"}
     quiet.clear()
     latents(worker, work)
     assert quiet[-3:] == ["first step", "", ""]

@@ -297,6 +297,25 @@ def test_an_engine_that_ticks_is_not_taken_for_dead() -> None:
     assert "no sign for 6 s" in mesh.of(events.HostLost)[0].reason
 
 
+@pytest.mark.parametrize(
+    ("every", "seconds", "reason"),
+    [(0.0, 6, "no sign for 6 s while loading"), (1.0, 61, "not one byte was loaded for 60 s")],
+)
+def test_a_load_must_tick_and_its_bytes_must_come(every: float, seconds: int, reason: str) -> None:
+    mesh = Simulation(1).begin()
+    while not isinstance(mesh.machines[0].at, messages.Load):
+        mesh.report(0)
+    epoch = mesh.session.course.workers[0].epoch
+    mesh.feed(Reported(0, messages.Progress("job", epoch, "transformer", 1, 100)))
+    for _ in range(seconds):
+        assert mesh.of(events.HostLost) == []
+        mesh.now += 1.0
+        if every:
+            mesh.feed(Reported(0, messages.Beat("job", epoch, "loading")))
+        mesh.turn_clock()
+    assert reason in mesh.of(events.HostLost)[0].reason
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_cancel_stops_everyone_and_leaves_them_idle(placement: Any) -> None:
     mesh = Simulation(2, n_images=4, placement=placement).begin()
