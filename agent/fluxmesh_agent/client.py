@@ -16,6 +16,7 @@ class Client:
 
     def __init__(self, connection: Connection) -> None:
         self.name = ""  # who it is across connections, once it has said hello
+        self.waits = False  # for the answer to what it asked last
         self.user, self.label = connection.user, connection.label
         self._connection = connection
         self._outbox: asyncio.Queue[tuple[Message, int]] = asyncio.Queue()

@@ -106,6 +106,8 @@ class Service:
                 beat = now
                 for client in self._clients.values():
                     client.tell(Heartbeat())
+                    if client.waits:  # its heartbeats stand in line behind what it asked for
+                        self.leases.hear(client.name, now)
             self._tick(now)
             if self._late is not None and now >= self._late:
                 self._late = None
@@ -128,7 +130,9 @@ class Service:
                 if isinstance(message, messages.ProbeLink):  # takes long; the rest goes on
                     self._spawn(self._answer(client, seq, message))
                 else:
+                    client.waits = True
                     await self._answer(client, seq, message)
+                    client.waits = False
         except ConnectionClosed as error:
             log.info("%s", error)
         finally:
@@ -219,6 +223,8 @@ class Service:
             return Refused("version", text)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._engine_known.wait(), FIRST_WORD)
+        if self._clients.get(client.name) is client:
+            del self._clients[client.name]
         client.name = f"{client.user}/{hello.client}"
         self._clients[client.name] = client
         self.leases.hear(client.name, time.monotonic())

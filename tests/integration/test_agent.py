@@ -115,6 +115,38 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: Agent) -> 
     play(scene())
 
 
+def test_a_host_says_no_more_memory_than_its_owner_allows(tmp_path: Path) -> None:
+    async def scene(host: Agent) -> None:
+        async with coordinator(host) as one:
+            assert (await one.status()).memory_bytes == 1 << 30
+
+    with agent(tmp_path, "--memory", str(1 << 30)) as host:
+        play(scene(host))
+
+
+def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
+    tmp_path: Path, weights: Weights
+) -> None:
+    broken = make_checkpoint(tmp_path / "broken").path
+    file = next((broken / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+
+    async def scene(host: Agent) -> None:
+        async with coordinator(host) as one:
+            await one.lease()
+            engine = await engine_of(one)
+            await one.done(Load(*one.head(), Weights(str(broken))))
+            report = await failed(one)
+            assert (report.kind, report.fatal, report.job) == ("WeightsError", False, "job")
+            assert file.name in report.text
+            await one.done(Load(*one.head(), weights))
+            await one.until(messages.Loaded)
+            assert await engine_of(one) == engine
+
+    with agent(tmp_path / "agent", "--root", "/") as host:
+        play(scene(host))
+
+
 def test_a_step_and_a_decode_are_measured(host: Agent, weights: Weights) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
