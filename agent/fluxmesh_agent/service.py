@@ -134,7 +134,7 @@ class Service:
                     await self._answer(client, seq, message)
                     client.waits = False
         except ConnectionClosed as error:
-            log.info("%s", error)
+            log.debug("%s", error)  # the transport has told it
         finally:
             if self._clients.get(client.name) is client:
                 del self._clients[client.name]  # its lease stays for as long as it may be silent
@@ -259,7 +259,8 @@ class Service:
             else:
                 report = messages.Lost(f"This host took the lease back: {notice.reason}.")
             if isinstance(notice, Loses):
-                log.warning("%s lost its lease: %s", notice.client, notice.reason)
+                who = client.label if client else notice.client.rpartition("/")[2]
+                log.warning("%s lost its lease, or its place in line: %s", who, notice.reason)
                 if not self.leases.holder:
                     self._abandon()
             if client is not None:
