@@ -1,35 +1,27 @@
-"""Pictures become files: PNG with its recipe, grids, names that are free, writes that are whole.
+"""Pictures become files: PNG with its recipe, grids, names that are free.
 
-A file appears under its name complete or not at all: it is written beside it under a temporary
-name, flushed to the disk, then linked into place, which fails where a file exists already.
+Below `painting.py`; `files.py` writes them, whole or not at all.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
-import secrets
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from fluxmesh import __version__
 from fluxmesh.errors import OutputError, UsageError
+from fluxmesh_coordinator.files import write_file
 from fluxmesh_coordinator.recipe import KEYWORD
 
 DEFAULT_STEM = "out"
 GAP = 8  # pixels between the images of a grid
-# What a file system without hard links (exFAT, some network shares) answers to link().
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def encode_png(pixels: np.ndarray, recipe_json: str) -> bytes:
@@ -60,86 +52,6 @@ def grid(pictures: Sequence[np.ndarray], n_rows: int = 1) -> np.ndarray:
         left = index % columns * (width + GAP)
         canvas[top : top + height, left : left + width] = picture
     return canvas
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done, then lets it through.
-
-    Python runs signal handlers in the main thread only; elsewhere, and where Ctrl-C is ignored
-    (a job in the background), there is nothing to hold back.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not callable(signal.getsignal(signal.SIGINT)):
-        yield
-        return
-    held: list[int] = []
-
-    def hold(number: int, _frame: FrameType | None) -> None:
-        held.append(number)
-
-    previous = signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:  # also where the block failed: to stop is what the user asked for
-            raise KeyboardInterrupt
-
-
-def write_file(path: Path, data: bytes, *, replace: bool = False) -> None:
-    """Writes a whole file or none; without `replace`, `FileExistsError` where there is one.
-
-    Raises `OutputError` when the disk is full or the folder refuses.
-    """
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
-    with uninterrupted():
-        try:
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if replace:
-                    os.replace(temporary, path)
-                else:
-                    _link(temporary, path)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            _sync_folder(path.parent)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise OutputError(
-                f"Could not write {path}: {error.strerror or error}; "
-                "make room, or name another place with --output."
-            ) from error
-
-
-def _link(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # No hard links here: claim the name first, then put the whole file in its place.
-        with open(path, "xb"):
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                os.unlink(path)
-                raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """The name itself outlives a power cut; a file system that can't promise that may refuse."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxmesh_coordinator.output import write_file
+from fluxmesh_coordinator.files import write_file
 
 REPORT = "report.html"
 METRICS = "metrics.jsonl"

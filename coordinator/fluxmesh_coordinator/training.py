@@ -26,7 +26,8 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.request import TrainRequest
-from fluxmesh_coordinator.output import encode_png, write_file
+from fluxmesh_coordinator.files import write_file
+from fluxmesh_coordinator.output import encode_png
 from fluxmesh_coordinator.recipe import Recipe, sha256_of
 from fluxmesh_coordinator.report import METRICS, write_report
 from fluxmesh_coordinator.settings import draw_seed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import pytest
 from PIL import Image
 
 from fluxmesh.errors import OutputError, UsageError
-from fluxmesh_coordinator import output
-from fluxmesh_coordinator.output import PictureFiles, StepFiles, Target, encode_png, grid
+from fluxmesh_coordinator import files
+from fluxmesh_coordinator.output import GAP, PictureFiles, StepFiles, Target, encode_png, grid
 
 
 def names(folder: Path) -> list[str]:
@@ -38,7 +40,7 @@ def test_one_picture_is_its_own_grid() -> None:
 def test_a_grid_fills_row_by_row_and_leaves_the_rest_black() -> None:
     pictures = [np.full((4, 6, 3), k + 1, np.uint8) for k in range(5)]
     sheet = grid(pictures, n_rows=2)
-    gap = output.GAP
+    gap = GAP
     assert sheet.shape == (4 * 2 + gap, 6 * 3 + 2 * gap, 3)
     assert sheet[0, 6 + gap, 0] == 2
     assert sheet[4 + gap, 0, 0] == 4
@@ -121,9 +123,9 @@ def test_file_systems_without_hard_links_keep_the_same_promises(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", no_link)
-    output.write_file(tmp_path / "a.png", b"whole")
+    files.write_file(tmp_path / "a.png", b"whole")
     with pytest.raises(FileExistsError):
-        output.write_file(tmp_path / "a.png", b"other")
+        files.write_file(tmp_path / "a.png", b"other")
     assert (tmp_path / "a.png").read_bytes() == b"whole"
     assert names(tmp_path) == ["a.png"]
 
@@ -136,7 +138,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"Could not write .*a\.png: No space left on device"):
-        output.write_file(tmp_path / "a.png", b"data")
+        files.write_file(tmp_path / "a.png", b"data")
     assert names(tmp_path) == []
 
 
@@ -151,10 +153,34 @@ def test_ctrl_c_while_writing_waits_for_the_whole_file(
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        output.write_file(tmp_path / "a.png", b"whole")
+        files.write_file(tmp_path / "a.png", b"whole")
     assert names(tmp_path) == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == b"whole"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_a_writer_that_was_killed_has_left_goes_and_what_is_being_written_stays(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from fluxmesh_coordinator.files import write_file\n"
+        "os.fsync = lambda handle: (print(flush=True), time.sleep(60))\n"
+        "write_file(Path(sys.argv[1]), b'half')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "a.png")], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        files.write_file(tmp_path / "b.png", b"whole")
+        assert len(names(tmp_path)) == 2  # it is still at it
+        writer.kill()
+        writer.wait()
+    (tmp_path / ".theirs.tmp").write_bytes(b"of somebody else")
+    files.write_file(tmp_path / "c.png", b"whole")
+    assert names(tmp_path) == [".theirs.tmp", "b.png", "c.png"]
 
 
 def test_ctrl_c_counts_where_the_name_was_taken_meanwhile(
@@ -166,7 +192,7 @@ def test_ctrl_c_counts_where_the_name_was_taken_meanwhile(
 
     monkeypatch.setattr(os, "link", taken)
     with pytest.raises(KeyboardInterrupt):
-        output.write_file(tmp_path / "a.png", b"data")
+        files.write_file(tmp_path / "a.png", b"data")
     assert names(tmp_path) == []
 
 
