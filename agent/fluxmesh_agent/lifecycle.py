@@ -98,7 +98,8 @@ class Refusal(FluxmeshError):
 class Lifecycle:
     """One engine after another on one host."""
 
-    def __init__(self) -> None:
+    def __init__(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
+        """`envs` are those that every engine of this host is started with."""
         self.epoch = 0
         self.reason = ""  # of the last failure
         self.holds: Holding | None = None
@@ -106,7 +107,8 @@ class Lifecycle:
         self.load_rate = 0.0
         self.device: Device | None = None
         self._runs = False
-        self._start_envs: tuple[tuple[str, str], ...] = ()
+        self._own_envs = _of_start(envs)
+        self._start_envs = self._own_envs
         self._ring: Join | None = None
         self._pending: deque[Work | Join] = deque()
 
@@ -161,7 +163,7 @@ class Lifecycle:
                 return [Tell(Joined(join.epoch, join.rank))]
         if join.size == 1 and old is None:
             return [*self.start(), Tell(Joined(join.epoch, join.rank))]
-        envs = tuple(pair for pair in join.envs if pair[0] in START_ENVS)
+        envs = _of_start(join.envs) or self._own_envs
         done: list[Instruction] = []
         if self._runs and (old is not None or (join.size > 1 and envs != self._start_envs)):
             done += self._end()
@@ -241,7 +243,7 @@ class Lifecycle:
         self.epoch = epoch
 
     def _start(self, envs: tuple[tuple[str, str], ...]) -> list[Instruction]:
-        self._runs, self._start_envs, self.reason = True, envs, ""
+        self._runs, self._start_envs, self.reason = True, envs or self._own_envs, ""
         return [StartEngine(envs)]
 
     def _end(self) -> list[Instruction]:
@@ -250,3 +252,8 @@ class Lifecycle:
         self.counters = Counters()
         self._pending.clear()
         return [KillEngine()] if was else []
+
+
+def _of_start(envs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Those that a process reads when it starts, and never again."""
+    return tuple(pair for pair in envs if pair[0] in START_ENVS)

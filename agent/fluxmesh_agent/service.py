@@ -53,7 +53,7 @@ class Service:
     def __init__(self, listener: Listener, home: AgentHome, options: EngineOptions) -> None:
         self.boot = secrets.token_hex(8)
         self.listener, self.home = listener, home
-        self.lifecycle = Lifecycle()
+        self.lifecycle = Lifecycle(options.envs)
         # Fences of earlier lives were smaller: it begins with the time.
         self.leases = Leases(first_fence=int(time.time() * 1000))
         self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)

@@ -94,6 +94,8 @@ class Supervisor:
             "memory": self.options.memory,
         }
         environment = {
+            # MLX computes on one GPU; with two in sight and float32, it was seen to abort.
+            "CUDA_VISIBLE_DEVICES": "0",
             **os.environ,
             # float32 means float32; bfloat16 doesn't care. Read when mlx loads.
             "MLX_ENABLE_TF32": "0",

@@ -44,6 +44,8 @@ def agent_spec(
 ) -> dict[str, Any]:
     """What the agent of a rank is started with, as `starter` reads it. Raises `FluxmeshError`."""
     host, control = hostfile.hosts[rank], hostfile.control(rank)
+    if hostfile.backend == "nccl":  # each agent of a machine has a GPU of its own
+        envs = [("CUDA_VISIBLE_DEVICES", str(hostfile.local_index(rank))), *envs]
     return {
         "address": address_of(host, control.address),
         "port": control.port,

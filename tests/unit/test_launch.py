@@ -138,6 +138,15 @@ def test_an_agent_binds_an_address_and_not_a_name(
         launch.agent_spec(hosts, 0, ())
 
 
+def test_agents_of_one_machine_have_a_gpu_each_where_they_talk_by_nccl() -> None:
+    host = '{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}'
+    for backend, wanted in (("nccl", ["0", "1"]), ("ring", [None, None])):
+        hosts = parse(f'{{"backend": "{backend}", "hosts": [{host}, {host}]}}')
+        specs = [launch.agent_spec(hosts, rank, [("NCCL_DEBUG", "INFO")]) for rank in range(2)]
+        assert [dict(spec["envs"]).get("CUDA_VISIBLE_DEVICES") for spec in specs] == wanted
+        assert all(["NCCL_DEBUG", "INFO"] in spec["envs"] for spec in specs)
+
+
 def test_the_command_of_an_agent_holds_no_secret() -> None:
     spec = {"address": "127.0.0.1", "port": 1, "models": "~/m", "memory": 7, "roots": ["/r"]}
     command = agent_command(Path("/state"), {**spec, "envs": [["KEY", "VALUE"]]})

@@ -97,6 +97,16 @@ def test_work_after_a_death_starts_a_new_engine() -> None:
     assert life.state == "busy"
 
 
+def test_a_ring_on_the_device_that_the_engine_has_already_starts_no_other() -> None:
+    device = (("CUDA_VISIBLE_DEVICES", "1"),)
+    for own, starts in ((device, False), ((), True)):
+        life = Lifecycle(own)
+        life.start()
+        told = life.join(join(1, envs=device))
+        assert (StartEngine(device) in told) == starts
+        assert told[-1] == Send(join(1, envs=device))
+
+
 def test_an_engine_that_says_that_it_ends_is_ended_and_told_of_once() -> None:
     life = started()
     life.work(encode())
