@@ -1,7 +1,9 @@
 # fluxmesh: from a fresh clone,
 #
 #   make demo      set up .venv, then paint a picture (no download of weights)
-#   make test      unit and integration tests
+#   make test      unit and integration tests, and a sample of faults
+#   make faults    every process killed and stopped at every moment: Linux, as root, 1 to 2 hours
+#   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3
 #   make lint      ruff and mypy          } these two install
 #   make parity    against diffusers      } torch and diffusers
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
@@ -9,7 +11,7 @@
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint parity ssh format clean
+.PHONY: help demo test faults chaos lint parity ssh format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +36,7 @@ find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 p
 	echo $$python; exit; fi; done
 
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@python="$$($(find_python))"; \
@@ -71,6 +73,16 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest
+
+faults: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/faults --faults all
+
+JOBS ?= 300
+SEED ?= 1
+HOSTS ?= 3
+
+chaos: $(VENV)/.test
+	@$(BIN)/python -m tools.chaos --jobs $(JOBS) --seed $(SEED) --hosts $(HOSTS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

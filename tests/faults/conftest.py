@@ -1,7 +1,7 @@
 """Which faults run: all with `--faults all` (`make faults`), else a sample drawn by a seed.
 
-A test says by `@pytest.mark.sample(n)` how many of its cases belong to a sample; one without the
-mark is for `make faults` alone. Meshes are shared by the tests of a session, one at a time.
+A test says by `@pytest.mark.sample(n)` how many of its cases on two hosts belong to a sample; one
+without the mark is for `make faults` alone. The tests of a session share meshes, one at a time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out: set[pytest.Item] = set()
     for (path, name), group in cases.items():
         mark = group[0].get_closest_marker("sample")
-        count = min(mark.args[0], len(group)) if mark else 0
         draw = random.Random(f"{config.getoption('--faults-seed')} {path.name} {name}")
-        left_out |= set(group) - set(draw.sample(group, count))
+        small = [item for item in group if _hosts(item) == 2]
+        drawn = draw.sample(small, mark.args[0]) if mark else []
+        left_out |= set(group) - set(drawn)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+
+
+def _hosts(item: pytest.Item) -> int:
+    """Of the mesh that a case needs."""
+    case = getattr(item, "callspec", None)
+    return 2 if case is None else int(case.params.get("hosts", 2))
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +67,15 @@ class Field:
 
     up: mesh.Up
     alone: dict[int, np.ndarray]
-    _warm: dict[str, float] = field(default_factory=dict)
-    _cold: dict[str, float] = field(default_factory=dict)
+    _seconds: dict[tuple[str, bool], float] = field(default_factory=dict)
 
-    def seconds(self, held: Mesh, placement: Placement) -> tuple[float, float]:
-        """Of a job that nobody hurts: (on a warm mesh, for a load more)."""
-        request = strike.request_of(self.up.model)
-        if placement not in self._warm:
-            strike.heal(self.up, held, placement, cold=True)
-            self._cold[placement] = mesh.paint(held, request, placement).seconds
-            self._warm[placement] = mesh.paint(held, request, placement).seconds
-        warm = self._warm[placement]
-        return warm, max(0.0, self._cold[placement] - warm)
+    def seconds(self, held: Mesh, placement: Placement, *, cold: bool) -> float:
+        """Of a job that nobody hurts, on a warm mesh or one whose engines are dead."""
+        if (placement, cold) not in self._seconds:
+            request = strike.request_for(self.up.model, placement, len(self.up.ports))
+            strike.heal(self.up, held, placement, cold=cold)
+            self._seconds[placement, cold] = mesh.paint(held, request, placement).seconds
+        return self._seconds[placement, cold]
 
 
 class Grounds:
@@ -80,7 +84,7 @@ class Grounds:
     def __init__(self, folders: pytest.TempPathFactory, model: str) -> None:
         self.model = model
         self._folders = folders
-        self._pictures = strike.alone(strike.request_of(model))
+        self._pictures = strike.alone(strike.request_of(model, n_images=3))
         self._stack = ExitStack()
         self._up: Field | None = None
 

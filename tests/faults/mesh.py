@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,19 +138,30 @@ class Up:
         return found
 
 
+def local(port: int) -> dict[str, Any]:
+    """A line of a hostfile: this machine, once more."""
+    return {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}"}
+
+
 @contextmanager
 def up(
-    folder: Path, hosts: int, model: str = "tiny", dtype: str = "float32", delays: str = ""
+    folder: Path,
+    hosts: int,
+    model: str = "tiny",
+    dtype: str = "float32",
+    delays: str = "",
+    host: Callable[[int, int], dict[str, Any]] = lambda rank, port: local(port),
+    **env: str,
 ) -> Iterator[Up]:
-    """`hosts` agents with `model` in memory; nothing of them is left at the end."""
+    """`hosts` agents with `model` in memory; nothing of them is left at the end.
+
+    `host` gives a rank's line of the hostfile; `env` is for the user's environment.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(hosts)
-    local: list[dict[str, Any]] = [
-        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{port}"} for port in ports
-    ]
     path = folder / "hosts.json"
-    path.write_text(json.dumps(local))
-    mesh = Up(folder, ports, environment(folder, delays), model)
+    path.write_text(json.dumps([host(rank, port) for rank, port in enumerate(ports)]))
+    mesh = Up(folder, ports, environment(folder, delays) | env, model)
     try:
         mesh.fluxmesh("up", path, "--model", model, "--dtype", dtype)
         yield mesh

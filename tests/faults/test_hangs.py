@@ -21,7 +21,7 @@ from tests.faults.strike import (
     allowed,
     difference,
     heal,
-    request_of,
+    request_for,
     wake,
 )
 
@@ -41,10 +41,11 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
     grounds: Grounds, hosts: int, fault: Fault
 ) -> None:
     ground = grounds.of(hosts)
-    up, request = ground.up, request_of(ground.up.model)
+    up = ground.up
+    request = request_for(up.model, fault.placement, hosts)
     with up.connect() as mesh:
-        warm, load = ground.seconds(mesh, fault.placement)
         is_cold = fault.moment == "load"
+        clean = ground.seconds(mesh, fault.placement, cold=is_cold)
         heal(up, mesh, fault.placement, cold=is_cold)
         victim = 0 if is_cold else up.pid(fault.victim, fault.rank)
         try:
@@ -55,12 +56,15 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
         outcome = found.outcome
 
         assert outcome.error is None, outcome.error
+        assert len(outcome.pictures) == request.n_images
         assert difference(ground.alone, outcome.pictures) <= allowed(fault.placement)
         assert found.noticed is not None and found.noticed <= DEADLINE + LOOKS
-        extra = outcome.seconds - warm - (load if is_cold else 0.0) - found.noticed
-        assert extra <= STEP + load + SLACK
+        extra = outcome.seconds - clean - found.noticed
+        assert extra <= STEP + SLACK
         assert found.log.again == []
-        assert sorted(outcome.steps) == [(k, n + 1) for k in range(2) for n in range(STEPS)]
+        assert sorted(outcome.steps) == [
+            (k, n + 1) for k in range(request.n_images) for n in range(STEPS)
+        ]
 
         heal(up, mesh, fault.placement)
         after = paint(mesh, request, fault.placement)
