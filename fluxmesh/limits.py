@@ -40,6 +40,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "ProbeLink.nbytes": (1, 4 << 30),
     "PutFile.total": (1, 16 << 30),
     "PutFile.offset": (0, 16 << 30),
+    "total": (1, 1 << 40),
 }
 
 # Characters.
@@ -51,6 +52,7 @@ TEXTS: dict[str, int] = {
     "client": 128,
     "boot": 128,
     "version": 64,
+    "request": 1 << 16,
 }
 
 # Texts of which a file's or a client's name is made hold nothing that a path could.
@@ -67,6 +69,7 @@ COUNTS: dict[str, int] = {
     "envs": 64,
     "files": 8,
     "ports": 64,
+    "numbers": 65_536,
 }
 
 # Arrays: the dtypes and shapes that a field may have; None is any length of at least 1.
@@ -80,4 +83,7 @@ ARRAYS: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
     "source": (("float32",), (1, None, None)),
     "t5": (("uint16", "float32"), (1, None, None)),  # uint16 holds bfloat16
     "clip": (("uint16", "float32"), (1, None)),
+    "numbers": (("float32",), (None,)),
+    "sizes": (("int32",), (None, 2)),
+    "captions": (("int32",), (None,)),
 }

@@ -3,11 +3,11 @@
     frame 0   {"v": 1, "type": "Stepped", "seq": 0, "fields": {"job": ..., "latents": <array>}}
     frame 1.. the bytes of the arrays, in the order of their fields
 
-Everything that arrives is held to the annotations of `messages.py` and to `limits.py` before
-anything is built from it: an unknown version, type or field, a missing one, a wrong type, a number
-out of bounds, an array whose bytes don't match its shape are a `ProtocolError`, never a crash. What
-is sent is held to the same, so that a mistake shows where it was made. There is no pickle, and no
-code travels. `transport/` and `stream.py` carry the frames.
+Everything that arrives is held to the annotations of `messages.py` and `training/messages.py` and
+to `limits.py` before anything is built from it: an unknown version, type or field, a missing one, a
+wrong type, a number out of bounds, an array whose bytes don't match its shape are a
+`ProtocolError`, never a crash. What is sent is held to the same, so that a mistake shows where it
+was made. There is no pickle, and no code travels. `transport/` and `stream.py` carry the frames.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 from fluxmesh import limits, messages
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.messages import Message
+from fluxmesh.training import messages as training
 
 VERSION = 1  # of the protocol: rises when an old peer would misread a message
 
@@ -35,7 +36,7 @@ Code = Literal["version", "malformed"]
 _BASES = {messages.Message, messages.Changing, messages.Work, messages.Report}
 TYPES: dict[str, type[Message]] = {
     name: kind
-    for name, kind in vars(messages).items()
+    for name, kind in (vars(messages) | vars(training)).items()
     if isinstance(kind, type) and issubclass(kind, Message) and kind not in _BASES
 }
 

@@ -31,7 +31,6 @@ from fluxmesh.events import Loading
 from fluxmesh.flux import memory
 from fluxmesh.flux.holding import Options
 from fluxmesh.flux.parallel import Ranks
-from fluxmesh.flux.worker import Worker
 from fluxmesh.messages import (
     Account,
     Beat,
@@ -53,6 +52,8 @@ from fluxmesh.messages import (
     Work,
 )
 from fluxmesh.stream import Channel
+from fluxmesh.training import messages as training
+from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.transport.base import ConnectionClosed
 from fluxmesh_agent.names import Roots
 
@@ -60,7 +61,10 @@ log = logging.getLogger("engine")
 
 BEAT_SECONDS = 1.0
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
-LAST = (Loaded, Encoded, SourceEncoded, Pictured, Timed)  # after the last of these, a unit is over
+LAST = (  # after the last of these, a unit is over
+    *(Loaded, Encoded, SourceEncoded, Pictured, Timed, training.Opened, training.Moved),
+    *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
+)
 BROKEN = 70  # exit code: the engine told why, or could not
 DELAYS = "FLUXMESH_DELAYS"  # "step=0.5,load=1": seconds, so that a test can hit a phase
 
@@ -87,7 +91,7 @@ class Engine:
             Path(config.models) if config.models else None,
             [Path(root) for root in config.roots],
         )
-        self.worker = Worker(
+        self.worker = TrainingWorker(
             Options(
                 locate=roots.locate,
                 memory_bytes=config.memory,
@@ -115,6 +119,8 @@ class Engine:
                 self._cancel(message.job, -1)  # what comes after it is new work
                 if message.fence:  # else the agent's own, for a coordinator that is gone
                     self.channel.send(Cancelled(message.job, 0))  # the agent knows the epoch
+                else:
+                    self.worker.end_job()
                 continue
             last: Report | None = None
             if isinstance(message, Join):
@@ -134,8 +140,10 @@ class Engine:
 
     def _do(self, work: Work) -> Report | None:
         """Does a unit and sends its reports, but for the last one, which is returned."""
-        # In a ring even a cancelled image begins: the ranks must agree that they stop.
-        together = isinstance(work, Paint) and work.placement != "data"
+        # In a ring even what is cancelled begins: the ranks must agree that they stop.
+        together = (isinstance(work, Paint) and work.placement != "data") or (
+            isinstance(work, training.Update) and work.together
+        )
         if work.job in self._cancelled and not together:
             return None
         self._work = work

@@ -43,6 +43,7 @@ from fluxmesh.messages import (
     Work,
     ring_name,
 )
+from fluxmesh.training import messages as training
 
 # What a `Join` may set in an engine: what `backends.joining` makes, and nothing else.
 RING_ENVS = frozenset(
@@ -56,7 +57,8 @@ START_ENVS = frozenset({"CUDA_VISIBLE_DEVICES"})  # read when the engine's proce
 
 _OF_EPOCH = (
     *(Joined, Failed, Progress, Beat, Loaded, Encoded, SourceEncoded, Stepped, Pictured),
-    *(Timed, Cancelled),
+    *(Timed, Cancelled, training.Opened, training.Computed, training.Moved),
+    *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
 )
 
 

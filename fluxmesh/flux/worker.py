@@ -65,16 +65,8 @@ class Worker(Held):
             self.end_job()
             self.meter.forget()
             self._job = work.job
-        units: dict[type, Callable[[Any], Reports]] = {
-            Load: self._load_all,
-            Encode: self._encode,
-            EncodeSource: self._encode_source,
-            Paint: self._paint,
-            Decode: self._decode,
-            Measure: self._measure,
-        }
         try:
-            yield from units[type(work)](work)
+            yield from self.units()[type(work)](work)
         except Stopped:
             return
         except (RuntimeError, MemoryError) as error:
@@ -88,6 +80,17 @@ class Worker(Held):
         finally:
             self.quiet = ""
             self.done = replace(self.done, peak_bytes=max(self.done.peak_bytes, self.meter.now()))
+
+    def units(self) -> dict[type, Callable[[Any], Reports]]:
+        """What does each kind of unit."""
+        return {
+            Load: self._load_all,
+            Encode: self._encode,
+            EncodeSource: self._encode_source,
+            Paint: self._paint,
+            Decode: self._decode,
+            Measure: self._measure,
+        }
 
     def end_job(self) -> None:
         """Lets go of what only the images of one job share."""

@@ -7,7 +7,6 @@ can share them; `features` then only reads. The autoencoder's answer is the post
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -18,27 +17,12 @@ from fluxmesh.flux import noise as latents
 from fluxmesh.flux.conditioning import Conditioning, PromptMemory
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.source import to_model_range
-from fluxmesh.training.cache import Arrays, FeatureCache, key
-from fluxmesh.training.crops import Size, crop_box, cut
+from fluxmesh.training.cache import Arrays, FeatureCache
+from fluxmesh.training.crops import Size
 from fluxmesh.training.dataset import Example
+from fluxmesh.training.units import Caption, Crop, Reader, Unit, Units
 
-
-@dataclass(frozen=True)
-class Caption:
-    """A text to be encoded."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Crop `crop` of image `image`, both counted from 0."""
-
-    image: int
-    crop: int
-
-
-Unit = Caption | Crop
+__all__ = ["Caption", "Crop", "Encoder", "Unit"]
 
 
 class Encoder:
@@ -55,28 +39,22 @@ class Encoder:
         """`sizes` is the size that each example is trained at, in pixels."""
         self.pipeline = pipeline
         self.cache = cache
-        self.examples = examples
-        self.sizes = sizes
-        self.seed = seed
+        self.units = Units(examples, sizes, seed)
         self._texts = PromptMemory(64)
 
     # What there is to do
 
     def key(self, unit: Unit) -> str:
         """The name of a unit's features in the cache: a hash of all that they depend on."""
-        checkpoint = self.pipeline.checkpoint
-        model = {
-            "revision": checkpoint.revision,
-            "dtype": str(self.pipeline.dtype),
-            "device": str(mx.default_device().type),  # float32 on a GPU rounds otherwise
-        }
-        if isinstance(unit, Caption):
-            bits = checkpoint.bits or self.pipeline.bits
-            padded = self.pipeline.t5_padding
-            return key(kind="text", text=unit.text, bits=bits, padded=padded, **model)
-        example, size = self.examples[unit.image], self.sizes[unit.image]
-        box = crop_box(example.size, size, self.seed, example.content, unit.crop)
-        return key(kind="image", content=example.content, box=box, size=size, **model)
+        pipeline = self.pipeline
+        reader = Reader(
+            pipeline.checkpoint.revision,
+            str(pipeline.dtype).rpartition(".")[2],
+            pipeline.checkpoint.bits or pipeline.bits,
+            str(mx.default_device().type).rpartition(".")[2],
+            pipeline.t5_padding,
+        )
+        return self.units.key(unit, reader)
 
     def pending(self, units: Sequence[Unit]) -> list[Unit]:
         """Those of `units` that the cache lacks, each once."""
@@ -96,10 +74,7 @@ class Encoder:
         if isinstance(unit, Caption):
             known = self.pipeline.encode(unit.text)
             return {"t5": _stored(known.t5), "clip": _stored(known.clip)}
-        example, size = self.examples[unit.image], self.sizes[unit.image]
-        box = crop_box(example.size, size, self.seed, example.content, unit.crop)
-        pixels = cut(example.pixels(), size, box)
-        clean = self.pipeline.ae.encode(mx.array(to_model_range(pixels)))
+        clean = self.pipeline.ae.encode(mx.array(to_model_range(self.units.pixels(unit))))
         return {"latents": _stored(latents.pack(clean.astype(mx.float32)))}
 
     # What the training reads

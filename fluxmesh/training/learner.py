@@ -7,44 +7,56 @@ host the same sum: each then makes the same update to its own copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux import noise as latents
+from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.denoise import denoise
 from fluxmesh.flux.pipeline import FluxPipeline, to_pixels
 from fluxmesh.training import exact, optimizer
 from fluxmesh.training.adapters import Adapters
-from fluxmesh.training.encoding import Encoder
 from fluxmesh.training.optimizer import State
 from fluxmesh.training.plan import LEVELS, NO_CAPTION, Plan
 from fluxmesh.training.rates import learning_rate
+from fluxmesh.training.run import Moved
 from fluxmesh.training.sampling import SCHNELL_STEPS, MicroBatch
 from fluxmesh.training.step import Batch, loss_and_gradient, squared_errors
 from fluxmesh.training.streams import VALIDATION, generator
 
 
-@dataclass(frozen=True)
-class Moved:
-    """What an update did."""
+class Features(Protocol):
+    """Where a learner finds what was encoded."""
 
-    loss: float  # mean over its images
-    norm: float  # of the gradient, before clipping
-    rate: float
-    images: int
-    bad: int  # micro-batches without a usable gradient; the weights moved only if there are none
+    def text(self, caption: str) -> Conditioning:
+        """A caption's features, [1, T, context_in_dim] and [1, vec_in_dim]."""
+
+    def latents(self, image: int, crop: int) -> mx.array:
+        """A crop's latents, packed float32 [1, L, 4C]."""
 
 
 class Learner:
     """The transformer with the LoRAs that are trained, and where these stand."""
 
-    def __init__(self, pipeline: FluxPipeline, encoder: Encoder, plan: Plan) -> None:
-        """Loads the transformer where it is not in memory. All features must be encoded."""
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        features: Features,
+        plan: Plan,
+        go_on: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Loads the transformer where it is not in memory. All features must be encoded.
+
+        `go_on` is called before each piece of work, and may raise to stop; the state stays whole.
+        """
         self.pipeline = pipeline
-        self.encoder = encoder
+        self.features = features
+        self.go_on = go_on
         self.plan = plan
         self.request = plan.request
         self.flux = pipeline.flow
@@ -56,15 +68,24 @@ class Learner:
 
     # An update
 
+    def nothing(self) -> mx.array:
+        """The sum of no gradients."""
+        return mx.zeros((self.adapters.size + exact.TAIL,), dtype=mx.int64)
+
     def total(self, numbers: Sequence[int], parts: int) -> mx.array:
         """The exact sum of the gradients of these micro-batches, int64 [size + TAIL], evaluated.
 
         `parts` is how many micro-batches the whole update has, on all hosts. No number gives zeros.
         """
-        total = mx.zeros((self.adapters.size + exact.TAIL,), dtype=mx.int64)
+        total = self.nothing()
         for number in numbers:
-            total = total + self.gradient(self.plan.sampler.micro_batch(number), parts)
-            mx.eval(total)
+            total = self.add(total, number, parts)
+        return total
+
+    def add(self, total: mx.array, number: int, parts: int) -> mx.array:
+        """`total` with micro-batch `number`, evaluated."""
+        total = total + self.gradient(self.plan.sampler.micro_batch(number), parts)
+        mx.eval(total)
         return total
 
     def gradient(self, micro: MicroBatch, parts: int) -> mx.array:
@@ -86,16 +107,16 @@ class Learner:
         found = exact.read(total)
         rate = learning_rate(self.request, self.state.update)
         if found.bad:
-            return Moved(float("nan"), float("nan"), rate, found.images, found.bad)
+            return Moved(math.nan, math.nan, rate, found.images, found.bad)
         self.state, norm = optimizer.advance(self.state, found.gradient, rate, self.request)
         self.adapters.install(self.adapters.unflatten(self.state.weights))
-        return Moved(found.loss, norm, rate, found.images, 0)
+        return Moved(found.loss, norm, rate, found.images, 0, mx.get_peak_memory())
 
     def batch(self, micro: MicroBatch) -> Batch:
         """What the transformer sees in a micro-batch."""
         plan = self.plan
         images = [(plan.trained[image], crop) for image, crop in micro.items]
-        clean = mx.concatenate([self.encoder.latents(*item) for item in images])
+        clean = mx.concatenate([self.features.latents(*item) for item in images])
         captions = [
             NO_CAPTION if left_out else plan.examples[image].caption
             for (image, _), left_out in zip(images, micro.without_caption, strict=True)
@@ -111,7 +132,7 @@ class Learner:
         captions: Sequence[str],
         size: tuple[int, int],
     ) -> Batch:
-        texts = [self.encoder.text(caption) for caption in captions]
+        texts = [self.features.text(caption) for caption in captions]
         return Batch(
             clean,
             noise,
@@ -125,20 +146,28 @@ class Learner:
 
     def validate(self) -> float:
         """The mean loss on the images held out, at fixed time steps and from fixed noise."""
-        plan = self.plan
+        with self._result():
+            every = [loss for image in self.plan.held_out for loss in self._losses(image)]
+        return float(np.mean(every))
+
+    def _losses(self, image: int) -> Iterator[float]:
+        clean, size = self.features.latents(image, 0), self.plan.sizes[image]
+        for step, time in enumerate(self._levels(size)):
+            self.go_on()
+            random = generator(self.request.seed, VALIDATION, 1 + image * len(LEVELS) + step)
+            noise = mx.array(random.standard_normal(clean.shape, dtype=np.float32))
+            caption = self.plan.examples[image].caption
+            batch = self._batch(clean, noise, time.reshape(1), [caption], size)
+            yield float(np.array(squared_errors(self.flux, batch, self.request.guidance))[0])
+
+    @contextmanager
+    def _result(self) -> Iterator[None]:
+        """Computes with what would be saved, and then again with what is trained."""
         self.adapters.install(self.adapters.unflatten(self.state.result))
-        losses = []
-        for image in plan.held_out:
-            clean = self.encoder.latents(image, 0)
-            size = plan.sizes[image]
-            for step, time in enumerate(self._levels(size)):
-                random = generator(self.request.seed, VALIDATION, 1 + image * len(LEVELS) + step)
-                noise = mx.array(random.standard_normal(clean.shape, dtype=np.float32))
-                caption = plan.examples[image].caption
-                batch = self._batch(clean, noise, time.reshape(1), [caption], size)
-                losses.append(squared_errors(self.flux, batch, self.request.guidance).item())
-        self.adapters.install(self.adapters.unflatten(self.state.weights))
-        return float(np.mean(losses))
+        try:
+            yield
+        finally:
+            self.adapters.install(self.adapters.unflatten(self.state.weights))
 
     def _levels(self, size: tuple[int, int]) -> np.ndarray:
         if self.plan.times.kind == "schnell":
@@ -153,21 +182,25 @@ class Learner:
         pipeline, request = self.pipeline, self.request
         side = pipeline.checkpoint.autoencoder.downsampling
         size = (self.plan.picture_size[0] // side, self.plan.picture_size[1] // side)
-        self.adapters.install(self.adapters.unflatten(self.state.result))
-        made = pipeline.plan(
-            self.encoder.text(request.progress_prompt),
-            num_steps=request.progress_steps,
-            guidance=request.guidance,
-            latent_size=size,
-        )
         x = pipeline.noise(request.seed, size)
-        for step in denoise(self.flux, made, x):
-            x = step.x
-            mx.eval(x)
-        self.adapters.install(self.adapters.unflatten(self.state.weights))
+        with self._result():
+            made = pipeline.plan(
+                self.features.text(request.progress_prompt),
+                num_steps=request.progress_steps,
+                guidance=request.guidance,
+                latent_size=size,
+            )
+            for step in denoise(self.flux, made, x):
+                self.go_on()
+                x = step.x
+                mx.eval(x)
         pixels = to_pixels(pipeline.decode(x, size))[0]
         del pipeline.ae
         return pixels
+
+    def close(self) -> None:
+        """Leaves the transformer as it was."""
+        self.adapters.remove()
 
     # On the disk
 

@@ -7,7 +7,7 @@ mesh that is handed the same three has the same plan.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.errors import UsageError
@@ -18,6 +18,7 @@ from fluxmesh.training.dataset import Example, fingerprint
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.sampling import Sampler, TimeSteps
 from fluxmesh.training.streams import VALIDATION, generator
+from fluxmesh.training.units import Caption, Crop, Unit
 
 DEFAULT_AREA = 512 * 512  # pixels of a training picture, or fewer where the model's own is smaller
 LEVELS = (0.125, 0.375, 0.625, 0.875)  # where validation measures, before the shift
@@ -54,6 +55,11 @@ class Plan:
         count = self.request.num_augmentations
         trained = [(image, crop) for image in self.trained for crop in range(count)]
         return trained + [(image, 0) for image in self.held_out]
+
+    def units(self) -> Iterator[tuple[str, list[Unit]]]:
+        """What is encoded, in two heaps: captions, then crops; each with its name in the plural."""
+        yield "captions", [Caption(text) for text in self.captions]
+        yield "pictures", [Crop(*item) for item in self.crops]
 
     def sizes_count(self) -> dict[Size, int]:
         """How many images are trained at each size."""

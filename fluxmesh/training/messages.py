@@ -1,0 +1,163 @@
+"""What coordinator and engine say of a training, beside all of `fluxmesh/messages.py`. Pure.
+
+Captions and crops are encoded by `Encode` and `EncodeSource` like those of a picture. Then each
+engine is handed the state in pieces (`PutVector`), opens the training, and is handed the features
+of the micro-batches that it will compute (`PutFeatures`) before each `Update`. All ranks of the
+ring get every `Update`, each with its own numbers; in it their sums meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fluxmesh.cluster import Weights
+from fluxmesh.messages import Report, Work
+
+STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to stop
+
+
+@dataclass(frozen=True)
+class PutVector(Work):
+    """A piece of the state that the next `OpenTraining` goes on from. Reports nothing."""
+
+    vector: str  # as a checkpoint names it
+    offset: int
+    total: int  # numbers in the whole vector
+    numbers: np.ndarray = field(repr=False, compare=False)  # float32 [n]
+
+
+@dataclass(frozen=True)
+class OpenTraining(Work):
+    """Loads the transformer and puts the LoRAs in place that are trained. Reported by `Opened`.
+
+    `request` is a `TrainRequest` as JSON, in which a caption is its number, as everywhere here.
+    """
+
+    weights: Weights
+    request: str = field(repr=False)
+    update: int  # updates that the state has behind it; 0 begins anew
+    sizes: np.ndarray = field(repr=False, compare=False)  # int32 [examples, 2], pixels
+    captions: np.ndarray = field(repr=False, compare=False)  # int32 [examples]
+
+
+@dataclass(frozen=True)
+class PutFeatures(Work):
+    """What a crop or a caption was encoded to, kept until it is dropped. Reports nothing."""
+
+    name: str
+    latents: np.ndarray | None = field(default=None, repr=False, compare=False)  # [1, L, 4C]
+    t5: np.ndarray | None = field(default=None, repr=False, compare=False)  # as `Encoded` gave it
+    clip: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class DropFeatures(Work):
+    """Forgets features. Reports nothing."""
+
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Update(Work):
+    """One update: this rank's micro-batches, the sum over the ring, and the move.
+
+    Reported by a `Computed` for each micro-batch, and `Moved`. One that is cancelled ends on all
+    ranks without a move and without a report, or on none.
+    """
+
+    update: int  # counted from 0
+    numbers: tuple[int, ...]  # micro-batches of this rank; may be none
+    parts: int  # micro-batches of the whole update
+    together: bool  # with the ring; else this host is alone
+
+
+@dataclass(frozen=True)
+class GiveVectors(Work):
+    """Reported by `VectorPart`s: the state whole, or nothing of it if it is cancelled."""
+
+
+@dataclass(frozen=True)
+class Validate(Work):
+    """Measures on what was held out. Reported by `HeldOut`."""
+
+
+@dataclass(frozen=True)
+class PaintProgress(Work):
+    """Paints the progress prompt. Reported by `Painted`."""
+
+
+@dataclass(frozen=True)
+class CloseTraining(Work):
+    """Leaves the transformer as it was. Reported by `Closed`."""
+
+
+# Reports
+
+
+@dataclass(frozen=True)
+class Opened(Report):
+    job: str
+    epoch: int
+    size: int  # numbers that are trained
+
+
+@dataclass(frozen=True)
+class Computed(Report):
+    """The gradient of a micro-batch is evaluated."""
+
+    job: str
+    epoch: int
+    number: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Moved(Report):
+    """An update is done, on all ranks alike. Loss and norm are 0 where `bad` is not."""
+
+    job: str
+    epoch: int
+    update: int  # done, this one included
+    loss: float
+    norm: float
+    rate: float
+    images: int
+    bad: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class VectorPart(Report):
+    job: str
+    epoch: int
+    update: int  # that the state has behind it
+    vector: str
+    offset: int
+    total: int
+    is_last: bool  # of all vectors
+    numbers: np.ndarray = field(repr=False, compare=False)  # float32 [n]
+
+
+@dataclass(frozen=True)
+class HeldOut(Report):
+    """The mean loss on what was held out."""
+
+    job: str
+    epoch: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Painted(Report):
+    job: str
+    epoch: int
+    pixels: np.ndarray = field(repr=False, compare=False)  # uint8 [height, width, 3]
+
+
+@dataclass(frozen=True)
+class Closed(Report):
+    job: str
+    epoch: int

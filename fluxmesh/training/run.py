@@ -1,0 +1,277 @@
+"""The run: data set to adapter, a generator of events, whoever computes. No mlx.
+
+A `Crew` does the work: the learner of this process (`trainer.py`), or the engines of a mesh. Here
+is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and closing the
+generator, leave a checkpoint of the last whole update; a loss that is no number, or that explodes,
+ends the run with the last good checkpoint untouched.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.flux.checkpoint import Checkpoint
+from fluxmesh.flux.lora_files import write_adapter
+from fluxmesh.training import checkpoint
+from fluxmesh.training.checkpoint import Counters
+from fluxmesh.training.dataset import Example, load_dataset
+from fluxmesh.training.events import (
+    CheckpointSaved,
+    Finished,
+    Prepared,
+    Progress,
+    TrainEvent,
+    Updated,
+    Validated,
+)
+from fluxmesh.training.layout import Layout
+from fluxmesh.training.plan import Plan
+from fluxmesh.training.rates import warmup_updates
+from fluxmesh.training.request import TrainRequest
+
+SMOOTH = 0.9  # of the running mean of the loss
+EXPLODES = 10.0  # times the lowest running mean, where the run ends
+SETTLED = 10  # updates before an explosion is looked for
+
+
+class DivergedError(FluxmeshError):
+    """The loss is no number, or explodes."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What an update did."""
+
+    loss: float  # mean over its images
+    norm: float  # of the gradient, before clipping
+    rate: float
+    images: int
+    bad: int  # micro-batches without a usable gradient; the weights moved only if there are none
+    peak_bytes: int = 0  # on the host that needed most
+
+
+class Crew(Protocol):
+    """Who computes a run."""
+
+    def encode(self) -> Iterator[TrainEvent]:
+        """Makes every feature that the run needs."""
+
+    def open(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
+        """Begins (`update` 0), or goes on from a checkpoint's vectors."""
+
+    def advance(self, update: int) -> Moved:
+        """Does update `update`, counted from 0: they come one after another."""
+
+    def halt(self) -> Moved | None:
+        """After a call was interrupted: lets go; what `advance` would have returned if it came
+        to its end nevertheless."""
+
+    @property
+    def update(self) -> int | None:
+        """How many updates the state has behind it; None where there is no state."""
+
+    def validate(self) -> float:
+        """The mean loss on what was held out."""
+
+    def paint(self) -> np.ndarray:
+        """The progress picture, uint8 [H, W, 3]."""
+
+    def vectors(self) -> Mapping[str, np.ndarray]:
+        """The state as a checkpoint stores it."""
+
+
+def read_examples(request: TrainRequest) -> list[Example]:
+    """A request's data set. Raises `DatasetError`, and `OutputError` where a run has been."""
+    if not request.resume:
+        checkpoint.check_new(Path(request.output_dir))
+    return load_dataset(
+        request.dataset,
+        split=request.split,
+        image_column=request.image_column,
+        caption_column=request.caption_column,
+        trigger=request.trigger,
+    )
+
+
+class Run:
+    """A training, from what it began with or was left at, to its end."""
+
+    def __init__(self, plan: Plan, base: Checkpoint, crew: Crew) -> None:
+        """Checks that a resume finds what the run began with. Computes nothing."""
+        self.request: TrainRequest = plan.request
+        self.plan, self.base, self.crew = plan, base, crew
+        self.layout = Layout(base.transformer, plan.request)
+        self.folder = Path(self.request.output_dir)
+        self.counters = Counters(0, 0)
+        self.saved_at: int | None = None
+        self.begin = checkpoint.latest(self.folder) if self.request.resume else None
+        if self.begin is not None:
+            checkpoint.check_same(self.begin, self.request.identity(), plan.data, base.revision)
+            self.counters = self.begin.counters
+            self.saved_at = self.begin.counters.iteration
+
+    def events(self) -> Iterator[TrainEvent]:
+        """Runs it. Raises `DivergedError`, `CancelledError` on Ctrl-C, and what the crew raises."""
+        yield from self.crew.encode()
+        vectors = {} if self.begin is None else self.begin.vectors
+        self.crew.open(self.counters.update, vectors)
+        yield self._prepared()
+        try:
+            yield from self._loop()
+        except (KeyboardInterrupt, GeneratorExit) as stop:
+            self._leave()
+            if isinstance(stop, GeneratorExit):
+                raise
+            if self.saved_at is None:
+                raise CancelledError("Stopped before the first update.") from None
+            raise CancelledError(
+                f"Stopped after iteration {self.saved_at}; go on with --resume."
+            ) from None
+        yield self._finish()
+
+    def _prepared(self) -> Prepared:
+        plan, request = self.plan, self.request
+        return Prepared(
+            images=len(plan.trained),
+            sizes=plan.sizes_count(),
+            held_out=len(plan.held_out),
+            updates=request.updates,
+            micro_batches=request.grad_accumulate,
+            batch_size=request.batch_size,
+            numbers=self.layout.size,
+            warmup=warmup_updates(request),
+            begins_at=self.counters.update,
+            revision=self.base.revision,
+        )
+
+    def _loop(self) -> Iterator[TrainEvent]:
+        request = self.request
+        if request.progress_prompt and self.counters.update == 0:
+            yield self._paint()
+        for update in range(self.counters.update, request.updates):
+            start = time.perf_counter()
+            moved = self.crew.advance(update)
+            before, now = self.counters.iteration, request.micro_batches(update).stop
+            self._count(moved)
+            yield Updated(
+                update=update + 1,
+                iteration=now,
+                loss=moved.loss,
+                rate=moved.rate,
+                norm=moved.norm,
+                images=moved.images,
+                seconds=time.perf_counter() - start,
+                peak_bytes=moved.peak_bytes,
+            )
+            if self._due(request.checkpoint_every, before):
+                yield from self._look()
+                yield self._save()
+            if request.progress_prompt and self._due(request.progress_every, before):
+                yield self._paint()
+
+    def _paint(self) -> Progress:
+        steps = self.request.progress_steps or self.base.defaults.steps
+        return Progress(self.counters.iteration, steps, self.crew.paint())
+
+    def _due(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` iterations, or the end, was reached since `before`."""
+        now = self.counters.iteration
+        return now // every > before // every or now == self.request.iterations
+
+    def _count(self, moved: Moved) -> None:
+        """Raises `DivergedError` where the update's loss says that nothing good will follow."""
+        counters = self.counters
+        iteration = self.request.micro_batches(counters.update).stop
+        if moved.bad or not (math.isfinite(moved.loss) and math.isfinite(moved.norm)):
+            raise self._diverged(iteration, "is not a number, or out of range")
+        smooth = lowest = moved.loss
+        if counters.smooth_loss is not None and counters.lowest_loss is not None:
+            smooth = SMOOTH * counters.smooth_loss + (1 - SMOOTH) * moved.loss
+            lowest = min(smooth, counters.lowest_loss)
+        if counters.update >= SETTLED and smooth > EXPLODES * lowest:
+            raise self._diverged(iteration, f"rose from {lowest:.3g} to {smooth:.3g}")
+        self.counters = replace(
+            counters,
+            update=counters.update + 1,
+            iteration=iteration,
+            smooth_loss=smooth,
+            lowest_loss=lowest,
+        )
+
+    def _diverged(self, iteration: int, how: str) -> DivergedError:
+        kept = (
+            "no checkpoint was saved yet"
+            if self.saved_at is None
+            else f"the last good one is {checkpoint.adapters_path(self.folder, self.saved_at)}"
+        )
+        return DivergedError(
+            f"The loss {how} by iteration {iteration}, so the training has stopped; {kept}: try a "
+            "lower --learning-rate or a longer --warmup-steps."
+        )
+
+    def _look(self) -> Iterator[TrainEvent]:
+        """Measures on what was held out, and remembers the best."""
+        if not self.plan.held_out:
+            return
+        loss = self.crew.validate()
+        best = self.counters.best_loss is None or loss < self.counters.best_loss
+        if best:
+            self.counters = replace(
+                self.counters, best_loss=loss, best_iteration=self.counters.iteration
+            )
+        yield Validated(self.counters.iteration, loss, best)
+
+    # Files
+
+    def _leave(self) -> None:
+        """Saves the last whole update, as far as it was counted."""
+        late = self.crew.halt()
+        if late is not None:
+            self._count(late)
+        if self.crew.update == self.counters.update:  # else it was stopped between the two
+            self._save()
+
+    def _save(self) -> CheckpointSaved:
+        """The adapter, then the state that makes it a checkpoint; then the old ones go."""
+        iteration = self.counters.iteration
+        path = checkpoint.adapters_path(self.folder, iteration)
+        vectors = self.crew.vectors()
+        self._write(vectors, path)
+        checkpoint.save(
+            self.folder,
+            checkpoint.Saved(
+                self.counters,
+                self.request.identity(),
+                self.plan.data,
+                self.base.revision,
+                vectors,
+            ),
+        )
+        self.saved_at = iteration
+        best = self.counters.best_iteration
+        checkpoint.prune(self.folder, self.request.keep_checkpoints, best)
+        return CheckpointSaved(iteration, path)
+
+    def _finish(self) -> Finished:
+        path = self.folder / checkpoint.FINAL
+        self._write(self.crew.vectors(), path)
+        return Finished(path)
+
+    def _write(self, vectors: Mapping[str, np.ndarray], path: Path) -> None:
+        adapter = self.layout.adapter(vectors.get("average", vectors["weights"]))
+        metadata = {
+            "lora_rank": str(self.request.lora_rank),
+            "lora_blocks": str(self.request.lora_blocks),
+        }
+        config = self.base.transformer
+        checkpoint.written(
+            path, lambda partial: write_adapter(partial, adapter, config, metadata=metadata)
+        )

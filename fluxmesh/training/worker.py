@@ -1,0 +1,266 @@
+"""What an engine does of a training: a `flux.Worker` that knows those units of work too.
+
+All ranks of a ring hold the same state and are given every `Update`, each with the micro-batches
+that it computes. Their integer sums meet in one collective, evaluated on its own (a compiled or
+lazy graph around it can dead-lock a ring: mlx#4475); then each makes the same move. A rank that is
+told to stop says so in that sum: all ranks stop at the same update, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.flux.conditioning import Conditioning
+from fluxmesh.flux.holding import Options, Stopped
+from fluxmesh.flux.sharding import Shard
+from fluxmesh.flux.worker import Reports, Worker, from_wire
+from fluxmesh.training import exact
+from fluxmesh.training.dataset import Example
+from fluxmesh.training.learner import Learner
+from fluxmesh.training.messages import (
+    STOPPED,
+    Closed,
+    CloseTraining,
+    Computed,
+    DropFeatures,
+    GiveVectors,
+    HeldOut,
+    Moved,
+    Opened,
+    OpenTraining,
+    Painted,
+    PaintProgress,
+    PutFeatures,
+    PutVector,
+    Update,
+    Validate,
+    VectorPart,
+)
+from fluxmesh.training.plan import prepare
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.units import caption_name, crop_name
+
+PIECE = 1 << 20  # numbers of a vector in a message
+NO_LOSS = 1e30  # stands for one that is no number, which no message may hold
+
+
+class Given:
+    """Features as they were sent. Captions are numbers."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, PutFeatures] = {}
+
+    def put(self, features: PutFeatures) -> None:
+        self._held[features.name] = features
+
+    def drop(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            self._held.pop(name, None)
+
+    def text(self, caption: str) -> Conditioning:
+        found = self._find(caption_name(caption))
+        if found.t5 is None or found.clip is None:
+            raise FluxmeshError(f"The features of caption {caption} came without their arrays.")
+        return Conditioning(from_wire(found.t5), from_wire(found.clip))
+
+    def latents(self, image: int, crop: int) -> mx.array:
+        found = self._find(crop_name(image, crop))
+        if found.latents is None:
+            raise FluxmeshError(f"Crop {crop} of picture {image} came without its latents.")
+        return mx.array(found.latents)
+
+    def _find(self, name: str) -> PutFeatures:
+        if name not in self._held:
+            raise FluxmeshError(f"The features {name!r} were not sent to this host.")
+        return self._held[name]
+
+
+class TrainingWorker(Worker):
+    """Paints and trains."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self._learner: Learner | None = None
+        self._given = Given()
+        self._vectors: dict[str, np.ndarray] = {}  # of the state that comes
+
+    def units(self) -> dict[type, Callable[[Any], Reports]]:
+        return super().units() | {
+            PutVector: self._put_vector,
+            OpenTraining: self._open_training,
+            PutFeatures: self._put_features,
+            DropFeatures: self._drop_features,
+            Update: self._update,
+            GiveVectors: self._give_vectors,
+            Validate: self._validate,
+            PaintProgress: self._paint_progress,
+            CloseTraining: self._close_training,
+        }
+
+    def end_job(self) -> None:
+        super().end_job()
+        self._given, self._vectors = Given(), {}
+        if self._learner is not None:
+            self._learner.close()
+            self._learner = None
+            self._spread.clear()
+
+    @property
+    def learner(self) -> Learner:
+        """Raises `UsageError` where no training is open."""
+        if self._learner is None:
+            raise UsageError("No training is open on this host.")
+        return self._learner
+
+    # What it is given
+
+    def _put_vector(self, work: PutVector) -> Reports:
+        vector = self._vectors.get(work.vector)
+        if vector is None:
+            vector = self._vectors[work.vector] = np.empty(work.total, np.float32)
+        if work.offset + len(work.numbers) > len(vector):
+            raise UsageError(f"A piece of {work.vector} lies beyond its end.")
+        vector[work.offset : work.offset + len(work.numbers)] = work.numbers
+        yield from ()
+
+    def _put_features(self, work: PutFeatures) -> Reports:
+        self._given.put(work)
+        yield from ()
+
+    def _drop_features(self, work: DropFeatures) -> Reports:
+        self._given.drop(work.features)
+        yield from ()
+
+    # What it does
+
+    def _open_training(self, work: OpenTraining) -> Reports:
+        pipeline = self.open(work.weights)
+        if self._learner is not None:
+            self._learner.close()
+            self._learner = None
+        self.hold(Shard())
+        self.drop_incomplete("data")
+        pipeline.reload_text_encoders()
+        del pipeline.ae
+        self._spread.clear()
+        with self.meter.phase("load"):
+            yield from self._loading(work, "transformer")
+            self._begin("opening the training")
+            request = request_of(work.request)
+            examples = [
+                Example("", str(caption), "", (height, width), b"")
+                for caption, (height, width) in zip(
+                    work.captions.tolist(), work.sizes.tolist(), strict=True
+                )
+            ]
+            plan = prepare(request, examples, pipeline.checkpoint)
+            learner = Learner(pipeline, self._given, plan, self._go_on)
+            if work.update:
+                self._check_state(learner.adapters.size)
+                learner.restore(work.update, self._vectors)
+            self._vectors, self._learner = {}, learner
+        yield Opened(work.job, work.epoch, learner.adapters.size)
+
+    def _check_state(self, size: int) -> None:
+        lengths = {name: len(vector) for name, vector in self._vectors.items()}
+        if not {"weights", "first", "second"} <= lengths.keys() or set(lengths.values()) != {size}:
+            raise UsageError(f"A state of {size} numbers was needed, and {lengths} came.")
+
+    def _update(self, work: Update) -> Reports:
+        learner = self.learner
+        if learner.state.update != work.update:
+            raise UsageError(
+                f"Update {work.update} was asked for after {learner.state.update} updates."
+            )
+        self.doing = "training"
+        self._begin("training")
+        started = time.perf_counter()
+        with self.meter.phase("training"):
+            total, is_stopped = learner.nothing(), False
+            for number in work.numbers:
+                is_stopped = self.options.stopping()
+                if is_stopped:
+                    break
+                start = time.perf_counter()
+                self.options.pause("step")
+                total = learner.add(total, number, work.parts)
+                yield Computed(work.job, work.epoch, number, time.perf_counter() - start)
+            if is_stopped or self.options.stopping():
+                total = total.at[-exact.TAIL].add(mx.array(STOPPED, dtype=mx.int64))
+            if work.together:
+                total = self.ring().sum(total)
+            mx.eval(total)
+            self.options.pause("advance")
+            moved = learner.advance(total)
+            if moved.bad >= STOPPED:
+                return
+            self.count(steps=1)
+            peak = self.meter.now("training")
+        yield Moved(
+            work.job,
+            work.epoch,
+            work.update + 1,
+            moved.loss if math.isfinite(moved.loss) else 0.0,
+            moved.norm if math.isfinite(moved.norm) else 0.0,
+            moved.rate,
+            moved.images,
+            # Bad is also what the norm alone shows.
+            max(moved.bad, int(not (math.isfinite(moved.loss) and math.isfinite(moved.norm)))),
+            time.perf_counter() - started,
+            peak,
+        )
+
+    def _give_vectors(self, work: GiveVectors) -> Reports:
+        learner = self.learner
+        self._begin("sending the state")
+        vectors = learner.vectors()
+        last = list(vectors)[-1]
+        for name, vector in vectors.items():
+            for offset in range(0, len(vector), PIECE):
+                self._go_on()
+                piece = vector[offset : offset + PIECE]
+                is_last = name == last and offset + PIECE >= len(vector)
+                place = (learner.state.update, name, offset, len(vector), is_last)
+                yield VectorPart(work.job, work.epoch, *place, piece)
+
+    def _validate(self, work: Validate) -> Reports:
+        self.doing = "measuring on what was held out"
+        self._begin("validating")
+        with self.meter.phase("training"):
+            loss = self.learner.validate()
+        yield HeldOut(work.job, work.epoch, loss if math.isfinite(loss) else NO_LOSS)
+
+    def _paint_progress(self, work: PaintProgress) -> Reports:
+        self.doing = "painting the progress prompt"
+        self._begin("painting")
+        with self.meter.phase("training"):
+            pixels = self.learner.paint()
+        yield Painted(work.job, work.epoch, pixels)
+
+    def _close_training(self, work: CloseTraining) -> Reports:
+        self.end_job()
+        yield Closed(work.job, work.epoch)
+
+    def _go_on(self) -> None:
+        if self.options.stopping():
+            raise Stopped
+
+
+def request_of(text: str) -> TrainRequest:
+    """What `OpenTraining.request` says. Raises `UsageError`."""
+    try:
+        fields = json.loads(text)
+        pairs: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
+        }
+        return TrainRequest(**pairs)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"This is no training that could be opened: {error}.") from error
