@@ -1,0 +1,123 @@
+"""The signature promise on real agents and rings: one picture, whatever the mesh and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh import Mesh, events, messages
+from fluxmesh.cluster import HostInfo, Placement
+from fluxmesh.keys import Keys
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator import conduct, driver
+from fluxmesh_coordinator.album import Album
+from fluxmesh_coordinator.survey import host_info
+from tests.checkpoints import make_checkpoint
+from tests.integration.agents import agent
+from tests.integration.test_mesh import counters, pictures, record_of
+from tests.parallel.cases import ODD, ON_DISK
+
+# 12 heads divide by 2, 3 and 4; the tokens, with text of 16, by none of them.
+SHAPES = {
+    "shallow": (ON_DISK, (32, 48)),
+    "deeper": (
+        replace(ODD, in_channels=64, out_channels=64, vec_in_dim=32, context_in_dim=32),
+        (48, 80),
+    ),
+}
+IMAGES, STEPS = 3, 2
+SLOW = {"FLUXMESH_DELAYS": "step=0.2"}  # else the first is done before the others have loaded
+
+
+@contextmanager
+def meshes(folder: Path, root: Path, sizes: tuple[int, ...]) -> Iterator[dict[int, Mesh]]:
+    """Meshes of the first so many of the same agents."""
+    user = Keys.new()
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(agent(folder / str(k), "--root", str(root), user=user, envs=SLOW))
+            for k in range(max(sizes))
+        ]
+        whole = record_of(agents)
+        yield {n: stack.enter_context(Mesh.connect(whole.only(range(n)), user)) for n in sizes}
+
+
+def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner takes the agents, which share two cores, for slow machines of their own."""
+    for module in (conduct, driver):
+
+        def apart(rank: int, told: messages.Status) -> HostInfo:
+            info = host_info(rank, told)
+            return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
+
+        monkeypatch.setattr(module, "host_info", apart)
+
+
+class Latents:
+    """The latents of every image after its last step, as the coordinator was given them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: dict[int, np.ndarray] = {}
+        acknowledge = Album.acknowledge
+
+        def spy(
+            album: Album, index: int, step: int, latents: np.ndarray, seconds: float, how: str
+        ) -> bool:
+            if step == album.steps:
+                self.found[index] = np.array(latents)
+            return acknowledge(album, index, step, latents, seconds, how)
+
+        monkeypatch.setattr(Album, "acknowledge", spy)
+
+    def take(self) -> np.ndarray:
+        taken = np.concatenate([self.found[k] for k in sorted(self.found)])
+        self.found = {}
+        return taken
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [("deeper", (2, 4)), ("shallow", (3,))])
+def test_one_to_four_hosts_give_one_picture(
+    shape: str, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, (height, width) = SHAPES[shape]
+    made = make_checkpoint(tmp_path / "model", seed=11, transformer=config)
+    request = GenerateRequest(
+        "two dogs", 5, str(made.path), IMAGES, height, width, STEPS, dtype="float32"
+    )
+    latents = Latents(monkeypatch)
+    as_if_apart(monkeypatch)
+
+    def paint(mesh: Mesh, placement: Placement) -> tuple[list[np.ndarray], np.ndarray]:
+        told = list(mesh.generate(request, placement))
+        found = [event for event in told if isinstance(event, events.Picture)]
+        assert {event.placement for event in found} == {placement}
+        return pictures(told), latents.take()
+
+    with meshes(tmp_path, tmp_path, (1, *sizes)) as mesh:
+        alone, exact = paint(mesh[1], "data")
+        assert len(alone) == IMAGES and np.ptp(alone[0]) > 50  # a picture, not one grey
+        for hosts in sizes:
+            before = counters(mesh[hosts])
+            shared, same = paint(mesh[hosts], "data")
+            assert [a.tobytes() for a in alone] == [b.tobytes() for b in shared]
+            assert exact.tobytes() == same.tobytes()
+            after = counters(mesh[hosts])
+            done = [b.images - a.images for a, b in zip(before, after, strict=True)]
+            assert sum(done) == IMAGES and sum(count > 0 for count in done) >= 2
+            for placement in ("sequence", "tensor"):
+                before = counters(mesh[hosts])
+                spread, near = paint(mesh[hosts], placement)
+                error = np.linalg.norm(near - exact) / np.linalg.norm(exact)
+                assert error <= 1e-5, (placement, hosts, error)
+                for a, b in zip(alone, spread, strict=True):
+                    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+                if placement == "tensor":  # in the ring of `sequence`, so by the same engines
+                    pairs = list(zip(before, counters(mesh[hosts]), strict=True))
+                    assert [b.steps - a.steps for a, b in pairs] == [IMAGES * STEPS] * hosts
+                    assert len({b.sent_bytes - a.sent_bytes for a, b in pairs}) == 1
+                    assert all(b.sent_bytes > a.sent_bytes for a, b in pairs)
