@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.cluster import Placement
+from fluxmesh.request import GenerateRequest
 from tests.faults.mesh import LIMIT, Up
-from tests.faults.strike import STEPS, Moment
+from tests.faults.strike import STEPS, Moment, request_of
 
 # The command on a disk that takes a second to sync: a file is being written for long enough.
 SLOW_DISK = """\
@@ -25,6 +26,10 @@ os.fsync = lambda handle: (time.sleep(1.0), sync(handle))[1]
 from fluxmesh_coordinator.cli import main
 main(sys.argv[1:])
 """
+
+
+class Ended(AssertionError):
+    """A command was done before it could be struck."""
 
 
 @dataclass
@@ -40,13 +45,16 @@ class Command:
         for line in self.process.stdout:
             yield json.loads(line)
 
-    def until(self, moment: Moment | str) -> None:
-        """Reads on until `moment`, a name of `strike.MOMENTS` or of an event, is there."""
+    def until(self, moment: Moment | str, steps: int = STEPS) -> None:
+        """Reads on until `moment`, a name of `strike.MOMENTS` or of an event, is there.
+
+        Raises `Ended` where it never comes.
+        """
         for line in self.lines():
-            if _is_moment(moment, line):
+            if _is_moment(moment, line, steps):
                 break
         else:
-            raise AssertionError(f"it ended before {moment}: {self.process.wait()}")
+            raise Ended(f"it ended before {moment}: {self.process.wait()}")
         if moment == "save":
             end = time.monotonic() + LIMIT
             while not self.unfinished():
@@ -70,13 +78,15 @@ class Command:
 
 @contextmanager
 def generate(
-    up: Up, folder: Path, placement: Placement, *options: object, images: int = 2
+    up: Up, folder: Path, placement: Placement, request: GenerateRequest | None = None
 ) -> Iterator[Command]:
-    """The job of `strike.request_of`, by the command line; files go to `folder`."""
+    """`request`, or that of `strike.request_of`, by the command line; files go to `folder`."""
     folder.mkdir(exist_ok=True)
-    arguments = ["generate", "two dogs", "--model", up.model, "--dtype", "float32", "--seed", 5]
-    arguments += ["--image-size", "32x48", "--steps", STEPS, "--n-images", images, "--save-raw"]
-    arguments += ["--placement", placement, "--json", "-o", folder, *options]
+    asked = request or request_of(up.model)
+    arguments: list[object] = ["generate", asked.prompt, "--seed", asked.seed, "--save-raw"]
+    arguments += ["--model", asked.model, "--dtype", asked.dtype, "--n-images", asked.n_images]
+    arguments += ["--image-size", f"{asked.height}x{asked.width}", "--steps", asked.steps]
+    arguments += ["--placement", placement, "--json", "-o", folder]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_DISK, *map(str, arguments)],
         env=up.env,
@@ -95,7 +105,7 @@ def generate(
         process.stdout.close()
 
 
-def _is_moment(moment: str, line: dict[str, Any]) -> bool:
+def _is_moment(moment: str, line: dict[str, Any], steps: int) -> bool:
     """As `strike.is_moment`, for a line of `--json`."""
     match moment:
         case "load":
@@ -107,6 +117,6 @@ def _is_moment(moment: str, line: dict[str, Any]) -> bool:
         case "save":
             return bool(line["event"] == "picture")
         case "middle" | "last" | "decode":
-            done = {"middle": STEPS // 2, "last": STEPS - 1, "decode": STEPS}[moment]
+            done = {"middle": steps // 2, "last": steps - 1, "decode": steps}[moment]
             return bool(line["event"] == "step" and line["step"] == done)
     return bool(line["event"] == moment)

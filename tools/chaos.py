@@ -1,0 +1,306 @@
+"""Jobs on a mesh of this machine, each with a random fault: none may be lost, wrong or hung.
+
+    python -m tools.chaos --jobs 300 --seed 1 --hosts 3
+    python -m tools.chaos --clean 500          # no faults: no alarm, no leak, cheap control
+
+A job has a random placement, size and number of images and steps. Its fault is a SIGKILL or a
+SIGSTOP (and later a SIGCONT) of an engine, an agent or the coordinator, or a Ctrl-C, at a random
+moment. Whoever can finish must finish, with the pictures that one host makes alone; a job whose
+coordinator died or was interrupted is done once more by another. In the end no process, port or
+temporary folder of the mesh is left. The same seed gives the same faults. Stands on
+`tests/faults`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from fluxmesh.events import Event, Picture
+from fluxmesh.flux.runner import Runner
+from fluxmesh.request import GenerateRequest
+from tests.faults import commands, strike
+from tests.faults.mesh import Outcome, Up, paint, up
+from tests.faults.strike import Fault, Moment, allowed, difference, is_moment, request_of, wake
+from tools import endurance
+
+DELAYS = "step=0.15,encode=0.1,decode=0.15,load=0.1"  # so that a moment can be hit
+SIZES = ((32, 32), (32, 48), (64, 48))
+MOMENTS: tuple[Moment, ...] = ("load", "encode", "first", "middle", "last", "decode", "save")
+WAKE = 7.0  # seconds after which what was stopped goes on: by then it counts as dead
+HUNG = 90.0  # seconds after which a job hangs
+OUT = Console()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One job, and what is done to it."""
+
+    number: int
+    request: GenerateRequest
+    placement: Any
+    victim: str  # "engine", "agent" or "coordinator"
+    rank: int
+    moment: Moment
+    kind: str  # "kill", "stop" or "interrupt"
+
+    def __str__(self) -> str:
+        asked = self.request
+        who = self.victim if self.victim == "coordinator" else f"{self.victim} {self.rank}"
+        return (
+            f"{self.number:3} {self.kind} {who} at {self.moment}, {self.placement}, "
+            f"{asked.n_images} of {asked.height}x{asked.width} in {asked.steps}"
+        )
+
+
+@dataclass
+class Result:
+    trial: Trial
+    verdict: str  # "right", or what went wrong
+    seconds: float
+    was_hit: bool  # the moment came
+    alarms: int  # losses that were told
+
+
+def trials(jobs: int, seed: int, hosts: int, model: str) -> Iterator[Trial]:
+    """What `seed` gives."""
+    draw = random.Random(seed)
+    for number in range(jobs):
+        height, width = draw.choice(SIZES)
+        request = request_of(
+            model,
+            n_images=draw.randint(1, hosts + 1),
+            height=height,
+            width=width,
+            steps=draw.randint(2, 5),
+        )
+        victim = draw.choice(("engine", "engine", "agent", "agent", "coordinator"))
+        kinds = ("kill", "interrupt") if victim == "coordinator" else ("kill", "stop")
+        yield Trial(
+            number,
+            request,
+            draw.choice(("data", "tensor", "sequence")),
+            victim,
+            draw.randrange(hosts),
+            draw.choice(MOMENTS),
+            draw.choice(kinds),
+        )
+
+
+class Chaos:
+    """Trials on one mesh."""
+
+    def __init__(self, mesh: Up) -> None:
+        self.up = mesh
+        self.runner = Runner(keep_warm=True)  # one host that nobody hurts
+        self._alone: dict[GenerateRequest, dict[int, np.ndarray]] = {}
+
+    def alone(self, request: GenerateRequest) -> dict[int, np.ndarray]:
+        if request not in self._alone:
+            told = self.runner.run(request)
+            found = {event.image: event.pixels for event in told if isinstance(event, Picture)}
+            self._alone[request] = found
+        return self._alone[request]
+
+    def run(self, trial: Trial) -> Result:
+        """Does one job, and judges it."""
+        with watchdog(self.up) as barks:
+            if trial.victim == "coordinator":
+                result = self._hurt_coordinator(trial)
+            else:
+                result = self._hurt_host(trial)
+        return replace(result, verdict="hung") if barks else result
+
+    def _hurt_host(self, trial: Trial) -> Result:
+        number = signal.SIGKILL if trial.kind == "kill" else signal.SIGSTOP
+        fault = Fault(trial.placement, trial.moment, trial.victim, trial.rank, number)  # type: ignore[arg-type]
+        steps = trial.request.steps or 1
+        hit: list[int] = []
+        naps: list[threading.Timer] = []
+
+        def look(event: Event) -> None:
+            if hit or not is_moment(fault.moment, event, steps):
+                return
+            hit.append(self.up.pid(fault.victim, fault.rank))
+            try:
+                os.kill(hit[0], number)
+            except ProcessLookupError:
+                return  # nobody has needed it since it was killed last
+            if number == signal.SIGSTOP:
+                naps.append(threading.Timer(WAKE, wake, hit))
+                naps[0].start()
+
+        with self.up.connect() as mesh:
+            for rank in range(len(self.up.ports)):
+                self.up.status(mesh, rank)
+            outcome = paint(mesh, trial.request, trial.placement, look)
+        for nap in naps:
+            nap.join()
+        return self._judge(trial, outcome, bool(hit))
+
+    def _judge(self, trial: Trial, outcome: Outcome, was_hit: bool) -> Result:
+        verdict = "right"
+        if outcome.error is not None:
+            verdict = f"lost: {outcome.error}"
+        elif len(outcome.pictures) != trial.request.n_images:
+            verdict = f"lost: {len(outcome.pictures)} of {trial.request.n_images} pictures"
+        elif difference(self.alone(trial.request), outcome.pictures) > allowed(trial.placement):
+            verdict = "wrong"
+        return Result(trial, verdict, outcome.seconds, was_hit, len(outcome.lost))
+
+    def _hurt_coordinator(self, trial: Trial) -> Result:
+        """A `fluxmesh generate` process; then another one does the job."""
+        asked, began = trial.request, time.monotonic()
+        number = signal.SIGKILL if trial.kind == "kill" else signal.SIGINT
+        with tempfile.TemporaryDirectory(dir=self.up.folder) as name:
+            folder = Path(name)
+            verdict, was_hit = "right", True
+            with commands.generate(self.up, folder, trial.placement, asked) as command:
+                try:
+                    command.until(trial.moment, asked.steps or 1)
+                except commands.Ended:
+                    was_hit = False
+                else:
+                    took = command.end(number)
+                    if trial.kind == "interrupt" and command.process.returncode != 130:
+                        verdict = f"wrong: exit code {command.process.returncode} after {took:.1f}"
+            if not self._right(trial, folder):
+                verdict = "wrong: a file of the coordinator that ended"
+            outcome = self._again(trial)
+            if verdict == "right":
+                return replace(
+                    self._judge(trial, outcome, was_hit), seconds=time.monotonic() - began
+                )
+            return Result(trial, verdict, time.monotonic() - began, was_hit, len(outcome.lost))
+
+    def _again(self, trial: Trial) -> Outcome:
+        with self.up.connect() as mesh:
+            return paint(mesh, trial.request, trial.placement)
+
+    def _right(self, trial: Trial, folder: Path) -> bool:
+        """Whether every file is a whole and right picture."""
+        found = {}
+        for path in folder.glob("*.png"):
+            with Image.open(path) as picture:
+                found[int(path.name.split(".")[1])] = np.array(picture)
+        return not found or difference(self.alone(trial.request), found) <= allowed(trial.placement)
+
+
+@contextmanager
+def watchdog(mesh: Up) -> Iterator[list[float]]:
+    """Ends all processes of the mesh when a job hangs, so that it ends: then there is a bark."""
+    barks: list[float] = []
+
+    def bark() -> None:
+        barks.append(time.monotonic())
+        for pid in mesh.processes():
+            os.kill(pid, signal.SIGKILL)
+
+    timers = [threading.Timer(HUNG, bark), threading.Timer(2 * HUNG, os._exit, (3,))]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield barks
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def table(results: Sequence[Result]) -> Table:
+    """What was done to the jobs, and what came of them."""
+    shown = Table("fault", "jobs", "hit", "right", "losses told", "median s", "longest s")
+    kinds = sorted({(one.trial.kind, one.trial.victim) for one in results})
+    for kind, victim in [*kinds, ("all", "")]:
+        rows = [
+            one
+            for one in results
+            if kind == "all" or (kind, victim) == (one.trial.kind, one.trial.victim)
+        ]
+        seconds = [one.seconds for one in rows]
+        shown.add_row(
+            f"{kind} {victim}",
+            str(len(rows)),
+            str(sum(one.was_hit for one in rows)),
+            str(sum(one.verdict == "right" for one in rows)),
+            str(sum(one.alarms for one in rows)),
+            f"{statistics.median(seconds):.1f}",
+            f"{max(seconds):.1f}",
+        )
+    return shown
+
+
+def left_behind(folder: Path, ports: Sequence[int]) -> list[str]:
+    """What a mesh that is down has left: ports in use, temporary files."""
+    left = [str(path) for path in (folder / "tmp").glob("fluxmesh-*")]  # MLX keeps kernels there
+    for port in ports:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                left.append(f"port {port}")
+    return left
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0 where every job was right and nothing is left."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--hosts", type=int, default=3)
+    parser.add_argument("--clean", type=int, default=0, metavar="N", help="N jobs without faults")
+    asked = parser.parse_args(arguments)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        folder = Path(name)
+        (folder / "tmp").mkdir()
+        model = strike.make_model(folder / "model")
+        delays = "" if asked.clean else DELAYS
+        began = time.monotonic()
+        with up(
+            folder / "mesh", asked.hosts, model, delays=delays, TMPDIR=str(folder / "tmp")
+        ) as mesh:
+            OUT.print(f"{asked.hosts} agents are up after {time.monotonic() - began:.1f} s")
+            if asked.clean:
+                report = endurance.run(mesh, asked.clean, asked.seed)
+                OUT.print(report.table())
+                bad = report.problems()
+            else:
+                chaos = Chaos(mesh)
+                for trial in trials(asked.jobs, asked.seed, asked.hosts, model):
+                    results.append(chaos.run(trial))
+                    told = results[-1]
+                    hit = "" if told.was_hit else ", not hit"
+                    OUT.print(
+                        f"{trial}: {told.verdict}, {told.seconds:.1f} s{hit}", highlight=False
+                    )
+                OUT.print(table(results))
+                bad = [f"{one.trial}: {one.verdict}" for one in results if one.verdict != "right"]
+        bad += [f"left behind: {what}" for what in left_behind(folder, mesh.ports)]
+    for line in bad:
+        OUT.print(line, highlight=False)
+    OUT.print("Something is wrong." if bad else "All is right, and nothing is left.")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

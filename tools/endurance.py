@@ -1,0 +1,117 @@
+"""Many small jobs on one mesh that nobody hurts: what leaks, what false alarms there are, what it
+costs to control. `chaos.py --clean` prints it, `tests/faults/test_long_life.py` asserts it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fluxmesh.events import Encoded, Event, Picture
+from tests.faults.mesh import Up, paint
+from tests.faults.strike import request_of
+
+SIZES = ((32, 32), (32, 48), (64, 64), (48, 96))
+PROMPTS = ("two dogs", "a red apple", "the fox", "a blue car")
+SETTLED = 0.3  # of all jobs, after which memory and files should stay what they are
+GROWTH = (1.03, 4 << 20)  # times, and bytes on top: what counts as flat
+FILES = 3  # more open files than before, that one moment may have
+CONTROL = 0.050  # seconds a job that may be anything but computing
+
+
+@dataclass
+class Report:
+    """Of one run."""
+
+    memory: dict[str, list[int]] = field(default_factory=dict)  # process -> bytes, job by job
+    files: dict[str, list[int]] = field(default_factory=dict)  # process -> open files
+    control: dict[str, list[float]] = field(default_factory=dict)  # placement -> seconds a job
+    alarms: int = 0
+    errors: list[str] = field(default_factory=list)
+    jobs: int = 0
+
+    def growth(self, values: list[int]) -> tuple[int, int]:
+        """(median after it has settled, median at the end)."""
+        begin = int(len(values) * SETTLED)
+        length = max(1, len(values) // 10)
+        return (
+            int(statistics.median(values[begin : begin + length])),
+            int(statistics.median(values[-length:])),
+        )
+
+    def problems(self) -> list[str]:
+        """What is not as it should be."""
+        found = list(self.errors)
+        if self.alarms:
+            found.append(f"{self.alarms} false alarms")
+        for name, values in self.memory.items():
+            first, last = self.growth(values)
+            if last > first * GROWTH[0] + GROWTH[1]:
+                found.append(f"{name} grew from {first >> 20} to {last >> 20} MiB")
+        for name, values in self.files.items():
+            first, last = self.growth(values)
+            if last > first + FILES:
+                found.append(f"{name} has {last} files open, had {first}")
+        for name, seconds in self.control.items():
+            if statistics.median(seconds) > CONTROL:
+                found.append(f"{name}: {1e3 * statistics.median(seconds):.0f} ms of control a job")
+        return found
+
+    def table(self) -> Table:
+        shown = Table("after " + str(self.jobs) + " jobs", "settled", "at the end")
+        for name in self.memory:
+            first, last = self.growth(self.memory[name])
+            shown.add_row(f"memory of {name}", f"{first / 1e6:.1f} MB", f"{last / 1e6:.1f} MB")
+            first, last = self.growth(self.files[name])
+            shown.add_row(f"open files of {name}", str(first), str(last))
+        for name, seconds in self.control.items():
+            shown.add_row(
+                f"control of a {name} job",
+                f"median {1e3 * statistics.median(seconds):.1f} ms",
+                f"longest {1e3 * max(seconds):.0f} ms",
+            )
+        shown.add_row("false alarms", "", str(self.alarms))
+        return shown
+
+
+def run(up: Up, jobs: int, seed: int) -> Report:
+    """`jobs` requests of mixed sizes and placements, one after another."""
+    draw, report = random.Random(seed), Report(jobs=jobs)
+    with up.connect() as mesh:
+        for number in range(jobs):
+            height, width = draw.choice(SIZES)
+            request = request_of(
+                up.model, n_images=1, height=height, width=width, steps=draw.randint(1, 2)
+            )
+            placement: Any = ("data", "tensor", "sequence")[number // 20 % 3]
+            computing: list[float] = []
+
+            def look(event: Event, computing: list[float] = computing) -> None:
+                if isinstance(event, Encoded | Picture):
+                    computing.append(event.seconds)
+
+            done = paint(mesh, request, placement, look)
+            report.alarms += len(done.lost)
+            if done.error is not None:
+                report.errors.append(f"job {number}: {done.error}")
+            elif number % 20:  # the first of a placement may load, or form a ring
+                spent = report.control.setdefault(placement, [])
+                spent.append(done.seconds - sum(computing))
+            for rank in range(len(up.ports)):
+                for kind in ("agent", "engine"):
+                    pid, name = up.pid(kind, rank), f"{kind} {rank}"
+                    report.memory.setdefault(name, []).append(resident(pid))
+                    report.files.setdefault(name, []).append(len(os.listdir(f"/proc/{pid}/fd")))
+    return report
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process occupies."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
