@@ -280,6 +280,7 @@ class Service:
             if isinstance(instruction, KillEngine):
                 await self.supervisor.kill()
             elif isinstance(instruction, StartEngine):
+                await self.supervisor.kill()  # one that told its end may still be about it
                 try:
                     self.supervisor.start(instruction.envs)
                 except FluxmeshError as error:
@@ -306,8 +307,8 @@ class Service:
         self._send_all(instructions)
         if any(isinstance(one, KillEngine) for one in instructions):
             self._spawn(self._end_engine())
-        elif self._late is not None and self.lifecycle.is_free:
-            self._late = None
+        if self.lifecycle.is_free:
+            self._late = None  # what runs from now on is the next holder's
         if isinstance(message, messages.Account) and message.is_over:
             self._tick()
 

@@ -1,0 +1,85 @@
+"""An agent between its coordinators and its engine: real but for the engine, without sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from fluxmesh import messages
+from fluxmesh.cluster import Weights
+from fluxmesh_agent import service
+from fluxmesh_coordinator.client import Client
+from tests.fakes import FakeMesh, FakeSupervisor
+
+WEIGHTS = Weights("tiny")
+
+
+def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
+    """Runs `body` with one agent."""
+
+    async def run() -> None:
+        async with FakeMesh(folder, 1) as mesh:
+            await asyncio.wait_for(body(mesh), 30)
+
+    asyncio.run(run())
+
+
+async def leased(mesh: FakeMesh, name: str) -> tuple[Client, messages.Load]:
+    """A coordinator that holds the host, and something to load."""
+    client = Client(mesh.network.dialer(name), mesh.record.members[0])
+    await client.__aenter__()
+    granted = await client.lease(name, 1.0, lambda _: None)
+    return client, messages.Load(granted.fence, name, granted.epoch, WEIGHTS)
+
+
+def failed(load: messages.Load) -> messages.Failed:
+    return messages.Failed(load.epoch, load.job, "Raised", "The engine failed.", fatal=True)
+
+
+def test_an_abandoned_engine_that_failed_does_not_cost_the_next_holder_his(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LETTING_GO", 1.0)
+
+    async def body(mesh: FakeMesh) -> None:
+        first, load = await leased(mesh, "first")
+        mesh.engine(0).stop()
+        await first.ask(load, messages.Done)
+        await first.ask(messages.LeaveQueue(), messages.Done)
+        mesh.services[0]._engine_said(failed(load))
+        second, load = await leased(mesh, "second")
+        mesh.engine(0).pause = 1.5  # a report: it is at work when the first one's time is up
+        await second.ask(load, messages.Done)
+        while not isinstance(report := await second.report(), messages.Loaded):
+            assert not isinstance(report, messages.Failed)
+        assert mesh.engine(0).starts == 2
+        await first.close()
+        await second.close()
+
+    play(tmp_path, body)
+
+
+def test_work_that_comes_while_an_engine_ends_finds_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: FakeSupervisor, envs: tuple[tuple[str, str], ...] = ()) -> None:
+        assert self.engine is None, "as the real one does"
+        begin(self, envs)
+
+    begin = FakeSupervisor.start
+    monkeypatch.setattr(FakeSupervisor, "start", start)
+
+    async def body(mesh: FakeMesh) -> None:
+        client, load = await leased(mesh, "job")
+        one = mesh.services[0]
+        one._engine_said(failed(load))
+        assert isinstance(await one._change(load), messages.Done)  # before the old one is gone
+        while not isinstance(await client.report(), messages.Loaded):
+            continue
+        assert mesh.engine(0).starts == 2
+        await client.close()
+
+    play(tmp_path, body)
