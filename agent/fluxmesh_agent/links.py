@@ -21,6 +21,7 @@ from fluxmesh.messages import LinkRate
 log = logging.getLogger(__name__)
 
 PATIENCE = 20.0  # seconds that a port stays open, and that each read or write may take
+CONNECT = 4.0  # seconds to reach it; where no cable leads, packets are often lost without a word
 PINGS = 8
 BLOCK = 1 << 20
 LIMIT = 1 << 30  # bytes of one probe
@@ -128,7 +129,8 @@ def _take(peer: socket.socket, token: bytes) -> bool:
 
 
 def _probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
-    with socket.create_connection((ip, port), timeout=PATIENCE) as peer:
+    with socket.create_connection((ip, port), timeout=CONNECT) as peer:
+        peer.settimeout(PATIENCE)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(_HEAD.pack(nbytes, len(token)) + token)
         trips = []

@@ -29,7 +29,7 @@ from fluxmesh_coordinator.survey import host_info, run, user_keys
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with
-LINK = 15.0  # seconds within which a link is measured, or is none
+LINK = 60.0  # seconds that measuring a link may take: a slow one is a link too
 SILENCE = 60.0  # seconds without a byte, after which a load counts as hung
 MEASURING = 300.0  # seconds that timing a step may take: kernels compile
 COMPONENTS = ("transformer", "autoencoder")

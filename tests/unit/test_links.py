@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 import pytest
 
@@ -36,6 +37,20 @@ def test_where_nobody_listens_there_is_no_rate() -> None:
     (port,) = links.free_ports("127.0.0.1", 1)
     with pytest.raises(FluxmeshError, match="can't be measured"):
         asyncio.run(links.probe("127.0.0.1", port, b"token", 1000))
+
+
+def test_where_packets_are_lost_without_a_word_the_probe_ends_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As between two hosts of a thunderbolt ring that no cable joins."""
+    monkeypatch.setattr(links, "CONNECT", 0.3)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        address = server.getsockname()
+        with socket.create_connection(address):  # the line is full: nobody else is answered
+            start = time.monotonic()
+            with pytest.raises(FluxmeshError, match="can't be measured"):
+                asyncio.run(links.probe(*address, b"token", 1000))
+            assert time.monotonic() - start < 3
 
 
 def test_a_probe_has_a_limit() -> None:
