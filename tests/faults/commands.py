@@ -18,9 +18,11 @@ from fluxmesh.request import GenerateRequest
 from tests.faults.mesh import LIMIT, Up
 from tests.faults.strike import STEPS, Moment, request_of
 
-# The command on a disk that takes a second to sync: a file is being written for long enough.
+# The command on a disk that takes a second to sync: a file is being written for long enough. It
+# hears Ctrl-C also where its parent was started by a shell that runs it in the background.
 SLOW_DISK = """\
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sync = os.fsync
 os.fsync = lambda handle: (time.sleep(1.0), sync(handle))[1]
 from fluxmesh_coordinator.cli import main
