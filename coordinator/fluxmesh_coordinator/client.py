@@ -115,22 +115,31 @@ class Client:
     async def lease(
         self, job: str, seconds: float, waiting: Callable[[messages.Queued], None]
     ) -> messages.Granted:
-        """Waits in line for this host's lease; `seconds` is how long it will be used."""
+        """Waits in line for this host's lease; `seconds` is how long it will be used.
+
+        One that it had before must have been given up: what was told of it is forgotten.
+        """
+        self._forget_reports()
         await self.ask(messages.AskLease(job, seconds), messages.Done)
         while True:
             try:
                 async with asyncio.timeout(NO_NEWS):
-                    report = await self.report()
+                    report: messages.Report | None = await self.report()
             except TimeoutError:  # asking again is harmless, and tells what was not heard
-                await self.ask(messages.AskLease(job, seconds), messages.Done)
-                continue
+                report = None
             match report:
                 case messages.Granted():
                     return report
                 case messages.Queued():
                     waiting(report)
-                case messages.Lost():
-                    raise FluxmeshError(f"{self.title}: {report.reason}")
+                case messages.Lost() | None:  # this machine slept, and has lost its place
+                    await self.ask(messages.AskLease(job, seconds), messages.Done)
+
+    def _forget_reports(self) -> None:
+        while not self._reports.empty():
+            if self._reports.get_nowait() is None:
+                self._reports.put_nowait(None)
+                return
 
     async def close(self) -> None:
         """Ends the conversation, and with it the lease."""

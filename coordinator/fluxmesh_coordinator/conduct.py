@@ -8,8 +8,8 @@ and brings back hosts that return. Below `mesh.py`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from fluxmesh import messages
 from fluxmesh.cluster import HostInfo
@@ -19,7 +19,7 @@ from fluxmesh.errors import (
     FluxmeshError,
     HostUnreachableError,
 )
-from fluxmesh.events import Event, Queued
+from fluxmesh.events import Queued
 from fluxmesh_coordinator import adapters
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.driver import Driver
@@ -28,10 +28,9 @@ from fluxmesh_coordinator.jobs import (
     Back,
     Finished,
     Gone,
-    Input,
     Instruction,
-    Job,
     LeasedHost,
+    Links,
     Reported,
     Send,
     Stop,
@@ -39,28 +38,43 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.session import Session
 from fluxmesh_coordinator.survey import host_info
 
 TICK = 0.25  # seconds
 ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
+LOOK = 1.0  # seconds between two looks at who is there
 RETURN = 15.0  # seconds in which a host that was lost may come back, if none else can do the work
+
+
+class Served(Protocol):
+    """A job's decisions: `session.Session` paints, `train_session.TrainSession` trains."""
+
+    @property
+    def id(self) -> str:
+        """The job's."""
+
+    def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]: ...
+
+    def handle(self, event: Any, now: float) -> list[Instruction]: ...
+
+    def find(self, hosts: Sequence[HostInfo], links: Links) -> Any:
+        """A plan: `winner` with `ranks`, `text_rank` and `seconds`, or None for a `reason`."""
+
+    def has_given_up(self, ranks: Iterable[int]) -> bool: ...
 
 
 class Conductor:
     """Does one job. `tell` hears its events; `stop` cancels it."""
 
     def __init__(
-        self, driver: Driver, job: Job, files: adapters.Files, tell: Callable[[Event], None]
+        self, driver: Driver, session: Served, files: adapters.Files, tell: Callable[[Any], None]
     ) -> None:
-        self.driver, self.job, self.files, self.tell = driver, job, files, tell
-        self.session = Session(job)
+        self.driver, self.session, self.files, self.tell = driver, session, files, tell
         self.stop = asyncio.Event()
-        self._inbox: asyncio.Queue[Input] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Any] = asyncio.Queue()
         self._outboxes: dict[int, asyncio.Queue[messages.Changing]] = {}
         self._leased: dict[int, Client] = {}
         self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
-        self._seen: set[int] = set()  # ranks whose lease was asked for
         self._tasks: dict[int, list[asyncio.Task[None]]] = {}
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
@@ -93,6 +107,10 @@ class Conductor:
         finally:
             stopping.cancel()
             await self._release()
+
+    def feed(self, event: object) -> None:
+        """Gives the session an input that comes from no agent."""
+        self._inbox.put_nowait(event)
 
     @property
     def _now(self) -> float:
@@ -134,11 +152,7 @@ class Conductor:
             gone = sorted(self.driver.reasons)
             also = f" Hosts that do not answer: {', '.join(map(str, gone))}." if gone else ""
             raise DoesNotFitError(f"{reason}{also}")
-        try:
-            async with asyncio.timeout(min(left, 1.0)):
-                await self._unless_stopped(self.driver.change())
-        except TimeoutError:
-            pass  # looks again, at the clock too
+        await self._unless_stopped(self.driver.change(min(left, LOOK)))
 
     async def _take(self, ranks: list[int], option: Any) -> list[LeasedHost] | None:
         """The leases of these hosts, in rank order; None where one of them was lost meanwhile."""
@@ -165,12 +179,9 @@ class Conductor:
     async def _line_up(
         self, rank: int, client: Client, seconds: float, tell: Callable[[messages.Queued], None]
     ) -> messages.Granted:
-        """The lease of a host. What an earlier conversation left in line there is cancelled."""
+        """The lease of a host."""
         self._asked[rank] = client
-        if self._was_lost or rank in self._seen:
-            await client.ask(messages.LeaveQueue(), messages.Done)
-        self._seen.add(rank)
-        return await client.lease(self.job.id, seconds, tell)
+        return await client.lease(self.session.id, seconds, tell)
 
     def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
@@ -240,7 +251,7 @@ class Conductor:
                 if told is not None:
                     self._leased[rank] = client
                     self._inbox.put_nowait(Back(self._open(rank, granted, told)))
-            await self.driver.change()
+            await self.driver.change(LOOK)
 
     # The session
 

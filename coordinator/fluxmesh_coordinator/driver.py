@@ -55,10 +55,7 @@ class Driver:
         for rank in self._members:
             self._tasks[rank] = asyncio.create_task(self._reach(rank))
         while len(self.clients) + len(self.reasons) < len(self._members):
-            try:
-                async with asyncio.timeout(OTHERS if self.clients else None):
-                    await self.change()
-            except TimeoutError:
+            if not await self.change(OTHERS if self.clients else None):
                 break
         return self
 
@@ -69,10 +66,18 @@ class Driver:
         await asyncio.gather(*(client.close() for client in self.clients.values()))
         await self._dialer.close()
 
-    async def change(self) -> None:
-        """Waits until a host answers that did not, or the other way round."""
+    async def change(self, seconds: float | None = None) -> bool:
+        """Waits, `seconds` at most, until a host answers that did not, or the other way round.
+
+        Whether one did. Who does something else between two waits looks for himself, and often.
+        """
         self._changed.clear()
-        await self._changed.wait()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def can_restart(self, rank: int) -> bool:
         """Whether a host that is lost is started again from here."""
@@ -125,10 +130,16 @@ class Driver:
             try:
                 async with asyncio.timeout(AGAIN if old is not None else None):
                     await client.__aenter__()
+                    if old is not None:
+                        # To the agent we are the same: a lease that nobody here knows of any
+                        # more would be ours for as long as we live.
+                        await client.ask(messages.LeaveQueue(), messages.Done)
             except TimeoutError:
                 self.reasons[rank] = f"{client.title}: its agent does not answer."
+                await client.close()
             except FluxmeshError as error:
                 self.reasons[rank] = str(error)
+                await client.close()
             else:
                 self.clients[rank] = client
                 self.reasons.pop(rank, None)

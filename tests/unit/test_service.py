@@ -11,7 +11,9 @@ import pytest
 from fluxmesh import messages
 from fluxmesh.cluster import Weights
 from fluxmesh_agent import service
+from fluxmesh_agent.leases import Loses
 from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.driver import Driver
 from tests.fakes import FakeMesh, FakeSupervisor
 
 WEIGHTS = Weights("tiny")
@@ -81,5 +83,63 @@ def test_work_that_comes_while_an_engine_ends_finds_a_new_one(
             continue
         assert mesh.engine(0).starts == 2
         await client.close()
+
+    play(tmp_path, body)
+
+
+def test_a_conversation_that_breaks_takes_its_lease_with_it(tmp_path: Path) -> None:
+    """Else it would be held for as long as the coordinator lives, which has forgotten it."""
+
+    async def body(mesh: FakeMesh) -> None:
+        async with Driver(mesh.record, mesh.network.dialer()) as driver:
+            client = driver.clients[0]
+            await client.lease("job", 1.0, lambda _: None)
+            assert mesh.services[0].leases.holder
+            driver.lost(0, client, "The cable was pulled.")
+            while not driver.clients:
+                await driver.change(1.0)
+            assert mesh.services[0].leases.holder == ""
+
+    play(tmp_path, body)
+
+
+def test_what_was_told_of_an_earlier_lease_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh) -> None:
+        first, _ = await leased(mesh, "first")
+        second = Client(mesh.network.dialer("second"), mesh.record.members[0])
+        await second.__aenter__()
+        await second.ask(messages.AskLease("old"), messages.Done)
+        await first.ask(messages.LeaveQueue(), messages.Done)
+        while not mesh.services[0].leases.holder.endswith(second._client):
+            await asyncio.sleep(0.05)
+        await second.ask(messages.LeaveQueue(), messages.Done)  # before it read that it was granted
+        granted = await second.lease("new", 1.0, lambda _: None)
+        answer = await second.ask(messages.HasFile(granted.fence, "0" * 64), messages.Found)
+        assert not answer.there
+        await first.close()
+        await second.close()
+
+    play(tmp_path, body)
+
+
+def test_who_lost_the_place_in_line_gets_in_line_again(tmp_path: Path) -> None:
+    """As a laptop does that slept for a while."""
+
+    async def body(mesh: FakeMesh) -> None:
+        first, _ = await leased(mesh, "first")
+        second = Client(mesh.network.dialer("second"), mesh.record.members[0])
+        await second.__aenter__()
+        waiting: list[messages.Queued] = []
+        task = asyncio.create_task(second.lease("second", 1.0, waiting.append))
+        while not waiting:
+            await asyncio.sleep(0.05)
+        one = mesh.services[0]
+        (name,) = [asked.client for asked in one.leases._line]
+        one.leases.leave(name)
+        one._notify([Loses(name, "nothing was heard of it for 6 s")])
+        await first.ask(messages.LeaveQueue(), messages.Done)
+        assert (await task).fence
+        await first.close()
+        await second.close()
 
     play(tmp_path, body)
