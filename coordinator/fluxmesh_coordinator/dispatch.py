@@ -183,6 +183,6 @@ class Dispatch:
             course.source,
             None if source is None else source.mask,
         )
-        if course.option is not None and course.option.measured:
-            worker.expect(paint, phase.step_seconds)
+        if course.option is not None:
+            worker.expect(paint, phase.step_seconds, measured=course.option.measured)
         self.send(worker, paint)

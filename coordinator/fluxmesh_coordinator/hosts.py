@@ -34,8 +34,10 @@ SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that 
 SLACK = 4.0  # times what a step took before
 START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
 STALLED = 60.0  # seconds in which not one byte was loaded
-FIRST = 30.0  # seconds for a step that ticks not and was never timed
+FIRST = 30.0  # seconds, at least, for a step that ticks not and was never timed
+# Seconds that work may take once its weights are read; per picture, and more for large ones.
 BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
+AREA = 1 << 20  # pixels, up to which a picture is not large
 KILLING = 10.0  # seconds that an agent may take to end its engine
 
 T = TypeVar("T", bound=Message)
@@ -65,6 +67,7 @@ class Worker:
         self._is_new = not leased.is_up  # the engine has given no sign yet
         self._shapes: set[tuple[str, int, int]] = set()  # of which it has made a step
         self._step_seconds: dict[tuple[str, int, int], float] = {}
+        self._guesses: dict[tuple[str, int, int], float] = {}  # where nothing was timed
         self._heard = now  # when the engine last gave a sign
         self._read = now  # when it last told of bytes that it loaded
         self._sign: type[Report] | None = None
@@ -120,9 +123,10 @@ class Worker:
         """Seconds in which a step that is not the first of its shape must come."""
         return max(SILENCE, SLACK * self._step_seconds.get(_shape(paint), 0.0)) * self.patience
 
-    def expect(self, paint: Paint, seconds: float) -> None:
-        """How long a step takes by what was measured, until one is timed here."""
-        self._step_seconds.setdefault(_shape(paint), seconds)
+    def expect(self, paint: Paint, seconds: float, *, measured: bool) -> None:
+        """How long a step takes by what was measured, or was reckoned, until one is timed here."""
+        known = self._step_seconds if measured else self._guesses
+        known.setdefault(_shape(paint), seconds)
 
     def lost_engine(self, now: float) -> None:
         """What its engine held, knew and had in line is gone."""
@@ -163,8 +167,9 @@ class Worker:
             return f"it gave no sign for {silent:.0f} s while {what}"
         if isinstance(message, Load) and now - max(self._read, unit.since) > STALLED * patience:
             return f"not one byte was loaded for {STALLED * patience:.0f} s"
-        budget = BUDGETS.get(type(message), math.inf) * patience
-        return f"{what} took more than {budget:.0f} s" if now - unit.since > budget else ""
+        budget = BUDGETS.get(type(message), math.inf) * _pictures(message) * patience
+        spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
+        return f"{what} took more than {budget:.0f} s" if spent > budget else ""
 
     def _silence(self, unit: Unit) -> float:
         """Seconds that the first in line may go without a sign."""
@@ -173,13 +178,25 @@ class Worker:
             return START
         if isinstance(message, Paint) and not (has_begun and self._sign is Beat):
             # An engine that made this step in an earlier job does not tick in it.
-            expected = self._step_seconds.get(_shape(message))
-            return FIRST if expected is None else max(SILENCE, SLACK * expected)
+            shape = _shape(message)
+            if shape in self._step_seconds:
+                return max(SILENCE, SLACK * self._step_seconds[shape])
+            return max(FIRST, SLACK * self._guesses.get(shape, 0.0))
         return SILENCE
 
 
 def _shape(paint: Paint) -> tuple[str, int, int]:
     return paint.placement, paint.height, paint.width
+
+
+def _pictures(message: Message) -> float:
+    """How many pictures of common size a unit is about, at least 1."""
+    count, pixels = len(_images(message)), 0
+    if isinstance(message, Paint | Decode):
+        pixels = message.height * message.width
+    elif isinstance(message, EncodeSource):
+        pixels = message.pixels.size // 3
+    return max(1, count) * max(1.0, pixels / AREA)
 
 
 def _images(message: Message) -> tuple[int, ...]:

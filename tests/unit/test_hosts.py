@@ -1,0 +1,94 @@
+"""When the silence of a host's engine means death: what large work may take, and slow machines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fluxmesh import messages
+from fluxmesh.cluster import Weights
+from fluxmesh.hostfile import Host
+from fluxmesh_coordinator.hosts import Worker
+from fluxmesh_coordinator.jobs import LeasedHost
+from tests.unit.meshes import mac
+
+COMMON = (1, "job", 0, Weights("dev"))
+LATENTS = np.zeros((1, 4, 64), np.float32)
+TEXT = np.zeros((1, 4, 8), np.uint16), np.zeros((1, 8), np.uint16)
+
+
+def worker() -> Worker:
+    return Worker(LeasedHost(mac(0), Host(0, "127.0.0.1", ("127.0.0.1",)), 1, 0), 0.0)
+
+
+def paint(side: int) -> messages.Paint:
+    return messages.Paint(
+        *COMMON, "data", 0, side, side, 4, 0, 3.5, False, False, 1.0, LATENTS, LATENTS, *TEXT
+    )
+
+
+def decode(side: int, images: int) -> messages.Decode:
+    latents = np.zeros((images, 4, 64), np.float32)
+    return messages.Decode(*COMMON, tuple(range(images)), side, side, latents)
+
+
+def ticks(one: Worker, seconds: int) -> str:
+    """What is overdue after so many seconds in which the engine ticks."""
+    for now in range(1, seconds + 1):
+        one.heard(messages.Beat("job", 0, "at work"), float(now))
+        if reason := one.overdue(float(now)):
+            return reason
+    return ""
+
+
+def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -> None:
+    one = worker()
+    one.put(messages.Encode(*COMMON, "a dog"), 0.0)
+    for now in range(0, 300, 10):
+        one.heard(messages.Progress("job", 0, "text encoders", now, 300), float(now))
+        assert one.overdue(float(now)) == ""
+    one.heard(messages.Beat("job", 0, "encoding"), 409.0)
+    assert one.overdue(409.0) == ""
+    one.heard(messages.Beat("job", 0, "encoding"), 411.0)
+    assert "reading the prompt took more than 120 s" in one.overdue(411.0)
+
+
+@pytest.mark.parametrize(
+    ("side", "images", "budget"), [(512, 1, 120), (1024, 3, 360), (2048, 1, 480)]
+)
+def test_a_decode_may_take_longer_for_more_and_larger_pictures(
+    side: int, images: int, budget: int
+) -> None:
+    one = worker()
+    one.put(decode(side, images), 0.0)
+    assert ticks(one, budget) == ""
+    one.heard(messages.Beat("job", 0, "decoding"), budget + 1.0)
+    assert f"decoding took more than {budget} s" in one.overdue(budget + 1.0)
+
+
+def test_a_large_first_step_may_take_longer() -> None:
+    one = worker()
+    one.put(paint(2048), 0.0)
+    assert ticks(one, 1200) == ""
+    one.heard(messages.Beat("job", 0, "first step"), 1201.0)
+    assert "a first step took more than 1200 s" in one.overdue(1201.0)
+
+
+def test_a_step_that_does_not_tick_has_four_times_what_was_reckoned() -> None:
+    """A second job of the same size on a slow machine, whose kernels are compiled already."""
+    one = worker()
+    one.heard(messages.Beat("other", 0, "decoding"), 0.0)
+    one.expect(paint(1024), 50.0, measured=False)
+    one.put(paint(1024), 1.0)
+    assert one.overdue(200.0) == ""
+    assert "no sign" in one.overdue(202.0)
+
+
+def test_what_was_measured_counts_for_more_than_what_was_reckoned() -> None:
+    one = worker()
+    one.heard(messages.Beat("other", 0, "decoding"), 0.0)
+    one.expect(paint(1024), 50.0, measured=False)
+    one.expect(paint(1024), 2.0, measured=True)
+    one.put(paint(1024), 1.0)
+    assert one.overdue(9.0) == ""
+    assert "no sign" in one.overdue(9.5)
