@@ -70,6 +70,7 @@ COUNTS: dict[str, int] = {
     "files": 8,
     "ports": 64,
     "numbers": 65_536,
+    "DropFeatures.features": 16_384,
 }
 
 # Arrays: the dtypes and shapes that a field may have; None is any length of at least 1.

@@ -15,6 +15,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.messages import Message, Report
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.training.events import TrainEvent
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Links:
 
     links: tuple[LinkInfo, ...] = ()
     backend: str = "ring"
+
+
+class Result:
+    """Base of what a session tells the program that stands above it."""
 
 
 # What happens
@@ -123,7 +128,7 @@ class Send:
 class Tell:
     """An event for the user."""
 
-    event: events.Event
+    event: events.Event | TrainEvent | Result
 
 
 @dataclass(frozen=True)

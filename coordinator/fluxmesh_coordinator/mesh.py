@@ -15,7 +15,7 @@ import os
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Self, TypeVar
@@ -28,13 +28,16 @@ from fluxmesh.placement import Plan
 from fluxmesh.placement import plan as find_plan
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.training.events import TrainEvent
+from fluxmesh.training.request import TrainRequest
 from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator import assumed, launch
 from fluxmesh_coordinator.adapters import Files, by_hash
-from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.conduct import Conductor, Served
 from fluxmesh_coordinator.driver import Driver, Restart
 from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.record import Member, MeshRecord, load, save
+from fluxmesh_coordinator.session import Session
 from fluxmesh_coordinator.survey import user_keys
 
 T = TypeVar("T")
@@ -138,22 +141,36 @@ class Mesh:
         `HostUnreachableError` or `DoesNotFitError`.
         """
         job, files = self._prepare(request, placement, force_shard, keep_warm)
-        box: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        running = self.start(Session(job), files, wait)
+        try:
+            yield from running.events()
+        finally:
+            running.stop()
+
+    def train(
+        self, request: TrainRequest, tell: Callable[[Any], None] = lambda _: None
+    ) -> Generator[TrainEvent, None, None]:
+        """Runs a training, or goes on with one, to the adapter in `output_dir`.
+
+        `tell` hears of bytes that hosts load, and of hosts that are lost. Closing the iterator
+        leaves a checkpoint. Raises what `training.trainer.train` does, and what `generate` does
+        of hosts.
+        """
+        from fluxmesh_coordinator.crew import train_on
+
+        yield from train_on(self, request, tell)
+
+    def start(self, session: Served, files: Files, wait: float | None = None) -> Running:
+        """Begins a job in the background."""
+        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         async def begin() -> Conductor:
-            return Conductor(self._driver, job, files, box.put)
+            return Conductor(self._driver, session, files, box.put)
 
         conductor = self._run(begin())
         done = asyncio.run_coroutine_threadsafe(conductor.run(wait), self._loop)
         done.add_done_callback(lambda _: box.put(None))
-        try:
-            while (event := box.get()) is not None:
-                yield event
-            done.result()
-        finally:
-            if not done.done():
-                self._loop.call_soon_threadsafe(conductor.stop.set)
-                done.exception()  # waits for the hosts to let go; we were told to stop
+        return Running(self._loop, conductor, done, box)
 
     def plan(
         self,
@@ -250,6 +267,40 @@ class Mesh:
         self._thread.join()
         self._loop.close()
         self._close()
+
+
+class Running:
+    """A job that runs in a mesh's thread."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        conductor: Conductor,
+        done: Future[None],
+        box: queue.SimpleQueue[Any],
+    ) -> None:
+        self._loop, self._conductor, self._done, self._box = loop, conductor, done, box
+
+    def feed(self, event: object) -> None:
+        """Gives the job's session an input."""
+        self._loop.call_soon_threadsafe(self._conductor.feed, event)
+
+    def events(self) -> Iterator[Any]:
+        """What it tells, as it happens, to its end. Raises how it failed."""
+        while (event := self._box.get()) is not None:
+            yield event
+        self._box.put(None)  # for whoever asks again
+        self._done.result()
+
+    def stop(self) -> None:
+        """Cancels it, unless it has ended, and waits for the hosts to let go."""
+        if not self._done.done():
+            self._loop.call_soon_threadsafe(self._conductor.stop.set)
+            self._done.exception()  # we were told to stop
+
+    def wait(self) -> None:
+        """Waits for its end. Raises how it failed."""
+        self._done.result()
 
 
 def plan_of(job: Job, view: MeshView) -> Plan:

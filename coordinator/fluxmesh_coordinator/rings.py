@@ -7,13 +7,20 @@ them to join, wait until all have. A failure on the way ends the epoch; the next
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from fluxmesh.backends import joining
 from fluxmesh.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import Job
 
 Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)
+
+
+class Secret(Protocol):
+    """A job that a ring works for."""
+
+    def nonce(self, epoch: int) -> bytes:
+        """What the ring of `epoch` gathers: nobody else can know it."""
 
 
 class Ring:
@@ -74,7 +81,7 @@ class Ring:
     def has_ports(self) -> bool:
         return None not in self.ports.values()
 
-    def join(self, workers: Mapping[int, Worker], job: Job, backend: str) -> Orders:
+    def join(self, workers: Mapping[int, Worker], job: Secret, backend: str) -> Orders:
         """What each member is told. Raises `UsageError` where addresses don't match."""
         self.is_told = True
         hosts = [workers[rank].host for rank in self.ranks]

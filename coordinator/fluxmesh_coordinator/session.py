@@ -59,6 +59,11 @@ class Session:
 
     # In and out
 
+    @property
+    def id(self) -> str:
+        """The job's."""
+        return self.course.job.id
+
     def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]:
         """Starts, or goes on after `Stuck`, with these hosts and no others."""
         self._now = now

@@ -23,9 +23,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fluxmesh.events import Loading
+from fluxmesh.events import HostLost, Loading, Queued
 from fluxmesh.training.events import (
     CheckpointSaved,
+    Dealt,
     Encoding,
     Prepared,
     TrainEvent,
@@ -45,14 +46,14 @@ class TrainReporter(Protocol):
     def started(self, request: TrainRequest) -> None:
         """The request is sound; the data set comes next."""
 
-    def event(self, event: TrainEvent | Loading) -> None:
+    def event(self, event: TrainEvent | Loading | HostLost | Queued) -> None:
         """The run's next event."""
 
     def saved(self, path: Path) -> None:
         """A file that the user asked for is in its place."""
 
 
-def told(event: TrainEvent | Loading) -> dict[str, Any]:
+def told(event: TrainEvent | Loading | HostLost | Queued) -> dict[str, Any]:
     """An event as JSON: its name and its fields, pixels left out."""
     values: dict[str, Any] = {"event": type(event).__name__.lower()}
     for field in fields(event):
@@ -60,10 +61,15 @@ def told(event: TrainEvent | Loading) -> dict[str, Any]:
         if isinstance(value, Path):
             value = str(value)
         elif isinstance(value, dict):
-            value = {"x".join(map(str, size)): count for size, count in value.items()}
+            value = {_key(key): count for key, count in value.items()}
         if not isinstance(value, np.ndarray):
             values[field.name] = value
     return values
+
+
+def _key(key: Any) -> str:
+    """A size as 512x768, a host's rank as it is."""
+    return "x".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
 class JsonReporter:
@@ -79,7 +85,7 @@ class JsonReporter:
         values = {"dataset": request.dataset, "model": request.model, **request.identity()}
         self._line({"event": "start", **values})
 
-    def event(self, event: TrainEvent | Loading) -> None:
+    def event(self, event: TrainEvent | Loading | HostLost | Queued) -> None:
         self._line(told(event))
 
     def saved(self, path: Path) -> None:
@@ -126,7 +132,7 @@ class TerminalReporter:
         sys.stdout.write(f"Saved {path}\n")
         sys.stdout.flush()
 
-    def event(self, event: TrainEvent | Loading) -> None:
+    def event(self, event: TrainEvent | Loading | HostLost | Queued) -> None:
         match event:
             case Loading():
                 unit = f"{event.done_bytes / 1e9:.2f}/{event.total_bytes / 1e9:.2f} GB"
@@ -134,6 +140,12 @@ class TerminalReporter:
             case Encoding():
                 unit = f"{event.done}/{event.total}"
                 self._show(f"Encoding {event.what}", event.done, event.total, unit)
+            case Queued():
+                self._note(f"Host {event.host} is busy: number {event.place} in line.")
+            case HostLost():
+                self._note(f"Host {event.host} ({event.name}): {event.reason} The rest goes on.")
+            case Dealt():
+                self._note(f"{event}.")
             case Prepared():
                 self._prepared(event)
             case Updated():

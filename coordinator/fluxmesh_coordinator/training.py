@@ -26,6 +26,7 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.request import TrainRequest
+from fluxmesh_coordinator import record
 from fluxmesh_coordinator.files import write_file
 from fluxmesh_coordinator.output import encode_png
 from fluxmesh_coordinator.recipe import Recipe, sha256_of
@@ -57,14 +58,20 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
 
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
-    """Runs a training to its end; raises what `fluxmesh.training.trainer.train` raises."""
+    """Runs a training on the mesh that is up, or here; raises what `trainer.train` raises."""
     from fluxmesh.flux import precision
 
     precision.prepare(request.dtype)
-    from fluxmesh.training.trainer import train
-
     reporter.started(request)
-    follow(train(request, reporter.event), request, reporter)
+    if record.load() is None:
+        from fluxmesh.training.trainer import train
+
+        follow(train(request, reporter.event), request, reporter)
+        return
+    from fluxmesh_coordinator.mesh import Mesh
+
+    with Mesh.connect() as mesh:
+        follow(mesh.train(request, reporter.event), request, reporter)
 
 
 def follow(

@@ -25,6 +25,27 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Dealt:
+    """The hosts of a mesh are ready: how an update's micro-batches are dealt out at first."""
+
+    updates: int
+    micro_batches: int  # of an update
+    batch_size: int
+    shares: dict[int, int]  # micro-batches by the host's rank
+
+    def __str__(self) -> str:
+        counts = list(self.shares.values())
+        images = self.micro_batches * self.batch_size
+        hosts = f"{len(counts)} host{'' if len(counts) == 1 else 's'}"
+        if len(set(counts)) == 1:
+            each = f"{counts[0] * self.batch_size} a host on {hosts}"
+        else:
+            parts = [str(count * self.batch_size) for count in counts]
+            each = f"{', '.join(parts[:-1])} and {parts[-1]} on {hosts}"
+        return f"{self.updates} updates of {images} images: {each}"
+
+
+@dataclass(frozen=True)
 class Encoding:
     """A caption or a crop was encoded that the cache lacked."""
 
@@ -80,4 +101,6 @@ class Finished:
     path: Path
 
 
-TrainEvent = Prepared | Encoding | Updated | Validated | Progress | CheckpointSaved | Finished
+TrainEvent = (
+    Prepared | Dealt | Encoding | Updated | Validated | Progress | CheckpointSaved | Finished
+)

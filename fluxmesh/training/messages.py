@@ -19,6 +19,13 @@ STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to st
 
 
 @dataclass(frozen=True)
+class MakeRoom(Work):
+    """The transformer leaves where it and the encoders don't fit together. Reports nothing."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True)
 class PutVector(Work):
     """A piece of the state that the next `OpenTraining` goes on from. Reports nothing."""
 
@@ -100,7 +107,7 @@ class CloseTraining(Work):
 class Opened(Report):
     job: str
     epoch: int
-    size: int  # numbers that are trained
+    trained: int  # numbers
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from fluxmesh.training.messages import (
     DropFeatures,
     GiveVectors,
     HeldOut,
+    MakeRoom,
     Moved,
     Opened,
     OpenTraining,
@@ -94,6 +95,7 @@ class TrainingWorker(Worker):
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:
         return super().units() | {
+            MakeRoom: self._make_room,
             PutVector: self._put_vector,
             OpenTraining: self._open_training,
             PutFeatures: self._put_features,
@@ -121,6 +123,11 @@ class TrainingWorker(Worker):
         return self._learner
 
     # What it is given
+
+    def _make_room(self, work: MakeRoom) -> Reports:
+        if not self.is_roomy(work.weights):
+            self.drop_transformer()
+        yield from ()
 
     def _put_vector(self, work: PutVector) -> Reports:
         vector = self._vectors.get(work.vector)

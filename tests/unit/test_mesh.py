@@ -28,6 +28,7 @@ from fluxmesh_coordinator.driver import Driver
 from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.mesh import Mesh
 from fluxmesh_coordinator.record import Member
+from fluxmesh_coordinator.session import Session
 from tests.fakes import FakeMesh, expected
 from tests.unit.meshes import ask, small
 
@@ -95,7 +96,7 @@ _TASKS: list[Any] = []
 def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked, heard = job(n_images=4, placement=placement), Heard()
-        await Conductor(driver, asked, {}, heard).run()
+        await Conductor(driver, Session(asked), {}, heard).run()
         check(heard, asked)
         counts = [len(mesh.engine(rank).made) for rank in range(4)]
         assert counts == ([3] * 4 if placement == "data" else [12] * 4)
@@ -110,7 +111,7 @@ def test_the_next_job_goes_on_in_the_ring_of_the_last(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         for name in ("one", "two"):
             asked, heard = job(name, placement="tensor"), Heard()
-            await Conductor(driver, asked, {}, heard).run()
+            await Conductor(driver, Session(asked), {}, heard).run()
             check(heard, asked)
         statuses = await driver.statuses()
         assert {status.epoch for status in statuses.values()} == {1}
@@ -124,10 +125,10 @@ def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) ->
         async with Driver(mesh.record, mesh.network.dialer("other")) as other:
             asked = [job("one", n_images=6, steps=8), job("two", n_images=2)]
             heard = [Heard(), Heard()]
-            first = asyncio.create_task(Conductor(driver, asked[0], {}, heard[0]).run())
+            first = asyncio.create_task(Conductor(driver, Session(asked[0]), {}, heard[0]).run())
             while not heard[0].of(events.Step):
                 await asyncio.sleep(0.01)
-            await Conductor(other, asked[1], {}, heard[1]).run()
+            await Conductor(other, Session(asked[1]), {}, heard[1]).run()
             assert first.done()
             for one, two in zip(heard, asked, strict=True):
                 check(one, two)
@@ -142,7 +143,7 @@ def test_an_engine_that_dies_costs_no_acknowledged_step(tmp_path: Path, placemen
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job(n_images=2, steps=6, placement=placement)
         heard = Heard(events.Step, lambda: mesh.engine(1).die())
-        await Conductor(driver, asked, {}, heard).run()
+        await Conductor(driver, Session(asked), {}, heard).run()
         check(heard, asked)
         assert [lost.host for lost in heard.of(events.HostLost)] == [1]
         steps = [(event.image, event.step) for event in heard.of(events.Step)]
@@ -164,7 +165,7 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job(steps=8)
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(0)))
-        await Conductor(driver, asked, {}, heard).run()
+        await Conductor(driver, Session(asked), {}, heard).run()
         check(heard, asked)
         (lost,) = heard.of(events.HostLost)
         assert lost.host == 0
@@ -178,7 +179,7 @@ def test_the_others_go_on_when_an_agent_is_gone_for_good(tmp_path: Path) -> None
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job(n_images=6, placement="data")
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(1)))
-        await Conductor(driver, asked, {}, heard).run()
+        await Conductor(driver, Session(asked), {}, heard).run()
         check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -192,7 +193,7 @@ def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
                 driver.lost(rank, known, "gone")
             await asyncio.sleep(0.05)
         with pytest.raises(HostUnreachableError, match="No host of mesh.json answers") as caught:
-            await Conductor(driver, job(), {}, Heard()).run()
+            await Conductor(driver, Session(job()), {}, Heard()).run()
         assert caught.value.exit_code == 3
 
     play(tmp_path, 1, body)
@@ -205,7 +206,7 @@ def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
             driver.lost(rank, known, "gone")
         asyncio.get_running_loop().call_later(1.0, mesh.start, 0)
         asked, heard = job(), Heard()
-        await Conductor(driver, asked, {}, heard).run(wait=20)
+        await Conductor(driver, Session(asked), {}, heard).run(wait=20)
         check(heard, asked)
 
     play(tmp_path, 1, body)
@@ -214,7 +215,7 @@ def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
 def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         with pytest.raises(DoesNotFitError, match="which needs two hosts") as caught:
-            await Conductor(driver, job(placement="tensor"), {}, Heard()).run()
+            await Conductor(driver, Session(job(placement="tensor")), {}, Heard()).run()
         assert caught.value.exit_code == 4
 
     play(tmp_path, 1, body)
@@ -225,14 +226,14 @@ def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job("one", n_images=2, steps=100, placement=placement)
         heard = Heard(events.Step, lambda: conductor.stop.set())
-        conductor = Conductor(driver, asked, {}, heard)
+        conductor = Conductor(driver, Session(asked), {}, heard)
         with pytest.raises(CancelledError):
             await conductor.run()
         assert len(heard.of(events.Step)) < 10
         assert all(service.lifecycle.is_free for service in mesh.services.values())
         assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
         again, heard = job("two", placement=placement), Heard()
-        await Conductor(driver, again, {}, heard).run()
+        await Conductor(driver, Session(again), {}, heard).run()
         check(heard, again)
 
     play(tmp_path, 2, body)
@@ -242,11 +243,11 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         async with Driver(mesh.record, mesh.network.dialer("other")) as other:
             asked, heard = job("one", n_images=3, steps=20), Heard()
-            first = asyncio.create_task(Conductor(driver, asked, {}, heard).run())
+            first = asyncio.create_task(Conductor(driver, Session(asked), {}, heard).run())
             while not heard.of(events.Step):
                 await asyncio.sleep(0.01)
             waiting = Heard(events.Queued, lambda: second.stop.set())
-            second = Conductor(other, job("two"), {}, waiting)
+            second = Conductor(other, Session(job("two")), {}, waiting)
             with pytest.raises(CancelledError):
                 await second.run()
             assert mesh.services[0].leases.waiting == 0
@@ -264,12 +265,12 @@ def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
 
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         heard = Heard()
-        await Conductor(driver, asked, files, heard).run()
+        await Conductor(driver, Session(asked), files, heard).run()
         check(heard, asked)
         stored = tmp_path / "agent-0" / "adapters" / f"{named[0].path}.safetensors"
         assert stored.read_bytes() == path.read_bytes()
         path.unlink()  # the host has it: nothing is read again
-        await Conductor(driver, dataclasses.replace(asked, id="two"), files, Heard()).run()
+        await Conductor(driver, Session(dataclasses.replace(asked, id="two")), files, Heard()).run()
 
     play(tmp_path, 1, body)
 
@@ -295,7 +296,7 @@ def test_messages_that_come_twice_or_late_or_break_off_change_no_picture(
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
         async with Driver(mesh.record, dialer) as driver:
             asked, heard = job(n_images=6, placement=placement), Heard()
-            await Conductor(driver, asked, {}, heard).run(wait=20)
+            await Conductor(driver, Session(asked), {}, heard).run(wait=20)
             check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -312,7 +313,7 @@ def test_a_word_that_is_lost_is_asked_for_again(
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
         async with Driver(mesh.record, dialer) as driver:
             asked, heard = job(placement="sequence"), Heard()
-            await Conductor(driver, asked, {}, heard).run(wait=20)
+            await Conductor(driver, Session(asked), {}, heard).run(wait=20)
             check(heard, asked)
 
     play(tmp_path, 3, body)

@@ -1,0 +1,204 @@
+"""A mesh as the crew of a training: what the run asks for becomes tasks of a `TrainSession`.
+
+The run (`fluxmesh/training/run.py`) reads the data set, keeps the cache and writes the files, here;
+hosts need no disk of ours. Every call blocks until the mesh has done it, whoever died meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fluxmesh.cluster import Weights
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.flux import hub
+from fluxmesh.flux.checkpoint import Checkpoint
+from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.request import GenerateRequest
+from fluxmesh.training.cache import FeatureCache, default_folder
+from fluxmesh.training.events import Encoding, TrainEvent
+from fluxmesh.training.layout import Layout
+from fluxmesh.training.plan import Plan, prepare
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.run import Moved, Run, read_examples
+from fluxmesh.training.units import Crop, Reader, Unit, Units
+from fluxmesh_coordinator import train_jobs
+from fluxmesh_coordinator.train_jobs import TrainJob, UnitEncoded, Wanted
+from fluxmesh_coordinator.train_session import TrainSession
+
+if TYPE_CHECKING:
+    from fluxmesh_coordinator.mesh import Mesh
+
+Tell = Callable[[Any], None]  # hears of `fluxmesh.events`, and of `Dealt`
+
+
+def train_on(mesh: Mesh, request: TrainRequest, tell: Tell) -> Generator[TrainEvent, None, None]:
+    """See `Mesh.train`."""
+    examples = read_examples(request)
+    base = hub.resolve(request.model)
+    plan = prepare(request, examples, base)
+    with Crew(mesh, plan, base, tell) as crew:
+        yield from Run(plan, base, crew).events()
+        crew.finish()
+
+
+class Crew:
+    """The hosts of a mesh. A context manager, which lets them go."""
+
+    def __init__(self, mesh: Mesh, plan: Plan, base: Checkpoint, tell: Tell) -> None:
+        request = plan.request
+        self.plan, self.tell = plan, tell
+        self._units = Units(plan.examples, plan.sizes, request.seed)
+        self._cache = FeatureCache(
+            Path(request.cache_dir) if request.cache_dir else default_folder()
+        )
+        bits = base.bits or request.bits
+        self._reader = Reader(base.revision, request.dtype, bits, _device(mesh))
+        self._number = 0  # of the task
+        self._counted = 0  # updates that the run knows of
+        self._update: int | None = None
+        self._given: tuple[int, Mapping[str, np.ndarray]] | None = None  # by the hosts, last
+        job = job_of(plan, base, self._features, self._units.pixels)
+        self._running = mesh.start(TrainSession(job), {})
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._running.stop()
+
+    def finish(self) -> None:
+        """Hosts let go of the training. Raises how the job failed."""
+        self._want(train_jobs.Finish())
+        self._running.wait()
+
+    # What a run asks for
+
+    def encode(self) -> Iterator[TrainEvent]:
+        for what, units in self.plan.units():
+            every = dict.fromkeys(units)
+            todo = [unit for unit in every if not self._cache.has(self._key(unit))]
+            if not todo:
+                continue
+            done = 0
+            for event in self._events(train_jobs.Encode(tuple(todo))):
+                if not isinstance(event, UnitEncoded):
+                    self.tell(event)
+                else:
+                    kinds = {name: _stored(array) for name, array in event.arrays.items()}
+                    self._cache.put(self._key(event.unit), kinds)
+                    done += 1
+                    yield Encoding(what, done, len(todo))
+
+    def open(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
+        self._ask(train_jobs.Open(update, vectors))
+        self._update = self._counted = update
+
+    def advance(self, update: int) -> Moved:
+        self._update = None  # until it is known
+        moved: Moved = self._ask(train_jobs.Advance(update))
+        self._update = self._counted = update + 1
+        return moved
+
+    def halt(self) -> Moved | None:
+        halted: train_jobs.Halted = self._ask(train_jobs.Halt())
+        self._update = halted.update
+        return halted.moved if halted.update == self._counted + 1 else None
+
+    @property
+    def update(self) -> int | None:
+        return self._update
+
+    def validate(self) -> float:
+        loss: float = self._ask(train_jobs.Validate())
+        return loss
+
+    def paint(self) -> np.ndarray:
+        pixels: np.ndarray = self._ask(train_jobs.Paint())
+        return pixels
+
+    def vectors(self) -> Mapping[str, np.ndarray]:
+        if self._given is None or self._given[0] != self._update:
+            assert self._update is not None, "no host has a state"
+            self._given = (self._update, self._ask(train_jobs.Give()))
+        return self._given[1]
+
+    # Within
+
+    def _want(self, task: train_jobs.Task) -> int:
+        self._number += 1
+        self._running.feed(Wanted(self._number, task))
+        return self._number
+
+    def _events(self, task: train_jobs.Task) -> Generator[object, None, object]:
+        """What is told until the task is done; returns what it gave."""
+        number = self._want(task)
+        for event in self._running.events():
+            if isinstance(event, train_jobs.Answer):
+                if event.number == number:  # else of one that was broken off
+                    return event.value
+            else:
+                yield event
+        raise FluxmeshError("The training ended on its hosts before it was done.")
+
+    def _ask(self, task: train_jobs.Task) -> Any:
+        events = self._events(task)
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                return end.value
+            self.tell(event)
+
+    def _key(self, unit: Unit) -> str:
+        return self._units.key(unit, self._reader)
+
+    def _features(self, unit: Unit) -> dict[str, np.ndarray]:
+        """As the cache holds them."""
+        found = self._cache.get(self._key(unit))
+        if found is None:
+            path = self._cache.path(self._key(unit))
+            raise FluxmeshError(
+                f"{path} is missing or damaged, although it was written; start again with --resume."
+            )
+        return {name: array for name, (array, _) in found.items()}
+
+
+def job_of(
+    plan: Plan,
+    base: Checkpoint,
+    features: Callable[[Unit], Mapping[str, np.ndarray]],
+    pixels: Callable[[Crop], np.ndarray],
+) -> TrainJob:
+    """The run as it travels."""
+    request = plan.request
+    local = os.path.expanduser(request.model)
+    name = os.path.abspath(local) if os.path.exists(local) else request.model
+    asked = GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
+    sizes = ModelSizes.of(base)
+    return TrainJob(
+        secrets.token_hex(8),
+        plan,
+        Weights.of(asked, base.bits),
+        Work.of(asked, sizes).transformer.on_each_of(1),
+        Layout(base.transformer, request).size,
+        secrets.token_bytes(32),
+        features,
+        pixels,
+    )
+
+
+def _stored(array: np.ndarray) -> tuple[np.ndarray, str]:
+    """As the cache takes it: bfloat16 travels as uint16."""
+    return array, "BF16" if array.dtype == np.uint16 else "F32"
+
+
+def _device(mesh: Mesh) -> str:
+    """What the hosts compute on; where they differ, what most of them have."""
+    kinds = ["gpu" if "gpu" in host.device else "cpu" for host in mesh.view.hosts]
+    return max(kinds, key=kinds.count, default="cpu")

@@ -1,0 +1,269 @@
+"""One training as its session sees it: what it is, what the run asks for, what comes of it. Pure.
+
+The vocabulary of `train_session.py`, beside that of `jobs.py`. A run (`fluxmesh/training/run.py`)
+asks for one `Task` after another; each is answered by one `Result`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fluxmesh.cluster import HostInfo, Weights
+from fluxmesh.training.messages import PutFeatures
+from fluxmesh.training.plan import NO_CAPTION, Plan
+from fluxmesh.training.run import Moved
+from fluxmesh.training.units import Caption, Crop, Unit, caption_name, crop_name
+from fluxmesh_coordinator.jobs import Links, Result
+
+Vectors = Mapping[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
+NUMBER_BYTES = 32  # a trained number costs an engine: state, sum, and what an update makes of them
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A run, ready for a mesh."""
+
+    id: str
+    plan: Plan
+    weights: Weights
+    base_bytes: int  # of the transformer in memory
+    size: int  # numbers that are trained
+    secret: bytes = field(repr=False)
+    features: Callable[[Unit], Arrays] = field(repr=False)  # what a unit was encoded to
+    pixels: Callable[[Crop], np.ndarray] = field(repr=False)  # uint8 [height, width, 3]
+
+    def nonce(self, epoch: int) -> bytes:
+        """What the ring of `epoch` gathers: nobody else can know it."""
+        return hashlib.sha256(self.secret + epoch.to_bytes(8, "big")).digest()
+
+    @property
+    def needed_bytes(self) -> int:
+        """What a host must have at least: activations come on top."""
+        return self.base_bytes + NUMBER_BYTES * self.size
+
+
+# What a run asks for
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Every unit becomes an `UnitEncoded`, in any order."""
+
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class Open:
+    """The hosts get ready, at a state that `update` updates have led to."""
+
+    update: int
+    vectors: Vectors = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Gives a `Moved`."""
+
+    update: int  # counted from 0
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Gives the loss."""
+
+
+@dataclass(frozen=True)
+class Paint:
+    """Gives the pixels."""
+
+
+@dataclass(frozen=True)
+class Give:
+    """Gives the state's vectors. What a host that dies later costs is counted from here."""
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Breaks off whatever runs. Gives a `Halted`."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end: hosts let go of the training."""
+
+
+Task = Encode | Open | Advance | Validate | Paint | Give | Halt | Finish
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An input of the session: the run asks for something."""
+
+    number: int  # of the task, so that an answer that comes late is known for one
+    task: Task
+
+
+# What comes of it
+
+
+@dataclass(frozen=True)
+class Answer(Result):
+    """A task is done."""
+
+    number: int
+    value: object = None
+
+
+@dataclass(frozen=True)
+class UnitEncoded(Result):
+    unit: Unit
+    arrays: Arrays = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Halted:
+    """Nothing runs any more."""
+
+    update: int | None  # updates that the hosts' state has behind it; None where there is none
+    moved: Moved | None  # the last of these
+
+
+# What engines are told of the run
+
+
+@dataclass(frozen=True)
+class Opening:
+    """`OpenTraining`'s account of a run."""
+
+    request: str
+    sizes: np.ndarray = field(repr=False)
+    captions: np.ndarray = field(repr=False)
+
+
+class Names:
+    """Captions by number, and which features a piece of work needs."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job, self.plan = job, job.plan
+        self._texts = self.plan.captions
+        self._numbers = {text: str(number) for number, text in enumerate(self._texts)}
+        self._numbers[NO_CAPTION] = NO_CAPTION
+
+    def opening(self) -> Opening:
+        plan = self.plan
+        prompt = plan.request.progress_prompt
+        request = replace(
+            plan.request,
+            dataset="",
+            model="",
+            output_dir="",
+            cache_dir=None,
+            trigger="",
+            resume=False,
+            progress_prompt=self._numbers[prompt] if prompt else "",
+        )
+        return Opening(
+            json.dumps(dataclasses.asdict(request)),
+            np.array([example.size for example in plan.examples], np.int32),
+            np.array([int(self._numbers[one.caption]) for one in plan.examples], np.int32),
+        )
+
+    def of_micro_batches(self, numbers: Iterable[int]) -> list[str]:
+        """Features that micro-batches are made of."""
+        names = []
+        for number in numbers:
+            micro = self.plan.sampler.micro_batch(number)
+            for (place, crop), left_out in zip(micro.items, micro.without_caption, strict=True):
+                image = self.plan.trained[place]
+                caption = NO_CAPTION if left_out else self.plan.examples[image].caption
+                names += [crop_name(image, crop), caption_name(self._numbers[caption])]
+        return list(dict.fromkeys(names))
+
+    def held_out(self) -> list[str]:
+        """Features that validation needs."""
+        names = []
+        for image in self.plan.held_out:
+            caption = self.plan.examples[image].caption
+            names += [crop_name(image, 0), caption_name(self._numbers[caption])]
+        return list(dict.fromkeys(names))
+
+    def prompt(self) -> list[str]:
+        """Features that the progress picture needs."""
+        return [caption_name(self._numbers[self.plan.request.progress_prompt])]
+
+    def put(self, name: str, fence: int, epoch: int) -> PutFeatures:
+        """The message that brings features to a host."""
+        kind, _, rest = name.partition(" ")
+        unit: Unit
+        if kind == "crop":
+            image, crop = rest.split()
+            unit = Crop(int(image), int(crop))
+        else:
+            unit = Caption(self._texts[int(rest)] if rest else NO_CAPTION)
+        return PutFeatures(fence, self.job.id, epoch, name, **self.job.features(unit))
+
+
+# Who takes part
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The hosts of a training, in the order of their ring; shaped as a plan's option."""
+
+    ranks: tuple[int, ...]
+    seconds: float = 0.0  # nobody can say how long it takes
+    text_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`winner` is None where no host can take part, for `reason`."""
+
+    winner: Chosen | None
+    reason: str = ""
+
+
+def choose(job: TrainJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
+    """As many hosts as have the memory and can form a ring."""
+    if not hosts:
+        return Choice(None, "The mesh has no host.")
+    fitting: list[int] = []
+    room: dict[str, int] = {}  # by device
+    for host in hosts:
+        room[host.device_key] = room.get(host.device_key, host.free_bytes) + host.held_bytes
+    for host in sorted(hosts, key=lambda host: host.rank):
+        if job.needed_bytes <= min(host.memory_bytes, room[host.device_key]):
+            room[host.device_key] -= job.needed_bytes
+            fitting.append(host.rank)
+    if not fitting:
+        most = max(host.memory_bytes for host in hosts)
+        return Choice(
+            None,
+            f"Training {job.weights.model} needs {job.needed_bytes / 1e9:.1f} GB on a host, and "
+            f"none has more than {most / 1e9:.1f} GB free; try --quantize.",
+        )
+    return Choice(Chosen(next(ring for ring in _rings(fitting) if _is_linked(ring, links))))
+
+
+def _rings(ranks: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All of them, then fewer and fewer neighbours."""
+    twice = [*ranks, *ranks]
+    yield tuple(ranks)
+    for count in range(len(ranks) - 1, 0, -1):
+        for first in range(len(ranks)):
+            yield tuple(sorted(twice[first : first + count]))
+
+
+def _is_linked(ranks: tuple[int, ...], links: Links) -> bool:
+    """Whether each can send to the next one; a mesh that never measured its links has all."""
+    if len(ranks) == 1 or not links.links:
+        return True
+    known = {(link.source, link.target) for link in links.links}
+    return all(pair in known for pair in zip(ranks, ranks[1:] + ranks[:1], strict=True))

@@ -1,0 +1,183 @@
+"""What a training does when an engine dies, a host is gone or nothing moves. Pure.
+
+Below `train_session.py`. Before there is a ring, a death is one host's affair. In a ring the
+survivors may hang for ever: all engines end, and those that are left form another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fluxmesh import messages
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.events import HostLost
+from fluxmesh.training import messages as training
+from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.hosts import SILENCE
+from fluxmesh_coordinator.train_hands import Hand
+
+if TYPE_CHECKING:
+    from fluxmesh_coordinator.train_session import TrainSession
+
+MAX_FAILURES = 2  # of one host, in one run; then it is left out
+MAX_ATTEMPTS = 5  # rings that fail one after another without an update in between
+FIRST = 300.0  # seconds in which a new ring's first micro-batch is done
+SLACK = 8.0  # times the longest that nothing was done before, or
+LEAST = 30.0  # seconds, whichever is longer: then the ring hangs
+
+
+class Losses:
+    """Takes losses for a session."""
+
+    def __init__(
+        self,
+        session: TrainSession,
+        tell: Callable[[HostLost], None],
+        end: Callable[[FluxmeshError], None],
+    ) -> None:
+        self.session, self.tell, self.end = session, tell, end
+        self._failures: dict[int, int] = {}  # by rank
+        self._attempts = 0
+        self._since = 0.0  # when something was done last
+        self._longest: float | None = None  # that nothing was done, in this ring
+        self._end_by = 0.0
+
+    def takes(self, rank: int) -> bool:
+        """Whether a host may take part (again)."""
+        return self._failures.get(rank, 0) < MAX_FAILURES
+
+    # What moves
+
+    def begins(self, now: float) -> None:
+        """An update begins."""
+        self._since = now
+
+    def moved(self, now: float) -> None:
+        """A micro-batch is done."""
+        self._longest = max(self._longest or 0.0, now - self._since)
+        self._since = now
+
+    def advanced(self, now: float) -> None:
+        """An update is done."""
+        self.moved(now)
+        self._attempts = 0
+
+    @property
+    def _limit(self) -> float:
+        longest = self._longest
+        members = self.session.members
+        patience = max((hand.worker.patience for hand in members), default=1.0)
+        return patience * (FIRST if longest is None else max(LEAST, SLACK * longest))
+
+    def look(self, now: float) -> None:
+        """Finds who is overdue."""
+        session = self.session
+        for rank, hand in list(session.hands.items()):
+            reason = hand.worker.overdue(now) if rank in session.hands else ""
+            if reason and hand.worker.killed is not None:
+                self.gone(rank, reason, now)
+            elif reason and not session.is_ending:
+                self._overdue(hand, reason, now)
+        updating = [hand for hand in session.members if hand.worker.has(training.Update)]
+        if updating and not session.is_ending and now - self._since > self._limit:
+            self._overdue(updating[0], f"no micro-batch was done for {self._limit:.0f} s", now)
+
+    def _overdue(self, hand: Hand, reason: str, now: float) -> None:
+        """Somebody gave no sign in time. It may have been slow: deadlines are longer now."""
+        in_ring = self._is_in_ring(hand)
+        for other in self.session.members if in_ring else [hand]:
+            other.worker.patience *= 2
+        # In a ring all wait for the one that hangs, and nobody knows which one that is.
+        self._engine_lost(hand, reason, now, blamed=not in_ring, is_dead=False)
+
+    # What is lost
+
+    def failed(self, hand: Hand, kind: str, text: str, fatal: bool, now: float) -> None:
+        """An engine died (`fatal`), or could not do its work; `kind` is the error's class."""
+        session = self.session
+        if session.is_ending:
+            hand.forget_unsent()
+            hand.worker.line.clear()
+            return
+        if not fatal and kind in failures.FINAL:
+            self.end(failures.error_of(kind, text))
+            return
+        # A survivor of a broken ring fails too; the one to blame is the one that died.
+        blamed = not fatal or kind == failures.DIED or not self._is_in_ring(hand)
+        self._engine_lost(hand, text, now, blamed=blamed, is_dead=fatal)
+        if not fatal and kind in failures.OF_HOST:
+            session.hands.pop(hand.rank, None)
+            self._failures[hand.rank] = MAX_FAILURES
+            if not session.hands:
+                self.end(failures.error_of(kind, f"{hand.worker.info.name}: {text}"))
+
+    def gone(self, rank: int, reason: str, now: float) -> None:
+        """A host is out of reach."""
+        session, hand = self.session, self.session.hands.pop(rank, None)
+        if hand is None or session.is_ending:
+            return
+        self.tell(HostLost(rank, hand.worker.info.name, reason))
+        if hand.worker.killed is None:  # else it hung, and that was counted
+            self._failures[rank] = self._failures.get(rank, 0) + 1
+        session.give_back(rank)
+        if session.ring is not None and rank in session.ring.ranks:
+            self._broken(reason, now)
+
+    def part(self, now: float) -> None:
+        """Ends the ring: all its engines, and with them what they hold."""
+        session = self.session
+        ring, members = session.ring, session.members
+        session.parted()
+        self._longest = None
+        epochs = [hand.worker.epoch for hand in members]
+        epoch = 1 + max([*epochs, *([] if ring is None else [ring.epoch])], default=0)
+        for hand in members:
+            self._kill(hand, epoch, now)
+
+    def _is_in_ring(self, hand: Hand) -> bool:
+        ring = self.session.ring
+        return ring is not None and len(ring.ranks) > 1 and hand.rank in ring.ranks
+
+    def _engine_lost(
+        self, hand: Hand, reason: str, now: float, *, blamed: bool, is_dead: bool
+    ) -> None:
+        session, rank = self.session, hand.rank
+        self.tell(HostLost(rank, hand.worker.info.name, reason))
+        if blamed:
+            self._failures[rank] = self._failures.get(rank, 0) + 1
+        session.give_back(rank)
+        if session.ring is not None and rank in session.ring.ranks:
+            self._broken(reason, now)
+        elif is_dead:
+            hand.lost()
+            hand.worker.lost_engine(now)
+        else:
+            self._kill(hand, hand.worker.epoch + 1, now)
+        if not self.takes(rank):
+            session.hands.pop(rank, None)
+
+    def _broken(self, reason: str, now: float) -> None:
+        self.part(now)
+        self._attempts += 1
+        if self._attempts >= MAX_ATTEMPTS:
+            text = f"{MAX_ATTEMPTS} rings failed one after another: {reason}"
+            self.end(FluxmeshError(f"{text} Go on with --resume."))
+
+    def _kill(self, hand: Hand, epoch: int, now: float) -> None:
+        hand.lost()
+        hand.worker.kill(epoch, now)
+        hand.put(messages.Kill(hand.worker.fence, epoch), now)
+
+    # The end
+
+    def must_end(self, now: float) -> None:
+        """Engines that do not let go soon are killed."""
+        self._end_by = now + max(SILENCE, 2 * (self._longest or 0.0))
+
+    def end_late(self, now: float) -> None:
+        if now < self._end_by:
+            return
+        for hand in self.session.hands.values():
+            if hand.worker.killed is None and not hand.is_free:
+                self._kill(hand, hand.worker.epoch + 1, now)
