@@ -14,9 +14,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Loading:
-    """A component's weights are being read."""
+    """A component's weights are being read, or a host is sent an adapter."""
 
-    component: str  # "text encoders", "transformer", "autoencoder"; "download" before them
+    component: str  # "text encoders", "transformer", "autoencoder"; "download", "adapter" before
     done_bytes: int
     total_bytes: int
     host: int | None = None

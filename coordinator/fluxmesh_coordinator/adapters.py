@@ -1,7 +1,6 @@
 """A user's adapters on a mesh: named by their hash, and sent to the hosts that lack them.
 
-Below `mesh.py` (which names them) and `conduct.py` (which sends them before an engine is told to
-load them).
+Below `mesh.py` (which names them) and `conduct.py` (which sends them once a host is leased).
 """
 
 from __future__ import annotations
@@ -53,13 +52,17 @@ def _constant(text: str) -> Callable[[re.Match[str]], str]:
     return lambda _: text
 
 
-async def send(client: Client, fence: int, files: Files) -> None:
-    """Makes a host have these files. Raises `FluxmeshError`."""
+async def send(client: Client, fence: int, files: Files, tell: Callable[[int, int], None]) -> None:
+    """Makes a host have these files; `tell` hears (bytes sent, in all) of each.
+
+    Raises `FluxmeshError`.
+    """
     for sha256, (name, path) in files.items():
         found = await client.ask(HasFile(fence, sha256), Found)
         if found.there:
             continue
         total = path.stat().st_size
+        tell(0, total)
         with open(path, "rb") as file:
             for offset in range(0, total, PIECE):
                 piece = file.read(PIECE)
@@ -67,3 +70,4 @@ async def send(client: Client, fence: int, files: Files) -> None:
                     raise AdapterError(f"--adapter {name} shrinks while it is read; try again.")
                 data = np.frombuffer(piece, np.uint8)
                 await client.ask(PutFile(fence, sha256, offset, total, data), Done)
+                tell(offset + len(piece), total)

@@ -19,7 +19,7 @@ from fluxmesh.errors import (
     FluxmeshError,
     HostUnreachableError,
 )
-from fluxmesh.events import Queued
+from fluxmesh.events import Loading, Queued
 from fluxmesh_coordinator import adapters
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.driver import Driver
@@ -165,6 +165,7 @@ class Conductor:
                 lease = self._line_up(rank, client, option.seconds, self._teller(rank))
                 granted[rank] = await self._unless_stopped(lease)
                 self._leased[rank] = client
+                await self._unless_stopped(self._give_files(rank, client, granted[rank].fence))
             except HostUnreachableError as error:
                 if client is not None:
                     self.driver.lost(rank, client, str(error))
@@ -182,6 +183,14 @@ class Conductor:
         """The lease of a host."""
         self._asked[rank] = client
         return await client.lease(self.session.id, seconds, tell)
+
+    async def _give_files(self, rank: int, client: Client, fence: int) -> None:
+        """Sends a host the adapters that it lacks, before a session waits for its engine."""
+
+        def tell(done: int, total: int) -> None:
+            self.tell(Loading("adapter", done, total, rank))
+
+        await adapters.send(client, fence, self.files, tell)
 
     def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
@@ -244,6 +253,7 @@ class Conductor:
                     continue
                 try:
                     granted = await self._line_up(rank, client, 0.0, lambda _: None)
+                    await self._give_files(rank, client, granted.fence)
                 except FluxmeshError as error:
                     self.driver.lost(rank, client, str(error))
                     continue
@@ -299,14 +309,10 @@ class Conductor:
     async def _deliver(
         self, rank: int, client: Client, outbox: asyncio.Queue[messages.Changing]
     ) -> None:
-        """Sends in order what the session gives out, adapters before whatever needs them."""
-        lacks = dict(self.files)
+        """Sends in order what the session gives out."""
         while True:
             message = await outbox.get()
             try:
-                if lacks and isinstance(message, messages.Load | messages.Encode):
-                    await adapters.send(client, message.fence, lacks)
-                    lacks = {}
                 answer = await client.post(message)
             except HostUnreachableError as error:
                 self._gone(rank, client, str(error))

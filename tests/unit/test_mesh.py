@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from fluxmesh.errors import (
 )
 from fluxmesh.request import AdapterRef
 from fluxmesh.transport.broken import BrokenDialer, Faults
-from fluxmesh_coordinator import client, conduct
+from fluxmesh_agent.adapters import Adapters
+from fluxmesh_coordinator import adapters, client, conduct, hosts
 from fluxmesh_coordinator.adapters import by_hash, with_names
 from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.driver import Driver
@@ -271,6 +273,33 @@ def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
         assert stored.read_bytes() == path.read_bytes()
         path.unlink()  # the host has it: nothing is read again
         await Conductor(driver, Session(dataclasses.replace(asked, id="two")), files, Heard()).run()
+
+    play(tmp_path, 1, body)
+
+
+def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "dog.safetensors"
+    path.write_bytes(bytes(600))
+    named, files = by_hash([AdapterRef(str(path))])
+    monkeypatch.setattr(adapters, "PIECE", 100)
+    monkeypatch.setattr(hosts, "SILENCE", 0.5)
+    put = Adapters.put
+
+    def slowly(self: Adapters, *piece: Any) -> None:
+        time.sleep(0.2)
+        put(self, *piece)
+
+    monkeypatch.setattr(Adapters, "put", slowly)
+    asked, heard = job(adapters=named), Heard()
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        await Conductor(driver, Session(asked), files, heard).run()
+        check(heard, asked)
+        assert heard.of(events.HostLost) == []
+        told = [event for event in heard.of(events.Loading) if event.component == "adapter"]
+        assert [event.done_bytes for event in told] == [0, 100, 200, 300, 400, 500, 600]
 
     play(tmp_path, 1, body)
 
