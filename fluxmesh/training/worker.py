@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -149,7 +149,8 @@ class TrainingWorker(Worker):
     # What it does
 
     def _open_training(self, work: OpenTraining) -> Reports:
-        pipeline = self.open(work.weights)
+        vectors, self._vectors = self._vectors, {}
+        pipeline = self.open(work.weights)  # other weights end what was open
         if self._learner is not None:
             self._learner.close()
             self._learner = None
@@ -171,15 +172,10 @@ class TrainingWorker(Worker):
             plan = prepare(request, examples, pipeline.checkpoint)
             learner = Learner(pipeline, self._given, plan, self._go_on)
             if work.update:
-                self._check_state(learner.adapters.size)
-                learner.restore(work.update, self._vectors)
-            self._vectors, self._learner = {}, learner
+                _check_state(vectors, learner.adapters.size)
+                learner.restore(work.update, vectors)
+            self._learner = learner
         yield Opened(work.job, work.epoch, learner.adapters.size)
-
-    def _check_state(self, size: int) -> None:
-        lengths = {name: len(vector) for name, vector in self._vectors.items()}
-        if not {"weights", "first", "second"} <= lengths.keys() or set(lengths.values()) != {size}:
-            raise UsageError(f"A state of {size} numbers was needed, and {lengths} came.")
 
     def _update(self, work: Update) -> Reports:
         learner = self.learner
@@ -259,6 +255,12 @@ class TrainingWorker(Worker):
     def _go_on(self) -> None:
         if self.options.stopping():
             raise Stopped
+
+
+def _check_state(vectors: Mapping[str, np.ndarray], size: int) -> None:
+    lengths = {name: len(vector) for name, vector in vectors.items()}
+    if not {"weights", "first", "second"} <= lengths.keys() or set(lengths.values()) != {size}:
+        raise UsageError(f"A state of {size} numbers was needed, and {lengths} came.")
 
 
 def request_of(text: str) -> TrainRequest:

@@ -1,0 +1,238 @@
+"""Training on real agents, engines and rings on loopback: the bytes of one host, whoever dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fluxmesh import Mesh, messages
+from fluxmesh.errors import CancelledError
+from fluxmesh.events import HostLost
+from fluxmesh.training import checkpoint
+from fluxmesh.training.events import Dealt, Encoding, Prepared, Progress, Updated
+from fluxmesh.training.request import TrainRequest
+from tests.integration.test_mesh import mesh_of
+from tests.trainings import asked, final, make_place, of, run
+
+SLOW = {"FLUXMESH_DELAYS": "step=0.05"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("training"))
+
+
+def small(place: Path, out: Path, **changed) -> TrainRequest:
+    """3 updates of 8 micro-batches, all that is random on; 3 hosts don't divide 8."""
+    short = {"iterations": 24, "grad_accumulate": 8, "batch_size": 1, "lora_blocks": 2}
+    looks = {"validation": 1, "ema": 0.9, "checkpoint_every": 8}
+    return asked(place, out, **{**short, **looks, **changed})
+
+
+@pytest.fixture(scope="module")
+def alone(place, tmp_path_factory) -> bytes:
+    """The adapter that this process makes by itself."""
+    out = tmp_path_factory.mktemp("alone")
+    run(small(place, out))
+    return final(out)
+
+
+@pytest.fixture(scope="module")
+def three(place, tmp_path_factory) -> Iterator[Mesh]:
+    with mesh_of(tmp_path_factory.mktemp("three"), 3, place, SLOW) as mesh:
+        yield mesh
+
+
+def pid(mesh: Mesh, rank: int) -> int:
+    told = mesh.status()[rank]
+    assert isinstance(told, messages.Status) and told.engine_pid is not None, told
+    return told.engine_pid
+
+
+def follow(
+    mesh: Mesh, request: TrainRequest, look: Callable[[object], None] = lambda _: None
+) -> list[object]:
+    """All that a run on the mesh tells; `look` sees each as it comes."""
+    told: list[object] = []
+
+    def tell(event: object) -> None:
+        told.append(event)
+        look(event)
+
+    for event in mesh.train(request, tell):
+        tell(event)
+    return told
+
+
+# --- the same training ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, hosts, dtype):
+    wanted = small(place, tmp_path / "alone", dtype=dtype)
+    run(wanted)
+    with mesh_of(tmp_path, hosts, place) as mesh:
+        told = follow(mesh, dataclasses.replace(wanted, output_dir=str(tmp_path / "out")))
+        steps = [found.counters.steps for found in mesh.status().values()]
+    assert final(tmp_path / "out") == final(tmp_path / "alone")
+    (dealt,) = of(told, Dealt)
+    assert list(dealt.shares.values()) == {1: [8], 2: [4, 4], 3: [3, 3, 2]}[hosts]
+    assert steps == [3] * hosts, "every host makes every update"
+    assert len(of(told, Updated)) == 3
+    assert checkpoint.iterations(tmp_path / "out") == [8, 16, 24]
+
+
+def test_hosts_encode_what_the_cache_lacks_as_this_process_would(place, tmp_path, three):
+    fresh = {"cache_dir": str(tmp_path / "cache"), "iterations": 8, "grad_accumulate": 8}
+    told = follow(three, small(place, tmp_path / "mesh", **fresh))
+    assert {event.what for event in of(told, Encoding)} == {"captions", "pictures"}
+    again = follow(three, small(place, tmp_path / "again", **fresh))
+    assert not of(again, Encoding)
+    run(small(place, tmp_path / "alone", iterations=8, cache_dir=str(tmp_path / "other")))
+    mine, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("other", "cache")
+    )
+    assert mine == theirs
+
+
+def test_a_progress_picture_is_the_one_of_this_process_and_disturbs_nothing(
+    place, tmp_path, three, alone
+):
+    shown = {"progress_prompt": "a red dog", "progress_every": 8, "progress_steps": 2}
+    mine = of(run(small(place, tmp_path / "alone", **shown)), Progress)
+    theirs = of(follow(three, small(place, tmp_path / "mesh", **shown)), Progress)
+    assert len(mine) == len(theirs) == 4
+    assert all((a.pixels == b.pixels).all() for a, b in zip(mine, theirs, strict=True))
+    assert final(tmp_path / "mesh") == alone
+
+
+def test_a_mesh_paints_as_before_once_a_training_is_over(place, tmp_path, three):
+    from fluxmesh.request import GenerateRequest
+
+    request = GenerateRequest(
+        "a cat", seed=3, model=str(place / "model"), dtype="float32", height=32, width=32, steps=2
+    )
+
+    def picture() -> bytes:
+        events = list(three.generate(request, "data"))
+        return next(e.pixels.tobytes() for e in events if type(e).__name__ == "Picture")
+
+    before = picture()
+    follow(three, small(place, tmp_path / "out", iterations=8))
+    assert picture() == before
+
+
+# --- deaths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_changes_no_byte(place, tmp_path, three, alone, number):
+    struck: list[int] = []
+
+    def strike(event: object) -> None:
+        if isinstance(event, Updated) and event.update == 2 and not struck:
+            struck.append(pid(three, 1))
+            os.kill(struck[0], number)
+
+    told = follow(three, small(place, tmp_path), strike)
+    assert final(tmp_path) == alone
+    assert struck and of(told, HostLost)
+    assert [event.update for event in of(told, Updated)] == [1, 2, 3], "the run does not notice"
+    assert len(of(told, Dealt)) == 2
+
+
+def test_an_engine_that_dies_while_it_encodes_loses_nothing(place, tmp_path, three, alone):
+    struck: list[int] = []
+
+    def strike(event: object) -> None:
+        if isinstance(event, Encoding) and event.what == "captions" and not struck:
+            struck.append(pid(three, 0))
+            os.kill(struck[0], signal.SIGKILL)
+
+    told = follow(three, small(place, tmp_path / "out", cache_dir=str(tmp_path / "cache")), strike)
+    assert struck and of(told, HostLost)
+    assert final(tmp_path / "out") == alone
+
+
+def test_updates_since_the_last_checkpoint_are_done_again_when_a_ring_breaks(
+    place, tmp_path, three, alone
+):
+    struck: list[int] = []
+
+    def strike(event: object) -> None:
+        if isinstance(event, Updated) and event.update == 2 and not struck:
+            struck.append(pid(three, 2))
+            os.kill(struck[0], signal.SIGKILL)
+
+    told = follow(three, small(place, tmp_path, checkpoint_every=1000), strike)
+    assert struck and of(told, HostLost)
+    assert [event.update for event in of(told, Updated)] == [1, 2, 3]
+    assert final(tmp_path) == alone
+
+
+def test_a_host_that_is_gone_is_done_without(place, tmp_path, alone):
+    with mesh_of(tmp_path, 3, place, SLOW) as mesh:
+        agent = mesh.status()[2].pid
+
+        def strike(event: object) -> None:
+            if isinstance(event, Updated) and event.update == 1:
+                os.kill(agent, signal.SIGKILL)
+
+        told = follow(mesh, small(place, tmp_path / "out"), strike)
+    assert final(tmp_path / "out") == alone
+    assert list(of(told, Dealt)[-1].shares) == [0, 1]
+
+
+# --- stop and resume -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path, three, alone, updates):
+    request = small(place, tmp_path, checkpoint_every=1000)
+    events = three.train(request)
+    for event in events:
+        if isinstance(event, Updated) and event.update == updates:
+            break
+    events.close()
+    assert checkpoint.iterations(tmp_path) == [8 * updates]
+    told = follow(three, dataclasses.replace(request, resume=True))
+    assert of(told, Prepared)[0].begins_at == updates
+    assert final(tmp_path) == alone
+
+
+def test_ctrl_c_in_an_update_leaves_the_last_whole_one(place, tmp_path, three, alone):
+    request = small(place, tmp_path, checkpoint_every=1000)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(CancelledError, match="go on with --resume"):
+            for event in three.train(request):
+                if isinstance(event, Updated) and event.update == 1:
+                    signal.setitimer(signal.ITIMER_REAL, 0.06)  # an update takes 0.15 s at least
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert checkpoint.iterations(tmp_path) == [8]
+    follow(three, dataclasses.replace(request, resume=True))
+    assert final(tmp_path) == alone
+
+
+def test_a_run_of_one_process_goes_on_on_a_mesh_and_back(place, tmp_path, three, alone):
+    request = small(place, tmp_path, checkpoint_every=8)
+    events = three.train(request)
+    for event in events:
+        if isinstance(event, Updated) and event.update == 1:
+            break
+    events.close()
+    run(dataclasses.replace(request, resume=True))
+    assert final(tmp_path) == alone
