@@ -225,9 +225,9 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
             last = [m for m in ones[0].heard if isinstance(m, messages.Stepped)][-1]
             assert last.step >= kept.step
             for one in ones:
-                one.heard.clear()
-                one._read = 0
                 await one.done(messages.Kill(one.fence, 2))
+                one.heard.clear()  # the survivor fails too, sooner or later
+                one._read = 0
             assert [(await one.status()).engine_pid for one in ones] == [None, None]
             await join_ring(ones, 2)
             works = [

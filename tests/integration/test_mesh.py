@@ -116,7 +116,7 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
             told.append(event)
             if isinstance(event, events.Step) and event.step == 2 and not struck:
                 struck = time.monotonic()
-                status = mesh.status()[1]
+                status = mesh.status()[event.host or 0]
                 assert isinstance(status, messages.Status) and status.engine_pid
                 os.kill(status.engine_pid, number)
         took = time.monotonic() - struck
