@@ -36,6 +36,7 @@ __all__ = [
     "apply_adapters",
     "check_adapters",
     "find_adapter",
+    "join_adapters",
     "read_adapter",
     "remove_adapters",
     "write_adapter",
@@ -79,14 +80,9 @@ def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False) -> None:
     `ModelNotFoundError`, `WeightsError` or `AdapterError` (naming keys that match nothing) before
     anything changes.
     """
-    found = [(read_adapter(path, flux.config), strength) for path, strength in adapters]
-    joined: dict[str, list[LowRank]] = {}
-    for adapter, strength in found:
-        for name, low in adapter.items():
-            joined.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
+    joined = join_adapters(adapters, flux.config)
     shard_cuts = cuts(flux.config, flux.shard)
-    for name, parts in joined.items():
-        low = stack(parts)
+    for name, low in joined.items():
         if name in shard_cuts:
             low = part_of(low, shard_cuts[name])
         module = module_at(flux, name)
@@ -95,6 +91,15 @@ def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False) -> None:
         else:
             replace_module(flux, name, beside(module, low, flux.dtype))
     mx.clear_cache()
+
+
+def join_adapters(adapters: Paths, config: FluxConfig) -> Adapter:
+    """Several LoRA files as one adapter of scale 1. Raises as `apply_adapters` does."""
+    found: dict[str, list[LowRank]] = {}
+    for path, strength in adapters:
+        for name, low in read_adapter(path, config).items():
+            found.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
+    return {name: stack(parts) for name, parts in found.items()}
 
 
 def stack(parts: Sequence[LowRank]) -> LowRank:

@@ -87,7 +87,7 @@ def test_an_interrupted_quantization_leaves_nothing(tmp_path, monkeypatch, error
         if len(calls) == 3:
             raise error
 
-    monkeypatch.setattr(quantize, "_write_json", failing)
+    monkeypatch.setattr(quantize, "write_json", failing)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         quantize_checkpoint(source, tmp_path / "q", 4)

@@ -28,6 +28,8 @@ PURE = [
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
     *("fluxmesh_coordinator.cli.models", "fluxmesh.flux.sharding"),
+    *("fluxmesh_coordinator.cli.adapters", "fluxmesh_coordinator.cli.progress"),
+    *("fluxmesh.flux.folders", "fluxmesh.flux.conversion"),
     *("fluxmesh_coordinator.starter", "fluxmesh_coordinator.launch"),
     *("fluxmesh_coordinator.bringup", "fluxmesh_coordinator.warming"),
     *("fluxmesh_coordinator.survey", "fluxmesh_coordinator.tables"),

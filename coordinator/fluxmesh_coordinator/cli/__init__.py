@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "fluxmesh_coordinator.cli.train:train",
     "interactive": "fluxmesh_coordinator.cli.interactive:interactive",
     "models": "fluxmesh_coordinator.cli.models:models",
+    "adapters": "fluxmesh_coordinator.cli.adapters:adapters",
     "up": "fluxmesh_coordinator.cli.up:up",
     "status": "fluxmesh_coordinator.cli.status:status",
     "plan": "fluxmesh_coordinator.cli.plan:plan",

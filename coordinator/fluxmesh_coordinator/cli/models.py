@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
+from fluxmesh_coordinator.cli.progress import bar_of_bytes, size_text
 
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
@@ -47,7 +47,7 @@ def list_command(as_json: bool) -> None:
     for model in found:
         name = f"{model.name} (default)" if model.name == default else model.name
         state = f"here, {model.revision[:14]}" if model.revision else model.note
-        table.add_row(name, model.source, _size(model.nbytes) if model.nbytes else "", state)
+        table.add_row(name, model.source, size_text(model.nbytes) if model.nbytes else "", state)
     Console().print(table)
     click.echo("Fetch one with `fluxmesh models pull MODEL`. A Hub id (owner/repo), a folder or a")
     click.echo(".safetensors file is a model too.")
@@ -65,7 +65,7 @@ def pull(model: str, as_json: bool) -> None:
     from fluxmesh.flux import hub
     from fluxmesh.flux.components import verify
 
-    with _progress(f"Fetching {model}", as_json) as progress:
+    with bar_of_bytes(f"Fetching {model}", as_json) as progress:
         checkpoint = hub.pull(model, progress)
     verify(checkpoint)
     total = sum(part.nbytes for part in checkpoint.components.values())
@@ -73,7 +73,7 @@ def pull(model: str, as_json: bool) -> None:
         line = {"event": "pulled", "name": checkpoint.name, "revision": checkpoint.revision}
         click.echo(json.dumps(line | {"bytes": total}, ensure_ascii=False))
     else:
-        click.echo(f"{model} is here: {_size(total)}, revision {checkpoint.revision}.")
+        click.echo(f"{model} is here: {size_text(total)}, revision {checkpoint.revision}.")
 
 
 @models.command()
@@ -92,43 +92,13 @@ def quantize(source: str, folder: Path, bits: str, as_json: bool) -> None:
     from fluxmesh.flux import hub
     from fluxmesh.flux.quantize import quantize_checkpoint
 
-    with _progress(f"Fetching {source}", as_json) as progress:
+    with bar_of_bytes(f"Fetching {source}", as_json) as progress:
         checkpoint = hub.resolve(source, progress=progress)
-    with _progress(f"Quantizing to {bits} bits", as_json) as progress:
+    with bar_of_bytes(f"Quantizing to {bits} bits", as_json) as progress:
         quantize_checkpoint(checkpoint, folder, int(bits), progress)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if as_json:
         line = {"event": "quantized", "folder": str(folder), "bits": int(bits), "bytes": size}
         click.echo(json.dumps(line, ensure_ascii=False))
     else:
-        click.echo(f"Wrote {folder}: {_size(size)}, {bits} bits.")
-
-
-@contextmanager
-def _progress(what: str, as_json: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes that appears with the first of them; nothing with --json or into a file."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if as_json or not console.is_terminal:
-        yield lambda done, total: None
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task(what, total=None, visible=False)
-    with bar:
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
-def _size(nbytes: int) -> str:
-    """Bytes for people, in the units that the Hub's pages use."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.1f} GB"
-    return f"{nbytes / 1e6:.1f} MB"
+        click.echo(f"Wrote {folder}: {size_text(size)}, {bits} bits.")
