@@ -6,7 +6,6 @@ hosts need no disk of ours. Every call blocks until the mesh has done it, whoeve
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -177,8 +176,7 @@ def job_of(
 ) -> TrainJob:
     """The run as it travels."""
     request = plan.request
-    local = os.path.expanduser(request.model)
-    name = os.path.abspath(local) if os.path.exists(local) else request.model
+    name = hub.full_name(request.model)
     asked = GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
     sizes = ModelSizes.of(base)
     return TrainJob(

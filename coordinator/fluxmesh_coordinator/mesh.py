@@ -11,7 +11,6 @@ thread of its own drives the agents (`driver.py`, `conduct.py`); everything here
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import secrets
 import threading
@@ -229,11 +228,10 @@ class Mesh:
         keep_warm: bool,
     ) -> tuple[Job, Files]:
         """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
-        sizes = self._sizes(request.model)
+        from fluxmesh.flux import hub
+
+        sizes, name = self._sizes(request.model), hub.full_name(request.model)
         named, files = by_hash(request.adapters)
-        name, local = request.model, os.path.expanduser(request.model)
-        if os.path.exists(local):
-            name = os.path.abspath(local)
         job = Job(
             secrets.token_hex(8),
             replace(request, model=name, adapters=named),

@@ -93,6 +93,15 @@ def resolve(name: str, *, download: bool = True, progress: Progress | None = Non
     )
 
 
+def full_name(name: str) -> str:
+    """What other processes and machines know a model by: as `resolve` reads the name here.
+
+    An alias in its short form (also where a folder is called so), a path from the root, a Hub id.
+    """
+    path = os.path.expanduser(name)
+    return _alias(name) or (os.path.abspath(path) if os.path.exists(path) else name)
+
+
 def _embedded() -> Checkpoint:
     """The checkpoint of the package; its own fluxmesh.json may say what it paints by default."""
     found = from_folder(tiny_folder(), TINY)
@@ -120,7 +129,7 @@ def pull(name: str, progress: Progress | None = None) -> Checkpoint:
     """
     alias = _alias(name)
     repo = REPOS.get(alias or "", name)
-    if alias == TINY or os.path.exists(os.path.expanduser(name)) or not is_hub_id(repo):
+    if alias == TINY or not is_hub_id(repo) or os.path.isabs(full_name(name)):
         return resolve(name, progress=progress)
     from fluxmesh.flux.download import download_model
 

@@ -271,3 +271,17 @@ def test_resolving_imports_neither_mlx_nor_the_hubs_library(tmp_path):
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_name_is_full_as_resolve_reads_it(tmp_path, monkeypatch):
+    """A folder that happens to be called like a model changes nothing."""
+    for folder in ("tiny", "dev", "mine"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [hub.full_name(name) for name in ("tiny", "flux-Dev", "FLUX-schnell")] == [
+        "tiny",
+        "dev",
+        "schnell",
+    ]
+    assert hub.full_name("mine") == str(tmp_path / "mine")
+    assert hub.full_name("someone/flux") == "someone/flux"

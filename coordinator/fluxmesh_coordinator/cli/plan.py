@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +66,7 @@ def plan(
     up = record.load() if hostfile is None else None
     default = up.weights.model if up and up.weights else None
     name, sizes, here = assumed.sizes_of(settings.model or default or hub.default_model())
-    if os.path.exists(os.path.expanduser(name)):
-        name = os.path.abspath(os.path.expanduser(name))  # as agents know it
+    name = hub.full_name(name)  # as agents know it
     request = settings.request(prompt or "", 0, model=name, defaults=sizes.defaults)
     request = replace(request, adapters=by_hash(request.adapters)[0])
     if hostfile is not None and assume is not None:

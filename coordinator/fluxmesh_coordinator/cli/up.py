@@ -65,13 +65,11 @@ def up(
     with watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()
         checkpoint = _checkpoint(name, watch)
-        if os.path.exists(os.path.expanduser(name)):
-            name = os.path.abspath(os.path.expanduser(name))
         defaults = checkpoint.defaults
         request = GenerateRequest(
             prompt="",
             seed=0,
-            model=name if os.path.isabs(name) else checkpoint.name,
+            model=hub.full_name(name),
             height=defaults.height,
             width=defaults.width,
             steps=defaults.steps,
