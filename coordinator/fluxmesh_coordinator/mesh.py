@@ -21,6 +21,7 @@ from typing import Any, Self, TypeVar
 
 from fluxmesh import messages
 from fluxmesh.cluster import MeshView, Placement
+from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event
 from fluxmesh.keys import Keys
 from fluxmesh.placement import Plan
@@ -60,6 +61,7 @@ class Mesh:
         self.record = record
         self.keeps_warm = keeps_warm  # whether weights serve others after this program
         self._close = close
+        self._jobs: set[Running] = set()  # that run now
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
         self._thread.start()
@@ -87,14 +89,20 @@ class Mesh:
             return cls._of(record, keys or user_keys(), _remember)
         started = launch.start_ephemeral()
         ephemeral = [started]
+        one, is_over = threading.Lock(), threading.Event()
 
         def restart(rank: int) -> Member:
-            ephemeral[0].kill()
-            ephemeral[0] = launch.start_ephemeral(keys=started.keys)
-            return ephemeral[0].record.members[rank]
+            with one:  # a start that is under way when the mesh closes leaves nothing behind
+                if is_over.is_set():
+                    raise HostUnreachableError("The mesh was closed.")
+                ephemeral[0].kill()
+                ephemeral[0] = launch.start_ephemeral(keys=started.keys)
+                return ephemeral[0].record.members[rank]
 
         def close() -> None:
-            ephemeral[0].close()
+            is_over.set()
+            with one:
+                ephemeral[0].close()
 
         try:
             return cls(
@@ -168,8 +176,15 @@ class Mesh:
 
         conductor = self._run(begin())
         done = asyncio.run_coroutine_threadsafe(conductor.run(wait), self._loop)
-        done.add_done_callback(lambda _: box.put(None))
-        return Running(self._loop, conductor, done, box)
+        running = Running(self._loop, conductor, done, box)
+        self._jobs.add(running)
+
+        def ended(_: object) -> None:
+            self._jobs.discard(running)
+            box.put(None)
+
+        done.add_done_callback(ended)
+        return running
 
     def plan(
         self,
@@ -204,10 +219,15 @@ class Mesh:
         return MeshView(hosts, links.links, links.backend)
 
     def close(self) -> None:
-        """Lets go of the agents; a mesh that was started by `connect` ends. Twice is harmless."""
+        """Cancels what runs and lets go of the agents; a mesh that was started by `connect` ends.
+
+        Twice is harmless.
+        """
         if self._loop.is_closed():
             return
         try:
+            for running in list(self._jobs):
+                running.stop()
             self._run(self._driver.__aexit__())
         finally:
             self._end()

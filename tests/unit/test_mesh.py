@@ -374,3 +374,28 @@ def test_a_program_holds_a_mesh_and_streams_a_job(tmp_path: Path) -> None:
             next(mesh.generate(dataclasses.replace(request, model="nobody")))
         asyncio.run_coroutine_threadsafe(fake[0].__aexit__(), mesh._loop).result()
     mesh.close()
+
+
+def test_closing_a_mesh_cancels_what_runs_on_it(tmp_path: Path) -> None:
+    holders: list[str] = []
+
+    def dialer() -> Any:
+        fake = FakeMesh(tmp_path, 1)
+        fake.start(0)
+        made = fake.network.dialer()
+
+        async def close() -> None:
+            holders.append(fake.services[0].leases.holder)
+            await fake.__aexit__()
+
+        made.close = close  # type: ignore[method-assign]
+        return made
+
+    mesh = Mesh(FakeMesh(tmp_path, 1).record, dialer)
+    stream = mesh.generate(ask(model="tiny", height=32, width=32, steps=1000))
+    assert next(event for event in stream if isinstance(event, events.Step)).step == 1
+    mesh.close()
+    mesh.close()
+    assert holders == [""]
+    with pytest.raises(CancelledError):
+        list(stream)
