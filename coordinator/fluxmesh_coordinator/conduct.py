@@ -53,6 +53,10 @@ class Served(Protocol):
     def id(self) -> str:
         """The job's."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether hosts that answer late are wanted too, and not just those it began with."""
+
     def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]: ...
 
     def handle(self, event: Any, now: float) -> list[Instruction]: ...
@@ -245,7 +249,7 @@ class Conductor:
 
         In the background: whoever holds one is never waited for with other leases in hand.
         """
-        wanted = set(self._leased)
+        wanted = set(self.driver.hosts) if self.session.grows else set(self._leased)
         while True:
             for rank in wanted - set(self._leased):
                 client = self.driver.clients.get(rank)

@@ -28,6 +28,14 @@ from fluxmesh.messages import (
     Report,
     Work,
 )
+from fluxmesh.training.messages import (
+    CloseTraining,
+    GiveVectors,
+    OpenTraining,
+    PaintProgress,
+    Update,
+    Validate,
+)
 from fluxmesh_coordinator.jobs import LeasedHost
 
 SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
@@ -217,4 +225,10 @@ def _doing(message: Message) -> str:
             return "decoding"
         case Join():
             return "joining its ring"
+        case OpenTraining():
+            return "opening the training"
+        case Update():
+            return "training"
+        case GiveVectors() | Validate() | PaintProgress() | CloseTraining():
+            return "looking at the training"
     return "making a first step"

@@ -64,6 +64,11 @@ class Session:
         """The job's."""
         return self.course.job.id
 
+    @property
+    def grows(self) -> bool:
+        """No: the plan says which hosts are wanted."""
+        return False
+
     def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]:
         """Starts, or goes on after `Stuck`, with these hosts and no others."""
         self._now = now

@@ -85,6 +85,13 @@ class Hand:
                 self._features.pop(message.name, None)
         self._backlog.clear()
 
+    def cancelled(self, now: float) -> None:
+        """The engine has let go of all that it had in line before it was told to."""
+        after = [u for u in self.worker.line if isinstance(u.message, training.CloseTraining)]
+        self.worker.line = deque(after)
+        for unit in after:
+            unit.since = now
+
     def lost(self) -> None:
         """The engine is gone, or is being ended, with all that it held."""
         self._backlog.clear()

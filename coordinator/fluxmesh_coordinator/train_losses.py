@@ -7,7 +7,6 @@ survivors may hang for ever: all engines end, and those that are left form anoth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from fluxmesh import messages
 from fluxmesh.errors import FluxmeshError
@@ -15,10 +14,8 @@ from fluxmesh.events import HostLost
 from fluxmesh.training import messages as training
 from fluxmesh_coordinator import failures
 from fluxmesh_coordinator.hosts import SILENCE
+from fluxmesh_coordinator.train_course import TrainCourse
 from fluxmesh_coordinator.train_hands import Hand
-
-if TYPE_CHECKING:
-    from fluxmesh_coordinator.train_session import TrainSession
 
 MAX_FAILURES = 2  # of one host, in one run; then it is left out
 MAX_ATTEMPTS = 5  # rings that fail one after another without an update in between
@@ -28,15 +25,15 @@ LEAST = 30.0  # seconds, whichever is longer: then the ring hangs
 
 
 class Losses:
-    """Takes losses for a session."""
+    """Takes losses for a course."""
 
     def __init__(
         self,
-        session: TrainSession,
+        course: TrainCourse,
         tell: Callable[[HostLost], None],
         end: Callable[[FluxmeshError], None],
     ) -> None:
-        self.session, self.tell, self.end = session, tell, end
+        self.course, self.tell, self.end = course, tell, end
         self._failures: dict[int, int] = {}  # by rank
         self._attempts = 0
         self._since = 0.0  # when something was done last
@@ -66,27 +63,27 @@ class Losses:
     @property
     def _limit(self) -> float:
         longest = self._longest
-        members = self.session.members
+        members = self.course.members
         patience = max((hand.worker.patience for hand in members), default=1.0)
         return patience * (FIRST if longest is None else max(LEAST, SLACK * longest))
 
     def look(self, now: float) -> None:
         """Finds who is overdue."""
-        session = self.session
-        for rank, hand in list(session.hands.items()):
-            reason = hand.worker.overdue(now) if rank in session.hands else ""
+        course = self.course
+        for rank, hand in list(course.hands.items()):
+            reason = hand.worker.overdue(now) if rank in course.hands else ""
             if reason and hand.worker.killed is not None:
                 self.gone(rank, reason, now)
-            elif reason and not session.is_ending:
+            elif reason and not course.is_ending:
                 self._overdue(hand, reason, now)
-        updating = [hand for hand in session.members if hand.worker.has(training.Update)]
-        if updating and not session.is_ending and now - self._since > self._limit:
+        updating = [hand for hand in course.members if hand.worker.has(training.Update)]
+        if updating and not course.is_ending and now - self._since > self._limit:
             self._overdue(updating[0], f"no micro-batch was done for {self._limit:.0f} s", now)
 
     def _overdue(self, hand: Hand, reason: str, now: float) -> None:
         """Somebody gave no sign in time. It may have been slow: deadlines are longer now."""
         in_ring = self._is_in_ring(hand)
-        for other in self.session.members if in_ring else [hand]:
+        for other in self.course.members if in_ring else [hand]:
             other.worker.patience *= 2
         # In a ring all wait for the one that hangs, and nobody knows which one that is.
         self._engine_lost(hand, reason, now, blamed=not in_ring, is_dead=False)
@@ -95,8 +92,8 @@ class Losses:
 
     def failed(self, hand: Hand, kind: str, text: str, fatal: bool, now: float) -> None:
         """An engine died (`fatal`), or could not do its work; `kind` is the error's class."""
-        session = self.session
-        if session.is_ending:
+        course = self.course
+        if course.is_ending:
             hand.forget_unsent()
             hand.worker.line.clear()
             return
@@ -107,28 +104,28 @@ class Losses:
         blamed = not fatal or kind == failures.DIED or not self._is_in_ring(hand)
         self._engine_lost(hand, text, now, blamed=blamed, is_dead=fatal)
         if not fatal and kind in failures.OF_HOST:
-            session.hands.pop(hand.rank, None)
+            course.hands.pop(hand.rank, None)
             self._failures[hand.rank] = MAX_FAILURES
-            if not session.hands:
+            if not course.hands:
                 self.end(failures.error_of(kind, f"{hand.worker.info.name}: {text}"))
 
     def gone(self, rank: int, reason: str, now: float) -> None:
         """A host is out of reach."""
-        session, hand = self.session, self.session.hands.pop(rank, None)
-        if hand is None or session.is_ending:
+        course, hand = self.course, self.course.hands.pop(rank, None)
+        if hand is None or course.is_ending:
             return
         self.tell(HostLost(rank, hand.worker.info.name, reason))
         if hand.worker.killed is None:  # else it hung, and that was counted
             self._failures[rank] = self._failures.get(rank, 0) + 1
-        session.give_back(rank)
-        if session.ring is not None and rank in session.ring.ranks:
+        course.give_back(rank)
+        if course.ring is not None and rank in course.ring.ranks:
             self._broken(reason, now)
 
     def part(self, now: float) -> None:
         """Ends the ring: all its engines, and with them what they hold."""
-        session = self.session
-        ring, members = session.ring, session.members
-        session.parted()
+        course = self.course
+        ring, members = course.ring, course.members
+        course.parted()
         self._longest = None
         epochs = [hand.worker.epoch for hand in members]
         epoch = 1 + max([*epochs, *([] if ring is None else [ring.epoch])], default=0)
@@ -136,18 +133,18 @@ class Losses:
             self._kill(hand, epoch, now)
 
     def _is_in_ring(self, hand: Hand) -> bool:
-        ring = self.session.ring
+        ring = self.course.ring
         return ring is not None and len(ring.ranks) > 1 and hand.rank in ring.ranks
 
     def _engine_lost(
         self, hand: Hand, reason: str, now: float, *, blamed: bool, is_dead: bool
     ) -> None:
-        session, rank = self.session, hand.rank
+        course, rank = self.course, hand.rank
         self.tell(HostLost(rank, hand.worker.info.name, reason))
         if blamed:
             self._failures[rank] = self._failures.get(rank, 0) + 1
-        session.give_back(rank)
-        if session.ring is not None and rank in session.ring.ranks:
+        course.give_back(rank)
+        if course.ring is not None and rank in course.ring.ranks:
             self._broken(reason, now)
         elif is_dead:
             hand.lost()
@@ -155,7 +152,7 @@ class Losses:
         else:
             self._kill(hand, hand.worker.epoch + 1, now)
         if not self.takes(rank):
-            session.hands.pop(rank, None)
+            course.hands.pop(rank, None)
 
     def _broken(self, reason: str, now: float) -> None:
         self.part(now)
@@ -178,6 +175,6 @@ class Losses:
     def end_late(self, now: float) -> None:
         if now < self._end_by:
             return
-        for hand in self.session.hands.values():
+        for hand in self.course.hands.values():
             if hand.worker.killed is None and not hand.is_free:
                 self._kill(hand, hand.worker.epoch + 1, now)
