@@ -15,12 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.flux.config import AutoencoderConfig
-from fluxmesh.flux.tiles import Tile, tiles
-
-# A picture of more latents than this is decoded in tiles by `decode_tiled` (192 x 192 latents are
-# 1536 x 1536 pixels of FLUX). A constant, never free memory: a tile is not the same picture, since
-# the norms and the middle attention see all of it.
-UNTILED_LATENTS = 192 * 192
+from fluxmesh.flux.tiles import UNTILED_LATENTS, Tile, tiles
 
 # Queries that the middle attention takes at once: bounds the scores it holds to this many rows.
 QUERY_ROWS = 4096

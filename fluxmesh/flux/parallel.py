@@ -38,7 +38,7 @@ from fluxmesh.flux.layers import (
 )
 from fluxmesh.flux.lora import LoRALinear
 from fluxmesh.flux.model import Flux, Modulations
-from fluxmesh.flux.sharding import Cut, Shard
+from fluxmesh.flux.sharding import Cut, Shard, token_run
 from fluxmesh.flux.slicing import cut_linear, shard_of
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
@@ -235,7 +235,7 @@ class SequenceFlux(SpreadFlux):
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
         pe = self.flux.rope(txt_ids, img_ids)
-        start, stop = self._run(pe.shape[-3])
+        start, stop = token_run(pe.shape[-3], self.ranks.rank, self.ranks.size)
         return _filled(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
 
     def __call__(
@@ -243,7 +243,7 @@ class SequenceFlux(SpreadFlux):
     ) -> mx.array:
         """The velocity of all image tokens; arguments and result as `Flux.__call__`."""
         L, S = txt.shape[1], txt.shape[1] + img.shape[1]
-        start, stop = self._run(S)
+        start, stop = token_run(S, self.ranks.rank, self.ranks.size)
         txt = txt[:, start:stop]
         img = img[:, max(start - L, 0) : max(stop - L, 0)]
         img = _filled(img, stop - start - txt.shape[1], 1)
@@ -262,11 +262,6 @@ class SequenceFlux(SpreadFlux):
         own = self.flux.final_layer(x, modulation.final)  # [B, C, out_channels], text's as well
         every = self.ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
         return every[L:S].swapaxes(0, 1)
-
-    def _run(self, S: int) -> tuple[int, int]:
-        """This rank's tokens, from and to; what lies beyond S is filling."""
-        count = -(-S // self.ranks.size)
-        return self.ranks.rank * count, (self.ranks.rank + 1) * count
 
 
 def _filled(x: mx.array, length: int, axis: int) -> mx.array:

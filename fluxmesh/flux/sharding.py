@@ -1,4 +1,5 @@
-"""Which part of the transformer each of N hosts holds for `tensor`. Pure geometry, no mlx.
+"""Which part of the transformer each of N hosts holds for `tensor`, and which tokens it has for
+`sequence`. Pure geometry, no mlx.
 
 Heads and the MLPs' hidden columns are dealt out evenly (Shoeybi et al. 2019, "Megatron-LM",
 https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that a
@@ -24,6 +25,12 @@ class Shard:
 
     rank: int = 0
     size: int = 1
+
+
+def token_run(tokens: int, rank: int, ranks: int) -> tuple[int, int]:
+    """A rank's run of ceil(S / N) of S tokens under `sequence`; what lies beyond S is filling."""
+    count = -(-tokens // ranks)
+    return rank * count, (rank + 1) * count
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ import numpy as np
 
 from fluxmesh.errors import UsageError
 
+# A picture of more latents than this is decoded in tiles (192 x 192 latents are 1536 x 1536 pixels
+# of FLUX). A constant, never free memory: a tile is not the same picture, since the norms and the
+# middle attention see all of it.
+UNTILED_LATENTS = 192 * 192
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -170,12 +170,10 @@ class Options:
     def _ring_step(self, placement: Placement, ranks: tuple[int, ...]) -> float:
         """One step of one image: the slowest host's share, then the bytes on the slowest link."""
         size, crowd = len(ranks), self._crowd(ranks)
-        tokens = split_tokens(self.work.tokens, size)
-        shares = [own / self.work.tokens if placement == "sequence" else 1 / size for own in tokens]
-        compute = max(
-            self.steps[rank].seconds * crowd[rank] * share
-            for rank, share in zip(ranks, shares, strict=True)
-        )
+        share = 1 / size
+        if placement == "sequence":  # what fills up the last runs is computed like tokens
+            share = split_tokens(self.work.tokens, size)[0] / self.work.tokens
+        compute = max(self.steps[rank].seconds * crowd[rank] for rank in ranks) * share
         rate, latency = self._slowest_link(ranks)
         hops = (size - 1) * (1 if placement == "sequence" else 2)  # a reduction goes round twice
         waits = self.work.collectives(placement) * hops * latency

@@ -25,13 +25,14 @@ from fluxmesh.flux.config import (
     T5Config,
 )
 from fluxmesh.flux.schedule import timesteps
+from fluxmesh.flux.sharding import token_run
+from fluxmesh.flux.tiles import UNTILED_LATENTS
 from fluxmesh.request import GenerateRequest
 
 BYTES = {"bfloat16": 2, "float32": 4}
 ACTIVATIONS = 24  # arrays of tokens by hidden size that a step holds at once, at most
 SPLIT_ACTIVATIONS = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
 DECODE_ARRAYS = 4  # arrays of the largest size that a decode holds at once
-UNTILED_LATENTS = 192 * 192  # larger pictures are decoded in tiles (flux/autoencoder.py)
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,9 @@ def tensor_problem(work: Work, hosts: int) -> str:
 
 
 def split_tokens(tokens: int, hosts: int) -> tuple[int, ...]:
-    """Tokens of each rank under `sequence`: as even as can be, the longer shares first."""
-    return tuple(tokens // hosts + (rank < tokens % hosts) for rank in range(hosts))
+    """Tokens of each rank under `sequence`, without what fills up the last ones."""
+    runs = (token_run(tokens, rank, hosts) for rank in range(hosts))
+    return tuple(max(0, min(stop, tokens) - start) for start, stop in runs)
 
 
 @lru_cache(maxsize=64)

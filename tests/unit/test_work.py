@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster import HostInfo, Measured
-from fluxmesh.flux import autoencoder
 from fluxmesh.flux.model import Flux
-from fluxmesh.planning import work
 from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
 from fluxmesh.planning.work import Work, split_tokens, tensor_problem
 from fluxmesh.request import SourceImage
@@ -85,7 +83,6 @@ def test_low_memory_and_preload_change_what_is_held_when() -> None:
 
 
 def test_decoding_in_tiles_takes_no_more_memory_than_a_tile() -> None:
-    assert work.UNTILED_LATENTS == autoencoder.UNTILED_LATENTS
     large, larger = (
         Work.of(ask(height=side, width=side), FLUX).memory("data", 1, 1).decode
         for side in (1536, 4096)
@@ -126,11 +123,14 @@ def test_quantization_groups_stay_whole() -> None:
 
 
 @given(st.integers(1, 10**6), st.integers(1, 300))
-def test_tokens_are_split_as_evenly_as_can_be(tokens: int, hosts: int) -> None:
+def test_tokens_are_dealt_out_in_runs_of_one_length_and_the_last_lack_some(
+    tokens: int, hosts: int
+) -> None:
     shares = split_tokens(tokens, hosts)
     assert sum(shares) == tokens and len(shares) == hosts
-    assert max(shares) - min(shares) <= 1
     assert max(shares) == -(-tokens // hosts)  # what gathers are padded to
+    full = tokens // max(shares)
+    assert shares[:full] == (max(shares),) * full and not any(shares[full + 1 :])
 
 
 def timed(*sizes: tuple[int, int, float], **keys: object) -> HostInfo:
