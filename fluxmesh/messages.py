@@ -412,9 +412,13 @@ class Progress(Report):
     total_bytes: int
 
 
+WARM_STEP = "step"  # what a `Beat` calls the first step of an image whose kernels are compiled
+
+
 @dataclass(frozen=True)
 class Beat(Report):
-    """The engine works at something that gives no other sign: encoding, a first step, decoding."""
+    """The engine works at something that gives no other sign: loading, encoding, the first step of
+    an image, decoding."""
 
     job: str
     epoch: int

@@ -16,6 +16,7 @@ from typing import TypeVar
 from fluxmesh import hostfile
 from fluxmesh.cluster import Holding, HostInfo
 from fluxmesh.messages import (
+    WARM_STEP,
     Beat,
     Decode,
     Encode,
@@ -42,7 +43,7 @@ SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that 
 SLACK = 4.0  # times what a step took before
 START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
 STALLED = 60.0  # seconds in which not one byte was loaded
-FIRST = 30.0  # seconds, at least, for a step that ticks not and was never timed
+FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
 # Seconds that work may take once its weights are read; per picture, and more for large ones.
 BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
 AREA = 1 << 20  # pixels, up to which a picture is not large
@@ -78,7 +79,7 @@ class Worker:
         self._guesses: dict[tuple[str, int, int], float] = {}  # where nothing was timed
         self._heard = now  # when the engine last gave a sign
         self._read = now  # when it last told of bytes that it loaded
-        self._sign: type[Report] | None = None
+        self._at = ""  # what it told last, if it ticked
         self._moved = now  # when the last step was done
 
     @property
@@ -114,7 +115,8 @@ class Worker:
 
     def heard(self, report: Report, now: float) -> None:
         """A sign from the engine."""
-        self._heard, self._sign, self._is_new = now, type(report), False
+        self._heard, self._is_new = now, False
+        self._at = report.doing if isinstance(report, Beat) else ""
         if isinstance(report, Progress):
             self._read = now
 
@@ -143,7 +145,7 @@ class Worker:
         self.ring = ("", 0, 1)
         self._shapes.clear()
         self._is_new = True
-        self._sign = None
+        self._at = ""
         self._heard = self._moved = now
 
     def kill(self, epoch: int, now: float) -> None:
@@ -175,22 +177,21 @@ class Worker:
             return f"it gave no sign for {silent:.0f} s while {what}"
         if isinstance(message, Load) and now - max(self._read, unit.since) > STALLED * patience:
             return f"not one byte was loaded for {STALLED * patience:.0f} s"
-        budget = BUDGETS.get(type(message), math.inf) * _pictures(message) * patience
+        budget = self._budget(message) * patience
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
         return f"{what} took more than {budget:.0f} s" if spent > budget else ""
 
     def _silence(self, unit: Unit) -> float:
         """Seconds that the first in line may go without a sign."""
-        message, has_begun = unit.message, self._heard >= (unit.since or 0.0)
-        if self._is_new or isinstance(message, Join):
-            return START
-        if isinstance(message, Paint) and not (has_begun and self._sign is Beat):
-            # An engine that made this step in an earlier job does not tick in it.
+        return START if self._is_new or isinstance(unit.message, Join) else SILENCE
+
+    def _budget(self, message: Message) -> float:
+        """Seconds that a unit may take, or its first step, while it ticks."""
+        if isinstance(message, Paint) and self._at == WARM_STEP:
             shape = _shape(message)
-            if shape in self._step_seconds:
-                return max(SILENCE, SLACK * self._step_seconds[shape])
-            return max(FIRST, SLACK * self._guesses.get(shape, 0.0))
-        return SILENCE
+            expected = self._step_seconds.get(shape, self._guesses.get(shape, 0.0))
+            return max(FIRST, SLACK * expected)
+        return BUDGETS.get(type(message), math.inf) * _pictures(message)
 
 
 def _shape(paint: Paint) -> tuple[str, int, int]:

@@ -151,6 +151,8 @@ class Worker(Held):
     def _paint(self, work: Paint) -> Reports:
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
+        shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
+        self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         self._low_memory = pipeline.low_memory = work.low_memory
         key = _plan_key(work)
         if self._stops(work):
@@ -161,12 +163,10 @@ class Worker(Held):
             except Stopped:
                 if work.placement == "data":
                     return
+            self._begin_step(shape)
             if self._stops(work):  # a rank that was stopped while it loaded tells the others
                 return
             self.doing = "denoising"
-            shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
-            if shape not in self._warm:
-                self._begin("first step")
             plan = self._plan(work, key)
             if work.first >= plan.steps:
                 raise UsageError(f"The image has {plan.steps} steps, all of them done; decode it.")
@@ -327,6 +327,9 @@ class Worker(Held):
         size = (work.height // downsampling, work.width // downsampling)
         self.model.check_size(size, None)
         return size
+
+    def _begin_step(self, shape: Any) -> None:
+        self._begin(messages.WARM_STEP if shape in self._warm else "first step")
 
     def _begin(self, quiet: str, phase: str = "") -> None:
         """From here on the unit gives no sign until it is done."""

@@ -233,7 +233,7 @@ def test_previews_are_decoded_when_they_are_asked_for(worker: Worker, weights: W
     assert np.abs(steps[-1].preview.astype(int) - last.pixels).max() <= 1
 
 
-def test_a_first_step_is_quiet_and_the_next_ones_are_not(weights: Weights) -> None:
+def test_a_first_step_ticks_and_the_next_ones_do_not(weights: Weights) -> None:
     quiet: list[str] = []
     worker = Worker(Options(pause=lambda phase: quiet.append(worker.quiet)))
     work = painting(worker, weights)
@@ -242,7 +242,7 @@ def test_a_first_step_is_quiet_and_the_next_ones_are_not(weights: Weights) -> No
     latents(worker, work)
     assert quiet[-3:] == ["first step", "", ""]
     latents(worker, replace(work, image=1))
-    assert quiet[-3:] == ["", "", ""]
+    assert quiet[-3:] == ["step", "", ""]
     wider = initial_noise(7, 32, 64, 16, 8)
     latents(worker, replace(work, width=64, noise=wider))
     assert quiet[-3:] == ["first step", "", ""]
