@@ -144,10 +144,11 @@ class Painter:
     def introduce(self, settings: Settings, seed: int) -> None:
         """Says which model paints, at which size and from which seed; and how to get FLUX."""
         checkpoint = self.checkpoint(settings)
-        request = settings.request("", seed, defaults=checkpoint.defaults)
+        request = _as_loaded(settings).request("", seed, defaults=checkpoint.defaults)
         size = "" if settings.image else f"{request.height}x{request.width}, "
+        bits = f"{request.bits} bits, " if request.bits else ""
         self.reporter.note(
-            f"Painting with {checkpoint.name} ({size}{request.steps} steps, seed {seed})."
+            f"Painting with {checkpoint.name} ({size}{bits}{request.steps} steps, seed {seed})."
         )
         if settings.model is None and checkpoint.name == EMBEDDED and not self._hinted:
             self._hinted = True
@@ -206,7 +207,7 @@ class Painter:
         """
         checkpoint = self.checkpoint(settings)
         source, source_files = self.source(settings, checkpoint)
-        request = settings.request(
+        request = _as_loaded(settings).request(
             prompt,
             seed,
             model=checkpoint.name,
@@ -237,3 +238,8 @@ class Painter:
             keep_warm=self.keep_warm,
         )
         return events
+
+
+def _as_loaded(settings: Settings) -> Settings:
+    up = record.load()
+    return settings.as_loaded(up.weights if up else None)

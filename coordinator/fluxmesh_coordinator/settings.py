@@ -16,6 +16,7 @@ from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
 from fluxmesh_coordinator.recipe import Recipe
 
 if TYPE_CHECKING:
+    from fluxmesh.cluster import Weights
     from fluxmesh.flux.checkpoint import ModelDefaults
 
 
@@ -74,6 +75,13 @@ class Settings:
         """These settings, with what the user chose laid over them."""
         names = {field.name for field in fields(self)}
         return replace(self, **{name: chosen[name] for name in names & chosen.keys()})
+
+    def as_loaded(self, weights: Weights | None) -> Self:
+        """Who leaves the model to the mesh gets it as `fluxmesh up` loaded it, quantized or not."""
+        is_open = self.model is None and self.dtype == Settings.dtype
+        if weights is None or not is_open or self.effective_bits is not None:
+            return self
+        return replace(self, dtype=weights.dtype, bits=weights.bits)
 
     @property
     def effective_bits(self) -> int | None:

@@ -18,13 +18,15 @@ from fluxmesh.events import Event, Picture
 from fluxmesh.flux import hub
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator import record
+from fluxmesh_coordinator import assumed, record
 from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.output import Target
 from fluxmesh_coordinator.painting import Painter
 from fluxmesh_coordinator.record import Member, MeshRecord
 from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings
+
+DEFAULTS = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
 
 
 class CountingMesh:
@@ -50,8 +52,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
-        defaults = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
-        return SimpleNamespace(name=name, revision="r", defaults=defaults)
+        return SimpleNamespace(name=name, revision="r", defaults=DEFAULTS)
 
     monkeypatch.setattr(hub, "resolve", resolve)
     monkeypatch.setattr(hub, "default_model", lambda: "tiny")
@@ -138,3 +139,24 @@ def test_a_model_that_only_the_mesh_has_is_not_fetched(
     reporter = TerminalReporter(console=Console(file=io.StringIO()))
     found = Painter(reporter, keep_warm=False).checkpoint(Settings())
     assert (found.name, found.revision, found.defaults.steps) == ("dev", "", 50)
+
+
+def test_a_mesh_that_holds_quantized_weights_paints_with_them(
+    talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `up --quantize` was needed for the model to fit, `generate` must not load it whole."""
+    member = Member(0, "mac1:47100", "", "", "", "")
+    loaded = Weights("dev", bits=4)
+    up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=loaded)
+    monkeypatch.setattr(record, "load", lambda: up)
+    monkeypatch.setattr(
+        assumed, "sizes_of", lambda name: (name, SimpleNamespace(defaults=DEFAULTS), False)
+    )
+    requests, shown = talk("a dog", "/model schnell", "a cat")
+    assert [(r.model, r.bits, r.dtype) for r in requests] == [
+        ("dev", 4, "bfloat16"),
+        ("schnell", None, "bfloat16"),
+    ]
+    assert "Painting with dev (32x48, 4 bits, 4 steps" in shown
+    (request,), _ = talk("a dog", settings=Settings(dtype="float32"))
+    assert (request.bits, request.dtype) == (None, "float32")

@@ -64,10 +64,13 @@ def plan(
     if settings.image is not None:
         raise UsageError("plan looks at no picture; give --image-size instead of --image.")
     up = record.load() if hostfile is None else None
-    default = up.weights.model if up and up.weights else None
+    loaded = up.weights if up else None
+    default = loaded.model if loaded else None
     name, sizes, here = assumed.sizes_of(settings.model or default or hub.default_model())
     name = hub.full_name(name)  # as agents know it
-    request = settings.request(prompt or "", 0, model=name, defaults=sizes.defaults)
+    request = settings.as_loaded(loaded).request(
+        prompt or "", 0, model=name, defaults=sizes.defaults
+    )
     request = replace(request, adapters=by_hash(request.adapters)[0])
     if hostfile is not None and assume is not None:
         view = _assumed(hostfile, assume, request, sizes)
