@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,7 +47,20 @@ def alone(place, tmp_path_factory) -> bytes:
 
 @pytest.fixture(scope="module")
 def three(place, tmp_path_factory) -> Iterator[Mesh]:
-    with mesh_of(tmp_path_factory.mktemp("three"), 3, place, SLOW) as mesh:
+    with mesh_with(tmp_path_factory.mktemp("three"), 3, place, SLOW) as mesh:
+        yield mesh
+
+
+@contextmanager
+def mesh_with(
+    folder: Path, hosts: int, root: Path, envs: dict[str, str] | None = None
+) -> Iterator[Mesh]:
+    """A mesh all of whose hosts answer."""
+    with mesh_of(folder, hosts, root, envs) as mesh:
+        end = time.monotonic() + 30
+        while len(mesh.view.hosts) < hosts:
+            assert time.monotonic() < end
+            time.sleep(0.1)
         yield mesh
 
 
@@ -77,7 +93,7 @@ def follow(
 def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, hosts, dtype):
     wanted = small(place, tmp_path / "alone", dtype=dtype)
     run(wanted)
-    with mesh_of(tmp_path, hosts, place) as mesh:
+    with mesh_with(tmp_path, hosts, place) as mesh:
         told = follow(mesh, dataclasses.replace(wanted, output_dir=str(tmp_path / "out")))
         steps = [found.counters.steps for found in mesh.status().values()]
     assert final(tmp_path / "out") == final(tmp_path / "alone")
@@ -132,20 +148,27 @@ def test_a_mesh_paints_as_before_once_a_training_is_over(place, tmp_path, three)
 # --- deaths --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_an_engine_that_dies_or_hangs_changes_no_byte(place, tmp_path, three, alone, number):
-    struck: list[int] = []
+def later(seconds: float, process: int, number: int) -> None:
+    """Sends a signal in the middle of what comes next."""
+    threading.Timer(seconds, os.kill, (process, number)).start()
+
+
+def test_engines_that_die_and_hang_within_an_update_change_no_byte(place, tmp_path, three):
+    """20 updates; SIGKILL of one engine, later SIGSTOP of another, both while they compute."""
+    wanted = small(place, tmp_path / "alone", iterations=160, checkpoint_every=24)
+    run(wanted)
+    strikes = {5: (1, signal.SIGKILL), 12: (2, signal.SIGSTOP)}
 
     def strike(event: object) -> None:
-        if isinstance(event, Updated) and event.update == 2 and not struck:
-            struck.append(pid(three, 1))
-            os.kill(struck[0], number)
+        if isinstance(event, Updated) and event.update in strikes:
+            rank, number = strikes.pop(event.update)
+            later(0.07, pid(three, rank), number)  # an update takes 0.15 s at least
 
-    told = follow(three, small(place, tmp_path), strike)
-    assert final(tmp_path) == alone
-    assert struck and of(told, HostLost)
-    assert [event.update for event in of(told, Updated)] == [1, 2, 3], "the run does not notice"
-    assert len(of(told, Dealt)) == 2
+    told = follow(three, dataclasses.replace(wanted, output_dir=str(tmp_path / "mesh")), strike)
+    assert final(tmp_path / "mesh") == final(tmp_path / "alone")
+    assert not strikes and len(of(told, HostLost)) >= 2
+    assert [event.update for event in of(told, Updated)] == list(range(1, 21)), "nobody notices"
+    assert len(of(told, Dealt)) == 3
 
 
 def test_an_engine_that_dies_while_it_encodes_loses_nothing(place, tmp_path, three, alone):
@@ -178,7 +201,7 @@ def test_updates_since_the_last_checkpoint_are_done_again_when_a_ring_breaks(
 
 
 def test_a_host_that_is_gone_is_done_without(place, tmp_path, alone):
-    with mesh_of(tmp_path, 3, place, SLOW) as mesh:
+    with mesh_with(tmp_path, 3, place, SLOW) as mesh:
         agent = mesh.status()[2].pid
 
         def strike(event: object) -> None:
