@@ -1,0 +1,669 @@
+"""A training's session, PURE: fake engines whose reports arrive in turn, and time is a number."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxmesh import events, messages
+from fluxmesh.cluster import Holding, LinkInfo, Weights
+from fluxmesh.flux.checkpoint import ModelDefaults
+from fluxmesh.flux.config import AutoencoderConfig, FluxConfig, ScheduleConfig
+from fluxmesh.hostfile import Host
+from fluxmesh.training import messages as training
+from fluxmesh.training.dataset import Example
+from fluxmesh.training.events import Dealt
+from fluxmesh.training.plan import prepare
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.units import Caption, Crop, Unit
+from fluxmesh_coordinator import train_hands, train_jobs
+from fluxmesh_coordinator.jobs import (
+    Answered,
+    Back,
+    Finished,
+    Gone,
+    LeasedHost,
+    Links,
+    Reported,
+    Send,
+    Stuck,
+    Tell,
+    Tick,
+)
+from fluxmesh_coordinator.train_jobs import TrainJob, Wanted
+from fluxmesh_coordinator.train_session import TrainSession
+from tests.unit.meshes import GB, mac
+
+SIZE = 100  # numbers that are trained
+
+
+@dataclass
+class Base:
+    """As much of a checkpoint as a plan reads."""
+
+    transformer: FluxConfig = field(default_factory=FluxConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    defaults: ModelDefaults = field(default_factory=lambda: ModelDefaults(4, 4.0, 64, 64, 16))
+
+
+def job(**changed: Any) -> TrainJob:
+    fields: dict[str, Any] = {
+        "dataset": "data",
+        "seed": 1,
+        "iterations": 24,
+        "grad_accumulate": 8,
+        "num_augmentations": 2,
+        "validation": 1,
+        "caption_dropout": 0.3,
+        "progress_prompt": "a cat",
+    }
+    request = TrainRequest(**fields | changed)
+    examples = [Example("", f"caption {i % 3}", f"{i:064x}", (64, 64), b"") for i in range(5)]
+    plan = prepare(request, examples, Base())  # type: ignore[arg-type]
+
+    def features(unit: Unit) -> dict[str, np.ndarray]:
+        if isinstance(unit, Crop):
+            return {"latents": np.zeros((1, 16, 64), np.float32)}
+        return {"t5": np.zeros((1, 4, 8), np.uint16), "clip": np.zeros((1, 8), np.uint16)}
+
+    def pixels(crop: Crop) -> np.ndarray:
+        return np.zeros((64, 64, 3), np.uint8)
+
+    return TrainJob("job", plan, Weights("m"), 24 * GB, SIZE, b"secret", features, pixels)
+
+
+class Engine:
+    """What an engine of a training remembers, and what it would say."""
+
+    def __init__(self) -> None:
+        self.features: set[str] = set()
+        self.vectors: dict[str, np.ndarray] = {}
+        self.update: int | None = None
+        self.request: TrainRequest | None = None
+
+    def work(self, message: Any) -> Iterator[messages.Report]:
+        head = (getattr(message, "job", ""), message.epoch)
+        match message:
+            case messages.Join():
+                yield messages.Joined(message.epoch, message.rank)
+            case messages.Encode():
+                array = np.zeros((1, 4, 8), np.uint16)
+                yield messages.Encoded(*head, 0.1, False, 1, array, array[0])
+            case messages.EncodeSource():
+                yield messages.SourceEncoded(*head, np.zeros((1, 16, 64), np.float32))
+            case training.PutVector():
+                assert message.total == SIZE
+                vector = self.vectors.setdefault(message.vector, np.zeros(SIZE, np.float32))
+                vector[message.offset : message.offset + len(message.numbers)] = message.numbers
+            case training.OpenTraining():
+                assert (message.update > 0) == bool(self.vectors)
+                if message.update:  # the state says how old it is: see `GiveVectors`
+                    assert self.vectors["weights"][0] == message.update
+                self.update = message.update
+                yield training.Opened(*head, SIZE)
+            case training.PutFeatures():
+                self.features.add(message.name)
+            case training.DropFeatures():
+                self.features -= set(message.features)
+            case training.Update():
+                assert message.update == self.update
+                for number in message.numbers:
+                    yield training.Computed(*head, number, 0.5)
+                self.update += 1
+                told = (1 / self.update, 1.0, 0.1, 8, 0, 1.0, 100)
+                yield training.Moved(*head, self.update, *told)
+            case training.GiveVectors():
+                assert self.update is not None
+                vector = np.full(SIZE, self.update, np.float32)
+                yield training.VectorPart(*head, self.update, "weights", 0, SIZE, False, vector)
+                yield training.VectorPart(*head, self.update, "first", 0, SIZE, True, vector)
+            case training.Validate():
+                yield training.HeldOut(*head, 0.5)
+            case training.PaintProgress():
+                yield training.Painted(*head, np.zeros((8, 8, 3), np.uint8))
+            case training.CloseTraining():
+                yield training.Closed(*head)
+
+
+@dataclass
+class Machine:
+    leased: LeasedHost
+    engine: Engine = field(default_factory=Engine)
+    line: deque[Any] = field(default_factory=deque)
+    running: Iterator[messages.Report] | None = None
+    is_stopped: bool = False
+    computed: list[int] = field(default_factory=list)
+
+
+class Simulation:
+    """A session, its machines, and what the run hears."""
+
+    def __init__(self, hosts: int, links: Links | None = None, **changed: Any) -> None:
+        self.job = job(**changed)
+        self.session = TrainSession(self.job)
+        self.machines = {rank: self.machine(rank) for rank in range(hosts)}
+        self.now, self.number = 0.0, 0
+        self.told: list[Any] = []
+        self.sent: list[Send] = []
+        self.stuck: list[str] = []
+        self.end: Finished | None = None
+        self.before: Callable[[Any, int], None] = lambda report, rank: None
+        leased = [machine.leased for machine in self.machines.values()]
+        self._do(self.session.begin(leased, links or Links(), self.now))
+
+    def machine(self, rank: int, fence: int = 1) -> Machine:
+        host = Host(rank, "127.0.0.1", ("127.0.0.1",))
+        return Machine(LeasedHost(mac(rank, holds=None), host, fence, 0, is_up=False))
+
+    def ask(self, task: train_jobs.Task) -> Any:
+        """What the task gives."""
+        self.number += 1
+        self.feed(Wanted(self.number, task))
+        for _ in range(10_000):
+            found = [a for a in self.of(train_jobs.Answer) if a.number == self.number]
+            if found or self.end is not None or self.stuck:
+                break
+            self.turn()
+        assert found, (self.end, self.stuck)
+        return found[0].value
+
+    def opened(self) -> Simulation:
+        self.ask(train_jobs.Open(0, {}))
+        return self
+
+    def turn(self) -> None:
+        """A report of each machine; where none comes, time passes."""
+        self.now += 0.1
+        moved = [self.report(rank) for rank in list(self.machines)]
+        if not any(moved):
+            self.now += 1.0
+        self.feed(Tick())
+
+    def report(self, rank: int) -> bool:
+        machine = self.machines.get(rank)
+        if machine is None or machine.is_stopped or not (machine.running or machine.line):
+            return False
+        first = machine.line[0]
+        if isinstance(first, training.Update) and not self._can_move(first):
+            return False
+        if machine.running is None:
+            if isinstance(first, training.Update):
+                needed = self.session.course.names.of_micro_batches(first.numbers)
+                assert set(needed) <= machine.engine.features
+            machine.running = machine.engine.work(first)
+        report = next(machine.running, None)
+        if report is None:
+            machine.line.popleft()
+            machine.running = None
+            return True
+        self.before(report, rank)
+        if machine.running is None or self.machines.get(rank) is not machine:
+            return True  # it was struck
+        if isinstance(report, training.Computed):
+            machine.computed.append(report.number)
+        self.feed(Reported(rank, report))
+        return True
+
+    def _can_move(self, update: training.Update) -> bool:
+        """A ring's update begins when all have it, here: as its sum would wait for all."""
+        together = [m for m in self.machines.values() if m.line and m.line[0].epoch == update.epoch]
+        ready = [m for m in together if isinstance(m.line[0], training.Update) and not m.is_stopped]
+        ring = self.session.course.ring
+        return ring is not None and (
+            any(m.running for m in together) or len(ready) == len(ring.ranks)
+        )
+
+    def feed(self, event: Any) -> None:
+        self._do(self.session.handle(event, self.now))
+
+    def _do(self, instructions: Any) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Send():
+                    self.sent.append(instruction)
+                    self._sent(instruction.rank, instruction.message)
+                case Tell():
+                    self.told.append(instruction.event)
+                case Stuck():
+                    self.stuck.append(instruction.reason)
+                case Finished():
+                    self.end = instruction
+
+    def _sent(self, rank: int, message: Any) -> None:
+        machine = self.machines.get(rank)
+        if machine is None:
+            return
+        answer: messages.Message = messages.Done()
+        match message:
+            case messages.AskPorts():
+                answer = messages.Ports((40000 + len(self.sent),))
+            case messages.Kill():
+                self._empty(machine)
+            case messages.Cancel():
+                machine.line.clear()
+                machine.running = None
+                epoch = self.session.course.hands[rank].worker.epoch
+                self.feed(Reported(rank, messages.Cancelled(message.job, epoch)))
+            case messages.Work() | messages.Join():
+                machine.line.append(message)
+        self.feed(Answered(rank, message, answer))
+
+    def _empty(self, machine: Machine) -> None:
+        machine.engine, machine.running, machine.is_stopped = Engine(), None, False
+        machine.line.clear()
+
+    # Faults
+
+    def kill(self, rank: int) -> None:
+        self._empty(self.machines[rank])
+        epoch = self.session.course.hands[rank].worker.epoch
+        self.feed(Reported(rank, messages.Failed(epoch, "job", "Died", "It was killed.", True)))
+
+    def fail(self, rank: int, kind: str) -> None:
+        machine = self.machines[rank]
+        machine.running = None
+        machine.line.clear()
+        epoch = self.session.course.hands[rank].worker.epoch
+        self.feed(Reported(rank, messages.Failed(epoch, "job", kind, "No.", False)))
+
+    def lose(self, rank: int) -> None:
+        del self.machines[rank]
+        self.feed(Gone(rank, "Its agent is silent."))
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.told if isinstance(event, kind)]
+
+    def messages(self, kind: type[Any]) -> list[Any]:
+        return [send.message for send in self.sent if isinstance(send.message, kind)]
+
+
+def train(sim: Simulation, updates: int = 3, checkpoint: int = 1) -> list[float]:
+    """A run's loop; the losses that it hears."""
+    losses = []
+    for update in range(updates):
+        losses.append(sim.ask(train_jobs.Advance(update)).loss)
+        if (update + 1) % checkpoint == 0:
+            vectors = sim.ask(train_jobs.Give())
+            assert vectors["weights"][0] == update + 1
+    return losses
+
+
+LOSSES = [1.0, 1 / 2, 1 / 3]
+
+
+def once(sim: Simulation, when: Callable[[Any, int], bool], hurt: Callable[[], None]) -> None:
+    """Does harm before the first report that `when` is true of."""
+    done: list[bool] = []
+
+    def before(report: Any, rank: int) -> None:
+        if not done and when(report, rank):
+            done.append(True)
+            hurt()
+
+    sim.before = before
+
+
+# --- without harm --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 5])
+def test_every_micro_batch_is_computed_once_by_a_host_that_has_its_features(hosts: int) -> None:
+    sim = Simulation(hosts).opened()
+    assert train(sim) == LOSSES
+    computed = [number for machine in sim.machines.values() for number in machine.computed]
+    assert sorted(computed) == list(range(24))
+    assert [len(m.computed) for m in sim.machines.values()] == [
+        3 * len(part) for part in np.array_split(range(8), hosts)
+    ]
+
+
+def test_a_host_is_sent_each_feature_once() -> None:
+    sim = Simulation(2).opened()
+    train(sim)
+    names = [(s.rank, s.message.name) for s in sim.sent if hasattr(s.message, "latents")]
+    assert len(names) == len(set(names))
+
+
+def test_features_leave_that_were_not_used_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_hands, "KEPT", 5000)  # one crop is 4096 bytes
+    sim = Simulation(1, grad_accumulate=1, iterations=8).opened()
+    once_more = sim.machines[0].engine.features
+    for update in range(8):
+        sim.ask(train_jobs.Advance(update))
+        needed = sim.session.course.names.of_micro_batches([update])
+        assert set(needed) <= once_more
+        assert sum(name.startswith("crop") for name in once_more) == 1
+    assert sim.messages(training.DropFeatures)
+
+
+def test_looking_asks_the_first_host_alone() -> None:
+    sim = Simulation(3).opened()
+    assert sim.ask(train_jobs.Validate()) == 0.5
+    assert sim.ask(train_jobs.Paint()).shape == (8, 8, 3)
+    ranks = {s.rank for s in sim.sent if isinstance(s.message, training.Validate)}
+    assert ranks == {0}
+    assert set(sim.session.course.names.held_out()) <= sim.machines[0].engine.features
+
+
+def test_hosts_share_out_what_is_encoded() -> None:
+    sim = Simulation(3)
+    units = (*(Caption(str(i)) for i in range(9)), *(Crop(0, i) for i in range(9)))
+    sim.ask(train_jobs.Encode(units))
+    assert sorted(map(repr, (e.unit for e in sim.of(train_jobs.UnitEncoded)))) == sorted(
+        map(repr, units)
+    )
+    shares = [
+        sum(isinstance(s.message, messages.Encode) and s.rank == rank for s in sim.sent)
+        for rank in range(3)
+    ]
+    assert shares == [3, 3, 3]
+
+
+def test_a_state_is_sent_a_few_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_hands, "PIECE", 10)
+    monkeypatch.setattr(train_hands, "WINDOW", 80)
+    sim = Simulation(2)
+    batches: list[int] = []
+    do = sim._do
+
+    def count(instructions: list[Any]) -> None:  # that leave together, before any answer
+        pieces = [
+            x for x in instructions if isinstance(getattr(x, "message", 0), training.PutVector)
+        ]
+        batches.append(sum(piece.message.numbers.nbytes for piece in pieces if piece.rank == 0))
+        do(instructions)
+
+    sim._do = count  # type: ignore[method-assign]
+    weights = np.full(SIZE, 2, np.float32)
+    sim.ask(train_jobs.Open(2, {"weights": weights, "first": weights, "second": weights}))
+    assert [m.engine.update for m in sim.machines.values()] == [2, 2]
+    assert len(sim.messages(training.PutVector)) == 60
+    assert sum(batches) == 3 * SIZE * 4 and max(batches) <= 80
+
+
+def test_a_slow_host_is_dealt_less() -> None:
+    sim = Simulation(2, iterations=64).opened()
+    before = sim.feed
+
+    def feed(event: Any) -> None:
+        if isinstance(event, Reported) and isinstance(event.report, training.Computed):
+            seconds = 1.0 if event.rank == 0 else 0.25
+            report = training.Computed("job", event.report.epoch, event.report.number, seconds)
+            event = Reported(event.rank, report)
+        before(event)
+
+    sim.feed = feed  # type: ignore[method-assign]
+    train(sim, 4)
+    last = {s.rank: s.message.numbers for s in sim.sent if isinstance(s.message, training.Update)}
+    assert len(last[0]) == 2 and len(last[1]) == 6
+
+
+def test_the_deal_is_told_in_images() -> None:
+    (even,) = Simulation(4, batch_size=2).opened().of(Dealt)
+    assert str(even) == "3 updates of 16 images: 4 a host on 4 hosts"
+    (uneven,) = Simulation(3).opened().of(Dealt)
+    assert str(uneven) == "3 updates of 8 images: 3, 3 and 2 on 3 hosts"
+    (alone,) = Simulation(1).opened().of(Dealt)
+    assert str(alone) == "3 updates of 8 images: 8 a host on 1 host"
+
+
+def test_the_end_closes_the_training_on_every_host() -> None:
+    sim = Simulation(3).opened()
+    train(sim)
+    sim.number += 1
+    sim.feed(Wanted(sim.number, train_jobs.Finish()))
+    while sim.end is None:
+        sim.turn()
+    assert sim.end.error is None
+    assert len(sim.messages(training.CloseTraining)) == 3
+
+
+# --- who takes part ------------------------------------------------------------------------------
+
+
+def test_hosts_without_the_memory_are_left_out() -> None:
+    small = [mac(0), mac(1, memory_bytes=16 * GB), mac(2)]
+    found = train_jobs.choose(job(), small, Links())
+    assert found.winner is not None and found.winner.ranks == (0, 2)
+    none = train_jobs.choose(job(), [small[1]], Links())
+    assert none.winner is None and "--quantize" in none.reason
+
+
+def test_agents_of_one_device_share_its_memory() -> None:
+    both = [
+        mac(
+            rank,
+            device="gpu 0",
+            free_bytes=40 * GB,
+            holds=Holding(Weights("m"), 1),
+            memory_bytes=GB * 60,
+        )
+        for rank in range(2)
+    ]
+    found = train_jobs.choose(job(), both, Links())
+    assert found.winner is not None and found.winner.ranks == (0,)
+
+
+def test_a_ring_takes_hosts_that_are_joined_by_cables() -> None:
+    ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
+    pairs = [*ring, *((b, a) for a, b in ring)]
+    links = Links(tuple(LinkInfo(a, b, 1e9) for a, b in pairs))
+    hosts = [mac(rank) for rank in range(4)]
+    every = train_jobs.choose(job(), hosts, links).winner
+    assert every is not None and every.ranks == (0, 1, 2, 3)
+    left = train_jobs.choose(job(), hosts[:1] + hosts[2:], links).winner
+    assert left is not None and left.ranks in ((2, 3), (0, 3))
+
+
+# --- harm ----------------------------------------------------------------------------------------
+
+MOMENTS: dict[str, Callable[[Any], bool]] = {
+    "joining": lambda report: isinstance(report, messages.Joined),
+    "opening": lambda report: isinstance(report, training.Opened),
+    "computing": lambda report: isinstance(report, training.Computed) and report.number > 8,
+    "moving": lambda report: isinstance(report, training.Moved) and report.update == 2,
+    "giving": lambda report: isinstance(report, training.VectorPart) and report.update == 2,
+}
+
+
+@pytest.mark.parametrize("checkpoint", [1, 1000])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("how", ["killed", "lost", "hangs"])
+def test_a_death_at_any_moment_costs_time_and_nothing_else(
+    moment: str, victim: int, how: str, checkpoint: int
+) -> None:
+    sim = Simulation(3)
+
+    def hurt() -> None:
+        if how == "killed":
+            sim.kill(victim)
+        elif how == "lost":
+            sim.lose(victim)
+        else:
+            sim.machines[victim].is_stopped = True
+
+    once(sim, lambda report, rank: MOMENTS[moment](report), hurt)
+    sim.opened()
+    assert train(sim, checkpoint=checkpoint) == LOSSES
+    if moment == "giving" and checkpoint > 1:
+        return  # it never came
+    lost = sim.of(events.HostLost)
+    assert lost and (how == "hangs" or lost[0].host == victim)
+    shares = list(sim.of(Dealt)[-1].shares)
+    assert shares == [rank for rank in range(3) if how != "lost" or rank != victim]
+
+
+def test_updates_since_the_last_checkpoint_are_done_again_and_no_others() -> None:
+    sim = Simulation(2, iterations=80).opened()
+    train(sim, 6, checkpoint=4)
+    sim.kill(1)
+    sim.ask(train_jobs.Advance(6))
+    done = [s.message.update for s in sim.sent if isinstance(s.message, training.Update)][::2]
+    assert done == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+
+
+def test_an_alarm_that_may_be_a_false_one_makes_later_ones_patient() -> None:
+    sim = Simulation(2).opened()
+    once(sim, lambda report, rank: rank == 1, lambda: setattr(sim.machines[1], "is_stopped", True))
+    sim.ask(train_jobs.Advance(0))
+    (lost,) = sim.of(events.HostLost)
+    assert "no sign" in lost.reason
+    assert [hand.worker.patience for hand in sim.session.course.hands.values()] == [2, 2]
+
+
+def test_what_an_engine_of_an_older_epoch_says_is_dropped() -> None:
+    sim = Simulation(2).opened()
+    epoch = sim.session.course.hands[0].worker.epoch
+    sim.kill(1)
+    sim.number = 9
+    sim.feed(Wanted(9, train_jobs.Advance(0)))
+    while not sim.messages(training.Update):
+        sim.turn()
+    late = training.Moved("job", epoch, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    for rank in range(2):
+        sim.feed(Reported(rank, late))
+    assert not [answer for answer in sim.of(train_jobs.Answer) if answer.number == 9]
+    other = training.Moved("another", epoch + 5, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    sim.feed(Reported(0, other))
+    assert sim.session.course.hands[0].moved is None
+
+
+def test_a_host_that_dies_twice_is_left_out() -> None:
+    sim = Simulation(2, iterations=40).opened()
+    for update in range(3):
+        sim.ask(train_jobs.Advance(update))
+        if 1 in sim.session.course.hands:
+            sim.kill(1)
+    assert list(sim.of(Dealt)[-1].shares) == [0]
+    assert sim.session.has_given_up([1]) and not sim.session.has_given_up([0, 1])
+
+
+def test_when_every_ring_fails_the_run_ends() -> None:
+    sim = Simulation(6)
+    victims = iter(range(6))
+    sim.before = lambda report, rank: (
+        sim.lose(next(victims)) if isinstance(report, messages.Joined) else None
+    )
+    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    for _ in range(300):
+        if sim.end is not None:
+            break
+        sim.turn()
+    assert sim.end is not None and "rings failed" in str(sim.end.error)
+
+
+def test_when_no_host_is_left_others_are_asked_for_and_the_run_goes_on() -> None:
+    sim = Simulation(1).opened()
+    sim.ask(train_jobs.Advance(0))
+    sim.ask(train_jobs.Give())
+    sim.number += 1
+    sim.feed(Wanted(sim.number, train_jobs.Advance(1)))
+    sim.lose(0)
+    assert sim.stuck == ["No host is left."]
+    sim.stuck.clear()
+    sim.machines[1] = sim.machine(1)
+    sim._do(sim.session.begin([sim.machines[1].leased], Links(), sim.now))
+    while not [a for a in sim.of(train_jobs.Answer) if a.number == sim.number]:
+        sim.turn()
+    assert sim.ask(train_jobs.Give())["weights"][0] == 2
+
+
+def test_a_host_that_comes_back_joins_in_at_the_next_checkpoint() -> None:
+    sim = Simulation(3, iterations=40).opened()
+    sim.ask(train_jobs.Advance(0))
+    sim.lose(2)
+    sim.ask(train_jobs.Advance(1))
+    sim.machines[2] = sim.machine(2, fence=2)
+    sim.feed(Back(sim.machines[2].leased))
+    sim.ask(train_jobs.Advance(2))
+    assert list(sim.of(Dealt)[-1].shares) == [0, 1], "not in the middle"
+    sim.ask(train_jobs.Give())
+    assert sim.ask(train_jobs.Advance(3)).loss == 1 / 4
+    assert list(sim.of(Dealt)[-1].shares) == [0, 1, 2]
+    assert not [e for e in sim.of(events.HostLost) if e.host != 2]
+
+
+def test_a_host_without_the_memory_after_all_is_left_out() -> None:
+    sim = Simulation(2)
+    once(
+        sim,
+        lambda r, rank: isinstance(r, training.Opened) and rank == 1,
+        lambda: sim.fail(1, "DoesNotFitError"),
+    )
+    sim.opened()
+    assert train(sim) == LOSSES
+    assert list(sim.of(Dealt)[-1].shares) == [0]
+
+
+def test_a_mistake_of_the_request_ends_the_run() -> None:
+    sim = Simulation(2)
+    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    while not sim.messages(training.OpenTraining):
+        sim.turn()
+    sim.fail(0, "UsageError")
+    while sim.end is None:
+        sim.turn()
+    assert type(sim.end.error).__name__ == "UsageError"
+
+
+def test_a_host_that_dies_while_it_encodes_gives_its_units_back() -> None:
+    sim = Simulation(2)
+    once(sim, lambda report, rank: rank == 1, lambda: sim.kill(1))
+    units = tuple(Caption(str(i)) for i in range(8))
+    sim.ask(train_jobs.Encode(units))
+    assert {event.unit for event in sim.of(train_jobs.UnitEncoded)} == set(units)
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def test_a_halt_in_an_update_leaves_the_state_before_it() -> None:
+    sim = Simulation(2).opened()
+    sim.ask(train_jobs.Advance(0))
+    sim.number += 1
+    sim.feed(Wanted(sim.number, train_jobs.Advance(1)))
+    while not any(m.computed and m.computed[-1] >= 8 for m in sim.machines.values()):
+        sim.turn()
+    halted = sim.ask(train_jobs.Halt())
+    assert halted.update == 1 and halted.moved.loss == 1.0
+    assert sim.ask(train_jobs.Give())["weights"][0] == 1
+
+
+def test_a_halt_that_comes_too_late_tells_what_the_update_did() -> None:
+    sim = Simulation(2).opened()
+    sim.ask(train_jobs.Advance(0))
+    sim.ask(train_jobs.Advance(1))
+    halted = sim.ask(train_jobs.Halt())
+    assert halted.update == 2 and halted.moved.loss == 1 / 2
+
+
+def test_a_halt_before_there_is_a_state_says_so() -> None:
+    sim = Simulation(3)
+    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    sim.number = 1
+    halted = sim.ask(train_jobs.Halt())
+    assert halted.update is None
+
+
+def test_hosts_whose_moves_differ_end_the_run() -> None:
+    sim = Simulation(2).opened()
+    before = sim.feed
+
+    def feed(event: Any) -> None:
+        if isinstance(event, Reported) and isinstance(event.report, training.Moved) and event.rank:
+            told = vars(event.report) | {"loss": 0.123}
+            event = Reported(event.rank, training.Moved(**told))
+        before(event)
+
+    sim.feed = feed  # type: ignore[method-assign]
+    sim.feed(Wanted(9, train_jobs.Advance(0)))
+    while sim.end is None:
+        sim.turn()
+    assert "differ" in str(sim.end.error)
