@@ -139,10 +139,10 @@ class Chaos:
         def look(event: Event) -> None:
             if hit or not is_moment(fault.moment, event, steps):
                 return
-            hit.append(self.up.pid(fault.victim, fault.rank))
             try:
+                hit.append(self.up.pid(fault.victim, fault.rank))
                 os.kill(hit[0], number)
-            except ProcessLookupError:
+            except (ProcessLookupError, FileNotFoundError):
                 return  # nobody has needed it since it was killed last
             if number == signal.SIGSTOP:
                 naps.append(threading.Timer(WAKE, wake, hit))
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 bad = [f"{one.trial}: {one.verdict}" for one in results if one.verdict != "right"]
         bad += [f"left behind: {what}" for what in left_behind(folder, mesh.ports)]
     for line in bad:
-        OUT.print(line, highlight=False)
+        OUT.print(line, highlight=False, soft_wrap=True)
     OUT.print("Something is wrong." if bad else "All is right, and nothing is left.")
     return 1 if bad else 0
 

@@ -241,26 +241,36 @@ def strike(
     fault: Fault,
     hurt: Callable[[], None] | None = None,
 ) -> Struck:
-    """Runs `request`, and does harm once, as `fault` says (or `hurt` does)."""
+    """Runs `request`, and does harm once, as `fault` says (or `hurt` does).
+
+    What was stopped goes on once the job is over.
+    """
     hosts = len(up.ports)
     begin = lives(mesh, hosts)
     struck: dict[int, Life] = {}
     times: list[float] = []
     noticed: list[float] = []
+    stopped: list[int] = []
 
     def look(event: Event) -> None:
-        if not times and is_moment(fault.moment, event, request.steps or STEPS):
+        is_other = isinstance(event, Loading) and event.host != fault.rank  # it may have no engine
+        if not times and not is_other and is_moment(fault.moment, event, request.steps or STEPS):
             struck.update(lives(mesh, hosts))
             times.append(time.monotonic())
             if hurt is not None:
                 hurt()
             else:
-                os.kill(up.pid(fault.victim, fault.rank), fault.number)
+                stopped.append(up.pid(fault.victim, fault.rank))
+                os.kill(stopped[0], fault.number)
         elif times and type(event).__name__ == "HostLost":
             noticed.append(time.monotonic() - times[0])
 
-    with watched() as log:
-        outcome = paint(mesh, request, fault.placement, look)
+    try:
+        with watched() as log:
+            outcome = paint(mesh, request, fault.placement, look)
+    finally:
+        for pid in stopped:
+            wake(pid)
     assert times, f"the moment {fault.moment} never came: {outcome}"
     at = times[0]
     return Struck(outcome, log, begin, struck, {}, at, noticed[0] if noticed else None)

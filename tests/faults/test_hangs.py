@@ -22,7 +22,6 @@ from tests.faults.strike import (
     difference,
     heal,
     request_for,
-    wake,
 )
 
 MOMENTS = ("load", "first", "middle", "decode")
@@ -47,12 +46,7 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
         is_cold = fault.moment == "load"
         clean = ground.seconds(mesh, fault.placement, cold=is_cold)
         heal(up, mesh, fault.placement, cold=is_cold)
-        victim = 0 if is_cold else up.pid(fault.victim, fault.rank)
-        try:
-            found = strike.strike(up, mesh, request, fault)
-        finally:
-            victim = victim or up.pid(fault.victim, fault.rank)
-            wake(victim)
+        found = strike.strike(up, mesh, request, fault)
         outcome = found.outcome
 
         assert outcome.error is None, outcome.error
