@@ -52,8 +52,11 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == request.n_images
         assert difference(ground.alone, outcome.pictures) <= allowed(fault.placement)
-        assert found.noticed is not None and found.noticed <= DEADLINE + LOOKS
-        extra = outcome.seconds - clean - found.noticed
+        # Whole images may all be done by others before the silence is too long.
+        assert found.noticed is not None or fault.placement == "data"
+        noticed = found.noticed or 0.0
+        assert noticed <= DEADLINE + LOOKS
+        extra = outcome.seconds - clean - noticed
         assert extra <= STEP + SLACK
         assert found.log.again == []
         assert sorted(outcome.steps) == [
