@@ -51,11 +51,13 @@ def convert_adapter(
 
 
 def _read(file: Path, configs: Sequence[FluxConfig]) -> tuple[Adapter, FluxConfig]:
-    """Raises the first config's error where it fits none."""
+    """Raises the first config's error where it fits none, and says how to name another."""
     errors = []
     for config in configs:
         try:
             return read_adapter(file, config), config
         except AdapterError as error:
             errors.append(error)
-    raise errors[0]
+    if len(configs) == 1:
+        raise errors[0]
+    raise AdapterError(f"{errors[0]} Name its model with --model if that is not FLUX.1.")
