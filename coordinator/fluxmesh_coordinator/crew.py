@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxmesh.cluster import Weights
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.events import Loading
 from fluxmesh.flux import hub
 from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.planning.work import ModelSizes, Work
@@ -39,7 +40,11 @@ Tell = Callable[[Any], None]  # hears of `fluxmesh.events`, and of `Dealt`
 def train_on(mesh: Mesh, request: TrainRequest, tell: Tell) -> Generator[TrainEvent, None, None]:
     """See `Mesh.train`."""
     examples = read_examples(request)
-    base = hub.resolve(request.model)
+
+    def downloading(done: int, total: int) -> None:
+        tell(Loading("download", done, total))
+
+    base = hub.resolve(request.model, progress=downloading)
     plan = prepare(request, examples, base)
     with Crew(mesh, plan, base, tell) as crew:
         yield from Run(plan, base, crew).events()

@@ -23,7 +23,7 @@ from fluxmesh_coordinator.jobs import Links, Result
 
 Vectors = Mapping[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
-NUMBER_BYTES = 32  # a trained number costs an engine: state, sum, and what an update makes of them
+NUMBER_BYTES = 64  # that a trained number costs an engine: its state, the sums, an update of them
 
 
 @dataclass(frozen=True)

@@ -198,9 +198,10 @@ class TrainingWorker(Worker):
                 yield Computed(work.job, work.epoch, number, time.perf_counter() - start)
             if is_stopped or self.options.stopping():
                 total = total.at[-exact.TAIL].add(mx.array(STOPPED, dtype=mx.int64))
+            mx.eval(total)
             if work.together:
                 total = self.ring().sum(total)
-            mx.eval(total)
+                mx.eval(total)
             self.options.pause("advance")
             moved = learner.advance(total)
             if moved.bad >= STOPPED:

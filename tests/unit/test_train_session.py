@@ -652,6 +652,20 @@ def test_a_halt_before_there_is_a_state_says_so() -> None:
     assert halted.update is None
 
 
+def test_an_update_without_a_usable_gradient_is_told_and_not_counted() -> None:
+    sim = Simulation(2).opened()
+    before = sim.feed
+
+    def feed(event: Any) -> None:
+        if isinstance(event, Reported) and isinstance(event.report, training.Moved):
+            event = Reported(event.rank, training.Moved(**vars(event.report) | {"bad": 2}))
+        before(event)
+
+    sim.feed = feed  # type: ignore[method-assign]
+    assert sim.ask(train_jobs.Advance(0)).bad == 2
+    assert sim.ask(train_jobs.Halt()).update == 0
+
+
 def test_hosts_whose_moves_differ_end_the_run() -> None:
     sim = Simulation(2).opened()
     before = sim.feed
