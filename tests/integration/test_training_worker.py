@@ -1,0 +1,189 @@
+"""What an engine does of a training, without agent or socket: units in, reports out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxmesh import messages
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.flux.holding import Options
+from fluxmesh.flux.hub import resolve
+from fluxmesh.messages import Report
+from fluxmesh.training import messages as training
+from fluxmesh.training import worker as workers
+from fluxmesh.training.cache import FeatureCache
+from fluxmesh.training.units import Unit
+from fluxmesh.training.worker import TrainingWorker
+from fluxmesh_coordinator.crew import job_of
+from fluxmesh_coordinator.train_jobs import Names, TrainJob
+from tests.trainings import asked, learner, make_place
+
+HEAD = (0, "job", 0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def job(place) -> TrainJob:
+    """3 micro-batches an update, everything random on; its features are encoded."""
+    request = asked(
+        place,
+        place / "out",
+        grad_accumulate=3,
+        iterations=12,
+        lora_blocks=2,
+        validation=1,
+        ema=0.9,
+        progress_prompt="a red dog",
+        progress_steps=1,
+    )
+    made = learner(request)
+    cache = FeatureCache(Path(request.cache_dir))
+
+    def features(unit: Unit) -> dict[str, np.ndarray]:
+        found = cache.get(made.features.key(unit))
+        return {name: array for name, (array, _) in found.items()}
+
+    found = job_of(made.plan, resolve(request.model), features, made.features.units.pixels)
+    return dataclasses.replace(found, id="job")
+
+
+class Host:
+    """A worker that is handed a run."""
+
+    def __init__(self, job: TrainJob, **options: Any) -> None:
+        self.job, self.names = job, Names(job)
+        self.worker = TrainingWorker(Options(**options))
+
+    def do(self, work: messages.Work) -> list[Report]:
+        return list(self.worker.do(work))
+
+    def open(self, update: int = 0, parts: list[training.VectorPart] | None = None) -> None:
+        for part in parts or []:
+            place = (part.vector, part.offset, part.total, part.numbers)
+            assert self.do(training.PutVector(*HEAD, *place)) == []
+        told = self.names.opening()
+        work = training.OpenTraining(
+            *HEAD, self.job.weights, told.request, update, told.sizes, told.captions
+        )
+        (opened,) = (r for r in self.do(work) if not isinstance(r, messages.Progress))
+        assert opened.trained == self.job.size
+
+    def bring(self, names: list[str]) -> None:
+        for name in names:
+            assert self.do(self.names.put(name, 0, 0)) == []
+
+    def update(self, update: int) -> list[Report]:
+        numbers = tuple(self.job.plan.request.micro_batches(update))
+        self.bring(self.names.of_micro_batches(numbers))
+        return self.do(training.Update(*HEAD, update, numbers, len(numbers), False))
+
+    def state(self) -> dict[str, bytes]:
+        parts: dict[str, list[np.ndarray]] = {}
+        for part in self.do(training.GiveVectors(*HEAD)):
+            parts.setdefault(part.vector, []).append(part.numbers)
+        return {name: np.concatenate(found).tobytes() for name, found in parts.items()}
+
+
+def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
+    monkeypatch.setattr(workers, "PIECE", 1000)
+    first = Host(job)
+    first.open()
+    *computed, moved = first.update(0)
+    assert [report.number for report in computed] == [0, 1, 2]
+    assert (moved.update, moved.bad, moved.images) == (1, 0, moved.images) and moved.loss > 0
+    parts = first.do(training.GiveVectors(*HEAD))
+    assert len(parts) == 4 * -(-job.size // 1000)
+    assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
+    second = Host(job)
+    second.open(1, parts)
+    assert second.state() == first.state()
+    (one, two) = (host.update(1)[-1] for host in (first, second))
+    assert (one.loss, one.norm) == (two.loss, two.norm)
+    assert second.state() == first.state()
+
+
+def test_a_state_that_is_not_whole_is_refused(job):
+    host = Host(job)
+    piece = np.zeros(10, np.float32)
+    with pytest.raises(UsageError, match="beyond its end"):
+        host.do(training.PutVector(*HEAD, "weights", 95, 100, piece))
+    host.do(training.PutVector(*HEAD, "weights", 0, 100, piece))
+    with pytest.raises(UsageError, match=f"A state of {job.size} numbers"):
+        host.open(1)
+
+
+def test_updates_come_in_their_order_and_with_their_features(job):
+    host = Host(job)
+    with pytest.raises(UsageError, match="No training is open"):
+        host.do(training.Update(*HEAD, 0, (0,), 3, False))
+    host.open()
+    with pytest.raises(UsageError, match="after 0 updates"):
+        host.update(1)
+    host.bring(host.names.of_micro_batches([0]))
+    host.do(training.DropFeatures(*HEAD, tuple(host.names.of_micro_batches([0])[:1])))
+    with pytest.raises(FluxmeshError, match="were not sent"):
+        host.do(training.Update(*HEAD, 0, (0,), 3, False))
+
+
+def test_an_update_that_is_stopped_moves_nothing(job):
+    asked = [False]
+    host = Host(job, stopping=lambda: asked[0])
+    host.open()
+    before = host.state()
+    host.bring(host.names.of_micro_batches([0, 1, 2]))
+    reports = []
+    for report in host.worker.do(training.Update(*HEAD, 0, (0, 1, 2), 3, False)):
+        reports.append(report)
+        asked[0] = True
+    assert [type(report) for report in reports] == [training.Computed]
+    asked[0] = False
+    assert host.state() == before
+    assert isinstance(host.update(0)[-1], training.Moved)
+
+
+def test_what_a_host_is_asked_on_the_way_disturbs_nothing(job):
+    plain, looked_at = Host(job), Host(job)
+    for host in (plain, looked_at):
+        host.open()
+        host.update(0)
+    looked_at.bring(looked_at.names.held_out() + looked_at.names.prompt())
+    (held_out,) = looked_at.do(training.Validate(*HEAD))
+    assert held_out.loss > 0
+    (painted,) = looked_at.do(training.PaintProgress(*HEAD))
+    assert painted.pixels.shape == (32, 32, 3)
+    plain.update(1), looked_at.update(1)
+    assert plain.state() == looked_at.state()
+
+
+def test_the_transformer_is_what_it_was_once_the_training_is_closed(job):
+    host = Host(job)
+    host.open()
+    names = {type(module).__name__ for _, module in host.worker.model.flow.named_modules()}
+    assert "TrainedLinear" in names
+    flow = host.worker.model.flow
+    (closed,) = host.do(training.CloseTraining(*HEAD))
+    assert isinstance(closed, training.Closed)
+    assert host.worker.model.flow is flow, "it stays in memory"
+    assert "TrainedLinear" not in {type(m).__name__ for _, m in flow.named_modules()}
+    with pytest.raises(UsageError, match="No training is open"):
+        host.do(training.GiveVectors(*HEAD))
+
+
+def test_a_request_that_is_none_is_refused(job):
+    told = Names(job).opening()
+    for text in ("[]", "{}", "nonsense", '{"dataset": "", "seed": -1}'):
+        with pytest.raises(UsageError):
+            list(
+                TrainingWorker().do(
+                    training.OpenTraining(*HEAD, job.weights, text, 0, told.sizes, told.captions)
+                )
+            )
