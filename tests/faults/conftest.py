@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--faults") == "all":
+    if config.getoption("faults", "sample") == "all":
         return
     cases: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out: set[pytest.Item] = set()
     for (path, name), group in cases.items():
         mark = group[0].get_closest_marker("sample")
-        draw = random.Random(f"{config.getoption('--faults-seed')} {path.name} {name}")
+        draw = random.Random(f"{config.getoption('faults_seed', 1)} {path.name} {name}")
         small = [item for item in group if _hosts(item) == 2]
         drawn = draw.sample(small, mark.args[0]) if mark else []
         left_out |= set(group) - set(drawn)
