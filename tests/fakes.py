@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, LinkInfo
+from fluxmesh.cluster import Holding, LinkInfo, Measured
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.homes import AgentHome, private_folder
 from fluxmesh.planning.work import ModelSizes
@@ -85,6 +85,10 @@ class FakeEngine:
                 yield messages.SourceEncoded(unit.job, unit.epoch, np.zeros((1, 4, 16), np.float32))
             case messages.Paint():
                 yield from self._paint(unit)
+            case messages.Measure():
+                how = (unit.weights.model, unit.height, unit.width)
+                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1)
+                yield messages.Timed(unit.job, unit.epoch, timed)
             case messages.Decode():
                 for place, image in enumerate(unit.images):
                     self._count(decodes=1)

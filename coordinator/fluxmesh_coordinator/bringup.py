@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fluxmesh.cluster import Weights
-from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.errors import FluxmeshError
 from fluxmesh.homes import Home
 from fluxmesh.hostfile import CONTROL_PORT, Host, Hostfile
 from fluxmesh.keys import Keys, load_keys, store_keys
@@ -147,17 +147,7 @@ class Bringup:
 
     def _left_out(self, errors: Mapping[int, FluxmeshError], others: bool) -> None:
         """Tells of hosts that failed. Raises unless the rest may go on without them."""
-        if not errors:
-            return
-        if self.wish.allow_partial and others:
-            for rank, error in errors.items():
-                self.watcher.failed(rank, str(error))
-            return
-        told = " ".join(str(error) for error in errors.values())
-        if not others and all(isinstance(e, HostUnreachableError) for e in errors.values()):
-            raise HostUnreachableError(told)
-        go_on = " --allow-partial goes on without." if others else ""
-        raise FluxmeshError(f"{told}{go_on}")
+        leave_out(errors, others, self.watcher, allowed=self.wish.allow_partial)
 
     # Agents of the mesh before that are not in this one
 
@@ -169,6 +159,23 @@ class Bringup:
         self.watcher.stage("Ending agents that the hostfile names no more")
         for error in take_down(replace(old, members=gone)).values():
             self.watcher.note(str(error))
+
+
+def leave_out(
+    errors: Mapping[int, FluxmeshError], others: bool, watcher: Watcher, *, allowed: bool
+) -> None:
+    """Tells of hosts that failed. Raises unless it is `allowed` to go on with `others`."""
+    if not errors:
+        return
+    if allowed and others:
+        for rank, error in errors.items():
+            watcher.failed(rank, str(error))
+        return
+    told = " ".join(str(error) for error in errors.values())
+    kinds = {type(error) for error in errors.values()}
+    go_on = " --allow-partial goes on without." if others else ""
+    # One reason is told by its own kind, which has an exit code of its own.
+    raise (kinds.pop() if len(kinds) == 1 and not others else FluxmeshError)(f"{told}{go_on}")
 
 
 def this_machine(home: Home | None = None) -> str:

@@ -8,10 +8,12 @@ before, is not done again, and needs no lease.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from fluxmesh import messages
 from fluxmesh.cluster import LinkInfo, MeshView
@@ -21,7 +23,7 @@ from fluxmesh.planning.room import Memory, shortage
 from fluxmesh.planning.work import Work, tensor_problem
 from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator import record
-from fluxmesh_coordinator.bringup import Watcher
+from fluxmesh_coordinator.bringup import Watcher, leave_out
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.failures import error_of
 from fluxmesh_coordinator.record import MeshRecord
@@ -33,6 +35,8 @@ LINK = 60.0  # seconds that measuring a link may take: a slow one is a link too
 SILENCE = 60.0  # seconds without a byte, after which a load counts as hung
 MEASURING = 300.0  # seconds that timing a step may take: kernels compile
 COMPONENTS = ("transformer", "autoencoder")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Warming:
     work: Work  # of one picture of the model's own size
     watcher: Watcher
     home: Home = field(default_factory=Home.default)
+    allow_partial: bool = False
     clients: dict[int, Client] = field(default_factory=dict)
 
     def run(self) -> MeshRecord:
@@ -98,15 +103,45 @@ class Warming:
     async def _run(self, dialer: Dialer) -> MeshRecord:
         names = {host.rank: host.name for host in self.mesh.hosts}
         async with AsyncExitStack() as stack:
-            for member in self.mesh.members:
-                client = Client(dialer, member, names[member.rank])
-                self.clients[member.rank] = await stack.enter_async_context(client)
+            members = {member.rank: member for member in self.mesh.members}
+
+            async def connect(rank: int) -> Client:
+                client = Client(dialer, members[rank], names[rank])
+                return await stack.enter_async_context(client)
+
+            self.clients = await self._each(connect, members)
             if not self.mesh.links and len(self.clients) > 1:
                 self.watcher.stage("Measuring the links")
                 self.mesh = replace(self.mesh, links=await self._links())
                 record.save(self.mesh, self.home)
-            await self._fill()
+            while not await self._fill():
+                continue  # with the hosts that are left
         return self.mesh
+
+    async def _each(
+        self, do: Callable[[int], Coroutine[Any, Any, T]], ranks: Iterable[int]
+    ) -> dict[int, T]:
+        """`do` for all these hosts side by side: what came of it, by rank.
+
+        Hosts that fail leave `clients`, where the user allows it; they stay in the mesh, without
+        weights. Raises `FluxmeshError` where he doesn't.
+        """
+        chosen = list(ranks)
+        ended = await asyncio.gather(*map(do, chosen), return_exceptions=True)
+        results: dict[int, T] = {}
+        errors: dict[int, FluxmeshError] = {}
+        for rank, end in zip(chosen, ended, strict=True):
+            if isinstance(end, FluxmeshError):
+                errors[rank] = end
+            elif isinstance(end, BaseException):
+                raise end
+            else:
+                results[rank] = end
+        others = bool({*self.clients, *results} - set(errors))
+        leave_out(errors, others, self.watcher, allowed=self.allow_partial)
+        for rank in errors:
+            self.clients.pop(rank, None)
+        return results
 
     # Links
 
@@ -139,10 +174,16 @@ class Warming:
 
     # Weights and step times
 
-    async def _fill(self) -> None:
-        """Loads and times what isn't yet, under the leases of the hosts that need it."""
-        asked = [each.ask(messages.AskStatus(), messages.Status) for each in self.clients.values()]
-        statuses = dict(zip(self.clients, await asyncio.gather(*asked), strict=True))
+    async def _fill(self) -> bool:
+        """Loads and times what isn't yet, under the leases of the hosts that need it.
+
+        False where a host failed at it: the others may have to hold other parts now.
+        """
+
+        async def ask(rank: int) -> messages.Status:
+            return await self.clients[rank].ask(messages.AskStatus(), messages.Status)
+
+        statuses = await self._each(ask, self.clients)
         infos = tuple(host_info(rank, status) for rank, status in statuses.items())
         view = MeshView(infos, self.mesh.links, self.mesh.hostfile.backend)
         place = layout(self.work, view)
@@ -156,12 +197,14 @@ class Warming:
         jobs = {rank: _Job(self.clients[rank], leases[rank], self.work) for rank in leases}
         if cold:
             self.watcher.stage(f"Loading {self.work.weights.model}")
-            await asyncio.gather(*(self._load(jobs[rank], place, rank) for rank in cold))
-        if untimed:
+            await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
+        if untimed and set(leases) <= set(self.clients):
             self.watcher.stage("Timing a step")
-            await asyncio.gather(*(self._time(jobs[rank]) for rank in untimed))
-        for rank in leases:
-            await self.clients[rank].ask(messages.LeaveQueue(), messages.Done)
+            await self._each(lambda rank: self._time(jobs[rank]), untimed)
+        for rank in leases:  # of one that failed too, if it still hears
+            with contextlib.suppress(HostUnreachableError):
+                await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
+        return set(leases) <= set(self.clients)
 
     def _holds(self, status: messages.Status, place: Layout, rank: int) -> bool:
         """Whole weights serve where a shard would do: nothing is thrown away."""

@@ -1,14 +1,24 @@
-"""What `up` loads where: replicated if that fits, else sharded, else wherever it fits."""
+"""What `up` loads where: replicated if that fits, else sharded, else wherever it fits.
+
+And what comes of it on agents whose engines only pretend.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 import pytest
 
+from fluxmesh import messages
 from fluxmesh.cluster import MeshView
-from fluxmesh.errors import DoesNotFitError
+from fluxmesh.errors import DoesNotFitError, FluxmeshError
+from fluxmesh.homes import Home
 from fluxmesh.planning.work import Work
-from fluxmesh_coordinator.warming import layout, pairs
-from tests.unit.meshes import FLUX, GB, ask, full, mac
+from fluxmesh_coordinator.warming import Warming, layout, pairs
+from tests.fakes import FakeMesh
+from tests.unit.meshes import FLUX, GB, ask, full, mac, small
 
 
 def work(**keys: object) -> Work:
@@ -65,3 +75,59 @@ def test_links_are_measured_in_rounds_in_which_each_host_sends_to_one_other() ->
 def test_in_a_large_mesh_only_neighbours_are_measured() -> None:
     rounds = pairs(range(20))
     assert {(b - a) % 20 for each in rounds for a, b in each} == {1, 19}
+
+
+class Told:
+    """A `Watcher` that remembers."""
+
+    def __init__(self) -> None:
+        self.left_out: dict[int, str] = {}
+
+    def stage(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, rank: int, what: str, done: int, total: int) -> None: ...
+
+    def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
+        return False
+
+    def failed(self, rank: int, text: str) -> None:
+        self.left_out[rank] = text
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
+    tmp_path: Path, allowed: bool
+) -> None:
+    def broken(unit: messages.Work) -> Iterator[messages.Report]:
+        text = "transformer.safetensors is truncated."
+        yield messages.Failed(unit.epoch, unit.job, "WeightsError", text, fatal=False)
+
+    async def scene() -> tuple[Told, list[bool], list[str]]:
+        async with FakeMesh(tmp_path, 3) as mesh:
+            while any(mesh.engine(rank).engine is None for rank in range(3)):
+                await asyncio.sleep(0.01)
+            mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
+            wanted, told = Work.of(ask(height=32, width=32), small()), Told()
+            warming = Warming(mesh.record, wanted, told, Home(tmp_path), allow_partial=allowed)
+            dialer = mesh.network.dialer()
+            try:
+                if allowed:
+                    assert await warming._run(dialer) == mesh.record
+                else:
+                    with pytest.raises(FluxmeshError, match="truncated.*--allow-partial goes on"):
+                        await warming._run(dialer)
+            finally:
+                await dialer.close()
+            lives = [service.lifecycle for service in mesh.services.values()]
+            holders = [service.leases.holder for service in mesh.services.values()]
+            return told, [life.holds is not None for life in lives], holders
+
+    told, holds, holders = asyncio.run(scene())
+    if allowed:
+        assert list(told.left_out) == [1] and "is truncated" in told.left_out[1]
+        assert holds == [True, False, True]
+        assert holders == ["", "", ""]
+    else:
+        assert told.left_out == {}
