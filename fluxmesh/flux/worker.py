@@ -65,6 +65,7 @@ class Worker(Held):
             self.end_job()
             self.meter.forget()
             self._job = work.job
+        self._begin("loading")  # what was there leaves, and headers are read, maybe from afar
         try:
             yield from self.units()[type(work)](work)
         except Stopped:
@@ -104,7 +105,6 @@ class Worker(Held):
 
     def _load_all(self, work: Load) -> Reports:
         start = time.perf_counter()
-        self._begin("loading")
         self.open(work.weights)
         self._low_memory = work.low_memory
         with self.meter.phase("load"):

@@ -289,3 +289,28 @@ def test_features_travel_without_a_rounding(dtype: mx.Dtype) -> None:
     y = from_wire(to_wire(x))
     assert y.dtype == dtype
     assert mx.array_equal(x, y)
+
+
+def test_every_unit_ticks_while_it_finds_its_weights(weights: Weights) -> None:
+    """Headers may come over a network, and the last user's model takes a while to leave."""
+    doing: list[str] = []
+
+    def locate(sent: Weights) -> Weights:
+        doing.append(one.quiet)
+        return sent
+
+    one = Worker(Options(locate=locate))
+    paint = painting(one, weights)
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    units: list[messages.Work] = [
+        Encode(*HEAD, weights, "a dog"),
+        EncodeSource(*HEAD, weights, pixels),
+        Load(*HEAD, weights),
+        paint,
+        Decode(*HEAD, weights, (0,), 32, 48, paint.latents),
+    ]
+    for unit in units:
+        one.release()
+        doing.clear()
+        list(one.do(unit))
+        assert doing == ["loading"] and one.quiet == "", unit
