@@ -6,12 +6,15 @@ Agents use it for their engines, and whoever starts agents for those.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import signal
 import subprocess
 import time
 from pathlib import Path
+
+from fluxmesh.homes import read_private
 
 KILL_SECONDS = 5.0
 
@@ -54,3 +57,16 @@ def end_process(
 def kill_process(pid: int, start: str) -> bool:
     """SIGKILLs the process that started then; whether there was one. Waits until it is gone."""
     return started_at(pid) == start and end_process(pid, start)
+
+
+def kill_recorded(path: Path) -> int | None:
+    """SIGKILLs the process that a private file names as {"pid", "start"}, and waits.
+
+    Its id; None where there was none.
+    """
+    try:
+        known = json.loads(read_private(path))
+        pid, start = int(known["pid"]), str(known["start"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return pid if kill_process(pid, start) else None

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import AgentHome, private_folder, read_private, write_private
+from fluxmesh.homes import AgentHome, private_folder, write_private
 from fluxmesh.messages import Message
-from fluxmesh.processes import kill_process, started_at
+from fluxmesh.processes import kill_recorded, started_at
 from fluxmesh.stream import AsyncChannel
 from fluxmesh.transport.base import ConnectionClosed
 
@@ -71,12 +71,8 @@ class Supervisor:
 
     def end_orphan(self) -> None:
         """Ends the engine of an agent that was killed, if it is still there."""
-        try:
-            known = json.loads(read_private(self.home.engine))
-            pid, start = int(known["pid"]), str(known["start"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return
-        if kill_process(pid, start):
+        pid = kill_recorded(self.home.engine)
+        if pid is not None:
             log.warning("ended engine %d, which an agent before this one has left", pid)
         self.home.engine.unlink(missing_ok=True)
 

@@ -253,7 +253,7 @@ class Conductor:
         while True:
             for rank in wanted - set(self._leased):
                 client = self.driver.clients.get(rank)
-                if client is None:
+                if client is None or self.session.has_given_up([rank]):
                     continue
                 try:
                     granted = await self._line_up(rank, client, 0.0, lambda _: None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import hashlib
 import ipaddress
-import json
 import platform
 import re
 import shutil
@@ -23,10 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.homes import read_private
+from fluxmesh.homes import AgentHome
 from fluxmesh.hostfile import Host, Hostfile
 from fluxmesh.keys import Keys
-from fluxmesh.processes import kill_process
+from fluxmesh.processes import kill_recorded
 from fluxmesh_coordinator.asking import ask, ssh_name, title
 from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME, Member, MeshRecord
 from fluxmesh_coordinator.starter import agent_command, hand_over
@@ -156,11 +155,7 @@ class Ephemeral:
         if self.process.stdout is not None:
             self.process.stdout.close()
         state = Path(self.record.members[0].state)
-        try:  # an engine that hangs does not see that its agent was killed
-            known = json.loads(read_private(state / "engine.json"))
-            kill_process(int(known["pid"]), str(known["start"]))
-        except (FileNotFoundError, ValueError):
-            pass  # it has none
+        kill_recorded(AgentHome(state).engine)  # one that hangs does not see that its agent is gone
         shutil.rmtree(state, ignore_errors=True)
 
     def kill(self) -> None:

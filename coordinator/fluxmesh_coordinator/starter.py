@@ -31,7 +31,7 @@ from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.homes import AgentHome, private_folder, read_private, write_private
 from fluxmesh.keys import Allowlist
-from fluxmesh.processes import end_process, kill_process, started_at
+from fluxmesh.processes import end_process, kill_recorded, started_at
 
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed
@@ -111,12 +111,12 @@ class Agent:
         self._running.unlink(missing_ok=True)  # first: nobody starts it again from now on
         if told is None:
             if known:
-                self._end_engine()
+                kill_recorded(self.home.engine)
             return False
         pid, start = told["pid"], told["start"]
         if not end_process(pid, start, signal.SIGTERM, GONE) and not end_process(pid, start):
             raise FluxmeshError(f"Its agent, process {pid}, does not end; restart the machine.")
-        self._end_engine()
+        kill_recorded(self.home.engine)  # one that hangs does not see that its agent is gone
         return True
 
     def kill(self) -> None:
@@ -124,15 +124,7 @@ class Agent:
         told = self.running()
         if told is not None:
             end_process(told["pid"], told["start"])
-        self._end_engine()
-
-    def _end_engine(self) -> None:
-        """An engine that hangs does not see that its agent was killed."""
-        try:
-            known = json.loads(read_private(self.home.engine))
-        except (FileNotFoundError, ValueError):
-            return
-        kill_process(int(known["pid"]), str(known["start"]))
+        kill_recorded(self.home.engine)
 
     @property
     def was_stopped(self) -> bool:

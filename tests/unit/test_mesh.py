@@ -259,6 +259,26 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
     play(tmp_path, 1, body)
 
 
+def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        conductor = Conductor(driver, Session(job(n_images=30, steps=100)), {}, Heard())
+        running = asyncio.create_task(conductor.run())
+        for _ in range(2):
+            while 1 not in conductor._leased:
+                await asyncio.sleep(0.01)
+            conductor._gone(1, conductor._leased[1], "The cable was pulled.")
+        while 1 not in driver.clients:
+            await driver.change(1.0)
+        await asyncio.sleep(1.5)
+        assert not running.done() and mesh.services[0].leases.holder
+        assert mesh.services[1].leases.holder == ""
+        conductor.stop.set()
+        with pytest.raises(CancelledError):
+            await running
+
+    play(tmp_path, 2, body)
+
+
 def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
     path = tmp_path / "dog.safetensors"
     path.write_bytes(bytes(range(256)) * 40000)
