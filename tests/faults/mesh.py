@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 from fluxmesh import placement as placing
-from fluxmesh.cluster import MeshView
+from fluxmesh.cluster import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost, Picture, Planned, Step
 from fluxmesh.homes import AgentHome, Home
@@ -28,8 +28,9 @@ from fluxmesh.messages import Status
 from fluxmesh.placement import Plan
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator import course, record
+from fluxmesh_coordinator import conduct, course, driver, record
 from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.survey import host_info
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120.0  # seconds that anything here may take
@@ -198,7 +199,11 @@ def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any
     began = time.monotonic()
     error = None
     try:
-        with mock.patch.object(course, "plan", _widest):
+        with (
+            mock.patch.object(course, "plan", _widest),
+            mock.patch.object(conduct, "host_info", _apart),
+            mock.patch.object(driver, "host_info", _apart),
+        ):
             for event in mesh.generate(request, placement):
                 note(event, pictures, steps, lost, planned)
                 if hurt is not None:
@@ -206,6 +211,12 @@ def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any
     except FluxmeshError as failed:
         error = failed
     return Outcome(pictures, steps, lost, planned, time.monotonic() - began, error)
+
+
+def _apart(rank: int, told: Status) -> HostInfo:
+    """A host as the planner sees it: a slow machine of its own, to which weights come at once."""
+    info = host_info(rank, told)
+    return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
 
 
 def _widest(
