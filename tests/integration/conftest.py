@@ -64,14 +64,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fluxmesh(tmp_path: Path, home: Path) -> Run:
     """Runs `fluxmesh ARGUMENTS` in `tmp_path`."""
 
-    def run(*arguments: object, stdin: str | bytes = b"", **more: Any) -> Finished:
+    def run(
+        *arguments: object, stdin: str | bytes = b"", timeout: float = 100, **more: Any
+    ) -> Finished:
         done = subprocess.run(
             [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)],
             input=stdin.encode() if isinstance(stdin, str) else stdin,
             capture_output=True,
             cwd=tmp_path,
             env=environment(home),
-            timeout=100,
+            timeout=timeout,
             check=False,
             **more,
         )

@@ -1,0 +1,67 @@
+"""It learns: a short training on five pictures, and what it then makes of prompts held out.
+
+`tools/tiny/learn.py` runs the long one, with the score that docs/training.md shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh import FluxPipeline
+from fluxmesh.flux.pipeline import to_pixels
+from tests.integration.conftest import Run
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "tiny"
+ASKED = (0, 10, 21)  # of the held-out prompts: the places shown, not shown, and shown
+LATENTS = (16, 16)
+
+
+@pytest.fixture
+def robot(monkeypatch: pytest.MonkeyPatch):
+    """The program's module that draws; its neighbours are imported by their bare names."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import robot
+
+    yield robot
+    for name in ("robot", "scenes", "sprites"):
+        sys.modules.pop(name, None)
+
+
+def painted(prompts: list[str], *adapters: str) -> np.ndarray:
+    flux = FluxPipeline("tiny", dtype="float32", adapters=adapters)
+    images = [
+        flux.generate_images(text, latent_size=LATENTS, seed=seed, reload_text_encoders=False)
+        for seed, text in enumerate(prompts)
+    ]
+    return np.concatenate([to_pixels(image) for image in images]).astype(int)
+
+
+@pytest.mark.timeout(600)
+def test_a_minute_of_training_teaches_the_embedded_model_a_robot_on_backgrounds_never_shown(
+    fluxmesh: Run, tmp_path: Path, robot
+) -> None:
+    from sprites import draw
+
+    sprites = np.zeros((robot.ROBOT + 1, 128, 128, 4), dtype=np.uint8)
+    sprites[robot.ROBOT] = robot.render_robot()
+    robot.write_dataset(tmp_path / "five", robot.shown(), sprites)
+    done = fluxmesh(
+        *("train", "five", "--model", "tiny", "--dtype", "float32", "--seed", 1),
+        *("--cache-dir", "cache", "--num-augmentations", 1, "--timesteps", "schnell"),
+        *("--iterations", 75, "--grad-accumulate", 3, "--lora-rank", 16),
+        *("--learning-rate", 0.003, "--warmup-steps", 2, "--checkpoint-every", 75),
+        timeout=600,
+    )
+    assert done.code == 0, done.err
+    pairs = [robot.asked()[number] for number in ASKED]
+    prompts = [robot.caption(*pair) for pair in pairs]
+    drawn = np.stack([draw(robot.scene(*pair), sprites, 128, 128) for pair in pairs]).astype(int)
+    before, after = (
+        np.square(pictures - drawn).mean(axis=(1, 2, 3))
+        for pictures in (painted(prompts), painted(prompts, str(tmp_path / "mlx_output")))
+    )
+    assert (after < before / 2).all(), (before, after)
