@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fluxmesh import messages
@@ -22,6 +23,7 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh_coordinator import adapters
 from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.driver import Driver
 from fluxmesh_coordinator.jobs import (
     Answered,
@@ -82,6 +84,7 @@ class Conductor:
         self._tasks: dict[int, list[asyncio.Task[None]]] = {}
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
+        self._clock = OwnClock()
 
     async def run(self, wait: float | None = None) -> None:
         """To the end of the job, after those before it on this driver; raises how it failed.
@@ -118,7 +121,7 @@ class Conductor:
 
     @property
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self._clock.now
 
     # Leases
 
@@ -272,6 +275,7 @@ class Conductor:
     async def _serve(self, out: list[Instruction]) -> Finished | Stuck:
         """Does what the session says until it ends, or is stuck."""
         ticked = self._now
+        self._clock.begin()
         end = self._carry_out(out)
         while end is None:
             try:
@@ -279,7 +283,9 @@ class Conductor:
                     event = await self._inbox.get()
             except TimeoutError:
                 event = Tick()
+            self._clock.tick()
             if isinstance(event, Gone):
+                event = replace(event, counts=not self._clock.has_just_woken)
                 await self._close(event.rank)
             end = self._carry_out(self.session.handle(event, self._now))
             if end is None and self._now - ticked >= TICK:

@@ -91,6 +91,7 @@ class Gone:
 
     rank: int
     reason: str
+    counts: bool = True  # as a failure of the host; not where this side was away
 
 
 @dataclass(frozen=True)

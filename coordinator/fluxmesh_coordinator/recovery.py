@@ -89,14 +89,14 @@ class Recovery:
             if not course.workers:
                 self.end(FluxmeshError(f"{worker.info.name} failed twice: {reason}"))
 
-    def gone(self, rank: int, reason: str, now: float) -> None:
-        """A host is out of reach."""
+    def gone(self, rank: int, reason: str, now: float, *, counts: bool = True) -> None:
+        """A host is out of reach; `counts` where that is a failure of its own."""
         course, worker = self.course, self.course.workers.get(rank)
         if worker is None:
             return
         self.tell(HostLost(rank, worker.info.name, reason))
         course.losses += 1
-        if worker.killed is None:  # else it hung, and that was counted
+        if counts and worker.killed is None:  # else it hung, and that was counted
             self._failures[rank] = self._failures.get(rank, 0) + 1
         broke_ring = course.has_ring_with(rank)
         self._drop(rank)

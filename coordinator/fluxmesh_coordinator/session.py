@@ -92,7 +92,7 @@ class Session:
             case Reported():
                 self._reported(event)
             case Gone():
-                self._gone(event.rank, event.reason)
+                self._gone(event.rank, event.reason, event.counts)
             case Back():
                 self._back(event.host)
             case Stop():
@@ -266,9 +266,9 @@ class Session:
             return
         worker.line.clear()
 
-    def _gone(self, rank: int, reason: str) -> None:
+    def _gone(self, rank: int, reason: str, counts: bool = True) -> None:
         if not self._is_ending:
-            self._recovery.gone(rank, reason, self._now)
+            self._recovery.gone(rank, reason, self._now, counts=counts)
             return
         self.course.workers.pop(rank, None)
 
