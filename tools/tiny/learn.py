@@ -1,6 +1,6 @@
 """Teaches the embedded checkpoint a thing that it has never seen, and scores it before and after.
 
-    python tools/tiny/learn.py --work work                       # eight minutes of a core
+    python tools/tiny/learn.py --work work                       # nine minutes of a core
     python tools/tiny/learn.py --work work --bits 4 --dtype float32 --loss-only    # QLoRA
 
 `robot.py` draws five pictures of "a sks robot"; `fluxmesh train`, the command that a user has,
