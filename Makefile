@@ -4,6 +4,7 @@
 #   make test      unit and integration tests, and a sample of faults
 #   make faults    every process killed and stopped at every moment: Linux, as root, 1 to 2 hours
 #   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3
+#   make learn     the embedded checkpoint is taught a robot: a minute or two of training
 #   make lint      ruff and mypy          } these two install
 #   make parity    against diffusers      } torch and diffusers
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
@@ -11,7 +12,7 @@
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults chaos lint parity ssh format clean
+.PHONY: help demo test learn faults chaos lint parity ssh format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,8 +72,12 @@ demo: $(VENV)/.run
 	@echo "That was the embedded checkpoint, 'tiny'. Your own words:"
 	@echo "  $(BIN)/fluxmesh generate 'two dogs on a blue background'"
 
+# Most tests wait for processes: a few at once, also on two cores.
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 3 --dist worksteal
+
+learn: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/learn
 
 faults: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/faults --faults all
