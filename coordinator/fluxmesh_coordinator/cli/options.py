@@ -19,8 +19,8 @@ ADAPTER_SCALE = 1.0
 MULTIPLE = 16  # of pixels that each side of an image has
 
 
-class ImageSize(click.ParamType):
-    """HEIGHTxWIDTH in pixels, or one number for a square; each side rounded up to 16s."""
+class Resolution(click.ParamType):
+    """HEIGHTxWIDTH in pixels, or one number for a square."""
 
     name = "HEIGHTxWIDTH"
 
@@ -32,7 +32,18 @@ class ImageSize(click.ParamType):
         parts = value.lower().replace("×", "x").split("x")
         if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
             self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 512x768.", param, ctx)
-        asked = int(parts[0]), int(parts[-1])
+        return int(parts[0]), int(parts[-1])
+
+
+class ImageSize(Resolution):
+    """A resolution, each side rounded up to 16s."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        asked = super().convert(value, param, ctx)
+        if isinstance(value, tuple):
+            return asked
         height, width = (-(-side // MULTIPLE) * MULTIPLE for side in asked)
         if (height, width) != asked:
             click.echo(

@@ -7,23 +7,7 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import chosen
-
-
-class Resolution(click.ParamType):
-    """HEIGHTxWIDTH in pixels, or one number for a square."""
-
-    name = "HEIGHTxWIDTH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.lower().replace("×", "x").split("x")
-        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 512x768.", param, ctx)
-        return int(parts[0]), int(parts[-1])
+from fluxmesh_coordinator.cli.options import Resolution, chosen
 
 
 def choice(*values: str) -> click.Choice:
