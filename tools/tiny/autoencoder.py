@@ -62,7 +62,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"], group["capturable"] = lr, device.type == "cuda"
         done = state["step"]
     render = data.Renderer(np.load(work / "sprites.npy"), device)
     pictures = {

@@ -154,7 +154,7 @@ class Flow:
                 old.data.copy_(new)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"], group["capturable"] = self.rate, self.device.type == "cuda"
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
 
