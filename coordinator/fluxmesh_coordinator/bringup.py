@@ -70,7 +70,7 @@ class Bringup:
     home: Home = field(default_factory=Home.default)
 
     def run(self) -> MeshRecord:
-        """The agents of the mesh, running and on record; weights are `load.py`'s.
+        """The agents of the mesh, running and on record; weights are `warming.py`'s.
 
         Raises `FluxmeshError`: `HostUnreachableError` where no host can be reached.
         """

@@ -72,23 +72,28 @@ class Reporter(Protocol):
         """All requests are done."""
 
 
+def progress_bar(console: Console) -> Progress:
+    """Nothing into a file; each task has a `unit`, what stands behind its bar."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 class TerminalReporter:
     """A progress bar with time left, the files as they appear, peaks of memory when asked."""
 
     def __init__(self, *, verbose: bool = False, console: Console | None = None) -> None:
         self.verbose = verbose
         self.console = console or Console(stderr=True, highlight=False)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[unit]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self.progress = progress_bar(self.console)
         self.request: GenerateRequest | None = None
         self.task: TaskID | None = None
         self.doing: str | None = None  # what the bar counts bytes of, None when it counts steps

@@ -14,14 +14,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 
 from fluxmesh.events import HostLost, Loading, Queued
 from fluxmesh.training.events import (
@@ -34,6 +27,7 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.request import TrainRequest
+from fluxmesh_coordinator.reporting import progress_bar
 
 
 class TrainReporter(Protocol):
@@ -101,17 +95,7 @@ class TerminalReporter:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = progress_bar(self.console)
         self.request: TrainRequest | None = None
         self.updates = 0
         self.task: TaskID | None = None
@@ -180,6 +164,6 @@ class TerminalReporter:
             if self.task is not None:
                 self.bar.remove_task(self.task)
             self.doing = doing
-            self.task = self.bar.add_task(doing, total=total, told=unit)
+            self.task = self.bar.add_task(doing, total=total, unit=unit)
         self.bar.start()
-        self.bar.update(self.task, completed=done, told=unit)
+        self.bar.update(self.task, completed=done, unit=unit)
