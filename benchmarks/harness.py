@@ -8,16 +8,20 @@ with `results_of`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import queue
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 MARK = "@result "  # begins a line of a case's output that is a result
@@ -44,32 +48,70 @@ def run_case(case: Mapping[str, Any], measure: Callable[[Any], None]) -> None:
 
 
 def results_of(
-    module: str, case: Mapping[str, Any], env: Mapping[str, str] = {}
+    module: str,
+    case: Mapping[str, Any],
+    envs: Sequence[Mapping[str, str]] = ({},),
+    timeout: float = 1800,
 ) -> Iterator[Result]:
-    """Runs `python -m MODULE --case CASE`; yields what it emits, the case's fields included.
+    """Runs `python -m MODULE --case CASE` once for each of `envs`; yields what the first emits.
 
-    A process that dies yields a last result with `failed`: the last line of what it said.
+    Several are the ranks of a group. What the case says of itself is in each result too. Where a
+    process dies, or all together take longer than `timeout` seconds, every one is killed and a
+    last result says `failed`: the last line of what it said.
     """
     command = [sys.executable, "-m", module, "--case", json.dumps(case)]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **env},
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    yield {**case, **json.loads(line.removeprefix(MARK))}
-        if process.returncode:
-            errors.seek(0)
-            said = errors.read()
-            sys.stderr.write(said)
-            last = said.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            yield {**case, "failed": last[0]}
+    with contextlib.ExitStack() as stack:
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in envs]
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **env},
+                    stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+                    stderr=errors[rank],
+                    text=True,
+                )
+            )
+            for rank, env in enumerate(envs)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        reader = threading.Thread(target=_read, args=(processes[0], lines))
+        reader.start()
+        end = time.monotonic() + timeout
+        while True:
+            is_over = not reader.is_alive()  # asked before the queue is emptied, not after
+            while not lines.empty():
+                yield {**case, **json.loads(lines.get())}
+            codes = [process.poll() for process in processes]
+            bad = next((rank for rank, code in enumerate(codes) if code), None)
+            if bad is not None or time.monotonic() > end:
+                yield {**case, "failed": _last_words(errors, codes, bad)}
+                return
+            if is_over and None not in codes:
+                return
+            time.sleep(0.02)
+
+
+def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(MARK):
+            lines.put(line.removeprefix(MARK))
+
+
+def _last_words(errors: Sequence[IO[str]], codes: Sequence[int | None], bad: int | None) -> str:
+    """Why it failed, in a line; all that the processes said goes to stderr."""
+    last = [f"exit codes {list(codes)} (None: still running)"]
+    for rank, file in enumerate(errors):
+        file.seek(0)
+        said = file.read()
+        sys.stderr.write(said)
+        if rank == bad:
+            last += said.strip().splitlines()[-1:]
+    return last[-1]
 
 
 class Stopwatch:
@@ -89,6 +131,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def difference(result: Result, other: Result | None) -> str:
+    """Of the latents after one step, relative (L2): the same weights must do the same."""
+    if other is None or other is result or not result.get("sample"):
+        return ""
+    pairs = list(zip(result["sample"], other["sample"], strict=True))
+    apart = sum((a - b) ** 2 for a, b in pairs) / sum(b**2 for _, b in pairs)
+    return f"{apart**0.5:.1e}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at now."""
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
 
 
 def say(text: str) -> None:

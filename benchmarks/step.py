@@ -13,7 +13,6 @@ waited for, after `--warmup` steps that are not counted.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -21,11 +20,9 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
+from benchmarks.sizes import FULL, SMALL
 from fluxmesh.flux.config import FluxConfig
-from tests import checkpoints
 
-FULL = FluxConfig(guidance_embed=True)
-SMALL = dataclasses.replace(checkpoints.TRANSFORMER, guidance_embed=True)
 WHAT = (
     "sum",
     "fluxmesh",
@@ -79,7 +76,7 @@ def main() -> None:
                 "small": options.small,
             }
             exact = {"MLX_ENABLE_TF32": "0"} if options.dtype == "float32" else {}
-            for result in harness.results_of("benchmarks.step", case, exact):
+            for result in harness.results_of("benchmarks.step", case, [exact]):
                 results.append(result)
                 say(line_of(result))
                 harness.write_json(options.json, results)
@@ -91,8 +88,8 @@ def main() -> None:
 
 def measure(case: Result) -> None:
     """Builds one peer and times it at every size."""
-    config = SMALL if case["small"] else FULL
-    text_tokens = 16 if case["small"] else 512
+    sizes = SMALL if case["small"] else FULL
+    config, text_tokens = sizes.transformer, sizes.text_tokens
     if case["what"] == "sum":
         from benchmarks.products import sum_of_products
 
@@ -174,18 +171,9 @@ def row(result: Result, measured: list[Result]) -> list[str]:
         known = beside.get(what)
         cells.append(f"{result['seconds'] / known['seconds']:.2f}" if known else "")
     cells.append(f"{result['peak'] / 1e9:.2f}" if result.get("peak") else "")
-    cells.append(difference(result, beside.get("fluxmesh")))
+    cells.append(harness.difference(result, beside.get("fluxmesh")))
     cells.append(result["software"])
     return cells
-
-
-def difference(result: Result, ours: Result | None) -> str:
-    """Of the latents after one step, relative (L2): the same weights must do the same."""
-    if ours is None or ours is result or not result.get("sample"):
-        return ""
-    pairs = list(zip(result["sample"], ours["sample"], strict=True))
-    apart = sum((a - b) ** 2 for a, b in pairs) / sum(b**2 for _, b in pairs)
-    return f"{apart**0.5:.1e}"
 
 
 def shapes_table(result: Result) -> str:
