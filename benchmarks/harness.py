@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import queue
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from fluxmesh.errors import FluxmeshError
 
 ROOT = Path(__file__).parents[1]
 MARK = "@result "  # begins a line of a case's output that is a result
@@ -41,7 +42,7 @@ def run_case(case: Mapping[str, Any], measure: Callable[[Any], None]) -> None:
     """The case's own process: measures, or says in one line why it can't."""
     try:
         measure(case)
-    except Skipped as reason:
+    except (Skipped, FluxmeshError) as reason:
         emit(skipped=str(reason))
     except ImportError as error:
         emit(skipped=f"{error.name or error} is not installed ({error})")
@@ -140,15 +141,6 @@ def difference(result: Result, other: Result | None) -> str:
     pairs = list(zip(result["sample"], other["sample"], strict=True))
     apart = sum((a - b) ** 2 for a, b in pairs) / sum(b**2 for _, b in pairs)
     return f"{apart**0.5:.1e}"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at now."""
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
 
 
 def say(text: str) -> None:

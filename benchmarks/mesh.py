@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, peers
+from benchmarks import groups, harness, peers
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
 from benchmarks.sizes import FULL, SMALL, Sizes
 
@@ -60,8 +58,9 @@ def main() -> None:
     for case in cases(options):
         env = {"MLX_ENABLE_TF32": "0"} if case["dtype"] == "float32" else {}
         with tempfile.TemporaryDirectory() as scratch:
-            envs = [{**env, **own} for own in environments(case, Path(scratch))]
-            for result in harness.results_of("benchmarks.mesh", case, envs):
+            ranks = groups.environments(case["backend"], case["engines"], Path(scratch))
+            envs = [{**env, **own} for own in ranks]
+            for result in harness.results_of("benchmarks.mesh", case, envs, timeout=600):
                 predict(result, results)
                 results.append(result)
                 say(line_of(result))
@@ -91,42 +90,6 @@ def cases(options: argparse.Namespace) -> Iterator[Result]:
             for what in options.what:
                 if what in (*PLACEMENTS, "apple"):
                     yield {"what": what, "engines": engines, "backend": backend, **common}
-
-
-# The group's processes, from outside
-
-
-def environments(case: Result, scratch: Path) -> list[dict[str, str]]:
-    """For each rank, what it needs to find the others, as an agent would tell its engine."""
-    from fluxmesh.backends import joining
-    from fluxmesh.hostfile import Host
-
-    hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(case["engines"])]
-    ports = [[port] for port in harness.free_ports(case["engines"])]
-    devices = max(1, gpus())
-    envs = []
-    for rank, own in enumerate(joining(case["backend"], hosts, ports)):
-        env = dict(own.envs)
-        for variable, text in own.files:
-            path = scratch / f"{variable}-{rank}.json"
-            path.write_text(text)
-            env[variable] = str(path)
-        if gpus():
-            env["CUDA_VISIBLE_DEVICES"] = str(rank % devices)
-        envs.append(env)
-    return envs
-
-
-def gpus() -> int:
-    """NVIDIA GPUs of this machine."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed:
-        return len(allowed.split(","))
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    return len(found.stdout.strip().splitlines())
 
 
 # A rank

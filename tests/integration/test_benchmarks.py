@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.folders import file_shapes
 from benchmarks.harness import difference
 from benchmarks.products import products
 from benchmarks.sizes import FULL
@@ -92,3 +93,27 @@ def test_mesh_measures_each_placement_beside_what_was_predicted(tmp_path: Path) 
         assert float(difference(steps[what], steps["one"])) < 1e-5  # the same weights on each rank
     assert requests["data"]["predicted"] == requests["one"]["request"] / 3 * 2
     assert "failed" not in printed
+
+
+def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> None:
+    variants = ("--variants", "schnell", "dev-low-memory", "--engines", "2")
+    room = tmp_path / "room"
+    room.mkdir()
+    printed, results = run(tmp_path, "memory", "--steps", "1", *variants, "--folder", str(room))
+    assert [(one["what"], len(one["peaks"])) for one in results] == [
+        (what, hosts) for what in ("schnell", "dev-low-memory") for hosts in (1, 2)
+    ]
+    whole, sharded = (one["peaks"] for one in results[:2])
+    assert all(peak > 0 for peak in whole[0].values())
+    # Each of two hosts reads half of the blocks, and only one of them the prompt.
+    assert max(own["load"] for own in sharded) < 0.7 * whole[0]["load"]
+    assert sharded[0]["text"] > 0 and sharded[1]["text"] == 0
+    assert list(room.iterdir()) == []
+
+
+def test_the_full_size_is_that_of_flux() -> None:
+    tensors = layouts.transformer_tensors(FULL.transformer)
+    assert layouts.parameter_count(tensors) == 11_901_408_320  # of FLUX.1-dev
+    shapes = file_shapes(tensors)
+    assert shapes["transformer_blocks.18.attn.to_q.weight"] == (3072, 3072)
+    assert shapes["norm_out.linear.weight"] == (6144, 3072)
