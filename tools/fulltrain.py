@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.folders import scratch, write_models
+from benchmarks.sizes import FULL, SMALL
 from fluxmesh.training.events import Updated
 from fluxmesh.training.request import TrainRequest
 from tests.datasets import make_dataset
-from tools.fullsize import SMALL, Sizes, scratch, write_models
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -48,7 +49,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="fluxmesh-fulltrain-", dir=options.folder or scratch()))
     try:
         start = time.perf_counter()
-        written = write_models(folder, SMALL if options.small else Sizes())
+        written = write_models(folder, SMALL if options.small else FULL)
         print(f"wrote {written / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
         make_dataset(folder / "data", sizes=((side, side),) * 3)
         request = TrainRequest(
