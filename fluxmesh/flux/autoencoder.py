@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.flux.config import AutoencoderConfig
-from fluxmesh.flux.fused import group_norm
+from fluxmesh.flux.fused import group_norm, offset_sum
 from fluxmesh.flux.tiles import UNTILED_LATENTS, Tile, tiles
 
 # Queries that the middle attention takes at once: bounds the scores it holds to this many rows.
@@ -34,9 +34,16 @@ class GroupNorm(nn.Module):
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array, silu: bool = False) -> mx.array:
-        """x [B, H, W, C], normed; with `silu`, what a convolution then reads."""
-        return group_norm(x, self.weight, self.bias, self.groups, silu)
+    def __call__(self, x: mx.array, silu: bool = False, offset: mx.array | None = None) -> mx.array:
+        """x [B, H, W, C] (plus `offset` [C]), normed; with `silu`, what a convolution reads."""
+        if offset is None:
+            offset = mx.zeros_like(self.bias)
+        return group_norm(x, self.weight, self.bias, offset, self.groups, silu)
+
+
+def without_bias(conv: nn.Conv2d, x: mx.array) -> mx.array:
+    """A 3x3 convolution whose bias is left to what comes next: a pass over memory less."""
+    return mx.conv2d(x, conv.weight, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -52,9 +59,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = conv1x1(into, out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(self.norm1(x, silu=True))
-        h = self.conv2(self.norm2(h, silu=True))
-        return h + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+        h = without_bias(self.conv1, self.norm1(x, silu=True))
+        h = without_bias(self.conv2, self.norm2(h, silu=True, offset=self.conv1.bias))
+        return offset_sum(self.nin_shortcut(x) if "nin_shortcut" in self else x, h, self.conv2.bias)
 
 
 class AttnBlock(nn.Module):

@@ -38,6 +38,11 @@ template <typename T> __device__ inline void store(T* to, const float (&from)[8]
   *reinterpret_cast<Pack<T>*>(to) = pack;
 }
 
+// The tanh form: 0.5 v (1 + tanh(u)) = v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3).
+__device__ inline float gelu(float v) {
+  return v / (1.0f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
+}
+
 // The sum over a block of THREADS threads, in every thread.
 template <int THREADS> __device__ inline float block_sum(float value) {
   __shared__ float parts[THREADS / 32];
@@ -177,8 +182,18 @@ TWO_STREAMS = """
   const T* key_scale = token < texts ? scale1 : scale3;
 """
 
-# Rows of `attn`, and beside them GELU's tanh form of the last columns of `x`:
-# 0.5 v (1 + tanh(u)) = v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3).
+GELU = """
+  const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
+  if (i >= W) return;
+  const long row = blockIdx.x;
+  float value[8];
+  load(x + row * W + i, value);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
+  store(out + row * W + i, value);
+"""
+
+# Rows of `attn`, and beside them GELU of the last columns of `x`.
 GELU_BESIDE = """
   const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
   const int D = attn_shape[2], W = x_shape[2];
@@ -191,14 +206,24 @@ GELU_BESIDE = """
   } else {
     load(x + row * W + START + i - D, value);
     #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const float v = value[j];
-      value[j] = v / (1.0f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
-    }
+    for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
   }
   store(joined + row * width + i, value);
 """
 
+
+# x + y + offset, a number for each channel.
+OFFSET_SUM = """
+  const long i = (static_cast<long>(blockIdx.x) * THREADS + threadIdx.x) * 8;
+  if (i >= size[0]) return;
+  float value[8], more[8], up[8];
+  load(x + i, value);
+  load(y + i, more);
+  load(offset + i % C, up);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) value[j] += more[j] + up[j];
+  store(sums + i, value);
+"""
 
 # Statistics of a chunk of ROWS places for each group of channels: mean, and sum of squares from it.
 # Threads keep eight channels each; what they have summed meets in shared memory, in one order.
@@ -210,7 +235,8 @@ GROUP_STATS = """
   const int start = blockIdx.x * ROWS, stop = min(start + ROWS, places);
   const int pack = threadIdx.x % PACKS, line = threadIdx.x / PACKS;
   const T* mine = x + static_cast<long>(blockIdx.y) * places * C + pack * 8;
-  float sums[8];
+  float sums[8], up[8];
+  load(offset + pack * 8, up);
   for (int pass = 0; pass < 2; ++pass) {
     float mean[8];
     #pragma unroll
@@ -223,8 +249,10 @@ GROUP_STATS = """
       float value[8];
       load(mine + static_cast<long>(row) * C, value);
       #pragma unroll
-      for (int j = 0; j < 8; ++j)
-        sums[j] += pass ? (value[j] - mean[j]) * (value[j] - mean[j]) : value[j];
+      for (int j = 0; j < 8; ++j) {
+        const float away = value[j] + up[j] - mean[j];
+        sums[j] += pass ? away * away : away;
+      }
     }
     #pragma unroll
     for (int j = 0; j < 8; ++j) parts[line][pack * 8 + j] = sums[j];
@@ -261,7 +289,8 @@ GROUP_JOIN = """
   for (int c = group * WIDTH + threadIdx.x; c < (group + 1) * WIDTH; c += THREADS) {
     const float by = static_cast<float>(weight[c]) * inverse;
     affine[blockIdx.y * 2 * C + c] = by;
-    affine[blockIdx.y * 2 * C + C + c] = static_cast<float>(bias[c]) - mean * by;
+    affine[blockIdx.y * 2 * C + C + c] =
+        static_cast<float>(bias[c]) - (mean - static_cast<float>(offset[c])) * by;
   }
 """
 
@@ -393,6 +422,21 @@ def turned(
     return out
 
 
+def gelu(x: mx.array) -> mx.array:
+    """As `fused.gelu`."""
+    W = x.shape[-1]
+    rows = x.size // W
+    threads, grid = _blocks(rows, W, whole=False)
+    (out,) = _kernel("gelu", ("x",), ("out",), GELU)(
+        inputs=[x],
+        template=[("T", x.dtype), ("W", W), *threads],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        **grid,
+    )
+    return out
+
+
 def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     """As `fused.gelu_beside`."""
     kernel = _kernel("gelu_beside", ("attn", "x"), ("joined",), GELU_BESIDE)
@@ -409,8 +453,29 @@ def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     return joined
 
 
+def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
+    """As `fused.offset_sum`."""
+    blocks = -(-x.size // PACK // GROUP_THREADS)
+    (sums,) = _kernel("offset_sum", ("x", "y", "offset", "size"), ("sums",), OFFSET_SUM)(
+        inputs=[x, y, offset, mx.array([x.size], dtype=mx.int64)],
+        template=[("T", x.dtype), ("C", x.shape[-1]), ("THREADS", GROUP_THREADS)],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        grid=(blocks * GROUP_THREADS, 1, 1),
+        threadgroup=(GROUP_THREADS, 1, 1),
+    )
+    return sums
+
+
 def group_norm(
-    x: mx.array, weight: mx.array, bias: mx.array, *, groups: int, silu: bool, eps: float
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    offset: mx.array,
+    *,
+    groups: int,
+    silu: bool,
+    eps: float,
 ) -> mx.array:
     """As `fused.plain_group_norm`, in three passes: statistics, their sum, the norm itself."""
     B, *sides, C = x.shape
@@ -418,38 +483,34 @@ def group_norm(
     flat = x.reshape(B, places, C)
     rows = GROUP_ROWS if places >= 512 * GROUP_ROWS else GROUP_ROWS // 4
     chunks = -(-places // rows)
+    block = {"threadgroup": (GROUP_THREADS, 1, 1)}
     common = [("C", C), ("GROUPS", groups), ("ROWS", rows), ("THREADS", GROUP_THREADS)]
-    (stats,) = _kernel("group_stats", ("x",), ("stats",), GROUP_STATS)(
-        inputs=[flat],
+    (stats,) = _kernel("group_stats", ("x", "offset"), ("stats",), GROUP_STATS)(
+        inputs=[flat, offset],
         template=[("T", x.dtype), *common],
         output_shapes=[(B, chunks, groups, 2)],
         output_dtypes=[mx.float32],
         grid=(chunks * GROUP_THREADS, B, 1),
-        threadgroup=(GROUP_THREADS, 1, 1),
+        **block,
     )
-    names = ("stats", "weight", "bias", "places")
+    names = ("stats", "weight", "bias", "offset", "places")
     join = f"constexpr float eps = {eps}f;" + GROUP_JOIN
     (affine,) = _kernel("group_join", names, ("affine",), join)(
-        inputs=[stats, weight, bias, mx.array([places], dtype=mx.int32)],
+        inputs=[stats, weight, bias, offset, mx.array([places], dtype=mx.int32)],
         template=common,
         output_shapes=[(B, 2, C)],
         output_dtypes=[mx.float32],
         grid=(groups * GROUP_THREADS, B, 1),
-        threadgroup=(GROUP_THREADS, 1, 1),
+        **block,
     )
     blocks = -(-places * C // PACK // GROUP_THREADS)
     (normed,) = _kernel("group_apply", ("x", "affine"), ("normed",), GROUP_APPLY)(
         inputs=[flat, affine],
-        template=[
-            ("T", x.dtype),
-            ("C", C),
-            ("THREADS", GROUP_THREADS),
-            ("SILU", silu),
-        ],
+        template=[("T", x.dtype), ("C", C), ("THREADS", GROUP_THREADS), ("SILU", silu)],
         output_shapes=[flat.shape],
         output_dtypes=[x.dtype],
         grid=(blocks * GROUP_THREADS, B, 1),
-        threadgroup=(GROUP_THREADS, 1, 1),
+        **block,
     )
     return normed.reshape(x.shape)
 

@@ -98,19 +98,32 @@ def _flat(streams: Sequence[Stream]) -> list[mx.array]:
     return [array for x, scales in streams for array in (x, *scales)]
 
 
+def gelu(x: mx.array) -> mx.array:
+    """GELU, the tanh form."""
+    return _chosen("gelu", cuda.suits(x.shape[-1]))(x)
+
+
 def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     """attn [B, S, D], and beside it GELU (the tanh form) of the columns of x from `start` on."""
     fits = cuda.suits(attn.shape[-1], x.shape[-1], start)
     return _chosen("gelu_beside", fits, start=start)(attn, x)
 
 
-def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, silu: bool) -> mx.array:
-    """Group norm of x [B, ..., C], neighbouring channels making a group; with `silu`, swish after.
+def group_norm(
+    x: mx.array, weight: mx.array, bias: mx.array, offset: mx.array, groups: int, silu: bool
+) -> mx.array:
+    """Group norm of x + offset, [B, ..., C]; neighbouring channels make a group.
 
-    PyTorch's group norm, over all places of a picture. `weight` and `bias` are [C].
+    PyTorch's group norm, over all places of a picture; with `silu`, swish after it. `weight`,
+    `bias` and `offset` (a convolution's bias that nobody has added yet, or zeros) are [C].
     """
     fits = cuda.suits_groups(x.shape[-1])
-    return _chosen("group_norm", fits, groups=groups, silu=silu)(x, weight, bias)
+    return _chosen("group_norm", fits, groups=groups, silu=silu)(x, weight, bias, offset)
+
+
+def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
+    """x + y + offset: [..., C], twice, and a convolution's bias [C]."""
+    return _chosen("offset_sum", cuda.suits(x.shape[-1]))(x, y, offset)
 
 
 # The plain forms
@@ -171,14 +184,24 @@ def plain_gelu_beside(attn: mx.array, x: mx.array, *, start: int) -> mx.array:
 
 
 def plain_group_norm(
-    x: mx.array, weight: mx.array, bias: mx.array, *, groups: int, silu: bool
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    offset: mx.array,
+    *,
+    groups: int,
+    silu: bool,
 ) -> mx.array:
     B, C = x.shape[0], x.shape[-1]
-    y = x.reshape(B, -1, groups, C // groups).swapaxes(1, 2).reshape(B, groups, -1)
+    y = (x + offset).reshape(B, -1, groups, C // groups).swapaxes(1, 2).reshape(B, groups, -1)
     y = mx.fast.layer_norm(y, None, None, EPS)
     y = y.reshape(B, groups, -1, C // groups).swapaxes(1, 2).reshape(x.shape)
     y = weight * y + bias
     return nn.silu(y) if silu else y
+
+
+def plain_offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
+    return x + (y + offset)
 
 
 # Which form runs
@@ -214,14 +237,18 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "gated_norm": plain_gated_norm,
     "turned": plain_turned,
     "turned_heads": plain_turned_heads,
+    "gelu": nn.gelu_approx,
     "gelu_beside": plain_gelu_beside,
     "group_norm": plain_group_norm,
+    "offset_sum": plain_offset_sum,
 }
 KERNELS: dict[str, Callable[..., Any]] = {
     "modulated_norm": functools.partial(cuda.modulated_norm, eps=EPS),
     "gated_sum": cuda.gated_sum,
     "gated_norm": functools.partial(cuda.gated_norm, eps=EPS),
     "turned": functools.partial(cuda.turned, eps=EPS),
+    "gelu": cuda.gelu,
     "gelu_beside": cuda.gelu_beside,
     "group_norm": functools.partial(cuda.group_norm, eps=EPS),
+    "offset_sum": cuda.offset_sum,
 }

@@ -27,6 +27,7 @@ from fluxmesh.flux.fused import (
     Stream,
     gated_norm,
     gated_sum,
+    gelu,
     gelu_beside,
     modulated_norm,
     turned_heads,
@@ -133,9 +134,16 @@ class SelfAttention(nn.Module):
         return self.qkv(x), self.norm.scales
 
 
+class GELU(nn.Module):
+    """The tanh form, as a layer without parameters."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(x)
+
+
 def feed_forward(dim: int, hidden_dim: int) -> list[nn.Module]:
     """A plain list, not `nn.Sequential`, so that the parameters are called `0` and `2` as BFL's."""
-    return [nn.Linear(dim, hidden_dim), nn.GELU(approx="tanh"), nn.Linear(hidden_dim, dim)]
+    return [nn.Linear(dim, hidden_dim), GELU(), nn.Linear(hidden_dim, dim)]
 
 
 def run(layers: list[nn.Module], x: mx.array) -> mx.array:

@@ -19,7 +19,7 @@ would swap their data in silence. `Ranks` therefore chains each to the one befor
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -53,6 +53,14 @@ class Traffic:
     sums: int = 0
     gathers: int = 0
     bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment between two collectives."""
+
+    last: mx.array | None
+    traffic: Traffic
 
 
 class Ranks:
@@ -91,7 +99,19 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank gives true: waits for all of them, who then go on, or stop, together."""
-        return bool(self.sum(mx.array(int(flag), dtype=mx.int32)[None]).item())
+        return bool(self.ask(flag).item())
+
+    def ask(self, flag: bool) -> mx.array:
+        """As `any`, to be waited for later: how many ranks give true, int32 [1], lazy."""
+        return self.sum(mx.array(int(flag), dtype=mx.int32)[None])
+
+    def mark(self) -> Mark:
+        """The collectives built so far, for `rewind`."""
+        return Mark(self._last, replace(self.traffic))
+
+    def rewind(self, mark: Mark) -> None:
+        """Forgets collectives that were built after `mark` and that no rank will evaluate."""
+        self._last, self.traffic = mark.last, mark.traffic
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every rank's `x`; of one shape and dtype on all."""

@@ -36,6 +36,7 @@ from fluxmesh.flux.holding import Held, Options, Stopped
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
 from fluxmesh.flux.source import SourceLatents, mask_latents
+from fluxmesh.flux.stepping import walked
 from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 from fluxmesh.request import SourceImage
 
@@ -178,12 +179,13 @@ class Worker(Held):
                 first=work.first,
                 latents=mx.array(work.latents),
             )
-            is_first = work.placement == "data" or self.ring().rank == 0
-            start = time.perf_counter()
-            for number, step in enumerate(walk, start=work.first + 1):
-                self.options.pause("step")
-                mx.eval(step.x)
-                seconds = time.perf_counter() - start
+            ranks = None if work.placement == "data" else self.ring()
+            is_first = ranks is None or ranks.rank == 0
+            left = plan.steps - work.first
+            pace = walked(
+                walk, left, ranks, self.options.stopping, lambda: self.options.pause("step")
+            )
+            for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
                 self.count(steps=1, images=int(number == plan.steps))
                 preview = None
@@ -201,9 +203,6 @@ class Worker(Held):
                     np.array(step.x) if is_first else None,
                     preview,
                 )
-                if number < plan.steps and self._stops(work):
-                    return
-                start = time.perf_counter()
 
     def _decode(self, work: Decode) -> Reports:
         pipeline = self.open(work.weights)
