@@ -50,6 +50,7 @@ class Holding:
     nbytes: int  # everything that the engine would free by letting go of it
     shards: int = 1
     shard: int = 0
+    content: str = ""  # `Checkpoint.content` of the files that it came from
 
     def __post_init__(self) -> None:
         _check("nbytes", self.nbytes, 0)

@@ -440,6 +440,7 @@ class Encoded(Report):
     seconds: float
     cached: bool
     peak_bytes: int
+    content: str  # `Checkpoint.content` of the files that the encoders came from
     t5: np.ndarray = field(repr=False, compare=False)  # [1, T, width], bfloat16 as uint16
     clip: np.ndarray = field(repr=False, compare=False)  # [1, width], the same
 

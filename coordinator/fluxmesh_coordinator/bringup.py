@@ -120,8 +120,9 @@ class Bringup:
             self._left_out(errors, bool(again))
             here, looks = again.pop(-1), again
         bad: dict[int, FluxmeshError] = {}
+        model = checks.reference(here[0], {rank: look for rank, (look, _) in looks.items()})
         for rank, (look, now) in looks.items():
-            for finding in checks.findings(hosts[rank], look, here[0], now):
+            for finding in checks.findings(hosts[rank], look, here[0], now, model):
                 text = f"{asking.title(hosts[rank])}, {finding.check}: {finding.text}"
                 if finding.level == "fail":
                     bad.setdefault(rank, FluxmeshError(text))
@@ -224,10 +225,11 @@ def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
         raise errors[-1]
     here = looks.pop(-1)[0]
     found = [Finding(rank, "reached", "fail", str(error)) for rank, error in errors.items()]
+    one = checks.reference(here, {rank: look for rank, (look, _) in looks.items()})
     for rank, (look, now) in looks.items():
         way = "this machine" if hostfile.hosts[rank].is_local else "over ssh"
         found.append(Finding(rank, "reached", "ok", f"{way}, {look['system']}"))
-        found += checks.findings(hostfile.hosts[rank], look, here, now)
+        found += checks.findings(hostfile.hosts[rank], look, here, now, one)
     return sorted(found, key=lambda finding: finding.rank)
 
 

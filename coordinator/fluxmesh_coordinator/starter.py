@@ -222,7 +222,7 @@ def can_bind(address: str, port: int) -> bool:
 
 
 def _model(name: str, folder: str | None) -> dict[str, Any]:
-    """{"revision", "bytes"}, or {"problem"} where it is not here or broken."""
+    """{"revision", "content", "bytes"}, or {"problem"} where it is not here or broken."""
     from fluxmesh.flux import hub
 
     own = Path(os.path.expanduser(folder)) / name if folder else None
@@ -233,7 +233,7 @@ def _model(name: str, folder: str | None) -> dict[str, Any]:
     except FluxmeshError as error:
         return {"problem": str(error)}
     nbytes = sum(part.nbytes for part in checkpoint.components.values())
-    return {"revision": checkpoint.revision, "bytes": nbytes}
+    return {"revision": checkpoint.revision, "content": checkpoint.content, "bytes": nbytes}
 
 
 def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh import messages
-from fluxmesh.cluster import LinkInfo, MeshView
-from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError
+from fluxmesh.cluster import Holding, LinkInfo, MeshView
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.homes import Home
 from fluxmesh.planning.room import Memory, shortage
 from fluxmesh.planning.work import Work, tensor_problem
@@ -27,6 +27,7 @@ from fluxmesh_coordinator.bringup import Watcher, leave_out
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.failures import error_of
 from fluxmesh_coordinator.record import MeshRecord
+from fluxmesh_coordinator.sameness import remedy
 from fluxmesh_coordinator.survey import host_info, run, user_keys
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
@@ -94,6 +95,7 @@ class Warming:
     watcher: Watcher
     home: Home = field(default_factory=Home.default)
     allow_partial: bool = False
+    content: str = ""  # `Checkpoint.content` of what shall be held; "" is whatever the hosts have
     clients: dict[int, Client] = field(default_factory=dict)
 
     def run(self) -> MeshRecord:
@@ -209,9 +211,13 @@ class Warming:
     def _holds(self, status: messages.Status, place: Layout, rank: int) -> bool:
         """Whole weights serve where a shard would do: nothing is thrown away."""
         held = status.holds
-        if held is None or held.weights != self.work.weights:
+        if held is None or held.weights != self.work.weights or not self._is_meant(held):
             return False
         return held.shards == 1 or (held.shards, held.shard) == (place.shards, place.shard(rank))
+
+    def _is_meant(self, held: Holding) -> bool:
+        """Whether it came from the files that this machine has now under that name."""
+        return self.content in ("", held.content)
 
     def _untimed(self, view: MeshView, place: Layout) -> list[int]:
         """One host of each device on which this size was not timed; a shard alone can't be."""
@@ -231,11 +237,22 @@ class Warming:
         return await self.clients[rank].lease(f"up-{secrets.token_hex(4)}", 60.0, waiting)
 
     async def _load(self, job: _Job, place: Layout, rank: int) -> None:
-        load = messages.Load(*job.common, place.shards, place.shard(rank), COMPONENTS)
-        async for report in job.do(load, SILENCE):
-            if isinstance(report, messages.Progress):
-                what, done, total = report.component, report.done_bytes, report.total_bytes
-                self.watcher.progress(rank, what, done, total)
+        """Raises `WeightsError` where a host has other files under the model's name."""
+        part = (place.shards, place.shard(rank), COMPONENTS)
+        for is_last in (False, True):
+            async for report in job.do(messages.Load(*job.common, *part), SILENCE):
+                if isinstance(report, messages.Progress):
+                    what, done, total = report.component, report.done_bytes, report.total_bytes
+                    self.watcher.progress(rank, what, done, total)
+                elif isinstance(report, messages.Loaded) and self._is_meant(report.holding):
+                    return
+            if not is_last:  # the engine may have read them before they changed
+                await job.begin_anew()
+        model = self.work.weights.model
+        raise WeightsError(
+            f"{job.client.title} has other files under the name {model} than this machine. "
+            f"{remedy(model)}"
+        )
 
     async def _time(self, job: _Job) -> None:
         """With nothing else running on the device."""
@@ -252,8 +269,14 @@ class _Job:
         self.name = f"up-{secrets.token_hex(4)}"
         self.common = (granted.fence, self.name, granted.epoch, work.weights)
 
+    async def begin_anew(self) -> None:
+        """Ends the engine, with all that it holds; the next work starts another."""
+        fence, name, epoch, weights = self.common
+        self.common = (fence, name, epoch + 1, weights)
+        await self.client.ask(messages.Kill(fence, epoch + 1), messages.Done)
+
     async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
-        """The reports about one unit of work, until it is done.
+        """The reports about one unit of work, to the one that ends it.
 
         Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
         """
@@ -273,6 +296,7 @@ class _Job:
                 case messages.Lost():
                     raise FluxmeshError(f"{self.client.title}: {report.reason}")
                 case messages.Loaded() | messages.Timed():
+                    yield report
                     return
                 case _:
                     yield report

@@ -112,7 +112,8 @@ class Worker(Held):
                 if component == "transformer":
                     self.hold(Shard(work.shard, work.shards))
                 yield from self._loading(work, component)
-        holding = self.holding or Holding(work.weights, 0, work.shards, work.shard)
+        part = (work.shards, work.shard, self.content)
+        holding = self.holding or Holding(work.weights, 0, *part)
         yield messages.Loaded(work.job, work.epoch, holding, time.perf_counter() - start)
 
     def _encode(self, work: Encode) -> Reports:
@@ -136,7 +137,8 @@ class Worker(Held):
             self.count(encodes=0 if cached else 1)
             t5, clip = to_wire(text.t5), to_wire(text.clip)
             peak = self.meter.now("text")
-        yield messages.Encoded(work.job, work.epoch, seconds, cached, peak, t5, clip)
+        told = (seconds, cached, peak, self.content)
+        yield messages.Encoded(work.job, work.epoch, *told, t5, clip)
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)

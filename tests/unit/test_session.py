@@ -13,7 +13,7 @@ from fluxmesh import events, messages
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
 from fluxmesh_coordinator.jobs import Answered, Back, Gone, Reported, Stop
-from tests.fakes import expected
+from tests.fakes import FakeEngine, expected
 from tests.unit.simulation import SIZES, Simulation
 
 PLACEMENTS = ["data", "sequence", "tensor"]
@@ -401,3 +401,31 @@ def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
     assert not (picture.pixels[:16] == 77).all()
     (paint,) = done.messages(messages.Paint)
     assert paint.source is not None and (paint.mask == mask).all()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_hosts_that_hold_different_files_are_named_before_a_ring_computes(placement: Any) -> None:
+    mesh = Simulation(3, n_images=4, placement=placement)
+    for rank, machine in mesh.machines.items():
+        machine.engine = FakeEngine()
+        machine.engine.content = "newer" if rank == 1 else "older"
+    mesh.run()
+    assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
+    told = "host 0 (mac0) older, host 1 (mac1) newer"
+    assert told in str(mesh.end.error) and "fluxmesh models pull" in str(mesh.end.error)
+    if placement != "data":
+        assert mesh.messages(messages.Paint) == []
+    assert all(worker.is_free for worker in mesh.session.course.workers.values())
+
+
+def test_encoders_that_came_from_other_files_are_refused_too() -> None:
+    def swap(mesh: Simulation) -> None:
+        for machine in mesh.machines.values():
+            machine.engine = machine.engine or FakeEngine()
+            is_reading = isinstance(machine.at, messages.Encode)
+            machine.engine.content = "newer" if is_reading else "older"
+
+    mesh = Simulation(2, n_images=2, placement="sequence", faults=swap).run()
+    assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
+    assert "newer" in str(mesh.end.error) and "older" in str(mesh.end.error)
+    assert mesh.messages(messages.Paint) == []

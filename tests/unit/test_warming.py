@@ -131,3 +131,37 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
         assert holders == ["", "", ""]
     else:
         assert told.left_out == {}
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_weights_whose_files_have_changed_since_are_loaded_anew_or_refused(
+    tmp_path: Path, is_here: bool
+) -> None:
+    """Host 1 read older files; `is_here` where it has the new ones on disk by now."""
+
+    async def scene() -> tuple[list[str], list[int]]:
+        async with FakeMesh(tmp_path, 2) as mesh:
+            mesh.engine(1).content = "older"
+            while any(mesh.engine(rank).engine is None for rank in range(2)):
+                await asyncio.sleep(0.01)
+            mesh.engine(1).engine.content = "older"  # type: ignore[union-attr]
+            wanted = Work.of(ask(height=32, width=32), small())
+            dialer = mesh.network.dialer()
+            try:
+                await Warming(mesh.record, wanted, Told(), Home(tmp_path))._run(dialer)
+                mesh.engine(1).content = "same" if is_here else "older"
+                again = Warming(mesh.record, wanted, Told(), Home(tmp_path), content="same")
+                if is_here:
+                    await again._run(dialer)
+                else:
+                    with pytest.raises(FluxmeshError, match="host 1 .*has other files .*pull"):
+                        await again._run(dialer)
+            finally:
+                await dialer.close()
+            lives = [service.lifecycle for service in mesh.services.values()]
+            found = [life.holds.content for life in lives if life.holds is not None]
+            return found, [mesh.engine(rank).starts for rank in range(2)]
+
+    held, starts = asyncio.run(scene())
+    assert held == ["same", "same" if is_here else "older"]
+    assert starts == [1, 2]

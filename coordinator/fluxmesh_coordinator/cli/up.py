@@ -79,7 +79,10 @@ def up(
         work = Work.of(request, ModelSizes.of(checkpoint))
         wish = _wish(hostfile, work.weights, envs, allow_partial, rotate_keys)
         mesh = Bringup(wish, watch).run()
-        mesh = Warming(mesh, work, watch, allow_partial=allow_partial).run()
+        warming = Warming(
+            mesh, work, watch, allow_partial=allow_partial, content=checkpoint.content
+        )
+        mesh = warming.run()
         found = survey(mesh)
         watch.ready(tables.as_json(found) if as_json else None)
     if not as_json:
