@@ -223,10 +223,9 @@ def test_down_ends_agents_and_engines_that_hang(machine: Machine) -> None:
     wait_until_gone(processes([host]))
 
 
-def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back(
-    machine: Machine,
-) -> None:
-    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+@contextlib.contextmanager
+def long_job(machine: Machine) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A `generate` that would go on for long, and its name, once the first host works on it."""
     command = ["generate", "a red apple", "--model", machine.model, "--steps", 1000, "-n", 50]
     with subprocess.Popen(
         [sys.executable, "-m", "fluxmesh_coordinator", *map(str, command)],
@@ -236,10 +235,50 @@ def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back
         stderr=subprocess.PIPE,
         text=True,
     ) as painting:
-        deadline = time.monotonic() + 30
-        while not (job := machine.hosts()[0]["job"]):
-            assert time.monotonic() < deadline and painting.poll() is None
+        try:
+            deadline = time.monotonic() + 30
+            while not (job := machine.hosts()[0]["job"]):
+                assert time.monotonic() < deadline and painting.poll() is None
+            yield painting, job
+        finally:
+            painting.kill()
 
+
+def test_up_that_would_end_agents_of_a_job_has_to_be_forced(machine: Machine) -> None:
+    path = machine.hostfile(2)
+    before = machine.up(path).of("up")[0]["hosts"]
+    entries = json.loads(path.read_text())
+    with long_job(machine) as (painting, job):
+        why = f"Host 0 works on {job}; wait until it is done, or use --force.\n"
+        path.write_text(json.dumps(entries[1:]))
+        for command in (("up", path), ("up", path, "--rotate-keys")):
+            refused = machine(*command, "--model", machine.model)
+            assert refused.code == 1 and refused.err.endswith(f"would end agents. {why}")
+        path.write_text(json.dumps(entries))
+        changed = machine("up", path, "--model", machine.model, "--env", "FLUXMESH_TEST=5")
+        assert changed.code == 1 and changed.err.endswith(f"would end agents. {why}")
+        assert machine.hosts()[0]["job"] == job
+        assert processes(machine.hosts()) == processes(before)
+
+        path.write_text(json.dumps(entries[1:]))
+        forced = subprocess.Popen(
+            [sys.executable, "-m", "fluxmesh_coordinator", "up", str(path), "--force"]
+            + ["--model", str(machine.model)],
+            env=machine.env,
+            cwd=machine.folder,
+            stdout=subprocess.DEVNULL,
+        )
+        wait_until_gone(processes(before)[:2], 30)
+        painting.kill()  # else `up` waits in its line for the other host
+        assert forced.wait(60) == 0
+    assert processes(machine.hosts()) == processes(before)[2:]
+
+
+def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back(
+    machine: Machine,
+) -> None:
+    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+    with long_job(machine) as (painting, job):
         refused = machine("down")
         assert refused.code == 1
         assert refused.err == (
