@@ -228,6 +228,7 @@ class Session:
         if paint is None:
             return
         worker.stepped(paint, report.seconds, self._now)
+        self._recovery.worked(worker.rank)
         self._peak("denoise", report.peak_bytes)
         album, request = self.course.album, self.course.job.request
         if report.latents is not None and album.acknowledge(

@@ -232,7 +232,7 @@ class TrainSession:
                 hand.is_open = True
             case training.Computed():
                 hand.computed(report.seconds)
-                self._losses.moved(now)
+                self._losses.worked(hand.rank, now)
             case training.Moved():
                 worker.done(training.Update, now)
                 hand.moved = report

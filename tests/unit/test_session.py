@@ -429,3 +429,29 @@ def test_encoders_that_came_from_other_files_are_refused_too() -> None:
     assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
     assert "newer" in str(mesh.end.error) and "older" in str(mesh.end.error)
     assert mesh.messages(messages.Paint) == []
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("apart", "steps", "stays"), [(1.0, 1, False), (400.0, 1, True), (1.0, 30, True)]
+)
+def test_losses_far_apart_or_with_good_work_between_them_are_forgiven(
+    placement: Any, apart: float, steps: int, stays: bool
+) -> None:
+    """Host 1 loses its connection four times in one job, and comes back each time."""
+    mesh = Simulation(2, n_images=6, steps=60, placement=placement).begin()
+    for fence in range(2, 6):
+        before = len(mesh.machines[1].made)
+        while len(mesh.machines[1].made) < before + steps:
+            assert mesh.turn()
+        mesh.now += apart
+        mesh.lose(1)
+        mesh.machines[1] = mesh.machine(1, fence)
+        mesh.feed(Back(mesh.machines[1].leased))
+        if 1 not in mesh.session.course.workers:
+            break
+    assert (1 in mesh.session.course.workers) == stays
+    while mesh.turn():
+        pass
+    check(mesh)
+    assert (fence == 5) == stays

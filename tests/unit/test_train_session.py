@@ -694,3 +694,14 @@ def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:
     assert sim.end is not None and isinstance(sim.end.error, WeightsError)
     assert "host 0 (mac0) same, host 1 (mac1) newer" in str(sim.end.error)
     assert sim.messages(training.Update) == []
+
+
+@pytest.mark.parametrize(("apart", "stays"), [(1.0, False), (400.0, True)])
+def test_deaths_of_a_host_that_lie_far_apart_are_forgiven(apart: float, stays: bool) -> None:
+    sim = Simulation(2, iterations=64).opened()
+    for update in range(4):
+        sim.now += apart
+        if 1 in sim.session.course.hands:
+            sim.kill(1)
+        assert sim.ask(train_jobs.Advance(update)).loss == 1 / (update + 1)
+    assert (1 in sim.session.course.hands) == stays
