@@ -64,7 +64,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of one model on one host with nothing else running, at one size."""
+    """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
     height: int  # pixels
@@ -73,6 +73,8 @@ class Measured:
     bits: int | None
     step_seconds: float  # one denoising step of one image
     decode_seconds: float | None = None  # one image
+    placement: Placement = "data"  # by which the step was made; "data" is by one host alone
+    hosts: int = 1  # of the ring
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)

@@ -253,11 +253,12 @@ class Decode(Work):
 
 @dataclass(frozen=True)
 class Measure(Work):
-    """Times a step and a decode, alone and warm. Reported by `Timed`."""
+    """Times a step and a decode, alone or with the ring, and warm. Reported by `Timed`."""
 
     weights: Weights
     height: int  # pixels
     width: int
+    placement: Literal["data", "sequence", "tensor"] = "data"
 
 
 # Answers

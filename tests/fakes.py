@@ -88,7 +88,8 @@ class FakeEngine:
                 yield from self._paint(unit)
             case messages.Measure():
                 how = (unit.weights.model, unit.height, unit.width)
-                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1)
+                ring = (unit.placement, 1 if unit.placement == "data" else self.size)
+                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
                 yield messages.Timed(unit.job, unit.epoch, timed)
             case messages.Decode():
                 for place, image in enumerate(unit.images):

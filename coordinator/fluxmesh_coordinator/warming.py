@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, LinkInfo, MeshView
+from fluxmesh.cluster import Holding, LinkInfo, MeshView, Placement
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.homes import Home
 from fluxmesh.planning.room import Memory, shortage
@@ -25,7 +25,7 @@ from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator import record
 from fluxmesh_coordinator.bringup import Watcher, leave_out
 from fluxmesh_coordinator.client import Client
-from fluxmesh_coordinator.failures import error_of
+from fluxmesh_coordinator.errands import Errand, form_ring, together
 from fluxmesh_coordinator.record import MeshRecord
 from fluxmesh_coordinator.sameness import remedy
 from fluxmesh_coordinator.survey import host_info, run, user_keys
@@ -196,13 +196,15 @@ class Warming:
         leases: dict[int, messages.Granted] = {}
         for rank in sorted({*cold, *untimed}):  # in rank order, so that no two can deadlock
             leases[rank] = await self._lease(rank)
-        jobs = {rank: _Job(self.clients[rank], leases[rank], self.work) for rank in leases}
+        jobs = {rank: Errand(self.clients[rank], leases[rank], self.work) for rank in leases}
+        if untimed and place.shards > 1:
+            cold = [] if await self._time_together(jobs, view, place) else list(place.ranks)
         if cold:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
-        if untimed and set(leases) <= set(self.clients):
+        if untimed and place.shards == 1 and set(leases) <= set(self.clients):
             self.watcher.stage("Timing a step")
-            await self._each(lambda rank: self._time(jobs[rank]), untimed)
+            await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
         for rank in leases:  # of one that failed too, if it still hears
             with contextlib.suppress(HostUnreachableError):
                 await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
@@ -220,15 +222,21 @@ class Warming:
         return self.content in ("", held.content)
 
     def _untimed(self, view: MeshView, place: Layout) -> list[int]:
-        """One host of each device on which this size was not timed; a shard alone can't be."""
+        """Who has to time a step of this size: one host of each device, or all that hold shards."""
         weights, work = self.work.weights, self.work
-        wanted = (weights.model, work.height, work.width, weights.dtype, weights.bits)
+        how = ("data", 1) if place.shards == 1 else ("tensor", place.shards)
+        wanted = (weights.model, work.height, work.width, weights.dtype, weights.bits, *how)
         devices: dict[str, int] = {}
-        for rank in place.ranks if place.shards == 1 else ():
+        for rank in place.ranks:
             known = view.timed(rank).measured
-            if wanted not in [(o.model, o.height, o.width, o.dtype, o.bits) for o in known]:
+            if wanted not in [
+                (o.model, o.height, o.width, o.dtype, o.bits, o.placement, o.hosts) for o in known
+            ]:
                 devices.setdefault(view.host(rank).device_key, rank)
-        return list(devices.values())
+        if place.shards == 1 or not devices:
+            return list(devices.values())
+        ring = zip(place.ranks, place.ranks[1:] + place.ranks[:1], strict=True)
+        return list(place.ranks) if all(view.link(a, b) for a, b in ring) else []
 
     async def _lease(self, rank: int) -> messages.Granted:
         def waiting(queued: messages.Queued) -> None:
@@ -236,7 +244,7 @@ class Warming:
 
         return await self.clients[rank].lease(f"up-{secrets.token_hex(4)}", 60.0, waiting)
 
-    async def _load(self, job: _Job, place: Layout, rank: int) -> None:
+    async def _load(self, job: Errand, place: Layout, rank: int) -> None:
         """Raises `WeightsError` where a host has other files under the model's name."""
         part = (place.shards, place.shard(rank), COMPONENTS)
         for is_last in (False, True):
@@ -254,49 +262,38 @@ class Warming:
             f"{remedy(model)}"
         )
 
-    async def _time(self, job: _Job) -> None:
+    async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
-        measure = messages.Measure(*job.common, self.work.height, self.work.width)
-        async for _ in job.do(measure, MEASURING):
-            pass  # it beats until it is done
+        measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
+        try:
+            async with asyncio.timeout(MEASURING):
+                async for _ in job.do(measure, MEASURING):
+                    pass  # it beats until it is done
+        except TimeoutError:
+            raise HostUnreachableError(
+                f"{job.client.title}: a step is not done after {MEASURING:.0f} s; look at "
+                "`fluxmesh logs`."
+            ) from None
 
+    async def _time_together(
+        self, jobs: Mapping[int, Errand], view: MeshView, place: Layout
+    ) -> bool:
+        """Loads the shards and times a step of all of them; they stay the ring of the next job.
 
-class _Job:
-    """Work on one leased host."""
-
-    def __init__(self, client: Client, granted: messages.Granted, work: Work) -> None:
-        self.client = client
-        self.name = f"up-{secrets.token_hex(4)}"
-        self.common = (granted.fence, self.name, granted.epoch, work.weights)
-
-    async def begin_anew(self) -> None:
-        """Ends the engine, with all that it holds; the next work starts another."""
-        fence, name, epoch, weights = self.common
-        self.common = (fence, name, epoch + 1, weights)
-        await self.client.ask(messages.Kill(fence, epoch + 1), messages.Done)
-
-    async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
-        """The reports about one unit of work, to the one that ends it.
-
-        Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
+        False where that fails: jobs can be planned without, and their sessions know what to do.
         """
-        await self.client.ask(message, messages.Done)
-        while True:
-            try:
-                async with asyncio.timeout(silence):
-                    report = await self.client.report()
-            except TimeoutError:
-                raise HostUnreachableError(
-                    f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
-                    "`fluxmesh logs`."
-                ) from None
-            match report:
-                case messages.Failed():
-                    raise error_of(report.kind, f"{self.client.title}: {report.text}")
-                case messages.Lost():
-                    raise FluxmeshError(f"{self.client.title}: {report.reason}")
-                case messages.Loaded() | messages.Timed():
-                    yield report
-                    return
-                case _:
-                    yield report
+        ring = {rank: jobs[rank] for rank in place.ranks}
+        infos = {host.rank: host for host in view.hosts}
+        try:
+            await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
+            self.watcher.stage(f"Loading {self.work.weights.model}")
+            await together(self._load(ring[rank], place, rank) for rank in ring)
+            self.watcher.stage("Timing a step")
+            await together(self._time(ring[rank], "tensor") for rank in ring)
+        except FluxmeshError as error:
+            self.watcher.note(f"A step of all hosts together could not be timed: {error}")
+            for job in ring.values():  # a survivor of a broken ring can hang
+                with contextlib.suppress(FluxmeshError):
+                    await job.begin_anew()
+            return False
+        return True

@@ -22,7 +22,7 @@ from fluxmesh.flux import memory
 from fluxmesh.flux.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.sharding import Shard
-from fluxmesh.messages import Counters, Paint
+from fluxmesh.messages import Counters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
 BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
@@ -167,7 +167,7 @@ class Held:
             self.drop_transformer()
             self.model.shard = shard
 
-    def hold_for(self, work: Paint) -> None:
+    def hold_for(self, work: Paint | Measure) -> None:
         """The part that a placement runs: any shard of this rank, or the whole, for `tensor`."""
         if work.placement != "tensor":
             self.hold(Shard())

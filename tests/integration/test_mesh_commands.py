@@ -156,6 +156,18 @@ def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: Machine) -
     winner = whole["options"][whole["winner"]]
     assert (winner["name"], winner["phases"][0]["layout"]) == ("tensor", "sharded")
 
+    timed = [one for host in hosts for one in host["measured"]]
+    assert [(one["placement"], one["hosts"]) for one in timed] == [("tensor", 2)] * 2
+    slowest = max(one["step_seconds"] for one in timed)
+    assert winner["phases"][0]["step_seconds"] == slowest and winner["measured"]
+    assert {host["counters"]["sent_bytes"] > 0 for host in hosts} == {True}
+    assert ", tensor on 2 " in machine("status").out
+    again = machine.up(machine.folder / "mesh.json")
+    assert "Timing a step" not in [line["text"] for line in again.of("stage")]
+    painted = machine("generate", "a red apple", "--model", "tiny", "--steps", 1, "-v")
+    assert painted.code == 0, painted.err
+    assert [host["epoch"] for host in machine.hosts()] == [host["epoch"] for host in hosts]
+
 
 def test_a_host_that_fails_is_named_and_the_rest_can_go_on(machine: Machine) -> None:
     path = machine.hostfile(3)
