@@ -253,11 +253,12 @@ class Decode(Work):
 
 @dataclass(frozen=True)
 class Measure(Work):
-    """Times a step and a decode, alone and warm. Reported by `Timed`."""
+    """Times a step and a decode, alone or with the ring, and warm. Reported by `Timed`."""
 
     weights: Weights
     height: int  # pixels
     width: int
+    placement: Literal["data", "sequence", "tensor"] = "data"
 
 
 # Answers
@@ -440,6 +441,7 @@ class Encoded(Report):
     seconds: float
     cached: bool
     peak_bytes: int
+    content: str  # `Checkpoint.content` of the files that the encoders came from
     t5: np.ndarray = field(repr=False, compare=False)  # [1, T, width], bfloat16 as uint16
     clip: np.ndarray = field(repr=False, compare=False)  # [1, width], the same
 

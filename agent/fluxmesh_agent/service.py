@@ -301,7 +301,8 @@ class Service:
     def _engine_said(self, message: Message) -> None:
         if isinstance(message, messages.Timed):
             m = message.measured
-            self.measured[m.model, m.height, m.width, m.dtype, m.bits] = m
+            what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
+            self.measured[what] = m
         instructions = self.lifecycle.engine_said(message)
         self._engine_known.set()
         self._send_all(instructions)

@@ -113,7 +113,8 @@ class Worker(Held):
                 if component == "transformer":
                     self.hold(Shard(work.shard, work.shards))
                 yield from self._loading(work, component)
-        holding = self.holding or Holding(work.weights, 0, work.shards, work.shard)
+        part = (work.shards, work.shard, self.content)
+        holding = self.holding or Holding(work.weights, 0, *part)
         yield messages.Loaded(work.job, work.epoch, holding, time.perf_counter() - start)
 
     def _encode(self, work: Encode) -> Reports:
@@ -137,7 +138,8 @@ class Worker(Held):
             self.count(encodes=0 if cached else 1)
             t5, clip = to_wire(text.t5), to_wire(text.clip)
             peak = self.meter.now("text")
-        yield messages.Encoded(work.job, work.epoch, seconds, cached, peak, t5, clip)
+        told = (seconds, cached, peak, self.content)
+        yield messages.Encoded(work.job, work.epoch, *told, t5, clip)
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -224,11 +226,11 @@ class Worker(Held):
             yield messages.Pictured(work.job, work.epoch, image, seconds, peak, picture)
 
     def _measure(self, work: Measure) -> Reports:
-        """Steps and a decode of noise, after one of each to warm up."""
+        """Steps and a decode of noise, after one of each to warm up. In a ring all are given it."""
         weights, pipeline = work.weights, self.open(work.weights)
         pipeline.low_memory = False
-        self.hold(Shard())
-        self.drop_incomplete("data")
+        self.hold_for(work)
+        self.drop_incomplete(work.placement)
         yield from self._loading(work, "transformer")
         yield from self._loading(work, "autoencoder")
         self.doing = "measuring"
@@ -238,15 +240,17 @@ class Worker(Held):
         text = Conditioning(
             mx.zeros((1, tokens, config.context_in_dim)), mx.zeros((1, config.vec_in_dim))
         )
-        plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size)
+        flow = self.flow(work.placement)
+        plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
         spent = []
         start = time.perf_counter()
-        for step in denoise(pipeline.flow, plan, x):
+        for step in denoise(flow, plan, x):
+            self.options.pause("step")
             mx.eval(step.x)
             spent.append(time.perf_counter() - start)
-            if self.options.stopping():
+            if self._stops(work):
                 return
             start = time.perf_counter()
         mx.eval(pipeline.decode(x, size))
@@ -260,6 +264,8 @@ class Worker(Held):
             weights.bits,
             step_seconds=min(spent[1:]),
             decode_seconds=time.perf_counter() - start,
+            placement=work.placement,
+            hosts=1 if work.placement == "data" else self.ring().size,
         )
         yield messages.Timed(work.job, work.epoch, measured)
 
@@ -282,7 +288,7 @@ class Worker(Held):
         if work.preview:
             yield from self._loading(work, "autoencoder")
 
-    def _stops(self, work: Paint) -> bool:
+    def _stops(self, work: Paint | Measure) -> bool:
         """Whether to stop: in a ring, on all ranks or on none."""
         told = self.options.stopping()
         return told if work.placement == "data" else self.ring().any(told)
