@@ -30,8 +30,9 @@ import numpy as np
 from fluxmesh import messages
 from fluxmesh.cluster import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Plan, denoise
+from fluxmesh.flux.denoise import Basis, Plan, denoise
 from fluxmesh.flux.holding import Held, Options, Stopped
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
@@ -177,6 +178,8 @@ class Worker(Held):
                 source=self._source(work),
                 first=work.first,
                 latents=mx.array(work.latents),
+                cache=self._cache(work),
+                basis=_basis(work),
             )
             is_first = work.placement == "data" or self.ring().rank == 0
             start = time.perf_counter()
@@ -185,7 +188,8 @@ class Worker(Held):
                 mx.eval(step.x)
                 seconds = time.perf_counter() - start
                 self._warm.add(shape)
-                self.count(steps=1, images=int(number == plan.steps))
+                done = int(number == plan.steps)
+                self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
                 if work.preview and is_first:
                     self.quiet = "decoding"
@@ -200,6 +204,7 @@ class Worker(Held):
                     self.meter.now("denoise"),
                     np.array(step.x) if is_first else None,
                     preview,
+                    step.reused,
                 )
                 if number < plan.steps and self._stops(work):
                     return
@@ -322,6 +327,12 @@ class Worker(Held):
             painted = mask_latents(work.mask, config.downsampling, config.z_channels)
         return SourceLatents(mx.array(work.source), painted)
 
+    def _cache(self, work: Paint) -> StepCache | None:
+        """What the steps of this image share, where the request allows it; ranks decide as one."""
+        if not work.cache:
+            return None
+        return StepCache(work.cache, None if work.placement == "data" else self.ring().gather)
+
     def _latent_size(self, work: Paint | Decode | Measure) -> tuple[int, int]:
         downsampling = self.model.checkpoint.autoencoder.downsampling
         size = (work.height // downsampling, work.width // downsampling)
@@ -354,6 +365,19 @@ def to_wire(x: mx.array) -> np.ndarray:
 def from_wire(x: np.ndarray) -> mx.array:
     """What `to_wire` was given."""
     return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+
+
+def _basis(work: Paint) -> Basis | None:
+    """What a lost cache held; a request that begins has lost none."""
+    if not work.cache or not work.first:
+        return None
+    if work.basis >= work.first:
+        raise UsageError(
+            f"An image that goes on after {work.first} steps can't have step {work.basis + 1} as "
+            "the latest that was computed."
+        )
+    latents = work.basis_latents
+    return Basis(work.basis, None if latents is None else mx.array(latents))
 
 
 def _plan_key(work: Paint) -> bytes:

@@ -135,7 +135,8 @@ def test_json_lines_tell_every_event_without_pixels(
     told = lines(capsys)
     assert told[0]["event"] == "start" and told[0]["model"] == {"name": "tiny", "revision": "abc"}
     assert told[1] == {"event": "download", "model": "dev", "done_bytes": 1, "total_bytes": 2}
-    assert {"event": "step", "image": 1, "step": 2, "steps": 2, "seconds": 0.25} in told
+    step = {"event": "step", "image": 1, "step": 2, "steps": 2, "seconds": 0.25, "reused": False}
+    assert step in told
     picture = {"event": "picture", "image": 0, "seed": 5, "seconds": 1.5, "placement": "data"}
     assert picture in told
     assert told[-1] == {"event": "done", "files": [str(tmp_path / "out.png")]}
