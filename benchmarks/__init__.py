@@ -1,0 +1,1 @@
+"""Programs that measure fluxmesh, beside its peers where there are any; `docs/performance.md`."""
