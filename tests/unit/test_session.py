@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -434,3 +435,15 @@ def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
     assert not (picture.pixels[:16] == 77).all()
     (paint,) = done.messages(messages.Paint)
     assert paint.source is not None and (paint.mask == mask).all()
+
+
+def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
+    mesh = Simulation(1, steps=9, cache=0.1).begin()
+    while not mesh.messages(messages.Paint):
+        mesh.turn()
+    (paint,) = mesh.messages(messages.Paint)
+    worker = mesh.session.course.workers[0]
+    for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
+        told = messages.Stepped("job", worker.epoch, 0, step, seconds, 1, paint.latents)
+        mesh.feed(Reported(0, replace(told, reused=reused)))
+        assert worker.step_deadline(paint) == 80.0
