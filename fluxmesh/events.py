@@ -70,6 +70,7 @@ class Step:
     preview: np.ndarray | None = field(default=None, repr=False, compare=False)
     # uint8 (height, width, 3), when the request asked to see each step
     host: int | None = None
+    reused: bool = False  # approximated from an earlier step, because the request allowed it
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Picture:
     seconds: float = 0.0  # denoising and decoding
     host: int | None = None  # who decoded it
     placement: str = "data"  # how its steps were made; "mixed" where not all were made alike
+    steps: int = 0  # how many these were
+    reused: int = 0  # how many of them were approximated from earlier ones
 
 
 @dataclass(frozen=True)

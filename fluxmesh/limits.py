@@ -11,7 +11,7 @@ import re
 
 MAX_FRAME = 128 << 20  # bytes: the latents of 16 images at 2048 x 2048 are half of it
 MAX_HEADER = 1 << 20  # bytes
-MAX_FRAMES = 8  # of one message; `Paint` has the header and 6 arrays
+MAX_FRAMES = 8  # of one message; `Paint` has the header and 7 arrays
 MAX_TEXT = 4096  # characters
 MAX_COUNT = 1024  # items of a tuple
 MAX_BYTES = 64  # of a nonce or a token
@@ -26,6 +26,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "width": (1, 1 << 15),
     "steps": (1, 100_000),
     "first": (0, 100_000),
+    "basis": (0, 100_000),
     "step": (1, 100_000),
     "image": (0, 1 << 31),
     "images": (0, 1 << 31),
@@ -80,6 +81,7 @@ ARRAYS: dict[str, tuple[tuple[str, ...], tuple[int | None, ...]]] = {
     "preview": (("uint8",), (None, None, 3)),
     "mask": (("uint8",), (None, None)),
     "latents": (("float32",), (None, None, None)),
+    "basis_latents": (("float32",), (1, None, None)),
     "noise": (("float32",), (1, None, None)),
     "source": (("float32",), (1, None, None)),
     "t5": (("uint16", "float32"), (1, None, None)),  # uint16 holds bfloat16

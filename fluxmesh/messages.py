@@ -238,6 +238,11 @@ class Paint(Work):
     mask: np.ndarray | None = field(
         default=None, repr=False, compare=False
     )  # uint8 [height, width]
+    cache: float = 0.0  # threshold of step caching; 0 computes every step
+    # With a cache and `first`: the latest step that was computed, counted from 0, and the latents
+    # float32 [1, L, 4C] that it began from; None where these are the very first.
+    basis: int = 0
+    basis_latents: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,7 @@ class Counters(Message):
 
     images: int = 0  # denoised to the end
     steps: int = 0
+    reused: int = 0  # of these, steps that a cache made cheap
     encodes: int = 0
     decodes: int = 0
     sent_bytes: int = 0  # in collectives
@@ -465,6 +471,7 @@ class Stepped(Report):
     peak_bytes: int
     latents: np.ndarray | None = field(default=None, repr=False, compare=False)
     preview: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 [h, w, 3]
+    reused: bool = False  # most of its blocks were not run: an approximation that was asked for
 
 
 @dataclass(frozen=True)

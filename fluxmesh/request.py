@@ -18,6 +18,7 @@ BITS = (3, 4, 5, 6, 8)
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 4096
 MAX_SIDE = 8192
+MAX_CACHE = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class GenerateRequest:
     preload: bool = False  # load every component before the first starts
     low_memory: bool = False  # release modulation once it is computed; nothing stays warm
     stepwise: bool = False  # decode a preview after each step
+    # Approximate: steps in which less than this share changes reuse earlier ones. 0 computes all.
+    cache: float = 0.0
     source: SourceImage | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +99,10 @@ class GenerateRequest:
             raise UsageError(f"--bits is {self.bits}; choose 3, 4, 5, 6 or 8.")
         if self.decoding_batch_size < 1:
             raise UsageError("--decoding-batch-size must be at least 1.")
+        if not 0 <= self.cache <= MAX_CACHE:
+            raise UsageError(
+                f"--cache is {self.cache}; it must be 0 (off) to {MAX_CACHE}; try 0.1."
+            )
         if self.preload and self.low_memory:
             raise UsageError("--preload-models and --low-memory exclude each other; choose one.")
         for adapter in self.adapters:

@@ -20,6 +20,11 @@ class Image:
     index: int
     step: int = 0  # steps acknowledged
     latents: np.ndarray | None = None  # float32 [1, L, 4C] after them
+    # The latest step that was computed, not approximated by a cache, counted from 0, and the
+    # latents that it began from: what a cache that is lost with its engine is made from again.
+    basis: int = 0
+    basis_latents: np.ndarray | None = None  # None: the noise
+    reused: int = 0  # steps that a cache approximated
     seconds: float = 0.0  # denoising
     placements: set[str] = field(default_factory=set)  # by which its steps were made
     painter: int | None = None  # rank that works at it now (the first one of a ring)
@@ -72,17 +77,30 @@ class Album:
         return image
 
     def acknowledge(
-        self, index: int, step: int, latents: np.ndarray, seconds: float, placement: str
+        self,
+        index: int,
+        step: int,
+        latents: np.ndarray,
+        seconds: float,
+        placement: str,
+        *,
+        reused: bool = False,
     ) -> bool:
-        """Keeps what a step gave; False where it is no news (a step that was done already)."""
+        """Keeps what a step gave; False where it is no news (a step that was done already).
+
+        `reused`: a cache approximated it.
+        """
         image = self.images[index]
         if step <= image.step:
             return False
+        if not reused:
+            image.basis, image.basis_latents = step - 1, image.latents
+        image.reused += reused
         image.step, image.latents = step, latents
         image.seconds += seconds
         image.placements.add(placement)
         if step == self.steps:
-            image.painter = None
+            image.painter = image.basis_latents = None
         return True
 
     def ready(self) -> Iterator[Group]:

@@ -182,6 +182,9 @@ class Dispatch:
             features.clip,
             course.source,
             None if source is None else source.mask,
+            request.cache,
+            image.basis,
+            image.basis_latents if request.cache else None,
         )
         if course.option is not None:
             worker.expect(paint, phase.step_seconds, measured=course.option.measured)

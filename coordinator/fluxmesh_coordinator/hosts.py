@@ -120,13 +120,17 @@ class Worker:
         if isinstance(report, Progress):
             self._read = now
 
-    def stepped(self, paint: Paint, seconds: float, now: float) -> None:
-        """A step is done: the next one is expected in about the time that this one took."""
+    def stepped(self, paint: Paint, seconds: float, now: float, *, reused: bool = False) -> None:
+        """A step is done: the next one is expected in about the time that this one took.
+
+        `reused`: a cache made it cheap, which the next one need not be.
+        """
         shape = _shape(paint)
         begun = next((u.since for u in self.line if u.message is paint), None) or now
         took = now - max(self._moved, begun) if shape in self._shapes else seconds
         self._shapes.add(shape)
-        self._step_seconds[shape] = max(seconds, took)
+        known = self._step_seconds.get(shape, 0.0) if reused else 0.0
+        self._step_seconds[shape] = max(seconds, took, known)
         self._moved = now
 
     def step_deadline(self, paint: Paint) -> float:

@@ -147,8 +147,10 @@ class Painter:
         request = _as_loaded(settings).request("", seed, defaults=checkpoint.defaults)
         size = "" if settings.image else f"{request.height}x{request.width}, "
         bits = f"{request.bits} bits, " if request.bits else ""
+        cache = f", approximate: --cache {request.cache:g}" if request.cache else ""
+        steps = f"{request.steps} steps"
         self.reporter.note(
-            f"Painting with {checkpoint.name} ({size}{bits}{request.steps} steps, seed {seed})."
+            f"Painting with {checkpoint.name} ({size}{bits}{steps}, seed {seed}{cache})."
         )
         if settings.model is None and checkpoint.name == EMBEDDED and not self._hinted:
             self._hinted = True

@@ -74,6 +74,7 @@ class Recipe:
     fuse_adapters: bool = False
     t5_padding: bool = True
     decoding_batch_size: int = 1
+    cache: float = 0.0  # above 0 the picture is an approximation
     placement: str = "data"
     source: SourceFiles | None = None
     n_images: int = 1  # more than one: this file is a grid of them
@@ -108,6 +109,7 @@ class Recipe:
             fuse_adapters=request.fuse_adapters,
             t5_padding=request.t5_padding,
             decoding_batch_size=request.decoding_batch_size,
+            cache=request.cache,
             source=source,
             n_images=request.n_images,
             n_rows=n_rows,
@@ -131,6 +133,8 @@ class Recipe:
     def to_json(self, **more: Any) -> str:
         """ASCII, so that it fits a PNG text chunk of any reader; `more` adds keys."""
         values = asdict(self) | more
+        if self.cache:
+            values["approximate"] = True  # for whoever reads it without knowing what a cache does
         return json.dumps(values, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -158,6 +162,7 @@ class Recipe:
             fuse_adapters=_field(values, "fuse_adapters", bool, False),
             t5_padding=_field(values, "t5_padding", bool, True),
             decoding_batch_size=_field(values, "decoding_batch_size", int, 1),
+            cache=_number(values, "cache", 0.0),
             placement=_field(values, "placement", str, "data"),
             source=None if source is None else _source(source),
             n_images=_field(values, "n_images", int, 1),
@@ -233,9 +238,9 @@ def _field(values: Mapping[str, Any], name: str, kind: Any, default: Any = _REQU
     return value
 
 
-def _number(values: Mapping[str, Any], name: str) -> float:
+def _number(values: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> float:
     try:
-        return float(_field(values, name, (int, float)))
+        return float(_field(values, name, (int, float), default))
     except OverflowError as error:
         raise ValueError(f"{name!r} is too large") from error
 

@@ -149,7 +149,7 @@ class TerminalReporter:
                 again = " (seen before)" if event.cached else ""
                 self.note(f"Read the prompt in {event.seconds:.2f} s{again}.")
             case Picture() if self.verbose:
-                self.note(f"Image {event.image + 1} (seed {event.seed}): {event.seconds:.2f} s.")
+                self._pictured(event)
 
     def saved(self, path: Path, seeds: list[int]) -> None:
         first, last = seeds[0], seeds[-1]
@@ -169,6 +169,15 @@ class TerminalReporter:
                 if phase in self.peaks:
                     self._peak(f"for the {name}", self.peaks[phase])
             self._peak("overall", max(self.peaks.values()))
+
+    def _pictured(self, event: Picture) -> None:
+        cache = self.request.cache if self.request else 0.0
+        how = ""
+        if cache:
+            computed = event.steps - event.reused
+            how = f" Approximate (--cache {cache:g}): {computed} of {event.steps} steps computed, "
+            how += f"{event.reused} reused."
+        self.note(f"Image {event.image + 1} (seed {event.seed}): {event.seconds:.2f} s.{how}")
 
     def _queued(self, event: Queued) -> None:
         if event.place == self.place:
@@ -257,7 +266,17 @@ class JsonReporter:
         self._line("download", values)
 
     def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
-        told = ("prompt", "seed", "n_images", "height", "width", "steps", "guidance", "dtype")
+        told = (
+            "prompt",
+            "seed",
+            "n_images",
+            "height",
+            "width",
+            "steps",
+            "guidance",
+            "dtype",
+            "cache",
+        )
         self._line("start", {name: getattr(request, name) for name in told} | {"model": model})
 
     def event(self, event: Event) -> None:

@@ -227,19 +227,24 @@ class Session:
         paint = worker.find(messages.Paint, report.image)
         if paint is None:
             return
-        worker.stepped(paint, report.seconds, self._now)
+        worker.stepped(paint, report.seconds, self._now, reused=report.reused)
         self._recovery.worked(worker.rank)
         self._peak("denoise", report.peak_bytes)
         album, request = self.course.album, self.course.job.request
         if report.latents is not None and album.acknowledge(
-            report.image, report.step, report.latents, report.seconds, paint.placement
+            report.image,
+            report.step,
+            report.latents,
+            report.seconds,
+            paint.placement,
+            reused=report.reused,
         ):
             self._recovery.moved()
             shown = report.preview
             if shown is not None and request.source is not None:
                 shown = composite(shown, request.source)
             told = (report.image, report.step, album.steps, report.seconds, shown, worker.rank)
-            self._tell(events.Step(*told))
+            self._tell(events.Step(*told, reused=report.reused))
         if report.step < album.steps:
             return
         worker.done(messages.Paint, self._now, report.image)
@@ -262,7 +267,7 @@ class Session:
             pixels = composite(pixels, request.source)
         seed, seconds = request.seed_of(image.index), image.seconds + report.seconds
         told = (image.index, seed, pixels, seconds, worker.rank, image.placement)
-        self._tell(events.Picture(*told))
+        self._tell(events.Picture(*told, album.steps, image.reused))
 
     def _peak(self, phase: str, nbytes: int) -> None:
         self._peaks[phase] = max(nbytes, self._peaks.get(phase, 0))

@@ -40,6 +40,7 @@ class Settings:
     decoding_batch_size: int = 1
     preload_models: bool = False
     low_memory: bool = False
+    cache: float = 0.0
     image: str | None = None
     strength: float | None = None
     mask: str | None = None
@@ -65,6 +66,7 @@ class Settings:
             fuse_adapter=recipe.fuse_adapters,
             no_t5_padding=not recipe.t5_padding,
             decoding_batch_size=recipe.decoding_batch_size,
+            cache=recipe.cache,
             image=source.image if source else None,
             strength=source.strength if source else None,
             mask=source.mask if source else None,
@@ -137,6 +139,7 @@ class Settings:
             preload=self.preload_models,
             low_memory=self.low_memory,
             stepwise=stepwise,
+            cache=self.cache,
             source=source,
         )
 

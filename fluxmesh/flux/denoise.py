@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux import noise as latents
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.model import Modulations
@@ -53,7 +54,13 @@ class Flow(Protocol):
     ) -> Modulations: ...
 
     def __call__(
-        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations, /
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Modulations,
+        cache: StepCache | None = None,
+        /,
     ) -> mx.array: ...
 
 
@@ -62,6 +69,14 @@ class Step(NamedTuple):
 
     x: mx.array  # latents at the next time step
     clean: mx.array  # the finished latents as predicted at this step; costs nothing unless used
+    reused: bool = False  # most of its blocks were not run (`caching.py`)
+
+
+class Basis(NamedTuple):
+    """The step that a cache held when it was lost."""
+
+    step: int  # counted from 0
+    latents: mx.array | None  # that it began from; None: those of the very beginning
 
 
 @dataclass(frozen=True)
@@ -104,21 +119,35 @@ def denoise(
     guide: Guide | None = None,
     first: int = 0,
     latents: mx.array | None = None,
+    cache: StepCache | None = None,
+    basis: Basis | None = None,
 ) -> Iterator[Step]:
     """Yields a `Step` for each of `plan.steps` steps of one image; nothing is evaluated.
 
     `noise` is packed float32 [1, L, 4C]. With `source`, begins from its picture, noised to the
     first time step, and after every step puts back what its mask keeps. With `first`, goes on
     from the `latents` that so many steps left, to the same bytes as without the interruption.
+
+    With an empty `cache`, steps that differ little are approximated, the first and the last never;
+    then each step evaluates its beginning, in order to compare. To go on to the same bytes it needs
+    a `basis`, whose blocks are computed again; without one, the step after `first` is computed.
     """
-    x = noise if source is None else source.noised(noise, plan.times[0])
+    x = start = noise if source is None else source.noised(noise, plan.times[0])
+
+    def velocity_of(x: mx.array, i: int) -> mx.array:
+        modulation = plan.modulations.at(i)
+        return flow(x.astype(flow.dtype), plan.text, plan.pe, modulation, cache)
+
     if first:
         assert latents is not None, "to go on, the latents after the last step are needed"
         x = latents
+        if cache is not None and basis is not None:
+            velocity_of(start if basis.latents is None else basis.latents, basis.step)
     for i in range(first, plan.steps):
         t, t_next = plan.times[i], plan.times[i + 1]
-        velocity = flow(x.astype(flow.dtype), plan.text, plan.pe, plan.modulations.at(i))
-        velocity = velocity.astype(mx.float32)
+        if cache is not None:
+            cache.is_forced = i == plan.steps - 1
+        velocity = velocity_of(x, i).astype(mx.float32)
         clean = x - t * velocity
         if guide is not None:
             clean = clean - _pull(guide, clean, plan.latent_size, i)
@@ -127,7 +156,7 @@ def denoise(
         if source is not None:
             x = source.keep(x, noise, t_next)
             clean = source.keep(clean, noise, 0.0)
-        yield Step(x, clean)
+        yield Step(x, clean, cache is not None and cache.reused)
 
 
 def _pull(guide: Guide, clean: mx.array, latent_size: tuple[int, int], step: int) -> mx.array:

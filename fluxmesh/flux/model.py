@@ -10,6 +10,7 @@ The architecture and all names are those of black-forest-labs/flux (`src/flux/mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.layers import (
     TIME_CHANNELS,
@@ -131,21 +133,38 @@ class Flux(nn.Module):
     # Once a step
 
     def __call__(
-        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Modulations,
+        cache: StepCache | None = None,
     ) -> mx.array:
         """The velocity, noise minus image: [B, S - L, out_channels], in the dtype of the weights.
 
         `img` is packed latents [B, S - L, in_channels], `txt` T5's features [B, L, context_in_dim],
-        `pe` from `rope`, `modulation` one step's (`Modulations.at`).
+        `pe` from `rope`, `modulation` one step's (`Modulations.at`). `cache` may skip all blocks
+        but the first.
         """
         img = self.img_in(img.astype(self.dtype))  # [B, S - L, D]
         txt = self.txt_in(txt.astype(self.dtype))  # [B, L, D]
-        for double, (img_mod, txt_mod) in zip(self.double_blocks, modulation.double, strict=True):
+        entered = img
+        img, txt = self.call(self.double_blocks[0], img, txt, pe, *modulation.double[0])
+        rest = functools.partial(self._rest, img, txt, pe, modulation)
+        img = rest() if cache is None else cache.rest(img - entered, img, rest)
+        return self.final_layer(img, modulation.final)
+
+    def _rest(
+        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
+    ) -> mx.array:
+        """What the first double block gives, through all others: the image's [B, S - L, D]."""
+        doubles = zip(self.double_blocks[1:], modulation.double[1:], strict=True)
+        for double, (img_mod, txt_mod) in doubles:
             img, txt = self.call(double, img, txt, pe, img_mod, txt_mod)
         x = mx.concatenate([txt, img], axis=1)  # [B, S, D]
         for single, mod in zip(self.single_blocks, modulation.single, strict=True):
             x = self.call(single, x, pe, mod)
-        return self.final_layer(x[:, txt.shape[1] :], modulation.final)
+        return x[:, txt.shape[1] :]
 
     def forward(
         self,

@@ -27,6 +27,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.fused import (
     Stream,
@@ -208,10 +209,15 @@ class TensorFlux(SpreadFlux):
         )
 
     def __call__(
-        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Modulations,
+        cache: StepCache | None = None,
     ) -> mx.array:
         """The velocity of all image tokens; arguments and result as `Flux.__call__`."""
-        return self.flux(img, txt, pe, modulation)
+        return self.flux(img, txt, pe, modulation, cache)
 
 
 def _summed(ranks: Ranks, *calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
@@ -261,7 +267,12 @@ class SequenceFlux(SpreadFlux):
         return _filled(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
 
     def __call__(
-        self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Modulations,
+        cache: StepCache | None = None,
     ) -> mx.array:
         """The velocity of all image tokens; arguments and result as `Flux.__call__`."""
         L, S = txt.shape[1], txt.shape[1] + img.shape[1]
@@ -276,14 +287,35 @@ class SequenceFlux(SpreadFlux):
         if img.shape[1]:
             streams["img"] = self.flux.img_in(img.astype(self.dtype))
         attend = _Attend(self.ranks, S, pe)
-        for double, (img_mod, txt_mod) in zip(self._doubles, modulation.double, strict=True):
-            streams = double(streams, attend, {"txt": txt_mod, "img": img_mod})
-        x = mx.concatenate(list(streams.values()), axis=1)  # [B, C, D]
-        for single, mod in zip(self._singles, modulation.single, strict=True):
-            x = single(x, attend, mod)
+        entered = streams
+        img_mod, txt_mod = modulation.double[0]
+        streams = self._doubles[0](streams, attend, {"txt": txt_mod, "img": img_mod})
+        rest = functools.partial(self._rest, streams, attend, modulation)
+        if cache is None:
+            x = rest()
+        else:
+            tokens = _joined(streams)
+            added = (tokens - _joined(entered))[:, txt.shape[1] :]
+            own_img = max(0, min(stop, S) - max(start, L))  # without what fills up
+            x = cache.rest(added[:, :own_img], tokens, rest)
         own = self.flux.final_layer(x, modulation.final)  # [B, C, out_channels], text's as well
         every = self.ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
         return every[L:S].swapaxes(0, 1)
+
+    def _rest(self, streams: Streams, attend: _Attend, modulation: Modulations) -> mx.array:
+        """What the first double block gives, through all others: this rank's [B, C, D]."""
+        doubles = zip(self._doubles[1:], modulation.double[1:], strict=True)
+        for double, (img_mod, txt_mod) in doubles:
+            streams = double(streams, attend, {"txt": txt_mod, "img": img_mod})
+        x = _joined(streams)
+        for single, mod in zip(self._singles, modulation.single, strict=True):
+            x = single(x, attend, mod)
+        return x
+
+
+def _joined(streams: Streams) -> mx.array:
+    """All of this rank's tokens [B, C, D], text first."""
+    return mx.concatenate(list(streams.values()), axis=1)
 
 
 def _filled(x: mx.array, length: int, axis: int) -> mx.array:

@@ -25,6 +25,7 @@ import numpy as np
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import noise as latents
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning, PromptMemory
 from fluxmesh.flux.denoise import Guide, Plan, denoise, plan
 from fluxmesh.flux.models import Models
@@ -159,6 +160,7 @@ class FluxPipeline(Models):
         *,
         source: SourceImage | None = None,
         guide: Guide | None = None,
+        cache: float = 0.0,
     ) -> Iterator[Any]:
         """A generator: first the conditioning, then the latents after each step, all lazy.
 
@@ -168,13 +170,17 @@ class FluxPipeline(Models):
         `seed + k` gives alone, to the byte; a seed of None is drawn, and kept in `self.seed`.
 
         `source` begins from a picture and repaints its mask (`fluxmesh.canvas`), `guide` is a
-        custom loss on the expected picture (`denoise.Guide`).
+        custom loss on the expected picture (`denoise.Guide`). `cache` above 0 is the threshold of
+        an approximation that skips most of some steps (`caching.py`); each step then evaluates its
+        beginning by itself.
 
         Raises `UsageError` for numbers out of range, before anything is computed.
         """
         self.check_size(latent_size, source)
         self.seed = secrets.randbelow(MAX_SEED // 2) if seed is None else seed
-        self._check_request(text, self.seed, n_images, num_steps, guidance, latent_size, source)
+        self._check_request(
+            text, self.seed, n_images, num_steps, guidance, latent_size, source, cache
+        )
         known = self.encode(text)
         noises = [self.noise(self.seed + k, latent_size) for k in range(n_images)]
         rows, columns = (side // latents.PATCH for side in latent_size)
@@ -193,7 +199,17 @@ class FluxPipeline(Models):
             latent_size=latent_size,
             strength=1.0 if source is None else source.strength,
         )
-        images = [denoise(self.flow, made, x, source=start, guide=guide) for x in noises]
+        images = [
+            denoise(
+                self.flow,
+                made,
+                x,
+                source=start,
+                guide=guide,
+                cache=StepCache(cache) if cache else None,
+            )
+            for x in noises
+        ]
         for steps in zip(*images, strict=True):
             yield mx.concatenate([step.x for step in steps])
 
@@ -217,6 +233,7 @@ class FluxPipeline(Models):
         *,
         source: SourceImage | None = None,
         guide: Guide | None = None,
+        cache: float = 0.0,
     ) -> mx.array:
         """Pictures [n_images, H, W, 3] in [0, 1], evaluated, at any latent size of even sides.
 
@@ -225,7 +242,15 @@ class FluxPipeline(Models):
         equals the source.
         """
         steps = self.generate_latents(
-            text, n_images, num_steps, guidance, latent_size, seed, source=source, guide=guide
+            text,
+            n_images,
+            num_steps,
+            guidance,
+            latent_size,
+            seed,
+            source=source,
+            guide=guide,
+            cache=cache,
         )
         x, *_ = next(steps)
         if reload_text_encoders:
@@ -262,6 +287,7 @@ class FluxPipeline(Models):
         guidance: float,
         latent_size: LatentSize,
         source: SourceImage | None,
+        cache: float,
     ) -> None:
         """Raises the `UsageError` that the same numbers raise on the command line."""
         height, width = (side * self.checkpoint.autoencoder.downsampling for side in latent_size)
@@ -274,6 +300,7 @@ class FluxPipeline(Models):
             steps=num_steps,
             guidance=guidance,
             source=source,
+            cache=cache,
         )
 
 

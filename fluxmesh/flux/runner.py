@@ -163,7 +163,7 @@ class _Job:
         self, images: range, text: messages.Encoded, source: np.ndarray | None
     ) -> Iterator[Event]:
         """Denoises these images one by one, then decodes them `decoding_batch_size` at a time."""
-        seconds = dict.fromkeys(images, 0.0)
+        seconds, reused = dict.fromkeys(images, 0.0), dict.fromkeys(images, 0)
         latents: dict[int, np.ndarray] = {}
         for image in images:
             for report in self.worker.do(self._painting(image, text, source)):
@@ -173,10 +173,12 @@ class _Job:
                     assert report.latents is not None
                     latents[image] = report.latents
                     seconds[image] += report.seconds
+                    reused[image] += report.reused
                     preview = report.preview
                     if preview is not None:
                         preview = self._kept(preview)
-                    yield Step(image, report.step, self.steps, report.seconds, preview)
+                    step = (image, report.step, self.steps, report.seconds, preview)
+                    yield Step(*step, reused=report.reused)
         batch = self.request.decoding_batch_size
         for first in range(0, len(images), batch):
             part = tuple(images[first : first + batch])
@@ -188,7 +190,8 @@ class _Job:
                 elif isinstance(report, messages.Pictured):
                     image, spent = report.image, seconds[report.image] + report.seconds
                     pixels = self._kept(report.pixels)
-                    yield Picture(image, self.request.seed_of(image), pixels, spent)
+                    told = (image, self.request.seed_of(image), pixels, spent)
+                    yield Picture(*told, steps=self.steps, reused=reused[image])
 
     def _painting(
         self, image: int, text: messages.Encoded, source: np.ndarray | None
@@ -215,6 +218,7 @@ class _Job:
             clip=text.clip,
             source=source,
             mask=None if request.source is None else request.source.mask,
+            cache=request.cache,
         )
 
     def _kept(self, pixels: np.ndarray) -> np.ndarray:

@@ -28,11 +28,13 @@ def walked(
     ranks: Ranks | None,
     stopping: Callable[[], bool],
     pause: Callable[[], None] = lambda: None,
+    ahead: bool = True,
 ) -> Iterator[tuple[Step, float]]:
     """Yields each of the `steps` of `walk`, evaluated, with the seconds that it took.
 
     Ends early where `stopping`, asked between steps, is true: in a ring, on any rank. `ranks` is
-    the ring whose collectives the steps run, or None; `pause` is called before each step.
+    the ring whose collectives the steps run, or None; `pause` is called before each step. Without
+    `ahead` nothing is built ahead: for a walk that waits for the device as it builds.
     """
     start = time.perf_counter()
     step = next(walk)
@@ -42,7 +44,7 @@ def walked(
         mx.async_eval(step.x)
         following: Step | None = None
         asked: mx.array | None = None
-        if left and (ranks is None or seconds < SHORT):
+        if left and ahead and (ranks is None or seconds < SHORT):
             if ranks is not None:
                 asked = ranks.ask(stopping())
                 mark = ranks.mark()

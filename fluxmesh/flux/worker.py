@@ -30,8 +30,9 @@ import numpy as np
 from fluxmesh import messages
 from fluxmesh.cluster import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Plan, denoise
+from fluxmesh.flux.denoise import Basis, Plan, denoise
 from fluxmesh.flux.holding import Held, Options, Stopped
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
@@ -180,16 +181,15 @@ class Worker(Held):
                 source=self._source(work),
                 first=work.first,
                 latents=mx.array(work.latents),
+                cache=self._cache(work),
+                basis=_basis(work),
             )
-            ranks = None if work.placement == "data" else self.ring()
-            is_first = ranks is None or ranks.rank == 0
-            left = plan.steps - work.first
-            pace = walked(
-                walk, left, ranks, self.options.stopping, lambda: self.options.pause("step")
-            )
+            is_first = work.placement == "data" or self.ring().rank == 0
+            pace = self._walked(work, walk, plan.steps - work.first, ahead=not work.cache)
             for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
-                self.count(steps=1, images=int(number == plan.steps))
+                done = int(number == plan.steps)
+                self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
                 if work.preview and is_first:
                     self.quiet = "decoding"
@@ -204,6 +204,7 @@ class Worker(Held):
                     self.meter.now("denoise"),
                     np.array(step.x) if is_first else None,
                     preview,
+                    step.reused,
                 )
 
     def _decode(self, work: Decode) -> Reports:
@@ -244,15 +245,9 @@ class Worker(Held):
         plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
-        spent = []
-        start = time.perf_counter()
-        for step in denoise(flow, plan, x):
-            self.options.pause("step")
-            mx.eval(step.x)
-            spent.append(time.perf_counter() - start)
-            if self._stops(work):
-                return
-            start = time.perf_counter()
+        spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
+        if len(spent) < plan.steps:  # it was told to stop
+            return
         mx.eval(pipeline.decode(x, size))
         start = time.perf_counter()
         mx.eval(pipeline.decode(x, size))
@@ -270,6 +265,19 @@ class Worker(Held):
         yield messages.Timed(work.job, work.epoch, measured)
 
     # Parts of them
+
+    def _walked(
+        self, work: Paint | Measure, walk: Iterator[Step], steps: int, ahead: bool = True
+    ) -> Iterator[tuple[Step, float]]:
+        """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
+        return walked(
+            walk,
+            steps,
+            None if work.placement == "data" else self.ring(),
+            self.options.stopping,
+            pause=lambda: self.options.pause("step"),
+            ahead=ahead,
+        )
 
     def _loading(self, work: messages.Work, component: str) -> Reports:
         for event in self.load(component):
@@ -327,6 +335,12 @@ class Worker(Held):
             painted = mask_latents(work.mask, config.downsampling, config.z_channels)
         return SourceLatents(mx.array(work.source), painted)
 
+    def _cache(self, work: Paint) -> StepCache | None:
+        """What the steps of this image share, where the request allows it; ranks decide as one."""
+        if not work.cache:
+            return None
+        return StepCache(work.cache, None if work.placement == "data" else self.ring().gather)
+
     def _latent_size(self, work: Paint | Decode | Measure) -> tuple[int, int]:
         downsampling = self.model.checkpoint.autoencoder.downsampling
         size = (work.height // downsampling, work.width // downsampling)
@@ -359,6 +373,19 @@ def to_wire(x: mx.array) -> np.ndarray:
 def from_wire(x: np.ndarray) -> mx.array:
     """What `to_wire` was given."""
     return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+
+
+def _basis(work: Paint) -> Basis | None:
+    """What a lost cache held; a request that begins has lost none."""
+    if not work.cache or not work.first:
+        return None
+    if work.basis >= work.first:
+        raise UsageError(
+            f"An image that goes on after {work.first} steps can't have step {work.basis + 1} as "
+            "the latest that was computed."
+        )
+    latents = work.basis_latents
+    return Basis(work.basis, None if latents is None else mx.array(latents))
 
 
 def _plan_key(work: Paint) -> bytes:

@@ -148,8 +148,8 @@ def watched() -> Iterator[Log]:
     log = Log()
     acknowledge, post = Album.acknowledge, Client.post
 
-    def acknowledged(self: Album, index: int, step: int, *rest: Any) -> bool:
-        is_news = acknowledge(self, index, step, *rest)
+    def acknowledged(self: Album, index: int, step: int, *rest: Any, **more: Any) -> bool:
+        is_news = acknowledge(self, index, step, *rest, **more)
         if not is_news:
             log.twice.append(f"step {step} of image {index}")
         log.reached[index] = max(step, log.reached.get(index, 0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +139,30 @@ def test_stepwise_keeps_the_picture_after_each_step(
     again = fluxmesh(*command, "--stepwise", "steps")
     assert again.code == 1
     assert "--stepwise steps is not empty" in again.err
+
+
+def test_a_cached_picture_says_that_it_is_approximate_and_is_made_again(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    command = ("generate", "dogs", "--model", checkpoint, *SIZE, "--steps", "8", "--seed", "5")
+    first = fluxmesh(*command, "--dtype", "float32", "--cache", "0.7", "-v", "-o", "a.png")
+    assert first.code == 0, first.err
+    assert "approximate: --cache 0.7)." in first.err
+    told = re.search(r"Approximate \(--cache 0.7\): (\d) of 8 steps computed, (\d)", first.err)
+    assert told and 2 <= int(told[1]) < 8 and int(told[1]) + int(told[2]) == 8
+    again = fluxmesh("generate", "--from", "a.png", "-o", "b.png", "--json")
+    assert again.code == 0, again.err
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    lines = [json.loads(line) for line in again.out.splitlines()]
+    assert [line["cache"] for line in lines if line["event"] == "start"] == [0.7]
+    steps = [line["reused"] for line in lines if line["event"] == "step"]
+    assert sum(steps) == int(told[2]) and len(steps) == 8
+    exact = fluxmesh("generate", "--from", "a.png", "--cache", "0", "-o", "c.png")
+    assert exact.code == 0, exact.err
+    recipes = [read_recipe(tmp_path / name) for name in ("a.png", "c.png")]
+    assert [recipe.cache for recipe in recipes] == [0.7, 0.0]
+    shown = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "c.png")]
+    assert not np.array_equal(*shown)
 
 
 def test_verbose_tells_the_peak_of_each_phase(fluxmesh: Run, checkpoint: Path) -> None:

@@ -105,14 +105,24 @@ def test_every_placement_gives_the_pictures_of_one_host(checkpoint: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("placement", "number"),
-    [("data", signal.SIGSTOP), ("sequence", signal.SIGSTOP), ("tensor", signal.SIGKILL)],
+    ("placement", "number", "cache"),
+    [
+        ("data", signal.SIGSTOP, 0.0),
+        ("sequence", signal.SIGSTOP, 0.0),
+        ("tensor", signal.SIGKILL, 0.0),
+        ("sequence", signal.SIGKILL, 0.85),
+    ],
 )
 def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
-    checkpoint: Path, tmp_path: Path, placement: Placement, number: signal.Signals
+    checkpoint: Path,
+    tmp_path: Path,
+    placement: Placement,
+    number: signal.Signals,
+    cache: float,
 ) -> None:
-    request = request_of(checkpoint, n_images=2, steps=4)
-    alone = pictures(list(Runner().run(request)))
+    request = request_of(checkpoint, n_images=2, steps=4, cache=cache)
+    by_one = list(Runner().run(request))
+    alone = pictures(by_one)
     with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
         told: list[events.Event] = []
         struck = 0.0
@@ -128,6 +138,11 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
             assert np.abs(a.astype(int) - b.astype(int)).max() <= (0 if placement == "data" else 1)
         steps = [(e.image, e.step) for e in told if isinstance(e, events.Step)]
         assert len(steps) == len(set(steps)) == 8
+        reused = [
+            {(e.image, e.step) for e in t if isinstance(e, events.Step) and e.reused}
+            for t in (by_one, told)
+        ]
+        assert reused[0] == reused[1] and bool(reused[0]) is bool(cache)
         assert any(isinstance(event, events.HostLost) for event in told)
         assert took < 25
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,11 +67,11 @@ class Latents:
         acknowledge = Album.acknowledge
 
         def spy(
-            album: Album, index: int, step: int, latents: np.ndarray, seconds: float, how: str
+            album: Album, index: int, step: int, latents: np.ndarray, *rest: Any, **more: Any
         ) -> bool:
             if step == album.steps:
                 self.found[index] = np.array(latents)
-            return acknowledge(album, index, step, latents, seconds, how)
+            return acknowledge(album, index, step, latents, *rest, **more)
 
         monkeypatch.setattr(Album, "acknowledge", spy)
 

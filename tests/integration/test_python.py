@@ -167,6 +167,21 @@ def test_low_memory_gives_the_same_picture(checkpoint: Path, flux: FluxPipeline)
     assert mx.array_equal(image, expected)
 
 
+def test_a_cache_skips_steps_only_where_it_is_asked_for(flux: FluxPipeline) -> None:
+    def paint(**more: Any) -> np.ndarray:
+        options = {"num_steps": 8, "latent_size": (4, 6), "seed": 5, **more}
+        return np.array(flux.generate_images("two dogs", **options))
+
+    plain = paint()
+    assert np.array_equal(plain, paint(cache=0.0))
+    assert np.array_equal(plain, paint(cache=1e-9))  # a cache that skips nothing
+    cached = paint(cache=0.7, n_images=2)
+    assert not np.array_equal(plain, cached[:1])
+    assert np.array_equal(cached[:1], paint(cache=0.7))  # image k shares no cache with another
+    with pytest.raises(UsageError, match="--cache is 2"):
+        paint(cache=2.0)
+
+
 def test_inpainting_keeps_what_the_mask_keeps(flux: FluxPipeline) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     mask = np.zeros((32, 48), np.uint8)

@@ -61,6 +61,20 @@ def test_a_job_tells_what_it_does_in_order(request_of: GenerateRequest) -> None:
         assert picture.dtype == np.uint8
 
 
+def test_a_cached_picture_is_another_one_and_its_steps_say_why(
+    request_of: GenerateRequest,
+) -> None:
+    eight = dataclasses.replace(request_of, steps=8, n_images=2)
+    plain, cached = (events_of(dataclasses.replace(eight, cache=c)) for c in (0.0, 0.7))
+    reused = [[e.reused for e in told if isinstance(e, Step)] for told in (plain, cached)]
+    counts = [[e.reused for e in told if isinstance(e, Picture)] for told in (plain, cached)]
+    assert counts[0] == [0, 0] and min(counts[1]) > 0
+    assert [sum(reused[1][k : k + 8]) for k in (0, 8)] == counts[1]
+    assert not any(reused[0])
+    for a, b in zip(pictures(plain), pictures(cached), strict=True):
+        assert not np.array_equal(a, b)
+
+
 def test_image_k_is_what_its_seed_gives_alone(request_of: GenerateRequest) -> None:
     three = pictures(events_of(dataclasses.replace(request_of, n_images=3)))
     alone = pictures(events_of(dataclasses.replace(request_of, seed=7)))

@@ -93,6 +93,38 @@ def test_an_image_goes_on_from_any_step_to_the_same_bytes(
         assert other.counters.steps == len(rest)
 
 
+def test_a_cached_image_goes_on_from_any_step_to_the_same_bytes(
+    worker: Worker, weights: Weights
+) -> None:
+    work = painting(worker, weights, steps=8, cache=0.7)
+    told = only(worker, work, messages.Stepped)
+    reused = [step.reused for step in told]
+    assert reused[0] is reused[-1] is False and any(reused) and not all(reused[1:-1])
+    assert (worker.counters.steps, worker.counters.reused) == (8, sum(reused))
+    for first in range(1, 8):
+        basis = max(step for step in range(first) if not reused[step])
+        begun = told[basis - 1].latents if basis else None
+        more = {"first": first, "latents": told[first - 1].latents}
+        going = replace(work, **more, basis=basis, basis_latents=begun)
+        rest = only(Worker(), going, messages.Stepped)
+        assert [step.reused for step in rest] == reused[first:]
+        assert np.array_equal(rest[-1].latents, told[-1].latents)
+
+
+def test_what_a_cache_goes_on_from_is_a_step_that_was_made(
+    worker: Worker, weights: Weights
+) -> None:
+    work = painting(worker, weights, first=1, cache=0.7, basis=1)
+    with pytest.raises(UsageError, match="can't have step 2"):
+        latents(worker, work)
+
+
+def test_a_cache_of_0_is_none(worker: Worker, weights: Weights) -> None:
+    plain = latents(worker, painting(worker, weights))
+    assert np.array_equal(latents(worker, painting(worker, weights, cache=0.0)), plain)
+    assert worker.counters.reused == 0
+
+
 def test_an_image_whose_steps_are_done_is_not_painted(worker: Worker, weights: Weights) -> None:
     with pytest.raises(UsageError, match="decode it"):
         latents(worker, painting(worker, weights, first=3))

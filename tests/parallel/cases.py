@@ -70,6 +70,8 @@ class Case:
     images: int = 1
     checkpoint: str = ""  # a folder, instead of a model made here
     swapped: bool = False  # odd ranks evaluate the second image first
+    steps: int = STEPS
+    cache: float = 0.0  # threshold of step caching
 
     @property
     def image_tokens(self) -> int:
@@ -108,6 +110,9 @@ def cases(size: int, checkpoint: Path) -> list[Case]:
             Case("quantized and adapted", placement, **groups, adapter="beside"),
             Case("swapped", placement, **small, images=2, swapped=True),
             Case("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
+            # Thresholds that skip some steps: random models change much from step to step.
+            Case("cached", placement, images=2, steps=10, cache=0.55),
+            Case("cached shallow", placement, **small, steps=10, cache=0.6),
         ]
     return found
 
@@ -174,7 +179,7 @@ def plan_of(case: Case, flow: Flow) -> Plan:
         ),
         mx.array(rng.standard_normal((1, case.config.vec_in_dim)), dtype=mx.float32),
     )
-    times = timesteps(STEPS, case.image_tokens, ScheduleConfig())
+    times = timesteps(case.steps, case.image_tokens, ScheduleConfig())
     return plan(flow, text, times, case.size, guidance=3.5)
 
 

@@ -18,7 +18,9 @@ from tests.parallel.ring import run_ranks
 
 SIZES = (2, 3, 4)
 TIMEOUT = 90.0  # of all ranks together: a hang is a failure, not a wait
-NAMES = [case.name for case in cases(2, Path()) if case.placement == "tensor"]
+CASES = [case for case in cases(2, Path()) if case.placement == "tensor"]
+NAMES = [case.name for case in CASES if not case.cache]
+CACHED = [case.name for case in CASES if case.cache]
 EXACT = [name for name in NAMES if name != "bfloat16"]
 
 
@@ -30,7 +32,7 @@ class Result(NamedTuple):
     did: list[dict[str, Any]]  # by each rank
     nonces: list[tuple[bool, bool]]  # whether each rank thought the same, and different ones, equal
     one: np.ndarray
-    one_held: int
+    one_did: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def result(tmp_path_factory):
             [report[key] for report in reports],
             [(report["same nonce"], report["strange nonce"]) for report in reports],
             one,
-            did["held"],
+            did,
         )
 
     return find
@@ -169,4 +171,36 @@ def test_a_shard_is_a_shard(result, size):
     for name in ("odd", "shallow", "bfloat16", "quantized", "fused", "from files"):
         found = result(size, name, "tensor")
         for did in found.did:
-            assert did["held"] <= (1 / size + 0.01) * found.one_held, name
+            assert did["held"] <= (1 / size + 0.01) * found.one_did["held"], name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+@pytest.mark.parametrize("name", CACHED)
+def test_all_ranks_skip_the_steps_that_one_host_skips(result, size, placement, name):
+    found = result(size, name, placement)
+    reused = np.array(found.one_did["reused"])  # [steps, images]
+    assert reused[1:-1].any() and not reused[1:-1].all() and not reused[[0, -1]].any()
+    assert [did["reused"] for did in found.did] == [reused.tolist()] * size
+    for latents in found.latents:
+        assert latents.tobytes() == found.latents[0].tobytes()
+        assert error(latents, found.one) <= 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+@pytest.mark.parametrize("name", CACHED)
+def test_a_step_that_is_skipped_sends_what_its_first_block_sends(result, size, placement, name):
+    found = result(size, name, placement)
+    case, config = found.case, found.case.config
+    reused = np.array(found.one_did["reused"])
+    computed = (~reused).sum()
+    compared = (case.steps - 2) * case.images  # neither the first step nor the last
+    if placement == "tensor":
+        sums = 2 * reused.size + computed * (2 * (config.depth - 1) + config.depth_single_blocks)
+        collectives = {"sums": sums, "gathers": 1 + compared}
+    else:
+        gathers = 2 * reused.size + computed * (config.depth - 1 + config.depth_single_blocks)
+        collectives = {"sums": 0, "gathers": gathers + compared}
+    for did in found.did:
+        assert {name: did["traffic"][name] for name in collectives} == collectives

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.denoise import denoise
 from fluxmesh.flux.model import Flux
 from fluxmesh.flux.parallel import Ranks
@@ -76,15 +77,26 @@ def run(
     plan = plan_of(case, flow)
     if work:
         work.reset(flux)
-    images = [denoise(flow, plan, noise_of(case, image)) for image in range(case.images)]
+    gather = ranks.gather if ranks else None
+    images = [
+        denoise(
+            flow,
+            plan,
+            noise_of(case, image),
+            cache=StepCache(case.cache, gather) if case.cache else None,
+        )
+        for image in range(case.images)
+    ]
+    reused = []
     order = range(case.images)
     if case.swapped and ranks and ranks.rank % 2:
         order = order[::-1]
     for steps in zip(*images, strict=True):
         for image in order:
             mx.eval(steps[image].x)
+        reused.append([step.reused for step in steps])
     latents = np.concatenate([np.array(step.x) for step in steps])
-    did: dict[str, Any] = {"held": held(flux), "dtype": str(steps[0].x.dtype)}
+    did: dict[str, Any] = {"held": held(flux), "dtype": str(steps[0].x.dtype), "reused": reused}
     if ranks:
         did["traffic"] = dataclasses.asdict(ranks.traffic)
     if work:

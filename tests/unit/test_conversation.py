@@ -92,6 +92,13 @@ def test_settings_hold_until_they_are_changed_again(talk: Any) -> None:
     assert [request.guidance for request in requests] == [2.0, 2.0, 4.0]
 
 
+def test_a_cache_is_a_setting_and_the_first_line_tells_it(talk: Any) -> None:
+    requests, shown = talk("/cache 0.1", "a dog", "/cache 7", "/cache", "two dogs")
+    assert [request.cache for request in requests] == [0.1, 0.0]
+    assert shown.count("approximate: --cache 0.1).") == 1
+    assert "Error: --cache is 7.0" in shown
+
+
 def test_every_prompt_has_a_new_seed_and_a_file_of_its_own(talk: Any, tmp_path: Path) -> None:
     requests, shown = talk("a dog", "a dog", "", "a dog")
     assert shown.count("fluxmesh models pull schnell") == 1

@@ -98,3 +98,15 @@ def test_an_engine_that_hangs_in_a_first_step_is_found_by_its_silence() -> None:
     one.put(paint(1024), 1.0)
     assert one.overdue(6.0) == ""
     assert "no sign for 6 s" in one.overdue(7.0)
+
+
+def test_a_step_that_a_cache_made_cheap_does_not_shorten_the_deadline_of_the_next() -> None:
+    one = worker()
+    one.put(paint(1024), 0.0)
+    one.stepped(paint(1024), 20.0, 20.0)
+    one.stepped(paint(1024), 1.0, 21.0, reused=True)
+    assert one.step_deadline(paint(1024)) == 80.0
+    assert one.overdue(100.0) == ""
+    one.stepped(paint(1024), 10.0, 100.0)  # took 79 s, by the clock
+    one.stepped(paint(1024), 1.0, 101.0)
+    assert one.step_deadline(paint(1024)) == 5.0

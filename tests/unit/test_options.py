@@ -57,13 +57,15 @@ def test_options_become_a_request() -> None:
         *("-m", "dev", "-n", "2", "--image-size", "32X48", "--steps", "5", "--guidance", "2.5"),
         *("--dtype", "float32", "-q", "--adapter", "a.safetensors", "--adapter", "b:0.5"),
         *("--fuse-adapter", "--no-t5-padding", "--decoding-batch-size", "2", "--low-memory"),
+        *("--cache", "0.1"),
     )
     request = settings.request("dog", 3, model="dev")
     assert (request.height, request.width, request.steps, request.guidance) == (32, 48, 5, 2.5)
     assert (request.n_images, request.dtype, request.bits) == (2, "float32", 4)
     assert [(a.path, a.scale) for a in request.adapters] == [("a.safetensors", 1.0), ("b", 0.5)]
     assert request.fuse_adapters and not request.t5_padding and request.low_memory
-    assert request.decoding_batch_size == 2
+    assert (request.decoding_batch_size, request.cache) == (2, 0.1)
+    assert settings_of().request("dog", 3).cache == 0  # only who asks for it gets it
 
 
 def test_bits_alone_quantize() -> None:

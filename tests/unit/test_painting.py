@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def events(stop_after: int | None = None, error: BaseException | None = None) ->
             raise error
         for step in (1, 2):
             yield Step(image, step, 2, 0.25, preview=pixels(10 * image + step))
-        yield Picture(image, 5 + image, pixels(100 + image), 1.5)
+        yield Picture(image, 5 + image, pixels(100 + image), 1.5, steps=2)
     yield Peak("denoise", 2**30)
     yield Peak("denoise", 2**29)
 
@@ -134,10 +135,12 @@ def test_json_lines_tell_every_event_without_pixels(
         reporter.finished()
     told = lines(capsys)
     assert told[0]["event"] == "start" and told[0]["model"] == {"name": "tiny", "revision": "abc"}
+    assert told[0]["cache"] == 0.0
     assert told[1] == {"event": "download", "model": "dev", "done_bytes": 1, "total_bytes": 2}
-    assert {"event": "step", "image": 1, "step": 2, "steps": 2, "seconds": 0.25} in told
+    step = {"event": "step", "image": 1, "step": 2, "steps": 2, "seconds": 0.25, "reused": False}
+    assert step in told
     picture = {"event": "picture", "image": 0, "seed": 5, "seconds": 1.5, "placement": "data"}
-    assert picture in told
+    assert picture | {"steps": 2, "reused": 0} in told
     assert told[-1] == {"event": "done", "files": [str(tmp_path / "out.png")]}
 
 
@@ -159,6 +162,20 @@ def test_a_terminal_shows_steps_times_peaks_and_the_file(
     assert "Peak memory used for the generation: 1.000GB" in shown
     assert "Peak memory used overall:            3.000GB" in shown
     assert "Saved" in shown + capsys.readouterr().out
+
+
+def test_a_terminal_tells_how_many_steps_a_cache_approximated(
+    terminal: tuple[TerminalReporter, io.StringIO],
+) -> None:
+    reporter, screen = terminal
+    told = Picture(0, 5, pixels(1), 1.5, steps=20, reused=8)
+    with reporter:
+        reporter.started(replace(REQUEST, cache=0.12), {})
+        reporter.event(told)
+    assert (
+        "Image 1 (seed 5): 1.50 s. Approximate (--cache 0.12): 12 of 20 steps computed, 8 reused."
+        in screen.getvalue()
+    )
 
 
 def test_the_bar_counts_steps_over_all_images(

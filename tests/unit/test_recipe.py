@@ -65,6 +65,7 @@ def test_a_recipe_holds_all_that_a_request_says(tmp_path: Path) -> None:
         fuse_adapter=True,
         no_t5_padding=True,
         decoding_batch_size=2,
+        cache=0.12,
     )
     request = settings.request("a dog", 8, model="tiny")
     recipe = Recipe.of(request, "abc", None, settings.n_rows)
@@ -72,6 +73,15 @@ def test_a_recipe_holds_all_that_a_request_says(tmp_path: Path) -> None:
     again = Settings.of_recipe(Recipe.from_json(recipe.to_json()))
     assert again.request("a dog", 8, model="tiny") == request
     assert (again.seed, again.n_rows) == (8, 2)
+
+
+def test_a_picture_that_a_cache_approximated_says_so() -> None:
+    exact, cached = (json.loads(replace(RECIPE, cache=cache).to_json()) for cache in (0.0, 0.12))
+    assert "approximate" not in exact
+    assert (cached["cache"], cached["approximate"]) == (0.12, True)
+    assert Recipe.from_json(json.dumps(cached)).cache == 0.12
+    older = {key: value for key, value in exact.items() if key != "cache"}
+    assert Recipe.from_json(json.dumps(older)).cache == 0.0
 
 
 def test_a_missing_adapter_is_named() -> None:
@@ -121,6 +131,7 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda v: v | {"source": "photo.png"}, "'source' is not"),
         (lambda v: v | {"source": {"image": "a", "strength": 1, "outpaint": [1]}}, "'outpaint'"),
         (lambda v: v | {"guidance": 10**400}, "'guidance' is too large"),
+        (lambda v: v | {"cache": "0.1"}, "'cache' is of the wrong type"),
         (lambda v: [v], "not a JSON object"),
     ],
 )

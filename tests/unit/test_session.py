@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,39 @@ def test_a_death_at_any_moment_costs_no_picture_and_no_step(
     if struck and fault == "kill_engine":
         (lost,) = done.of(events.HostLost)
         assert (lost.host, lost.reason) == (1, "It was killed.")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("after", range(1, 33, 3))
+@pytest.mark.parametrize("fault", ["kill_engine", "lose"])
+def test_a_death_changes_no_picture_that_a_cache_approximates(
+    placement: Any, after: int, fault: str
+) -> None:
+    """A lost cache is made again from what the last computed step began from."""
+
+    def break_one(mesh: Simulation) -> None:
+        if mesh.reports == after and not struck:
+            struck.append(True)
+            getattr(mesh, fault)(1)
+
+    struck: list[bool] = []
+    keys = {"n_images": 2, "steps": 9, "cache": 0.1, "placement": placement}
+    done = Simulation(3, **keys, faults=break_one).run()
+    check(done)
+    assert struck
+    for event in done.of(events.Picture):
+        assert (event.steps, event.reused) == (9, 5)
+    steps = {(event.image, event.step): event.reused for event in done.of(events.Step)}
+    assert [steps[0, k + 1] for k in range(9)] == [False, True, True] * 2 + [False, True, False]
+    sent = [paint for paint in done.messages(messages.Paint) if paint.first]
+    assert all(paint.basis < paint.first for paint in sent)
+
+
+def test_without_a_cache_no_latents_travel_for_one() -> None:
+    done = Simulation(1, steps=4).run()
+    check(done)
+    assert {(event.steps, event.reused) for event in done.of(events.Picture)} == {(4, 0)}
+    assert all(paint.basis_latents is None for paint in done.messages(messages.Paint))
 
 
 @settings(max_examples=60, deadline=None)
@@ -455,3 +489,15 @@ def test_losses_far_apart_or_with_good_work_between_them_are_forgiven(
         pass
     check(mesh)
     assert (fence == 5) == stays
+
+
+def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
+    mesh = Simulation(1, steps=9, cache=0.1).begin()
+    while not mesh.messages(messages.Paint):
+        mesh.turn()
+    (paint,) = mesh.messages(messages.Paint)
+    worker = mesh.session.course.workers[0]
+    for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
+        told = messages.Stepped("job", worker.epoch, 0, step, seconds, 1, paint.latents)
+        mesh.feed(Reported(0, replace(told, reused=reused)))
+        assert worker.step_deadline(paint) == 80.0

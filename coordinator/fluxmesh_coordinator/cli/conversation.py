@@ -29,6 +29,7 @@ Type a prompt to paint it. A line that begins with / changes a setting until it 
   /size 128x192    height and width in pixels      /steps 8       denoising steps
   /seed 7          where the noise comes from      /n 4           images a prompt
   /model schnell   the checkpoint                  /guidance 3.5  for models that take it
+  /cache 0.1       approximate and faster; 0 is off
 With no value, a setting goes back to what it is by itself (a seed is drawn for each prompt).
   /settings        what they are now
   /quit            the end (Ctrl-D too)"""
@@ -40,6 +41,7 @@ SETTINGS: dict[str, tuple[str, click.ParamType]] = {
     "n": ("n_images", click.INT),
     "model": ("model", click.STRING),
     "guidance": ("guidance", click.FLOAT),
+    "cache": ("cache", click.FLOAT),
 }
 
 

@@ -160,4 +160,10 @@ _OPTIONS = [
     click.option("--decoding-batch-size", type=int, help="Images decoded at once.  [1]"),
     click.option("--preload-models", is_flag=True, help="Load every component first."),
     click.option("--low-memory", is_flag=True, help="Give memory back as early as can be."),
+    click.option(
+        "--cache",
+        type=float,
+        metavar="THRESHOLD",
+        help="Approximate, faster: reuse a step where the next one changes less.  [0, off]",
+    ),
 ]

@@ -1,0 +1,161 @@
+"""What step caching (`--cache`) gains, and what it costs the picture.
+
+    python -m benchmarks.caching                          # the embedded checkpoint, any machine
+    python -m benchmarks.caching --model dev --size 1024x1024 --steps 28
+    python -m benchmarks.caching --model FOLDER --only-steps    # random weights: no pictures
+
+Two tables. The first is of single steps: as they are without a cache, compared and computed, and
+compared and reused; with it the gain of any share of reused steps can be reckoned. The second
+paints the same images exactly and at each threshold, in one run and in turn, and compares pixels:
+errors are of 8-bit pictures; the PSNR is that of all images together, and of the worst one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh import FluxPipeline, __version__
+from fluxmesh.flux.caching import StepCache
+from fluxmesh.flux.denoise import Plan, denoise
+from fluxmesh.flux.pipeline import to_pixels
+
+PROMPTS = (
+    "a red apple to the left of a dog on a yellow background",
+    "a cat on a blue background",
+    "a car above a tree on a white background",
+    "two dogs on a green background",
+    "a banana in the top right corner on a black background",
+    "a fish to the right of a flower on a pink background",
+)
+THRESHOLDS = (0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.4)
+EVERYTHING = 1e9  # a threshold under which all but the first and last step are reused
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One image."""
+
+    pixels: np.ndarray  # uint8 [height, width, 3]
+    seconds: list[float]  # of each step
+    reused: list[bool]  # which steps were
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="as `fluxmesh generate --model`")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels  [the model's own]")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 28])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--images", type=int, default=len(PROMPTS), help="how many are painted")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))
+    parser.add_argument("--only-steps", action="store_true", help="the first table alone")
+    options = parser.parse_args()
+
+    flux = FluxPipeline(options.model, dtype=options.dtype, download=False)
+    defaults = flux.checkpoint.defaults
+    height, width = defaults.height, defaults.width
+    if options.size:
+        height, width = (int(side) for side in options.size.split("x"))
+    downsampling = flux.checkpoint.autoencoder.downsampling
+    size = (height // downsampling, width // downsampling)
+    info = mx.device_info()
+    device = info.get("device_name") or mx.default_device()
+    print(f"fluxmesh {__version__}, MLX {mx.__version__} on {device}: ", end="")
+    print(f"{options.model}, {options.dtype}, {height}x{width}")
+
+    plans = _plans(flux, options.images, options.steps, size)
+    steps_table(flux, plans[options.steps[0]][0], size)
+    if not options.only_steps:
+        for steps in options.steps:
+            pictures_table(flux, plans[steps], size, options.thresholds)
+
+
+def _plans(
+    flux: FluxPipeline, images: int, counts: list[int], size: tuple[int, int]
+) -> dict[int, list[Plan]]:
+    """A plan for each image, by the number of steps; then the encoders leave."""
+    texts = [flux.encode(PROMPTS[k % len(PROMPTS)]) for k in range(images)]
+    flux.reload_text_encoders()
+    made = {
+        steps: [flux.plan(text, num_steps=steps, latent_size=size) for text in texts]
+        for steps in counts
+    }
+    for plan in (plan for plans in made.values() for plan in plans):
+        mx.eval(plan.modulations, plan.pe)
+    return made
+
+
+def paint(
+    flux: FluxPipeline, plan: Plan, seed: int, size: tuple[int, int], threshold: float | None
+) -> Painted:
+    """One image; without a cache where `threshold` is None."""
+    cache = None if threshold is None else StepCache(threshold)
+    seconds, reused = [], []
+    start = time.perf_counter()
+    for step in denoise(flux.flow, plan, flux.noise(seed, size), cache=cache):
+        mx.eval(step.x)
+        seconds.append(time.perf_counter() - start)
+        reused.append(step.reused)
+        start = time.perf_counter()
+    return Painted(to_pixels(flux.decode(step.x, size))[0], seconds, reused)
+
+
+def steps_table(flux: FluxPipeline, plan: Plan, size: tuple[int, int]) -> None:
+    """What one step takes; neither the first step nor the last counts."""
+    kinds = {"no cache": None, "compared, computed": 0.0, "compared, reused": EVERYTHING}
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    for round_ in range(3):
+        for name, threshold in kinds.items():
+            seconds = paint(flux, plan, 0, size, threshold).seconds[1:-1]
+            took[name] += seconds if round_ else []  # the first round compiles
+    medians = {name: statistics.median(seconds) for name, seconds in took.items()}
+    print("\n| a step | ms | of one without a cache |\n|---|---|---|")
+    for name, seconds in medians.items():
+        print(f"| {name} | {seconds * 1e3:.1f} | {seconds / medians['no cache']:.3f} |")
+
+
+def pictures_table(
+    flux: FluxPipeline, plans: list[Plan], size: tuple[int, int], thresholds: list[float]
+) -> None:
+    """Time and pixels of the same images, exact and at each threshold."""
+    exact: list[Painted] = []
+    cached: dict[float, list[Painted]] = {threshold: [] for threshold in thresholds}
+    for seed, plan in enumerate(plans):
+        exact.append(paint(flux, plan, seed, size, None))
+        for threshold, found in cached.items():
+            found.append(paint(flux, plan, seed, size, threshold))
+    whole = sum(sum(image.seconds) for image in exact)
+    print(f"\n{len(plans)} images of {plans[0].steps} steps\n")
+    print("| --cache | steps reused | denoising | mean error /255 | worst pixel /255 ", end="")
+    print("| PSNR, dB: all | worst image |\n|---|---|---|---|---|---|---|")
+    for threshold, found in cached.items():
+        reused = statistics.mean(sum(image.reused) for image in found)
+        faster = whole / sum(sum(image.seconds) for image in found)
+        errors = np.stack([np.abs(a - b) for a, b in _pairs(exact, found)])  # [images, h, w, 3]
+        squares = (errors**2).mean(axis=(1, 2, 3))  # of each image
+        print(f"| {threshold:g} | {reused:.1f} of {plans[0].steps} | {faster:.2f}x ", end="")
+        print(f"| {errors.mean():.2f} | {errors.max():.0f} ", end="")
+        print(f"| {psnr(squares.mean())} | {psnr(squares.max())} |")
+
+
+def _pairs(exact: list[Painted], found: list[Painted]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for a, b in zip(exact, found, strict=True):
+        yield a.pixels.astype(np.float64), b.pixels.astype(np.float64)
+
+
+def psnr(square: float) -> str:
+    """Peak signal-to-noise ratio in dB of 8-bit pictures whose mean squared error is `square`."""
+    return "equal" if square == 0 else f"{10 * np.log10(255.0**2 / square):.1f}"
+
+
+if __name__ == "__main__":
+    main()
