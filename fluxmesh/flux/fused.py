@@ -211,7 +211,7 @@ def plain_offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
 def _chosen(name: str, fits: bool, **fixed: int | bool) -> Callable[..., Any]:
     """The form of an operation for this device; `fits`: whether a kernel takes these shapes."""
     plain = functools.partial(PLAIN[name], **fixed)
-    form = plain
+    form: Callable[..., Any] = plain
     if device() == "cuda" and fits:
         form = functools.partial(KERNELS[name], **fixed)
     elif device() == "metal":
