@@ -6,8 +6,8 @@ call these and know of no device. The plain forms (`plain_*`) say what is comput
 `cuda.py` has a kernel for each, which keeps float32 inside and rounds once; on Metal MLX compiles
 the plain form into one kernel where it can; the CPU runs it as it stands.
 
-Gradients are those of the plain forms, which are computed again from the inputs on the way back:
-nothing between the inputs and the result is kept.
+Gradients are those of the plain forms, which are computed again from the inputs on the way back,
+when their turn comes: nothing between the inputs and the result is kept.
 
 Shapes: B images, S tokens, D hidden size, H heads of hd channels; shifts, scales and gates are
 [B or 1, 1, D].
@@ -211,21 +211,24 @@ def plain_offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
 def _chosen(name: str, fits: bool, **fixed: int | bool) -> Callable[..., Any]:
     """The form of an operation for this device; `fits`: whether a kernel takes these shapes."""
     plain = functools.partial(PLAIN[name], **fixed)
+    form: Callable[..., Any] = plain
     if device() == "cuda" and fits:
-        return _differentiable(functools.partial(KERNELS[name], **fixed), plain)
-    if device() == "metal":
-        return mx.compile(plain)
-    return plain
+        form = functools.partial(KERNELS[name], **fixed)
+    elif device() == "metal":
+        form = mx.compile(plain)
+    return _differentiable(form, plain)
 
 
-def _differentiable(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` with the gradient of `plain`."""
-    function = mx.custom_function(kernel)
+def _differentiable(form: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`form` with the gradient of `plain`."""
+    function = mx.custom_function(form)
 
     @function.vjp
     def gradient(primals: Any, cotangents: Any, _: Any) -> Any:
         many = isinstance(cotangents, tuple | list)
-        _, gradients = mx.vjp(plain, list(primals), list(cotangents) if many else [cotangents])
+        above = list(cotangents) if many else [cotangents]
+        again = mx.depends([primals] if isinstance(primals, mx.array) else list(primals), above)
+        _, gradients = mx.vjp(plain, again, above)
         return tuple(gradients)
 
     return function

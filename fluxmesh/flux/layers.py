@@ -165,6 +165,7 @@ def outputs(*calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
 class DoubleStreamBlock(nn.Module):
     """Image and text keep weights of their own and meet in one attention."""
 
+    attention = staticmethod(attention)
     outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
@@ -191,7 +192,7 @@ class DoubleStreamBlock(nn.Module):
         txt_stream = self.txt_attn.stream(modulated_norm(txt, txt_shift1, txt_scale1))
         heads = img_stream[0].shape[-1] // (3 * self.img_attn.head_dim)
         q, k, v = turned_heads([txt_stream, img_stream], pe, heads, 3)  # text first
-        txt_attn, img_attn = mx.split(attention(q, k, v), [txt.shape[1]], axis=1)
+        txt_attn, img_attn = mx.split(self.attention(q, k, v), [txt.shape[1]], axis=1)
 
         img_out, txt_out = self.outputs(
             (self.img_attn.proj, img_attn), (self.txt_attn.proj, txt_attn)
@@ -209,6 +210,7 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
 
+    attention = staticmethod(attention)
     outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
@@ -227,7 +229,7 @@ class SingleStreamBlock(nn.Module):
         heads = self.qkv_dim // (3 * self.head_dim)
         q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
         v = values(joined[..., : self.qkv_dim], self.head_dim)
-        hidden = gelu_beside(attention(q, k, v), joined, self.qkv_dim)
+        hidden = gelu_beside(self.attention(q, k, v), joined, self.qkv_dim)
         (out,) = self.outputs((self.linear2, hidden))
         return gated_sum(x, gate, out)
 
