@@ -111,6 +111,20 @@ def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> Non
     assert list(room.iterdir()) == []
 
 
+def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    printed, results = run(tmp_path, "load", "--no-requests", "--folder", str(room))
+    engines = [one for one in results if one["what"] == "engine"]
+    disks = [one for one in results if one["what"] == "disk"]
+    assert [one["cache"] for one in engines] == [one["cache"] for one in disks]
+    assert engines[-1]["cache"] == "cached"
+    for one in engines:
+        assert one["held"] <= one["peak"] <= one["held"] + 2 * one["largest"]
+        assert 0 < one["check"] < one["seconds"]
+    assert list(room.iterdir()) == []
+
+
 def test_the_full_size_is_that_of_flux() -> None:
     tensors = layouts.transformer_tensors(FULL.transformer)
     assert layouts.parameter_count(tensors) == 11_901_408_320  # of FLUX.1-dev
