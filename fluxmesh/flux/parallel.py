@@ -87,9 +87,12 @@ class Ranks:
         every = self.gather(mx.array(np.frombuffer(nonce, dtype=np.uint8))[None])
         return bool(mx.all(every == every[:1]).item())
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank gives true: waits for all of them, who then go on, or stop, together."""
-        return bool(self.sum(mx.array(int(flag), dtype=mx.int32)[None]).item())
+    def most(self, value: int) -> int:
+        """The largest `value` of any rank: waits for all of them, who then do the same thing.
+
+        A gather, which goes round once where a sum goes twice.
+        """
+        return max(np.array(self.gather(mx.array([value], dtype=mx.int32))).tolist())
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every rank's `x`; of one shape and dtype on all."""

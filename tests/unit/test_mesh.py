@@ -420,3 +420,26 @@ def test_closing_a_mesh_cancels_what_runs_on_it(tmp_path: Path) -> None:
     assert holders == [""]
     with pytest.raises(CancelledError):
         list(stream)
+
+
+@pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])
+def test_a_warm_job_asks_each_host_for_its_work_and_little_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any
+) -> None:
+    """Each question is a round trip that the user waits for."""
+    asked: dict[int, list[str]] = {}
+    post = client.Client.post
+
+    async def posted(self: client.Client, message: messages.Message) -> Any:
+        asked.setdefault(self.member.rank, []).append(type(message).__name__)
+        return await post(self, message)
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        await Conductor(driver, Session(job("cold", placement=placement)), {}, Heard()).run()
+        monkeypatch.setattr(client.Client, "post", posted)
+        await Conductor(driver, Session(job("warm", placement=placement)), {}, Heard()).run()
+        first = ["AskStatus", "AskLease", "Encode", "Load", "Paint", "Decode", "LeaveQueue"]
+        other = ["AskStatus", "AskLease", "Load", "Paint", "LeaveQueue"]
+        assert asked == {0: first, 1: ["AskStatus"] if placement == "data" else other}
+
+    play(tmp_path, 2, body)
