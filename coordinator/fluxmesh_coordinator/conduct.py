@@ -144,6 +144,8 @@ class Conductor:
     def _patience(self) -> float:
         """How long a mesh that can't do the work may take to change, where nobody said."""
         missing = self.driver.reasons
+        if set(self.driver.hosts) - set(self.driver.clients) - set(missing):
+            return RETURN  # one has neither answered nor failed yet: its machine is busy
         if self._was_lost or any(self.driver.can_restart(rank) for rank in missing):
             return RETURN if missing else 0.0
         return 0.0
