@@ -162,12 +162,21 @@ class MeshView:
     def link(self, source: int, target: int) -> LinkInfo | None:
         return self._links.get((source, target))
 
+    @cached_property
+    def _timed(self) -> dict[int, HostInfo]:
+        on: dict[str, list[Measured]] = {}
+        for host in self.hosts:
+            on.setdefault(host.device_key, []).extend(host.measured)
+        return {
+            host.rank: replace(
+                host, measured=tuple(dict.fromkeys((*host.measured, *on[host.device_key])))
+            )
+            for host in self.hosts
+        }
+
     def timed(self, rank: int) -> HostInfo:
         """The host with all that was measured on its device, also by other agents there."""
-        own = self._hosts[rank]
-        others = (host for host in self.hosts if host.device_key == own.device_key)
-        found = (*own.measured, *(one for host in others for one in host.measured))
-        return replace(own, measured=tuple(dict.fromkeys(found)))
+        return self._timed[rank]
 
     def without(self, ranks: Iterable[int]) -> MeshView:
         """The mesh after these hosts are gone."""

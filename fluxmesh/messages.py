@@ -305,6 +305,8 @@ class Counters(Message):
     block_bytes: int = 0  # of these, blocks and modulation: what a shard divides
     peak_bytes: int = 0
     load_peak_bytes: int = 0  # while the transformer was loaded
+    busy_seconds: float = 0.0  # in units of work
+    agree_seconds: float = 0.0  # of these, until the ranks of a ring agreed whether to go on
 
 
 @dataclass(frozen=True)
@@ -376,10 +378,11 @@ class Queued(Report):
 
 @dataclass(frozen=True)
 class Granted(Report):
-    """The lease is the receiver's; `epoch` is the agent's latest."""
+    """The lease is the receiver's; `epoch` is the agent's latest, `status` how it stands now."""
 
     fence: int
     epoch: int
+    status: Status
 
 
 @dataclass(frozen=True)

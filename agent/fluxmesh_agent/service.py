@@ -253,7 +253,9 @@ class Service:
         for notice in notices:
             client = self._clients.get(notice.client)
             if isinstance(notice, Holds):
-                report: Message = messages.Granted(notice.fence, self.lifecycle.epoch)
+                report: Message = messages.Granted(
+                    notice.fence, self.lifecycle.epoch, self.status()
+                )
             elif isinstance(notice, InLine):
                 report = messages.Queued(notice.place, notice.seconds)
             else:

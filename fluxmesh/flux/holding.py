@@ -97,7 +97,7 @@ class Held:
         shard = pipeline.shard
         return Holding(self.weights, nbytes, shard.size, shard.rank, self.content)
 
-    def count(self, **more: int) -> None:
+    def count(self, **more: float) -> None:
         """Adds to the counters."""
         self.done = replace(
             self.done, **{name: getattr(self.done, name) + value for name, value in more.items()}
@@ -183,14 +183,18 @@ class Held:
             self._spread[placement] = spread(self.model.flow, self.ring())
         return self._spread[placement]
 
+    def missing(self, component: str) -> list[str]:
+        """The models of a component that are not in memory."""
+        if component not in COMPONENTS:
+            raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
+        return [name for name in COMPONENTS[component] if not self.model.is_loaded(name)]
+
     def load(self, component: str) -> Generator[Loading, None, None]:
         """Loads what is missing of a component, with an event before and after.
 
         Raises `Stopped` when the unit at hand is cancelled meanwhile.
         """
-        if component not in COMPONENTS:
-            raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
-        missing = [name for name in COMPONENTS[component] if not self.model.is_loaded(name)]
+        missing = self.missing(component)
         if not missing:
             return
         self.doing = f"loading the {component}"

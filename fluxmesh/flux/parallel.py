@@ -98,13 +98,16 @@ class Ranks:
         every = self.gather(mx.array(np.frombuffer(nonce, dtype=np.uint8))[None])
         return bool(mx.all(every == every[:1]).item())
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank gives true: waits for all of them, who then go on, or stop, together."""
-        return bool(self.ask(flag).item())
+    def most(self, value: int) -> int:
+        """The largest `value` of any rank: waits for all of them, who then do the same thing."""
+        return max(np.array(self.ask(value)).tolist())
 
-    def ask(self, flag: bool) -> mx.array:
-        """As `any`, to be waited for later: how many ranks give true, int32 [1], lazy."""
-        return self.sum(mx.array(int(flag), dtype=mx.int32)[None])
+    def ask(self, value: int) -> mx.array:
+        """Every rank's `value`, to be waited for later: int32 [N], lazy.
+
+        A gather, which goes round once where a sum goes twice.
+        """
+        return self.gather(mx.array([value], dtype=mx.int32))
 
     def mark(self) -> Mark:
         """The collectives built so far, for `rewind`."""

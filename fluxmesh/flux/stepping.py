@@ -46,7 +46,7 @@ def walked(
         asked: mx.array | None = None
         if left and ahead and (ranks is None or seconds < SHORT):
             if ranks is not None:
-                asked = ranks.ask(stopping())
+                asked = ranks.ask(int(stopping()))
                 mark = ranks.mark()
             following = next(walk)
         mx.eval(step.x)
@@ -54,10 +54,12 @@ def walked(
         yield step, seconds
         if not left:
             return
-        if asked is not None:
-            told = bool(asked.item())
+        if ranks is None:
+            told = stopping()
+        elif asked is None:
+            told = bool(ranks.most(int(stopping())))
         else:
-            told = stopping() if ranks is None else ranks.any(stopping())
+            told = bool(asked.any().item())
         if told:
             if asked is not None and ranks is not None:
                 ranks.rewind(mark)

@@ -13,11 +13,12 @@ What stays in memory (the memory policy):
   the first picture is decoded.
 
 In a ring all ranks are given the same `Paint`s, and before each step they agree on whether anyone
-was told to stop (`Ranks.any`): a rank that stopped alone would leave the others in a collective.
+was told to stop (`Ranks.most`): a rank that stopped alone would leave the others in a collective.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -42,6 +43,7 @@ from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint
 from fluxmesh.request import SourceImage
 
 MEASURED_STEPS = 2
+GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the greatest
 
 Reports = Generator[Report, None, None]
 
@@ -69,7 +71,7 @@ class Worker(Held):
             self._job = work.job
         self._begin("loading")  # what was there leaves, and headers are read, maybe from afar
         try:
-            yield from self.units()[type(work)](work)
+            yield from self._timed(self.units()[type(work)](work))
         except Stopped:
             return
         except (RuntimeError, MemoryError) as error:
@@ -83,6 +85,16 @@ class Worker(Held):
         finally:
             self.quiet = ""
             self.done = replace(self.done, peak_bytes=max(self.done.peak_bytes, self.meter.now()))
+
+    def _timed(self, reports: Reports) -> Reports:
+        """What a unit reports; its time is counted, without that of whoever sends the reports."""
+        start = time.perf_counter()
+        with contextlib.closing(reports):
+            for report in reports:
+                self.count(busy_seconds=time.perf_counter() - start)
+                yield report
+                start = time.perf_counter()
+        self.count(busy_seconds=time.perf_counter() - start)
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:
         """What does each kind of unit."""
@@ -159,16 +171,19 @@ class Worker(Held):
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         self._low_memory = pipeline.low_memory = work.low_memory
         key = _plan_key(work)
-        if self._stops(work):
+        lacks = self._lacks(work, key)
+        going = self._agree(work, LOADS if lacks else GOES_ON)
+        if going == STOPS:
             return
         with self.meter.phase("denoise"):
             try:
-                yield from self._load_for(work, key)
+                for component in lacks:
+                    yield from self._loading(work, component)
             except Stopped:
                 if work.placement == "data":
                     return
             self._begin_step(shape)
-            if self._stops(work):  # a rank that was stopped while it loaded tells the others
+            if going == LOADS and self._stops(work):  # whoever was stopped while it loaded says so
                 return
             self.doing = "denoising"
             plan = self._plan(work, key)
@@ -287,19 +302,29 @@ class Worker(Held):
             yield messages.Progress(work.job, work.epoch, *told)
         self.quiet = ""
 
-    def _load_for(self, work: Paint, key: bytes) -> Reports:
-        """The transformer in the part that the placement needs; what was released comes back."""
+    def _lacks(self, work: Paint, key: bytes) -> list[str]:
+        """What has to load: the part of the transformer that the placement needs, or what was
+        released of it."""
         self.hold_for(work)
         if self._kept_plan(work.placement, key) is None:
             self.drop_incomplete(work.placement)
-        yield from self._loading(work, "transformer")
-        if work.preview:
-            yield from self._loading(work, "autoencoder")
+        needed = ("transformer", *(("autoencoder",) if work.preview else ()))
+        return [component for component in needed if self.missing(component)]
 
     def _stops(self, work: Paint | Measure) -> bool:
         """Whether to stop: in a ring, on all ranks or on none."""
-        told = self.options.stopping()
-        return told if work.placement == "data" else self.ring().any(told)
+        return self._agree(work, GOES_ON) == STOPS
+
+    def _agree(self, work: Paint | Measure, own: int) -> int:
+        """What all ranks do, if this one would do `own`: `STOPS` goes before all else."""
+        if self.options.stopping():
+            own = STOPS
+        if work.placement == "data":
+            return own
+        start = time.perf_counter()
+        most = self.ring().most(own)
+        self.count(agree_seconds=time.perf_counter() - start)
+        return most
 
     def _plan(self, work: Paint, key: bytes) -> Plan:
         """What the images of a job share, evaluated; kept for the next one.
