@@ -32,7 +32,7 @@ from fluxmesh.cluster import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Basis, Plan, denoise
+from fluxmesh.flux.denoise import Basis, Plan, ahead, denoise
 from fluxmesh.flux.holding import Held, Options, Stopped
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
@@ -181,6 +181,10 @@ class Worker(Held):
                 cache=self._cache(work),
                 basis=_basis(work),
             )
+            if work.placement == "data" and not (work.preview or work.cache):
+                # Not in a ring, whose ranks agree between two steps; a preview, or a cache's look
+                # at the next step, would come before this one is told.
+                walk = ahead(walk, self.options.stopping)
             is_first = work.placement == "data" or self.ring().rank == 0
             start = time.perf_counter()
             for number, step in enumerate(walk, start=work.first + 1):
