@@ -156,10 +156,16 @@ def test_a_death_changes_no_picture_that_a_cache_approximates(
 
 
 def test_without_a_cache_no_latents_travel_for_one() -> None:
-    done = Simulation(1, steps=4).run()
+    def break_one(mesh: Simulation) -> None:
+        if mesh.reports == 12 and not mesh.of(events.HostLost):
+            mesh.kill_engine(0)
+
+    done = Simulation(1, steps=9, faults=break_one).run()
     check(done)
-    assert {(event.steps, event.reused) for event in done.of(events.Picture)} == {(4, 0)}
-    assert all(paint.basis_latents is None for paint in done.messages(messages.Paint))
+    assert {(event.steps, event.reused) for event in done.of(events.Picture)} == {(9, 0)}
+    paints = done.messages(messages.Paint)
+    assert [paint.first > 1 for paint in paints] == [False, True]
+    assert all(paint.basis_latents is None for paint in paints)
 
 
 @settings(max_examples=60, deadline=None)
