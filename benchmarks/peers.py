@@ -105,7 +105,9 @@ class Fluxmesh(OnMlx):
         from fluxmesh.flux.conditioning import Conditioning
         from fluxmesh.flux.config import ScheduleConfig
         from fluxmesh.flux.denoise import denoise, plan
+        from fluxmesh.flux.memory import bounded, denoising_room
         from fluxmesh.flux.schedule import timesteps
+        from fluxmesh.flux.stepping import walked
 
         noise, text, vector = self.inputs(height, width, text_tokens)
         schedule = ScheduleConfig(use_dynamic_shifting=True)
@@ -117,10 +119,11 @@ class Fluxmesh(OnMlx):
             self.flow.release_modulation()
             self.reset_peak()
         first = None
-        for step in denoise(self.flow, made, noise):
-            mx.eval(step.x)
-            tick()
-            first = np.array(step.x) if first is None else first
+        tokens = text_tokens + noise.shape[1]
+        with bounded(denoising_room(self.config, tokens, self.dtype, self.low_memory)):
+            for step, _ in walked(denoise(self.flow, made, noise), steps, None, lambda: False):
+                tick()
+                first = np.array(step.x) if first is None else first
         return first
 
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from fluxmesh.flux import components, layouts
 from fluxmesh.flux.checkpoint import Checkpoint
+from fluxmesh.flux.config import AutoencoderConfig, FluxConfig
 
 BYTES = {"bfloat16": 2.0, "float32": 4.0}
 GROUP = 64  # weights that share a scale and a bias when quantized
@@ -59,6 +60,42 @@ def is_roomy(
     """
     room = memory_of_device() if limit is None else min(limit, memory_of_device())
     return resident_bytes(checkpoint, dtype, bits, shards) <= ROOMY * room
+
+
+def denoising_room(config: FluxConfig, tokens: int, dtype: mx.Dtype, scarce: bool) -> float:
+    """Bytes for what a step computes, beside the weights: enough that a GPU never waits for it.
+
+    With `scarce`, as little as costs a few hundredths of the speed. Measured at 1024x1024 and
+    512x512 (docs/performance.md); a step's results together are about 500 hidden states.
+    """
+    state = tokens * config.hidden_size * dtype.size
+    return max(1.5e9, 70 * state) if scarce else max(3e9, 106 * state)
+
+
+def decoding_room(
+    config: AutoencoderConfig, height: int, width: int, dtype: mx.Dtype, scarce: bool
+) -> float:
+    """Bytes for what the decoder computes of a picture of so many pixels; as `denoising_room`."""
+    largest = height * width * config.widths[min(1, len(config.widths) - 1)] * dtype.size
+    return max(1e9, (4 if scarce else 8) * largest)
+
+
+@contextmanager
+def bounded(room: float) -> Iterator[None]:
+    """Inside, results that wait for their use take at most about `room` bytes, where MLX can wait.
+
+    MLX describes work to a CUDA GPU as fast as the host can, and holds whatever that will write
+    until it has run: 12 GB ahead of a step of FLUX, and no faster for it. Beyond its limit MLX
+    waits for the GPU before it describes more. Metal and the CPU are given little at a time anyway.
+    """
+    if not mx.cuda.is_available() or mx.default_device() != mx.Device(mx.gpu):
+        yield
+        return
+    before = mx.set_memory_limit(int(mx.get_active_memory() + room))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 @dataclass

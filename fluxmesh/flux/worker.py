@@ -31,10 +31,12 @@ import numpy as np
 from fluxmesh import messages
 from fluxmesh.cluster import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
+from fluxmesh.flux import memory
 from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.denoise import Basis, Plan, Step, denoise
 from fluxmesh.flux.holding import Held, Options, Stopped
+from fluxmesh.flux.noise import PATCH
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
 from fluxmesh.flux.source import SourceLatents, mask_latents
@@ -233,7 +235,12 @@ class Worker(Held):
             self.doing = "decoding"
             self._begin("decoding", "decode")
             start = time.perf_counter()
-            pixels = to_pixels(pipeline.decode(mx.array(work.latents), self._latent_size(work)))
+            config = pipeline.checkpoint.autoencoder
+            room = memory.decoding_room(
+                config, work.height, work.width, pipeline.dtype, self._low_memory
+            )
+            with memory.bounded(room * len(work.images)):
+                pixels = to_pixels(pipeline.decode(mx.array(work.latents), self._latent_size(work)))
             self.quiet = ""
             seconds = (time.perf_counter() - start) / len(pixels)
             self.count(decodes=len(pixels))
@@ -285,14 +292,20 @@ class Worker(Held):
         self, work: Paint | Measure, walk: Iterator[Step], steps: int, ahead: bool = True
     ) -> Iterator[tuple[Step, float]]:
         """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
-        return walked(
-            walk,
-            steps,
-            None if work.placement == "data" else self.ring(),
-            self.options.stopping,
-            pause=lambda: self.options.pause("step"),
-            ahead=ahead,
-        )
+        pipeline = self.model
+        rows, columns = (side // PATCH for side in self._latent_size(work))
+        tokens = rows * columns + pipeline.checkpoint.defaults.t5_max_length
+        config = pipeline.checkpoint.transformer
+        room = memory.denoising_room(config, tokens, pipeline.dtype, pipeline.low_memory)
+        with memory.bounded(room):
+            yield from walked(
+                walk,
+                steps,
+                None if work.placement == "data" else self.ring(),
+                self.options.stopping,
+                pause=lambda: self.options.pause("step"),
+                ahead=ahead,
+            )
 
     def _loading(self, work: messages.Work, component: str) -> Reports:
         for event in self.load(component):
