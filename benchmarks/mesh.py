@@ -141,6 +141,8 @@ def _spread(peer: Any, placement: str, ranks: Any) -> None:
         peer.flow = TensorFlux(peer.flow, ranks)  # the whole leaves memory
     elif placement == "sequence":
         peer.flow = SequenceFlux(peer.flow, ranks)
+    if placement in ("tensor", "sequence"):
+        peer.ranks = ranks
 
 
 def _link(ranks: Any, *, small: bool) -> dict[str, float]:

@@ -95,7 +95,8 @@ class Fluxmesh(OnMlx):
                 group_size("transformer", f"{path}.weight", shape.shape)
             )
 
-        self.flow = Flux(config)
+        self.flow: Any = Flux(config)  # or one spread over ranks
+        self.ranks: Any = None  # these
         self.low_memory = low_memory
         fill(self.flow, self.dtype, is_quantized, bits)
 
@@ -106,6 +107,7 @@ class Fluxmesh(OnMlx):
         from fluxmesh.flux.config import ScheduleConfig
         from fluxmesh.flux.denoise import denoise, plan
         from fluxmesh.flux.schedule import timesteps
+        from fluxmesh.flux.stepping import walked
 
         noise, text, vector = self.inputs(height, width, text_tokens)
         schedule = ScheduleConfig(use_dynamic_shifting=True)
@@ -117,8 +119,8 @@ class Fluxmesh(OnMlx):
             self.flow.release_modulation()
             self.reset_peak()
         first = None
-        for step in denoise(self.flow, made, noise):
-            mx.eval(step.x)
+        walk = denoise(self.flow, made, noise)
+        for step, _ in walked(walk, steps, self.ranks, stopping=lambda: False):
             tick()
             first = np.array(step.x) if first is None else first
         return first
