@@ -199,7 +199,7 @@ def _images(peer: Any, case: Result, size: int, sizes: Sizes, ranks: Any) -> Non
         peer.denoise(size, size, case["image_steps"], sizes.text_tokens, lambda: None)
 
     paint()  # compiles its kernels
-    ranks.any(False)  # all begin together
+    ranks.agree(b"together")  # all begin at once
     watch = Stopwatch()
     for _ in range(ranks.rank, case["images"], ranks.size):
         paint()
