@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--what", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--engines", type=int, nargs="*", default=[], help="shards to try: 2 4")
     parser.add_argument("--backend", choices=("ring", "nccl"), default="ring", help="of shards")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of each image")
@@ -64,7 +64,7 @@ def main() -> None:
         start = time.perf_counter()
         written = write_models(folder, sizes)
         say(f"wrote {written / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s")
-        for variant in options.variants:
+        for variant in options.what:
             for engines in (1, *options.engines):
                 case = {
                     "what": variant,

@@ -141,6 +141,8 @@ def _spread(peer: Any, placement: str, ranks: Any) -> None:
         peer.flow = TensorFlux(peer.flow, ranks)  # the whole leaves memory
     elif placement == "sequence":
         peer.flow = SequenceFlux(peer.flow, ranks)
+    if placement in ("tensor", "sequence"):
+        peer.ranks = ranks
 
 
 def _link(ranks: Any, *, small: bool) -> dict[str, float]:
@@ -197,7 +199,7 @@ def _images(peer: Any, case: Result, size: int, sizes: Sizes, ranks: Any) -> Non
         peer.denoise(size, size, case["image_steps"], sizes.text_tokens, lambda: None)
 
     paint()  # compiles its kernels
-    ranks.any(False)  # all begin together
+    ranks.agree(b"together")  # all begin at once
     watch = Stopwatch()
     for _ in range(ranks.rank, case["images"], ranks.size):
         paint()

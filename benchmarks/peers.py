@@ -95,7 +95,8 @@ class Fluxmesh(OnMlx):
                 group_size("transformer", f"{path}.weight", shape.shape)
             )
 
-        self.flow = Flux(config)
+        self.flow: Any = Flux(config)  # or one spread over ranks
+        self.ranks: Any = None  # these
         self.low_memory = low_memory
         fill(self.flow, self.dtype, is_quantized, bits)
 
@@ -120,8 +121,9 @@ class Fluxmesh(OnMlx):
             self.reset_peak()
         first = None
         tokens = text_tokens + noise.shape[1]
+        walk = denoise(self.flow, made, noise)
         with bounded(denoising_room(self.config, tokens, self.dtype, self.low_memory)):
-            for step, _ in walked(denoise(self.flow, made, noise), steps, None, lambda: False):
+            for step, _ in walked(walk, steps, self.ranks, stopping=lambda: False):
                 tick()
                 first = np.array(step.x) if first is None else first
         return first

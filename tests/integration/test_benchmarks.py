@@ -96,7 +96,7 @@ def test_mesh_measures_each_placement_beside_what_was_predicted(tmp_path: Path) 
 
 
 def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> None:
-    variants = ("--variants", "schnell", "dev-low-memory", "--engines", "2")
+    variants = ("--what", "schnell", "dev-low-memory", "--engines", "2")
     room = tmp_path / "room"
     room.mkdir()
     printed, results = run(tmp_path, "memory", "--steps", "1", *variants, "--folder", str(room))
@@ -122,6 +122,21 @@ def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
     for one in engines:
         assert one["held"] <= one["peak"] <= one["held"] + 2 * one["largest"]
         assert 0 < one["check"] < one["seconds"]
+    assert list(room.iterdir()) == []
+
+
+def test_train_times_a_step_of_each_kind_and_repeats_its_gradients(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    whats = ("bf16", "4-bit-checkpointed", "apple")
+    options = ("--steps", "2", "--side", "16", "--folder", str(room))
+    printed, results = run(tmp_path, "train", *options, "--what", *whats)
+    measured = {result["what"]: result for result in results}
+    for what in whats[:2]:
+        assert len(measured[what]["times"]) == 2
+        assert 0 < measured[what]["peak"] <= measured[what]["whole_peak"]
+        assert measured[what]["same"] is True
+    assert "apple: skipped: --apple names no folder" in printed
     assert list(room.iterdir()) == []
 
 

@@ -44,6 +44,18 @@ def test_rows_are_those_of_the_file(file):
     np.testing.assert_array_equal(out, -ARRAY[3:5])
 
 
+def test_a_large_tensor_is_read_in_pieces_by_several_threads(file, monkeypatch):
+    monkeypatch.setattr(tensorfile, "PIECE", 12)  # three numbers; a row is four
+    entry = tensorfile.read_header(file).entries["second"]
+    np.testing.assert_array_equal(tensorfile.read_tensor(entry), -ARRAY)
+    out = np.empty((2, 4), dtype=np.float32)
+    tensorfile.read_rows_into(out, entry, 3)
+    np.testing.assert_array_equal(out, -ARRAY[3:5])
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(WeightsError, match="ended in the middle of second"):
+        tensorfile.read_tensor(entry)
+
+
 def test_a_truncated_file_is_refused_and_names_the_tensor(file):
     file.write_bytes(file.read_bytes()[:-1])
     refused(file, "truncated", "second", "again")
