@@ -2,7 +2,7 @@
 #
 #   make demo      set up .venv, then paint a picture (no download of weights)
 #   make test      unit and integration tests, and a sample of faults
-#   make faults    every process killed and stopped at every moment: Linux, as root, 1 to 2 hours
+#   make faults    every process killed and stopped at every moment: Linux, as root, 30 to 60 minutes
 #   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3
 #   make learn     the embedded checkpoint is taught a robot: a minute or two of training
 #   make lint      ruff and mypy          } these two install
