@@ -8,12 +8,12 @@ from pathlib import Path
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.training import checkpoint
 from fluxmesh.training.cache import FeatureCache
-from fluxmesh.training.dataset import load_dataset
 from fluxmesh.training.encoding import Caption, Crop, Encoder
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.learner import Learner
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.run import read_examples
 from fluxmesh.training.trainer import train
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset
@@ -66,7 +66,7 @@ def final(out: Path) -> bytes:
 def learner(request: TrainRequest) -> Learner:
     """One host's learner, its features encoded."""
     pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
-    examples = load_dataset(request.dataset, trigger=request.trigger)
+    examples = read_examples(request)
     plan = prepare(request, examples, pipeline.checkpoint)
     cache = FeatureCache(Path(request.cache_dir))
     encoder = Encoder(pipeline, cache, examples, plan.sizes, request.seed)

@@ -120,6 +120,7 @@ class Hand:
                 update,
                 opening.sizes,
                 opening.captions,
+                opening.priors,
             ),
             now,
         )

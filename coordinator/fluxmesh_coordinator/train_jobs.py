@@ -145,6 +145,7 @@ class Opening:
     request: str
     sizes: np.ndarray = field(repr=False)
     captions: np.ndarray = field(repr=False)
+    priors: int
 
 
 class Names:
@@ -164,6 +165,7 @@ class Names:
             dataset="",
             model="",
             output_dir="",
+            prior_folder="",
             cache_dir=None,
             trigger="",
             resume=False,
@@ -173,17 +175,16 @@ class Names:
             json.dumps(dataclasses.asdict(request)),
             np.array([example.size for example in plan.examples], np.int32),
             np.array([int(self._numbers[one.caption]) for one in plan.examples], np.int32),
+            len(plan.priors),
         )
 
     def of_micro_batches(self, numbers: Iterable[int]) -> list[str]:
         """Features that micro-batches are made of."""
         names = []
         for number in numbers:
-            micro = self.plan.sampler.micro_batch(number)
-            for (place, crop), left_out in zip(micro.items, micro.without_caption, strict=True):
-                image = self.plan.trained[place]
-                caption = NO_CAPTION if left_out else self.plan.examples[image].caption
-                names += [crop_name(image, crop), caption_name(self._numbers[caption])]
+            for part in self.plan.parts(number):
+                for item, caption in zip(part.items, part.captions, strict=True):
+                    names += [crop_name(*item), caption_name(self._numbers[caption])]
         return list(dict.fromkeys(names))
 
     def held_out(self) -> list[str]:

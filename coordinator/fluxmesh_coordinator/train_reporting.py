@@ -148,7 +148,8 @@ class TerminalReporter:
         self.updates = event.updates
         sizes = ", ".join(f"{n} at {size[0]}x{size[1]}" for size, n in event.sizes.items())
         images = event.micro_batches * event.batch_size
-        self._note(f"{event.images} pictures ({sizes}), {event.held_out} held out.")
+        beside = f", {event.priors} to keep the prior" if event.priors else ""
+        self._note(f"{event.images} pictures ({sizes}), {event.held_out} held out{beside}.")
         self._note(
             f"{event.updates} updates of {images} images, {event.numbers / 1e6:.2f} M numbers to "
             f"train, warm-up {event.warmup}."

@@ -117,8 +117,10 @@ def keep(event: TrainEvent, request: TrainRequest, revision: str, reporter: Trai
 
 def told_in_report(request: TrainRequest) -> tuple[str, dict[str, Any]]:
     """The report's title, and the facts in its table."""
+    prior = f"{request.prior_folder}, weight {request.prior_weight:g}"
     facts = {
         "data set": request.dataset,
+        **({"prior": prior} if request.prior_folder else {}),
         "seed": request.seed,
         "base": f"{request.model}, {request.bits} bits" if request.bits else request.model,
         "updates": f"{request.updates} of {request.grad_accumulate} x {request.batch_size} images",

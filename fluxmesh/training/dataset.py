@@ -48,6 +48,7 @@ class Example:
     content: str  # SHA-256 of the picture's file, in hex
     size: Size  # pixels, as a viewer shows it
     data: Path | bytes = field(repr=False, compare=False)
+    prior: bool = False  # shows what the model knew before, and is to keep
 
     def pixels(self) -> np.ndarray:
         """uint8 [height, width, 3], EXIF rotation applied, whatever the file's mode."""
@@ -104,7 +105,8 @@ def load_dataset(
 
 def fingerprint(examples: list[Example]) -> str:
     """SHA-256 of pictures and captions in their order, in hex: what a resume must find again."""
-    text = json.dumps([(example.content, example.caption) for example in examples])
+    told = [(x.content, x.caption, *(["prior"] if x.prior else [])) for x in examples]
+    text = json.dumps(told)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ class Prepared:
     """The data set is checked and the model's sizes are known."""
 
     images: int
+    priors: int  # beside those
     sizes: dict[tuple[int, int], int]  # images by (height, width) that they are trained at
     held_out: int
     updates: int

@@ -22,10 +22,10 @@ from fluxmesh.flux.pipeline import FluxPipeline, to_pixels
 from fluxmesh.training import exact, memory, optimizer
 from fluxmesh.training.adapters import Adapters
 from fluxmesh.training.optimizer import State
-from fluxmesh.training.plan import LEVELS, NO_CAPTION, Plan
+from fluxmesh.training.plan import LEVELS, Part, Plan
 from fluxmesh.training.rates import learning_rate
 from fluxmesh.training.run import Moved
-from fluxmesh.training.sampling import SCHNELL_STEPS, MicroBatch
+from fluxmesh.training.sampling import SCHNELL_STEPS
 from fluxmesh.training.step import Batch, loss_and_gradient, squared_errors
 from fluxmesh.training.streams import VALIDATION, generator
 
@@ -84,11 +84,12 @@ class Learner:
 
     def add(self, total: mx.array, number: int, parts: int) -> mx.array:
         """`total` with micro-batch `number`, evaluated."""
-        micro = self.plan.sampler.micro_batch(number)
-        batch = self.batch(micro)
-        total = total + self.gradient(micro, batch, parts)
-        with self._bounded(batch):
-            mx.eval(total)
+        made_of = self.plan.parts(number)
+        for part in made_of:
+            batch = self.batch(part)
+            total = total + self.gradient(part, batch, parts * len(made_of))
+            with self._bounded(batch):
+                mx.eval(total)
         return total
 
     def _bounded(self, batch: Batch) -> AbstractContextManager[None]:
@@ -98,8 +99,8 @@ class Learner:
         tokens = images * (tokens + batch.t5.shape[1])
         return memory.bounded(memory.needed(self.flux, tokens, self.adapters.size))
 
-    def gradient(self, micro: MicroBatch, batch: Batch, parts: int) -> mx.array:
-        """The vector of one micro-batch, which is `batch`; lazily."""
+    def gradient(self, part: Part, batch: Batch, parts: int) -> mx.array:
+        """The vector of a part, one of `parts` of an update, which is `batch`; lazily."""
         request = self.request
         dropped = request.lora_dropout > 0
         loss, gradient = loss_and_gradient(
@@ -107,10 +108,11 @@ class Learner:
             self.adapters,
             batch,
             request.guidance,
-            micro.dropout_keys(len(self.adapters.names)) if dropped else None,
+            part.micro.dropout_keys(len(self.adapters.names)) if dropped else None,
             request.grad_checkpoint,
         )
-        return exact.on_grid(gradient, loss, len(micro.items), parts)
+        weight = part.weight
+        return exact.on_grid(weight * gradient, weight * loss, part.images, parts)
 
     def advance(self, total: mx.array) -> Moved:
         """Moves the weights by the sum of a whole update."""
@@ -122,17 +124,12 @@ class Learner:
         self.adapters.install(self.adapters.unflatten(self.state.weights))
         return Moved(found.loss, norm, rate, found.images, 0, mx.get_peak_memory())
 
-    def batch(self, micro: MicroBatch) -> Batch:
-        """What the transformer sees in a micro-batch."""
-        plan = self.plan
-        images = [(plan.trained[image], crop) for image, crop in micro.items]
-        clean = mx.concatenate([self.features.latents(*item) for item in images])
-        captions = [
-            NO_CAPTION if left_out else plan.examples[image].caption
-            for (image, _), left_out in zip(images, micro.without_caption, strict=True)
-        ]
+    def batch(self, part: Part) -> Batch:
+        """What the transformer sees of a part of a micro-batch."""
+        micro = part.micro
+        clean = mx.concatenate([self.features.latents(*item) for item in part.items])
         noise = mx.array(micro.noise(*clean.shape[1:]))
-        return self._batch(clean, noise, micro.times, captions, micro.size)
+        return self._batch(clean, noise, micro.times, part.captions, micro.size)
 
     def _batch(
         self,

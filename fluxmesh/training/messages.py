@@ -47,6 +47,7 @@ class OpenTraining(Work):
     update: int  # updates that the state has behind it; 0 begins anew
     sizes: np.ndarray = field(repr=False, compare=False)  # int32 [examples, 2], pixels
     captions: np.ndarray = field(repr=False, compare=False)  # int32 [examples]
+    priors: int = 0  # the last so many examples are those that the model is to keep as it was
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,25 @@ from fluxmesh.flux.noise import PATCH
 from fluxmesh.training.crops import Size, bucket_of, buckets
 from fluxmesh.training.dataset import Example, fingerprint
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.sampling import Sampler, TimeSteps
+from fluxmesh.training.sampling import MicroBatch, Sampler, TimeSteps
 from fluxmesh.training.streams import VALIDATION, generator
 from fluxmesh.training.units import Caption, Crop, Unit
 
 DEFAULT_AREA = 512 * 512  # pixels of a training picture, or fewer where the model's own is smaller
 LEVELS = (0.125, 0.375, 0.625, 0.875)  # where validation measures, before the shift
 NO_CAPTION = ""
+FIRST_PRIOR = 1 << 55  # the prior's micro-batches are numbered from here, apart from all others
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the two things that a micro-batch may be made of: B images of one size."""
+
+    micro: MicroBatch
+    items: tuple[tuple[int, int], ...]  # (example, crop)
+    captions: tuple[str, ...]
+    weight: float  # of the sum of the images' losses
+    images: int  # that the part counts for: the mean of an update is taken over them
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,9 @@ class Plan:
     sizes: tuple[Size, ...]  # of each example, in pixels
     trained: tuple[int, ...]  # indices into `examples`
     held_out: tuple[int, ...]
+    priors: tuple[int, ...]  # what the model is to keep as it was
     sampler: Sampler  # its image i is example `trained[i]`
+    prior_sampler: Sampler | None  # its image i is example `priors[i]`
     times: TimeSteps
     picture_size: Size  # of progress pictures
     data: str  # fingerprint
@@ -53,13 +67,36 @@ class Plan:
     def crops(self) -> list[tuple[int, int]]:
         """Every (example, crop) that the run needs."""
         count = self.request.num_augmentations
-        trained = [(image, crop) for image in self.trained for crop in range(count)]
+        every = (*self.trained, *self.priors)
+        trained = [(image, crop) for image in every for crop in range(count)]
         return trained + [(image, 0) for image in self.held_out]
 
     def units(self) -> Iterator[tuple[str, list[Unit]]]:
         """What is encoded, in two heaps: captions, then crops; each with its name in the plural."""
         yield "captions", [Caption(text) for text in self.captions]
         yield "pictures", [Crop(*item) for item in self.crops]
+
+    def parts(self, number: int) -> list[Part]:
+        """What micro-batch `number` is made of: images of the data set, then as many of the prior.
+
+        The loss of the latter keeps the model from taking every dog for the one that it is shown
+        (Ruiz et al. 2023, https://arxiv.org/abs/2208.12242).
+        """
+        micro = self.sampler.micro_batch(number)
+        parts = [self._part(micro, self.trained, 1.0, len(micro.items))]
+        if self.prior_sampler is not None:
+            prior = self.prior_sampler.micro_batch(FIRST_PRIOR + number)
+            weight = self.request.prior_weight * len(micro.items) / len(prior.items)
+            parts.append(self._part(prior, self.priors, weight, 0))
+        return parts
+
+    def _part(self, micro: MicroBatch, examples: Sequence[int], weight: float, images: int) -> Part:
+        items = tuple((examples[place], crop) for place, crop in micro.items)
+        captions = tuple(
+            NO_CAPTION if left_out else self.examples[image].caption
+            for (image, _), left_out in zip(items, micro.without_caption, strict=True)
+        )
+        return Part(micro, items, captions, weight, images)
 
     def sizes_count(self) -> dict[Size, int]:
         """How many images are trained at each size."""
@@ -82,25 +119,30 @@ def prepare(request: TrainRequest, examples: Sequence[Example], checkpoint: Chec
                 f"multiples of {multiple}."
             )
         sizes = (request.resolution,) * len(examples)
-    if request.validation >= len(examples):
+    shown = [i for i, example in enumerate(examples) if not example.prior]
+    priors = tuple(i for i, example in enumerate(examples) if example.prior)
+    if request.validation >= len(shown):
         raise UsageError(
-            f"--validation holds out {request.validation} of {len(examples)} images, which leaves "
+            f"--validation holds out {request.validation} of {len(shown)} images, which leaves "
             "none to train on; give fewer."
         )
-    order = generator(request.seed, VALIDATION, 0).permutation(len(examples)).tolist()
-    held_out = tuple(sorted(order[: request.validation]))
-    trained = tuple(i for i in range(len(examples)) if i not in set(held_out))
+    order = generator(request.seed, VALIDATION, 0).permutation(len(shown)).tolist()
+    held_out = tuple(sorted(shown[i] for i in order[: request.validation]))
+    trained = tuple(i for i in shown if i not in set(held_out))
     times = TimeSteps.of(
         request.timesteps, checkpoint.transformer, checkpoint.schedule, downsampling
     )
-    sampler = Sampler(
-        request.seed,
-        [sizes[i] for i in trained],
-        request.num_augmentations,
-        request.batch_size,
-        times,
-        request.caption_dropout,
-    )
+
+    def sampler(images: Sequence[int], caption_dropout: float) -> Sampler:
+        return Sampler(
+            request.seed,
+            [sizes[i] for i in images],
+            request.num_augmentations,
+            request.batch_size,
+            times,
+            caption_dropout,
+        )
+
     picture_size = request.resolution or bucket_of((1, 1), buckets(area, multiple))
     return Plan(
         request=request,
@@ -108,7 +150,9 @@ def prepare(request: TrainRequest, examples: Sequence[Example], checkpoint: Chec
         sizes=sizes,
         trained=trained,
         held_out=held_out,
-        sampler=sampler,
+        priors=priors,
+        sampler=sampler(trained, request.caption_dropout),
+        prior_sampler=sampler(priors, 0.0) if priors else None,
         times=times,
         picture_size=picture_size,
         data=fingerprint(list(examples)),

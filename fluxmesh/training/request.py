@@ -26,7 +26,13 @@ MAX_RANK = 1024
 _FREE = (
     *("output_dir", "cache_dir", "resume", "checkpoint_every", "keep_checkpoints"),
     *("progress_prompt", "progress_every", "progress_steps", "grad_checkpoint", "model"),
-    *("dataset", "split", "image_column", "caption_column"),  # the data's fingerprint says more
+    *(
+        "dataset",
+        "prior_folder",
+        "split",
+        "image_column",
+        "caption_column",
+    ),  # the data's fingerprint says more
 )
 
 
@@ -49,6 +55,8 @@ class TrainRequest:
     trigger: str = ""  # put before every caption that lacks it
     caption_dropout: float = 0.0  # share of captions that are left empty
     validation: int = 0  # images held out, to measure on
+    prior_folder: str = ""  # images of what the model is to keep as it was; "" is none
+    prior_weight: float = 1.0  # of their loss, beside that of the data set's images
 
     # Length
     iterations: int = 600  # micro-batches
@@ -121,6 +129,7 @@ class TrainRequest:
             raise UsageError(f"--lora-blocks is {self.lora_blocks}; it must be 1 or more, or -1.")
         self._within("--learning-rate", self.learning_rate, 0, 10)
         self._within("--guidance", self.guidance, 0, 100)
+        self._within("--prior-weight", self.prior_weight, 0, 1000)
         self._within("--weight-decay", self.weight_decay, 0, 10)
         for option, share in (
             ("--caption-dropout", self.caption_dropout),

@@ -89,16 +89,20 @@ class Crew(Protocol):
 
 
 def read_examples(request: TrainRequest) -> list[Example]:
-    """A request's data set. Raises `DatasetError`, and `OutputError` where a run has been."""
+    """A request's data set, and after it the pictures of `prior_folder`.
+
+    Raises `DatasetError`, and `OutputError` where a run has been.
+    """
     if not request.resume:
         checkpoint.check_new(Path(request.output_dir))
-    return load_dataset(
-        request.dataset,
-        split=request.split,
-        image_column=request.image_column,
-        caption_column=request.caption_column,
-        trigger=request.trigger,
+    columns = {"image_column": request.image_column, "caption_column": request.caption_column}
+    examples = load_dataset(
+        request.dataset, split=request.split, trigger=request.trigger, **columns
     )
+    if request.prior_folder:
+        priors = load_dataset(request.prior_folder, split=request.split, **columns)
+        examples += [replace(example, prior=True) for example in priors]
+    return examples
 
 
 class Run:
@@ -141,6 +145,7 @@ class Run:
         plan, request = self.plan, self.request
         return Prepared(
             images=len(plan.trained),
+            priors=len(plan.priors),
             sizes=plan.sizes_count(),
             held_out=len(plan.held_out),
             updates=request.updates,

@@ -163,10 +163,11 @@ class TrainingWorker(Worker):
             yield from self._loading(work, "transformer")
             self._begin("opening the training")
             request = request_of(work.request)
+            shown = len(work.captions) - work.priors
             examples = [
-                Example("", str(caption), "", (height, width), b"")
-                for caption, (height, width) in zip(
-                    work.captions.tolist(), work.sizes.tolist(), strict=True
+                Example("", str(caption), "", (height, width), b"", prior=place >= shown)
+                for place, (caption, (height, width)) in enumerate(
+                    zip(work.captions.tolist(), work.sizes.tolist(), strict=True)
                 )
             ]
             plan = prepare(request, examples, pipeline.checkpoint)

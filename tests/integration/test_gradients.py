@@ -147,9 +147,9 @@ def test_the_limit_of_memory_holds_while_a_gradient_is_computed(tmp_path, monkey
         assert mx.get_memory_limit() == before
         if kept:
             assert len(limits) == 4 and limits[1] == limits[3] == before
-            micro = made.plan.sampler.micro_batch(1)
-            batch = made.batch(micro)
-            tokens = len(micro.items) * (batch.clean.shape[1] + batch.t5.shape[1])
+            (part,) = made.plan.parts(1)
+            batch = made.batch(part)
+            tokens = len(part.items) * (batch.clean.shape[1] + batch.t5.shape[1])
             room = memory.needed(made.flux, tokens, made.adapters.size)
             assert 0 < limits[2] - room < mx.get_peak_memory()
         else:

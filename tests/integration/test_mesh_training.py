@@ -19,6 +19,7 @@ from fluxmesh.events import HostLost
 from fluxmesh.training import checkpoint
 from fluxmesh.training.events import Dealt, Encoding, Prepared, Progress, Updated
 from fluxmesh.training.request import TrainRequest
+from tests.datasets import make_dataset
 from tests.integration.test_mesh import mesh_of
 from tests.trainings import asked, final, make_place, of, run
 
@@ -143,6 +144,14 @@ def test_a_mesh_paints_as_before_once_a_training_is_over(place, tmp_path, three)
     before = picture()
     follow(three, small(place, tmp_path / "out", iterations=8))
     assert picture() == before
+
+
+def test_a_prior_is_kept_by_several_hosts_as_by_one(place, tmp_path, three):
+    make_dataset(tmp_path / "dogs", sizes=((32, 32), (24, 48)))
+    wanted = small(place, tmp_path / "alone", prior_folder=str(tmp_path / "dogs"), iterations=16)
+    run(wanted)
+    follow(three, dataclasses.replace(wanted, output_dir=str(tmp_path / "mesh")))
+    assert final(tmp_path / "mesh") == final(tmp_path / "alone")
 
 
 # --- deaths --------------------------------------------------------------------------------------

@@ -43,15 +43,15 @@ def place(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype, bits):
     made = learner(asked(place, tmp_path, dtype=dtype, bits=bits, lora_dropout=0.3))
-    micro = made.plan.sampler.micro_batch(3)
-    keys = micro.dropout_keys(len(made.adapters.names))
+    (part,) = made.plan.parts(3)
+    keys = part.micro.dropout_keys(len(made.adapters.names))
     drawn = mx.random.normal((made.adapters.size,), key=mx.random.key(3))
     weights = made.adapters.unflatten(0.2 * drawn)
     made.adapters.install(weights)
 
     def step(keys, kept):
         loss, gradient = loss_and_gradient(
-            made.flux, made.adapters, made.batch(micro), 4.0, keys, kept
+            made.flux, made.adapters, made.batch(part), 4.0, keys, kept
         )
         return loss.item(), np.array(gradient)
 
@@ -74,8 +74,8 @@ def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):
         return out
 
     made.flux.call = watch
-    micro = made.plan.sampler.micro_batch(0)
-    _, gradient = loss_and_gradient(made.flux, made.adapters, made.batch(micro), 4.0)
+    (part,) = made.plan.parts(0)
+    _, gradient = loss_and_gradient(made.flux, made.adapters, made.batch(part), 4.0)
     assert seen == {mx.bfloat16}
     assert gradient.dtype == made.state.weights.dtype == mx.float32
 

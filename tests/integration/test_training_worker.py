@@ -72,7 +72,7 @@ class Host:
             assert self.do(training.PutVector(*HEAD, *place)) == []
         told = self.names.opening()
         work = training.OpenTraining(
-            *HEAD, self.job.weights, told.request, update, told.sizes, told.captions
+            *HEAD, self.job.weights, told.request, update, told.sizes, told.captions, told.priors
         )
         (opened,) = (r for r in self.do(work) if not isinstance(r, messages.Progress))
         assert opened.trained == self.job.size

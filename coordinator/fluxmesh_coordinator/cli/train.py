@@ -31,6 +31,12 @@ _OPTIONS = [
     click.option("--trigger", metavar="WORD", help="Put before captions that lack it."),
     click.option("--caption-dropout", type=float, help="Share of captions left empty.  [0]"),
     click.option("--validation", type=int, help="Pictures held out to measure on.  [0]"),
+    click.option(
+        "--prior-folder",
+        metavar="DIR",
+        help="Pictures with captions of what the model shall keep: other dogs.",
+    ),
+    click.option("--prior-weight", type=float, help="Of their loss.  [1.0]"),
     # length
     click.option("--iterations", type=int, help="Batches to train on.  [600]"),
     click.option("--batch-size", type=int, help="Pictures of a batch.  [1]"),
