@@ -79,8 +79,17 @@ test: $(VENV)/.test
 learn: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/learn
 
+# Those that wait for deadlines run a few at once, each on a mesh of its own; those that measure, or
+# share a network, alone.
+FAULTS := deaths hangs coordinator
+ALONE := namespaces long_life
+
 faults: $(VENV)/.test
-	@$(BIN)/python -m pytest tests/faults --faults all
+	@failed=0; \
+	$(BIN)/python -m pytest --faults all -n 3 --dist worksteal \
+		$(FAULTS:%=tests/faults/test_%.py) || failed=1; \
+	$(BIN)/python -m pytest --faults all $(ALONE:%=tests/faults/test_%.py) || failed=1; \
+	exit $$failed
 
 JOBS ?= 300
 SEED ?= 1

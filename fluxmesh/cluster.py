@@ -50,6 +50,7 @@ class Holding:
     nbytes: int  # everything that the engine would free by letting go of it
     shards: int = 1
     shard: int = 0
+    content: str = ""  # `Checkpoint.content` of the files that it came from
 
     def __post_init__(self) -> None:
         _check("nbytes", self.nbytes, 0)
@@ -63,7 +64,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of one model on one host with nothing else running, at one size."""
+    """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
     height: int  # pixels
@@ -72,6 +73,8 @@ class Measured:
     bits: int | None
     step_seconds: float  # one denoising step of one image
     decode_seconds: float | None = None  # one image
+    placement: Placement = "data"  # by which the step was made; "data" is by one host alone
+    hosts: int = 1  # of the ring
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)
@@ -159,12 +162,21 @@ class MeshView:
     def link(self, source: int, target: int) -> LinkInfo | None:
         return self._links.get((source, target))
 
+    @cached_property
+    def _timed(self) -> dict[int, HostInfo]:
+        on: dict[str, list[Measured]] = {}
+        for host in self.hosts:
+            on.setdefault(host.device_key, []).extend(host.measured)
+        return {
+            host.rank: replace(
+                host, measured=tuple(dict.fromkeys((*host.measured, *on[host.device_key])))
+            )
+            for host in self.hosts
+        }
+
     def timed(self, rank: int) -> HostInfo:
         """The host with all that was measured on its device, also by other agents there."""
-        own = self._hosts[rank]
-        others = (host for host in self.hosts if host.device_key == own.device_key)
-        found = (*own.measured, *(one for host in others for one in host.measured))
-        return replace(own, measured=tuple(dict.fromkeys(found)))
+        return self._timed[rank]
 
     def without(self, ranks: Iterable[int]) -> MeshView:
         """The mesh after these hosts are gone."""

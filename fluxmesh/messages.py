@@ -258,11 +258,12 @@ class Decode(Work):
 
 @dataclass(frozen=True)
 class Measure(Work):
-    """Times a step and a decode, alone and warm. Reported by `Timed`."""
+    """Times a step and a decode, alone or with the ring, and warm. Reported by `Timed`."""
 
     weights: Weights
     height: int  # pixels
     width: int
+    placement: Literal["data", "sequence", "tensor"] = "data"
 
 
 # Answers
@@ -304,6 +305,8 @@ class Counters(Message):
     block_bytes: int = 0  # of these, blocks and modulation: what a shard divides
     peak_bytes: int = 0
     load_peak_bytes: int = 0  # while the transformer was loaded
+    busy_seconds: float = 0.0  # in units of work
+    agree_seconds: float = 0.0  # of these, until the ranks of a ring agreed whether to go on
 
 
 @dataclass(frozen=True)
@@ -375,10 +378,11 @@ class Queued(Report):
 
 @dataclass(frozen=True)
 class Granted(Report):
-    """The lease is the receiver's; `epoch` is the agent's latest."""
+    """The lease is the receiver's; `epoch` is the agent's latest, `status` how it stands now."""
 
     fence: int
     epoch: int
+    status: Status
 
 
 @dataclass(frozen=True)
@@ -446,6 +450,7 @@ class Encoded(Report):
     seconds: float
     cached: bool
     peak_bytes: int
+    content: str  # `Checkpoint.content` of the files that the encoders came from
     t5: np.ndarray = field(repr=False, compare=False)  # [1, T, width], bfloat16 as uint16
     clip: np.ndarray = field(repr=False, compare=False)  # [1, width], the same
 

@@ -79,6 +79,7 @@ class FakeEngine:
         self.steps: list[tuple[int, int]] = []  # (image, step) that it made
         self.holding: Holding | None = None
         self.counters = messages.Counters()
+        self.content = "same"  # of the files that it reads
 
     def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
@@ -90,19 +91,20 @@ class FakeEngine:
                 for component in unit.components:
                     yield messages.Progress(unit.job, unit.epoch, component, 0, 8)
                     yield messages.Progress(unit.job, unit.epoch, component, 8, 8)
-                self.holding = Holding(unit.weights, GB, unit.shards, unit.shard)
+                self.holding = Holding(unit.weights, GB, unit.shards, unit.shard, self.content)
                 yield messages.Loaded(unit.job, unit.epoch, self.holding, 0.1)
             case messages.Encode():
                 self._count(encodes=1)
                 t5, clip = np.zeros((1, 4, 8), np.uint16), np.zeros((1, 8), np.uint16)
-                yield messages.Encoded(unit.job, unit.epoch, 0.1, False, 3, t5, clip)
+                yield messages.Encoded(unit.job, unit.epoch, 0.1, False, 3, self.content, t5, clip)
             case messages.EncodeSource():
                 yield messages.SourceEncoded(unit.job, unit.epoch, np.zeros((1, 4, 16), np.float32))
             case messages.Paint():
                 yield from self._paint(unit)
             case messages.Measure():
                 how = (unit.weights.model, unit.height, unit.width)
-                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1)
+                ring = (unit.placement, 1 if unit.placement == "data" else self.size)
+                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
                 yield messages.Timed(unit.job, unit.epoch, timed)
             case messages.Decode():
                 for place, image in enumerate(unit.images):
@@ -151,6 +153,7 @@ class FakeSupervisor:
         self.options = EngineOptions(memory=memory)
         self.engine: FakeEngine | None = None
         self.starts = 0
+        self.content = "same"  # of the files that engines read
         self._goes = asyncio.Event()  # not while it is stopped
         self._line: asyncio.Queue[messages.Message] = asyncio.Queue()
         self._cancelled: set[str] = set()
@@ -170,6 +173,7 @@ class FakeSupervisor:
 
     def start(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
         self.engine = FakeEngine()
+        self.engine.content = self.content
         self.starts += 1
         self._line, self._cancelled = asyncio.Queue(), set()
         self._goes.set()

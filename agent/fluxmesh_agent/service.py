@@ -253,7 +253,9 @@ class Service:
         for notice in notices:
             client = self._clients.get(notice.client)
             if isinstance(notice, Holds):
-                report: Message = messages.Granted(notice.fence, self.lifecycle.epoch)
+                report: Message = messages.Granted(
+                    notice.fence, self.lifecycle.epoch, self.status()
+                )
             elif isinstance(notice, InLine):
                 report = messages.Queued(notice.place, notice.seconds)
             else:
@@ -301,7 +303,8 @@ class Service:
     def _engine_said(self, message: Message) -> None:
         if isinstance(message, messages.Timed):
             m = message.measured
-            self.measured[m.model, m.height, m.width, m.dtype, m.bits] = m
+            what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
+            self.measured[what] = m
         instructions = self.lifecycle.engine_said(message)
         self._engine_known.set()
         self._send_all(instructions)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from fluxmesh.keys import Keys, load_keys, store_keys
 from fluxmesh_coordinator import asking, checks, launch, record, starter
 from fluxmesh_coordinator.checks import Finding
 from fluxmesh_coordinator.record import Member, MeshRecord
-from fluxmesh_coordinator.survey import with_agents
+from fluxmesh_coordinator.survey import in_use, survey, with_agents
 
 PORTS = 100  # that are tried for an agent of this machine, which others may use too
 
@@ -59,6 +59,7 @@ class Wish:
     roots: tuple[str, ...] = ()
     allow_partial: bool = False
     rotate_keys: bool = False
+    force: bool = False  # also where agents must be ended that somebody's job holds
 
 
 @dataclass
@@ -79,14 +80,16 @@ class Bringup:
         keys = before = load_keys(self.home.folder, "client")
         for warning in wish.hostfile.warnings:
             self.watcher.note(warning)
-        hosts = self._check(wish.hostfile.hosts)
+        hosts, stay = self._check(wish.hostfile.hosts, before)
+        if old is not None and not wish.force:
+            self._must_be_free(old, stay)
         if wish.rotate_keys:
             keys = Keys.new()
         self.watcher.stage("Starting agents")
         forget = [before.public] if wish.rotate_keys else []
 
         def start(host: Host) -> launch.Started:
-            spec = launch.agent_spec(wish.hostfile, host.rank, wish.envs, wish.roots)
+            spec = self._spec(host)
             return launch.start(host, spec, keys, rotate=wish.rotate_keys, forget=forget)
 
         started, errors = asking.each(hosts, start)
@@ -107,21 +110,33 @@ class Bringup:
 
     # Before anything runs
 
-    def _check(self, hosts: Sequence[Host]) -> list[Host]:
-        """The hosts that can take part. Raises `FluxmeshError` naming those that can't."""
+    def _spec(self, host: Host) -> dict[str, Any]:
+        wish = self.wish
+        return launch.agent_spec(wish.hostfile, host.rank, wish.envs, wish.roots)
+
+    def _check(self, hosts: Sequence[Host], keys: Keys) -> tuple[list[Host], list[str]]:
+        """The hosts that can take part, and the addresses of agents there that can stay.
+
+        Raises `FluxmeshError` naming those that can't.
+        """
+
+        def wanted(host: Host) -> dict[str, Any]:
+            return launch.wanted(self._spec(host), keys, rotate=self.wish.rotate_keys)
+
         self.watcher.stage("Looking at the hosts")
-        looks, errors = look_at(self.wish.hostfile, self.wish.weights.model)
+        looks, errors = look_at(self.wish.hostfile, self.wish.weights.model, wanted)
         self._left_out(errors, bool(looks))
         here = looks.pop(-1)
         lacking = [rank for rank, (look, _) in looks.items() if "problem" in look.get("model", {})]
         if lacking and self.watcher.may_pull(self.wish.weights.model, lacking):
             self._pull([hosts[rank] for rank in lacking])
-            again, errors = look_at(self.wish.hostfile, self.wish.weights.model)
+            again, errors = look_at(self.wish.hostfile, self.wish.weights.model, wanted)
             self._left_out(errors, bool(again))
             here, looks = again.pop(-1), again
         bad: dict[int, FluxmeshError] = {}
+        model = checks.reference(here[0], {rank: look for rank, (look, _) in looks.items()})
         for rank, (look, now) in looks.items():
-            for finding in checks.findings(hosts[rank], look, here[0], now):
+            for finding in checks.findings(hosts[rank], look, here[0], now, model):
                 text = f"{asking.title(hosts[rank])}, {finding.check}: {finding.text}"
                 if finding.level == "fail":
                     bad.setdefault(rank, FluxmeshError(text))
@@ -129,7 +144,17 @@ class Bringup:
                     self.watcher.note(text)
         good = [host for host in hosts if host.rank in looks and host.rank not in bad]
         self._left_out(bad, bool(good))
-        return good
+        seen = [looks[host.rank][0] for host in good]
+        return good, [
+            look["agent"]["endpoint"] for look in seen if look["agent"] and not look["ends"]
+        ]
+
+    def _must_be_free(self, old: MeshRecord, stay: Sequence[str]) -> None:
+        """Raises `FluxmeshError` where an agent that has to end works for somebody."""
+        ends = [member.rank for member in old.members if member.address not in stay]
+        why_not = in_use(survey(old.only(ends), load_keys(self.home.folder, "client")))
+        if why_not:
+            raise FluxmeshError(f"This `up` would end agents. {why_not}")
 
     def _pull(self, hosts: Sequence[Host]) -> None:
         model = self.wish.weights.model
@@ -201,16 +226,21 @@ def _same(old: Sequence[Member], new: Sequence[Member]) -> bool:
 
 
 def look_at(
-    hostfile: Hostfile, model: str | None
+    hostfile: Hostfile,
+    model: str | None,
+    wanted: Callable[[Host], dict[str, Any]] = lambda host: {},
 ) -> tuple[dict[int, tuple[dict[str, Any], float]], dict[int, FluxmeshError]]:
-    """(what the starter found on each host and when, errors), by rank; rank -1 is this machine."""
+    """(what the starter found on each host and when, errors), by rank; rank -1 is this machine.
+
+    `wanted` is how an agent shall run.
+    """
 
     def look(host: Host) -> tuple[dict[str, Any], float]:
         fields: dict[str, Any] = {"model": model, "models": host.models}
         if host.rank >= 0:
             control = hostfile.control(host.rank)
             fields["address"] = launch.address_of(host, control.address)
-            fields |= {"port": control.port, "ips": list(host.ips)}
+            fields |= {"port": control.port, "ips": list(host.ips), **wanted(host)}
         begin = time.time()
         return asking.ask(host, "look", **fields), (begin + time.time()) / 2
 
@@ -224,10 +254,11 @@ def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
         raise errors[-1]
     here = looks.pop(-1)[0]
     found = [Finding(rank, "reached", "fail", str(error)) for rank, error in errors.items()]
+    one = checks.reference(here, {rank: look for rank, (look, _) in looks.items()})
     for rank, (look, now) in looks.items():
         way = "this machine" if hostfile.hosts[rank].is_local else "over ssh"
         found.append(Finding(rank, "reached", "ok", f"{way}, {look['system']}"))
-        found += checks.findings(hostfile.hosts[rank], look, here, now)
+        found += checks.findings(hostfile.hosts[rank], look, here, now, one)
     return sorted(found, key=lambda finding: finding.rank)
 
 

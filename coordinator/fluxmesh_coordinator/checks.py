@@ -29,10 +29,29 @@ class Finding:
     text: str  # what was found; with "warn" and "fail" also what to do
 
 
-def findings(host: Host, look: Look, here: Look, now: float) -> list[Finding]:
+@dataclass(frozen=True)
+class Reference:
+    """The model that every host must have."""
+
+    where: str  # it lies
+    model: Look  # of its look; empty where no machine has it
+
+
+def reference(here: Look, looks: Mapping[int, Look]) -> Reference:
+    """This machine's model, else that of the first host that has it. `looks` are by rank."""
+    for where, look in {"here": here, **{f"on host {k}": looks[k] for k in looks}}.items():
+        if "content" in look.get("model", {}):
+            return Reference(where, look["model"])
+    return Reference("here", {})
+
+
+def findings(
+    host: Host, look: Look, here: Look, now: float, model: Reference | None = None
+) -> list[Finding]:
     """All about one host. `here` is the same look at this machine, `now` when it was answered.
 
-    `now` is in seconds since 1970, on this machine's clock.
+    `now` is in seconds since 1970, on this machine's clock; `model` is what the host's is compared
+    with, this machine's if None.
     """
     found = [
         _python(look),
@@ -43,7 +62,7 @@ def findings(host: Host, look: Look, here: Look, now: float) -> list[Finding]:
         *_addresses(look),
     ]
     if "model" in look:
-        found.append(_model(look["model"], here.get("model", {})))
+        found.append(_model(look["model"], model or reference(here, {})))
     return [Finding(host.rank, check, level, text) for check, level, text in found]
 
 
@@ -100,12 +119,13 @@ def _addresses(look: Look) -> list[tuple[str, Level, str]]:
     return found
 
 
-def _model(model: Look, ours: Look) -> tuple[str, Level, str]:
+def _model(model: Look, other: Reference) -> tuple[str, Level, str]:
     if "problem" in model:
         return "model", "fail", str(model["problem"])
-    if ours.get("revision") not in (None, model["revision"]):
+    if other.model and other.model["content"] != model["content"]:
+        theirs, ours = (str(each["revision"])[:14] for each in (model, other.model))
         return "model", "fail", (
-            f"revision {str(model['revision'])[:14]} there and {str(ours['revision'])[:14]} here; "
-            "pull it on both."
+            f"other files there than {other.where} (revision {theirs}, {other.where} {ours}): "
+            "pictures would differ; pull it on both, or copy one to the other."
         )  # fmt: skip
     return "model", "ok", f"{str(model['revision'])[:14]}, {model['bytes'] / 1e9:.1f} GB"

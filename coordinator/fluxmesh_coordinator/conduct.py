@@ -144,6 +144,8 @@ class Conductor:
     def _patience(self) -> float:
         """How long a mesh that can't do the work may take to change, where nobody said."""
         missing = self.driver.reasons
+        if set(self.driver.hosts) - set(self.driver.clients) - set(missing):
+            return RETURN  # one has neither answered nor failed yet: its machine is busy
         if self._was_lost or any(self.driver.can_restart(rank) for rank in missing):
             return RETURN if missing else 0.0
         return 0.0
@@ -178,11 +180,7 @@ class Conductor:
                     self.driver.lost(rank, client, str(error))
                 await self._release()
                 return None
-        statuses = await self.driver.statuses(ranks)
-        if len(statuses) < len(ranks):
-            await self._release()
-            return None
-        return [self._open(rank, granted[rank], statuses[rank]) for rank in ranks]
+        return [self._open(rank, granted[rank]) for rank in ranks]
 
     async def _line_up(
         self, rank: int, client: Client, seconds: float, tell: Callable[[messages.Queued], None]
@@ -202,9 +200,9 @@ class Conductor:
     def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
 
-    def _open(self, rank: int, granted: messages.Granted, told: messages.Status) -> LeasedHost:
+    def _open(self, rank: int, granted: messages.Granted) -> LeasedHost:
         """A host whose lease is ours: from now on its reports come in, and messages go out."""
-        client = self._leased[rank]
+        client, told = self._leased[rank], granted.status
         self._outboxes[rank] = asyncio.Queue()
         self._tasks[rank] = [
             asyncio.create_task(self._listen(rank, client)),
@@ -264,10 +262,8 @@ class Conductor:
                 except FluxmeshError as error:
                     self.driver.lost(rank, client, str(error))
                     continue
-                told = (await self.driver.statuses([rank])).get(rank)
-                if told is not None:
-                    self._leased[rank] = client
-                    self._inbox.put_nowait(Back(self._open(rank, granted, told)))
+                self._leased[rank] = client
+                self._inbox.put_nowait(Back(self._open(rank, granted)))
             await self.driver.change(LOOK)
 
     # The session

@@ -19,6 +19,7 @@ from fluxmesh_coordinator.album import Album
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import Job, Links
 from fluxmesh_coordinator.rings import Ring
+from fluxmesh_coordinator.sameness import Contents
 
 Send = Callable[[Worker, messages.Changing], None]
 
@@ -30,6 +31,7 @@ class Course:
     job: Job
     work: Work
     album: Album
+    contents: Contents
     workers: dict[int, Worker] = field(default_factory=dict)  # by rank; those that can be used
     links: Links = field(default_factory=Links)
     option: Option | None = None  # how what is left is done; None while nothing can do it
@@ -52,6 +54,7 @@ class Course:
                 request.decoding_batch_size,
                 decode_last=request.low_memory,
             ),
+            Contents(request.model),
         )
 
     @property

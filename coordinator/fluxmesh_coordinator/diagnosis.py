@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from fluxmesh.cluster import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.homes import Home
+from fluxmesh.messages import Status
 from fluxmesh_coordinator.checks import SKEW, Finding
 from fluxmesh_coordinator.record import MeshRecord
+from fluxmesh_coordinator.sameness import difference
 from fluxmesh_coordinator.survey import survey, user_keys
 
 
@@ -35,6 +40,7 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
         if abs(told.clock_skews[rank]) > SKEW:
             skew = f"{told.clock_skews[rank]:+.0f} s; switch on network time there."
             found.append(Finding(rank, "agent's clock", "warn", skew))
+    found += in_memory(told.statuses)
     for link in mesh.links:
         rate = f"to host {link.target}: {link.rate / 1e9:.2f} GB/s, {link.latency * 1e6:.0f} us"
         found.append(Finding(link.source, "link", "ok", rate))
@@ -45,3 +51,14 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
             text = f"none to host {b}: no ring of all hosts; look at cables and `ips`."
             found.append(Finding(a, "link", "warn", text))
     return found
+
+
+def in_memory(statuses: Mapping[int, Status]) -> list[Finding]:
+    """Whether hosts that hold a model by one name hold one model: its files may have changed."""
+    told: dict[Weights, dict[int, tuple[str, str]]] = {}
+    for rank, status in statuses.items():
+        if status.holds is not None:
+            one = told.setdefault(status.holds.weights, {})
+            one[rank] = (status.name, status.holds.content)
+    problems = [(max(each), difference(weights.model, each)) for weights, each in told.items()]
+    return [Finding(rank, "in memory", "fail", text) for rank, text in problems if text]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Self
 
 from fluxmesh import messages
@@ -93,9 +93,8 @@ class Driver:
         self._tasks[rank] = asyncio.create_task(self._reach(rank, client))
         self._changed.set()
 
-    async def statuses(self, ranks: Iterable[int] | None = None) -> dict[int, messages.Status]:
+    async def statuses(self) -> dict[int, messages.Status]:
         """What the hosts that answer say of themselves now."""
-        chosen = list(self._members if ranks is None else ranks)
 
         async def one(rank: int) -> messages.Status | None:
             client = self.clients.get(rank)
@@ -107,8 +106,8 @@ class Driver:
                 self.lost(rank, client, str(error))
                 return None
 
-        found = await asyncio.gather(*map(one, chosen))
-        return {rank: status for rank, status in zip(chosen, found, strict=True) if status}
+        found = await asyncio.gather(*map(one, self._members))
+        return {rank: status for rank, status in zip(self._members, found, strict=True) if status}
 
     async def infos(self) -> dict[int, HostInfo]:
         """The hosts that answer, as the planner sees them."""

@@ -83,6 +83,12 @@ class Started:
     kept: tuple[str, ...] = ()  # users whose settings it has, where they differ from ours
 
 
+def wanted(spec: dict[str, Any], keys: Keys, *, rotate: bool) -> dict[str, Any]:
+    """How an agent shall run: what `starter` compares with how it does."""
+    authorized = {user_name(keys.public): keys.public}
+    return {"spec": spec, "authorized": authorized, "rotate": rotate}
+
+
 def start(
     host: Host,
     spec: dict[str, Any],
@@ -101,9 +107,7 @@ def start(
     told = ask(
         host,
         "start",
-        spec=spec,
-        authorized={user_name(keys.public): keys.public},
-        rotate=rotate,
+        **wanted(spec, keys, rotate=rotate),
         forget=list(forget),
         again=again,
     )

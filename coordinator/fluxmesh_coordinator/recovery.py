@@ -14,10 +14,10 @@ from fluxmesh import messages
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost
 from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.blame import Blame
 from fluxmesh_coordinator.course import Course, Send
 from fluxmesh_coordinator.hosts import Worker
 
-MAX_FAILURES = 2  # of one host, in one job; then it is left out
 MAX_ATTEMPTS = 5  # rings that fail one after another without a step in between
 
 
@@ -32,15 +32,19 @@ class Recovery:
         end: Callable[[FluxmeshError], None],
     ) -> None:
         self.course, self.send, self.tell, self.end = course, send, tell, end
-        self._failures: dict[int, int] = {}  # by rank
+        self._blame = Blame()
         self._attempts = 0
 
     def takes(self, rank: int) -> bool:
         """Whether a host may take part (again)."""
-        return self._failures.get(rank, 0) < MAX_FAILURES
+        return self._blame.takes(rank)
+
+    def worked(self, rank: int) -> None:
+        """A host made a step."""
+        self._blame.worked(rank)
 
     def moved(self) -> None:
-        """A step was made: whatever failed before, the ring works."""
+        """A step was acknowledged: whatever failed before, the ring works."""
         self._attempts = 0
 
     def failed(self, worker: Worker, kind: str, text: str, fatal: bool, now: float) -> None:
@@ -75,7 +79,7 @@ class Recovery:
         self.tell(HostLost(rank, worker.info.name, reason))
         course.losses += 1
         if blamed:
-            self._failures[rank] = self._failures.get(rank, 0) + 1
+            self._blame.failed(rank, now)
         if course.has_ring_with(rank):
             self._end_ring(reason, now)
         else:
@@ -97,7 +101,7 @@ class Recovery:
         self.tell(HostLost(rank, worker.info.name, reason))
         course.losses += 1
         if counts and worker.killed is None:  # else it hung, and that was counted
-            self._failures[rank] = self._failures.get(rank, 0) + 1
+            self._blame.failed(rank, now)
         broke_ring = course.has_ring_with(rank)
         self._drop(rank)
         if broke_ring:

@@ -193,6 +193,7 @@ class Session:
                 worker.done(messages.Load, now)
                 worker.is_loaded = not worker.has(messages.Load)
                 self.course.holds(worker, report.holding)
+                self._holds(worker, report.holding.content)
             case messages.Encoded():
                 self._encoded(worker, report)
             case messages.SourceEncoded():
@@ -207,8 +208,15 @@ class Session:
             case messages.Failed():
                 self._failed(worker, report.kind, report.text, fatal=report.fatal)
 
+    def _holds(self, worker: Worker, content: str) -> None:
+        """Before a ring computes anything, all its hosts have told what they hold."""
+        error = self.course.contents.hear(worker.rank, worker.info.name, content)
+        if error is not None:
+            self._end(error)
+
     def _encoded(self, worker: Worker, report: messages.Encoded) -> None:
         worker.done(messages.Encode, self._now)
+        self._holds(worker, report.content)
         if self.course.features is None:
             self.course.features = report
             prompt = self.course.job.request.prompt
@@ -220,6 +228,7 @@ class Session:
         if paint is None:
             return
         worker.stepped(paint, report.seconds, self._now, reused=report.reused)
+        self._recovery.worked(worker.rank)
         self._peak("denoise", report.peak_bytes)
         album, request = self.course.album, self.course.job.request
         if report.latents is not None and album.acknowledge(

@@ -179,7 +179,10 @@ def tail(path: Path, lines: int, begin: int = 0) -> list[str]:
 
 
 def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """This machine, as a mesh needs it; with `model`, whether that is here."""
+    """This machine, as a mesh needs it; with `model`, whether that is here.
+
+    With what `start` would be asked, also whether that would end the agent that runs.
+    """
     try:
         mlx = metadata.version("mlx")
     except metadata.PackageNotFoundError:
@@ -200,6 +203,8 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     if request.get("port"):
         running = Agent(request["port"]).running()
         found["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
+        if "spec" in request:
+            found["ends"] = running is not None and not _fits(running, request)
         address = request["address"]
         found["control"] = {
             "endpoint": f"{address}:{request['port']}",
@@ -222,7 +227,7 @@ def can_bind(address: str, port: int) -> bool:
 
 
 def _model(name: str, folder: str | None) -> dict[str, Any]:
-    """{"revision", "bytes"}, or {"problem"} where it is not here or broken."""
+    """{"revision", "content", "bytes"}, or {"problem"} where it is not here or broken."""
     from fluxmesh.flux import hub
 
     own = Path(os.path.expanduser(folder)) / name if folder else None
@@ -233,7 +238,7 @@ def _model(name: str, folder: str | None) -> dict[str, Any]:
     except FluxmeshError as error:
         return {"problem": str(error)}
     nbytes = sum(part.nbytes for part in checkpoint.components.values())
-    return {"revision": checkpoint.revision, "bytes": nbytes}
+    return {"revision": checkpoint.revision, "content": checkpoint.content, "bytes": nbytes}
 
 
 def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -254,10 +259,7 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
         if told is not None and told["boot"] == request.get("again"):
             agent.kill()  # it runs, and does not answer
             told = None
-        fits = told is not None and told["version"] == __version__ and not request.get("rotate")
-        if told is not None and set(told["by"]) & set(authorized):
-            fits = fits and told["spec"] == spec
-        # Another user's agent keeps its settings: to change them would end what runs there.
+        fits = told is not None and _fits(told, request)
         if not fits:
             agent.stop()
             if request.get("rotate"):
@@ -268,6 +270,15 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
         answer = {name: told[name] for name in ("endpoint", "public_key", "boot")}
         answer |= {"state": str(agent.state), "python": sys.executable}
         return {**answer, "fresh": not fits, "kept": told["by"] if told["spec"] != spec else []}
+
+
+def _fits(told: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether an agent that runs can stay as it is."""
+    fits = bool(told["version"] == __version__ and not request.get("rotate"))
+    # Another user's agent keeps its settings: to change them would end what runs there.
+    if set(told["by"]) & set(request["authorized"]):
+        fits = fits and told["spec"] == request["spec"]
+    return fits
 
 
 def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -41,8 +41,10 @@ def row(found: Survey, host: Host) -> list[str]:
     following = next_in_ring(found, host.rank)
     link = "" if following is None else f"{following / 1e9:.2f} GB/s"
     known = found.view.timed(host.rank).measured
-    step = min(known, key=lambda one: one.height * one.width, default=None)
+    step = min(known, key=lambda one: (one.hosts, one.height * one.width), default=None)
     timed = "" if step is None else f"{_seconds(step.step_seconds)} at {step.height}x{step.width}"
+    if step is not None and step.placement != "data":
+        timed += f", {step.placement} on {step.hosts}"
     cells = [str(host.rank), host.name, status.kind, state(status), holds(status)]
     cells += [f"{status.memory_bytes / 1e9:.1f} GB", f"{status.free_bytes / 1e9:.1f} GB"]
     return [*cells, timed, link, queue(status)]

@@ -17,6 +17,7 @@ from fluxmesh_coordinator import train_jobs
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import Links
 from fluxmesh_coordinator.rings import Ring
+from fluxmesh_coordinator.sameness import Contents
 from fluxmesh_coordinator.train_hands import Hand
 from fluxmesh_coordinator.train_jobs import Choice, Names, TrainJob, Vectors, Wanted
 
@@ -26,6 +27,7 @@ class TrainCourse:
 
     def __init__(self, job: TrainJob) -> None:
         self.job, self.names = job, Names(job)
+        self.contents = Contents(job.weights.model)
         self.hands: dict[int, Hand] = {}  # by rank; those that can be used
         self.links = Links()
         self.ring: Ring | None = None

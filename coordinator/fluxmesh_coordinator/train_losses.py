@@ -13,11 +13,11 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import HostLost
 from fluxmesh.training import messages as training
 from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.blame import Blame
 from fluxmesh_coordinator.hosts import SILENCE
 from fluxmesh_coordinator.train_course import TrainCourse
 from fluxmesh_coordinator.train_hands import Hand
 
-MAX_FAILURES = 2  # of one host, in one run; then it is left out
 MAX_ATTEMPTS = 5  # rings that fail one after another without an update in between
 FIRST = 300.0  # seconds in which a new ring's first micro-batch is done
 SLACK = 8.0  # times the longest that nothing was done before, or
@@ -34,7 +34,7 @@ class Losses:
         end: Callable[[FluxmeshError], None],
     ) -> None:
         self.course, self.tell, self.end = course, tell, end
-        self._failures: dict[int, int] = {}  # by rank
+        self._blame = Blame()
         self._attempts = 0
         self._since = 0.0  # when something was done last
         self._longest: float | None = None  # that nothing was done, in this ring
@@ -42,7 +42,7 @@ class Losses:
 
     def takes(self, rank: int) -> bool:
         """Whether a host may take part (again)."""
-        return self._failures.get(rank, 0) < MAX_FAILURES
+        return self._blame.takes(rank)
 
     # What moves
 
@@ -50,14 +50,18 @@ class Losses:
         """An update begins."""
         self._since = now
 
-    def moved(self, now: float) -> None:
-        """A micro-batch is done."""
+    def worked(self, rank: int, now: float) -> None:
+        """A host has done a micro-batch."""
+        self._blame.worked(rank)
+        self._moved(now)
+
+    def _moved(self, now: float) -> None:
         self._longest = max(self._longest or 0.0, now - self._since)
         self._since = now
 
     def advanced(self, now: float) -> None:
         """An update is done."""
-        self.moved(now)
+        self._moved(now)
         self._attempts = 0
 
     @property
@@ -105,7 +109,7 @@ class Losses:
         self._engine_lost(hand, text, now, blamed=blamed, is_dead=fatal)
         if not fatal and kind in failures.OF_HOST:
             course.hands.pop(hand.rank, None)
-            self._failures[hand.rank] = MAX_FAILURES
+            self._blame.leave_out(hand.rank)
             if not course.hands:
                 self.end(failures.error_of(kind, f"{hand.worker.info.name}: {text}"))
 
@@ -116,7 +120,7 @@ class Losses:
             return
         self.tell(HostLost(rank, hand.worker.info.name, reason))
         if hand.worker.killed is None:  # else it hung, and that was counted
-            self._failures[rank] = self._failures.get(rank, 0) + 1
+            self._blame.failed(rank, now)
         course.give_back(rank)
         if course.ring is not None and rank in course.ring.ranks:
             self._broken(reason, now)
@@ -142,7 +146,7 @@ class Losses:
         course, rank = self.course, hand.rank
         self.tell(HostLost(rank, hand.worker.info.name, reason))
         if blamed:
-            self._failures[rank] = self._failures.get(rank, 0) + 1
+            self._blame.failed(rank, now)
         course.give_back(rank)
         if course.ring is not None and rank in course.ring.ranks:
             self._broken(reason, now)

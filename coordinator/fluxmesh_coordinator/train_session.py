@@ -217,6 +217,7 @@ class TrainSession:
                 self._tell(events.Loading(part, done, total, worker.rank))
             case messages.Encoded():
                 worker.done(messages.Encode, now)
+                self._holds(worker, report.content)
                 self._encoded(hand, {"t5": report.t5, "clip": report.clip})
             case messages.SourceEncoded():
                 worker.done(messages.EncodeSource, now)
@@ -227,10 +228,11 @@ class TrainSession:
                 self._losses.failed(hand, report.kind, report.text, report.fatal, now)
             case training.Opened():
                 worker.done(training.OpenTraining, now)
+                self._holds(worker, report.content)
                 hand.is_open = True
             case training.Computed():
                 hand.computed(report.seconds)
-                self._losses.moved(now)
+                self._losses.worked(hand.rank, now)
             case training.Moved():
                 worker.done(training.Update, now)
                 hand.moved = report
@@ -245,6 +247,12 @@ class TrainSession:
                 self._answer_if(train_jobs.Paint, report.pixels)
             case training.Closed():
                 worker.done(training.CloseTraining, now)
+
+    def _holds(self, worker: Worker, content: str) -> None:
+        """Before an update, all hosts have told which files they hold."""
+        error = self.course.contents.hear(worker.rank, worker.info.name, content)
+        if error is not None:
+            self.end(error)
 
     def _answer_if(self, kind: type[object], value: object) -> None:
         if self.course.task is not None and isinstance(self.course.task.task, kind):

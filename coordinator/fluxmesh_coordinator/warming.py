@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh import messages
-from fluxmesh.cluster import LinkInfo, MeshView
-from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError
+from fluxmesh.cluster import Holding, LinkInfo, MeshView, Placement
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.homes import Home
 from fluxmesh.planning.room import Memory, shortage
 from fluxmesh.planning.work import Work, tensor_problem
@@ -25,8 +25,9 @@ from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator import record
 from fluxmesh_coordinator.bringup import Watcher, leave_out
 from fluxmesh_coordinator.client import Client
-from fluxmesh_coordinator.failures import error_of
+from fluxmesh_coordinator.errands import Errand, form_ring, together
 from fluxmesh_coordinator.record import MeshRecord
+from fluxmesh_coordinator.sameness import remedy
 from fluxmesh_coordinator.survey import host_info, run, user_keys
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
@@ -94,6 +95,7 @@ class Warming:
     watcher: Watcher
     home: Home = field(default_factory=Home.default)
     allow_partial: bool = False
+    content: str = ""  # `Checkpoint.content` of what shall be held; "" is whatever the hosts have
     clients: dict[int, Client] = field(default_factory=dict)
 
     def run(self) -> MeshRecord:
@@ -194,13 +196,15 @@ class Warming:
         leases: dict[int, messages.Granted] = {}
         for rank in sorted({*cold, *untimed}):  # in rank order, so that no two can deadlock
             leases[rank] = await self._lease(rank)
-        jobs = {rank: _Job(self.clients[rank], leases[rank], self.work) for rank in leases}
+        jobs = {rank: Errand(self.clients[rank], leases[rank], self.work) for rank in leases}
+        if untimed and place.shards > 1:
+            cold = [] if await self._time_together(jobs, view, place) else list(place.ranks)
         if cold:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
-        if untimed and set(leases) <= set(self.clients):
+        if untimed and place.shards == 1 and set(leases) <= set(self.clients):
             self.watcher.stage("Timing a step")
-            await self._each(lambda rank: self._time(jobs[rank]), untimed)
+            await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
         for rank in leases:  # of one that failed too, if it still hears
             with contextlib.suppress(HostUnreachableError):
                 await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
@@ -209,20 +213,30 @@ class Warming:
     def _holds(self, status: messages.Status, place: Layout, rank: int) -> bool:
         """Whole weights serve where a shard would do: nothing is thrown away."""
         held = status.holds
-        if held is None or held.weights != self.work.weights:
+        if held is None or held.weights != self.work.weights or not self._is_meant(held):
             return False
         return held.shards == 1 or (held.shards, held.shard) == (place.shards, place.shard(rank))
 
+    def _is_meant(self, held: Holding) -> bool:
+        """Whether it came from the files that this machine has now under that name."""
+        return self.content in ("", held.content)
+
     def _untimed(self, view: MeshView, place: Layout) -> list[int]:
-        """One host of each device on which this size was not timed; a shard alone can't be."""
+        """Who has to time a step of this size: one host of each device, or all that hold shards."""
         weights, work = self.work.weights, self.work
-        wanted = (weights.model, work.height, work.width, weights.dtype, weights.bits)
+        how = ("data", 1) if place.shards == 1 else ("tensor", place.shards)
+        wanted = (weights.model, work.height, work.width, weights.dtype, weights.bits, *how)
         devices: dict[str, int] = {}
-        for rank in place.ranks if place.shards == 1 else ():
+        for rank in place.ranks:
             known = view.timed(rank).measured
-            if wanted not in [(o.model, o.height, o.width, o.dtype, o.bits) for o in known]:
+            if wanted not in [
+                (o.model, o.height, o.width, o.dtype, o.bits, o.placement, o.hosts) for o in known
+            ]:
                 devices.setdefault(view.host(rank).device_key, rank)
-        return list(devices.values())
+        if place.shards == 1 or not devices:
+            return list(devices.values())
+        ring = zip(place.ranks, place.ranks[1:] + place.ranks[:1], strict=True)
+        return list(place.ranks) if all(view.link(a, b) for a, b in ring) else []
 
     async def _lease(self, rank: int) -> messages.Granted:
         def waiting(queued: messages.Queued) -> None:
@@ -230,49 +244,56 @@ class Warming:
 
         return await self.clients[rank].lease(f"up-{secrets.token_hex(4)}", 60.0, waiting)
 
-    async def _load(self, job: _Job, place: Layout, rank: int) -> None:
-        load = messages.Load(*job.common, place.shards, place.shard(rank), COMPONENTS)
-        async for report in job.do(load, SILENCE):
-            if isinstance(report, messages.Progress):
-                what, done, total = report.component, report.done_bytes, report.total_bytes
-                self.watcher.progress(rank, what, done, total)
-
-    async def _time(self, job: _Job) -> None:
-        """With nothing else running on the device."""
-        measure = messages.Measure(*job.common, self.work.height, self.work.width)
-        async for _ in job.do(measure, MEASURING):
-            pass  # it beats until it is done
-
-
-class _Job:
-    """Work on one leased host."""
-
-    def __init__(self, client: Client, granted: messages.Granted, work: Work) -> None:
-        self.client = client
-        self.name = f"up-{secrets.token_hex(4)}"
-        self.common = (granted.fence, self.name, granted.epoch, work.weights)
-
-    async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
-        """The reports about one unit of work, until it is done.
-
-        Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
-        """
-        await self.client.ask(message, messages.Done)
-        while True:
-            try:
-                async with asyncio.timeout(silence):
-                    report = await self.client.report()
-            except TimeoutError:
-                raise HostUnreachableError(
-                    f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
-                    "`fluxmesh logs`."
-                ) from None
-            match report:
-                case messages.Failed():
-                    raise error_of(report.kind, f"{self.client.title}: {report.text}")
-                case messages.Lost():
-                    raise FluxmeshError(f"{self.client.title}: {report.reason}")
-                case messages.Loaded() | messages.Timed():
+    async def _load(self, job: Errand, place: Layout, rank: int) -> None:
+        """Raises `WeightsError` where a host has other files under the model's name."""
+        part = (place.shards, place.shard(rank), COMPONENTS)
+        for is_last in (False, True):
+            async for report in job.do(messages.Load(*job.common, *part), SILENCE):
+                if isinstance(report, messages.Progress):
+                    what, done, total = report.component, report.done_bytes, report.total_bytes
+                    self.watcher.progress(rank, what, done, total)
+                elif isinstance(report, messages.Loaded) and self._is_meant(report.holding):
                     return
-                case _:
-                    yield report
+            if not is_last:  # the engine may have read them before they changed
+                await job.begin_anew()
+        model = self.work.weights.model
+        raise WeightsError(
+            f"{job.client.title} has other files under the name {model} than this machine. "
+            f"{remedy(model)}"
+        )
+
+    async def _time(self, job: Errand, placement: Placement) -> None:
+        """With nothing else running on the device."""
+        measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
+        try:
+            async with asyncio.timeout(MEASURING):
+                async for _ in job.do(measure, MEASURING):
+                    pass  # it beats until it is done
+        except TimeoutError:
+            raise HostUnreachableError(
+                f"{job.client.title}: a step is not done after {MEASURING:.0f} s; look at "
+                "`fluxmesh logs`."
+            ) from None
+
+    async def _time_together(
+        self, jobs: Mapping[int, Errand], view: MeshView, place: Layout
+    ) -> bool:
+        """Loads the shards and times a step of all of them; they stay the ring of the next job.
+
+        False where that fails: jobs can be planned without, and their sessions know what to do.
+        """
+        ring = {rank: jobs[rank] for rank in place.ranks}
+        infos = {host.rank: host for host in view.hosts}
+        try:
+            await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
+            self.watcher.stage(f"Loading {self.work.weights.model}")
+            await together(self._load(ring[rank], place, rank) for rank in ring)
+            self.watcher.stage("Timing a step")
+            await together(self._time(ring[rank], "tensor") for rank in ring)
+        except FluxmeshError as error:
+            self.watcher.note(f"A step of all hosts together could not be timed: {error}")
+            for job in ring.values():  # a survivor of a broken ring can hang
+                with contextlib.suppress(FluxmeshError):
+                    await job.begin_anew()
+            return False
+        return True

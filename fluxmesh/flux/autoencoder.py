@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.flux.config import AutoencoderConfig
+from fluxmesh.flux.fused import group_norm, offset_sum
 from fluxmesh.flux.tiles import UNTILED_LATENTS, Tile, tiles
 
 # Queries that the middle attention takes at once: bounds the scores it holds to this many rows.
@@ -24,9 +25,25 @@ conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 conv1x1 = partial(nn.Conv2d, kernel_size=1)
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+class GroupNorm(nn.Module):
     """PyTorch's group norm: neighbouring channels make a group."""
-    return nn.GroupNorm(groups, channels, eps=1e-6, pytorch_compatible=True)
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array, silu: bool = False, offset: mx.array | None = None) -> mx.array:
+        """x [B, H, W, C] (plus `offset` [C]), normed; with `silu`, what a convolution reads."""
+        if offset is None:
+            offset = mx.zeros_like(self.bias)
+        return group_norm(x, self.weight, self.bias, offset, self.groups, silu)
+
+
+def without_bias(conv: nn.Conv2d, x: mx.array) -> mx.array:
+    """A 3x3 convolution whose bias is left to what comes next: a pass over memory less."""
+    return mx.conv2d(x, conv.weight, padding=1)
 
 
 class ResnetBlock(nn.Module):
@@ -34,17 +51,17 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, into: int, out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(into, groups)
+        self.norm1 = GroupNorm(into, groups)
         self.conv1 = conv3x3(into, out)
-        self.norm2 = group_norm(out, groups)
+        self.norm2 = GroupNorm(out, groups)
         self.conv2 = conv3x3(out, out)
         if into != out:
             self.nin_shortcut = conv1x1(into, out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(nn.silu(self.norm1(x)))
-        h = self.conv2(nn.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if "nin_shortcut" in self else x)
+        h = without_bias(self.conv1, self.norm1(x, silu=True))
+        h = without_bias(self.conv2, self.norm2(h, silu=True, offset=self.conv1.bias))
+        return offset_sum(self.nin_shortcut(x) if "nin_shortcut" in self else x, h, self.conv2.bias)
 
 
 class AttnBlock(nn.Module):
@@ -52,7 +69,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = GroupNorm(channels, groups)
         self.q = conv1x1(channels, channels)
         self.k = conv1x1(channels, channels)
         self.v = conv1x1(channels, channels)
@@ -147,14 +164,14 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.down.append(level)
         self.mid = Middle(config)
-        self.norm_out = group_norm(widths[-1], groups)
+        self.norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = conv3x3(widths[-1], 2 * config.z_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(nn.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out(self.mid(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -172,14 +189,14 @@ class Decoder(nn.Module):
             if i > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
-        self.norm_out = group_norm(widths[0], groups)
+        self.norm_out = GroupNorm(widths[0], groups)
         self.conv_out = conv3x3(widths[0], config.out_ch)
 
     def __call__(self, z: mx.array) -> mx.array:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(nn.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 class AutoEncoder(nn.Module):

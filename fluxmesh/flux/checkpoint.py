@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -83,6 +84,28 @@ class Checkpoint:
     @property
     def bits(self) -> int | None:
         return self.quantization.bits if self.quantization else None
+
+    @cached_property
+    def content(self) -> str:
+        """16 hex digits, the same wherever this model lies, in the Hub's cache or in a folder.
+
+        Two hosts with the same content paint the same pictures: it covers the weights (sampled as
+        in `fingerprint`), the tokenizers, and all that the JSON files tell.
+        """
+        digest = hashlib.sha256()
+        for part in COMPONENTS:
+            component = self.components[part]
+            digest.update(f"{part} {component.layout}\n".encode())
+            for file in sorted(component.files):
+                _sample(digest, file)
+        for file in (
+            *(self.tokenizer / name for name in ("vocab.json", "merges.txt")),
+            self.tokenizer_2 / "spiece.model",
+        ):
+            _sample(digest, file)
+        configs = (self.transformer, self.t5, self.clip, self.autoencoder, self.schedule)
+        digest.update(repr((*configs, self.defaults.t5_max_length, self.bits)).encode())
+        return digest.hexdigest()[:16]
 
 
 def from_folder(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
@@ -291,11 +314,16 @@ def fingerprint(files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(files):
-        size = os.path.getsize(path)
-        digest.update(f"{path.name}:{size}\n".encode())
-        step = max(1, size // 64)
-        with open(path, "rb") as file:
-            for place in range(0, size, max(step, 4096)):
-                file.seek(place)
-                digest.update(file.read(4096))
+        digest.update(f"{path.name}:".encode())
+        _sample(digest, path)
     return f"local-{digest.hexdigest()[:16]}"
+
+
+def _sample(digest: hashlib._Hash, path: Path) -> None:
+    """Adds a file's size and 64 places of its bytes."""
+    size = os.path.getsize(path)
+    digest.update(f"{size}\n".encode())
+    with open(path, "rb") as file:
+        for place in range(0, size, max(size // 64, 4096)):
+            file.seek(place)
+            digest.update(file.read(4096))

@@ -8,6 +8,7 @@ splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,15 @@ from fluxmesh.errors import WeightsError
 from fluxmesh.flux import layouts
 from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
 from fluxmesh.flux.layouts import Rows, Tensors
-from fluxmesh.flux.tensorfile import FLOATS, Entry, numpy_dtype, read_headers, read_rows_into
+from fluxmesh.flux.tensorfile import (
+    FLOATS,
+    NUMPY,
+    Entry,
+    numpy_dtype,
+    read_each_into,
+    read_headers,
+    will_read,
+)
 
 GROUP_SIZES = (64, 32)  # of quantization, the first that divides a row
 
@@ -105,22 +114,47 @@ class Reader:
         """
         target = self.targets[name]
         stop = target.shape[0] if stop is None else stop
-        pieces = [
-            (piece, self._entries[piece.key])
-            for piece in layouts.pieces_between(target.pieces, start, stop)
-        ]
-        dtypes = {entry.dtype for _, entry in pieces}
+        dtype = self.dtype(name, start, stop)
+        out = np.empty((stop - start, *target.shape[1:]), dtype=NUMPY[dtype])
+        self.rows_into(out, name, start)
+        return Stored(out, dtype)
+
+    def rows_into(self, out: np.ndarray, name: str, start: int = 0) -> None:
+        """As `rows`, into `out`: contiguous, as many rows as are wanted, of NumPy's `dtype`."""
+        self.spans_into(out, name, ((start, start + len(out)),))
+
+    def spans_into(self, out: np.ndarray, name: str, spans: Iterable[tuple[int, int]]) -> None:
+        """As `rows_into`, the rows of several spans, from and to, one after another."""
+        reads = []
+        offset = 0
+        for start, stop in spans:
+            for piece, entry in self._pieces(name, start, stop):
+                reads.append((out[offset : offset + piece.count], entry, piece.start))
+                offset += piece.count
+        read_each_into(reads)
+
+    def dtype(self, name: str, start: int = 0, stop: int | None = None) -> str:
+        """The file's name for the dtype of these rows. Raises `WeightsError` where they differ."""
+        stop = self.targets[name].shape[0] if stop is None else stop
+        entries = [entry for _, entry in self._pieces(name, start, stop)]
+        dtypes = {entry.dtype for entry in entries}
         if len(dtypes) > 1:
             raise WeightsError(
                 f"{self._where()} stores the parts of {name} in different dtypes "
                 f"({', '.join(sorted(dtypes))}); fluxmesh reads files of one dtype."
             )
-        out = np.empty((stop - start, *target.shape[1:]), dtype=numpy_dtype(pieces[0][1]))
-        offset = 0
-        for piece, entry in pieces:
-            read_rows_into(out[offset : offset + piece.count], entry, piece.start)
-            offset += piece.count
-        return Stored(out, pieces[0][1].dtype)
+        numpy_dtype(entries[0])  # raises for one that no weight has
+        return entries[0].dtype
+
+    def will_read(self, name: str, spans: Iterable[tuple[int, int]]) -> None:
+        """Says that these rows, from and to, are wanted soon: the disk may begin with them."""
+        for start, stop in spans:
+            for piece, entry in self._pieces(name, start, stop):
+                will_read(entry, piece.start, piece.stop)
+
+    def _pieces(self, name: str, start: int, stop: int) -> list[tuple[Rows, Entry]]:
+        pieces = layouts.pieces_between(self.targets[name].pieces, start, stop)
+        return [(piece, self._entries[piece.key]) for piece in pieces]
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that the tensor takes in the file."""

@@ -159,25 +159,6 @@ def denoise(
         yield Step(x, clean, cache is not None and cache.reused)
 
 
-def ahead(steps: Iterator[Step], stops: Callable[[], bool]) -> Iterator[Step]:
-    """Evaluates `steps`, and yields each one when it is done while the next is in line already.
-
-    So the device does not wait for the graph of the next step, nor for what the caller does with
-    this one. No step is queued once `stops` says so: the one in line then runs to its end unseen.
-    It holds no more than two steps' latents; how far the device's line reaches is MLX's affair.
-    """
-    step = next(steps, None)
-    if step is not None:
-        mx.async_eval(step.x)
-    while step is not None:
-        following = None if stops() else next(steps, None)
-        if following is not None:
-            mx.async_eval(following.x)
-        mx.eval(step.x)
-        yield step
-        step = following
-
-
 def _pull(guide: Guide, clean: mx.array, latent_size: tuple[int, int], step: int) -> mx.array:
     """The gradient of the loss with respect to the predicted latents, packed float32."""
 

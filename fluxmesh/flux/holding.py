@@ -22,7 +22,7 @@ from fluxmesh.flux import memory
 from fluxmesh.flux.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.sharding import Shard
-from fluxmesh.messages import Counters, Paint
+from fluxmesh.messages import Counters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
 BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
@@ -56,6 +56,7 @@ class Held:
         self.load_rate = 0.0  # bytes/s of the last load; 0 before one
         self.done = Counters()  # what was done since the start
         self.weights: Weights | None = None  # under the names that they were asked for
+        self._content = ""
         self._spread: dict[str, TensorFlux | SequenceFlux] = {}
         self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
 
@@ -64,6 +65,11 @@ class Held:
         """The pipeline that `open` made."""
         assert self.pipeline is not None, "open the weights first"
         return self.pipeline
+
+    @property
+    def content(self) -> str:
+        """`Checkpoint.content` of the files that were opened."""
+        return self._content
 
     @property
     def counters(self) -> Counters:
@@ -88,9 +94,10 @@ class Held:
             return None
         names = (name for every in COMPONENTS.values() for name in every)
         nbytes = sum(self._bytes_of(name) for name in names if pipeline.is_loaded(name))
-        return Holding(self.weights, nbytes, pipeline.shard.size, pipeline.shard.rank)
+        shard = pipeline.shard
+        return Holding(self.weights, nbytes, shard.size, shard.rank, self.content)
 
-    def count(self, **more: int) -> None:
+    def count(self, **more: float) -> None:
         """Adds to the counters."""
         self.done = replace(
             self.done, **{name: getattr(self.done, name) + value for name, value in more.items()}
@@ -131,7 +138,7 @@ class Held:
                 download=self.options.download,
                 on_loading=self._hear,
             )
-            self.weights = weights
+            self.weights, self._content = weights, self.pipeline.checkpoint.content
         return self.pipeline
 
     def release(self) -> None:
@@ -160,7 +167,7 @@ class Held:
             self.drop_transformer()
             self.model.shard = shard
 
-    def hold_for(self, work: Paint) -> None:
+    def hold_for(self, work: Paint | Measure) -> None:
         """The part that a placement runs: any shard of this rank, or the whole, for `tensor`."""
         if work.placement != "tensor":
             self.hold(Shard())
@@ -176,14 +183,18 @@ class Held:
             self._spread[placement] = spread(self.model.flow, self.ring())
         return self._spread[placement]
 
+    def missing(self, component: str) -> list[str]:
+        """The models of a component that are not in memory."""
+        if component not in COMPONENTS:
+            raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
+        return [name for name in COMPONENTS[component] if not self.model.is_loaded(name)]
+
     def load(self, component: str) -> Generator[Loading, None, None]:
         """Loads what is missing of a component, with an event before and after.
 
         Raises `Stopped` when the unit at hand is cancelled meanwhile.
         """
-        if component not in COMPONENTS:
-            raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
-        missing = [name for name in COMPONENTS[component] if not self.model.is_loaded(name)]
+        missing = self.missing(component)
         if not missing:
             return
         self.doing = f"loading the {component}"

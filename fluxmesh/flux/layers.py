@@ -23,7 +23,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-EPS = 1e-6
+from fluxmesh.flux.fused import (
+    Stream,
+    gated_norm,
+    gated_sum,
+    gelu,
+    gelu_beside,
+    modulated_norm,
+    turned_heads,
+)
+
 TIME_CHANNELS = 256  # sinusoids that stand for a time step or a guidance strength
 
 
@@ -53,33 +62,17 @@ def rope_tables(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> mx.
     return mx.array(np.expand_dims(tables, -4))  # the new axis is that of heads
 
 
-def apply_rope(x: mx.array, pe: mx.array) -> mx.array:
-    """Rotates each pair of neighbouring channels of x [B, H, S, hd]; computes in float32."""
-    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    cos, sin = pe[..., 0], pe[..., 1]
-    turned = mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-def attention(q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> mx.array:
+def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Full attention over all tokens: three [B, H, S, hd] in, [B, S, H * hd] out."""
-    q, k = apply_rope(q, pe), apply_rope(k, pe)
     x = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
     B, _, S, _ = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, S, -1)
 
 
-def split_heads(qkv: mx.array, head_dim: int) -> tuple[mx.array, mx.array, mx.array]:
-    """[B, S, 3 * H * hd] to queries, keys and values, each [B, H, S, hd]."""
-    B, S, _ = qkv.shape
-    q, k, v = qkv.reshape(B, S, 3, -1, head_dim).transpose(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """Layer norm without weights of its own, then a scale and shift that depend on t and prompt."""
-    return (1 + scale) * mx.fast.layer_norm(x, None, None, EPS) + shift
+def values(qkv: mx.array, head_dim: int) -> mx.array:
+    """The last third of [B, S, 3 * H * hd], where it lies: [B, H, S, hd]."""
+    B, S, width = qkv.shape
+    return qkv[..., width // 3 * 2 :].reshape(B, S, -1, head_dim).swapaxes(1, 2)
 
 
 class MLPEmbedder(nn.Module):
@@ -112,20 +105,18 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = mx.ones((dim,))
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.scale, EPS)
-
 
 class QKNorm(nn.Module):
-    """Norms queries and keys, each head on its own, before they are rotated."""
+    """Norms queries and keys, each head on its own; `fused.turned` applies it as it rotates."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def __call__(self, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
-        return self.query_norm(q), self.key_norm(k)
+    @property
+    def scales(self) -> tuple[mx.array, mx.array]:
+        return self.query_norm.scale, self.key_norm.scale
 
 
 class SelfAttention(nn.Module):
@@ -138,16 +129,21 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(self.head_dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """[B, S, D] to normed queries and keys, and values, each [B, H, S, hd]."""
-        q, k, v = split_heads(self.qkv(x), self.head_dim)
-        q, k = self.norm(q, k)
-        return q, k, v
+    def stream(self, x: mx.array) -> Stream:
+        """[B, S, D] to queries, keys and values side by side, with the norms' scales."""
+        return self.qkv(x), self.norm.scales
+
+
+class GELU(nn.Module):
+    """The tanh form, as a layer without parameters."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(x)
 
 
 def feed_forward(dim: int, hidden_dim: int) -> list[nn.Module]:
     """A plain list, not `nn.Sequential`, so that the parameters are called `0` and `2` as BFL's."""
-    return [nn.Linear(dim, hidden_dim), nn.GELU(approx="tanh"), nn.Linear(hidden_dim, dim)]
+    return [nn.Linear(dim, hidden_dim), GELU(), nn.Linear(hidden_dim, dim)]
 
 
 def run(layers: list[nn.Module], x: mx.array) -> mx.array:
@@ -169,6 +165,7 @@ def outputs(*calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
 class DoubleStreamBlock(nn.Module):
     """Image and text keep weights of their own and meet in one attention."""
 
+    attention = staticmethod(attention)
     outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
@@ -191,33 +188,29 @@ class DoubleStreamBlock(nn.Module):
             txt_mod, 6, axis=-1
         )
 
-        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
-        attn = attention(
-            mx.concatenate([txt_q, img_q], axis=2),  # [B, H, S, hd], text first
-            mx.concatenate([txt_k, img_k], axis=2),
-            mx.concatenate([txt_v, img_v], axis=2),
-            pe,
-        )
-        txt_attn, img_attn = mx.split(attn, [txt.shape[1]], axis=1)
+        img_stream = self.img_attn.stream(modulated_norm(img, img_shift1, img_scale1))
+        txt_stream = self.txt_attn.stream(modulated_norm(txt, txt_shift1, txt_scale1))
+        heads = img_stream[0].shape[-1] // (3 * self.img_attn.head_dim)
+        q, k, v = turned_heads([txt_stream, img_stream], pe, heads, 3)  # text first
+        txt_attn, img_attn = mx.split(self.attention(q, k, v), [txt.shape[1]], axis=1)
 
         img_out, txt_out = self.outputs(
             (self.img_attn.proj, img_attn), (self.txt_attn.proj, txt_attn)
         )
-        img = img + img_gate1 * img_out
-        txt = txt + txt_gate1 * txt_out
+        img, img_normed = gated_norm(img, img_gate1, img_out, img_shift2, img_scale2)
+        txt, txt_normed = gated_norm(txt, txt_gate1, txt_out, txt_shift2, txt_scale2)
 
-        img_hidden = run(self.img_mlp[:2], modulate(img, img_shift2, img_scale2))
-        txt_hidden = run(self.txt_mlp[:2], modulate(txt, txt_shift2, txt_scale2))
         img_out, txt_out = self.outputs(
-            (self.img_mlp[2], img_hidden), (self.txt_mlp[2], txt_hidden)
+            (self.img_mlp[2], run(self.img_mlp[:2], img_normed)),
+            (self.txt_mlp[2], run(self.txt_mlp[:2], txt_normed)),
         )
-        return img + img_gate2 * img_out, txt + txt_gate2 * txt_out
+        return gated_sum(img, img_gate2, img_out), gated_sum(txt, txt_gate2, txt_out)
 
 
 class SingleStreamBlock(nn.Module):
     """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
 
+    attention = staticmethod(attention)
     outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
@@ -227,19 +220,18 @@ class SingleStreamBlock(nn.Module):
         self.linear1 = nn.Linear(dim, 3 * dim + mlp_hidden_dim)  # q, k, v and the MLP's way in
         self.linear2 = nn.Linear(dim + mlp_hidden_dim, dim)  # the attention's and MLP's way out
         self.norm = QKNorm(self.head_dim)
-        self.mlp_act = nn.GELU(approx="tanh")
         self.modulation = Modulation(dim, 3)
 
     def __call__(self, x: mx.array, pe: mx.array, mod: mx.array) -> mx.array:
         """x [B, S, D] in and out; `mod` is [B, 1, 3D]."""
         shift, scale, gate = mx.split(mod, 3, axis=-1)
-        qkv, mlp = mx.split(self.linear1(modulate(x, shift, scale)), [self.qkv_dim], axis=-1)
-        q, k, v = split_heads(qkv, self.head_dim)
-        q, k = self.norm(q, k)
-        attn = attention(q, k, v, pe)
-        hidden = mx.concatenate([attn, self.mlp_act(mlp)], axis=-1)
+        joined = self.linear1(modulated_norm(x, shift, scale))  # q, k, v, and the MLP's way in
+        heads = self.qkv_dim // (3 * self.head_dim)
+        q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
+        v = values(joined[..., : self.qkv_dim], self.head_dim)
+        hidden = gelu_beside(self.attention(q, k, v), joined, self.qkv_dim)
         (out,) = self.outputs((self.linear2, hidden))
-        return x + gate * out
+        return gated_sum(x, gate, out)
 
 
 class LastLayer(nn.Module):
@@ -257,4 +249,4 @@ class LastLayer(nn.Module):
     def __call__(self, x: mx.array, mod: mx.array) -> mx.array:
         """x [B, S, D], `mod` [B, 1, 2D], to [B, S, out_channels]."""
         shift, scale = mx.split(mod, 2, axis=-1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))

@@ -19,7 +19,7 @@ would swap their data in silence. `Ranks` therefore chains each to the one befor
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -29,14 +29,16 @@ import numpy as np
 from fluxmesh.errors import UsageError
 from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layers import (
-    DoubleStreamBlock,
-    QKNorm,
-    SingleStreamBlock,
-    apply_rope,
-    modulate,
-    run,
+from fluxmesh.flux.fused import (
+    Stream,
+    gated_norm,
+    gated_sum,
+    gelu_beside,
+    modulated_norm,
+    turned,
+    turned_heads,
 )
+from fluxmesh.flux.layers import DoubleStreamBlock, QKNorm, SingleStreamBlock, attention, run
 from fluxmesh.flux.lora import LoRALinear
 from fluxmesh.flux.model import Flux, Modulations
 from fluxmesh.flux.sharding import Cut, Shard, token_run
@@ -52,6 +54,14 @@ class Traffic:
     sums: int = 0
     gathers: int = 0
     bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment between two collectives."""
+
+    last: mx.array | None
+    traffic: Traffic
 
 
 class Ranks:
@@ -88,9 +98,24 @@ class Ranks:
         every = self.gather(mx.array(np.frombuffer(nonce, dtype=np.uint8))[None])
         return bool(mx.all(every == every[:1]).item())
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank gives true: waits for all of them, who then go on, or stop, together."""
-        return bool(self.sum(mx.array(int(flag), dtype=mx.int32)[None]).item())
+    def most(self, value: int) -> int:
+        """The largest `value` of any rank: waits for all of them, who then do the same thing."""
+        return max(np.array(self.ask(value)).tolist())
+
+    def ask(self, value: int) -> mx.array:
+        """Every rank's `value`, to be waited for later: int32 [N], lazy.
+
+        A gather, which goes round once where a sum goes twice.
+        """
+        return self.gather(mx.array([value], dtype=mx.int32))
+
+    def mark(self) -> Mark:
+        """The collectives built so far, for `rewind`."""
+        return Mark(self._last, replace(self.traffic))
+
+    def rewind(self, mark: Mark) -> None:
+        """Forgets collectives that were built after `mark` and that no rank will evaluate."""
+        self._last, self.traffic = mark.last, mark.traffic
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every rank's `x`; of one shape and dtype on all."""
@@ -311,29 +336,21 @@ class _Attend:
     def __init__(self, ranks: Ranks, S: int, pe: mx.array) -> None:
         self.ranks, self.S, self.pe = ranks, S, pe
 
-    def send(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Starts on its way what other ranks need: this rank's normed keys and its values.
+    def send(self, streams: list[Stream], heads: int) -> tuple[mx.array, mx.array]:
+        """Starts on its way what other ranks need: this rank's keys, normed and turned, and values.
 
-        Both are [B, H, C, hd]. Returns what is sent, for `mx.depends`: what is computed from
-        there on is computed after it, while it travels; and every rank's [N * C, 2, B, H, hd].
+        Returns what is sent, for `mx.depends`: what is computed from there on is computed after
+        it, while it travels; and every rank's [N * C, B, 2, H, hd].
         """
-        sent = mx.stack([apply_rope(k, self.pe), v])  # [2, B, H, C, hd]
-        sent = mx.contiguous(sent.transpose(3, 0, 1, 2, 4))  # tokens first
+        sent = turned(streams, self.pe, heads, 2)  # [B, C, 2, H, hd]
+        sent = mx.contiguous(sent.swapaxes(0, 1))  # tokens first
         return sent, self.ranks.gather(sent)
 
-    def __call__(self, q: mx.array, every: mx.array) -> mx.array:
-        """Normed queries [B, H, C, hd] and what all ranks sent, to [B, C, H * hd]."""
-        k, v = every[: self.S].transpose(1, 2, 3, 0, 4)  # [B, H, S, hd] each
-        q = apply_rope(q, self.pe)
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        B, _, C, _ = x.shape
-        return x.transpose(0, 2, 1, 3).reshape(B, C, -1)
-
-
-def _heads(x: mx.array, count: int, head_dim: int) -> mx.array:
-    """[B, C, count * H * hd] to [count, B, H, C, hd]."""
-    B, C, _ = x.shape
-    return x.reshape(B, C, count, -1, head_dim).transpose(2, 0, 3, 1, 4)
+    def __call__(self, streams: list[Stream], heads: int, every: mx.array) -> mx.array:
+        """This rank's queries [B, C, H * hd] and what all ranks sent, to [B, C, H * hd]."""
+        (q,) = turned_heads(streams, self.pe, heads, 1)
+        k, v = every[: self.S].transpose(2, 1, 3, 0, 4)  # [B, H, S, hd] each
+        return attention(q, k, v)
 
 
 def _rows(linear: Any, start: int, stop: int, width: int) -> Any:
@@ -347,16 +364,14 @@ class _Projections:
     def __init__(self, linear: Any, norm: QKNorm, dim: int, width: int) -> None:
         self.q = _rows(linear, 0, dim, width)
         self.kv = _rows(linear, dim, 3 * dim, width)
-        self.norm = norm
-        self.head_dim = norm.query_norm.scale.shape[0]
+        self.query_scale, self.key_scale = norm.scales
+        self.heads = dim // self.query_scale.shape[0]
 
-    def keys_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        k, v = _heads(self.kv(x), 2, self.head_dim)
-        return self.norm.key_norm(k), v
+    def keys_values(self, x: mx.array) -> Stream:
+        return self.kv(x), (self.key_scale,)
 
-    def queries(self, x: mx.array) -> mx.array:
-        (q,) = _heads(self.q(x), 1, self.head_dim)
-        return self.norm.query_norm(q)
+    def queries(self, x: mx.array) -> Stream:
+        return self.q(x), (self.query_scale,)
 
 
 class _DoubleBlock:
@@ -369,15 +384,17 @@ class _DoubleBlock:
             name: _Projections(attn.qkv, attn.norm, dim, 3 * dim)
             for name, attn in self.attn.items()
         }
+        self.heads = self.project["img"].heads
 
     def __call__(self, streams: Streams, attend: _Attend, mods: Streams) -> Streams:
         mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
-        normed = {name: modulate(x, mod[name][0], mod[name][1]) for name, x in streams.items()}
-        parts = [self.project[name].keys_values(x) for name, x in normed.items()]
-        k, v = (mx.concatenate(list(part), axis=2) for part in zip(*parts, strict=True))
-        sent, every = attend.send(k, v)
+        normed = {
+            name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
+        }
+        keys_values = [self.project[name].keys_values(x) for name, x in normed.items()]
+        sent, every = attend.send(keys_values, self.heads)
         q = [self.project[name].queries(mx.depends(x, sent)) for name, x in normed.items()]
-        attn = attend(mx.concatenate(q, axis=2), every)  # [B, C, D]
+        attn = attend(q, self.heads, every)  # [B, C, D]
 
         out: Streams = {}
         start = 0
@@ -385,8 +402,8 @@ class _DoubleBlock:
             _, _, gate1, shift2, scale2, gate2 = mod[name]
             own = attn[:, start : start + x.shape[1]]
             start += x.shape[1]
-            x = x + gate1 * self.attn[name].proj(own)
-            out[name] = x + gate2 * run(self.mlp[name], modulate(x, shift2, scale2))
+            x, hidden = gated_norm(x, gate1, self.attn[name].proj(own), shift2, scale2)
+            out[name] = gated_sum(x, gate2, run(self.mlp[name], hidden))
         return out
 
 
@@ -401,9 +418,10 @@ class _SingleBlock:
 
     def __call__(self, x: mx.array, attend: _Attend, mod: mx.array) -> mx.array:
         shift, scale, gate = mx.split(mod, 3, axis=-1)
-        normed = modulate(x, shift, scale)
-        sent, every = attend.send(*self.project.keys_values(normed))
+        normed = modulated_norm(x, shift, scale)
+        heads = self.project.heads
+        sent, every = attend.send([self.project.keys_values(normed)], heads)
         normed = mx.depends(normed, sent)
-        q = self.project.queries(normed)
-        mlp = self.block.mlp_act(self.mlp_in(normed))
-        return x + gate * self.block.linear2(mx.concatenate([attend(q, every), mlp], axis=-1))
+        q, mlp = self.project.queries(normed), self.mlp_in(normed)
+        hidden = gelu_beside(attend([q], heads, every), mlp, 0)
+        return gated_sum(x, gate, self.block.linear2(hidden))

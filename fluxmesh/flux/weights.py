@@ -20,7 +20,8 @@ from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.flux.autoencoder import AutoEncoder
 from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.clip import ClipTextModel
-from fluxmesh.flux.components import Reader, Stored, group_size, tables, verify
+from fluxmesh.flux.components import Reader, group_size, tables, verify
+from fluxmesh.flux.filled import filled
 from fluxmesh.flux.model import Flux
 from fluxmesh.flux.sharding import Cut, Shard, check, cuts
 from fluxmesh.flux.t5 import T5Encoder
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 BLOCK_NUMBERS = 1 << 23  # numbers of a tensor in memory at once while columns are picked from it
+AHEAD_BYTES = 256 << 20  # of the next tensors, that the disk is asked for meanwhile
 OnBytes = Callable[[int, int], None]  # bytes of the component read, and in all
 
 
@@ -128,8 +130,9 @@ def read_rows(
     Nothing else of the tensor is read, which is how a shard is loaded. `dtype` None keeps that of
     the file; packed integers always keep theirs.
     """
-    stored = [reader.rows(name, start, stop)]
-    return _converted(stored, dtype)
+    shape = reader.targets[name].shape
+    spans = ((start, shape[0] if stop is None else stop),)
+    return _read(reader, name, spans, shape[1:], dtype)
 
 
 def read_part(reader: Reader, name: str, cut: Cut, dtype: mx.Dtype | None = None) -> mx.array:
@@ -142,31 +145,43 @@ def read_part(reader: Reader, name: str, cut: Cut, dtype: mx.Dtype | None = None
     if cut.axis == 1 and len(shape) == 1:
         return read_rows(reader, name, dtype)
     if cut.axis == 0:
-        spans = cut.spans_of(shape[0])
-        stored = [reader.rows(name, start, stop) for start, stop in spans]
-    else:
-        spans = cut.spans_of(shape[1])
-        step = max(1, BLOCK_NUMBERS // shape[1])
-        stored = []
+        return _read(reader, name, cut.spans_of(shape[0]), shape[1:], dtype)
+    columns = cut.spans_of(shape[1])
+    step = max(1, BLOCK_NUMBERS // shape[1])
+
+    def fill(out: np.ndarray) -> None:
         for start in range(0, shape[0], step):
-            rows = reader.rows(name, start, min(start + step, shape[0]))
-            columns = [rows.values[:, a:b] for a, b in spans]
-            stored.append(Stored(np.concatenate(columns, axis=1), rows.dtype))
-    return _converted(stored, dtype)
+            rows = reader.rows(name, start, min(start + step, shape[0])).values
+            np.concatenate(
+                [rows[:, a:b] for a, b in columns], axis=1, out=out[start : start + step]
+            )
+
+    width = sum(b - a for a, b in columns)
+    stored = reader.dtype(name)
+    return _as_dtype(filled((shape[0], width), stored, fill), stored, dtype)
 
 
-def _converted(stored: list[Stored], dtype: mx.Dtype | None) -> mx.array:
-    """Blocks of rows as one array, evaluated; empties `stored`."""
-    kind = stored[0].dtype
-    values = [block.values for block in stored]
-    stored.clear()
-    array = mx.array(values[0] if len(values) == 1 else np.concatenate(values))  # a copy
-    del values  # so that the next conversion holds two copies, not three
-    if kind == "BF16":  # numpy has no bfloat16: the bits came as uint16
-        array = array.view(mx.bfloat16)
-    if dtype is not None and kind != "U32":
+def _read(
+    reader: Reader,
+    name: str,
+    spans: tuple[tuple[int, int], ...],
+    row: tuple[int, ...],
+    dtype: mx.Dtype | None,
+) -> mx.array:
+    """Spans of rows one after another, each row of the shape `row`."""
+
+    def fill(out: np.ndarray) -> None:
+        reader.spans_into(out, name, spans)
+
+    stored = reader.dtype(name)
+    return _as_dtype(filled((sum(b - a for a, b in spans), *row), stored, fill), stored, dtype)
+
+
+def _as_dtype(array: mx.array, stored: str, dtype: mx.Dtype | None) -> mx.array:
+    """In the dtype that is wanted, evaluated; packed integers stay what they are."""
+    if dtype is not None and stored != "U32":
         array = array.astype(dtype)
-    mx.eval(array)
+        mx.eval(array)
     return array
 
 
@@ -183,7 +198,13 @@ def tensors(
     Of the linears in `parts`, only the part comes; where inputs are cut, `bias` as `sum_bias`.
     """
     done = 0
-    for name in reader.targets:
+    names = list(reader.targets)
+    ahead = iter(names)
+    asked = 0  # bytes that the system was told of
+    for name in names:
+        while asked < done + AHEAD_BYTES and (following := next(ahead, None)) is not None:
+            reader.will_read(following, _spans(reader, following, parts))
+            asked += reader.stored_bytes(following)
         cut = parts.get(name.rpartition(".")[0])
         if cut is None:
             array = read_rows(reader, name, dtype)
@@ -203,6 +224,13 @@ def tensors(
         done += reader.stored_bytes(name)
         if on_bytes is not None:
             on_bytes(done, reader.nbytes)
+
+
+def _spans(reader: Reader, name: str, parts: Mapping[str, Cut]) -> tuple[tuple[int, int], ...]:
+    """The rows of a tensor that `tensors` reads."""
+    rows = reader.targets[name].shape[0]
+    cut = parts.get(name.rpartition(".")[0])
+    return ((0, rows),) if cut is None or cut.axis == 1 else cut.spans_of(rows)
 
 
 def _load(

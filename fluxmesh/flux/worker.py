@@ -13,11 +13,12 @@ What stays in memory (the memory policy):
   the first picture is decoded.
 
 In a ring all ranks are given the same `Paint`s, and before each step they agree on whether anyone
-was told to stop (`Ranks.any`): a rank that stopped alone would leave the others in a collective.
+was told to stop (`Ranks.most`): a rank that stopped alone would leave the others in a collective.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -32,15 +33,17 @@ from fluxmesh.cluster import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Basis, Plan, ahead, denoise
+from fluxmesh.flux.denoise import Basis, Plan, Step, denoise
 from fluxmesh.flux.holding import Held, Options, Stopped
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
 from fluxmesh.flux.source import SourceLatents, mask_latents
+from fluxmesh.flux.stepping import walked
 from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 from fluxmesh.request import SourceImage
 
 MEASURED_STEPS = 2
+GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the greatest
 
 Reports = Generator[Report, None, None]
 
@@ -68,7 +71,7 @@ class Worker(Held):
             self._job = work.job
         self._begin("loading")  # what was there leaves, and headers are read, maybe from afar
         try:
-            yield from self.units()[type(work)](work)
+            yield from self._timed(self.units()[type(work)](work))
         except Stopped:
             return
         except (RuntimeError, MemoryError) as error:
@@ -82,6 +85,16 @@ class Worker(Held):
         finally:
             self.quiet = ""
             self.done = replace(self.done, peak_bytes=max(self.done.peak_bytes, self.meter.now()))
+
+    def _timed(self, reports: Reports) -> Reports:
+        """What a unit reports; its time is counted, without that of whoever sends the reports."""
+        start = time.perf_counter()
+        with contextlib.closing(reports):
+            for report in reports:
+                self.count(busy_seconds=time.perf_counter() - start)
+                yield report
+                start = time.perf_counter()
+        self.count(busy_seconds=time.perf_counter() - start)
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:
         """What does each kind of unit."""
@@ -113,7 +126,8 @@ class Worker(Held):
                 if component == "transformer":
                     self.hold(Shard(work.shard, work.shards))
                 yield from self._loading(work, component)
-        holding = self.holding or Holding(work.weights, 0, work.shards, work.shard)
+        part = (work.shards, work.shard, self.content)
+        holding = self.holding or Holding(work.weights, 0, *part)
         yield messages.Loaded(work.job, work.epoch, holding, time.perf_counter() - start)
 
     def _encode(self, work: Encode) -> Reports:
@@ -137,7 +151,8 @@ class Worker(Held):
             self.count(encodes=0 if cached else 1)
             t5, clip = to_wire(text.t5), to_wire(text.clip)
             peak = self.meter.now("text")
-        yield messages.Encoded(work.job, work.epoch, seconds, cached, peak, t5, clip)
+        told = (seconds, cached, peak, self.content)
+        yield messages.Encoded(work.job, work.epoch, *told, t5, clip)
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -156,16 +171,19 @@ class Worker(Held):
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         self._low_memory = pipeline.low_memory = work.low_memory
         key = _plan_key(work)
-        if self._stops(work):
+        lacks = self._lacks(work, key)
+        going = self._agree(work, LOADS if lacks else GOES_ON)
+        if going == STOPS:
             return
         with self.meter.phase("denoise"):
             try:
-                yield from self._load_for(work, key)
+                for component in lacks:
+                    yield from self._loading(work, component)
             except Stopped:
                 if work.placement == "data":
                     return
             self._begin_step(shape)
-            if self._stops(work):  # a rank that was stopped while it loaded tells the others
+            if going == LOADS and self._stops(work):  # whoever was stopped while it loaded says so
                 return
             self.doing = "denoising"
             plan = self._plan(work, key)
@@ -181,16 +199,9 @@ class Worker(Held):
                 cache=self._cache(work),
                 basis=_basis(work),
             )
-            if work.placement == "data" and not (work.preview or work.cache):
-                # Not in a ring, whose ranks agree between two steps; a preview, or a cache's look
-                # at the next step, would come before this one is told.
-                walk = ahead(walk, self.options.stopping)
             is_first = work.placement == "data" or self.ring().rank == 0
-            start = time.perf_counter()
-            for number, step in enumerate(walk, start=work.first + 1):
-                self.options.pause("step")
-                mx.eval(step.x)
-                seconds = time.perf_counter() - start
+            pace = self._walked(work, walk, plan.steps - work.first, ahead=not work.cache)
+            for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
                 done = int(number == plan.steps)
                 self.count(steps=1, reused=int(step.reused), images=done)
@@ -210,9 +221,6 @@ class Worker(Held):
                     preview,
                     step.reused,
                 )
-                if number < plan.steps and self._stops(work):
-                    return
-                start = time.perf_counter()
 
     def _decode(self, work: Decode) -> Reports:
         pipeline = self.open(work.weights)
@@ -234,11 +242,11 @@ class Worker(Held):
             yield messages.Pictured(work.job, work.epoch, image, seconds, peak, picture)
 
     def _measure(self, work: Measure) -> Reports:
-        """Steps and a decode of noise, after one of each to warm up."""
+        """Steps and a decode of noise, after one of each to warm up. In a ring all are given it."""
         weights, pipeline = work.weights, self.open(work.weights)
         pipeline.low_memory = False
-        self.hold(Shard())
-        self.drop_incomplete("data")
+        self.hold_for(work)
+        self.drop_incomplete(work.placement)
         yield from self._loading(work, "transformer")
         yield from self._loading(work, "autoencoder")
         self.doing = "measuring"
@@ -248,17 +256,13 @@ class Worker(Held):
         text = Conditioning(
             mx.zeros((1, tokens, config.context_in_dim)), mx.zeros((1, config.vec_in_dim))
         )
-        plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size)
+        flow = self.flow(work.placement)
+        plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
-        spent = []
-        start = time.perf_counter()
-        for step in denoise(pipeline.flow, plan, x):
-            mx.eval(step.x)
-            spent.append(time.perf_counter() - start)
-            if self.options.stopping():
-                return
-            start = time.perf_counter()
+        spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
+        if len(spent) < plan.steps:  # it was told to stop
+            return
         mx.eval(pipeline.decode(x, size))
         start = time.perf_counter()
         mx.eval(pipeline.decode(x, size))
@@ -270,10 +274,25 @@ class Worker(Held):
             weights.bits,
             step_seconds=min(spent[1:]),
             decode_seconds=time.perf_counter() - start,
+            placement=work.placement,
+            hosts=1 if work.placement == "data" else self.ring().size,
         )
         yield messages.Timed(work.job, work.epoch, measured)
 
     # Parts of them
+
+    def _walked(
+        self, work: Paint | Measure, walk: Iterator[Step], steps: int, ahead: bool = True
+    ) -> Iterator[tuple[Step, float]]:
+        """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
+        return walked(
+            walk,
+            steps,
+            None if work.placement == "data" else self.ring(),
+            self.options.stopping,
+            pause=lambda: self.options.pause("step"),
+            ahead=ahead,
+        )
 
     def _loading(self, work: messages.Work, component: str) -> Reports:
         for event in self.load(component):
@@ -283,19 +302,29 @@ class Worker(Held):
             yield messages.Progress(work.job, work.epoch, *told)
         self.quiet = ""
 
-    def _load_for(self, work: Paint, key: bytes) -> Reports:
-        """The transformer in the part that the placement needs; what was released comes back."""
+    def _lacks(self, work: Paint, key: bytes) -> list[str]:
+        """What has to load: the part of the transformer that the placement needs, or what was
+        released of it."""
         self.hold_for(work)
         if self._kept_plan(work.placement, key) is None:
             self.drop_incomplete(work.placement)
-        yield from self._loading(work, "transformer")
-        if work.preview:
-            yield from self._loading(work, "autoencoder")
+        needed = ("transformer", *(("autoencoder",) if work.preview else ()))
+        return [component for component in needed if self.missing(component)]
 
-    def _stops(self, work: Paint) -> bool:
+    def _stops(self, work: Paint | Measure) -> bool:
         """Whether to stop: in a ring, on all ranks or on none."""
-        told = self.options.stopping()
-        return told if work.placement == "data" else self.ring().any(told)
+        return self._agree(work, GOES_ON) == STOPS
+
+    def _agree(self, work: Paint | Measure, own: int) -> int:
+        """What all ranks do, if this one would do `own`: `STOPS` goes before all else."""
+        if self.options.stopping():
+            own = STOPS
+        if work.placement == "data":
+            return own
+        start = time.perf_counter()
+        most = self.ring().most(own)
+        self.count(agree_seconds=time.perf_counter() - start)
+        return most
 
     def _plan(self, work: Paint, key: bytes) -> Plan:
         """What the images of a job share, evaluated; kept for the next one.

@@ -6,10 +6,11 @@ Between `work.py` (the request in numbers) and `placement.py` (which adds the li
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster import HostInfo, Measured, Placement
 from fluxmesh.flux import layouts
 from fluxmesh.flux.config import AutoencoderConfig
 from fluxmesh.planning.work import ModelSizes, Work
@@ -32,18 +33,36 @@ def step_time(host: HostInfo, work: Work) -> Estimate:
     else the arithmetic at the host's rate.
     """
     flops = step_flops(work.model, work.height, work.width)
-    like = [
-        timed
-        for timed in host.measured
-        if (timed.model, timed.dtype, timed.bits)
-        == (work.weights.model, work.weights.dtype, work.weights.bits)
-    ]
+    like = [timed for timed in host.measured if timed.placement == "data" and _is_of(timed, work)]
     ratios = [(flops / step_flops(work.model, timed.height, timed.width), timed) for timed in like]
     if not ratios:
         return Estimate(flops / _rate(host, work), False)
     ratio, timed = min(ratios, key=lambda pair: abs(math.log(pair[0])))
     exact = (timed.height, timed.width) == (work.height, work.width)
     return Estimate(timed.step_seconds if exact else timed.step_seconds * ratio, exact)
+
+
+def ring_time(hosts: Sequence[HostInfo], placement: Placement, work: Work) -> Measured | None:
+    """What these hosts took for a step together, at the size nearest to the work's.
+
+    The slowest one's time, for all wait for it. None where one of them never timed such a step.
+    """
+    size, pixels = len(hosts), work.height * work.width
+    slowest: dict[tuple[int, int], Measured] = {}
+    tellers: dict[tuple[int, int], set[int]] = {}
+    for host in hosts:
+        for timed in host.measured:
+            if (timed.placement, timed.hosts) != (placement, size) or not _is_of(timed, work):
+                continue
+            at = (timed.height, timed.width)
+            tellers.setdefault(at, set()).add(host.rank)
+            slowest[at] = max(timed, slowest.get(at, timed), key=lambda one: one.step_seconds)
+    found = [timed for at, timed in slowest.items() if len(tellers[at]) == size]
+    return min(
+        found,
+        key=lambda one: abs(math.log(pixels / (one.height * one.width))),
+        default=None,
+    )
 
 
 def decode_time(host: HostInfo, work: Work) -> float:
@@ -89,6 +108,12 @@ def decode_flops(config: AutoencoderConfig, height: int, width: int) -> float:
         total += 2.0 * math.prod(target.shape) * height * width / 4**level
     places = height * width / 4**coarsest
     return total + (4 * places**2 * config.widths[-1] if config.mid_attention else 0)
+
+
+def _is_of(timed: Measured, work: Work) -> bool:
+    """Whether it was measured on the weights that the work needs."""
+    weights = work.weights
+    return (timed.model, timed.dtype, timed.bits) == (weights.model, weights.dtype, weights.bits)
 
 
 def _rate(host: HostInfo, work: Work) -> float:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluxmesh.cluster import HostInfo, Layout, MeshView, Placement
 from fluxmesh.hostfile import JACCL_HOSTS
-from fluxmesh.planning.cost import decode_time, step_time
+from fluxmesh.planning.cost import Estimate, decode_time, ring_time, step_time
 from fluxmesh.planning.handout import Worker, share_out
 from fluxmesh.planning.room import Memory, Need, shortage
 from fluxmesh.planning.work import Work, split_tokens, tensor_problem
@@ -106,7 +106,7 @@ class Options:
         problem = self._link_problem(ranks) or shortage(needs)
         if problem:
             return Option(placement, ranks, memory=needs, problem=problem)
-        step = self._ring_step(placement, ranks)
+        step, is_timed = self._ring_step(placement, ranks)
         rate, _ = self._slowest_link(ranks)
         ready = max(self.memory.load_seconds(need) for need in needs)
         ready += self.work.sent_a_request(placement, size) / rate
@@ -128,7 +128,7 @@ class Options:
             split_tokens(self.work.tokens, size) if placement == "sequence" else (),
             self.work.sent_a_step(placement, size),
         )
-        return self._option(placement, (phase,), needed, end, shards)
+        return self._option(placement, (phase,), needed, end, shards, is_timed=is_timed)
 
     def mixed(self, first: Option, last: Option) -> Option:
         """Images by `data`, and the rest on all hosts of a ring once those are done."""
@@ -167,8 +167,24 @@ class Options:
             ],
         )
 
-    def _ring_step(self, placement: Placement, ranks: tuple[int, ...]) -> float:
-        """One step of one image: the slowest host's share, then the bytes on the slowest link."""
+    def _ring_step(self, placement: Placement, ranks: tuple[int, ...]) -> Estimate:
+        """One step of one image: as this ring was timed, or as it is reckoned.
+
+        One that was timed at another size is reckoned at both, and off by the same factor.
+        """
+        hosts = [self.view.timed(rank) for rank in ranks]
+        timed = ring_time(hosts, placement, self.work)
+        if timed is None:
+            return Estimate(self._reckoned_step(placement, ranks), False)
+        size = (timed.height, timed.width)
+        if size == (self.work.height, self.work.width):
+            return Estimate(timed.step_seconds, True)
+        then = Options(replace(self.work, height=size[0], width=size[1]), self.view)
+        factor = timed.step_seconds / then._reckoned_step(placement, ranks)
+        return Estimate(self._reckoned_step(placement, ranks) * factor, False)
+
+    def _reckoned_step(self, placement: Placement, ranks: tuple[int, ...]) -> float:
+        """The slowest host's share of the arithmetic, then the bytes on the slowest link."""
         size, crowd = len(ranks), self._crowd(ranks)
         share = 1 / size
         if placement == "sequence":  # what fills up the last runs is computed like tokens
@@ -245,6 +261,8 @@ class Options:
         needed: Sequence[int],
         end: float,
         shards: int = 1,
+        *,
+        is_timed: bool = False,
     ) -> Option:
         """The option in full: memory of each host, who encodes text, and whether all of it fits."""
         ranks = tuple(sorted({rank for phase in phases for rank in phase.ranks}))
@@ -269,7 +287,7 @@ class Options:
             needs,
             math.inf if problem else end,
             load,
-            all(self.steps[rank].measured for rank in ranks),
+            is_timed or all(self.steps[rank].measured for rank in ranks),
             None if where is None else where.rank,
             not crowded,
             problem,

@@ -33,12 +33,16 @@ class Memory:
     def __init__(self, work: Work, view: MeshView) -> None:
         self.work, self.view = work, view
         self.devices: dict[str, list[HostInfo]] = {}
+        self._needed: dict[tuple[Placement, int, int], int] = {}
         for host in view.hosts:
             self.devices.setdefault(host.device_key, []).append(host)
 
     def needed(self, placement: Placement, hosts: int, shards: int) -> int:
         """Bytes on each of `hosts` hosts, in the phase that needs most."""
-        return max(self.work.memory(placement, hosts, shards))
+        how = (placement, hosts, shards)
+        if how not in self._needed:
+            self._needed[how] = max(self.work.memory(*how))
+        return self._needed[how]
 
     def needs(
         self, ranks: Sequence[int], needed: Sequence[int], shards: int = 1

@@ -138,19 +138,12 @@ class Work:
 
     @cached_property
     def autoencoder_bytes(self) -> int:
-        tensors = layouts.autoencoder_tensors(self.model.autoencoder)
-        return layouts.parameter_count(tensors) * BYTES[self.weights.dtype]
+        return _autoencoder_parameters(self.model.autoencoder) * BYTES[self.weights.dtype]
 
     @cached_property
     def text_bytes(self) -> int:
         """T5 and CLIP in memory."""
-        return sum(
-            _bytes(component, tensors, self.weights.dtype, self.weights.bits)
-            for component, tensors in (
-                ("text_encoder", layouts.clip_tensors(self.model.clip)),
-                ("text_encoder_2", layouts.t5_tensors(self.model.t5)),
-            )
-        )
+        return _text_bytes(self.model.clip, self.model.t5, self.weights.dtype, self.weights.bits)
 
     def sent_a_step(self, placement: Placement, hosts: int) -> int:
         """Bytes that each host sends in a step: all-gathers of K and V, or ring reductions."""
@@ -257,6 +250,22 @@ def _resident(config: FluxConfig, dtype: str, bits: int | None) -> Resident:
     kept = {name: target for name, target in tensors.items() if name not in split}
     return Resident(
         _bytes("transformer", split, dtype, bits), _bytes("transformer", kept, dtype, bits)
+    )
+
+
+@lru_cache(maxsize=64)
+def _autoencoder_parameters(config: AutoencoderConfig) -> int:
+    return layouts.parameter_count(layouts.autoencoder_tensors(config))
+
+
+@lru_cache(maxsize=64)
+def _text_bytes(clip: ClipConfig, t5: T5Config, dtype: str, bits: int | None) -> int:
+    return sum(
+        _bytes(component, tensors, dtype, bits)
+        for component, tensors in (
+            ("text_encoder", layouts.clip_tensors(clip)),
+            ("text_encoder_2", layouts.t5_tensors(t5)),
+        )
     )
 
 

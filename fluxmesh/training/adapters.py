@@ -16,6 +16,7 @@ import numpy as np
 from fluxmesh.flux.lora import LoRALinear
 from fluxmesh.flux.model import Flux
 from fluxmesh.flux.weights import module_at, replace_module
+from fluxmesh.training.gradients import frozen, low_rank
 from fluxmesh.training.layout import Layout
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.streams import WEIGHTS, generator, number_of
@@ -45,10 +46,11 @@ class TrainedLinear(LoRALinear):
     ) -> None:
         super().__init__(linear, lora_a, lora_b, scale)
         self.dropout = Dropout(dropout)
+        self._frozen = frozen(linear)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        low = (self.dropout(x) @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
+        y = self._frozen(x)
+        low = low_rank(self.dropout(x), self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
         return y + (low if self.scale == 1 else self.scale * low).astype(y.dtype)
 
 

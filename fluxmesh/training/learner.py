@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from fluxmesh.flux import noise as latents
 from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.denoise import denoise
 from fluxmesh.flux.pipeline import FluxPipeline, to_pixels
-from fluxmesh.training import exact, optimizer
+from fluxmesh.training import exact, memory, optimizer
 from fluxmesh.training.adapters import Adapters
 from fluxmesh.training.optimizer import State
 from fluxmesh.training.plan import LEVELS, NO_CAPTION, Plan
@@ -84,18 +84,28 @@ class Learner:
 
     def add(self, total: mx.array, number: int, parts: int) -> mx.array:
         """`total` with micro-batch `number`, evaluated."""
-        total = total + self.gradient(self.plan.sampler.micro_batch(number), parts)
-        mx.eval(total)
+        micro = self.plan.sampler.micro_batch(number)
+        batch = self.batch(micro)
+        total = total + self.gradient(micro, batch, parts)
+        with self._bounded(batch):
+            mx.eval(total)
         return total
 
-    def gradient(self, micro: MicroBatch, parts: int) -> mx.array:
-        """One micro-batch's vector, lazily."""
+    def _bounded(self, batch: Batch) -> AbstractContextManager[None]:
+        if not self.request.grad_checkpoint:
+            return nullcontext()
+        images, tokens, _ = batch.clean.shape
+        tokens = images * (tokens + batch.t5.shape[1])
+        return memory.bounded(memory.needed(self.flux, tokens, self.adapters.size))
+
+    def gradient(self, micro: MicroBatch, batch: Batch, parts: int) -> mx.array:
+        """The vector of one micro-batch, which is `batch`; lazily."""
         request = self.request
         dropped = request.lora_dropout > 0
         loss, gradient = loss_and_gradient(
             self.flux,
             self.adapters,
-            self.batch(micro),
+            batch,
             request.guidance,
             micro.dropout_keys(len(self.adapters.names)) if dropped else None,
             request.grad_checkpoint,

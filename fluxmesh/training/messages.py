@@ -108,6 +108,7 @@ class Opened(Report):
     job: str
     epoch: int
     trained: int  # numbers
+    content: str  # `Checkpoint.content` of the files that the transformer came from
 
 
 @dataclass(frozen=True)

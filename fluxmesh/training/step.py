@@ -12,7 +12,7 @@ pass drops what the first one dropped (MLX's own random state would give it othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ import numpy as np
 
 from fluxmesh.flux import noise as latents
 from fluxmesh.flux.model import Flux
+from fluxmesh.training import gradients
 from fluxmesh.training.adapters import Adapters, TrainedLinear, Weights
 
 
@@ -74,7 +75,8 @@ def loss_and_gradient(
     if checkpoint:
         flux.call = checkpointed
     try:
-        value, gradient = mx.value_and_grad(loss)(held)
+        with gradients.lent(flux):
+            value, gradient = mx.value_and_grad(loss)(held)
     finally:
         flux.call = plain
         adapters.install(held)
@@ -83,23 +85,36 @@ def loss_and_gradient(
 
 
 def checkpointed(block: Callable[..., Any], *arrays: mx.array) -> Any:
-    """`block(*arrays)`, keeping none of its activations for the backward pass."""
+    """`block(*arrays)`, keeping none of its activations for the backward pass.
+
+    As `mx.checkpoint`, but a block computes again only when its gradient is due: MLX's may run
+    while those of later blocks are still held.
+    """
     layers = [
         layer
         for name, layer in block.named_modules()  # type: ignore[attr-defined]
         if isinstance(layer, TrainedLinear) and "mod" not in name.partition(".")[0]
     ]  # those of the modulation ran before the blocks
+    weights = [part for layer in layers for part in (layer.lora_a, layer.lora_b)]
 
-    def run(weights: list[tuple[mx.array, mx.array]], *arrays: mx.array) -> Any:
-        _lend(layers, weights)
-        return block(*arrays)
+    def plain(*everything: mx.array) -> Any:
+        _lend(layers, everything[: len(weights)])
+        return block(*everything[len(weights) :])
 
-    weights = [(layer.lora_a, layer.lora_b) for layer in layers]
-    out = mx.checkpoint(run)(weights, *arrays)
+    def back(primals: Sequence[mx.array], cotangents: Any, _outputs: Any) -> Any:
+        above = _listed(cotangents)
+        again = mx.depends(list(primals), above)
+        return tuple(mx.vjp(lambda *x: _listed(plain(*x)), again, above)[1])
+
+    out = gradients.own_way_back(back)(plain)(*weights, *arrays)
     _lend(layers, weights)
     return out
 
 
-def _lend(layers: list[TrainedLinear], weights: list[tuple[mx.array, mx.array]]) -> None:
-    for layer, (a, b) in zip(layers, weights, strict=True):
+def _listed(out: Any) -> list[mx.array]:
+    return [out] if isinstance(out, mx.array) else list(out)
+
+
+def _lend(layers: list[TrainedLinear], weights: Sequence[mx.array]) -> None:
+    for layer, a, b in zip(layers, weights[::2], weights[1::2], strict=True):
         layer.lora_a, layer.lora_b = a, b

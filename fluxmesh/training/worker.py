@@ -175,7 +175,7 @@ class TrainingWorker(Worker):
                 _check_state(vectors, learner.adapters.size)
                 learner.restore(work.update, vectors)
             self._learner = learner
-        yield Opened(work.job, work.epoch, learner.adapters.size)
+        yield Opened(work.job, work.epoch, learner.adapters.size, self.content)
 
     def _update(self, work: Update) -> Reports:
         learner = self.learner

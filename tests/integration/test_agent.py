@@ -536,7 +536,7 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: Agent) 
             connection = one.connection
             one._seq += 1
         async with coordinator(host) as one:
-            answer = await one.ask(messages.Granted(1, 1))
+            answer = await one.ask(messages.Joined(1, 1))
             assert isinstance(answer, messages.Refused)
             assert answer.code == "usage"
         with contextlib.suppress(Exception):

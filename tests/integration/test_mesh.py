@@ -16,13 +16,16 @@ import pytest
 
 from fluxmesh import Mesh, events, messages
 from fluxmesh.cluster import LinkInfo, Placement
+from fluxmesh.errors import WeightsError
 from fluxmesh.flux.runner import Runner
 from fluxmesh.homes import Home, private_folder
 from fluxmesh.keys import Keys, store_keys
 from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator import diagnosis
 from fluxmesh_coordinator import record as records
 from fluxmesh_coordinator.recipe import read_recipe
 from fluxmesh_coordinator.record import Member, MeshRecord
+from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent
 from tests.integration.conftest import Run
 
@@ -169,3 +172,30 @@ def test_the_command_line_uses_the_mesh_that_is_up(
         refused = fluxmesh(*command, "--placement", "data", "--force-shard")
         assert refused.code == 4 and "exclude each other" in refused.err
         assert all(one.process.poll() is None for one in agents)
+
+
+def test_two_checkpoints_of_one_name_are_never_mixed(tmp_path: Path) -> None:
+    """Host 0 has read the model when its folder is replaced; host 1 reads what is there then."""
+    folder = tmp_path / "model"
+    first = make_checkpoint(folder, seed=1).path
+    other = make_checkpoint(tmp_path / "newer", seed=2).path
+    user = Keys.new()
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(agent(tmp_path / str(k), "--root", str(folder), user=user))
+            for k in range(2)
+        ]
+        with Mesh.connect(record_of(agents[:1]), user) as alone:
+            assert pictures(list(alone.generate(request_of(first))))
+        folder.rename(tmp_path / "older")
+        other.rename(folder)
+        mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
+        told: list[events.Event] = []
+        with pytest.raises(WeightsError, match=r"host 0 .* \w{8}, host 1 .* \w{8}\. Copy the one"):
+            for event in mesh.generate(request_of(first), "tensor"):
+                told.append(event)
+        assert not any(isinstance(event, events.Step) for event in told)
+        assert [one.steps for one in counters(mesh)] == [3, 0]
+        statuses = {k: v for k, v in mesh.status().items() if isinstance(v, messages.Status)}
+        (finding,) = diagnosis.in_memory(statuses)
+        assert finding.level == "fail" and "different files" in finding.text

@@ -156,6 +156,18 @@ def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: Machine) -
     winner = whole["options"][whole["winner"]]
     assert (winner["name"], winner["phases"][0]["layout"]) == ("tensor", "sharded")
 
+    timed = [one for host in hosts for one in host["measured"]]
+    assert [(one["placement"], one["hosts"]) for one in timed] == [("tensor", 2)] * 2
+    slowest = max(one["step_seconds"] for one in timed)
+    assert winner["phases"][0]["step_seconds"] == slowest and winner["measured"]
+    assert {host["counters"]["sent_bytes"] > 0 for host in hosts} == {True}
+    assert ", tensor on 2 " in machine("status").out
+    again = machine.up(machine.folder / "mesh.json")
+    assert "Timing a step" not in [line["text"] for line in again.of("stage")]
+    painted = machine("generate", "a red apple", "--model", "tiny", "--steps", 1, "-v")
+    assert painted.code == 0, painted.err
+    assert [host["epoch"] for host in machine.hosts()] == [host["epoch"] for host in hosts]
+
 
 def test_a_host_that_fails_is_named_and_the_rest_can_go_on(machine: Machine) -> None:
     path = machine.hostfile(3)
@@ -223,10 +235,9 @@ def test_down_ends_agents_and_engines_that_hang(machine: Machine) -> None:
     wait_until_gone(processes([host]))
 
 
-def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back(
-    machine: Machine,
-) -> None:
-    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+@contextlib.contextmanager
+def long_job(machine: Machine) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A `generate` that would go on for long, and its name, once the first host works on it."""
     command = ["generate", "a red apple", "--model", machine.model, "--steps", 1000, "-n", 50]
     with subprocess.Popen(
         [sys.executable, "-m", "fluxmesh_coordinator", *map(str, command)],
@@ -236,10 +247,50 @@ def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back
         stderr=subprocess.PIPE,
         text=True,
     ) as painting:
-        deadline = time.monotonic() + 30
-        while not (job := machine.hosts()[0]["job"]):
-            assert time.monotonic() < deadline and painting.poll() is None
+        try:
+            deadline = time.monotonic() + 30
+            while not (job := machine.hosts()[0]["job"]):
+                assert time.monotonic() < deadline and painting.poll() is None
+            yield painting, job
+        finally:
+            painting.kill()
 
+
+def test_up_that_would_end_agents_of_a_job_has_to_be_forced(machine: Machine) -> None:
+    path = machine.hostfile(2)
+    before = machine.up(path).of("up")[0]["hosts"]
+    entries = json.loads(path.read_text())
+    with long_job(machine) as (painting, job):
+        why = f"Host 0 works on {job}; wait until it is done, or use --force.\n"
+        path.write_text(json.dumps(entries[1:]))
+        for command in (("up", path), ("up", path, "--rotate-keys")):
+            refused = machine(*command, "--model", machine.model)
+            assert refused.code == 1 and refused.err.endswith(f"would end agents. {why}")
+        path.write_text(json.dumps(entries))
+        changed = machine("up", path, "--model", machine.model, "--env", "FLUXMESH_TEST=5")
+        assert changed.code == 1 and changed.err.endswith(f"would end agents. {why}")
+        assert machine.hosts()[0]["job"] == job
+        assert processes(machine.hosts()) == processes(before)
+
+        path.write_text(json.dumps(entries[1:]))
+        forced = subprocess.Popen(
+            [sys.executable, "-m", "fluxmesh_coordinator", "up", str(path), "--force"]
+            + ["--model", str(machine.model)],
+            env=machine.env,
+            cwd=machine.folder,
+            stdout=subprocess.DEVNULL,
+        )
+        wait_until_gone(processes(before)[:2], 30)
+        painting.kill()  # else `up` waits in its line for the other host
+        assert forced.wait(60) == 0
+    assert processes(machine.hosts()) == processes(before)[2:]
+
+
+def test_down_during_a_job_has_to_be_forced_and_then_nobody_brings_an_agent_back(
+    machine: Machine,
+) -> None:
+    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+    with long_job(machine) as (painting, job):
         refused = machine("down")
         assert refused.code == 1
         assert refused.err == (

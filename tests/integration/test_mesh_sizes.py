@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +36,14 @@ SLOW = {"FLUXMESH_DELAYS": "step=0.2"}  # else the first is done before the othe
 
 
 @contextmanager
-def meshes(folder: Path, root: Path, sizes: tuple[int, ...]) -> Iterator[dict[int, Mesh]]:
+def meshes(
+    folder: Path, root: Path, sizes: tuple[int, ...], envs: Mapping[str, str] = SLOW
+) -> Iterator[dict[int, Mesh]]:
     """Meshes of the first so many of the same agents."""
     user = Keys.new()
     with ExitStack() as stack:
         agents = [
-            stack.enter_context(agent(folder / str(k), "--root", str(root), user=user, envs=SLOW))
+            stack.enter_context(agent(folder / str(k), "--root", str(root), user=user, envs=envs))
             for k in range(max(sizes))
         ]
         whole = record_of(agents)

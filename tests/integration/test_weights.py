@@ -125,13 +125,13 @@ def test_a_shard_reads_its_rows_and_nothing_else(tmp_path, monkeypatch):
     read = []
     from fluxmesh.flux import components
 
-    original = components.read_rows_into
+    original = components.read_each_into
 
-    def counting(out, entry, start=0):
-        read.append(out.nbytes)
-        original(out, entry, start)
+    def counting(reads):
+        read.extend(out.nbytes for out, _, _ in reads)
+        original(reads)
 
-    monkeypatch.setattr(components, "read_rows_into", counting)
+    monkeypatch.setattr(components, "read_each_into", counting)
     part = weights.read_rows(reader, name, mx.float32, 60, 200)  # of q, k, v and the MLP
     assert mx.array_equal(part, whole[60:200])
     assert sum(read) == part.nbytes

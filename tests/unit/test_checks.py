@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.hostfile import Host
-from fluxmesh_coordinator.checks import findings
+from fluxmesh_coordinator.checks import findings, reference
 
 NOW = 1_000_000.0
 GOOD: dict[str, Any] = {
@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = {
     "memory_bytes": 192 * 10**9,
     "disk_free_bytes": 10**12,
     "clock": NOW,
-    "model": {"revision": "abc", "bytes": 34 * 10**9},
+    "model": {"revision": "abc", "content": "1234", "bytes": 34 * 10**9},
     "ips": {"192.168.0.1": True},
     "control": {"endpoint": "192.168.0.1:47100", "free": True},
     "agent": None,
@@ -53,7 +53,12 @@ def test_a_host_like_this_machine_is_well() -> None:
         ("ips", "fail", {"ips": {"192.168.0.9": False}}, "192.168.0.9 is no address"),
         ("control", "fail", {"control": {"endpoint": "1.2.3.4:5", "free": False}}, "1.2.3.4:5"),
         ("model", "fail", {"model": {"problem": "It is not here."}}, "It is not here."),
-        ("model", "fail", {"model": {"revision": "xyz", "bytes": 1}}, "xyz there and abc here"),
+        (
+            "model",
+            "fail",
+            {"model": {"revision": "xyz", "content": "99", "bytes": 1}},
+            "other files there than here (revision xyz, here abc)",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_remedy(
@@ -69,3 +74,26 @@ def test_a_port_that_its_own_agent_holds_is_not_taken() -> None:
     taken = {"endpoint": "192.168.0.1:47100", "free": False}
     agent = {"endpoint": "192.168.0.1:47100", "version": "0.1.0"}
     assert levels(control=taken, agent=agent)["control"] == "ok"
+
+
+def test_the_same_files_under_another_revision_are_the_same_model() -> None:
+    copied = {"revision": "local-77", "content": "1234", "bytes": 34 * 10**9}
+    assert levels(model=copied)["model"] == "ok"
+
+
+def test_where_this_machine_lacks_the_model_hosts_are_compared_with_the_first_that_has_it() -> None:
+    here = {**GOOD, "model": {"problem": "It is not here."}}
+    looks = {
+        0: here,
+        1: GOOD,
+        2: {**GOOD, "model": {"revision": "xyz", "content": "99", "bytes": 1}},
+    }
+    model = reference(here, looks)
+    (told,) = [
+        finding
+        for rank in (1, 2)
+        for finding in findings(Host(rank, f"mac{rank}"), looks[rank], here, NOW, model)
+        if finding.level == "fail"
+    ]
+    assert told.rank == 2 and "than on host 1 (revision xyz, on host 1 abc)" in told.text
+    assert reference(here, {0: here}).model == {}

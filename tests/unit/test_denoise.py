@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from mlx.utils import tree_map
 from fluxmesh.flux import noise as latents
 from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.config import FluxConfig, ScheduleConfig
-from fluxmesh.flux.denoise import Plan, Step, ahead, denoise, plan
+from fluxmesh.flux.denoise import Plan, denoise, plan
 from fluxmesh.flux.model import Flux
 from fluxmesh.flux.schedule import timesteps
 from fluxmesh.flux.source import SourceLatents, mask_latents
@@ -93,37 +91,6 @@ def test_a_caller_that_stops_early_leaves_the_rest_uncomputed() -> None:
     next(steps)
     steps.close()
     assert len(calls) == 2
-
-
-def test_the_next_step_is_in_line_before_this_one_is_told() -> None:
-    flow = random_flux()
-    made = make_plan(flow)
-    log: list[str] = []
-
-    def walk() -> Iterator[Step]:
-        for number, step in enumerate(denoise(flow, made, make_noise()), start=1):
-            log.append(f"built {number}")
-            yield step
-
-    plain = [np.array(step.x) for step in denoise(flow, made, make_noise())]
-    told = []
-    for number, step in enumerate(ahead(walk(), lambda: False), start=1):
-        log.append(f"told {number}")
-        told.append(np.array(step.x))
-    assert log == [
-        *("built 1", "built 2", "told 1", "built 3", "told 2", "built 4", "told 3", "told 4"),
-    ]
-    assert [a.tobytes() for a in told] == [b.tobytes() for b in plain]
-
-
-def test_who_stops_is_told_of_the_step_that_runs_and_of_no_other() -> None:
-    flow = random_flux()
-    stops: list[bool] = []
-    steps = ahead(denoise(flow, make_plan(flow), make_noise()), lambda: bool(stops))
-    next(steps)
-    stops.append(True)  # the second step is in line
-    assert len(list(steps)) == 1
-    assert list(ahead(iter(()), lambda: False)) == []
 
 
 def test_a_source_at_full_strength_without_mask_changes_nothing() -> None:

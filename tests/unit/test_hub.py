@@ -12,6 +12,7 @@ import pytest
 
 from fluxmesh.errors import ModelNotFoundError, WeightsError
 from fluxmesh.flux import hub
+from fluxmesh.flux.checkpoint import from_folder
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 
@@ -285,3 +286,20 @@ def test_a_name_is_full_as_resolve_reads_it(tmp_path, monkeypatch):
     ]
     assert hub.full_name("mine") == str(tmp_path / "mine")
     assert hub.full_name("someone/flux") == "someone/flux"
+
+
+def test_content_tells_models_apart_and_knows_a_copy(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path / "one", seed=1).folder
+    copy = shutil.copytree(made, tmp_path / "elsewhere")
+    (copy / "transformer" / "notes.json").write_text("{}")
+    other = make_checkpoint(tmp_path / "two", seed=2).folder
+    one = from_folder(made, "m")
+    again = from_folder(copy, "m", revision="a" * 40)
+    assert one.content == again.content and one.revision != again.revision
+    assert from_folder(other, "m").content != one.content
+    spiece = copy / "tokenizer_2" / "spiece.model"
+    spiece.write_bytes(spiece.read_bytes()[:-1] + b"x")
+    assert from_folder(copy, "m").content != one.content
+    config = made / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_shift": 0.25}))
+    assert from_folder(made, "m").content != one.content

@@ -31,7 +31,7 @@ from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.mesh import Mesh
 from fluxmesh_coordinator.record import Member
 from fluxmesh_coordinator.session import Session
-from tests.fakes import FakeMesh, expected
+from tests.fakes import FakeMesh, FakeSupervisor, expected
 from tests.unit.meshes import ask, small
 
 SIZES = small()
@@ -420,3 +420,57 @@ def test_closing_a_mesh_cancels_what_runs_on_it(tmp_path: Path) -> None:
     assert holders == [""]
     with pytest.raises(CancelledError):
         list(stream)
+
+
+@pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])
+def test_a_warm_job_asks_each_host_for_its_work_and_little_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any
+) -> None:
+    """Each question is a round trip that the user waits for."""
+    asked: dict[int, list[str]] = {}
+    post = client.Client.post
+
+    async def posted(self: client.Client, message: messages.Message) -> Any:
+        asked.setdefault(self.member.rank, []).append(type(message).__name__)
+        return await post(self, message)
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        await Conductor(driver, Session(job("cold", placement=placement)), {}, Heard()).run()
+        monkeypatch.setattr(client.Client, "post", posted)
+        await Conductor(driver, Session(job("warm", placement=placement)), {}, Heard()).run()
+        first = ["AskStatus", "AskLease", "Encode", "Load", "Paint", "Decode", "LeaveQueue"]
+        other = ["AskStatus", "AskLease", "Load", "Paint", "LeaveQueue"]
+        assert asked == {0: first, 1: ["AskStatus"] if placement == "data" else other}
+
+    play(tmp_path, 2, body)
+
+
+def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine has just been started, on a machine that does much else."""
+    run = FakeSupervisor._run
+
+    async def slowly(self: FakeSupervisor, engine: Any) -> None:
+        if self.home_rank == 1:
+            await asyncio.sleep(1.5)
+        await run(self, engine)
+
+    started = iter(range(2))
+    begin = FakeSupervisor.start
+
+    def start(self: FakeSupervisor, envs: tuple[tuple[str, str], ...] = ()) -> None:
+        self.home_rank = next(started, 0)  # type: ignore[attr-defined]
+        begin(self, envs)
+
+    monkeypatch.setattr(FakeSupervisor, "_run", slowly)
+    monkeypatch.setattr(FakeSupervisor, "start", start)
+    monkeypatch.setattr("fluxmesh_coordinator.driver.OTHERS", 0.2)
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        assert list(driver.clients) == [0] and driver.reasons == {}
+        asked, heard = job(placement="sequence"), Heard()
+        await Conductor(driver, Session(asked), {}, heard).run()
+        check(heard, asked)
+
+    play(tmp_path, 2, body)

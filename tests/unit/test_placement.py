@@ -460,3 +460,35 @@ def test_what_one_agent_measured_holds_for_all_on_its_device() -> None:
     pair = plan(ask(height=1024, width=1024, n_images=2), full(*hosts[:2]), FLUX)
     both = next(option for option in pair.options if option.name == "sequence")
     assert both.ranks == (0, 1) and both.measured
+
+
+def test_a_ring_that_was_timed_takes_what_it_took() -> None:
+    """Hosts that hold shards never time a step alone: what they took together is what counts."""
+
+    def timed(seconds: float, **keys: Any) -> tuple[Measured, ...]:
+        how = {"placement": "tensor", "hosts": 2, **keys}
+        return (Measured("m", 512, 512, "bfloat16", None, seconds, 0.5, **how),)
+
+    def tensor(*seconds: float, size: int = 512, **keys: Any) -> Option:
+        hosts = [mac(rank, measured=timed(each, **keys)) for rank, each in enumerate(seconds)]
+        found = plan(ask(height=size, width=size), ring(*hosts, rate=1.2e9), FLUX)
+        return option(found, "tensor", 2)
+
+    both = tensor(3.0, 3.5)
+    assert both.measured and both.phases[0].step_seconds == 3.5
+    # At another size it is off by the same factor.
+    view = ring(mac(0), mac(1), rate=1.2e9)
+    small, large = (
+        option(plan(ask(height=size, width=size), view, FLUX), "tensor", 2).phases[0].step_seconds
+        for size in (512, 1024)
+    )
+    larger = tensor(3.0, 3.5, size=1024)
+    assert not larger.measured
+    assert larger.phases[0].step_seconds == pytest.approx(3.5 * large / small)
+    # Of another ring, or told by one host alone, it tells nothing; nor of a host by itself.
+    for other in ({"hosts": 3}, {"placement": "sequence"}):
+        assert tensor(3.0, 3.5, **other).phases[0].step_seconds == pytest.approx(small)
+    hosts = [mac(0, measured=timed(3.0)), mac(1)]
+    found = plan(ask(height=512, width=512), ring(*hosts, rate=1.2e9), FLUX)
+    assert option(found, "tensor", 2).phases[0].step_seconds == pytest.approx(small)
+    assert not option(found, "data").measured

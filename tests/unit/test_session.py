@@ -14,7 +14,7 @@ from fluxmesh import events, messages
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
 from fluxmesh_coordinator.jobs import Answered, Back, Gone, Reported, Stop
-from tests.fakes import expected
+from tests.fakes import FakeEngine, expected
 from tests.unit.simulation import SIZES, Simulation
 
 PLACEMENTS = ["data", "sequence", "tensor"]
@@ -441,6 +441,60 @@ def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
     assert not (picture.pixels[:16] == 77).all()
     (paint,) = done.messages(messages.Paint)
     assert paint.source is not None and (paint.mask == mask).all()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_hosts_that_hold_different_files_are_named_before_a_ring_computes(placement: Any) -> None:
+    mesh = Simulation(3, n_images=4, placement=placement)
+    for rank, machine in mesh.machines.items():
+        machine.engine = FakeEngine()
+        machine.engine.content = "newer" if rank == 1 else "older"
+    mesh.run()
+    assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
+    told = "host 0 (mac0) older, host 1 (mac1) newer"
+    assert told in str(mesh.end.error) and "fluxmesh models pull" in str(mesh.end.error)
+    if placement != "data":
+        assert mesh.messages(messages.Paint) == []
+    assert all(worker.is_free for worker in mesh.session.course.workers.values())
+
+
+def test_encoders_that_came_from_other_files_are_refused_too() -> None:
+    def swap(mesh: Simulation) -> None:
+        for machine in mesh.machines.values():
+            machine.engine = machine.engine or FakeEngine()
+            is_reading = isinstance(machine.at, messages.Encode)
+            machine.engine.content = "newer" if is_reading else "older"
+
+    mesh = Simulation(2, n_images=2, placement="sequence", faults=swap).run()
+    assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
+    assert "newer" in str(mesh.end.error) and "older" in str(mesh.end.error)
+    assert mesh.messages(messages.Paint) == []
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("apart", "steps", "stays"), [(1.0, 1, False), (400.0, 1, True), (1.0, 30, True)]
+)
+def test_losses_far_apart_or_with_good_work_between_them_are_forgiven(
+    placement: Any, apart: float, steps: int, stays: bool
+) -> None:
+    """Host 1 loses its connection four times in one job, and comes back each time."""
+    mesh = Simulation(2, n_images=6, steps=60, placement=placement).begin()
+    for fence in range(2, 6):
+        before = len(mesh.machines[1].made)
+        while len(mesh.machines[1].made) < before + steps:
+            assert mesh.turn()
+        mesh.now += apart
+        mesh.lose(1)
+        mesh.machines[1] = mesh.machine(1, fence)
+        mesh.feed(Back(mesh.machines[1].leased))
+        if 1 not in mesh.session.course.workers:
+            break
+    assert (1 in mesh.session.course.workers) == stays
+    while mesh.turn():
+        pass
+    check(mesh)
+    assert (fence == 5) == stays
 
 
 def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:

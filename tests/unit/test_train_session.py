@@ -12,6 +12,7 @@ import pytest
 
 from fluxmesh import events, messages
 from fluxmesh.cluster import Holding, LinkInfo, Weights
+from fluxmesh.errors import WeightsError
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.flux.config import AutoencoderConfig, FluxConfig, ScheduleConfig
 from fluxmesh.hostfile import Host
@@ -86,6 +87,7 @@ class Engine:
         self.vectors: dict[str, np.ndarray] = {}
         self.update: int | None = None
         self.request: TrainRequest | None = None
+        self.content = "same"  # of the files that it reads
 
     def work(self, message: Any) -> Iterator[messages.Report]:
         head = (getattr(message, "job", ""), message.epoch)
@@ -94,7 +96,7 @@ class Engine:
                 yield messages.Joined(message.epoch, message.rank)
             case messages.Encode():
                 array = np.zeros((1, 4, 8), np.uint16)
-                yield messages.Encoded(*head, 0.1, False, 1, array, array[0])
+                yield messages.Encoded(*head, 0.1, False, 1, self.content, array, array[0])
             case messages.EncodeSource():
                 yield messages.SourceEncoded(*head, np.zeros((1, 16, 64), np.float32))
             case training.PutVector():
@@ -106,7 +108,7 @@ class Engine:
                 if message.update:  # the state says how old it is: see `GiveVectors`
                     assert self.vectors["weights"][0] == message.update
                 self.update = message.update
-                yield training.Opened(*head, SIZE)
+                yield training.Opened(*head, SIZE, self.content)
             case training.PutFeatures():
                 self.features.add(message.name)
             case training.DropFeatures():
@@ -681,3 +683,25 @@ def test_hosts_whose_moves_differ_end_the_run() -> None:
     while sim.end is None:
         sim.turn()
     assert "differ" in str(sim.end.error)
+
+
+def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:
+    sim = Simulation(2)
+    sim.machines[1].engine.content = "newer"
+    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    while sim.end is None:
+        sim.turn()
+    assert sim.end is not None and isinstance(sim.end.error, WeightsError)
+    assert "host 0 (mac0) same, host 1 (mac1) newer" in str(sim.end.error)
+    assert sim.messages(training.Update) == []
+
+
+@pytest.mark.parametrize(("apart", "stays"), [(1.0, False), (400.0, True)])
+def test_deaths_of_a_host_that_lie_far_apart_are_forgiven(apart: float, stays: bool) -> None:
+    sim = Simulation(2, iterations=64).opened()
+    for update in range(4):
+        sim.now += apart
+        if 1 in sim.session.course.hands:
+            sim.kill(1)
+        assert sim.ask(train_jobs.Advance(update)).loss == 1 / (update + 1)
+    assert (1 in sim.session.course.hands) == stays

@@ -16,8 +16,9 @@ from fluxmesh.cluster import MeshView
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.homes import Home
 from fluxmesh.planning.work import Work
-from fluxmesh_coordinator.warming import Warming, layout, pairs
-from tests.fakes import FakeMesh
+from fluxmesh_coordinator import warming as warm
+from fluxmesh_coordinator.warming import Layout, Warming, layout, pairs
+from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, GB, ask, full, mac, small
 
 
@@ -82,10 +83,12 @@ class Told:
 
     def __init__(self) -> None:
         self.left_out: dict[int, str] = {}
+        self.notes: list[str] = []
 
     def stage(self, text: str) -> None: ...
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def progress(self, rank: int, what: str, done: int, total: int) -> None: ...
 
@@ -131,3 +134,83 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
         assert holders == ["", "", ""]
     else:
         assert told.left_out == {}
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_weights_whose_files_have_changed_since_are_loaded_anew_or_refused(
+    tmp_path: Path, is_here: bool
+) -> None:
+    """Host 1 read older files; `is_here` where it has the new ones on disk by now."""
+
+    async def scene() -> tuple[list[str], list[int]]:
+        async with FakeMesh(tmp_path, 2) as mesh:
+            mesh.engine(1).content = "older"
+            while any(mesh.engine(rank).engine is None for rank in range(2)):
+                await asyncio.sleep(0.01)
+            mesh.engine(1).engine.content = "older"  # type: ignore[union-attr]
+            wanted = Work.of(ask(height=32, width=32), small())
+            dialer = mesh.network.dialer()
+            try:
+                await Warming(mesh.record, wanted, Told(), Home(tmp_path))._run(dialer)
+                mesh.engine(1).content = "same" if is_here else "older"
+                again = Warming(mesh.record, wanted, Told(), Home(tmp_path), content="same")
+                if is_here:
+                    await again._run(dialer)
+                else:
+                    with pytest.raises(FluxmeshError, match="host 1 .*has other files .*pull"):
+                        await again._run(dialer)
+            finally:
+                await dialer.close()
+            lives = [service.lifecycle for service in mesh.services.values()]
+            found = [life.holds.content for life in lives if life.holds is not None]
+            return found, [mesh.engine(rank).starts for rank in range(2)]
+
+    held, starts = asyncio.run(scene())
+    assert held == ["same", "same" if is_here else "older"]
+    assert starts == [1, 2]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def broken(unit: messages.Work) -> Iterator[messages.Report]:
+        if isinstance(unit, messages.Measure):
+            yield messages.Failed(unit.epoch, unit.job, "Raised", "A peer was lost.", fatal=True)
+        else:
+            yield from FakeEngine.work(engine, unit)
+
+    engine = FakeEngine()
+    monkeypatch.setattr(warm, "layout", lambda work, view: Layout((0, 1), 2))
+
+    async def scene() -> tuple[list[str], list[messages.Status]]:
+        async with FakeMesh(tmp_path, 2) as mesh:
+            while any(mesh.engine(rank).engine is None for rank in range(2)):
+                await asyncio.sleep(0.01)
+            if fails:
+                mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
+            wanted, told = Work.of(ask(height=32, width=32), small()), Told()
+            dialer = mesh.network.dialer()
+            try:
+                await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+                if not fails:  # again, it only looks
+                    await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+            finally:
+                await dialer.close()
+            return told.notes, [service.status() for service in mesh.services.values()]
+
+    notes, statuses = asyncio.run(scene())
+    held = [one.holds for one in statuses]
+    assert [(one.shard, one.shards) for one in held if one is not None] == [(0, 2), (1, 2)]
+    assert [one.holder for one in statuses] == ["", ""]
+    if fails:
+        (note,) = notes
+        assert "could not be timed: host 1 " in note and "A peer was lost." in note
+        assert [one.ring for one in statuses] == ["", ""]
+    else:
+        assert notes == []
+        assert [one.ring_rank for one in statuses] == [0, 1]
+        assert len({one.ring for one in statuses}) == 1 and statuses[0].ring
+        assert {one.epoch for one in statuses} == {1}
+        (timed, also) = (measured for one in statuses for measured in one.measured)
+        assert (timed.placement, timed.hosts) == (also.placement, also.hosts) == ("tensor", 2)

@@ -19,19 +19,14 @@ def down(force: bool, as_json: bool) -> None:
     from fluxmesh_coordinator import record
     from fluxmesh_coordinator.bringup import take_down
     from fluxmesh_coordinator.cli.status import NO_MESH
-    from fluxmesh_coordinator.survey import survey
+    from fluxmesh_coordinator.survey import in_use, survey
 
     mesh = record.load()
     if mesh is None:
         click.echo(json.dumps({"event": "down", "hosts": []}) if as_json else NO_MESH)
         return
-    busy = {} if force else survey(mesh).statuses
-    for rank, status in busy.items():
-        if status.job or status.holder:  # a job that holds a host may have nothing to do for it now
-            raise FluxmeshError(
-                f"Host {rank} works on {status.job or 'a job'}; wait until it is done, or use "
-                "--force."
-            )
+    if not force and (why_not := in_use(survey(mesh))):
+        raise FluxmeshError(why_not)
     errors = take_down(mesh)
     if errors:
         record.save(mesh.only(errors))

@@ -34,6 +34,7 @@ THIS = -1  # what stands for this machine among the ranks
 @click.option("--env", "envs", multiple=True, metavar="KEY=VALUE", help="For the engines.")
 @click.option("--allow-partial", is_flag=True, help="Go on without hosts that fail.")
 @click.option("--pull", is_flag=True, help="Fetch the model where it is missing, without asking.")
+@click.option("--force", is_flag=True, help="Also where that ends agents that a job holds.")
 @click.option("--rotate-keys", is_flag=True, help="New keys for you and for every agent.")
 @click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")
 def up(
@@ -45,6 +46,7 @@ def up(
     envs: tuple[str, ...],
     allow_partial: bool,
     pull: bool,
+    force: bool,
     rotate_keys: bool,
     as_json: bool,
 ) -> None:
@@ -77,9 +79,12 @@ def up(
             bits=int(bits) if bits else 4 if quantize else None,
         )
         work = Work.of(request, ModelSizes.of(checkpoint))
-        wish = _wish(hostfile, work.weights, envs, allow_partial, rotate_keys)
+        wish = _wish(hostfile, work.weights, envs, allow_partial, rotate_keys, force)
         mesh = Bringup(wish, watch).run()
-        mesh = Warming(mesh, work, watch, allow_partial=allow_partial).run()
+        warming = Warming(
+            mesh, work, watch, allow_partial=allow_partial, content=checkpoint.content
+        )
+        mesh = warming.run()
         found = survey(mesh)
         watch.ready(tables.as_json(found) if as_json else None)
     if not as_json:
@@ -108,6 +113,7 @@ def _wish(
     envs: tuple[str, ...],
     allow_partial: bool,
     rotate_keys: bool,
+    force: bool,
 ) -> Wish:
     from fluxmesh import hostfile as hostfiles
     from fluxmesh_coordinator.bringup import Wish, this_machine
@@ -124,7 +130,7 @@ def _wish(
         text = hostfile.read_text(encoding="utf-8")
     given = tuple(_pair(item) for item in envs)
     merged = tuple({**dict(hosts.envs), **dict(given)}.items())
-    return Wish(hosts, name, text, weights, merged, roots, allow_partial, rotate_keys)
+    return Wish(hosts, name, text, weights, merged, roots, allow_partial, rotate_keys, force)
 
 
 def _pair(item: str) -> tuple[str, str]:

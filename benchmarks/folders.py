@@ -1,0 +1,109 @@
+"""FLUX.1-dev and schnell at full size with random weights, as folders that fluxmesh loads.
+
+The 12 B transformer (shaped as dev and as schnell), T5-XXL, CLIP-L and the autoencoder are written
+once as diffusers folders in bfloat16, with tokenizers made on the spot. The pictures that come of
+them are noise: only time and memory are real. Needs fluxmesh's own dependencies and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from benchmarks.randomfile import RandomValues, write_random
+from benchmarks.sizes import Sizes
+from fluxmesh.flux import layouts
+from fluxmesh.flux.config import ClipConfig, FluxConfig, ScheduleConfig
+from tests import checkpoints
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+GUIDANCE = "time_text_embed.guidance_embedder"  # what dev has and schnell lacks
+
+
+def scratch() -> str | None:
+    """Memory is the fastest disk, where it is large enough; else the usual temporary folder."""
+    shared = Path("/dev/shm")
+    if shared.is_dir() and shutil.disk_usage(shared).free > 40e9:
+        return str(shared)
+    return None
+
+
+def write_models(folder: Path, sizes: Sizes) -> int:
+    """Writes `folder/dev`, and `folder/schnell` that shares its weights; returns the bytes."""
+    dev, schnell = folder / "dev", folder / "schnell"
+    vocabulary = checkpoints.clip_vocabulary()
+    clip = dataclasses.replace(sizes.clip, eos_token_id=vocabulary["<|endoftext|>"])
+    write_configs(dev, sizes.transformer, clip, sizes, sizes.text_tokens)
+    plain = dataclasses.replace(sizes.transformer, guidance_embed=False)
+    write_configs(schnell, plain, clip, sizes, sizes.text_tokens // 2)
+
+    values = RandomValues()
+    transformer = file_shapes(layouts.transformer_tensors(sizes.transformer))
+    rest = [name for name in transformer if not name.startswith(GUIDANCE)]
+    shards = [rest[i::3] for i in range(3)]
+    shards.append([name for name in transformer if name.startswith(GUIDANCE)])
+    written = 0
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = WEIGHTS.replace(".safetensors", f"-{i:05}-of-{len(shards):05}.safetensors")
+        shapes = {name: transformer[name] for name in names}
+        written += write_random(dev / "transformer" / file, shapes, values)
+        weight_map |= dict.fromkeys(names, file)
+    write_index(dev, weight_map)
+    write_index(schnell, {name: weight_map[name] for name in rest})
+    for file in {weight_map[name] for name in rest}:
+        share(dev, schnell, f"transformer/{file}")
+    parts = {
+        "text_encoder": layouts.clip_tensors(clip),
+        "text_encoder_2": layouts.t5_tensors(sizes.t5),
+        "vae": layouts.autoencoder_tensors(sizes.autoencoder),
+    }
+    for part, tensors in parts.items():
+        file = f"{part}/{WEIGHTS if part == 'vae' else 'model.safetensors'}"
+        shapes = file_shapes(tensors)
+        if part != "vae":
+            shapes = {name: target.shape for name, target in tensors.items()}
+        written += write_random(dev / file, shapes, values)
+        share(dev, schnell, file)
+    return written
+
+
+def file_shapes(tensors: layouts.Tensors) -> dict[str, tuple[int, ...]]:
+    """The tensors that a diffusers file holds, and their shapes."""
+    shapes = {}
+    for key, rows in layouts.to_diffusers(tensors).items():
+        rest = tensors[rows[0].key].shape[1:]
+        if ".attentions.0.to_" in key:  # 1x1 convolutions here, linears there
+            rest = rest[:1]
+        shapes[key] = (sum(row.count for row in rows), *rest)
+    return shapes
+
+
+def write_configs(
+    folder: Path, transformer: FluxConfig, clip: ClipConfig, sizes: Sizes, t5_max_length: int
+) -> None:
+    schedule = ScheduleConfig(use_dynamic_shifting=transformer.guidance_embed)
+    files = {
+        "model_index.json": checkpoints.MODEL_INDEX,
+        "transformer/config.json": checkpoints.transformer_config_json(transformer),
+        "text_encoder/config.json": checkpoints.clip_config_json(clip),
+        "text_encoder_2/config.json": checkpoints.t5_config_json(sizes.t5),
+        "vae/config.json": checkpoints.autoencoder_config_json(sizes.autoencoder),
+        "scheduler/scheduler_config.json": dataclasses.asdict(schedule),
+    }
+    for name, content in files.items():
+        checkpoints.write_json(folder / name, content)
+    checkpoints.write_tokenizers(folder, t5_max_length, clip.max_position_embeddings)
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    index = {"metadata": {}, "weight_map": weight_map}
+    checkpoints.write_json(folder / "transformer" / f"{WEIGHTS}.index.json", index)
+
+
+def share(dev: Path, schnell: Path, file: str) -> None:
+    """The same bytes under a second name."""
+    (schnell / file).parent.mkdir(parents=True, exist_ok=True)
+    os.link(dev / file, schnell / file)

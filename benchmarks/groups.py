@@ -1,0 +1,54 @@
+"""Groups of engines on this machine, without agents: what each process needs to find the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from fluxmesh.backends import joining
+from fluxmesh.hostfile import Host
+
+
+def environments(backend: str, engines: int, scratch: Path) -> list[dict[str, str]]:
+    """For each rank its environment, as an agent would tell its engine; files go into `scratch`.
+
+    Each gets a GPU of its own where there are as many.
+    """
+    hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(engines)]
+    ports = [[port] for port in free_ports(engines)]
+    there = gpus()
+    envs = []
+    for rank, own in enumerate(joining(backend, hosts, ports)):
+        env = dict(own.envs)
+        for variable, text in own.files:
+            path = scratch / f"{variable}-{rank}.json"
+            path.write_text(text)
+            env[variable] = str(path)
+        if there:
+            env["CUDA_VISIBLE_DEVICES"] = there[rank % len(there)]
+        envs.append(env)
+    return envs
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed:
+        return allowed.split(",")
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(i) for i in range(len(found.stdout.strip().splitlines()))]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at now."""
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]

@@ -1,0 +1,195 @@
+"""How long is a denoising step of FLUX.1-dev, and how much memory does it take? Beside its peers.
+
+    python -m benchmarks.step                              # full size, a GPU or a Mac of 64 GB
+    python -m benchmarks.step --apple mlx-examples/flux    # Apple's example from that folder too
+    python -m benchmarks.step --small                      # tiny sizes, to try this program
+
+Random weights, one image, 512 text tokens. "sum" is MLX's own matrix products and attention at the
+shapes of one step, each timed alone and added up: what a step would take if nothing else did. A
+peer that is not installed is left out and said so. Times are medians of `--steps` steps, each
+waited for, after `--warmup` steps that are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
+from benchmarks.sizes import FULL, SMALL
+from fluxmesh.flux.config import FluxConfig
+
+WHAT = (
+    "sum",
+    "fluxmesh",
+    "fluxmesh-low-memory",  # modulation weights dropped once a request's modulations are computed
+    "apple",
+    "mflux",
+    "diffusers",
+    "diffusers-compiled",  # torch.compile of the whole transformer
+    "diffusers-blocks",  # torch.compile of its two kinds of block
+)
+USUAL = [what for what in WHAT if what != "diffusers-blocks"]
+USUAL_SMALL = [what for what in USUAL if what != "mflux"]  # whose widths are constants
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="pixels a side; 512 1024 unless --small"
+    )
+    parser.add_argument("--what", nargs="+", choices=WHAT, help="all but diffusers-blocks")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--bits", type=int, nargs="*", default=[], help="quantized as well: 3 4 5 6 8"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps timed")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--apple", type=Path, help="folder of mlx-examples/flux")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
+    parser.add_argument("--json", type=Path, help="write everything measured into this file")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        harness.run_case(options.case, measure)
+        return
+    whats = options.what or (USUAL_SMALL if options.small else USUAL)
+    sizes = options.sizes or ([64] if options.small else [512, 1024])
+    say(f"{harness.machine()}\n")
+    results: list[Result] = []
+    for bits in [None, *options.bits]:
+        for one in whats:
+            case = {
+                "what": one,
+                "dtype": options.dtype,
+                "bits": bits,
+                "sizes": sizes,
+                "steps": options.steps,
+                "warmup": options.warmup,
+                "apple": str(options.apple) if options.apple else None,
+                "small": options.small,
+            }
+            exact = {"MLX_ENABLE_TF32": "0"} if options.dtype == "float32" else {}
+            for result in harness.results_of("benchmarks.step", case, [exact]):
+                results.append(result)
+                say(line_of(result))
+                harness.write_json(options.json, results)
+    say("\n" + report(results))
+
+
+# A case
+
+
+def measure(case: Result) -> None:
+    """Builds one peer and times it at every size."""
+    sizes = SMALL if case["small"] else FULL
+    config, text_tokens = sizes.transformer, sizes.text_tokens
+    if case["what"] == "sum":
+        from benchmarks.products import sum_of_products
+
+        for size in case["sizes"]:
+            emit(size=size, **sum_of_products(config, size, text_tokens, case))
+        return
+    peer = build(case, config)
+    for size in case["sizes"]:
+        peer.reset_peak()
+        watch = Stopwatch()
+        steps = case["warmup"] + case["steps"]
+        first = peer.denoise(size, size, steps, text_tokens, watch.tick)
+        emit(
+            size=size,
+            software=peer.software(),
+            seconds=statistics.median(watch.times[case["warmup"] :]),
+            times=watch.times,
+            peak=peer.peak(),
+            sample=None if first is None else first.reshape(-1)[:1024].tolist(),
+        )
+
+
+def build(case: Result, config: FluxConfig) -> Any:
+    """The peer that a case names, with random weights on the device."""
+    from benchmarks import peers
+
+    what, dtype, bits = case["what"], case["dtype"], case["bits"]
+    if what.startswith("fluxmesh"):
+        return peers.Fluxmesh(config, dtype, bits, what.endswith("low-memory"))
+    if what == "apple":
+        if case["apple"] is None:
+            raise Skipped("--apple names no folder of mlx-examples/flux")
+        return peers.Apple(config, dtype, bits, Path(case["apple"]))
+    if what == "mflux":
+        return peers.Mflux(config, dtype, bits)
+    compiled = {"compiled": "model", "blocks": "blocks"}.get(what.partition("-")[2], "")
+    return peers.Diffusers(config, dtype, bits, compiled)
+
+
+# What is printed
+
+
+def name_of(result: Result) -> str:
+    return result["what"] + (f", {result['bits']} bits" if result["bits"] else "")
+
+
+def line_of(result: Result) -> str:
+    """One result as it comes."""
+    for problem in ("skipped", "failed"):
+        if problem in result:
+            return f"{name_of(result)}: {problem}: {result[problem]}"
+    return f"{name_of(result)}, {result['size']}²: {1000 * result['seconds']:.2f} ms"
+
+
+def report(results: list[Result]) -> str:
+    """The table, the shapes' table, and what was left out."""
+    measured = [result for result in results if "seconds" in result]
+    header = ["what", "size", "ms a step", "fastest–slowest", "× sum", "× Apple", "peak GB",
+              "differs from fluxmesh by", "software"]  # fmt: skip
+    tables = [harness.table(header, [row(result, measured) for result in measured])]
+    for result in measured:
+        if "shapes" in result:
+            tables.append(f"{name_of(result)} at {result['size']}²:\n\n" + shapes_table(result))
+    left_out = [line_of(result) for result in results if "seconds" not in result]
+    return "\n\n".join([*tables, *left_out])
+
+
+def row(result: Result, measured: list[Result]) -> list[str]:
+    beside = {
+        other["what"]: other
+        for other in measured
+        if other["size"] == result["size"] and other["bits"] == result["bits"]
+    }
+    milliseconds = 1000 * result["seconds"]
+    cells = [name_of(result), f"{result['size']}²", f"{milliseconds:.2f}"]
+    counted = [1000 * seconds for seconds in result.get("times", [])[result["warmup"] :]]
+    cells.append(f"{min(counted):.2f}–{max(counted):.2f}" if counted else "")
+    for what in ("sum", "apple"):
+        known = beside.get(what)
+        cells.append(f"{result['seconds'] / known['seconds']:.2f}" if known else "")
+    cells.append(f"{result['peak'] / 1e9:.2f}" if result.get("peak") else "")
+    cells.append(harness.difference(result, beside.get("fluxmesh")))
+    cells.append(result["software"])
+    return cells
+
+
+def shapes_table(result: Result) -> str:
+    rows = [
+        [
+            shape["name"],
+            shape["shape"],
+            str(shape["count"]),
+            f"{1000 * shape['seconds']:.3f}",
+            f"{1000 * shape['seconds'] * shape['count']:.2f}",
+            f"{shape['flops'] / shape['seconds'] / 1e12:.2f}",
+        ]
+        for shape in result["shapes"]
+    ]
+    return harness.table(["layer", "shape", "a step", "ms", "ms in all", "TFLOP/s"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What `fluxmesh up` has the engines of leased hosts do: units of work, alone or as a ring.
+
+Below `warming.py`, which decides what is to be loaded and timed. A job has `session.py` for what
+can go wrong; here a host that fails is an error that names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from typing import Any
+
+from fluxmesh import messages
+from fluxmesh.cluster import HostInfo
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.hostfile import Host
+from fluxmesh.planning.work import Work
+from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.failures import error_of
+from fluxmesh_coordinator.hosts import START, Worker
+from fluxmesh_coordinator.jobs import LeasedHost
+from fluxmesh_coordinator.rings import Orders, Ring
+
+
+class Errand:
+    """Work on one leased host."""
+
+    def __init__(self, client: Client, granted: messages.Granted, work: Work) -> None:
+        self.client = client
+        self.fence, self.epoch = granted.fence, granted.epoch
+        self._job, self._weights = f"up-{secrets.token_hex(4)}", work.weights
+
+    @property
+    def common(self) -> tuple[int, str, int, messages.Weights]:
+        """What every unit of work begins with."""
+        return self.fence, self._job, self.epoch, self._weights
+
+    async def begin_anew(self) -> None:
+        """Ends the engine, with all that it holds; the next work starts another."""
+        self.epoch += 1
+        await self.client.ask(messages.Kill(self.fence, self.epoch), messages.Done)
+
+    async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
+        """The reports about one unit of work, to the one that ends it.
+
+        Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
+        """
+        await self.client.ask(message, messages.Done)
+        while True:
+            report = await self._report(silence)
+            yield report
+            if isinstance(report, messages.Loaded | messages.Timed):
+                return
+
+    async def join(self, join: messages.Join) -> None:
+        """Takes its place in a ring. Raises as `do`."""
+        await self.client.ask(join, messages.Done)
+        self.epoch = join.epoch
+        while not isinstance(await self._report(START), messages.Joined):
+            continue
+
+    async def _report(self, silence: float) -> messages.Report:
+        try:
+            async with asyncio.timeout(silence):
+                report = await self.client.report()
+        except TimeoutError:
+            raise HostUnreachableError(
+                f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
+                "`fluxmesh logs`."
+            ) from None
+        if isinstance(report, messages.Failed) and report.epoch >= self.epoch:
+            raise error_of(report.kind, f"{self.client.title}: {report.text}")
+        if isinstance(report, messages.Lost):
+            raise FluxmeshError(f"{self.client.title}: {report.reason}")
+        return report
+
+
+class _Secret:
+    """What a ring proves itself with."""
+
+    def __init__(self) -> None:
+        self._random = secrets.token_bytes(32)
+
+    def nonce(self, epoch: int) -> bytes:
+        return hashlib.sha256(self._random + epoch.to_bytes(8, "big")).digest()
+
+
+async def form_ring(
+    errands: Mapping[int, Errand],
+    hosts: Sequence[Host],
+    infos: Mapping[int, HostInfo],
+    backend: str,
+) -> None:
+    """The engines of all errands become one ring, in rank order; each begins a new epoch.
+
+    `hosts` are those of the hostfile, by rank. Raises `FluxmeshError` naming a host.
+    """
+    workers = {
+        rank: Worker(LeasedHost(infos[rank], hosts[rank], one.fence, one.epoch), 0.0)
+        for rank, one in errands.items()
+    }
+    ring = Ring(tuple(sorted(errands)), 1 + max(one.epoch for one in errands.values()))
+    orders = ring.ask(workers, backend)
+    while orders:
+        asked, orders = orders, []
+        for rank, message in asked:
+            assert isinstance(message, messages.AskPorts)
+            told = await errands[rank].client.ask(message, messages.Ports)
+            orders += ring.answered(rank, message.ip, told.ports, workers)
+    joins: Orders = ring.join(workers, _Secret(), backend)
+    await together(
+        errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
+    )
+
+
+async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All of it side by side; where one raises, the others are broken off first."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

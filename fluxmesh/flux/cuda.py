@@ -1,0 +1,530 @@
+"""CUDA kernels for what stands between the transformer's matrix products.
+
+Each is one pass over memory in the place of several: MLX's own operations write every intermediate
+out, and in bfloat16 round it. Here a value is read once, computed in float32 and rounded once.
+`fused.py` chooses between these and the plain forms, which say what each one computes and which
+the tests compare them with; nothing else calls this module.
+
+MLX compiles a kernel when it first runs and keeps it. Inputs of which a kernel is not sure that
+they are contiguous MLX copies first (`ensure_row_contiguous`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import mlx.core as mx
+
+PACK = 8  # numbers that a thread reads and writes at once: 16 bytes of bfloat16
+THREADS = 128  # of a block, at most
+GROUP_THREADS = 256
+GROUP_ROWS = 128  # places whose statistics one block takes: few enough that a cache holds them
+
+HEADER = """
+template <typename T> struct alignas(8 * sizeof(T)) Pack { T at[8]; };
+
+template <typename T> __device__ inline void load(const T* from, float (&to)[8]) {
+  const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) to[j] = static_cast<float>(pack.at[j]);
+}
+
+template <typename T> __device__ inline void store(T* to, const float (&from)[8]) {
+  Pack<T> pack;
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) pack.at[j] = static_cast<T>(from[j]);
+  *reinterpret_cast<Pack<T>*>(to) = pack;
+}
+
+// The tanh form: 0.5 v (1 + tanh(u)) = v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3).
+__device__ inline float gelu(float v) {
+  return v / (1.0f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
+}
+
+// The sum over a block of THREADS threads, in every thread.
+template <int THREADS> __device__ inline float block_sum(float value) {
+  __shared__ float parts[THREADS / 32];
+  #pragma unroll
+  for (int away = 16; away > 0; away /= 2) value += __shfl_xor_sync(0xffffffffu, value, away);
+  if (THREADS == 32) return value;
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0.0f;
+  #pragma unroll
+  for (int i = 0; i < THREADS / 32; ++i) value += parts[i];
+  return value;
+}
+"""
+
+# One block of threads a token. The row stays in registers between the passes of the norm.
+NORM = """
+  constexpr int ROUNDS = (D / 8 + THREADS - 1) / THREADS;
+  const long row = blockIdx.x;
+  const long image = row / x_shape[1];
+  const T* my_shift = shift + (shift_shape[0] == 1 ? 0 : image * D);
+  const T* my_scale = scale + (scale_shape[0] == 1 ? 0 : image * D);
+  float values[ROUNDS][8];
+  float sum = 0.0f;
+  #pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    const int i = (r * THREADS + threadIdx.x) * 8;
+    if (i < D) {
+      load(x + row * D + i, values[r]);
+      @add
+      #pragma unroll
+      for (int j = 0; j < 8; ++j) sum += values[r][j];
+    }
+  }
+  const float mean = block_sum<THREADS>(sum) / D;
+  sum = 0.0f;
+  #pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    if ((r * THREADS + threadIdx.x) * 8 < D) {
+      #pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        values[r][j] -= mean;
+        sum += values[r][j] * values[r][j];
+      }
+    }
+  }
+  const float inverse = rsqrtf(block_sum<THREADS>(sum) / D + eps);
+  #pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    const int i = (r * THREADS + threadIdx.x) * 8;
+    if (i < D) {
+      float up[8], by[8];
+      load(my_shift + i, up);
+      load(my_scale + i, by);
+      #pragma unroll
+      for (int j = 0; j < 8; ++j) values[r][j] = values[r][j] * inverse * (1.0f + by[j]) + up[j];
+      store(normed + row * D + i, values[r]);
+    }
+  }
+"""
+
+# What a branch has computed is gated and added first; the norm is of the sum as it is stored.
+ADD = """
+      float more[8], by[8];
+      load(y + row * D + i, more);
+      load(gate + (gate_shape[0] == 1 ? 0 : image * D) + i, by);
+      #pragma unroll
+      for (int j = 0; j < 8; ++j)
+        values[r][j] = static_cast<float>(static_cast<T>(values[r][j] + by[j] * more[j]));
+      store(sums + row * D + i, values[r]);
+"""
+
+GATED_SUM = """
+  const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
+  if (i >= D) return;
+  const long row = blockIdx.x;
+  const long image = row / x_shape[1];
+  float value[8], more[8], by[8];
+  load(x + row * D + i, value);
+  load(y + row * D + i, more);
+  load(gate + (gate_shape[0] == 1 ? 0 : image * D) + i, by);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) value[j] += by[j] * more[j];
+  store(sums + row * D + i, value);
+"""
+
+# LANES neighbouring threads take one head of one token: eight channels each. GROUPS of HEADS heads
+# lie side by side in a row of the input; the first NORMED of them are normed and turned, the
+# others are copied. Rows come from `x`, and after its last token from `x2`, where there is one.
+TURN = """
+  constexpr int LANES = HEAD / 8;
+  const int lane = blockIdx.y * THREADS + threadIdx.x;
+  const int head = lane / LANES, first = lane % LANES * 8;
+  if (head >= GROUPS * HEADS) return;
+  const int group = head / HEADS;
+  const int tokens = pe_shape[1];
+  const long row = blockIdx.x;
+  const long image = blockIdx.x / tokens;
+  const int token = blockIdx.x % tokens;
+  @rows
+  float value[8];
+  load(from + head * HEAD + first, value);
+  if (group < NORMED) {
+    float sum = 0.0f;
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) sum += value[j] * value[j];
+    // All lanes of a head are in one warp, and in the same branch.
+    const unsigned lanes = LANES == 32 ? 0xffffffffu
+        : ((1u << LANES) - 1u) << (threadIdx.x % 32 / LANES * LANES);
+    #pragma unroll
+    for (int away = LANES / 2; away > 0; away /= 2) sum += __shfl_xor_sync(lanes, sum, away);
+    const float inverse = rsqrtf(sum / HEAD + eps);
+    float by[8], turn[8];
+    load((group ? key_scale : query_scale) + first, by);
+    load(pe + ((pe_shape[0] == 1 ? 0 : image) * tokens + token) * HEAD + first, turn);
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] *= inverse * by[j];
+    #pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const float a = value[j], b = value[j + 1];
+      value[j] = a * turn[j] - b * turn[j + 1];
+      value[j + 1] = b * turn[j] + a * turn[j + 1];
+    }
+  }
+  store(turned + (row * GROUPS * HEADS + head) * HEAD + first, value);
+"""
+ONE_STREAM = """
+  const T* from = x + row * x_shape[2];
+  const T *query_scale = scale0, *key_scale = scale1;
+"""
+TWO_STREAMS = """
+  const int texts = x_shape[1];
+  const T* from = token < texts ? x + (image * texts + token) * x_shape[2]
+      : x2 + (image * x2_shape[1] + token - texts) * x2_shape[2];
+  const T* query_scale = token < texts ? scale0 : scale2;
+  const T* key_scale = token < texts ? scale1 : scale3;
+"""
+
+GELU = """
+  const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
+  if (i >= W) return;
+  const long row = blockIdx.x;
+  float value[8];
+  load(x + row * W + i, value);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
+  store(out + row * W + i, value);
+"""
+
+# Rows of `attn`, and beside them GELU of the last columns of `x`.
+GELU_BESIDE = """
+  const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
+  const int D = attn_shape[2], W = x_shape[2];
+  const int width = D + W - START;
+  if (i >= width) return;
+  const long row = blockIdx.x;
+  float value[8];
+  if (i < D) {
+    load(attn + row * D + i, value);
+  } else {
+    load(x + row * W + START + i - D, value);
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
+  }
+  store(joined + row * width + i, value);
+"""
+
+
+# x + y + offset, a number for each channel.
+OFFSET_SUM = """
+  const long i = (static_cast<long>(blockIdx.x) * THREADS + threadIdx.x) * 8;
+  if (i >= size[0]) return;
+  float value[8], more[8], up[8];
+  load(x + i, value);
+  load(y + i, more);
+  load(offset + i % C, up);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) value[j] += more[j] + up[j];
+  store(sums + i, value);
+"""
+
+# Statistics of a chunk of ROWS places for each group of channels: mean, and sum of squares from it.
+# Threads keep eight channels each; what they have summed meets in shared memory, in one order.
+GROUP_STATS = """
+  constexpr int PACKS = C / 8, LINES = THREADS / PACKS, WIDTH = C / GROUPS;
+  __shared__ float parts[LINES][C];
+  __shared__ float means[GROUPS];
+  const int places = x_shape[1];
+  const int start = blockIdx.x * ROWS, stop = min(start + ROWS, places);
+  const int pack = threadIdx.x % PACKS, line = threadIdx.x / PACKS;
+  const T* mine = x + static_cast<long>(blockIdx.y) * places * C + pack * 8;
+  float sums[8], up[8];
+  load(offset + pack * 8, up);
+  for (int pass = 0; pass < 2; ++pass) {
+    float mean[8];
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sums[j] = 0.0f;
+      mean[j] = pass ? means[(pack * 8 + j) / WIDTH] : 0.0f;
+    }
+    #pragma unroll 4
+    for (int row = start + line; row < stop; row += LINES) {
+      float value[8];
+      load(mine + static_cast<long>(row) * C, value);
+      #pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float away = value[j] + up[j] - mean[j];
+        sums[j] += pass ? away * away : away;
+      }
+    }
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) parts[line][pack * 8 + j] = sums[j];
+    __syncthreads();
+    for (int group = threadIdx.x; group < GROUPS; group += THREADS) {
+      float sum = 0.0f;
+      for (int i = 0; i < LINES; ++i)
+        for (int c = 0; c < WIDTH; ++c) sum += parts[i][group * WIDTH + c];
+      if (pass == 0) sum /= (stop - start) * WIDTH;
+      if (pass == 0) means[group] = sum;
+      const long chunk = static_cast<long>(blockIdx.y) * gridDim.x + blockIdx.x;
+      stats[(chunk * GROUPS + group) * 2 + pass] = sum;
+    }
+    __syncthreads();
+  }
+"""
+
+# The chunks' statistics of one group of one picture, joined (Chan et al. 1979), and what they make
+# of the norm: a factor and an offset for each channel.
+GROUP_JOIN = """
+  constexpr int WIDTH = C / GROUPS;
+  const int group = blockIdx.x, chunks = stats_shape[1], all = places[0];
+  const float* mine = stats + (static_cast<long>(blockIdx.y) * chunks * GROUPS + group) * 2;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < chunks; i += THREADS)
+    sum += mine[i * GROUPS * 2] * min(ROWS, all - i * ROWS);
+  const float mean = block_sum<THREADS>(sum) / all;
+  sum = 0.0f;
+  for (int i = threadIdx.x; i < chunks; i += THREADS) {
+    const float away = mine[i * GROUPS * 2] - mean;
+    sum += mine[i * GROUPS * 2 + 1] + away * away * (min(ROWS, all - i * ROWS) * WIDTH);
+  }
+  const float inverse = rsqrtf(block_sum<THREADS>(sum) / (static_cast<float>(all) * WIDTH) + eps);
+  for (int c = group * WIDTH + threadIdx.x; c < (group + 1) * WIDTH; c += THREADS) {
+    const float by = static_cast<float>(weight[c]) * inverse;
+    affine[blockIdx.y * 2 * C + c] = by;
+    affine[blockIdx.y * 2 * C + C + c] =
+        static_cast<float>(bias[c]) - (mean - static_cast<float>(offset[c])) * by;
+  }
+"""
+
+GROUP_APPLY = """
+  const long pack = static_cast<long>(blockIdx.x) * THREADS + threadIdx.x;
+  if (pack >= static_cast<long>(x_shape[1]) * (C / 8)) return;
+  const int first = pack % (C / 8) * 8;
+  const long at = static_cast<long>(blockIdx.y) * x_shape[1] * C + pack * 8;
+  float value[8], by[8], up[8];
+  load(x + at, value);
+  load(affine + blockIdx.y * 2 * C + first, by);
+  load(affine + blockIdx.y * 2 * C + C + first, up);
+  #pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    value[j] = value[j] * by[j] + up[j];
+    if (SILU) value[j] /= 1.0f + __expf(-value[j]);
+  }
+  store(normed + at, value);
+"""
+
+
+@functools.cache
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Any:
+    return mx.fast.cuda_kernel(
+        name=f"fluxmesh_{name}",
+        input_names=list(inputs),
+        output_names=list(outputs),
+        source=source,
+        header=HEADER,
+    )
+
+
+def _blocks(
+    rows: int, width: int, *, whole: bool
+) -> tuple[list[tuple[str, Any]], dict[str, tuple[int, int, int]]]:
+    """Template arguments and grid: rows along x, packs of a row along its threads and along y.
+
+    With `whole`, one block of threads takes a row, as a norm needs; it loops.
+    """
+    packs = width // PACK
+    threads = min(THREADS, -(-packs // 32) * 32)
+    blocks = 1 if whole else -(-packs // threads)
+    grid = {"grid": (rows * threads, blocks, 1), "threadgroup": (threads, 1, 1)}
+    return [("THREADS", threads)], grid
+
+
+def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """As `fused.modulated_norm`."""
+    source = f"constexpr float eps = {eps}f;" + NORM.replace("@add", "")
+    kernel = _kernel("modulated_norm", ("x", "shift", "scale"), ("normed",), source)
+    B, S, D = x.shape
+    threads, grid = _blocks(B * S, D, whole=True)
+    (normed,) = kernel(
+        inputs=[x, shift, scale],
+        template=[("T", x.dtype), ("D", D), *threads],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        **grid,
+    )
+    return normed
+
+
+def gated_norm(
+    x: mx.array, gate: mx.array, y: mx.array, shift: mx.array, scale: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """As `fused.gated_norm`."""
+    source = f"constexpr float eps = {eps}f;" + NORM.replace("@add", ADD)
+    names = ("x", "gate", "y", "shift", "scale")
+    kernel = _kernel("gated_norm", names, ("sums", "normed"), source)
+    B, S, D = x.shape
+    threads, grid = _blocks(B * S, D, whole=True)
+    sums, normed = kernel(
+        inputs=[x, gate, y, shift, scale],
+        template=[("T", x.dtype), ("D", D), *threads],
+        output_shapes=[x.shape] * 2,
+        output_dtypes=[x.dtype] * 2,
+        **grid,
+    )
+    return sums, normed
+
+
+def gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    """As `fused.gated_sum`."""
+    kernel = _kernel("gated_sum", ("x", "gate", "y"), ("sums",), GATED_SUM)
+    B, S, D = x.shape
+    threads, grid = _blocks(B * S, D, whole=False)
+    (sums,) = kernel(
+        inputs=[x, gate, y],
+        template=[("T", x.dtype), ("D", D), *threads],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        **grid,
+    )
+    return sums
+
+
+def turned(
+    pe: mx.array, *arrays: mx.array, heads: int, groups: int, normed: int, eps: float
+) -> mx.array:
+    """As `fused.plain_turned`, for one or two streams, and one or two groups to be normed."""
+    each = 1 + normed
+    x, *more = arrays[::each]
+    B, hd = x.shape[0], arrays[1].shape[0]
+    S = sum(stream.shape[1] for stream in arrays[::each])
+    scales = []
+    for i in range(0, len(arrays), each):
+        scales += [arrays[i + 1], arrays[i + normed]]  # the same where one group is normed
+    rows = TWO_STREAMS if more else ONE_STREAM
+    names = ["pe", "x", "scale0", "scale1", *(["x2", "scale2", "scale3"] if more else [])]
+    inputs = [pe.reshape(-1, S, hd), x, *scales[:2], *more, *scales[2:]]
+    source = f"constexpr float eps = {eps}f;" + TURN.replace("@rows", rows)
+    name = "turned_two" if more else "turned_one"
+    kernel = _kernel(name, tuple(names), ("turned",), source)
+    threads, grid = _blocks(B * S, groups * heads * hd, whole=False)
+    (out,) = kernel(
+        inputs=inputs,
+        template=[
+            ("T", x.dtype),
+            ("HEAD", hd),
+            ("HEADS", heads),
+            ("GROUPS", groups),
+            ("NORMED", normed),
+            *threads,
+        ],
+        output_shapes=[(B, S, groups, heads, hd)],
+        output_dtypes=[x.dtype],
+        **grid,
+    )
+    return out
+
+
+def gelu(x: mx.array) -> mx.array:
+    """As `fused.gelu`."""
+    W = x.shape[-1]
+    rows = x.size // W
+    threads, grid = _blocks(rows, W, whole=False)
+    (out,) = _kernel("gelu", ("x",), ("out",), GELU)(
+        inputs=[x],
+        template=[("T", x.dtype), ("W", W), *threads],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        **grid,
+    )
+    return out
+
+
+def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
+    """As `fused.gelu_beside`."""
+    kernel = _kernel("gelu_beside", ("attn", "x"), ("joined",), GELU_BESIDE)
+    B, S, D = attn.shape
+    width = D + x.shape[-1] - start
+    threads, grid = _blocks(B * S, width, whole=False)
+    (joined,) = kernel(
+        inputs=[attn, x],
+        template=[("T", attn.dtype), ("START", start), *threads],
+        output_shapes=[(B, S, width)],
+        output_dtypes=[attn.dtype],
+        **grid,
+    )
+    return joined
+
+
+def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
+    """As `fused.offset_sum`."""
+    blocks = -(-x.size // PACK // GROUP_THREADS)
+    (sums,) = _kernel("offset_sum", ("x", "y", "offset", "size"), ("sums",), OFFSET_SUM)(
+        inputs=[x, y, offset, mx.array([x.size], dtype=mx.int64)],
+        template=[("T", x.dtype), ("C", x.shape[-1]), ("THREADS", GROUP_THREADS)],
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+        grid=(blocks * GROUP_THREADS, 1, 1),
+        threadgroup=(GROUP_THREADS, 1, 1),
+    )
+    return sums
+
+
+def group_norm(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    offset: mx.array,
+    *,
+    groups: int,
+    silu: bool,
+    eps: float,
+) -> mx.array:
+    """As `fused.plain_group_norm`, in three passes: statistics, their sum, the norm itself."""
+    B, *sides, C = x.shape
+    places = math.prod(sides)
+    flat = x.reshape(B, places, C)
+    rows = GROUP_ROWS if places >= 512 * GROUP_ROWS else GROUP_ROWS // 4
+    chunks = -(-places // rows)
+    block = {"threadgroup": (GROUP_THREADS, 1, 1)}
+    common = [("C", C), ("GROUPS", groups), ("ROWS", rows), ("THREADS", GROUP_THREADS)]
+    (stats,) = _kernel("group_stats", ("x", "offset"), ("stats",), GROUP_STATS)(
+        inputs=[flat, offset],
+        template=[("T", x.dtype), *common],
+        output_shapes=[(B, chunks, groups, 2)],
+        output_dtypes=[mx.float32],
+        grid=(chunks * GROUP_THREADS, B, 1),
+        **block,
+    )
+    names = ("stats", "weight", "bias", "offset", "places")
+    join = f"constexpr float eps = {eps}f;" + GROUP_JOIN
+    (affine,) = _kernel("group_join", names, ("affine",), join)(
+        inputs=[stats, weight, bias, offset, mx.array([places], dtype=mx.int32)],
+        template=common,
+        output_shapes=[(B, 2, C)],
+        output_dtypes=[mx.float32],
+        grid=(groups * GROUP_THREADS, B, 1),
+        **block,
+    )
+    blocks = -(-places * C // PACK // GROUP_THREADS)
+    (normed,) = _kernel("group_apply", ("x", "affine"), ("normed",), GROUP_APPLY)(
+        inputs=[flat, affine],
+        template=[("T", x.dtype), ("C", C), ("THREADS", GROUP_THREADS), ("SILU", silu)],
+        output_shapes=[flat.shape],
+        output_dtypes=[x.dtype],
+        grid=(blocks * GROUP_THREADS, B, 1),
+        **block,
+    )
+    return normed.reshape(x.shape)
+
+
+def suits_groups(channels: int) -> bool:
+    """Whether a block of threads shares rows of so many channels evenly."""
+    return channels % PACK == 0 and GROUP_THREADS % (channels // PACK) == 0
+
+
+def suits(*widths: int) -> bool:
+    """Whether rows of these widths are whole packs."""
+    return all(width % PACK == 0 for width in widths)
+
+
+def suits_heads(head_dim: int) -> bool:
+    """Whether a head is 1, 2, 4, 8, 16 or 32 packs: what neighbouring threads can share."""
+    return head_dim % PACK == 0 and head_dim // PACK in (1, 2, 4, 8, 16, 32)

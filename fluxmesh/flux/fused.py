@@ -1,0 +1,257 @@
+"""What stands between matrix products and convolutions, in few passes over memory.
+
+FLUX's norms, gates and rotations do little arithmetic on much data: written operation by operation
+they take a quarter of a step. Each function here is one of them with its neighbours: the layers
+call these and know of no device. The plain forms (`plain_*`) say what is computed. On a CUDA GPU
+`cuda.py` has a kernel for each, which keeps float32 inside and rounds once; on Metal MLX compiles
+the plain form into one kernel where it can; the CPU runs it as it stands.
+
+Gradients are those of the plain forms, which are computed again from the inputs on the way back,
+when their turn comes: nothing between the inputs and the result is kept.
+
+Shapes: B images, S tokens, D hidden size, H heads of hd channels; shifts, scales and gates are
+[B or 1, 1, D].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fluxmesh.flux import cuda
+
+EPS = 1e-6
+
+Stream = tuple[mx.array, Sequence[mx.array]]
+"""Projected tokens [B, S, W] of one stream, and a norm's scale [hd] for each group to be normed."""
+
+
+@functools.cache
+def device() -> str:
+    """Where arrays are computed by default: "cuda", "metal" or "cpu"."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """Layer norm without weights of its own, then a scale and shift that depend on t and prompt."""
+    return _chosen("modulated_norm", cuda.suits(x.shape[-1]))(x, shift, scale)
+
+
+def gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    """What a branch has computed, y [B, S, D], gated and added to what it came from."""
+    return _chosen("gated_sum", cuda.suits(x.shape[-1]))(x, gate, y)
+
+
+def gated_norm(
+    x: mx.array, gate: mx.array, y: mx.array, shift: mx.array, scale: mx.array
+) -> tuple[mx.array, mx.array]:
+    """`gated_sum`, and `modulated_norm` of the sum: both are needed, and one pass gives both."""
+    return _chosen("gated_norm", cuda.suits(x.shape[-1]))(x, gate, y, shift, scale)
+
+
+def turned(streams: Sequence[Stream], pe: mx.array, heads: int, groups: int) -> mx.array:
+    """Queries and keys normed, each head on its own, and rotated: [B, S, groups, H, hd].
+
+    A row of a stream begins with `groups` groups of H heads (queries, keys, values, or some of
+    them; what follows is left out). Groups that have a scale are normed and rotated by `pe`
+    (`layers.rope_tables`), the others pass through. One or two streams, the second's tokens after
+    the first's.
+    """
+    kernel = _turn_kernel(streams, heads, groups)
+    if kernel is not None:
+        return kernel(pe, *_flat(streams))
+    parts = turned_heads(streams, pe, heads, groups)
+    return mx.stack([part.swapaxes(1, 2) for part in parts], axis=2)
+
+
+def turned_heads(
+    streams: Sequence[Stream], pe: mx.array, heads: int, groups: int
+) -> tuple[mx.array, ...]:
+    """As `turned`, for attention on this host: a [B, H, S, hd] for each group."""
+    kernel = _turn_kernel(streams, heads, groups)
+    if kernel is not None:
+        joined = kernel(pe, *_flat(streams))
+        return tuple(joined[:, :, group].swapaxes(1, 2) for group in range(groups))
+    normed = len(streams[0][1])
+    plain = _chosen("turned_heads", False, heads=heads, groups=groups, normed=normed)
+    return plain(pe, *_flat(streams))
+
+
+def _turn_kernel(streams: Sequence[Stream], heads: int, groups: int) -> Callable[..., Any] | None:
+    if device() != "cuda":
+        return None
+    hd, normed = streams[0][1][0].shape[0], len(streams[0][1])
+    fits = cuda.suits_heads(hd) and cuda.suits(*(x.shape[-1] for x, _ in streams))
+    if not fits:
+        return None
+    return _chosen("turned", True, heads=heads, groups=groups, normed=normed)
+
+
+def _flat(streams: Sequence[Stream]) -> list[mx.array]:
+    """A stream's tokens, its scales, the next one's, ..."""
+    return [array for x, scales in streams for array in (x, *scales)]
+
+
+def gelu(x: mx.array) -> mx.array:
+    """GELU, the tanh form."""
+    return _chosen("gelu", cuda.suits(x.shape[-1]))(x)
+
+
+def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
+    """attn [B, S, D], and beside it GELU (the tanh form) of the columns of x from `start` on."""
+    fits = cuda.suits(attn.shape[-1], x.shape[-1], start)
+    return _chosen("gelu_beside", fits, start=start)(attn, x)
+
+
+def group_norm(
+    x: mx.array, weight: mx.array, bias: mx.array, offset: mx.array, groups: int, silu: bool
+) -> mx.array:
+    """Group norm of x + offset, [B, ..., C]; neighbouring channels make a group.
+
+    PyTorch's group norm, over all places of a picture; with `silu`, swish after it. `weight`,
+    `bias` and `offset` (a convolution's bias that nobody has added yet, or zeros) are [C].
+    """
+    fits = cuda.suits_groups(x.shape[-1])
+    return _chosen("group_norm", fits, groups=groups, silu=silu)(x, weight, bias, offset)
+
+
+def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
+    """x + y + offset: [..., C], twice, and a convolution's bias [C]."""
+    return _chosen("offset_sum", cuda.suits(x.shape[-1]))(x, y, offset)
+
+
+# The plain forms
+
+
+def plain_modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    return (1 + scale) * mx.fast.layer_norm(x, None, None, EPS) + shift
+
+
+def plain_gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    return x + gate * y
+
+
+def plain_gated_norm(
+    x: mx.array, gate: mx.array, y: mx.array, shift: mx.array, scale: mx.array
+) -> tuple[mx.array, mx.array]:
+    x = plain_gated_sum(x, gate, y)
+    return x, plain_modulated_norm(x, shift, scale)
+
+
+def plain_turned_heads(
+    pe: mx.array, *arrays: mx.array, heads: int, groups: int, normed: int
+) -> tuple[mx.array, ...]:
+    """`arrays` are a stream's tokens, its `normed` scales, the next one's, ..."""
+    parts: list[list[mx.array]] = [[] for _ in range(groups)]
+    for i in range(0, len(arrays), 1 + normed):
+        x, *scales = arrays[i : i + 1 + normed]
+        hd = scales[0].shape[0]
+        split = x[..., : groups * heads * hd].reshape(*x.shape[:2], groups, heads, hd)
+        for group, part in enumerate(parts):
+            one = split[:, :, group]  # [B, S, H, hd]
+            part.append(mx.fast.rms_norm(one, scales[group], EPS) if group < normed else one)
+    joined = [mx.concatenate(part, axis=1) if len(part) > 1 else part[0] for part in parts]
+    table = pe.swapaxes(-4, -3)  # [(B,) S, 1, hd/2, 2]
+    return tuple(
+        (rotate(x, table) if group < normed else x).swapaxes(1, 2) for group, x in enumerate(joined)
+    )
+
+
+def plain_turned(pe: mx.array, *arrays: mx.array, **fixed: int) -> mx.array:
+    parts = plain_turned_heads(pe, *arrays, **fixed)
+    return mx.stack([part.swapaxes(1, 2) for part in parts], axis=2)
+
+
+def rotate(x: mx.array, pe: mx.array) -> mx.array:
+    """Rotates each pair of neighbouring channels of x [..., hd]; computes in float32.
+
+    `pe` is [..., hd/2, 2]: the cosine and the sine of each pair's angle.
+    """
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 1, 2)
+    cos, sin = pe[..., 0], pe[..., 1]
+    across = mx.stack([-sin, cos], axis=-1)
+    return (pairs[..., 0] * pe + pairs[..., 1] * across).reshape(x.shape).astype(x.dtype)
+
+
+def plain_gelu_beside(attn: mx.array, x: mx.array, *, start: int) -> mx.array:
+    return mx.concatenate([attn, nn.gelu_approx(x[..., start:])], axis=-1)
+
+
+def plain_group_norm(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    offset: mx.array,
+    *,
+    groups: int,
+    silu: bool,
+) -> mx.array:
+    B, C = x.shape[0], x.shape[-1]
+    y = (x + offset).reshape(B, -1, groups, C // groups).swapaxes(1, 2).reshape(B, groups, -1)
+    y = mx.fast.layer_norm(y, None, None, EPS)
+    y = y.reshape(B, groups, -1, C // groups).swapaxes(1, 2).reshape(x.shape)
+    y = weight * y + bias
+    return nn.silu(y) if silu else y
+
+
+def plain_offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
+    return x + (y + offset)
+
+
+# Which form runs
+
+
+@functools.cache
+def _chosen(name: str, fits: bool, **fixed: int | bool) -> Callable[..., Any]:
+    """The form of an operation for this device; `fits`: whether a kernel takes these shapes."""
+    plain = functools.partial(PLAIN[name], **fixed)
+    form: Callable[..., Any] = plain
+    if device() == "cuda" and fits:
+        form = functools.partial(KERNELS[name], **fixed)
+    elif device() == "metal":
+        form = mx.compile(plain)
+    return _differentiable(form, plain)
+
+
+def _differentiable(form: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`form` with the gradient of `plain`."""
+    function = mx.custom_function(form)
+
+    @function.vjp
+    def gradient(primals: Any, cotangents: Any, _: Any) -> Any:
+        many = isinstance(cotangents, tuple | list)
+        above = list(cotangents) if many else [cotangents]
+        again = mx.depends([primals] if isinstance(primals, mx.array) else list(primals), above)
+        _, gradients = mx.vjp(plain, again, above)
+        return tuple(gradients)
+
+    return function
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    "modulated_norm": plain_modulated_norm,
+    "gated_sum": plain_gated_sum,
+    "gated_norm": plain_gated_norm,
+    "turned": plain_turned,
+    "turned_heads": plain_turned_heads,
+    "gelu": nn.gelu_approx,
+    "gelu_beside": plain_gelu_beside,
+    "group_norm": plain_group_norm,
+    "offset_sum": plain_offset_sum,
+}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "modulated_norm": functools.partial(cuda.modulated_norm, eps=EPS),
+    "gated_sum": cuda.gated_sum,
+    "gated_norm": functools.partial(cuda.gated_norm, eps=EPS),
+    "turned": functools.partial(cuda.turned, eps=EPS),
+    "gelu": cuda.gelu,
+    "gelu_beside": cuda.gelu_beside,
+    "group_norm": functools.partial(cuda.group_norm, eps=EPS),
+    "offset_sum": cuda.offset_sum,
+}

@@ -1,0 +1,133 @@
+"""The benchmarks at their small sizes: what they measure on a large machine works at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.folders import file_shapes
+from benchmarks.harness import difference
+from benchmarks.products import products
+from benchmarks.sizes import FULL
+from fluxmesh.flux import layouts
+from tests.integration.conftest import environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(tmp_path: Path, program: str, *options: str) -> tuple[str, list[dict[str, Any]]]:
+    """What a program printed, and what it measured."""
+    written = tmp_path / "measured.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            f"benchmarks.{program}",
+            "--small",
+            *options,
+            "--json",
+            str(written),
+        ],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(written.read_text())["results"]
+
+
+def test_step_times_fluxmesh_beside_the_sum_and_says_what_is_left_out(tmp_path: Path) -> None:
+    whats = ("sum", "fluxmesh", "fluxmesh-low-memory", "apple")
+    counts = ("--steps", "2", "--warmup", "1")
+    printed, results = run(tmp_path, "step", *counts, "--what", *whats)
+    measured = {result["what"]: result for result in results}
+    assert len(measured["fluxmesh"]["times"]) == 3
+    assert all(measured[what]["seconds"] > 0 for what in whats[:3])
+    assert {shape["name"] for shape in measured["sum"]["shapes"]} >= {"attention", "single linear1"}
+    assert "apple: skipped: --apple names no folder" in printed
+    # The same weights in another process: dropping those of the modulation changes nothing.
+    assert measured["fluxmesh-low-memory"]["sample"] == measured["fluxmesh"]["sample"]
+    assert measured["fluxmesh"]["sample"]
+
+
+def test_the_sum_counts_each_matrix_of_the_transformer_once_a_step() -> None:
+    counted = sum(
+        one.columns * one.outputs * one.count for one in products(FULL.transformer, 1024, 512)
+    )
+    used = sum(
+        target.shape[0] * target.shape[1]
+        for name, target in layouts.transformer_tensors(FULL.transformer).items()
+        if len(target.shape) == 2 and "mod" not in name and not name.endswith("_in.in_layer.weight")
+        and not name.endswith("_in.out_layer.weight")
+    )  # fmt: skip
+    assert counted == used
+
+
+def test_mesh_measures_each_placement_beside_what_was_predicted(tmp_path: Path) -> None:
+    counts = ("--steps", "2", "--warmup", "1", "--images", "3", "--image-steps", "1")
+    printed, results = run(
+        tmp_path,
+        "mesh",
+        *counts,
+        "--dtype",
+        "float32",
+        "--what",
+        "one",
+        "tensor",
+        "sequence",
+        "data",
+    )
+    steps = {result["what"]: result for result in results if "seconds" in result}
+    requests = {result["what"]: result for result in results if "request" in result}
+    assert set(steps) == {"one", "tensor", "sequence"} and set(requests) == {"one", "data"}
+    for what in ("tensor", "sequence"):
+        assert steps[what]["engines"] == 2
+        assert steps[what]["sent_a_step"] > 0 and steps[what]["rate"] > 0
+        assert steps[what]["predicted"] > 0
+        assert float(difference(steps[what], steps["one"])) < 1e-5  # the same weights on each rank
+    assert requests["data"]["predicted"] == requests["one"]["request"] / 3 * 2
+    assert "failed" not in printed
+
+
+def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> None:
+    variants = ("--variants", "schnell", "dev-low-memory", "--engines", "2")
+    room = tmp_path / "room"
+    room.mkdir()
+    printed, results = run(tmp_path, "memory", "--steps", "1", *variants, "--folder", str(room))
+    assert [(one["what"], len(one["peaks"])) for one in results] == [
+        (what, hosts) for what in ("schnell", "dev-low-memory") for hosts in (1, 2)
+    ]
+    whole, sharded = (one["peaks"] for one in results[:2])
+    assert all(peak > 0 for peak in whole[0].values())
+    # Each of two hosts reads half of the blocks, and only one of them the prompt.
+    assert max(own["load"] for own in sharded) < 0.7 * whole[0]["load"]
+    assert sharded[0]["text"] > 0 and sharded[1]["text"] == 0
+    assert list(room.iterdir()) == []
+
+
+def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    printed, results = run(tmp_path, "load", "--no-requests", "--folder", str(room))
+    engines = [one for one in results if one["what"] == "engine"]
+    disks = [one for one in results if one["what"] == "disk"]
+    assert [one["cache"] for one in engines] == [one["cache"] for one in disks]
+    assert engines[-1]["cache"] == "cached"
+    for one in engines:
+        assert one["held"] <= one["peak"] <= one["held"] + 2 * one["largest"]
+        assert 0 < one["check"] < one["seconds"]
+    assert list(room.iterdir()) == []
+
+
+def test_the_full_size_is_that_of_flux() -> None:
+    tensors = layouts.transformer_tensors(FULL.transformer)
+    assert layouts.parameter_count(tensors) == 11_901_408_320  # of FLUX.1-dev
+    shapes = file_shapes(tensors)
+    assert shapes["transformer_blocks.18.attn.to_q.weight"] == (3072, 3072)
+    assert shapes["norm_out.linear.weight"] == (6144, 3072)

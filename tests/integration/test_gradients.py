@@ -1,0 +1,156 @@
+"""Backward passes written by hand: the gradients of MLX's own, in less memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from fluxmesh.flux import layers
+from fluxmesh.flux.model import Flux
+from fluxmesh.training import gradients, memory
+from fluxmesh.training.adapters import Adapters
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.step import Batch, loss_and_gradient
+from tests.checkpoints import TRANSFORMER
+from tests.trainings import asked, learner, make_place
+
+
+def drawn(*shape: int, seed: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def packed(into: int, out: int, bits: int) -> nn.QuantizedLinear:
+    linear = nn.Linear(into, out)
+    linear.weight, linear.bias = drawn(out, into, seed=8), drawn(out, seed=9)
+    return nn.QuantizedLinear.from_linear(linear, 64, bits)
+
+
+X = drawn(2, 3, 10, 16, seed=1)
+FOUR, EIGHT = packed(128, 24, 4), packed(128, 24, 8)
+CASES = {
+    "attention": (
+        gradients.attention,
+        layers.attention,
+        [X, drawn(2, 3, 10, 16, seed=2), drawn(2, 3, 10, 16, seed=3)],
+    ),
+    "low rank": (
+        gradients.low_rank,
+        lambda x, a, b: x @ a @ b,
+        [drawn(2, 7, 12, seed=4), drawn(12, 4, seed=5), drawn(4, 20, seed=6)],
+    ),
+    "four bits": (gradients.frozen(FOUR), FOUR, [drawn(2, 7, 128, seed=7)]),
+    "eight bits": (gradients.frozen(EIGHT), EIGHT, [drawn(2, 7, 128, seed=7)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_mlx(name, monkeypatch):
+    monkeypatch.setattr(gradients, "SCORES", 2 * 4 * 2 * 10 * 10)  # two heads of three at a time
+    ours, mlx_s, inputs = CASES[name]
+    above = drawn(*mlx_s(*inputs).shape, seed=10)
+
+    def both_ways(function):
+        out, back = mx.vjp(lambda *x: [function(*x)], inputs, [above])
+        return [np.array(x) for x in (*out, *back)]
+
+    for one, other in zip(both_ways(ours), both_ways(mlx_s), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "bits" not in name])
+def test_half_precision_stays_what_it_is(name):
+    ours, _, inputs = CASES[name]
+    inputs = [x.astype(mx.bfloat16) for x in inputs]
+    above = ours(*inputs)
+    _, back = mx.vjp(lambda *x: [ours(*x)], inputs, [above])
+    assert {x.dtype for x in (above, *back)} == {mx.bfloat16}
+
+
+def test_a_linear_that_is_not_packed_is_left_alone():
+    linear = nn.Linear(4, 4)
+    assert gradients.frozen(linear) is linear
+
+
+def test_attention_is_lent_and_given_back_even_after_an_error():
+    flux = Flux(TRANSFORMER)
+    blocks = [*flux.double_blocks, *flux.single_blocks]
+    with pytest.raises(ZeroDivisionError), gradients.lent(flux):
+        assert all(block.attention is gradients.attention for block in blocks)
+        raise ZeroDivisionError
+    assert all(block.attention is layers.attention for block in blocks)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+TEXT, SIDE, WIDE = 64, 12, 128  # tokens, rows and columns of tokens, hidden size
+ACTIVATION = 4 * (TEXT + SIDE * SIDE) * WIDE  # bytes
+
+
+def peak(singles: int, checkpoint: bool) -> float:
+    """Of a gradient beside what is held, in activations, with nothing queued ahead."""
+    config = dataclasses.replace(
+        TRANSFORMER,
+        hidden_size=WIDE,
+        num_heads=2,
+        axes_dim=(16, 24, 24),
+        depth=1,
+        depth_single_blocks=singles,
+    )
+    flux = Flux(config)
+    flux.update(tree_map(lambda x: 0.05 * drawn(*x.shape, seed=1), flux.parameters()))
+    adapters = Adapters(flux, TrainRequest("data", 1, lora_rank=2))
+    batch = Batch(
+        drawn(1, SIDE * SIDE, config.in_channels, seed=2),
+        drawn(1, SIDE * SIDE, config.in_channels, seed=3),
+        mx.array([0.5]),
+        drawn(1, TEXT, config.context_in_dim, seed=4),
+        drawn(1, config.vec_in_dim, seed=5),
+        (SIDE, SIDE),
+    )
+    mx.eval(flux.parameters(), adapters.weights(), batch[:5])
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    with memory.bounded(0):
+        mx.eval(loss_and_gradient(flux, adapters, batch, 4.0, None, checkpoint))
+    return (mx.get_peak_memory() - before) / ACTIVATION
+
+
+@pytest.mark.parametrize(("checkpoint", "most"), [(True, memory.KEPT), (False, 28)])
+def test_a_block_leaves_little_behind(checkpoint, most):
+    """Without these backward passes it is 7.5 with checkpointing, and 36 without."""
+    few, many = peak(2, checkpoint), peak(6, checkpoint)
+    assert 0.9 < (many - few) / 4 <= most
+    if checkpoint:
+        assert many <= memory.KEPT * 7 + memory.IN_USE
+
+
+def test_the_limit_of_memory_holds_while_a_gradient_is_computed(tmp_path, monkeypatch):
+    place = make_place(tmp_path)
+    limits = []
+    own = mx.set_memory_limit
+
+    def watch(limit):
+        limits.append(limit)
+        return own(limit)
+
+    monkeypatch.setattr(mx, "set_memory_limit", watch)
+    for kept in (False, True):
+        made = learner(asked(place, tmp_path / "out", grad_checkpoint=kept))
+        before = mx.get_memory_limit()
+        made.total(range(2), 2)
+        assert mx.get_memory_limit() == before
+        if kept:
+            assert len(limits) == 4 and limits[1] == limits[3] == before
+            micro = made.plan.sampler.micro_batch(1)
+            batch = made.batch(micro)
+            tokens = len(micro.items) * (batch.clean.shape[1] + batch.t5.shape[1])
+            room = memory.needed(made.flux, tokens, made.adapters.size)
+            assert 0 < limits[2] - room < mx.get_peak_memory()
+        else:
+            assert limits == []

@@ -1,0 +1,61 @@
+"""Each rank's peak of memory while hosts that hold shards paint together, as MLX counted it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmesh import Mesh, events, messages
+from fluxmesh.flux import hub
+from fluxmesh.keys import Keys
+from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator.client import Client
+from tests.integration.agents import agent
+from tests.integration.test_mesh import record_of
+
+# The embedded checkpoint, since its weights outweigh the activations of so small a picture.
+REQUEST = GenerateRequest("two dogs", 5, "tiny", 1, 32, 32, 2)
+HOSTS = 2
+
+
+def peaks(folder: Path, hosts: int, placement: Any, *options: str) -> dict[int, int]:
+    """Bytes of each rank while it denoised, by the reports of its steps."""
+    user = Keys.new()
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(agent(folder / str(rank), *options, user=user))
+            for rank in range(hosts)
+        ]
+        mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
+        found: dict[int, int] = {}
+        report = Client.report
+
+        async def spy(self: Client) -> messages.Report:
+            told = await report(self)
+            if isinstance(told, messages.Stepped):
+                found[self.member.rank] = max(told.peak_bytes, found.get(self.member.rank, 0))
+            return told
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Client, "report", spy)
+            told = list(mesh.generate(REQUEST, placement))
+        assert any(isinstance(event, events.Picture) for event in told)
+        held = [one.holds for one in mesh.status().values() if isinstance(one, messages.Status)]
+        assert [one.shards for one in held if one is not None] == [hosts] * hosts
+    return found
+
+
+def test_each_rank_of_a_sharded_mesh_stays_within_its_share_of_memory(tmp_path: Path) -> None:
+    work = Work.of(REQUEST, ModelSizes.of(hub.resolve("tiny")))
+    (whole,) = peaks(tmp_path / "whole", 1, "data").values()
+    needs = [max(work.memory("tensor", HOSTS, shards)) for shards in (1, HOSTS)]
+    cap = str(sum(needs) // 2)  # bytes: less than all of it needs, more than a share of it does
+    parts = peaks(tmp_path / "parts", HOSTS, "tensor", "--memory", cap)
+    assert sorted(parts) == list(range(HOSTS))
+    saved = work.transformer.split * (HOSTS - 1) / HOSTS
+    for rank, peak in parts.items():
+        assert work.transformer.on_each_of(HOSTS) <= peak <= whole - 0.9 * saved, (rank, peak)
