@@ -223,15 +223,25 @@ def _differentiable(form: Callable[..., Any], plain: Callable[..., Any]) -> Call
     """`form` with the gradient of `plain`."""
     function = mx.custom_function(form)
 
+    @compiled
+    def back(inputs: list[mx.array], above: list[mx.array]) -> list[mx.array]:
+        return mx.vjp(plain, inputs, above)[1]
+
     @function.vjp
     def gradient(primals: Any, cotangents: Any, _: Any) -> Any:
-        many = isinstance(cotangents, tuple | list)
-        above = list(cotangents) if many else [cotangents]
-        again = mx.depends([primals] if isinstance(primals, mx.array) else list(primals), above)
-        _, gradients = mx.vjp(plain, again, above)
-        return tuple(gradients)
+        above = _listed(cotangents)
+        return tuple(back(mx.depends(_listed(primals), above), above))
 
     return function
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its elementwise parts in single passes; on a CPU, as it is."""
+    return function if device() == "cpu" else mx.compile(function)
+
+
+def _listed(arrays: Any) -> list[mx.array]:
+    return [arrays] if isinstance(arrays, mx.array) else list(arrays)
 
 
 PLAIN: dict[str, Callable[..., Any]] = {

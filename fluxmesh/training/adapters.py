@@ -16,7 +16,7 @@ import numpy as np
 from fluxmesh.flux.lora import LoRALinear
 from fluxmesh.flux.model import Flux
 from fluxmesh.flux.weights import module_at, replace_module
-from fluxmesh.training.gradients import frozen, low_rank
+from fluxmesh.training.gradients import frozen, plus_low_rank
 from fluxmesh.training.layout import Layout
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.streams import WEIGHTS, generator, number_of
@@ -49,9 +49,10 @@ class TrainedLinear(LoRALinear):
         self._frozen = frozen(linear)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self._frozen(x)
-        low = low_rank(self.dropout(x), self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype))
-        return y + (low if self.scale == 1 else self.scale * low).astype(y.dtype)
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        if self.scale != 1:
+            a = self.scale * a
+        return plus_low_rank(self._frozen(x), self.dropout(x), a, b)
 
 
 class Adapters:

@@ -4,17 +4,19 @@ Stands between `flux/layers.py` and `step.py`, which puts these in a transformer
 traces a gradient (`lent`). The values are those of the layers; what changes is the way back
 (`flux/fused.py` has that of the elementwise work):
 
-- Attention computes its weights again, a few heads at a time, in float32. The kernel of cuDNN adds
+- Attention computes its weights again, a few heads at a time. The kernel of cuDNN adds
   in another order every time, so that no two runs give the same bytes; on Metal MLX has none and
   keeps [B, H, S, S] of every block (Dao et al. 2022, https://arxiv.org/abs/2205.14135, whose
   arithmetic this is, without the kernel).
-- A quantized matrix is unpacked for its transpose: MLX's quantized product is fast one way only.
+- A quantized matrix is unpacked for its transpose: MLX's quantized product is fast one way only,
+  and on CUDA slower than unpacking either way.
 - A LoRA's own gradient comes before that of what lies below it. MLX goes through a graph from its
   end, and would leave all of them for last, holding both of their operands in every block.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -22,7 +24,7 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux import layers
+from fluxmesh.flux import fused, layers
 from fluxmesh.flux.model import Flux
 
 SCORES = 64 * 2**20  # bytes of attention weights at a time, on the way back
@@ -42,24 +44,40 @@ def own_way_back(back: Back) -> Callable[[F], F]:
     return wrap
 
 
-def _plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    q, k, v = (x.astype(mx.float32) for x in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
-    return mx.softmax(scores, axis=-1) @ v  # [B, H, S, hd]
+@functools.cache
+def _weights_back() -> Callable[..., tuple[mx.array, mx.array]]:
+    def back(
+        weights: mx.array, slopes: mx.array, mean: mx.array, scale: mx.array, like: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Softmax's output and the gradient of its input times `scale`, in the dtype of `like`."""
+        return weights.astype(like.dtype), (scale * weights * (slopes - mean)).astype(like.dtype)
+
+    return fused.compiled(back)
+
+
+def _heads_back(
+    q: mx.array, k: mx.array, v: mx.array, out: mx.array, above: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of attention; all [B, H, S, hd]. Scores and their softmax are float32."""
+    scale = q.shape[-1] ** -0.5
+    wide_q, wide_k, wide_v, wide = (x.astype(mx.float32) for x in (q, k, v, above))
+    weights = mx.softmax((wide_q * scale) @ wide_k.swapaxes(-1, -2), axis=-1)
+    slopes = wide @ wide_v.swapaxes(-1, -2)
+    mean = mx.sum(wide * out.astype(mx.float32), axis=-1, keepdims=True)
+    narrow, slopes = _weights_back()(weights, slopes, mean, mx.array(scale), q[:1, :1, :1, :1])
+    return slopes @ k, slopes.swapaxes(-1, -2) @ q, narrow.swapaxes(-1, -2) @ above
 
 
 def _attention_back(
-    primals: Sequence[mx.array], cotangent: mx.array, _output: mx.array
+    primals: Sequence[mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, ...]:
     B, H, S, hd = primals[0].shape
-    above = cotangent.reshape(B, S, H, hd).swapaxes(1, 2)
+    every = [*primals, *(x.reshape(B, S, H, hd).swapaxes(1, 2) for x in (output, cotangent))]
     heads = max(1, SCORES // (4 * B * S * S))
     parts, before = [], cotangent
     for first in range(0, H, heads):
-        some = [x[:, first : first + heads] for x in primals]
-        some = mx.depends(some, [before])  # one group's weights after another's
-        one = above[:, first : first + heads].astype(mx.float32)
-        parts.append(mx.vjp(_plain_attention, some, [one])[1])
+        some = [x[:, first : first + heads] for x in every]
+        parts.append(_heads_back(*mx.depends(some, [before])))  # one group's after another's
         before = parts[-1][0]
     return tuple(mx.concatenate(list(part), axis=1) for part in zip(*parts, strict=True))
 
@@ -70,18 +88,22 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return layers.attention(q, k, v)
 
 
-def _low_rank_back(
+def _plus_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    return mx.addmm(y, x @ a, b)
+
+
+def _plus_low_rank_back(
     primals: Sequence[mx.array], cotangent: mx.array, _output: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    _, (x, a, b) = mx.vjp(lambda x, a, b: (x @ a) @ b, list(primals), [cotangent])
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    _, (y, x, a, b) = mx.vjp(_plus_low_rank, list(primals), [cotangent])
     (x,) = mx.depends([x], [a, b])
-    return x, a, b
+    return y, x, a, b
 
 
-@own_way_back(_low_rank_back)
-def low_rank(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    """`(x @ a) @ b`."""
-    return (x @ a) @ b
+@own_way_back(_plus_low_rank_back)
+def plus_low_rank(y: mx.array, x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """`y + (x @ a) @ b`."""
+    return _plus_low_rank(y, x, a, b)
 
 
 def frozen(linear: Any) -> Callable[[mx.array], mx.array]:
@@ -89,16 +111,20 @@ def frozen(linear: Any) -> Callable[[mx.array], mx.array]:
     if not isinstance(linear, nn.QuantizedLinear):
         return linear
 
+    def unpacked(when: mx.array) -> mx.array:
+        """The matrix [out, in], not before `when` is there."""
+        packed, scales, biases = mx.depends([linear.weight, linear.scales, linear.biases], [when])
+        return mx.dequantize(packed, scales, biases, linear.group_size, linear.bits)
+
     def back(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
-        packed, scales, biases = mx.depends(
-            [linear.weight, linear.scales, linear.biases], [cotangent]
-        )
-        weight = mx.dequantize(packed, scales, biases, linear.group_size, linear.bits)
-        return (cotangent @ weight).astype(x.dtype)
+        return (cotangent @ unpacked(cotangent)).astype(x.dtype)
 
     @own_way_back(back)
     def product(x: mx.array) -> mx.array:
-        return linear(x)
+        if fused.device() != "cuda":
+            return linear(x)
+        y = x @ unpacked(x).T
+        return y + linear.bias if "bias" in linear else y
 
     return product
 

@@ -73,7 +73,7 @@ class Learner:
         return mx.zeros((self.adapters.size + exact.TAIL,), dtype=mx.int64)
 
     def total(self, numbers: Sequence[int], parts: int) -> mx.array:
-        """The exact sum of the gradients of these micro-batches, int64 [size + TAIL], evaluated.
+        """The exact sum of the gradients of these micro-batches, int64 [size + TAIL].
 
         `parts` is how many micro-batches the whole update has, on all hosts. No number gives zeros.
         """
@@ -83,13 +83,13 @@ class Learner:
         return total
 
     def add(self, total: mx.array, number: int, parts: int) -> mx.array:
-        """`total` with micro-batch `number`, evaluated."""
+        """`total` with micro-batch `number`, being evaluated."""
         made_of = self.plan.parts(number)
         for part in made_of:
             batch = self.batch(part)
             total = total + self.gradient(part, batch, parts * len(made_of))
             with self._bounded(batch):
-                mx.eval(total)
+                mx.async_eval(total)  # the next one's graph is built while the device computes
         return total
 
     def _bounded(self, batch: Batch) -> AbstractContextManager[None]:

@@ -38,10 +38,15 @@ CASES = {
         layers.attention,
         [X, drawn(2, 3, 10, 16, seed=2), drawn(2, 3, 10, 16, seed=3)],
     ),
-    "low rank": (
-        gradients.low_rank,
-        lambda x, a, b: x @ a @ b,
-        [drawn(2, 7, 12, seed=4), drawn(12, 4, seed=5), drawn(4, 20, seed=6)],
+    "plus low rank": (
+        gradients.plus_low_rank,
+        lambda y, x, a, b: y + x @ a @ b,
+        [
+            drawn(2, 7, 20, seed=2),
+            drawn(2, 7, 12, seed=4),
+            drawn(12, 4, seed=5),
+            drawn(4, 20, seed=6),
+        ],
     ),
     "four bits": (gradients.frozen(FOUR), FOUR, [drawn(2, 7, 128, seed=7)]),
     "eight bits": (gradients.frozen(EIGHT), EIGHT, [drawn(2, 7, 128, seed=7)]),

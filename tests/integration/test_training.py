@@ -167,10 +167,10 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_whole_update(
 ):
     gradient = Learner.gradient
 
-    def interrupted(self, micro, parts):
-        if micro.number == 10:  # in the third update
+    def interrupted(self, part, *more):
+        if part.micro.number == 10:  # in the third update
             raise KeyboardInterrupt
-        return gradient(self, micro, parts)
+        return gradient(self, part, *more)
 
     monkeypatch.setattr(Learner, "gradient", interrupted)
     with pytest.raises(CancelledError, match="iteration 8"):
@@ -195,10 +195,10 @@ def test_old_checkpoints_go_but_the_best_stays(place, tmp_path):
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(place, tmp_path, monkeypatch):
     gradient = Learner.gradient
 
-    def broken(self, micro, parts):
-        if micro.number == 9:
+    def broken(self, part, *more):
+        if part.micro.number == 9:
             self.flux.img_in.bias = self.flux.img_in.bias * float("nan")
-        return gradient(self, micro, parts)
+        return gradient(self, part, *more)
 
     monkeypatch.setattr(Learner, "gradient", broken)
     with pytest.raises(DivergedError, match=r"iteration 12.*0000008_adapters"):
