@@ -7,9 +7,9 @@
 One picture a step at 512x512, 512 tokens of text, rank 8 on every linear of the blocks, random
 weights: the loss means nothing; time and memory are real. Four steps make an update, as by default,
 and a step's seconds are a quarter of an update's; of Apple's example every step is timed, an update
-with it. The first ones, in which kernels are compiled, are not counted. "same bytes" tells whether the same micro-batch gives the same gradient
-twice; "device GB" is what the driver says is in use, by all programs. With `--mlx-attention` the
-gradient of attention is MLX's own.
+with it. The first ones, in which kernels are compiled, are not counted. "same bytes" tells whether
+the same micro-batch gives the same gradient twice; "device GB" is what the driver says is in use,
+by all programs. With `--mlx-attention` the gradient of attention is MLX's own.
 """
 
 from __future__ import annotations
