@@ -111,8 +111,9 @@ def cases(size: int, checkpoint: Path) -> list[Case]:
             Case("swapped", placement, **small, images=2, swapped=True),
             Case("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
             # Thresholds that skip some steps: random models change much from step to step.
-            Case("cached", placement, images=2, steps=10, cache=0.55),
-            Case("cached shallow", placement, **small, steps=10, cache=0.6),
+            Case("cached", placement, steps=6, cache=0.65)
+            if size < 4
+            else Case("cached", placement, **small, steps=6, cache=0.68),
         ]
     return found
 

@@ -20,7 +20,6 @@ SIZES = (2, 3, 4)
 TIMEOUT = 90.0  # of all ranks together: a hang is a failure, not a wait
 CASES = [case for case in cases(2, Path()) if case.placement == "tensor"]
 NAMES = [case.name for case in CASES if not case.cache]
-CACHED = [case.name for case in CASES if case.cache]
 EXACT = [name for name in NAMES if name != "bfloat16"]
 
 
@@ -176,9 +175,8 @@ def test_a_shard_is_a_shard(result, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
-@pytest.mark.parametrize("name", CACHED)
-def test_all_ranks_skip_the_steps_that_one_host_skips(result, size, placement, name):
-    found = result(size, name, placement)
+def test_all_ranks_skip_the_steps_that_one_host_skips(result, size, placement):
+    found = result(size, "cached", placement)
     reused = np.array(found.one_did["reused"])  # [steps, images]
     assert reused[1:-1].any() and not reused[1:-1].all() and not reused[[0, -1]].any()
     assert [did["reused"] for did in found.did] == [reused.tolist()] * size
@@ -189,9 +187,8 @@ def test_all_ranks_skip_the_steps_that_one_host_skips(result, size, placement, n
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
-@pytest.mark.parametrize("name", CACHED)
-def test_a_step_that_is_skipped_sends_what_its_first_block_sends(result, size, placement, name):
-    found = result(size, name, placement)
+def test_a_step_that_is_skipped_sends_what_its_first_block_sends(result, size, placement):
+    found = result(size, "cached", placement)
     case, config = found.case, found.case.config
     reused = np.array(found.one_did["reused"])
     computed = (~reused).sum()
