@@ -24,7 +24,6 @@ from fluxmesh.flux.tensorfile import (
     numpy_dtype,
     read_each_into,
     read_headers,
-    will_read,
 )
 
 GROUP_SIZES = (64, 32)  # of quantization, the first that divides a row
@@ -145,12 +144,6 @@ class Reader:
             )
         numpy_dtype(entries[0])  # raises for one that no weight has
         return entries[0].dtype
-
-    def will_read(self, name: str, spans: Iterable[tuple[int, int]]) -> None:
-        """Says that these rows, from and to, are wanted soon: the disk may begin with them."""
-        for start, stop in spans:
-            for piece, entry in self._pieces(name, start, stop):
-                will_read(entry, piece.start, piece.stop)
 
     def _pieces(self, name: str, start: int, stop: int) -> list[tuple[Rows, Entry]]:
         pieces = layouts.pieces_between(self.targets[name].pieces, start, stop)

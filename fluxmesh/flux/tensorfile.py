@@ -10,7 +10,6 @@ Format: 8 bytes of header length (little endian), a JSON header, then the tensor
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import json
@@ -242,16 +241,6 @@ def _read_piece(piece: tuple[Entry, memoryview, int]) -> None:
                 done += count
     except OSError as error:
         raise WeightsError(f"Can't read {entry.path}: {error.strerror}.") from error
-
-
-def will_read(entry: Entry, start: int, stop: int) -> None:
-    """Asks the system to fetch rows `start` to `stop` meanwhile, where it takes such advice."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    size = row_bytes(entry)
-    with contextlib.suppress(OSError), open(entry.path, "rb", buffering=0) as file:
-        begin, count = entry.begin + start * size, (stop - start) * size
-        os.posix_fadvise(file.fileno(), begin, count, os.POSIX_FADV_WILLNEED)
 
 
 def read_tensor(entry: Entry) -> np.ndarray:

@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 BLOCK_NUMBERS = 1 << 23  # numbers of a tensor in memory at once while columns are picked from it
-AHEAD_BYTES = 256 << 20  # of the next tensors, that the disk is asked for meanwhile
 OnBytes = Callable[[int, int], None]  # bytes of the component read, and in all
 
 
@@ -198,13 +197,7 @@ def tensors(
     Of the linears in `parts`, only the part comes; where inputs are cut, `bias` as `sum_bias`.
     """
     done = 0
-    names = list(reader.targets)
-    ahead = iter(names)
-    asked = 0  # bytes that the system was told of
-    for name in names:
-        while asked < done + AHEAD_BYTES and (following := next(ahead, None)) is not None:
-            reader.will_read(following, _spans(reader, following, parts))
-            asked += reader.stored_bytes(following)
+    for name in reader.targets:
         cut = parts.get(name.rpartition(".")[0])
         if cut is None:
             array = read_rows(reader, name, dtype)
@@ -224,13 +217,6 @@ def tensors(
         done += reader.stored_bytes(name)
         if on_bytes is not None:
             on_bytes(done, reader.nbytes)
-
-
-def _spans(reader: Reader, name: str, parts: Mapping[str, Cut]) -> tuple[tuple[int, int], ...]:
-    """The rows of a tensor that `tensors` reads."""
-    rows = reader.targets[name].shape[0]
-    cut = parts.get(name.rpartition(".")[0])
-    return ((0, rows),) if cut is None or cut.axis == 1 else cut.spans_of(rows)
 
 
 def _load(

@@ -10,7 +10,6 @@ import pytest
 
 from fluxmesh.flux import weights
 from fluxmesh.flux.components import Reader, tables
-from fluxmesh.flux.sharding import Shard
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 from tests.integration.loading import (
@@ -137,34 +136,6 @@ def test_a_shard_reads_its_rows_and_nothing_else(tmp_path, monkeypatch):
     assert mx.array_equal(part, whole[60:200])
     assert sum(read) == part.nbytes
     assert len(read) == 4
-
-
-def test_the_disk_is_told_of_what_will_be_read_before_it_is_and_of_nothing_else(
-    tmp_path, monkeypatch
-):
-    from fluxmesh.flux import components
-
-    checkpoint = resolved(make_checkpoint(tmp_path, seed=7))
-    told, read = set(), set()
-    originals = components.will_read, components.read_each_into
-
-    def telling(entry, start, stop):
-        told.update((entry.key, row) for row in range(start, stop))
-        originals[0](entry, start, stop)
-
-    def reading(reads):
-        for out, entry, start in reads:
-            rows = {(entry.key, row) for row in range(start, start + len(out))}
-            assert rows <= told
-            read.update(rows)
-        originals[1](reads)
-
-    monkeypatch.setattr(components, "will_read", telling)
-    monkeypatch.setattr(components, "read_each_into", reading)
-    weights.load_transformer(checkpoint, shard=Shard(1, 2))
-    assert read == told
-    whole = {key for key, _ in told}
-    assert whole == set(components.Reader(checkpoint, "transformer").header.entries)
 
 
 def test_loading_holds_the_model_and_one_tensor_more(tmp_path):
