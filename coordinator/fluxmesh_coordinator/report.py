@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ REPORT = "report.html"
 METRICS = "metrics.jsonl"
 PICTURE = re.compile(r"(\d{7,})_progress\.png")
 WIDTH, HEIGHT, MARGIN = 860, 280, 48  # of the curve, in pixels
+SPARSE = 30  # points of a curve, below which each is marked
 SMOOTH = 0.9  # of the running mean beside the single updates
 
 Point = tuple[float, float]
@@ -70,41 +72,61 @@ def write_report(folder: Path, title: str, facts: Mapping[str, Any]) -> Path:
 def curve(losses: Sequence[Point], held_out: Sequence[Point]) -> str:
     """The losses over the iterations, as SVG: single updates, their running mean, held out."""
     every = [*losses, *held_out]
-    left, right = 0.0, max(x for x, _ in every)
-    low, high = min(y for _, y in every), max(y for _, y in every)
-    if high == low:
-        low, high = low - 1, high + 1
+    across = ticks(0, max(x for x, _ in every))
+    up = ticks(min(0.0, min(y for _, y in every)), max(y for _, y in every))
+    right, (low, high) = across[-1], (up[0], up[-1])
 
-    def place(point: Point) -> str:
-        x = MARGIN + (point[0] - left) / (right - left) * (WIDTH - 2 * MARGIN)
-        y = HEIGHT - MARGIN + (point[1] - low) / (high - low) * (2 * MARGIN - HEIGHT)
-        return f"{x:.1f},{y:.1f}"
+    def place(x: float, y: float) -> tuple[str, str]:
+        left = MARGIN + x / right * (WIDTH - 2 * MARGIN)
+        top = HEIGHT - MARGIN - (y - low) / (high - low) * (HEIGHT - 2 * MARGIN)
+        return f"{left:.1f}", f"{top:.1f}"
 
     def line(points: Sequence[Point], style: str) -> str:
-        return f'<polyline fill="none" {style} points="{" ".join(map(place, points))}"/>'
+        places = " ".join(",".join(place(*point)) for point in points)
+        return f'<polyline fill="none" stroke-linejoin="round" {style} points="{places}"/>'
 
-    marks = []
-    for i in range(5):
-        y = low + (high - low) * i / 4
-        x = right * i / 4
-        across, down = place((left, y)), place((x, low))
-        marks.append(f'<text x="4" y="{across.split(",")[1]}" dy="4">{y:.3g}</text>')
-        marks.append(
-            f'<text x="{down.split(",")[0]}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">'
-            f"{x:.0f}</text>"
+    parts = []
+    for y in up:
+        x0, top = place(0, y)
+        parts.append(f'<path stroke="#e6eaf0" d="M{x0} {top}H{WIDTH - MARGIN}"/>')
+        parts.append(
+            f'<text x="{MARGIN - 8}" y="{top}" dy="4" text-anchor="end">{_short(y)}</text>'
         )
-    drawn = [
-        line(losses, 'stroke="#b9c6d8" stroke-width="1"'),
-        line(running_mean(losses), 'stroke="#2463b5" stroke-width="2"'),
+    for x in across:
+        left, foot = place(x, low)
+        parts.append(f'<text x="{left}" y="{foot}" dy="20" text-anchor="middle">{_short(x)}</text>')
+    parts.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 8}" text-anchor="end">iterations</text>')
+    kinds = [
+        ("each update", losses, "#a9b9d0", 1),
+        ("running mean", running_mean(losses), "#2463b5", 2),
+        ("held out", held_out, "#c2571a", 2),
     ]
-    legend = "light: each update; blue: their running mean"
-    if held_out:
-        drawn.append(line(held_out, 'stroke="#c2571a" stroke-width="2"'))
-        legend += "; orange: held out"
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss">{"".join(marks)}'
-        f'{"".join(drawn)}<text x="{MARGIN}" y="16">{legend}</text></svg>'
-    )
+    left_of_name = MARGIN
+    for name, points, colour, width in kinds:
+        if not points:
+            continue
+        parts.append(line(points, f'stroke="{colour}" stroke-width="{width}"'))
+        if width == 2 and len(points) < SPARSE:
+            circles = (place(*point) for point in points)
+            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in circles]
+        parts.append(f'<path stroke="{colour}" stroke-width="3" d="M{left_of_name} 14h18"/>')
+        parts.append(f'<text x="{left_of_name + 24}" y="18">{name}</text>')
+        left_of_name += 130
+    drawn = "".join(parts)
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss">{drawn}</svg>'
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers, evenly apart, the first at or below `low` and the last at or above `high`."""
+    rough = (high - low) / 5 or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(step for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9)) * power
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def _short(number: float) -> str:
+    return f"{round(number, 10):.10g}"
 
 
 def running_mean(points: Sequence[Point]) -> list[Point]:

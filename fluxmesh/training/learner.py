@@ -87,9 +87,11 @@ class Learner:
         made_of = self.plan.parts(number)
         for part in made_of:
             batch = self.batch(part)
-            total = total + self.gradient(part, batch, parts * len(made_of))
+            vector = self.gradient(part, batch, parts * len(made_of))
+            mx.eval(total)  # the device computed the one before while this one's graph was built
+            total = total + vector
             with self._bounded(batch):
-                mx.async_eval(total)  # the next one's graph is built while the device computes
+                mx.async_eval(total)
         return total
 
     def _bounded(self, batch: Batch) -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -65,3 +66,29 @@ def test_a_minute_of_training_teaches_the_embedded_model_a_robot_on_backgrounds_
         for pictures in (painted(prompts), painted(prompts, str(tmp_path / "mlx_output")))
     )
     assert (after < before / 2).all(), (before, after)
+
+
+@pytest.mark.timeout(900)
+def test_a_quantized_model_learns_nearly_as_well(fluxmesh: Run, tmp_path: Path, robot) -> None:
+    """Within 5% by the end of a long run (docs/training.md); after this short one, within more."""
+    sprites = np.zeros((robot.ROBOT + 1, 128, 128, 4), dtype=np.uint8)
+    sprites[robot.ROBOT] = robot.render_robot()
+    robot.write_dataset(tmp_path / "five", robot.shown(), sprites)
+    losses = {}
+    for bits in (None, 8, 4):
+        out = tmp_path / f"out-{bits}"
+        done = fluxmesh(
+            *("train", "five", "--model", "tiny", "--dtype", "float32", "--seed", 3),
+            *("--iterations", 40, "--grad-accumulate", 2, "--learning-rate", 2e-3),
+            *("--warmup-steps", 5, "--timesteps", "schnell", "--num-augmentations", 1),
+            *("--resolution", "64x64", "--validation", 2, "--checkpoint-every", 40),
+            *("--output-dir", out, "--cache-dir", "cache"),
+            *(("--quantize", "--bits", bits) if bits else ()),
+            timeout=300,
+        )
+        assert done.code == 0, done.err
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        (losses[bits],) = [line["loss"] for line in lines if line["event"] == "validated"]
+    assert losses[None] < 0.15, "it learns: 0.5 before"
+    assert losses[8] == pytest.approx(losses[None], rel=0.02)
+    assert losses[4] == pytest.approx(losses[None], rel=0.12)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxmesh_coordinator.output import encode_png
-from fluxmesh_coordinator.report import curve, running_mean, write_report
+from fluxmesh_coordinator.report import curve, running_mean, ticks, write_report
 from tests.datasets import SIZES, picture
 
 
@@ -33,11 +33,27 @@ def test_a_run_without_metrics_has_a_report_too(tmp_path):
 
 
 def test_the_curve_spans_its_frame_and_copes_with_one_point():
-    drawn = curve([(1, 0.5), (10, 1.5)], [])
+    drawn = curve([(0, 0.0), (10, 1.5)], [])
     (points,) = re.findall(r'stroke-width="1" points="([^"]*)"', drawn)
-    (_, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
-    assert (y0, x1, y1) == (232, 812, 48)
-    assert "nan" not in curve([(4, 2.0)], [])
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
+    assert (x0, y0, x1, y1) == (48, 232, 812, 48)
+    assert "nan" not in curve([(4, 2.0)], []) and "nan" not in curve([(4, 0.0)], [(4, 0.0)])
+    assert "held out" in curve([(4, 2.0)], [(4, 1.0)]) and "held out" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 600, [0, 200, 400, 600]),
+        (0, 0.788, [0, 0.2, 0.4, 0.6, 0.8]),
+        (0, 1.5, [0, 0.5, 1, 1.5]),
+        (0, 24, [0, 5, 10, 15, 20, 25]),
+        (0, 0, [0, 1]),
+        (-0.3, 1, [-0.5, 0, 0.5, 1]),
+    ],
+)
+def test_ticks_are_round_and_span_what_is_shown(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_the_running_mean_of_a_constant_is_that_constant():
