@@ -110,10 +110,11 @@ def cases(size: int, checkpoint: Path) -> list[Case]:
             Case("quantized and adapted", placement, **groups, adapter="beside"),
             Case("swapped", placement, **small, images=2, swapped=True),
             Case("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
-            # Thresholds that skip some steps: random models change much from step to step.
-            Case("cached", placement, steps=6, cache=0.65)
+            # Thresholds that skip some steps, for random models change much from step to step; one
+            # change is so near to them that the tokens which fill up a rank would tip it.
+            Case("cached", placement, steps=6, cache=0.608)
             if size < 4
-            else Case("cached", placement, **small, steps=6, cache=0.68),
+            else Case("cached", placement, **small, steps=6, cache=0.715),
         ]
     return found
 
