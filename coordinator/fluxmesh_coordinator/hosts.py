@@ -142,8 +142,12 @@ class Worker:
         known = self._step_seconds if measured else self._guesses
         known.setdefault(_shape(paint), seconds)
 
-    def lost_engine(self, now: float) -> None:
-        """What its engine held, knew and had in line is gone."""
+    def kill(self, epoch: int, now: float) -> None:
+        """The engine is being ended, with all that it held, knew and had in line; `epoch` begins.
+
+        Nothing of an older epoch is done or told from then on, even if it is on its way now.
+        """
+        self.epoch, self.killed = epoch, now
         self.line.clear()
         self.is_loaded = False
         self.ring = ("", 0, 1)
@@ -151,11 +155,6 @@ class Worker:
         self._is_new = True
         self._at = ""
         self._heard = self._moved = now
-
-    def kill(self, epoch: int, now: float) -> None:
-        """The engine is being ended; `epoch` begins."""
-        self.lost_engine(now)
-        self.epoch, self.killed = epoch, now
 
     def hold(self, holding: Holding | None) -> int:
         """The engine holds this now; returns by how many bytes that is more than before."""

@@ -55,7 +55,7 @@ class Recovery:
             return
         # A survivor of a broken ring fails too; the one to blame is the one that died.
         blamed = kind == failures.DIED or not self.course.has_ring_with(worker.rank)
-        self.engine_lost(worker, text, now, blamed=blamed, is_dead=fatal)
+        self.engine_lost(worker, text, now, blamed=blamed)
         if not fatal and kind in failures.OF_HOST:
             self._drop(worker.rank)
             if not self.course.workers:
@@ -69,11 +69,9 @@ class Recovery:
             if rank in self.course.workers:
                 self.course.workers[rank].patience *= 2
         # In a ring all wait for the one that hangs, and nobody knows which one that is.
-        self.engine_lost(worker, reason, now, blamed=not in_ring, is_dead=False)
+        self.engine_lost(worker, reason, now, blamed=not in_ring)
 
-    def engine_lost(
-        self, worker: Worker, reason: str, now: float, *, blamed: bool, is_dead: bool
-    ) -> None:
+    def engine_lost(self, worker: Worker, reason: str, now: float, *, blamed: bool) -> None:
         """What an engine had in line goes to others; in a ring, all engines end."""
         course, rank = self.course, worker.rank
         self.tell(HostLost(rank, worker.info.name, reason))
@@ -84,10 +82,8 @@ class Recovery:
             self._end_ring(reason, now)
         else:
             course.give_back(worker)
-            if is_dead:
-                worker.lost_engine(now)
-            else:
-                self.kill(worker, worker.epoch + 1, now)
+            # Also if it is dead: what is on its way would start another, and be told twice.
+            self.kill(worker, worker.epoch + 1, now)
         if not self.takes(rank):
             self._drop(rank)
             if not course.workers:

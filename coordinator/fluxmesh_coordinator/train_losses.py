@@ -90,7 +90,7 @@ class Losses:
         for other in self.course.members if in_ring else [hand]:
             other.worker.patience *= 2
         # In a ring all wait for the one that hangs, and nobody knows which one that is.
-        self._engine_lost(hand, reason, now, blamed=not in_ring, is_dead=False)
+        self._engine_lost(hand, reason, now, blamed=not in_ring)
 
     # What is lost
 
@@ -106,7 +106,7 @@ class Losses:
             return
         # A survivor of a broken ring fails too; the one to blame is the one that died.
         blamed = not fatal or kind == failures.DIED or not self._is_in_ring(hand)
-        self._engine_lost(hand, text, now, blamed=blamed, is_dead=fatal)
+        self._engine_lost(hand, text, now, blamed=blamed)
         if not fatal and kind in failures.OF_HOST:
             course.hands.pop(hand.rank, None)
             self._blame.leave_out(hand.rank)
@@ -140,9 +140,7 @@ class Losses:
         ring = self.course.ring
         return ring is not None and len(ring.ranks) > 1 and hand.rank in ring.ranks
 
-    def _engine_lost(
-        self, hand: Hand, reason: str, now: float, *, blamed: bool, is_dead: bool
-    ) -> None:
+    def _engine_lost(self, hand: Hand, reason: str, now: float, *, blamed: bool) -> None:
         course, rank = self.course, hand.rank
         self.tell(HostLost(rank, hand.worker.info.name, reason))
         if blamed:
@@ -150,10 +148,7 @@ class Losses:
         course.give_back(rank)
         if course.ring is not None and rank in course.ring.ranks:
             self._broken(reason, now)
-        elif is_dead:
-            hand.lost()
-            hand.worker.lost_engine(now)
-        else:
+        else:  # also if it is dead: what is on its way would start another, and be told twice
             self._kill(hand, hand.worker.epoch + 1, now)
         if not self.takes(rank):
             course.hands.pop(rank, None)

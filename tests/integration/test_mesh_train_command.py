@@ -38,7 +38,7 @@ def mesh(place, tmp_path_factory) -> Iterator[Up]:
 
 
 @pytest.fixture(scope="module")
-def alone(place, tmp_path_factory) -> bytes:
+def alone(place, tmp_path_factory) -> str:
     """What `OPTIONS` come to in this process."""
     out = tmp_path_factory.mktemp("alone")
     run(asked(place, out, iterations=40, checkpoint_every=12, lora_blocks=2, ema=0.9))

@@ -39,7 +39,7 @@ def small(place: Path, out: Path, **changed) -> TrainRequest:
 
 
 @pytest.fixture(scope="module")
-def alone(place, tmp_path_factory) -> bytes:
+def alone(place, tmp_path_factory) -> str:
     """The adapter that this process makes by itself."""
     out = tmp_path_factory.mktemp("alone")
     run(small(place, out))

@@ -88,7 +88,7 @@ def test_another_seed_gives_another_adapter(place, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def straight(place, tmp_path_factory) -> bytes:
+def straight(place, tmp_path_factory) -> str:
     """The adapter of a run that nothing stopped, with an average of weights and validation."""
     out = tmp_path_factory.mktemp("straight")
     run(asked(place, out, **RESUMED))

@@ -36,7 +36,7 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.train_jobs import TrainJob, Wanted
+from fluxmesh_coordinator.train_jobs import TrainJob, UnitEncoded, Wanted
 from fluxmesh_coordinator.train_session import TrainSession
 from tests.unit.meshes import GB, mac
 
@@ -95,7 +95,7 @@ class Engine:
             case messages.Join():
                 yield messages.Joined(message.epoch, message.rank)
             case messages.Encode():
-                array = np.zeros((1, 4, 8), np.uint16)
+                array = np.full((1, 4, 8), len(message.prompt), np.uint16)
                 yield messages.Encoded(*head, 0.1, False, 1, self.content, array, array[0])
             case messages.EncodeSource():
                 yield messages.SourceEncoded(*head, np.zeros((1, 16, 64), np.float32))
@@ -262,8 +262,12 @@ class Simulation:
 
     # Faults
 
-    def kill(self, rank: int) -> None:
-        self._empty(self.machines[rank])
+    def kill(self, rank: int, late: int = 0) -> None:
+        """An engine dies; another is given the last `late` messages: they were on their way."""
+        machine = self.machines[rank]
+        on_their_way = list(machine.line)[len(machine.line) - late :]
+        self._empty(machine)
+        machine.line.extend(on_their_way)
         epoch = self.session.course.hands[rank].worker.epoch
         self.feed(Reported(rank, messages.Failed(epoch, "job", "Died", "It was killed.", True)))
 
@@ -615,12 +619,14 @@ def test_a_mistake_of_the_request_ends_the_run() -> None:
     assert type(sim.end.error).__name__ == "UsageError"
 
 
-def test_a_host_that_dies_while_it_encodes_gives_its_units_back() -> None:
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_host_that_dies_while_it_encodes_gives_its_units_back(late: int) -> None:
     sim = Simulation(2)
-    once(sim, lambda report, rank: rank == 1, lambda: sim.kill(1))
-    units = tuple(Caption(str(i)) for i in range(8))
+    once(sim, lambda report, rank: rank == 1, lambda: sim.kill(1, late))
+    units = tuple(Caption("x" * i) for i in range(8))
     sim.ask(train_jobs.Encode(units))
-    assert {event.unit for event in sim.of(train_jobs.UnitEncoded)} == set(units)
+    found = [(event.unit, event.arrays["t5"][0, 0, 0]) for event in sim.of(UnitEncoded)]
+    assert sorted(found, key=lambda pair: pair[1]) == [(unit, i) for i, unit in enumerate(units)]
 
 
 # --- stopping ------------------------------------------------------------------------------------
