@@ -12,7 +12,7 @@
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test learn faults chaos lint parity ssh format clean
+.PHONY: help demo test learn faults chaos lint parity gpu ssh format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -105,6 +105,10 @@ lint: $(VENV)/.dev
 
 parity: $(VENV)/.dev
 	@$(BIN)/python -m pytest tests/parity
+
+# On a machine with a GPU that MLX computes on.
+gpu: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/gpu
 
 ssh: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/ssh

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -171,8 +171,24 @@ def plain_turned(pe: mx.array, *arrays: mx.array, **fixed: int) -> mx.array:
 def rotate(x: mx.array, pe: mx.array) -> mx.array:
     """Rotates each pair of neighbouring channels of x [..., hd]; computes in float32.
 
-    `pe` is [..., hd/2, 2]: the cosine and the sine of each pair's angle.
+    `pe` is [..., hd/2, 2]: the cosine and the sine of each pair's angle; a constant.
     """
+    return cast(mx.array, _rotate(x, pe))
+
+
+@mx.custom_function
+def _rotate(x: mx.array, pe: mx.array) -> mx.array:
+    return _rotated(x, pe)
+
+
+@_rotate.vjp
+def _rotate_back(primals: Any, above: mx.array, _: Any) -> tuple[mx.array, mx.array]:
+    """The same angles the other way: MLX's own gradient would sum over rows of two."""
+    _x, pe = primals
+    return _rotated(above, mx.stack([pe[..., 0], -pe[..., 1]], axis=-1)), mx.zeros_like(pe)
+
+
+def _rotated(x: mx.array, pe: mx.array) -> mx.array:
     pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 1, 2)
     cos, sin = pe[..., 0], pe[..., 1]
     across = mx.stack([-sin, cos], axis=-1)

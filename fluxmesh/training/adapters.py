@@ -95,7 +95,7 @@ class Adapters:
         for name, layer in self.layers.items():
             layer.lora_a, layer.lora_b = weights[name]["a"], weights[name]["b"]
 
-    def set_keys(self, keys: np.ndarray | None) -> None:
+    def set_keys(self, keys: mx.array | np.ndarray | None) -> None:
         """Dropout's random keys for one micro-batch, uint32 [layers, 2]; None drops nothing."""
         for i, layer in enumerate(self.layers.values()):
             layer.dropout.key = None if keys is None else mx.array(keys[i])

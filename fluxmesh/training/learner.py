@@ -26,7 +26,7 @@ from fluxmesh.training.plan import LEVELS, Part, Plan
 from fluxmesh.training.rates import learning_rate
 from fluxmesh.training.run import Moved
 from fluxmesh.training.sampling import SCHNELL_STEPS
-from fluxmesh.training.step import Batch, loss_and_gradient, squared_errors
+from fluxmesh.training.step import Batch, squared_errors, traced
 from fluxmesh.training.streams import VALIDATION, generator
 
 
@@ -65,6 +65,9 @@ class Learner:
             self.adapters.flatten(self.adapters.weights()), self.request
         )
         mx.eval(self.state.weights)
+        self.step = traced(
+            self.flux, self.adapters, self.request.guidance, self.request.grad_checkpoint
+        )
 
     # An update
 
@@ -105,14 +108,8 @@ class Learner:
         """The vector of a part, one of `parts` of an update, which is `batch`; lazily."""
         request = self.request
         dropped = request.lora_dropout > 0
-        loss, gradient = loss_and_gradient(
-            self.flux,
-            self.adapters,
-            batch,
-            request.guidance,
-            part.micro.dropout_keys(len(self.adapters.names)) if dropped else None,
-            request.grad_checkpoint,
-        )
+        keys = part.micro.dropout_keys(len(self.adapters.names)) if dropped else None
+        loss, gradient = self.step(batch, keys)
         weight = part.weight
         return exact.on_grid(weight * gradient, weight * loss, part.images, parts)
 

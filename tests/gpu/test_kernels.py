@@ -1,0 +1,51 @@
+"""On a GPU: kernels give what the plain forms do, and what is traced what is not.
+
+make gpu
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from fluxmesh.flux import fused
+from fluxmesh.training.step import loss_and_gradient
+from tests import fusing
+from tests.trainings import asked, learner, make_place
+
+FLUX = fusing.Shape(1, 1536, 512, 24, 128)
+SHAPES = (FLUX, fusing.Shape(2, 77, 13, 3, 64), fusing.Shape(1, 33, 5, 2, 16))
+
+
+def test_there_is_a_gpu() -> None:
+    assert fused.device() != "cpu", "These tests are about GPUs, and MLX finds none here."
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", fusing.NAMES)
+def test_kernels_compute_what_the_plain_forms_do(name: str, shape: fusing.Shape) -> None:
+    case = fusing.make(name, shape, mx.float32)
+    wanted = fusing.values_and_gradients(case.plain, case)
+    assert fusing.worst(fusing.values_and_gradients(case.fused, case), wanted) < 3e-6
+    narrow = fusing.make(name, shape, mx.bfloat16)
+    wanted = fusing.values_and_gradients(narrow.plain, narrow, mx.float32)
+    assert fusing.worst(fusing.values_and_gradients(narrow.fused, narrow), wanted) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_traced_gradient_is_the_one_that_is_not_and_repeats(tmp_path, dtype, kept) -> None:
+    made = learner(
+        asked(make_place(tmp_path), tmp_path, dtype=dtype, grad_checkpoint=kept, lora_dropout=0.3)
+    )
+    drawn = mx.random.normal((made.adapters.size,), key=mx.random.key(3))
+    made.adapters.install(made.adapters.unflatten(0.2 * drawn))
+    (part,) = made.plan.parts(3)
+    keys = part.micro.dropout_keys(len(made.adapters.names))
+    batch = made.batch(part)
+    _, plain = loss_and_gradient(made.flux, made.adapters, batch, made.request.guidance, keys)
+    (_, one), (_, two) = made.step(batch, keys), made.step(batch, keys)
+    assert np.array_equal(np.array(one), np.array(two))
+    bound = 1e-5 if dtype == "float32" else 2e-2
+    assert fusing.worst([np.array(one)], [np.array(plain)]) < bound
