@@ -85,6 +85,11 @@ class Fluxmesh(OnMlx):
 
     def __init__(self, config: FluxConfig, dtype: str, bits: int | None, low_memory: bool) -> None:
         super().__init__(config, dtype, bits)
+        self.ranks: Any = None  # over which `flow` is spread
+        self.low_memory = low_memory
+        self.flow: Any = self._made()
+
+    def _made(self) -> Any:
         from benchmarks.randomness import fill
         from fluxmesh.flux.components import group_size
         from fluxmesh.flux.model import Flux
@@ -95,10 +100,9 @@ class Fluxmesh(OnMlx):
                 group_size("transformer", f"{path}.weight", shape.shape)
             )
 
-        self.flow: Any = Flux(config)  # or one spread over ranks
-        self.ranks: Any = None  # these
-        self.low_memory = low_memory
-        fill(self.flow, self.dtype, is_quantized, bits)
+        flow = Flux(self.config)
+        fill(flow, self.dtype, is_quantized, self.bits)
+        return flow
 
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:
         import mlx.core as mx
@@ -110,6 +114,8 @@ class Fluxmesh(OnMlx):
         from fluxmesh.flux.schedule import timesteps
         from fluxmesh.flux.stepping import walked
 
+        if self.flow.modulation_released:
+            self.flow = self._made()
         noise, text, vector = self.inputs(height, width, text_tokens)
         schedule = ScheduleConfig(use_dynamic_shifting=True)
         times = timesteps(steps, noise.shape[1], schedule)

@@ -25,6 +25,7 @@ from fluxmesh.flux.sharding import Shard
 from fluxmesh.messages import Counters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
+PARTS = {**COMPONENTS, "modulation": ("modulation",)}  # that one is of the transformer
 BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
 
 
@@ -151,7 +152,7 @@ class Held:
         """Lets the transformer leave; it loads again when it is needed."""
         self._spread.clear()
         if self.pipeline is not None:
-            del self.pipeline.flow
+            del self.pipeline.flow, self.pipeline.modulation
 
     def drop_incomplete(self, placement: str) -> None:
         """Lets it leave if its modulation weights, which are needed again, were released."""
@@ -171,7 +172,7 @@ class Held:
         """The part that a placement runs: any shard of this rank, or the whole, for `tensor`."""
         if work.placement != "tensor":
             self.hold(Shard())
-        elif self.model.shard != Shard():
+        elif self.model.shard != Shard() or self.model.low_memory:
             self.hold(self.ring().shard)
 
     def flow(self, placement: str) -> Any:
@@ -179,15 +180,24 @@ class Held:
         if placement == "data":
             return self.model.flow
         if placement not in self._spread:
-            spread = TensorFlux if placement == "tensor" else SequenceFlux
-            self._spread[placement] = spread(self.model.flow, self.ring())
+            self._spread[placement] = self._spread_out(self.model.flow, placement)
         return self._spread[placement]
+
+    def planner(self, placement: str) -> Any:
+        """What makes modulations (`FluxPipeline.planner`), as the placement runs it."""
+        planner = self.model.planner()
+        if self.model.is_loaded("flow"):
+            return self.flow(placement)
+        return planner if placement == "data" else self._spread_out(planner, placement)
+
+    def _spread_out(self, flux: Any, placement: str) -> TensorFlux | SequenceFlux:
+        return (TensorFlux if placement == "tensor" else SequenceFlux)(flux, self.ring())
 
     def missing(self, component: str) -> list[str]:
         """The models of a component that are not in memory."""
-        if component not in COMPONENTS:
+        if component not in PARTS:
             raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
-        return [name for name in COMPONENTS[component] if not self.model.is_loaded(name)]
+        return [name for name in PARTS[component] if not self.model.is_loaded(name)]
 
     def load(self, component: str) -> Generator[Loading, None, None]:
         """Loads what is missing of a component, with an event before and after.
@@ -197,9 +207,13 @@ class Held:
         missing = self.missing(component)
         if not missing:
             return
-        self.doing = f"loading the {component}"
-        total = self.model.file_bytes(*missing)
-        yield Loading(component, 0, total)
+        is_part = component == "modulation"  # the rest of the transformer comes after it
+        goes_on = component == "transformer" and self.model.low_memory
+        shown = "transformer" if is_part else component
+        self.doing = f"loading the {shown}"
+        total = self.model.file_bytes(*(["flow"] if is_part else missing))
+        if not goes_on:
+            yield Loading(shown, 0, total)
         self.options.pause("load")
         gc.collect()  # what has left is gone before anything comes
         start, before = time.perf_counter(), mx.get_active_memory()
@@ -207,10 +221,12 @@ class Held:
             self._sizes.clear()
             for name in missing:
                 getattr(self.model, name)
-        self.load_rate = total / max(time.perf_counter() - start, 1e-6)
+        if not is_part and not goes_on:
+            self.load_rate = total / max(time.perf_counter() - start, 1e-6)
         if component == "transformer":
             self.done = replace(self.done, load_peak_bytes=max(0, peak.nbytes - before))
-        yield Loading(component, total, total)
+        if not is_part:
+            yield Loading(shown, total, total)
 
     def _hear(self, event: Loading) -> None:
         """Bytes were read: the one moment at which a load can stop."""

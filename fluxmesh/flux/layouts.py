@@ -309,6 +309,11 @@ def spellings(key: str) -> tuple[str, ...]:
     return (key, f"{COMFY_PREFIX}{key}")
 
 
+def modulates(name: str) -> bool:
+    """Whether a tensor, or a module, of the transformer only makes modulations."""
+    return not {"img_mod", "txt_mod", "modulation", "adaLN_modulation"}.isdisjoint(name.split("."))
+
+
 def parameter_count(tensors: Mapping[str, Target]) -> int:
     """Numbers that the model holds."""
     total = 0

@@ -25,6 +25,7 @@ from fluxmesh.flux.lora_files import (
     read_adapter,
     write_adapter,
 )
+from fluxmesh.flux.model import Part, is_part
 from fluxmesh.flux.sharding import Cut, cuts
 from fluxmesh.flux.weights import module_at, replace_module
 
@@ -72,17 +73,18 @@ def check_adapters(adapters: Paths, config: FluxConfig) -> None:
         read_adapter(path, config)
 
 
-def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False) -> None:
+def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False, part: Part = "all") -> None:
     """Applies LoRA files to a transformer, in place, beside those that it may have already.
 
     With `fuse` they are added into the weights: as fast as without, and not removable. A shard of
-    a transformer takes its own part of them. Raises
-    `ModelNotFoundError`, `WeightsError` or `AdapterError` (naming keys that match nothing) before
-    anything changes.
+    a transformer takes its own part of them, and so does a `part`. Raises `ModelNotFoundError`,
+    `WeightsError` or `AdapterError` (naming keys that match nothing) before anything changes.
     """
     joined = join_adapters(adapters, flux.config)
     shard_cuts = cuts(flux.config, flux.shard)
     for name, low in joined.items():
+        if not is_part(part, name):
+            continue
         if name in shard_cuts:
             low = part_of(low, shard_cuts[name])
         module = module_at(flux, name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,21 @@ from fluxmesh.flux.layers import (
     rope_tables,
     timestep_embedding,
 )
+from fluxmesh.flux.layouts import modulates
 from fluxmesh.flux.sharding import Shard
+
+Part = Literal["all", "modulation", "blocks"]
+"""Of a transformer: "modulation" is what `Flux.modulations` reads, "blocks" all that is left when
+that has been released."""
+
+
+def is_part(part: Part, name: str) -> bool:
+    """Whether a module, or a tensor, belongs to a part."""
+    if part == "modulation":
+        embeds = ("time_in.", "vector_in.", "guidance_in.")
+        tells_dtype = "double_blocks.0.img_attn.norm.query_norm."
+        return modulates(name) or name.startswith((*embeds, tells_dtype))
+    return part == "all" or not modulates(name)
 
 
 class Modulations(NamedTuple):
@@ -123,6 +137,8 @@ class Flux(nn.Module):
 
     def release_modulation(self) -> None:
         """Drops the modulation weights; `modulations` then raises until they are loaded again."""
+        if self.modulation_released:
+            return
         for double in self.double_blocks:
             del double.img_mod, double.txt_mod
         for single in self.single_blocks:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import hub, lora, precision, weights
+from fluxmesh.flux.model import Part
 from fluxmesh.flux.sharding import Shard
 from fluxmesh.request import BITS, DTYPES, AdapterRef
 
@@ -77,6 +78,7 @@ class Models:
         self.fuse_adapters = fuse_adapters
         self.on_loading = on_loading
         self.shard = Shard()  # what `flow` loads: set it while there is none
+        self.low_memory = False  # whether `flow` is loaded without its modulation
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
         weights.verify(self.checkpoint)
         if self.adapters:
@@ -97,11 +99,12 @@ class Models:
     @Lazy
     def flow(self) -> Any:
         """The transformer, with the adapters applied."""
-        tell = self._tell("transformer", "flow")
-        flow = weights.load_transformer(self.checkpoint, self.dtype, self.bits, tell, self.shard)
-        if self.adapters:
-            lora.apply_adapters(flow, self._adapter_pairs(), fuse=self.fuse_adapters)
-        return flow
+        return self._transformer("blocks" if self.low_memory else "all")
+
+    @Lazy
+    def modulation(self) -> Any:
+        """As much of the transformer as `modulations` needs: a quarter, for `low_memory`."""
+        return self._transformer("modulation")
 
     @Lazy
     def ae(self) -> Any:
@@ -133,6 +136,14 @@ class Models:
         """Bytes of the files of `t5`, `clip`, `flow` or `ae` together."""
         return sum(self.checkpoint.components[FOLDERS[name]].nbytes for name in names)
 
+    def _transformer(self, part: Part) -> Any:
+        tell = self._tell("transformer", "flow", goes_on=part == "blocks")
+        how = (self.dtype, self.bits, tell, self.shard, part)
+        flow = weights.load_transformer(self.checkpoint, *how)
+        if self.adapters:
+            lora.apply_adapters(flow, self._adapter_pairs(), self.fuse_adapters, part)
+        return flow
+
     def _adapter_pairs(self) -> list[tuple[str, float]]:
         return [(adapter.path, adapter.scale) for adapter in self.adapters]
 
@@ -141,15 +152,21 @@ class Models:
             self.on_loading(Loading("download", done, total))
 
     def _tell(
-        self, component: str, name: str, *, before: str = "", after: str = ""
+        self, component: str, name: str, *, before: str = "", after: str = "", goes_on: bool = False
     ) -> Callable[[int, int], None] | None:
         """A listener for the bytes of model `name`, as the loaders want it.
 
-        `before` and `after` name the model that loads earlier or later as part of `component`.
+        `before` and `after` name the model that loads earlier or later as part of `component`;
+        `goes_on`: an earlier part of this one was loaded before.
         """
         listen = self.on_loading
         if listen is None:
             return None
         done_before = self.file_bytes(before) if before else 0
         total = done_before + self.file_bytes(name) + (self.file_bytes(after) if after else 0)
-        return lambda done, _: listen(Loading(component, done_before + done, total))
+
+        def tell(done: int, all_of_it: int) -> None:
+            earlier = max(0, self.file_bytes(name) - all_of_it) if goes_on else 0
+            listen(Loading(component, done_before + earlier + done, total))
+
+        return tell

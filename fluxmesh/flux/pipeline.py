@@ -58,8 +58,8 @@ class FluxPipeline(Models):
         pads prompts to the checkpoint's own length, as FLUX was trained. `bits` (3|4|5|6|8)
         quantizes transformer and text encoders as they load. `adapters` are LoRA files, fused
         into the weights with `fuse_adapters`. `low_memory` drops the modulation weights (27% of
-        the transformer) once a request's modulations are computed. `on_loading` hears of bytes
-        read.
+        the transformer) once a request's modulations are computed, and loads the rest only then.
+        `on_loading` hears of bytes read.
 
         Raises `ModelNotFoundError`, `WeightsError`, `AdapterError` or `UsageError`.
         """
@@ -129,20 +129,29 @@ class FluxPipeline(Models):
     ) -> Plan:
         """What all images of a request share; with `low_memory`, drops the modulation weights.
 
-        `flow` is the transformer spread over a ring (`parallel.py`), if it is.
+        `flow` makes the modulations: the transformer, also spread over a ring (`parallel.py`), or
+        what is loaded of it for that (`planner`, which it is by itself).
         """
         h, w = latent_size
         tokens = (h // latents.PATCH) * (w // latents.PATCH)
         steps = num_steps or self.checkpoint.defaults.steps
         times = timesteps(steps, tokens, self.checkpoint.schedule, strength)
-        self.drop_incomplete_flow()
-        flow = self.flow if flow is None else flow
+        flow = self.planner() if flow is None else flow
         made = plan(flow, text, times, latent_size, guidance)
         if self.low_memory:
             mx.eval(made.modulations)
             flow.release_modulation()
+            del self.modulation
             mx.clear_cache()
         return made
+
+    def planner(self) -> Any:
+        """What makes modulations: the transformer, or with `low_memory` no more than it takes.
+
+        A transformer that is in memory and still has them serves as it is.
+        """
+        self.drop_incomplete_flow()
+        return self.modulation if self.low_memory and not self.is_loaded("flow") else self.flow
 
     def drop_incomplete_flow(self) -> None:
         """Lets a transformer whose modulation weights were released leave; it then loads again."""

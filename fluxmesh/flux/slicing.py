@@ -22,12 +22,12 @@ def shard_of(flux: Flux, shard: Shard) -> Flux:
     """Part `shard` of `flux`, evaluated; `flux` keeps all of its own.
 
     What is not cut is shared between the two. Raises `UsageError` where heads or quantization
-    groups don't divide, `RuntimeError` where the modulation weights were released.
+    groups don't divide.
     """
-    if flux.modulation_released:
-        raise RuntimeError("The modulation weights were released; load the transformer again.")
     check(flux.config, shard.size, is_quantized(flux))
     part = Flux(flux.config)
+    if flux.modulation_released:
+        part.release_modulation()
     found = cuts(flux.config, shard)
     for name, module in part.named_modules():
         if isinstance(module, nn.Linear | RMSNorm):

@@ -8,6 +8,7 @@ files hold; `quantize.py` writes a quantized folder with what is here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,7 @@ from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.clip import ClipTextModel
 from fluxmesh.flux.components import Reader, group_size, tables, verify
 from fluxmesh.flux.filled import filled
-from fluxmesh.flux.model import Flux
+from fluxmesh.flux.model import Flux, Part, is_part
 from fluxmesh.flux.sharding import Cut, Shard, check, cuts
 from fluxmesh.flux.t5 import T5Encoder
 from fluxmesh.flux.tokenizers import ClipTokenizer, T5Tokenizer
@@ -40,6 +41,7 @@ __all__ = [
 
 BLOCK_NUMBERS = 1 << 23  # numbers of a tensor in memory at once while columns are picked from it
 OnBytes = Callable[[int, int], None]  # bytes of the component read, and in all
+Wanted = Callable[[str], bool]  # whether a tensor is to be read, by its name
 
 
 def load_transformer(
@@ -48,18 +50,24 @@ def load_transformer(
     bits: int | None = None,
     on_bytes: OnBytes | None = None,
     shard: Shard | None = None,
+    part: Part = "all",
 ) -> Flux:
     """The transformer, evaluated. `bits` (3|4|5|6|8) quantizes the matrices of its blocks.
 
     With `shard`, only that part of its blocks and modulations is read and held; `parallel.tensor`
-    runs it. Raises `WeightsError` naming file and tensor; `UsageError` for other bits than those
-    that the checkpoint is stored in, and for a shard that the shapes don't allow.
+    runs it. Of the `part` "modulation" nothing but `modulations` may be called; "blocks" is what
+    `release_modulation` leaves. Raises `WeightsError` naming file and tensor; `UsageError` for
+    other bits than those that the checkpoint is stored in, and for a shard that the shapes don't
+    allow.
     """
     shard = shard or Shard()
     config = checkpoint.transformer
     check(config, shard.size, bool(bits or checkpoint.bits))
     reader = Reader(checkpoint, "transformer")
-    flux = _load(Flux(config), reader, dtype, bits, on_bytes, cuts(config, shard))
+    wanted = functools.partial(is_part, part)
+    flux = _load(Flux(config), reader, dtype, bits, on_bytes, cuts(config, shard), wanted)
+    if part == "blocks":
+        flux.release_modulation()
     hold_shard(flux, shard)
     return flux
 
@@ -190,14 +198,19 @@ def tensors(
     bits: int | None,
     on_bytes: OnBytes | None = None,
     parts: Mapping[str, Cut] = MappingProxyType({}),
+    wanted: Wanted = lambda name: True,
 ) -> Iterator[tuple[str, mx.array]]:
     """Every tensor of a component by name, in PyTorch's axis order; matrices quantized on the way.
 
     Each is evaluated when it comes. A quantized matrix comes as `weight`, `scales` and `biases`.
     Of the linears in `parts`, only the part comes; where inputs are cut, `bias` as `sum_bias`.
+    `on_bytes` is told of those that are `wanted`.
     """
-    done = 0
-    for name in reader.targets:
+    names = [name for name in reader.targets if wanted(name)]
+    done, total = 0, reader.nbytes
+    if len(names) < len(reader.targets):
+        total = sum(map(reader.stored_bytes, names))
+    for name in names:
         cut = parts.get(name.rpartition(".")[0])
         if cut is None:
             array = read_rows(reader, name, dtype)
@@ -216,7 +229,7 @@ def tensors(
                 yield f"{module}.{leaf}", part
         done += reader.stored_bytes(name)
         if on_bytes is not None:
-            on_bytes(done, reader.nbytes)
+            on_bytes(done, total)
 
 
 def _load(
@@ -226,6 +239,7 @@ def _load(
     bits: int | None,
     on_bytes: OnBytes | None,
     parts: Mapping[str, Cut] = MappingProxyType({}),
+    wanted: Wanted = lambda name: True,
 ) -> Any:
     stored_bits = reader.checkpoint.bits
     if stored_bits and bits not in (None, stored_bits):
@@ -236,7 +250,7 @@ def _load(
     bits = stored_bits or bits
     if bits is not None:
         _quantize_modules(model, reader, bits)
-    for name, array in tensors(reader, dtype, bits, on_bytes, parts):
+    for name, array in tensors(reader, dtype, bits, on_bytes, parts, wanted):
         *path, leaf = name.split(".")
         module = module_at(model, ".".join(path))
         if array.ndim == 4:  # PyTorch's out, in, height, width; MLX has channels last

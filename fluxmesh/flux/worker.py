@@ -9,8 +9,8 @@ What stays in memory (the memory policy):
 - Models stay until another unit needs the room. `Encode` without `stay` makes the transformer
   leave until the encoders are done, and the encoders leave before anything else loads.
 - Other weights, or another shard of these, make what is there leave first.
-- `low_memory` releases the modulation weights once they are used; the transformer leaves before
-  the first picture is decoded.
+- `low_memory` loads the modulation weights alone, uses them, and lets them leave before the rest
+  of the transformer comes; that leaves before the first picture is decoded.
 
 In a ring all ranks are given the same `Paint`s, and before each step they agree on whether anyone
 was told to stop (`Ranks.most`): a rank that stopped alone would leave the others in a collective.
@@ -122,11 +122,13 @@ class Worker(Held):
     def _load_all(self, work: Load) -> Reports:
         start = time.perf_counter()
         self.open(work.weights)
-        self._low_memory = work.low_memory
+        self._low_memory = self.model.low_memory = work.low_memory
         with self.meter.phase("load"):
             for component in work.components or ("transformer",):
                 if component == "transformer":
                     self.hold(Shard(work.shard, work.shards))
+                    if work.low_memory:  # the modulation weights come first, with an image
+                        continue
                 yield from self._loading(work, component)
         part = (work.shards, work.shard, self.content)
         holding = self.holding or Holding(work.weights, 0, *part)
@@ -179,6 +181,13 @@ class Worker(Held):
             return
         with self.meter.phase("denoise"):
             try:
+                if work.low_memory and self._kept_plan(work.placement, key) is None:
+                    if "transformer" in lacks:
+                        yield from self._loading(work, "modulation")
+                    if self._stops(work):  # all ranks or none make the plan, and go on to load
+                        self.drop_transformer()
+                        return
+                    self._plan(work, key)
                 for component in lacks:
                     yield from self._loading(work, component)
             except Stopped:
@@ -354,7 +363,7 @@ class Worker(Held):
                 guidance=work.guidance,
                 latent_size=self._latent_size(work),
                 strength=work.strength,
-                flow=self.flow(work.placement),
+                flow=self.planner(work.placement),
             )
             mx.eval(plan.modulations, plan.pe)
             self._plans[work.placement] = (key, plan)

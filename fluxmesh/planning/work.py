@@ -132,6 +132,11 @@ class Work:
         return _resident(self.model.transformer, self.weights.dtype, self.weights.bits)
 
     @cached_property
+    def modulation_bytes(self) -> int:
+        """What `low_memory` lets leave of the transformer, which `tensor` splits."""
+        return _modulation_bytes(self.model.transformer, self.weights.dtype, self.weights.bits)
+
+    @cached_property
     def transformer_file(self) -> Resident:
         """Bytes of the transformer as a checkpoint stores it."""
         return _resident(self.model.transformer, "bfloat16", self.model.bits)
@@ -188,10 +193,11 @@ class Work:
             working = ACTIVATIONS * self.tokens * row
         transformer = self.transformer.on_each_of(shards)
         decode = self.autoencoder_bytes + self._decode_bytes()
+        if self.low_memory:  # the modulation weights, then the others, then the autoencoder
+            modulation = math.ceil(self.modulation_bytes / shards)
+            return Phases(max(modulation, transformer - modulation + working), decode)
         extra = self.autoencoder_bytes if self.preload else 0
-        return Phases(
-            transformer + working + extra, decode + (0 if self.low_memory else transformer)
-        )
+        return Phases(transformer + working + extra, decode + transformer)
 
     def _decode_bytes(self) -> int:
         ae = self.model.autoencoder
@@ -251,6 +257,13 @@ def _resident(config: FluxConfig, dtype: str, bits: int | None) -> Resident:
     return Resident(
         _bytes("transformer", split, dtype, bits), _bytes("transformer", kept, dtype, bits)
     )
+
+
+@lru_cache(maxsize=64)
+def _modulation_bytes(config: FluxConfig, dtype: str, bits: int | None) -> int:
+    tensors = layouts.transformer_tensors(config)
+    some = {name: target for name, target in tensors.items() if layouts.modulates(name)}
+    return _bytes("transformer", some, dtype, bits)
 
 
 @lru_cache(maxsize=64)

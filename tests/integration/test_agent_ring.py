@@ -64,6 +64,37 @@ async def paint(ones: list[Coordinator], works: list[Paint]) -> list[messages.St
     return steps
 
 
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+def test_low_memory_in_a_ring_paints_the_same_and_holds_less(
+    tmp_path: Path, weights: Weights, placement: str
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights) as ones:
+            await join_ring(ones, 1)
+            text = await encode(ones[0], weights)
+
+            async def painted(**how: object) -> tuple[np.ndarray, list[int]]:
+                works = [painting(one, weights, text, placement=placement, **how) for one in ones]
+                steps = await paint(ones, works)
+                return steps[-1].latents, [
+                    (await one.status()).counters.transformer_bytes for one in ones
+                ]
+
+            for one in ones:
+                await one.done(Load(*one.head(), weights, low_memory=True))
+                assert (await one.until(messages.Loaded)).holding.nbytes == 0
+            low, held = await painted(low_memory=True)
+            plain, whole = await painted(job="another")  # what was released is loaded again
+            assert np.array_equal(low, plain)
+            assert all(a < 0.9 * b for a, b in zip(held, whole, strict=True))
+            again, left = await painted(job="third", low_memory=True)  # released, not loaded
+            assert np.array_equal(again, plain) and left == held
+            more, _ = await painted(job="third", low_memory=True, image=1)
+            assert np.array_equal(more, plain)
+
+    play(scene())
+
+
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from fluxmesh import messages
 from fluxmesh.cluster import Weights
@@ -16,7 +18,7 @@ from fluxmesh.flux.holding import Options
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.flux.worker import Worker, from_wire, to_wire
 from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import TRANSFORMER, make_checkpoint
 
 HEAD = (0, "job", 0)
 R = TypeVar("R", bound=Report)
@@ -157,6 +159,32 @@ def test_low_memory_paints_the_same_and_the_transformer_leaves_before_the_decode
     assert np.array_equal(latents(worker, replace(work, job="next"))[-1], expected)
     list(worker.do(Decode(0, "next", 0, weights, (0,), 32, 48, expected)))
     assert "flow" not in loaded(worker)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_low_memory_never_holds_modulation_weights_and_others_at_once(
+    tmp_path: Path, bits: int | None
+) -> None:
+    wide = replace(TRANSFORMER, hidden_size=512, num_heads=4, axes_dim=(16, 56, 56))
+    made = make_checkpoint(tmp_path, transformer=wide)
+    weights = Weights(str(made.path), "float32", bits)
+    peaks, sizes = {}, {}
+    for low in (False, True):
+        worker, told = Worker(), []
+        for report in worker.do(painting(worker, weights, low_memory=low)):
+            if isinstance(report, messages.Progress):
+                told.append((report.component, report.done_bytes, report.total_bytes))
+        flow = worker.model.flow
+        assert flow.modulation_released == low and not worker.model.is_loaded("modulation")
+        assert told[0][1] == 0 and told[-1][1] == told[-1][2]
+        assert {(name, total) for name, _, total in told} == {("transformer", told[0][2])}
+        peaks[low] = worker.meter.now("denoise")
+        sizes[low] = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
+        del worker, flow  # or they would be in the next one's peak
+    spared = sizes[False] - sizes[True]
+    assert spared > 0.2 * sizes[False]
+    # While it is quantized, a matrix of these small models takes as much as some that were spared.
+    assert peaks[False] - peaks[True] > (0.5 if bits else 0.9) * spared
 
 
 def test_encoders_that_may_not_stay_make_room_and_leave(worker: Worker, weights: Weights) -> None:

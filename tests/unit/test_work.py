@@ -78,7 +78,8 @@ def test_low_memory_and_preload_change_what_is_held_when() -> None:
         Work.of(ask(**keys), FLUX).memory("data", 1, 1)
         for keys in ({}, {"low_memory": True}, {"preload": True})
     )
-    assert low.decode < plain.decode and low.denoise == plain.denoise
+    assert low.decode < plain.decode
+    assert 6.3e9 < plain.denoise - low.denoise < 6.6e9, "modulation is 27% of 23.8 GB"
     assert loaded.denoise > plain.denoise
 
 
