@@ -1,7 +1,4 @@
-"""On a GPU: kernels give what the plain forms do, and what is traced what is not.
-
-make gpu
-"""
+"""`make gpu`: kernels give what the plain forms do, and what is traced gives what is not."""
 
 from __future__ import annotations
 
