@@ -7,6 +7,7 @@
 #   make learn     the embedded checkpoint is taught a robot: a minute or two of training
 #   make lint      ruff and mypy          } these two install
 #   make parity    against diffusers      } torch and diffusers
+#   make gpu       kernels against the plain forms, on a machine with a GPU
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
 #
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
