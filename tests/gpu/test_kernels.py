@@ -27,7 +27,7 @@ def test_kernels_compute_what_the_plain_forms_do(name: str, shape: fusing.Shape)
     assert fusing.worst(fusing.values_and_gradients(case.fused, case), wanted) < 3e-6
     narrow = fusing.make(name, shape, mx.bfloat16)
     wanted = fusing.values_and_gradients(narrow.plain, narrow, mx.float32)
-    assert fusing.worst(fusing.values_and_gradients(narrow.fused, narrow), wanted) < 1e-2
+    assert fusing.worst(fusing.values_and_gradients(narrow.fused, narrow), wanted) < 3e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

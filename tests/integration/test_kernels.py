@@ -1,0 +1,61 @@
+"""The source of every CUDA kernel, emulated (`tests/emulation.py`), beside its plain form."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import mlx.core as mx
+import pytest
+
+from fluxmesh.flux import cuda, fused
+from tests import fusing
+from tests.emulation import Emulated
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="builds with g++ on Linux"
+)
+SHAPES = (fusing.Shape(2, 11, 4, 3, 16), fusing.Shape(1, 5, 2, 9, 128))  # 6 and 144 packs a row
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def emulated(monkeypatch, libraries):
+    """`fused.py` behaves as on a CUDA GPU; names of the kernels that ran."""
+    ran = []
+
+    def kernel(name, inputs, outputs, source):
+        ran.append(name)
+        return Emulated(libraries, cuda.HEADER, source, list(inputs), list(outputs))
+
+    monkeypatch.setattr(cuda, "_kernel", kernel)
+    monkeypatch.setattr(fused, "device", lambda: "cuda")
+    monkeypatch.setattr(fused, "compiled", lambda function: function)
+    fused._chosen.cache_clear()
+    yield ran
+    fused._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", fusing.NAMES)
+def test_a_kernel_computes_what_the_plain_form_does(name, shape, emulated):
+    case = fusing.make(name, shape, mx.float32)
+    wanted = fusing.values_and_gradients(case.plain, case)
+    assert not emulated
+    assert fusing.worst(fusing.values_and_gradients(case.fused, case), wanted) < 3e-6
+    assert emulated
+
+
+@pytest.mark.parametrize(("places", "channels"), [(700, 64), (33, 256), (5, 2048)])
+def test_groups_are_normed_over_several_chunks(places, channels, emulated):
+    keys = iter(mx.random.split(mx.random.key(2), 4))
+    x = 3 * mx.random.normal((2, places, channels), key=next(keys)) + 20
+    weights = [mx.random.normal((channels,), key=next(keys)) for _ in range(3)]
+    found = fused.group_norm(x, *weights, groups=32, silu=True)
+    wanted = fused.plain_group_norm(x, *weights, groups=32, silu=True)
+    assert mx.abs(found - wanted).max().item() < 2e-5
+    assert emulated == ["group_stats", "group_join", "group_apply"]
