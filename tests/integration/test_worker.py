@@ -187,6 +187,22 @@ def test_low_memory_never_holds_modulation_weights_and_others_at_once(
     assert peaks[False] - peaks[True] > (0.5 if bits else 0.9) * spared
 
 
+def test_low_memory_that_is_stopped_leaves_nothing(weights: Weights) -> None:
+    stop = False
+
+    def stopping() -> bool:
+        pipeline = worker.pipeline
+        return stop and pipeline is not None and pipeline.is_loaded("modulation")
+
+    worker = Worker(Options(stopping=stopping))
+    work = painting(worker, weights, low_memory=True)
+    stop = True
+    assert not only(worker, work, messages.Stepped)
+    assert not worker.model.is_loaded("modulation") and "flow" not in loaded(worker)
+    stop = False
+    assert len(latents(worker, work)) == 3
+
+
 def test_encoders_that_may_not_stay_make_room_and_leave(worker: Worker, weights: Weights) -> None:
     list(worker.do(Load(*HEAD, weights, components=("transformer", "autoencoder"))))
     assert loaded(worker) == ["flow", "ae"]

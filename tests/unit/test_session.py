@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fluxmesh import events, messages
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
+from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import Answered, Back, Gone, Reported, Stop
 from tests.fakes import FakeEngine, expected
 from tests.unit.simulation import SIZES, Simulation
@@ -193,6 +194,22 @@ def test_any_three_faults_on_four_hosts_lose_nothing(
                 getattr(mesh, fault[1])(fault[2])
 
     check(Simulation(4, n_images=images, placement=placement, faults=break_some).run())
+
+
+def test_a_host_is_told_of_as_slow_as_the_plan_takes_it_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first step is waited for accordingly."""
+    expected: list[tuple[str, float, bool]] = []
+
+    def expect(worker: Worker, paint: messages.Paint, seconds: float, *, measured: bool) -> None:
+        expected.append((paint.placement, seconds, measured))
+
+    monkeypatch.setattr(Worker, "expect", expect)
+    done = Simulation(2, placement="sequence").run()
+    option = done.session.course.option
+    assert option is not None
+    assert expected == [("sequence", option.phases[0].step_seconds, option.measured)] * 2
 
 
 def test_a_death_outside_of_a_ring_touches_nobody_else() -> None:

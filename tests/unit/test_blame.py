@@ -1,0 +1,39 @@
+"""Which hosts a job uses no more."""
+
+from __future__ import annotations
+
+from fluxmesh_coordinator.blame import APART, ENOUGH, Blame
+
+
+def failing(*times: float) -> Blame:
+    blame = Blame()
+    for now in times:
+        blame.failed(0, now)
+    return blame
+
+
+def test_two_failures_soon_after_one_another_are_too_many() -> None:
+    assert failing(10.0).takes(0)
+    assert not failing(10.0, 10.0 + APART - 1).takes(0)
+    assert failing(10.0, 10.0 + APART - 1).takes(1)
+    assert failing(10.0, 10.0 + APART).takes(0)
+
+
+def test_work_done_since_forgives_one_failure_and_not_the_next() -> None:
+    blame = Blame()
+    blame.failed(0, 1.0)
+    for _ in range(ENOUGH):
+        blame.worked(0)
+    blame.failed(0, 2.0)
+    assert blame.takes(0)
+    blame.failed(0, 3.0)
+    assert not blame.takes(0), "it has done nothing in between"
+
+
+def test_who_is_left_out_stays_out() -> None:
+    blame = Blame()
+    blame.leave_out(0)
+    for _ in range(ENOUGH):
+        blame.worked(0)
+    blame.failed(0, APART)
+    assert not blame.takes(0)
