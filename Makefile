@@ -10,7 +10,8 @@
 #   make gpu       kernels against the plain forms, on a machine with a GPU
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
 #
-# EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv.
+# EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv,
+# WORKERS how many tests run at once (half the cores, at least 3).
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test learn faults chaos lint parity gpu ssh format clean
@@ -74,8 +75,11 @@ demo: $(VENV)/.run
 	@echo "  $(BIN)/fluxmesh generate 'two dogs on a blue background'"
 
 # Most tests wait for processes: a few at once, also on two cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS ?= $(shell n=$$(($(CORES) / 2)); [ $$n -gt 3 ] && echo $$n || echo 3)
+
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -n 3 --dist worksteal
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 learn: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/learn
@@ -87,7 +91,7 @@ ALONE := namespaces long_life
 
 faults: $(VENV)/.test
 	@failed=0; \
-	$(BIN)/python -m pytest --faults all -n 3 --dist worksteal \
+	$(BIN)/python -m pytest --faults all -n $(WORKERS) --dist worksteal \
 		$(FAULTS:%=tests/faults/test_%.py) || failed=1; \
 	$(BIN)/python -m pytest --faults all $(ALONE:%=tests/faults/test_%.py) || failed=1; \
 	exit $$failed
