@@ -19,6 +19,9 @@ from fluxmesh.transport import options
 from fluxmesh.transport.base import ConnectionClosed, NotAllowed
 from fluxmesh.transport.mailbox import Mailbox
 
+# Until ZeroMQ connects again by itself: a day. Its own "never", -1, ends the connection's line at
+# once, with what has arrived and was not read yet; so does the option IMMEDIATE.
+_NEVER_MS = 86_400_000
 _WAITING = 64  # messages taken off the socket and not received: more wait in ZeroMQ, then in TCP
 
 
@@ -73,11 +76,15 @@ class DialledConnection:
             else:
                 self._box.put([frame.buffer for frame in frames])
 
+    def _has_more(self) -> bool:
+        """Whether `_read` has not yet taken all that arrived."""
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
     async def _watch(self) -> None:
         while (await options.next_event(self._monitor)).kind != zmq.EVENT_DISCONNECTED:
             continue
         await asyncio.sleep(0.02)  # what arrived last is still on its way through ZeroMQ
-        while len(self._box) >= _WAITING and not self._box.ended:
+        while not self._box.ended and (self._has_more() or len(self._box) >= _WAITING):
             await asyncio.sleep(0.02)
         self._box.end(f"The agent at {self.label} is gone, or silent for too long.")
 
@@ -98,7 +105,7 @@ class CurveDialer:
         sock = self._context.socket(zmq.DEALER)
         options.guard(sock, host)
         sock.setsockopt(zmq.ROUTING_ID, secrets.token_hex(16).encode())
-        sock.setsockopt(zmq.RECONNECT_IVL, -1)
+        sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
         sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
         sock.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
         sock.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())

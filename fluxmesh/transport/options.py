@@ -48,7 +48,6 @@ class SocketEvent:
 def guard(sock: zmq.asyncio.Socket, host: str) -> None:
     """The options of every socket: limits, heartbeats, an end to waiting."""
     sock.setsockopt(zmq.LINGER, LINGER_MS)
-    sock.setsockopt(zmq.IMMEDIATE, 1)
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER)
     sock.setsockopt(zmq.RCVHWM, HIGH_WATER)
     # CURVE wraps a frame in some more bytes.

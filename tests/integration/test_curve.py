@@ -102,6 +102,24 @@ def test_what_was_sent_last_arrives_before_the_end(tmp_path: Path) -> None:
     run(main())
 
 
+def test_what_arrived_is_read_also_when_the_end_was_seen_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with wire(tmp_path) as made:
+            near, far = await made.pair()
+            for number in range(100):
+                await far.send(Done(), number)
+            await asyncio.sleep(0.2)  # all is here; most is taken off the socket, the rest waits
+            closing = asyncio.create_task(made.listener.close())
+            await asyncio.sleep(0.3)
+            for number in range(100):
+                assert await near.receive() == (number, Done())
+            with pytest.raises(ConnectionClosed):
+                await near.receive()
+            await closing
+
+    run(main())
+
+
 def test_a_closed_listener_frees_its_port_and_a_taken_one_is_named(tmp_path: Path) -> None:
     async def main() -> None:
         async with wire(tmp_path) as made:
