@@ -11,20 +11,23 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 from fluxmesh import __version__, messages
 from fluxmesh.backends import joining
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster import HostInfo, Weights
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.hostfile import Host
 from fluxmesh.keys import Keys
 from fluxmesh.messages import Message
 from fluxmesh.transport.dialer import CurveDialer, DialledConnection
+from fluxmesh_coordinator import conduct, driver
+from fluxmesh_coordinator.survey import host_info
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds that a test waits for anything
@@ -201,6 +204,17 @@ async def coordinator(
 def play(scene: Coroutine[Any, Any, T], seconds: float = 100.0) -> T:
     """Runs a scene to its end, or fails."""
     return asyncio.run(asyncio.wait_for(scene, seconds))
+
+
+def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner takes the agents, which share two cores, for slow machines of their own."""
+    for module in (conduct, driver):
+
+        def apart(rank: int, told: messages.Status) -> HostInfo:
+            info = host_info(rank, told)
+            return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
+
+        monkeypatch.setattr(module, "host_info", apart)
 
 
 async def encode(one: Coordinator, weights: Weights, prompt: str = "a cat") -> messages.Encoded:

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxmesh import Mesh, events, messages
-from fluxmesh.cluster import HostInfo, Placement
+from fluxmesh import Mesh, events
+from fluxmesh.cluster import Placement
 from fluxmesh.keys import Keys
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator import conduct, driver
 from fluxmesh_coordinator.album import Album
-from fluxmesh_coordinator.survey import host_info
 from tests.checkpoints import make_checkpoint
-from tests.integration.agents import agent
+from tests.integration.agents import agent, as_if_apart
 from tests.integration.test_mesh import counters, pictures, record_of
 from tests.parallel.cases import ODD, ON_DISK
 
@@ -48,17 +46,6 @@ def meshes(
         ]
         whole = record_of(agents)
         yield {n: stack.enter_context(Mesh.connect(whole.only(range(n)), user)) for n in sizes}
-
-
-def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planner takes the agents, which share two cores, for slow machines of their own."""
-    for module in (conduct, driver):
-
-        def apart(rank: int, told: messages.Status) -> HostInfo:
-            info = host_info(rank, told)
-            return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
-
-        monkeypatch.setattr(module, "host_info", apart)
 
 
 class Latents:
