@@ -56,7 +56,6 @@ class Worker(Held):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
         self.quiet = ""  # what it does, while it gives no other sign of life
-        self._low_memory = False
         self._plans: dict[str, tuple[bytes, Plan]] = {}  # the latest of each placement
         self._warm: set[Any] = set()  # what steps were run at: kernels are compiled for it
         self._job = ""
@@ -122,7 +121,7 @@ class Worker(Held):
     def _load_all(self, work: Load) -> Reports:
         start = time.perf_counter()
         self.open(work.weights)
-        self._low_memory = self.model.low_memory = work.low_memory
+        self.model.low_memory = work.low_memory
         with self.meter.phase("load"):
             for component in work.components or ("transformer",):
                 if component == "transformer":
@@ -173,7 +172,7 @@ class Worker(Held):
         pipeline = self.open(work.weights)
         shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
-        self._low_memory = pipeline.low_memory = work.low_memory
+        pipeline.low_memory = work.low_memory
         key = _plan_key(work)
         lacks = self._lacks(work, key)
         going = self._agree(work, LOADS if lacks else GOES_ON)
@@ -235,7 +234,7 @@ class Worker(Held):
 
     def _decode(self, work: Decode) -> Reports:
         pipeline = self.open(work.weights)
-        if self._low_memory:
+        if pipeline.low_memory:
             self.drop_transformer()
         with self.meter.phase("decode"):
             yield from self._loading(work, "autoencoder")
@@ -246,7 +245,7 @@ class Worker(Held):
             start = time.perf_counter()
             config = pipeline.checkpoint.autoencoder
             room = memory.decoding_room(
-                config, work.height, work.width, pipeline.dtype, self._low_memory
+                config, work.height, work.width, pipeline.dtype, pipeline.low_memory
             )
             with memory.bounded(room * len(work.images)):
                 pixels = to_pixels(pipeline.decode(mx.array(work.latents), self._latent_size(work)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ from fluxmesh.errors import UsageError
 from fluxmesh.flux import lora
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.tensorfile import read_header
-from fluxmesh.training import checkpoint, trainer
+from fluxmesh.training import checkpoint, step, trainer
 from fluxmesh.training.adapters import Dropout
 from fluxmesh.training.events import (
     CheckpointSaved,
@@ -62,6 +63,22 @@ def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype,
     assert without != pytest.approx(plain, rel=1e-4)  # dropout did something
     for name, layer in made.adapters.layers.items():  # what was lent is back, without a graph
         assert layer.lora_a is weights[name]["a"] and layer.dropout.key is None
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_gradient_that_is_traced_once_is_the_one_that_is_not(place, tmp_path, monkeypatch, kept):
+    """As on a GPU: weights, batch and dropout's keys reach it, and none of the first ones stay."""
+    monkeypatch.setattr(step, "fused", SimpleNamespace(compiled=mx.compile))
+    made = learner(asked(place, tmp_path, grad_checkpoint=kept, lora_dropout=0.3))
+    for number in (3, 4):
+        drawn = mx.random.normal((made.adapters.size,), key=mx.random.key(number))
+        made.adapters.install(made.adapters.unflatten(0.2 * drawn))
+        (part,) = made.plan.parts(number)
+        batch, keys = made.batch(part), part.micro.dropout_keys(len(made.adapters.names))
+        found = made.step(batch, keys)
+        wanted = loss_and_gradient(made.flux, made.adapters, batch, made.request.guidance, keys)
+        for one, other in zip(found, wanted, strict=True):
+            assert mx.linalg.norm(one - other).item() <= 1e-5 * mx.linalg.norm(other).item()
 
 
 def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):

@@ -196,10 +196,7 @@ def test_any_three_faults_on_four_hosts_lose_nothing(
     check(Simulation(4, n_images=images, placement=placement, faults=break_some).run())
 
 
-def test_a_host_is_told_of_as_slow_as_the_plan_takes_it_to_be(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its first step is waited for accordingly."""
+def test_a_first_step_is_waited_for_as_the_plan_reckons(monkeypatch: pytest.MonkeyPatch) -> None:
     expected: list[tuple[str, float, bool]] = []
 
     def expect(worker: Worker, paint: messages.Paint, seconds: float, *, measured: bool) -> None:
