@@ -154,6 +154,7 @@ class TrainingWorker(Worker):
         if self._learner is not None:
             self._learner.close()
             self._learner = None
+        pipeline.low_memory = False  # what a picture before this was painted with
         self.hold(Shard())
         self.drop_incomplete("data")
         pipeline.reload_text_encoders()

@@ -111,6 +111,15 @@ def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
     assert second.state() == first.state()
 
 
+def test_an_engine_that_painted_in_low_memory_trains_the_same(job):
+    plain, scarce = Host(job), Host(job)
+    scarce.do(messages.Load(*HEAD, job.weights, low_memory=True))
+    for host in (plain, scarce):
+        host.open()
+    (one, two) = (host.update(0)[-1] for host in (plain, scarce))
+    assert (one.loss, one.norm) == (two.loss, two.norm)
+
+
 def test_a_state_that_is_not_whole_is_refused(job):
     host = Host(job)
     piece = np.zeros(10, np.float32)
