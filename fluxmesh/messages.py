@@ -331,7 +331,7 @@ class Status(Message):
     measured: tuple[Measured, ...]
     counters: Counters
     holder: str  # client that holds the lease, or ""
-    job: str  # that runs, or ""
+    job: str  # that runs here, or holds the lease with nothing to do here now; or ""
     waiting: int  # coordinators in line
     reason: str = ""  # of the last failure
     ring: str = ""  # that its engine is in: `ring_name` of the nonce; "" outside of one

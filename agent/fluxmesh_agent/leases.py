@@ -68,6 +68,11 @@ class Leases:
         return self._holder.client if self._holder else ""
 
     @property
+    def job(self) -> str:
+        """What the holder has the lease for, or ""."""
+        return self._holder.job if self._holder else ""
+
+    @property
     def waiting(self) -> int:
         return len(self._line)
 

@@ -240,6 +240,7 @@ class Service:
             measured=tuple(self.measured.values()),
             memory=self.supervisor.options.memory,
             holder=holder,
+            job=self.lifecycle.job or self.leases.job,
             waiting=self.leases.waiting,
         )
 

@@ -25,6 +25,7 @@ def status_of(
     measured: tuple[Measured, ...],
     memory: int | None,
     holder: str,
+    job: str,
     waiting: int,
 ) -> Status:
     """The answer to `AskStatus`; `memory` is the most that the host's owner allows, in bytes."""
@@ -54,7 +55,7 @@ def status_of(
         measured=measured,
         counters=life.counters,
         holder=holder,
-        job=life.job,
+        job=job,
         waiting=waiting,
         reason=life.reason,
         ring=ring,

@@ -85,11 +85,8 @@ def survey(record: MeshRecord, keys: Keys | None = None) -> Survey:
 def in_use(found: Survey) -> str:
     """Why its agents should not be ended now, in a sentence; "" where nobody holds one."""
     for rank, status in found.statuses.items():
-        if status.job or status.holder:  # a job that holds a host may have nothing to do for it now
-            return (
-                f"Host {rank} works on {status.job or 'a job'}; wait until it is done, or use "
-                "--force."
-            )
+        if status.job:
+            return f"Host {rank} works on {status.job}; wait until it is done, or use --force."
     return ""
 
 

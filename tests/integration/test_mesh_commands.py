@@ -249,9 +249,9 @@ def long_job(machine: Machine) -> Iterator[tuple[subprocess.Popen[str], str]]:
     ) as painting:
         try:
             deadline = time.monotonic() + 30
-            while not (job := machine.hosts()[0]["job"]):
+            while (host := machine.hosts()[0])["state"] != "busy":
                 assert time.monotonic() < deadline and painting.poll() is None
-            yield painting, job
+            yield painting, host["job"]
         finally:
             painting.kill()
 

@@ -103,6 +103,20 @@ def test_a_conversation_that_breaks_takes_its_lease_with_it(tmp_path: Path) -> N
     play(tmp_path, body)
 
 
+def test_a_host_names_the_job_that_holds_it_also_between_two_units_of_its_work(
+    tmp_path: Path,
+) -> None:
+    async def body(mesh: FakeMesh) -> None:
+        client, _ = await leased(mesh, "first")
+        status = mesh.services[0].status()
+        assert (status.state, status.job) == ("idle", "first")
+        await client.ask(messages.LeaveQueue(), messages.Done)
+        assert mesh.services[0].status().job == ""
+        await client.close()
+
+    play(tmp_path, body)
+
+
 def test_what_was_told_of_an_earlier_lease_is_not_taken_for_the_next(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh) -> None:
         first, _ = await leased(mesh, "first")
