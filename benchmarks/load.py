@@ -2,6 +2,7 @@
 
     python -m benchmarks.load                    # 34 GB of disk, a GPU, 5 minutes
     python -m benchmarks.load --blocks 5 9       # a transformer of 6 GB instead of 24
+    python -m benchmarks.load --model tiny       # the commands alone, with a model that you have
     python -m benchmarks.load --small            # tiny models, to try this program
 
 FLUX.1 at full size with random weights, from files on a disk (`folders.py`). First the disk's own
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a disk's folder, for the time of the run")
     parser.add_argument("--bits", type=int, choices=(3, 4, 5, 6, 8), help="quantize while loading")
     parser.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--model", help="time the commands alone, with this model")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a request")
     parser.add_argument("--no-requests", action="store_true", help="leave the command line out")
     parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
@@ -66,10 +68,11 @@ def main() -> None:
         harness.write_json(options.json, results)
 
     try:
-        start = time.perf_counter()
-        written = write_models(folder, sizes_of(options))
-        say(f"wrote {written / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s")
-        measure_files(folder, options.bits, tell)
+        if not options.model:
+            start = time.perf_counter()
+            written = write_models(folder, sizes_of(options))
+            say(f"wrote {written / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s")
+            measure_files(folder, options.bits, tell)
         if not options.no_requests:
             measure_requests(folder, options, tell)
     finally:
@@ -186,23 +189,26 @@ def measure_requests(
     paths = (ROOT, ROOT / "agent", ROOT / "coordinator", *filter(None, [env.get("PYTHONPATH")]))
     env |= {
         "HOME": str(home),
+        "HF_HOME": env.get("HF_HOME", str(Path.home() / ".cache" / "huggingface")),
         "FLUXMESH_HOME": str(home / "config"),
         "FLUXMESH_STATE": str(home / "state"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }
-    model = ("--model", str(folder / "dev"))
-    size = "64x64" if options.small else "1024x1024"
+    model = ("--model", options.model or str(folder / "dev"))
     quantize = () if options.bits is None else ("--bits", str(options.bits))
-    paint = ("generate", PROMPT, *model, *quantize, "--image-size", size, "--seed", "7")
-    paint += ("--steps", str(options.steps), "--force", "--output", str(home / "out.png"))
+    paint = ("generate", PROMPT, *model, *quantize, "--seed", "7", "--steps", str(options.steps))
+    if not options.model:  # which else paints at its own size
+        paint += ("--image-size", "64x64" if options.small else "1024x1024")
+    paint += ("--force", "--output", str(home / "out.png"))
 
     def timed(what: str, *command: str, cache: str = "") -> None:
         start = time.perf_counter()
         fluxmesh(env, *command)
         tell({"what": what, "cache": cache, "seconds": time.perf_counter() - start})
 
-    for cache in ("cold", "cached") if drop_cache(folder) else ("cached",):
+    can_drop = not options.model and drop_cache(folder)
+    for cache in ("cold" if can_drop else "", "cached"):
         if cache == "cold":
             drop_cache(folder)
         timed("a process for the request", *paint, cache=cache)
@@ -240,7 +246,9 @@ def report(results: list[Result]) -> str:
     disk = {result["cache"]: result["seconds"] for result in files if result["what"] == "disk"}
     header = ["who reads", "page cache", "GB", "s", "GB/s", "× the disk's own rate",
               "of it checks s", "peak over GB", "largest tensor GB"]  # fmt: skip
-    tables = [harness.table(header, [file_row(result, disk) for result in files])]
+    tables = []
+    if files:
+        tables.append(harness.table(header, [file_row(result, disk) for result in files]))
     requests = [
         [result["what"], result["cache"], f"{result['seconds']:.2f}"]
         for result in results

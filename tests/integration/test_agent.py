@@ -83,7 +83,7 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(host: Agent, weight
             await one.done(Decode(*one.head(), weights, (0,), 32, 32, step.latents))
             picture = (await one.until(messages.Pictured)).pixels
             status = await one.status()
-            assert (status.state, status.job, status.epoch) == ("ready", "", 0)
+            assert (status.state, status.job, status.epoch) == ("ready", "job", 0)
             counted = status.counters
             assert (counted.images, counted.steps, counted.encodes, counted.decodes) == (1, 3, 1, 1)
             assert counted.sent_bytes == 0

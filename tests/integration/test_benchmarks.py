@@ -125,6 +125,17 @@ def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
     assert list(room.iterdir()) == []
 
 
+def test_load_times_the_commands_alone_with_a_model_that_is_there(tmp_path: Path) -> None:
+    printed, results = run(tmp_path, "load", "--model", "tiny", "--steps", "1")
+    assert [one["what"] for one in results] == [
+        *["a process for the request"] * 2,
+        "fluxmesh up",
+        *[f"{number} request to the warm mesh" for number in ("first", "second", "third")],
+    ]
+    assert "| third request to the warm mesh |" in printed
+    assert "who reads" not in printed
+
+
 def test_train_times_a_step_of_each_kind_and_repeats_its_gradients(tmp_path: Path) -> None:
     room = tmp_path / "room"
     room.mkdir()
