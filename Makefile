@@ -74,12 +74,14 @@ demo: $(VENV)/.run
 	@echo "That was the embedded checkpoint, 'tiny'. Your own words:"
 	@echo "  $(BIN)/fluxmesh generate 'two dogs on a blue background'"
 
-# Most tests wait for processes: a few at once, also on two cores.
+# Most tests wait for processes: a few at once, also on two cores. Those that hold a time of
+# milliseconds against a limit have the machine to themselves.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell n=$$(($(CORES) / 2)); [ $$n -gt 3 ] && echo $$n || echo 3)
 
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
+	@$(BIN)/python -m pytest -m alone
 
 learn: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/learn

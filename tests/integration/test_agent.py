@@ -356,6 +356,7 @@ def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
     play(scene())
 
 
+@pytest.mark.alone
 def test_the_second_waits_sees_its_place_and_gets_the_lease_when_the_first_leaves(
     host: Agent,
 ) -> None:

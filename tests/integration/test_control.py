@@ -1,9 +1,8 @@
 """Cheap control: on a warm mesh, all that is not the engines' computing costs under 50 ms a job.
 
 Timed from the request to the last picture, without what the engines count as theirs
-(`tools/endurance.py`). A machine that runs other tests too is slow now and then, not always: what
-counts is the best of several jobs. `make faults` asserts the median, and the ranks' agreement with
-it, which four engines on two busy cores can't reach any day.
+(`tools/endurance.py`). A machine may be slow now and then: what counts is the best of several jobs.
+`make faults` asserts the median of many, and the ranks' agreement with it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fluxmesh_coordinator.mesh import Mesh
 from tests.checkpoints import make_checkpoint
@@ -36,6 +37,7 @@ def control(mesh: Mesh, model: str, placement: Any) -> float:
     return done.seconds - endurance.computing(before, after, with_agreement=True)
 
 
+@pytest.mark.alone
 def test_a_warm_mesh_of_four_costs_little_to_control(tmp_path: Path) -> None:
     model = str(make_checkpoint(tmp_path / "model", transformer=ON_DISK).path)
     with meshes(tmp_path, tmp_path, (HOSTS,), {}) as found:
