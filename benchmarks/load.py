@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything measured into this file")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.model and (options.no_requests or options.blocks):
+        parser.error("--model times the commands alone: leave --no-requests and --blocks out.")
     if options.case:
         harness.run_case(options.case, load)
         return
