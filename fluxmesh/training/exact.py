@@ -45,7 +45,8 @@ def on_grid(gradient: mx.array, loss: mx.array, images: int, parts: int) -> mx.a
 
 
 def read(total: mx.array) -> Total:
-    """The mean gradient and loss of a sum; evaluates the tail only."""
+    """The mean gradient and loss of a sum, zeros where it has no image; evaluates the tail only."""
     bad, images, loss = np.array(total[-TAIL:]).tolist()
-    mean = total[:-TAIL].astype(mx.float32) * 2.0**-GRID_BITS / images
-    return Total(mean, loss / 2**GRID_BITS / images, images, bad)
+    count = max(images, 1)  # none where every host was stopped before its first micro-batch
+    mean = total[:-TAIL].astype(mx.float32) * 2.0**-GRID_BITS / count
+    return Total(mean, loss / 2**GRID_BITS / count, images, bad)

@@ -143,17 +143,19 @@ def test_updates_come_in_their_order_and_with_their_features(job):
         host.do(training.Update(*HEAD, 0, (0,), 3, False))
 
 
-def test_an_update_that_is_stopped_moves_nothing(job):
+@pytest.mark.parametrize("done", [0, 1])
+def test_an_update_that_is_stopped_moves_nothing(job, done):
     asked = [False]
     host = Host(job, stopping=lambda: asked[0])
     host.open()
     before = host.state()
     host.bring(host.names.of_micro_batches([0, 1, 2]))
     reports = []
+    asked[0] = done == 0
     for report in host.worker.do(training.Update(*HEAD, 0, (0, 1, 2), 3, False)):
         reports.append(report)
-        asked[0] = True
-    assert [type(report) for report in reports] == [training.Computed]
+        asked[0] = len(reports) == done
+    assert [type(report) for report in reports] == [training.Computed] * done
     asked[0] = False
     assert host.state() == before
     assert isinstance(host.update(0)[-1], training.Moved)
