@@ -64,7 +64,6 @@ class Crew:
         bits = base.bits or request.bits
         self._reader = Reader(base.revision, request.dtype, bits, _device(mesh))
         self._number = 0  # of the task
-        self._counted = 0  # updates that the run knows of
         self._update: int | None = None
         self._given: tuple[int, Mapping[str, np.ndarray]] | None = None  # by the hosts, last
         job = job_of(plan, base, self._features, self._units.pixels)
@@ -101,18 +100,18 @@ class Crew:
 
     def open(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
         self._ask(train_jobs.Open(update, vectors))
-        self._update = self._counted = update
+        self._update = update
 
     def advance(self, update: int) -> Moved:
         self._update = None  # until it is known
         moved: Moved = self._ask(train_jobs.Advance(update))
-        self._update = self._counted = update + 1
+        self._update = update + 1
         return moved
 
     def halt(self) -> Moved | None:
         halted: train_jobs.Halted = self._ask(train_jobs.Halt())
         self._update = halted.update
-        return halted.moved if halted.update == self._counted + 1 else None
+        return halted.moved
 
     @property
     def update(self) -> int | None:

@@ -71,8 +71,8 @@ class Crew(Protocol):
         """Does update `update`, counted from 0: they come one after another."""
 
     def halt(self) -> Moved | None:
-        """After a call was interrupted: lets go; what `advance` would have returned if it came
-        to its end nevertheless."""
+        """After a call was interrupted: lets go. What the last update that came to its end did,
+        also where nobody was told; None if that isn't known."""
 
     @property
     def update(self) -> int | None:
@@ -238,10 +238,10 @@ class Run:
 
     def _leave(self) -> None:
         """Saves the last whole update, as far as it was counted."""
-        late = self.crew.halt()
-        if late is not None:
-            self._count(late)
-        if self.crew.update == self.counters.update:  # else it was stopped between the two
+        last = self.crew.halt()
+        if last is not None and self.crew.update == self.counters.update + 1:
+            self._count(last)  # it was stopped before it heard of it
+        if self.crew.update == self.counters.update:  # else the state is lost, or not known
             self._save()
 
     def _save(self) -> CheckpointSaved:
