@@ -25,11 +25,17 @@ def test_kernels_compute_what_the_plain_forms_do(name: str, shape: fusing.Shape)
     case = fusing.make(name, shape, mx.float32)
     wanted = fusing.values_and_gradients(case.plain, case)
     assert fusing.worst(fusing.values_and_gradients(case.fused, case), wanted) < 3e-6
+    # In bfloat16 a kernel rounds once, MLX's operations one after another: it is as near or nearer.
     narrow = fusing.make(name, shape, mx.bfloat16)
-    wanted = fusing.values_and_gradients(narrow.plain, narrow, mx.float32)
-    assert fusing.worst(fusing.values_and_gradients(narrow.fused, narrow), wanted) < 3e-2
+    truth = fusing.values_and_gradients(narrow.plain, narrow, mx.float32)
+    found = fusing.values_and_gradients(narrow.fused, narrow)
+    plain = fusing.values_and_gradients(narrow.plain, narrow)
+    for one, other, wanted in zip(found, plain, truth, strict=True):
+        bound = max(4e-3, 1.05 * fusing.worst([other], [wanted]))
+        assert fusing.worst([one], [wanted]) < bound
 
 
+@pytest.mark.timeout(600)  # CUDA's compiler takes minutes when nothing is on disk yet
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_traced_gradient_is_the_one_that_is_not_and_repeats(tmp_path, dtype, kept) -> None:
