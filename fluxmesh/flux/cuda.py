@@ -3,7 +3,8 @@
 Each is one pass over memory in the place of several: MLX's own operations write every intermediate
 out, and in bfloat16 round it. Here a value is read once, computed in float32 and rounded once.
 `fused.py` chooses between these and the plain forms, which say what each one computes and which
-the tests compare them with; nothing else calls this module.
+the tests compare them with; nothing else calls this module, but `cuda_groups.py` builds the
+autoencoder's kernels with it.
 
 MLX compiles a kernel when it first runs and keeps it. Inputs of which a kernel is not sure that
 they are contiguous MLX copies first (`ensure_row_contiguous`).
@@ -12,15 +13,12 @@ they are contiguous MLX copies first (`ensure_row_contiguous`).
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import mlx.core as mx
 
 PACK = 8  # numbers that a thread reads and writes at once: 16 bytes of bfloat16
 THREADS = 128  # of a block, at most
-GROUP_THREADS = 256
-GROUP_ROWS = 128  # places whose statistics one block takes: few enough that a cache holds them
 
 HEADER = """
 template <typename T> struct alignas(8 * sizeof(T)) Pack { T at[8]; };
@@ -212,108 +210,9 @@ GELU_BESIDE = """
 """
 
 
-# x + y + offset, a number for each channel.
-OFFSET_SUM = """
-  const long i = (static_cast<long>(blockIdx.x) * THREADS + threadIdx.x) * 8;
-  if (i >= size[0]) return;
-  float value[8], more[8], up[8];
-  load(x + i, value);
-  load(y + i, more);
-  load(offset + i % C, up);
-  #pragma unroll
-  for (int j = 0; j < 8; ++j) value[j] += more[j] + up[j];
-  store(sums + i, value);
-"""
-
-# Statistics of a chunk of ROWS places for each group of channels: mean, and sum of squares from it.
-# Threads keep eight channels each; what they have summed meets in shared memory, in one order.
-GROUP_STATS = """
-  constexpr int PACKS = C / 8, LINES = THREADS / PACKS, WIDTH = C / GROUPS;
-  __shared__ float parts[LINES][C];
-  __shared__ float means[GROUPS];
-  const int places = x_shape[1];
-  const int start = blockIdx.x * ROWS, stop = min(start + ROWS, places);
-  const int pack = threadIdx.x % PACKS, line = threadIdx.x / PACKS;
-  const T* mine = x + static_cast<long>(blockIdx.y) * places * C + pack * 8;
-  float sums[8], up[8];
-  load(offset + pack * 8, up);
-  for (int pass = 0; pass < 2; ++pass) {
-    float mean[8];
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      sums[j] = 0.0f;
-      mean[j] = pass ? means[(pack * 8 + j) / WIDTH] : 0.0f;
-    }
-    #pragma unroll 4
-    for (int row = start + line; row < stop; row += LINES) {
-      float value[8];
-      load(mine + static_cast<long>(row) * C, value);
-      #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float away = value[j] + up[j] - mean[j];
-        sums[j] += pass ? away * away : away;
-      }
-    }
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) parts[line][pack * 8 + j] = sums[j];
-    __syncthreads();
-    for (int group = threadIdx.x; group < GROUPS; group += THREADS) {
-      float sum = 0.0f;
-      for (int i = 0; i < LINES; ++i)
-        for (int c = 0; c < WIDTH; ++c) sum += parts[i][group * WIDTH + c];
-      if (pass == 0) sum /= (stop - start) * WIDTH;
-      if (pass == 0) means[group] = sum;
-      const long chunk = static_cast<long>(blockIdx.y) * gridDim.x + blockIdx.x;
-      stats[(chunk * GROUPS + group) * 2 + pass] = sum;
-    }
-    __syncthreads();
-  }
-"""
-
-# The chunks' statistics of one group of one picture, joined (Chan et al. 1979), and what they make
-# of the norm: a factor and an offset for each channel.
-GROUP_JOIN = """
-  constexpr int WIDTH = C / GROUPS;
-  const int group = blockIdx.x, chunks = stats_shape[1], all = places[0];
-  const float* mine = stats + (static_cast<long>(blockIdx.y) * chunks * GROUPS + group) * 2;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < chunks; i += THREADS)
-    sum += mine[i * GROUPS * 2] * min(ROWS, all - i * ROWS);
-  const float mean = block_sum<THREADS>(sum) / all;
-  sum = 0.0f;
-  for (int i = threadIdx.x; i < chunks; i += THREADS) {
-    const float away = mine[i * GROUPS * 2] - mean;
-    sum += mine[i * GROUPS * 2 + 1] + away * away * (min(ROWS, all - i * ROWS) * WIDTH);
-  }
-  const float inverse = rsqrtf(block_sum<THREADS>(sum) / (static_cast<float>(all) * WIDTH) + eps);
-  for (int c = group * WIDTH + threadIdx.x; c < (group + 1) * WIDTH; c += THREADS) {
-    const float by = static_cast<float>(weight[c]) * inverse;
-    affine[blockIdx.y * 2 * C + c] = by;
-    affine[blockIdx.y * 2 * C + C + c] =
-        static_cast<float>(bias[c]) - (mean - static_cast<float>(offset[c])) * by;
-  }
-"""
-
-GROUP_APPLY = """
-  const long pack = static_cast<long>(blockIdx.x) * THREADS + threadIdx.x;
-  if (pack >= static_cast<long>(x_shape[1]) * (C / 8)) return;
-  const int first = pack % (C / 8) * 8;
-  const long at = static_cast<long>(blockIdx.y) * x_shape[1] * C + pack * 8;
-  float value[8], by[8], up[8];
-  load(x + at, value);
-  load(affine + blockIdx.y * 2 * C + first, by);
-  load(affine + blockIdx.y * 2 * C + C + first, up);
-  #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    value[j] = value[j] * by[j] + up[j];
-    if (SILU) value[j] /= 1.0f + __expf(-value[j]);
-  }
-  store(normed + at, value);
-"""
-
-
 @functools.cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Any:
+def kernel_of(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Any:
+    """The kernel, built once: calls as `mx.fast.cuda_kernel` describes."""
     return mx.fast.cuda_kernel(
         name=f"fluxmesh_{name}",
         input_names=list(inputs),
@@ -340,7 +239,7 @@ def _blocks(
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
     """As `fused.modulated_norm`."""
     source = f"constexpr float eps = {eps}f;" + NORM.replace("@add", "")
-    kernel = _kernel("modulated_norm", ("x", "shift", "scale"), ("normed",), source)
+    kernel = kernel_of("modulated_norm", ("x", "shift", "scale"), ("normed",), source)
     B, S, D = x.shape
     threads, grid = _blocks(B * S, D, whole=True)
     (normed,) = kernel(
@@ -359,7 +258,7 @@ def gated_norm(
     """As `fused.gated_norm`."""
     source = f"constexpr float eps = {eps}f;" + NORM.replace("@add", ADD)
     names = ("x", "gate", "y", "shift", "scale")
-    kernel = _kernel("gated_norm", names, ("sums", "normed"), source)
+    kernel = kernel_of("gated_norm", names, ("sums", "normed"), source)
     B, S, D = x.shape
     threads, grid = _blocks(B * S, D, whole=True)
     sums, normed = kernel(
@@ -374,7 +273,7 @@ def gated_norm(
 
 def gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """As `fused.gated_sum`."""
-    kernel = _kernel("gated_sum", ("x", "gate", "y"), ("sums",), GATED_SUM)
+    kernel = kernel_of("gated_sum", ("x", "gate", "y"), ("sums",), GATED_SUM)
     B, S, D = x.shape
     threads, grid = _blocks(B * S, D, whole=False)
     (sums,) = kernel(
@@ -403,7 +302,7 @@ def turned(
     inputs = [pe.reshape(-1, S, hd), x, *scales[:2], *more, *scales[2:]]
     source = f"constexpr float eps = {eps}f;" + TURN.replace("@rows", rows)
     name = "turned_two" if more else "turned_one"
-    kernel = _kernel(name, tuple(names), ("turned",), source)
+    kernel = kernel_of(name, tuple(names), ("turned",), source)
     threads, grid = _blocks(B * S, groups * heads * hd, whole=False)
     (out,) = kernel(
         inputs=inputs,
@@ -427,7 +326,7 @@ def gelu(x: mx.array) -> mx.array:
     W = x.shape[-1]
     rows = x.size // W
     threads, grid = _blocks(rows, W, whole=False)
-    (out,) = _kernel("gelu", ("x",), ("out",), GELU)(
+    (out,) = kernel_of("gelu", ("x",), ("out",), GELU)(
         inputs=[x],
         template=[("T", x.dtype), ("W", W), *threads],
         output_shapes=[x.shape],
@@ -439,7 +338,7 @@ def gelu(x: mx.array) -> mx.array:
 
 def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     """As `fused.gelu_beside`."""
-    kernel = _kernel("gelu_beside", ("attn", "x"), ("joined",), GELU_BESIDE)
+    kernel = kernel_of("gelu_beside", ("attn", "x"), ("joined",), GELU_BESIDE)
     B, S, D = attn.shape
     width = D + x.shape[-1] - start
     threads, grid = _blocks(B * S, width, whole=False)
@@ -451,73 +350,6 @@ def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
         **grid,
     )
     return joined
-
-
-def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
-    """As `fused.offset_sum`."""
-    blocks = -(-x.size // PACK // GROUP_THREADS)
-    (sums,) = _kernel("offset_sum", ("x", "y", "offset", "size"), ("sums",), OFFSET_SUM)(
-        inputs=[x, y, offset, mx.array([x.size], dtype=mx.int64)],
-        template=[("T", x.dtype), ("C", x.shape[-1]), ("THREADS", GROUP_THREADS)],
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
-        grid=(blocks * GROUP_THREADS, 1, 1),
-        threadgroup=(GROUP_THREADS, 1, 1),
-    )
-    return sums
-
-
-def group_norm(
-    x: mx.array,
-    weight: mx.array,
-    bias: mx.array,
-    offset: mx.array,
-    *,
-    groups: int,
-    silu: bool,
-    eps: float,
-) -> mx.array:
-    """As `fused.plain_group_norm`, in three passes: statistics, their sum, the norm itself."""
-    B, *sides, C = x.shape
-    places = math.prod(sides)
-    flat = x.reshape(B, places, C)
-    rows = GROUP_ROWS if places >= 512 * GROUP_ROWS else GROUP_ROWS // 4
-    chunks = -(-places // rows)
-    block = {"threadgroup": (GROUP_THREADS, 1, 1)}
-    common = [("C", C), ("GROUPS", groups), ("ROWS", rows), ("THREADS", GROUP_THREADS)]
-    (stats,) = _kernel("group_stats", ("x", "offset"), ("stats",), GROUP_STATS)(
-        inputs=[flat, offset],
-        template=[("T", x.dtype), *common],
-        output_shapes=[(B, chunks, groups, 2)],
-        output_dtypes=[mx.float32],
-        grid=(chunks * GROUP_THREADS, B, 1),
-        **block,
-    )
-    names = ("stats", "weight", "bias", "offset", "places")
-    join = f"constexpr float eps = {eps}f;" + GROUP_JOIN
-    (affine,) = _kernel("group_join", names, ("affine",), join)(
-        inputs=[stats, weight, bias, offset, mx.array([places], dtype=mx.int32)],
-        template=common,
-        output_shapes=[(B, 2, C)],
-        output_dtypes=[mx.float32],
-        grid=(groups * GROUP_THREADS, B, 1),
-        **block,
-    )
-    blocks = -(-places * C // PACK // GROUP_THREADS)
-    (normed,) = _kernel("group_apply", ("x", "affine"), ("normed",), GROUP_APPLY)(
-        inputs=[flat, affine],
-        template=[("T", x.dtype), ("C", C), ("THREADS", GROUP_THREADS), ("SILU", silu)],
-        output_shapes=[flat.shape],
-        output_dtypes=[x.dtype],
-        grid=(blocks * GROUP_THREADS, B, 1),
-        **block,
-    )
-    return normed.reshape(x.shape)
-
-
-def suits_groups(channels: int) -> bool:
-    """Whether a block of threads shares rows of so many channels evenly."""
-    return channels % PACK == 0 and GROUP_THREADS % (channels // PACK) == 0
 
 
 def suits(*widths: int) -> bool:

@@ -3,8 +3,8 @@
 FLUX's norms, gates and rotations do little arithmetic on much data: written operation by operation
 they take a quarter of a step. Each function here is one of them with its neighbours: the layers
 call these and know of no device. The plain forms (`plain_*`) say what is computed. On a CUDA GPU
-`cuda.py` has a kernel for each, which keeps float32 inside and rounds once; on Metal MLX compiles
-the plain form into one kernel where it can; the CPU runs it as it stands.
+`cuda.py` and `cuda_groups.py` have a kernel for each, which keeps float32 inside and rounds once;
+on Metal MLX compiles the plain form into one kernel where it can; the CPU runs it as it stands.
 
 Gradients are those of the plain forms, which are computed again from the inputs on the way back,
 when their turn comes: nothing between the inputs and the result is kept.
@@ -22,7 +22,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux import cuda
+from fluxmesh.flux import cuda, cuda_groups
 
 EPS = 1e-6
 
@@ -117,7 +117,7 @@ def group_norm(
     PyTorch's group norm, over all places of a picture; with `silu`, swish after it. `weight`,
     `bias` and `offset` (a convolution's bias that nobody has added yet, or zeros) are [C].
     """
-    fits = cuda.suits_groups(x.shape[-1])
+    fits = cuda_groups.suits_groups(x.shape[-1])
     return _chosen("group_norm", fits, groups=groups, silu=silu)(x, weight, bias, offset)
 
 
@@ -278,6 +278,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "turned": functools.partial(cuda.turned, eps=EPS),
     "gelu": cuda.gelu,
     "gelu_beside": cuda.gelu_beside,
-    "group_norm": functools.partial(cuda.group_norm, eps=EPS),
-    "offset_sum": cuda.offset_sum,
+    "group_norm": functools.partial(cuda_groups.group_norm, eps=EPS),
+    "offset_sum": cuda_groups.offset_sum,
 }

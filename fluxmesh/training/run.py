@@ -135,7 +135,7 @@ class Run:
             if isinstance(stop, GeneratorExit):
                 raise
             if self.saved_at is None:
-                raise CancelledError("Stopped before the first update.") from None
+                raise CancelledError("Stopped before a checkpoint was saved.") from None
             raise CancelledError(
                 f"Stopped after iteration {self.saved_at}; go on with --resume."
             ) from None

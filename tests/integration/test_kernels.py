@@ -32,7 +32,7 @@ def emulated(monkeypatch, libraries):
         ran.append(name)
         return Emulated(libraries, cuda.HEADER, source, list(inputs), list(outputs))
 
-    monkeypatch.setattr(cuda, "_kernel", kernel)
+    monkeypatch.setattr(cuda, "kernel_of", kernel)
     monkeypatch.setattr(fused, "device", lambda: "cuda")
     monkeypatch.setattr(fused, "compiled", lambda function: function)
     fused._chosen.cache_clear()
