@@ -1,7 +1,7 @@
 """CUDA kernels for the autoencoder: group norm, and the sum that ends a residual block.
 
 Beside `cuda.py`, which has the transformer's, says what all of them are for, and builds them. A
-picture's channels are few and its places many: a block of threads takes rows of whole pictures.
+picture's channels are few and its places many: a block of threads takes several places, whole.
 """
 
 from __future__ import annotations

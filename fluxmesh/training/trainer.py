@@ -48,6 +48,7 @@ class Alone:
             pipeline, FeatureCache(folder), plan.examples, plan.sizes, request.seed
         )
         self._learner: Learner | None = None
+        self._last: tuple[int, Moved] | None = None  # update, and what it did
 
     @property
     def learner(self) -> Learner:
@@ -70,10 +71,14 @@ class Alone:
     def advance(self, update: int) -> Moved:
         mx.reset_peak_memory()
         numbers = self.plan.request.micro_batches(update)
-        return self.learner.advance(self.learner.total(numbers, len(numbers)))
+        moved = self.learner.advance(self.learner.total(numbers, len(numbers)))
+        self._last = (update, moved)
+        return moved
 
     def halt(self) -> Moved | None:
-        return None
+        if self._last is None or self._last[0] + 1 != self.update:
+            return None
+        return self._last[1]
 
     @property
     def update(self) -> int | None:

@@ -22,6 +22,7 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.learner import Learner, Moved
+from fluxmesh.training.run import Run
 from fluxmesh.training.sampling import deal
 from fluxmesh.training.trainer import DivergedError, train
 from tests.trainings import FINAL, asked, final, learner, make_place, of, run
@@ -176,6 +177,24 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_whole_update(
     with pytest.raises(CancelledError, match="iteration 8"):
         run(asked(place, tmp_path, checkpoint_every=16, **RESUMED))
     assert checkpoint.iterations(tmp_path) == [8]
+    monkeypatch.undo()
+    run(asked(place, tmp_path, resume=True, **RESUMED))
+    assert final(tmp_path) == straight
+
+
+def test_ctrl_c_before_an_update_is_counted_loses_nothing(place, tmp_path, straight, monkeypatch):
+    count, counted = Run._count, []
+
+    def interrupted(self, moved):
+        counted.append(moved)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        count(self, moved)
+
+    monkeypatch.setattr(Run, "_count", interrupted)
+    with pytest.raises(CancelledError, match="iteration 12"):
+        run(asked(place, tmp_path, checkpoint_every=16, **RESUMED))
+    assert counted[3] is counted[2]
     monkeypatch.undo()
     run(asked(place, tmp_path, resume=True, **RESUMED))
     assert final(tmp_path) == straight
