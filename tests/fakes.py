@@ -20,9 +20,9 @@ import numpy as np
 from fluxmesh import messages
 from fluxmesh.cluster import Holding, LinkInfo, Measured
 from fluxmesh.flux.noise import initial_noise
-from fluxmesh.homes import AgentHome, private_folder
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage.homes import AgentHome, private_folder
 from fluxmesh.transport.inproc import Network
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fluxmesh.keys import Allowlist, Keys
 from fluxmesh.messages import Done, Heartbeat
+from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.transport.base import Connection
 from fluxmesh.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh.transport.listener import AcceptedConnection, CurveListener

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.homes import private_folder
+from fluxmesh.storage.homes import private_folder
 
 MAX_BYTES = 8 << 30  # of one
 KEPT_BYTES = 32 << 30  # of all: those that were asked for the longest ago leave first

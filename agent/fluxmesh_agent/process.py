@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import AgentHome, private_folder, write_private
-from fluxmesh.keys import Allowlist, load_keys
-from fluxmesh.processes import started_at
+from fluxmesh.storage.homes import AgentHome, private_folder, write_private
+from fluxmesh.storage.keys import Allowlist, load_keys
+from fluxmesh.storage.processes import started_at
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions
 

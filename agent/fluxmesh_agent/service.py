@@ -20,8 +20,8 @@ from collections.abc import Coroutine, Sequence
 from fluxmesh import __version__, messages
 from fluxmesh.cluster import Measured
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.homes import AgentHome
 from fluxmesh.messages import Done, Heartbeat, Hello, Message, Refused
+from fluxmesh.storage.homes import AgentHome
 from fluxmesh.transport.base import Connection, ConnectionClosed, Listener
 from fluxmesh_agent import links
 from fluxmesh_agent.adapters import Adapters

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import AgentHome, private_folder, write_private
 from fluxmesh.messages import Message
-from fluxmesh.processes import kill_recorded, started_at
+from fluxmesh.storage.homes import AgentHome, private_folder, write_private
+from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.stream import AsyncChannel
 from fluxmesh.transport.base import ConnectionClosed
 

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from fluxmesh.cluster import Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import Home
 from fluxmesh.hostfile import CONTROL_PORT, Host, Hostfile
-from fluxmesh.keys import Keys, load_keys, store_keys
+from fluxmesh.storage.homes import Home
+from fluxmesh.storage.keys import Keys, load_keys, store_keys
 from fluxmesh_coordinator import asking, checks, launch, record, starter
 from fluxmesh_coordinator.checks import Finding
 from fluxmesh_coordinator.record import Member, MeshRecord

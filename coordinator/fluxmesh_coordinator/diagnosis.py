@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from fluxmesh.cluster import Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import Home
 from fluxmesh.messages import Status
+from fluxmesh.storage.homes import Home
 from fluxmesh_coordinator.checks import SKEW, Finding
 from fluxmesh_coordinator.record import MeshRecord
 from fluxmesh_coordinator.sameness import difference

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.homes import AgentHome
 from fluxmesh.hostfile import Host, Hostfile
-from fluxmesh.keys import Keys
-from fluxmesh.processes import kill_recorded
+from fluxmesh.storage.homes import AgentHome
+from fluxmesh.storage.keys import Keys
+from fluxmesh.storage.processes import kill_recorded
 from fluxmesh_coordinator.asking import ask, ssh_name, title
 from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME, Member, MeshRecord
 from fluxmesh_coordinator.starter import agent_command, hand_over

@@ -23,11 +23,11 @@ from fluxmesh import messages
 from fluxmesh.cluster import MeshView, Placement
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event
-from fluxmesh.keys import Keys
 from fluxmesh.placement import Plan
 from fluxmesh.placement import plan as find_plan
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.transport.base import Dialer

@@ -1,6 +1,6 @@
 """Pictures become files: PNG with its recipe, grids, names that are free.
 
-Below `painting.py`; `files.py` writes them, whole or not at all.
+Below `painting.py`; `atomic.py` writes them, whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from fluxmesh import __version__
 from fluxmesh.errors import OutputError, UsageError
-from fluxmesh_coordinator.files import write_file
+from fluxmesh.storage.atomic import write_file
 from fluxmesh_coordinator.recipe import KEYWORD
 
 DEFAULT_STEM = "out"

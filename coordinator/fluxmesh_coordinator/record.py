@@ -16,10 +16,10 @@ from typing import Any
 from fluxmesh import hostfile as hostfiles
 from fluxmesh.cluster import LinkInfo, Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import Home, read_private, write_private
 from fluxmesh.hostfile import Host, Hostfile
-from fluxmesh.keys import is_key
 from fluxmesh.request import AdapterRef
+from fluxmesh.storage.homes import Home, read_private, write_private
+from fluxmesh.storage.keys import is_key
 
 VERSION = 1
 THIS_MACHINE = '[{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]'

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxmesh_coordinator.files import write_file
+from fluxmesh.storage.atomic import write_file
 
 REPORT = "report.html"
 METRICS = "metrics.jsonl"

@@ -29,9 +29,9 @@ from typing import Any
 
 from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import AgentHome, private_folder, read_private, write_private
-from fluxmesh.keys import Allowlist
-from fluxmesh.processes import end_process, kill_recorded, started_at
+from fluxmesh.storage.homes import AgentHome, private_folder, read_private, write_private
+from fluxmesh.storage.keys import Allowlist
+from fluxmesh.storage.processes import end_process, kill_recorded, started_at
 
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from fluxmesh import messages
 from fluxmesh.cluster import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.homes import Home
-from fluxmesh.keys import Keys, load_keys
+from fluxmesh.storage.homes import Home
+from fluxmesh.storage.keys import Keys, load_keys
 from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.record import Member, MeshRecord

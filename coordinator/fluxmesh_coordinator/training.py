@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import CancelledError, UsageError
+from fluxmesh.storage.atomic import write_file
 from fluxmesh.training import checkpoint
 from fluxmesh.training.events import (
     CheckpointSaved,
@@ -27,7 +28,6 @@ from fluxmesh.training.events import (
 )
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator import record
-from fluxmesh_coordinator.files import write_file
 from fluxmesh_coordinator.output import encode_png
 from fluxmesh_coordinator.recipe import Recipe, sha256_of
 from fluxmesh_coordinator.report import METRICS, write_report

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from fluxmesh import messages
 from fluxmesh.cluster import Holding, LinkInfo, MeshView, Placement
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
-from fluxmesh.homes import Home
 from fluxmesh.planning.room import Memory, shortage
 from fluxmesh.planning.work import Work, tensor_problem
+from fluxmesh.storage.homes import Home
 from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator import record
 from fluxmesh_coordinator.bringup import Watcher, leave_out

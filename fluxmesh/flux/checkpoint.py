@@ -24,7 +24,7 @@ from fluxmesh.flux.config import (
     T5Config,
 )
 from fluxmesh.flux.singlefile import autoencoder_config_of, flux_config_of
-from fluxmesh.flux.tensorfile import read_index, read_json
+from fluxmesh.storage.safetensors import read_index, read_json
 
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 FORMAT = 1  # of a quantized folder's fluxmesh.json

@@ -17,7 +17,7 @@ from fluxmesh.errors import WeightsError
 from fluxmesh.flux import layouts
 from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
 from fluxmesh.flux.layouts import Rows, Tensors
-from fluxmesh.flux.tensorfile import (
+from fluxmesh.storage.safetensors import (
     FLOATS,
     NUMPY,
     Entry,

@@ -19,7 +19,7 @@ from fluxmesh.flux.lora_files import (
     read_adapter,
     write_adapter,
 )
-from fluxmesh.flux.tensorfile import read_header
+from fluxmesh.storage.safetensors import read_header
 
 
 def known_configs() -> list[FluxConfig]:

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux.tensorfile import ITEM_BYTES, NUMPY
+from fluxmesh.storage.safetensors import ITEM_BYTES, NUMPY
 
 Fill = Callable[[np.ndarray], None]
 

@@ -19,7 +19,7 @@ from typing import Any
 from fluxmesh import __version__
 from fluxmesh.errors import OutputError
 from fluxmesh.flux.checkpoint import FORMAT, MANIFEST, Checkpoint
-from fluxmesh.flux.tensorfile import cannot_write
+from fluxmesh.storage.safetensors import cannot_write
 
 SHARD_BYTES = 1 << 30  # a file of the folder; also what is held in memory before it is written
 # The library and class of each part, as diffusers' `from_pretrained` looks them up.

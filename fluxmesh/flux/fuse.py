@@ -26,7 +26,7 @@ from fluxmesh.flux.folders import (
 )
 from fluxmesh.flux.layouts import Rows, to_diffusers
 from fluxmesh.flux.lora import Adapter, Paths, find_adapter, join_adapters
-from fluxmesh.flux.tensorfile import write_tensors
+from fluxmesh.storage.safetensors import write_tensors
 
 OnBytes = Callable[[int, int], None]  # bytes done, and in all
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}

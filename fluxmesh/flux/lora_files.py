@@ -28,7 +28,7 @@ import numpy as np
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError, WeightsError
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.layouts import Rows, to_diffusers, transformer_tensors
-from fluxmesh.flux.tensorfile import Entry, Header, read_header, read_tensor, write_tensors
+from fluxmesh.storage.safetensors import Entry, Header, read_header, read_tensor, write_tensors
 
 FORMATS = ("diffusers", "kohya", "bfl", "apple")
 PREFIXES = ("base_model.model.", "model.", "transformer.", "diffusion_model.", "unet.")

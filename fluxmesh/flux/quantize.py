@@ -23,9 +23,9 @@ from fluxmesh.flux.folders import (
     write_json,
     write_surroundings,
 )
-from fluxmesh.flux.tensorfile import write_tensors
 from fluxmesh.flux.weights import tensors
 from fluxmesh.request import BITS
+from fluxmesh.storage.safetensors import write_tensors
 
 NAMES = {mx.bfloat16: "BF16", mx.float32: "F32", mx.uint32: "U32"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fluxmesh.errors import WeightsError
 from fluxmesh.flux.config import AutoencoderConfig, FluxConfig
 from fluxmesh.flux.layouts import COMFY_PREFIX
-from fluxmesh.flux.tensorfile import read_header
+from fluxmesh.storage.safetensors import read_header
 
 
 def flux_config_of(path: Path) -> FluxConfig:

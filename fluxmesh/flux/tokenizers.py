@@ -20,7 +20,7 @@ import regex
 import sentencepiece
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux.tensorfile import read_json
+from fluxmesh.storage.safetensors import read_json
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"

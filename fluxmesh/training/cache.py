@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux.tensorfile import cannot_write, read_header, read_tensor, write_tensors
+from fluxmesh.storage.safetensors import cannot_write, read_header, read_tensor, write_tensors
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
 Arrays = dict[str, tuple[np.ndarray, str]]  # with the dtype's name; bfloat16 as uint16

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import OutputError, UsageError, WeightsError
-from fluxmesh.flux.tensorfile import cannot_write, read_header, read_tensor, write_tensors
+from fluxmesh.storage.safetensors import cannot_write, read_header, read_tensor, write_tensors
 
 FORMAT = 1
 STATE = re.compile(r"(\d{7,})_state\.safetensors")

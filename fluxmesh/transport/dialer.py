@@ -12,9 +12,9 @@ import secrets
 import zmq
 import zmq.asyncio
 
-from fluxmesh.keys import Keys
 from fluxmesh.messages import Message
 from fluxmesh.protocol import decode, encode
+from fluxmesh.storage.keys import Keys
 from fluxmesh.transport import options
 from fluxmesh.transport.base import ConnectionClosed, NotAllowed
 from fluxmesh.transport.mailbox import Mailbox

@@ -16,7 +16,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils import z85
 
-from fluxmesh.keys import Allowlist
+from fluxmesh.storage.keys import Allowlist
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from typing import Self
 import zmq
 import zmq.asyncio
 
-from fluxmesh.keys import Allowlist, Keys
 from fluxmesh.messages import Message, Refused
 from fluxmesh.protocol import Frame, ProtocolError, decode, encode
+from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.transport import options
 from fluxmesh.transport.base import ConnectionClosed
 from fluxmesh.transport.gate import DOMAIN, Gate

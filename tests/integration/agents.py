@@ -23,8 +23,8 @@ from fluxmesh.backends import joining
 from fluxmesh.cluster import HostInfo, Weights
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.hostfile import Host
-from fluxmesh.keys import Keys
 from fluxmesh.messages import Message
+from fluxmesh.storage.keys import Keys
 from fluxmesh.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh_coordinator import conduct, driver
 from fluxmesh_coordinator.survey import host_info

@@ -59,7 +59,7 @@ def assert_refused(made, *words: str) -> None:
 
 def rewrite(path: Path, change) -> None:
     """Reads a float32 safetensors file, lets `change` edit its arrays, and writes it again."""
-    from fluxmesh.flux.tensorfile import read_header, read_tensor
+    from fluxmesh.storage.safetensors import read_header, read_tensor
 
     arrays = {key: read_tensor(entry) for key, entry in read_header(path).entries.items()}
     change(arrays)

@@ -15,7 +15,7 @@ from fluxmesh.flux import folders, hub, lora, weights
 from fluxmesh.flux.fuse import fuse_checkpoint
 from fluxmesh.flux.lora import LowRank
 from fluxmesh.flux.quantize import quantize_checkpoint
-from fluxmesh.flux.tensorfile import read_header
+from fluxmesh.storage.safetensors import read_header
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import Run
 from tests.integration.loading import assert_same, parameters

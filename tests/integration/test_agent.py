@@ -21,8 +21,8 @@ from fluxmesh.cluster import Weights
 from fluxmesh.events import Picture
 from fluxmesh.flux.runner import Runner
 from fluxmesh.messages import Decode, Encode, Load, Measure
-from fluxmesh.processes import started_at
 from fluxmesh.request import AdapterRef, GenerateRequest
+from fluxmesh.storage.processes import started_at
 from tests.checkpoints import make_checkpoint, write_safetensors
 from tests.integration.agents import Agent, Coordinator, agent, coordinator, encode, painting, play
 

@@ -16,9 +16,9 @@ import pytest
 
 from fluxmesh import messages
 from fluxmesh.cluster import Weights
-from fluxmesh.keys import Keys
 from fluxmesh.messages import Decode, Load, Paint
 from fluxmesh.request import AdapterRef
+from fluxmesh.storage.keys import Keys
 from tests.checkpoints import TRANSFORMER, make_checkpoint, write_safetensors
 from tests.integration.agents import (
     Coordinator,

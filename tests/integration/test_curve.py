@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.keys import Keys
 from fluxmesh.messages import Done, Heartbeat, Queued, Stepped
+from fluxmesh.storage.keys import Keys
 from fluxmesh.transport import listener as listening
 from fluxmesh.transport.base import ConnectionClosed, NotAllowed
 from fluxmesh.transport.listener import CurveListener

@@ -13,9 +13,9 @@ import zmq
 import zmq.asyncio
 
 from fluxmesh import limits
-from fluxmesh.keys import Allowlist, Keys
 from fluxmesh.messages import Heartbeat, Refused
 from fluxmesh.protocol import Frame, decode, encode
+from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.transport.base import ConnectionClosed, NotAllowed
 from tests.messages import forged
 from tests.wire import Middle, Wire, echo, run, wire

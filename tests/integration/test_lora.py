@@ -15,7 +15,7 @@ from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError, Weigh
 from fluxmesh.flux import hub, lora, weights
 from fluxmesh.flux.layouts import to_diffusers, transformer_tensors
 from fluxmesh.flux.lora import LoRALinear, LowRank
-from fluxmesh.flux.tensorfile import read_header
+from fluxmesh.storage.safetensors import read_header
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint, write_safetensors
 
@@ -167,7 +167,7 @@ def test_diffusers_gets_the_separate_ranks_back(tmp_path):
 
 
 def test_pefts_settings_in_the_header_scale_the_adapter(tmp_path):
-    from fluxmesh.flux.tensorfile import write_tensors
+    from fluxmesh.storage.safetensors import write_tensors
 
     (plain,) = random_adapter(names=["img_in"]).values()
     key = "transformer.x_embedder"

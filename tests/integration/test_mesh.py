@@ -18,9 +18,9 @@ from fluxmesh import Mesh, events, messages
 from fluxmesh.cluster import LinkInfo, Placement
 from fluxmesh.errors import WeightsError
 from fluxmesh.flux.runner import Runner
-from fluxmesh.homes import Home, private_folder
-from fluxmesh.keys import Keys, store_keys
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage.homes import Home, private_folder
+from fluxmesh.storage.keys import Keys, store_keys
 from fluxmesh_coordinator import diagnosis
 from fluxmesh_coordinator import record as records
 from fluxmesh_coordinator.recipe import read_recipe

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.processes import started_at
+from fluxmesh.storage.processes import started_at
 from fluxmesh_coordinator.launch import start_ephemeral
 from fluxmesh_coordinator.survey import survey
 from tests.integration.conftest import Finished, environment

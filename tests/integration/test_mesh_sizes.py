@@ -13,8 +13,8 @@ import pytest
 
 from fluxmesh import Mesh, events
 from fluxmesh.cluster import Placement
-from fluxmesh.keys import Keys
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.album import Album
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart

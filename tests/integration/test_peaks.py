@@ -10,9 +10,9 @@ import pytest
 
 from fluxmesh import Mesh, events, messages
 from fluxmesh.flux import hub
-from fluxmesh.keys import Keys
 from fluxmesh.planning.work import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.client import Client
 from tests.integration.agents import agent
 from tests.integration.test_mesh import record_of

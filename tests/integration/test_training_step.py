@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from fluxmesh.errors import UsageError
 from fluxmesh.flux import lora
 from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.tensorfile import read_header
+from fluxmesh.storage.safetensors import read_header
 from fluxmesh.training import checkpoint, step, trainer
 from fluxmesh.training.adapters import Dropout
 from fluxmesh.training.events import (

@@ -81,7 +81,7 @@ def test_a_float16_file_is_read(tmp_path):
     arrays = checkpoints.random_arrays(
         tables(resolved(made))["text_encoder_2"], np.random.default_rng(1)
     )
-    from fluxmesh.flux.tensorfile import write_tensors
+    from fluxmesh.storage.safetensors import write_tensors
 
     path.unlink()
     halves = {key: (value.astype(np.float16), "F16") for key, value in arrays.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.homes import (
+from fluxmesh.storage.homes import (
     AgentHome,
     Home,
     HomeError,
@@ -20,7 +20,7 @@ from fluxmesh.homes import (
     read_private,
     write_private,
 )
-from fluxmesh.keys import Allowlist, Keys, is_key, load_keys, store_keys
+from fluxmesh.storage.keys import Allowlist, Keys, is_key, load_keys, store_keys
 
 
 def mode(path: Path) -> int:

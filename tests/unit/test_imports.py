@@ -22,7 +22,7 @@ PURE = [
     *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.canvas"),
     *("fluxmesh.flux", "fluxmesh.flux.config", "fluxmesh.flux.schedule", "fluxmesh.flux.noise"),
     *("fluxmesh.flux.hub", "fluxmesh.flux.layouts", "fluxmesh.flux.checkpoint"),
-    *("fluxmesh.flux.tensorfile", "fluxmesh.flux.components", "fluxmesh.flux.singlefile"),
+    *("fluxmesh.storage.safetensors", "fluxmesh.flux.components", "fluxmesh.flux.singlefile"),
     *("fluxmesh.flux.download", "fluxmesh.flux.lora_files", "fluxmesh.flux.tiles"),
     *("fluxmesh.flux.precision", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
@@ -134,14 +134,14 @@ def test_the_contract_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
     assert found.keys() == wanted
     for name, path in found.items():
         assert not tops(path) & forbidden, name
-    loaded = loaded_after("import fluxmesh.protocol, fluxmesh.transport, fluxmesh.keys")
+    loaded = loaded_after("import fluxmesh.protocol, fluxmesh.transport, fluxmesh.storage.keys")
     assert not loaded & (HEAVY | {"zmq", "asyncio", "click", "rich"})
 
 
 def test_only_the_transport_and_the_making_of_keys_know_zeromq() -> None:
     known = {name for package in PACKAGES for name, path in modules(package) if "zmq" in tops(path)}
     assert known == {
-        "fluxmesh.keys",
+        "fluxmesh.storage.keys",
         "fluxmesh.transport.dialer",
         "fluxmesh.transport.gate",
         "fluxmesh.transport.listener",

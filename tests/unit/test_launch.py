@@ -11,7 +11,7 @@ import pytest
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.hostfile import Host, parse
-from fluxmesh.keys import Keys
+from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator import asking, launch
 from fluxmesh_coordinator.starter import agent_command
 

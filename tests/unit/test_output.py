@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fluxmesh.errors import OutputError, UsageError
-from fluxmesh_coordinator import files
+from fluxmesh.storage import atomic as files
 from fluxmesh_coordinator.output import GAP, PictureFiles, StepFiles, Target, encode_png, grid
 
 
@@ -165,7 +165,7 @@ def test_what_a_writer_that_was_killed_has_left_goes_and_what_is_being_written_s
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from fluxmesh_coordinator.files import write_file\n"
+        "from fluxmesh.storage.atomic import write_file\n"
         "os.fsync = lambda handle: (print(flush=True), time.sleep(60))\n"
         "write_file(Path(sys.argv[1]), b'half')\n"
     )

@@ -9,8 +9,8 @@ import pytest
 
 from fluxmesh.cluster import LinkInfo, Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.homes import Home
 from fluxmesh.request import AdapterRef
+from fluxmesh.storage.homes import Home
 from fluxmesh_coordinator import record
 from fluxmesh_coordinator.record import Member, MeshRecord
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
-from fluxmesh.flux import tensorfile
+from fluxmesh.storage import safetensors
 from tests.checkpoints import write_json, write_safetensors
 
 ARRAY = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -23,7 +23,7 @@ def file(tmp_path):
 
 def refused(path, *words):
     with pytest.raises(WeightsError) as caught:
-        tensorfile.read_header(path)
+        safetensors.read_header(path)
     message = str(caught.value)
     assert "\n" not in message
     for word in (path.name, *words):
@@ -37,23 +37,23 @@ def with_header(path, header, data=b""):
 
 
 def test_rows_are_those_of_the_file(file):
-    entry = tensorfile.read_header(file).entries["second"]
-    np.testing.assert_array_equal(tensorfile.read_tensor(entry), -ARRAY)
+    entry = safetensors.read_header(file).entries["second"]
+    np.testing.assert_array_equal(safetensors.read_tensor(entry), -ARRAY)
     out = np.empty((2, 4), dtype=np.float32)
-    tensorfile.read_rows_into(out, entry, 3)
+    safetensors.read_rows_into(out, entry, 3)
     np.testing.assert_array_equal(out, -ARRAY[3:5])
 
 
 def test_a_large_tensor_is_read_in_pieces_by_several_threads(file, monkeypatch):
-    monkeypatch.setattr(tensorfile, "PIECE", 12)  # three numbers; a row is four
-    entry = tensorfile.read_header(file).entries["second"]
-    np.testing.assert_array_equal(tensorfile.read_tensor(entry), -ARRAY)
+    monkeypatch.setattr(safetensors, "PIECE", 12)  # three numbers; a row is four
+    entry = safetensors.read_header(file).entries["second"]
+    np.testing.assert_array_equal(safetensors.read_tensor(entry), -ARRAY)
     out = np.empty((2, 4), dtype=np.float32)
-    tensorfile.read_rows_into(out, entry, 3)
+    safetensors.read_rows_into(out, entry, 3)
     np.testing.assert_array_equal(out, -ARRAY[3:5])
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(WeightsError, match="ended in the middle of second"):
-        tensorfile.read_tensor(entry)
+        safetensors.read_tensor(entry)
 
 
 def test_a_truncated_file_is_refused_and_names_the_tensor(file):
@@ -108,10 +108,10 @@ def test_an_unknown_dtype_is_named(file):
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_noticed(file):
-    entry = tensorfile.read_header(file).entries["second"]
+    entry = safetensors.read_header(file).entries["second"]
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(WeightsError, match="ended in the middle of second"):
-        tensorfile.read_tensor(entry)
+        safetensors.read_tensor(entry)
 
 
 def test_a_missing_file_is_an_error_of_one_sentence(tmp_path):
@@ -138,14 +138,14 @@ def test_an_index_may_not_lead_out_of_its_folder(tmp_path, name):
     index = tmp_path / "folder" / "model.safetensors.index.json"
     write_json(index, {"weight_map": {"x": name}})
     with pytest.raises(WeightsError, match="weight_map"):
-        tensorfile.read_index(index)
+        safetensors.read_index(index)
 
 
 def test_an_index_whose_file_is_missing_says_which(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     write_json(index, {"weight_map": {"x": "part-1.safetensors"}})
     with pytest.raises(ModelNotFoundError, match=r"part-1\.safetensors.*missing"):
-        tensorfile.read_index(index)
+        safetensors.read_index(index)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -153,25 +153,25 @@ def test_a_broken_index_is_refused(tmp_path, text):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(WeightsError, match=r"index\.json"):
-        tensorfile.read_index(index)
+        safetensors.read_index(index)
 
 
 def test_what_is_written_is_read_back(tmp_path):
     path = tmp_path / "out.safetensors"
     bits = np.array([0x3F80, 0x4000], dtype=np.uint16)
     arrays = {"x": (ARRAY.T, "F32"), "y": (bits, "BF16"), "z": (np.float32(2.5).reshape(()), "F32")}
-    tensorfile.write_tensors(path, arrays, {"lora_rank": "8"})
-    header = tensorfile.read_header(path)
+    safetensors.write_tensors(path, arrays, {"lora_rank": "8"})
+    header = safetensors.read_header(path)
     assert header.metadata == {"lora_rank": "8"}
-    np.testing.assert_array_equal(tensorfile.read_tensor(header.entries["x"]), ARRAY.T)
-    np.testing.assert_array_equal(tensorfile.read_tensor(header.entries["y"]), bits)
-    assert tensorfile.read_tensor(header.entries["z"]) == 2.5
+    np.testing.assert_array_equal(safetensors.read_tensor(header.entries["x"]), ARRAY.T)
+    np.testing.assert_array_equal(safetensors.read_tensor(header.entries["y"]), bits)
+    assert safetensors.read_tensor(header.entries["z"]) == 2.5
 
 
 def test_writing_never_replaces_a_file(file):
     before = file.read_bytes()
     with pytest.raises(OutputError, match="exists already"):
-        tensorfile.write_tensors(file, {"x": (ARRAY, "F32")}, {})
+        safetensors.write_tensors(file, {"x": (ARRAY, "F32")}, {})
     assert file.read_bytes() == before
 
 
@@ -189,7 +189,7 @@ def test_a_file_that_can_not_be_finished_is_removed(tmp_path, monkeypatch, error
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(expected) as caught:
-        tensorfile.write_tensors(tmp_path / "out.safetensors", {"x": (ARRAY, "F32")}, {})
+        safetensors.write_tensors(tmp_path / "out.safetensors", {"x": (ARRAY, "F32")}, {})
     assert list(tmp_path.iterdir()) == []
     if getattr(error, "errno", None) == errno.ENOSPC:
         assert "disk is full" in str(caught.value)
@@ -197,4 +197,4 @@ def test_a_file_that_can_not_be_finished_is_removed(tmp_path, monkeypatch, error
 
 def test_writing_into_a_missing_folder_says_so(tmp_path):
     with pytest.raises(OutputError, match="No such file"):
-        tensorfile.write_tensors(tmp_path / "absent" / "x.safetensors", {}, {})
+        safetensors.write_tensors(tmp_path / "absent" / "x.safetensors", {}, {})

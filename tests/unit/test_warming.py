@@ -14,8 +14,8 @@ import pytest
 from fluxmesh import messages
 from fluxmesh.cluster import MeshView
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
-from fluxmesh.homes import Home
 from fluxmesh.planning.work import Work
+from fluxmesh.storage.homes import Home
 from fluxmesh_coordinator import warming as warm
 from fluxmesh_coordinator.warming import Layout, Warming, layout, pairs
 from tests.fakes import FakeEngine, FakeMesh

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxmesh.homes import (
+from fluxmesh.storage.homes import (
     HomeError,
     create_private,
     private_folder,

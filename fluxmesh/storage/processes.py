@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from fluxmesh.homes import read_private
+from fluxmesh.storage.homes import read_private
 
 KILL_SECONDS = 5.0
 
