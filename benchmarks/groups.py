@@ -8,8 +8,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from fluxmesh.backends import joining
-from fluxmesh.hostfile import Host
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.rendezvous import joining
 
 
 def environments(backend: str, engines: int, scratch: Path) -> list[dict[str, str]]:

@@ -167,7 +167,7 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
     """The first engine reads the prompt too, and another prompt's features stand in for it."""
     import numpy as np
 
-    from fluxmesh.cluster import Weights
+    from fluxmesh.cluster.snapshot import Weights
     from fluxmesh.flux.noise import initial_noise
     from fluxmesh.messages import Decode, Encode, Load, Paint
 

@@ -224,7 +224,7 @@ def predict(result: Result, before: Sequence[Result]) -> None:
 
 
 def _planned_step(result: Result, one: float) -> float:
-    from fluxmesh.cluster import HostInfo, LinkInfo, Measured, MeshView
+    from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Measured, MeshView
     from fluxmesh.flux.checkpoint import ModelDefaults
     from fluxmesh.planning.options import Options
     from fluxmesh.planning.work import ModelSizes, Work

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from fluxmesh.cluster import Holding, Measured, Weights
+from fluxmesh.cluster.snapshot import Holding, Measured, Weights
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
 

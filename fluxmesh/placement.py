@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fluxmesh.cluster import MeshView, Placement
+from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.planning.options import Option, Options, Phase
 from fluxmesh.planning.room import Need
 from fluxmesh.planning.work import ModelSizes, Work

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, LinkInfo, Measured
+from fluxmesh.cluster.snapshot import Holding, LinkInfo, Measured
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest

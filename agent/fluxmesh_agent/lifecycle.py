@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxmesh.cluster import Holding
+from fluxmesh.cluster.snapshot import Holding
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.messages import (
     Account,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import AdapterError, ModelNotFoundError
 from fluxmesh.flux import hub
 from fluxmesh.request import AdapterRef

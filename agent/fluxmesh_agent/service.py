@@ -18,7 +18,7 @@ import time
 from collections.abc import Coroutine, Sequence
 
 from fluxmesh import __version__, messages
-from fluxmesh.cluster import Measured
+from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.storage.homes import AgentHome

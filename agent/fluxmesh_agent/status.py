@@ -7,7 +7,7 @@ import platform
 import time
 from pathlib import Path
 
-from fluxmesh.cluster import Measured
+from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.messages import Status
 from fluxmesh_agent import facts
 from fluxmesh_agent.lifecycle import Lifecycle

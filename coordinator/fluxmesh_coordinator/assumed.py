@@ -12,13 +12,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fluxmesh import hostfields
-from fluxmesh.cluster import Holding, HostInfo, LinkInfo, Measured, MeshView, Weights
+from fluxmesh.cluster import hostfile_fields
+from fluxmesh.cluster.hostfile import Hostfile
+from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, Measured, MeshView, Weights
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.flux import hub
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
-from fluxmesh.hostfile import Hostfile
 from fluxmesh.planning.work import ModelSizes, Work
 
 REQUIRED = ("memory", "link_rate")
@@ -69,7 +69,7 @@ def load_assumption(path: Path) -> dict[str, Any]:
             what = "is missing" if key in KEYS else f"is no key; expected {', '.join(KEYS)}"
             raise UsageError(f"--assume {path}: {key} {what}.")
     read = {
-        "memory": hostfields.memory,
+        "memory": hostfile_fields.memory,
         "kind": lambda value: value if isinstance(value, str) else None,
         "links": lambda value: value if value in ("ring", "all") else None,
         "warm": lambda value: value if isinstance(value, bool) else None,

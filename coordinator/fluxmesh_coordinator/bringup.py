@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.hostfile import CONTROL_PORT, Host, Hostfile
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.hostfile import CONTROL_PORT, Host, Hostfile
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys, store_keys
 from fluxmesh_coordinator import asking, checks, launch, record, starter

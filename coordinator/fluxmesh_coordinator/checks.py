@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fluxmesh.hostfile import Host
+from fluxmesh.cluster.hostfile import Host
 
 Level = Literal["ok", "warn", "fail"]
 PYTHON = (3, 11)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from fluxmesh import messages
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, HostInfo, MeshView
+from fluxmesh.cluster.snapshot import Holding, HostInfo, MeshView
 from fluxmesh.placement import Option, Phase, Plan, plan
 from fluxmesh.planning.work import Work
 from fluxmesh_coordinator.album import Album

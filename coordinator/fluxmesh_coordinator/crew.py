@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.flux import hub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.messages import Status
 from fluxmesh.storage.homes import Home

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Self
 
 from fluxmesh import messages
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.hostfile import Host
 from fluxmesh.transport.base import Dialer
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.jobs import Links

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequenc
 from typing import Any
 
 from fluxmesh import messages
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.hostfile import Host
 from fluxmesh.planning.work import Work
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.failures import error_of

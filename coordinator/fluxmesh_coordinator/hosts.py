@@ -13,8 +13,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from fluxmesh import hostfile
-from fluxmesh.cluster import Holding, HostInfo
+from fluxmesh.cluster import hostfile
+from fluxmesh.cluster.snapshot import Holding, HostInfo
 from fluxmesh.messages import (
     WARM_STEP,
     Beat,

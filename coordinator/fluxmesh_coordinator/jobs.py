@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from fluxmesh import events, hostfile
-from fluxmesh.cluster import HostInfo, LinkInfo, Placement
+from fluxmesh import events
+from fluxmesh.cluster import hostfile
+from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Placement
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.messages import Message, Report
 from fluxmesh.planning.work import ModelSizes

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from fluxmesh.cluster.hostfile import Host, Hostfile
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.hostfile import Host, Hostfile
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import kill_recorded

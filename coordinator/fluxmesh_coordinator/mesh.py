@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from fluxmesh import messages
-from fluxmesh.cluster import MeshView, Placement
+from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event
 from fluxmesh.placement import Plan

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Event, Picture, Planned, Step
 from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh_coordinator import record

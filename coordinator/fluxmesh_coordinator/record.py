@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxmesh import hostfile as hostfiles
-from fluxmesh.cluster import LinkInfo, Weights
+from fluxmesh.cluster import hostfile as hostfiles
+from fluxmesh.cluster.hostfile import Host, Hostfile
+from fluxmesh.cluster.snapshot import LinkInfo, Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.hostfile import Host, Hostfile
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.homes import Home, read_private, write_private
 from fluxmesh.storage.keys import is_key

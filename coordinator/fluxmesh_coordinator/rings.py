@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from fluxmesh.backends import joining
+from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.hosts import Worker
 

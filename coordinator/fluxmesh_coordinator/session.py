@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from fluxmesh import events, messages
 from fluxmesh.canvas import composite
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.placement import Plan
 from fluxmesh_coordinator import failures

@@ -16,7 +16,7 @@ from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
 from fluxmesh_coordinator.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fluxmesh.cluster import Weights
+    from fluxmesh.cluster.snapshot import Weights
     from fluxmesh.flux.checkpoint import ModelDefaults
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fluxmesh import messages
-from fluxmesh.cluster import HostInfo, MeshView
+from fluxmesh.cluster.snapshot import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys

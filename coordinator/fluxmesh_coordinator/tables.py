@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fluxmesh.hostfile import Host
+from fluxmesh.cluster.hostfile import Host
 from fluxmesh.messages import Status
 from fluxmesh_coordinator.survey import Survey
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.training.run import Moved
 from fluxmesh.training.units import Unit
 from fluxmesh_coordinator import train_jobs

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fluxmesh.cluster import HostInfo, Weights
+from fluxmesh.cluster.snapshot import HostInfo, Weights
 from fluxmesh.training.messages import PutFeatures
 from fluxmesh.training.plan import NO_CAPTION, Plan
 from fluxmesh.training.run import Moved

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fluxmesh import events, messages
-from fluxmesh.cluster import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.training import messages as training
 from fluxmesh.training.events import TrainEvent

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, LinkInfo, MeshView, Placement
+from fluxmesh.cluster.snapshot import Holding, LinkInfo, MeshView, Placement
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.planning.room import Memory, shortage
 from fluxmesh.planning.work import Work, tensor_problem

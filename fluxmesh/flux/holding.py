@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, Weights
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import memory

@@ -26,7 +26,7 @@ import numpy as np
 
 from fluxmesh import messages
 from fluxmesh.canvas import composite
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
 from fluxmesh.flux.holding import COMPONENTS, Options
 from fluxmesh.flux.noise import initial_noise

@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Holding, Measured
+from fluxmesh.cluster.snapshot import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.flux import memory
 from fluxmesh.flux.caching import StepCache

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from fluxmesh.cluster import HostInfo, Measured, Placement
+from fluxmesh.cluster.snapshot import HostInfo, Measured, Placement
 from fluxmesh.flux import layouts
 from fluxmesh.flux.config import AutoencoderConfig
 from fluxmesh.planning.work import ModelSizes, Work

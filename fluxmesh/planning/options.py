@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxmesh.cluster import HostInfo, Layout, MeshView, Placement
-from fluxmesh.hostfile import JACCL_HOSTS
+from fluxmesh.cluster.hostfile import JACCL_HOSTS
+from fluxmesh.cluster.snapshot import HostInfo, Layout, MeshView, Placement
 from fluxmesh.planning.cost import Estimate, decode_time, ring_time, step_time
 from fluxmesh.planning.handout import Worker, share_out
 from fluxmesh.planning.room import Memory, Need, shortage

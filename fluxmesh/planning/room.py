@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxmesh.cluster import HostInfo, MeshView, Placement
+from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement
 from fluxmesh.planning.work import Work
 
 

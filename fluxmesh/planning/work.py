@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from fluxmesh.cluster import Placement, Weights
+from fluxmesh.cluster.snapshot import Placement, Weights
 from fluxmesh.flux import layouts
 from fluxmesh.flux.checkpoint import Checkpoint, ModelDefaults
 from fluxmesh.flux.components import group_size

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.messages import Report, Work
 
 STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to stop

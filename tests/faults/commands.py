@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.request import GenerateRequest
 from tests.faults.mesh import LIMIT, Up
 from tests.faults.strike import STEPS, Moment, request_of

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh_coordinator.mesh import Mesh
 from tests.faults import mesh, strike
 

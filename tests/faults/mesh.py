@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 from fluxmesh import placement as placing
-from fluxmesh.cluster import HostInfo, MeshView
+from fluxmesh.cluster.snapshot import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost, Picture, Planned, Step
 from fluxmesh.messages import Status

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.runner import Runner

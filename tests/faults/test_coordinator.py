@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Event, Planned
 from tests.faults import commands, strike
 from tests.faults.conftest import Grounds

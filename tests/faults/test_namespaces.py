@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from tests.faults import mesh, strike
 from tests.faults.mesh import paint
 from tests.faults.strike import DEADLINE, SLACK, STEP, STEPS, Fault, allowed, difference, heal

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from fluxmesh import __version__, messages
-from fluxmesh.backends import joining
-from fluxmesh.cluster import HostInfo, Weights
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.rendezvous import joining
+from fluxmesh.cluster.snapshot import HostInfo, Weights
 from fluxmesh.flux.noise import initial_noise
-from fluxmesh.hostfile import Host
 from fluxmesh.messages import Message
 from fluxmesh.storage.keys import Keys
 from fluxmesh.transport.dialer import CurveDialer, DialledConnection

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import __version__, messages
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.events import Picture
 from fluxmesh.flux.runner import Runner
 from fluxmesh.messages import Decode, Encode, Load, Measure

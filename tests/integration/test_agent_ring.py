@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import messages
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.messages import Decode, Load, Paint
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.keys import Keys

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import Mesh, events, messages
-from fluxmesh.cluster import LinkInfo, Placement
+from fluxmesh.cluster.snapshot import LinkInfo, Placement
 from fluxmesh.errors import WeightsError
 from fluxmesh.flux.runner import Runner
 from fluxmesh.request import GenerateRequest

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import Mesh, events
-from fluxmesh.cluster import Placement
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.album import Album

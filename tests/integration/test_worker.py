@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh import messages
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.flux.holding import Options
 from fluxmesh.flux.noise import initial_noise

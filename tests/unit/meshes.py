@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fluxmesh.cluster import Holding, HostInfo, LinkInfo, MeshView, Weights
+from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Weights
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.work import ModelSizes

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluxmesh import events, messages
-from fluxmesh.hostfile import Host
+from fluxmesh.cluster.hostfile import Host
 from fluxmesh_coordinator.jobs import (
     Answered,
     Finished,

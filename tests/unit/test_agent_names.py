@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError
 from fluxmesh.flux import hub
 from fluxmesh.request import AdapterRef

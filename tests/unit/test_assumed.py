@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fluxmesh import hostfile as hostfiles
-from fluxmesh.cluster import MeshView
+from fluxmesh.cluster import hostfile as hostfiles
+from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.work import Work
 from fluxmesh_coordinator.assumed import assumed_view, load_assumption, published, sizes_of

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from fluxmesh.backends import joining, rdma_file, ring_file
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.rendezvous import joining, rdma_file, ring_file
 from fluxmesh.errors import UsageError
-from fluxmesh.hostfile import Host
 
 TWO = (Host(0, "127.0.0.1", ("127.0.0.1",)), Host(1, "127.0.0.1", ("127.0.0.1",)))
 CABLES = (

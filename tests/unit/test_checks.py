@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.hostfile import Host
+from fluxmesh.cluster.hostfile import Host
 from fluxmesh_coordinator.checks import findings, reference
 
 NOW = 1_000_000.0

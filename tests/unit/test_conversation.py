@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import ModelNotFoundError
 from fluxmesh.events import Event, Picture
 from fluxmesh.flux import hub

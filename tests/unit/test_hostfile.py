@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmesh.errors import UsageError
-from fluxmesh.hostfile import (
+from fluxmesh.cluster.hostfile import (
     BACKENDS,
     Endpoint,
     Host,
@@ -21,6 +20,7 @@ from fluxmesh.hostfile import (
     parse,
     this_machine,
 )
+from fluxmesh.errors import UsageError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "hostfiles").glob("*.json"))
 

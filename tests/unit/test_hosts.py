@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fluxmesh import messages
-from fluxmesh.cluster import Weights
-from fluxmesh.hostfile import Host
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import LeasedHost
 from tests.unit.meshes import mac

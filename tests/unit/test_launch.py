@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxmesh.cluster.hostfile import Host, parse
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.hostfile import Host, parse
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator import asking, launch
 from fluxmesh_coordinator.starter import agent_command

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, Weights
 from fluxmesh.messages import (
     Account,
     Beat,

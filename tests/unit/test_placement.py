@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxmesh.cluster import HostInfo, LinkInfo, Measured, MeshView
+from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Measured, MeshView
 from fluxmesh.errors import UsageError
 from fluxmesh.placement import CLOSE, Option, Plan, plan
 from fluxmesh.planning.work import tensor_problem

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import limits, messages
-from fluxmesh.cluster import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, Weights
 from fluxmesh.messages import (
     Done,
     Encode,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster import LinkInfo, Weights
+from fluxmesh.cluster.snapshot import LinkInfo, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.homes import Home

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import events, messages
-from fluxmesh.cluster import Holding, LinkInfo, Weights
+from fluxmesh.cluster.snapshot import Holding, LinkInfo, Weights
 from fluxmesh.errors import WeightsError
 from fluxmesh.training import messages as training
 from fluxmesh.training.events import Dealt

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fluxmesh import messages
-from fluxmesh.cluster import MeshView
+from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.planning.work import Work
 from fluxmesh.storage.homes import Home

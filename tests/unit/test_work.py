@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster import HostInfo, Measured
+from fluxmesh.cluster.snapshot import HostInfo, Measured
 from fluxmesh.flux.model import Flux
 from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
 from fluxmesh.planning.work import Work, split_tokens, tensor_problem

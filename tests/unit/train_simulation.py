@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fluxmesh import messages
-from fluxmesh.cluster import Weights
+from fluxmesh.cluster.hostfile import Host
+from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.flux.config import AutoencoderConfig, FluxConfig, ScheduleConfig
-from fluxmesh.hostfile import Host
 from fluxmesh.training import messages as training
 from fluxmesh.training.dataset import Example
 from fluxmesh.training.plan import prepare

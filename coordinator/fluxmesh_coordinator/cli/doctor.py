@@ -22,7 +22,7 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
     Without HOSTFILE, of the mesh that is up, and of its agents and links too; else this machine.
     Exits 1 where something fails.
     """
-    from fluxmesh import hostfile as hostfiles
+    from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh_coordinator import record
     from fluxmesh_coordinator.bringup import examine, this_machine
     from fluxmesh_coordinator.diagnosis import keys_of_this_user, of_agents

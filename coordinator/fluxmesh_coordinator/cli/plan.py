@@ -12,7 +12,7 @@ import click
 from fluxmesh_coordinator.cli.options import chosen, settings_options
 
 if TYPE_CHECKING:
-    from fluxmesh.cluster import MeshView
+    from fluxmesh.cluster.snapshot import MeshView
     from fluxmesh.placement import Option, Plan
     from fluxmesh_coordinator.record import MeshRecord
 
@@ -88,7 +88,7 @@ def plan(
 
 
 def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView:
-    from fluxmesh import hostfile as hostfiles
+    from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh.planning.work import Work
     from fluxmesh_coordinator import assumed
 

@@ -115,7 +115,7 @@ def _wish(
     rotate_keys: bool,
     force: bool,
 ) -> Wish:
-    from fluxmesh import hostfile as hostfiles
+    from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh_coordinator.bringup import Wish, this_machine
     from fluxmesh_coordinator.record import THIS_NAME
 

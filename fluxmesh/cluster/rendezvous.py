@@ -12,8 +12,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import UsageError
-from fluxmesh.hostfile import Host
 
 
 @dataclass(frozen=True)

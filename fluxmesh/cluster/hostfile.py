@@ -6,7 +6,7 @@ writes are read unchanged: a list of hosts, or `{"backend", "envs", "hosts"}`. A
 file are told at once, each with the host's index, the key and what was expected; what is merely
 left out (an environment variable that is not allowed) is a warning, returned as data.
 
-`hostfiles/README.md` describes the format for users; `backends.py` turns a hostfile into what
+`hostfiles/README.md` describes the format for users; `rendezvous.py` turns a hostfile into what
 each of MLX's backends reads.
 """
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fluxmesh import hostfields as fields
+from fluxmesh.cluster import hostfile_fields as fields
+from fluxmesh.cluster.hostfile_fields import Endpoint
 from fluxmesh.errors import UsageError
-from fluxmesh.hostfields import Endpoint
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "nccl", "mpi")
 TOP_KEYS = ("backend", "envs", "hosts")
