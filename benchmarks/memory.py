@@ -169,7 +169,7 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
 
     from fluxmesh.cluster.snapshot import Weights
     from fluxmesh.flux.noise import initial_noise
-    from fluxmesh.messages import Decode, Encode, Load, Paint
+    from fluxmesh.wire.messages import Decode, Encode, Load, Paint
 
     options = VARIANTS[case["what"]][1]
     weights = Weights(case["folder"], bits=options.get("bits"))

@@ -17,13 +17,13 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, Measured
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import AgentHome, private_folder
-from fluxmesh.transport.inproc import Network
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport.inproc import Network
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions
 from fluxmesh_coordinator.record import Member, MeshRecord

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import msgpack
 import numpy as np
 
-from fluxmesh import limits
-from fluxmesh.messages import Message
-from fluxmesh.protocol import TYPES, Frame, encode
+from fluxmesh.wire import limits
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.protocol import TYPES, Frame, encode
 
 TEXT = "aß猫 z"
 NAMES = "abcdef0123456789"

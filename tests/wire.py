@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fluxmesh.messages import Done, Heartbeat
 from fluxmesh.storage.keys import Allowlist, Keys
-from fluxmesh.transport.base import Connection
-from fluxmesh.transport.dialer import CurveDialer, DialledConnection
-from fluxmesh.transport.listener import AcceptedConnection, CurveListener
+from fluxmesh.wire.messages import Done, Heartbeat
+from fluxmesh.wire.transport.base import Connection
+from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
+from fluxmesh.wire.transport.listener import AcceptedConnection, CurveListener
 
 
 def run(main: Coroutine[Any, Any, None], seconds: float = 60) -> None:

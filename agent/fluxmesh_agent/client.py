@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from fluxmesh.messages import Message
-from fluxmesh.transport.base import Connection, ConnectionClosed
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.transport.base import Connection, ConnectionClosed
 
 REMEMBERED = 256  # answers, for requests that come again
 

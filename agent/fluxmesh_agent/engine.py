@@ -31,7 +31,9 @@ from fluxmesh.events import Loading
 from fluxmesh.flux import memory
 from fluxmesh.flux.holding import Options
 from fluxmesh.flux.parallel import Ranks
-from fluxmesh.messages import (
+from fluxmesh.training.worker import TrainingWorker
+from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import (
     Account,
     Beat,
     Cancel,
@@ -51,10 +53,8 @@ from fluxmesh.messages import (
     Timed,
     Work,
 )
-from fluxmesh.stream import Channel
-from fluxmesh.training import messages as training
-from fluxmesh.training.worker import TrainingWorker
-from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh.wire.stream import Channel
+from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh_agent.names import Roots
 
 log = logging.getLogger("engine")

@@ -18,7 +18,8 @@ from typing import Literal
 
 from fluxmesh.cluster.snapshot import Holding
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.messages import (
+from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import (
     Account,
     Beat,
     Cancel,
@@ -43,7 +44,6 @@ from fluxmesh.messages import (
     Work,
     ring_name,
 )
-from fluxmesh.training import messages as training
 
 # What a `Join` may set in an engine: what `backends.joining` makes, and nothing else.
 RING_ENVS = frozenset(

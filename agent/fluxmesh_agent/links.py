@@ -16,7 +16,7 @@ import struct
 import time
 
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.messages import LinkRate
+from fluxmesh.wire.messages import LinkRate
 
 log = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings, home: AgentHome) -> None:
-    from fluxmesh.transport.listener import CurveListener
+    from fluxmesh.wire.transport.listener import CurveListener
 
     keys = load_keys(home.folder, "agent")
     allowlist = Allowlist(home.authorized)

@@ -17,12 +17,13 @@ import secrets
 import time
 from collections.abc import Coroutine, Sequence
 
-from fluxmesh import __version__, messages
+from fluxmesh import __version__
 from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.storage.homes import AgentHome
-from fluxmesh.transport.base import Connection, ConnectionClosed, Listener
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
+from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
 from fluxmesh_agent import links
 from fluxmesh_agent.adapters import Adapters
 from fluxmesh_agent.client import Client

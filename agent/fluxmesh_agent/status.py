@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fluxmesh.cluster.snapshot import Measured
-from fluxmesh.messages import Status
+from fluxmesh.wire.messages import Status
 from fluxmesh_agent import facts
 from fluxmesh_agent.lifecycle import Lifecycle
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.messages import Message
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
-from fluxmesh.stream import AsyncChannel
-from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.stream import AsyncChannel
+from fluxmesh.wire.transport.base import ConnectionClosed
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from fluxmesh.errors import AdapterError
 from fluxmesh.flux.lora_files import find_adapter
-from fluxmesh.messages import Done, Found, HasFile, PutFile
 from fluxmesh.request import AdapterRef
+from fluxmesh.wire.messages import Done, Found, HasFile, PutFile
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.recipe import sha256_of
 

@@ -267,7 +267,7 @@ def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshE
 
     Returns errors by rank, of the agents that may still run.
     """
-    from fluxmesh import messages
+    from fluxmesh.wire import messages
     from fluxmesh_coordinator.client import Client
 
     hostfile = mesh.hostfile

@@ -1,6 +1,6 @@
 """One agent as the commands of a mesh talk to it: requests with their answers, and its reports.
 
-Stands on `fluxmesh.transport` and below `survey.py` and `bringup.py`. A job has the whole of
+Stands on `fluxmesh.wire.transport` and below `survey.py` and `bringup.py`. A job has the whole of
 `session.py` for what can go wrong; here a connection that ends is an error that names the host.
 """
 
@@ -13,9 +13,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
-from fluxmesh import __version__, messages
+from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.transport.base import Connection, ConnectionClosed, Dialer
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.failures import REFUSALS, error_of
 from fluxmesh_coordinator.record import Member
 

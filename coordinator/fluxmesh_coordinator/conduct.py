@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import (
     CancelledError,
@@ -21,6 +20,7 @@ from fluxmesh.errors import (
     HostUnreachableError,
 )
 from fluxmesh.events import Loading, Queued
+from fluxmesh.wire import messages
 from fluxmesh_coordinator import adapters
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.clock import OwnClock

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.messages import Status
 from fluxmesh.storage.homes import Home
+from fluxmesh.wire.messages import Status
 from fluxmesh_coordinator.checks import SKEW, Finding
 from fluxmesh_coordinator.record import MeshRecord
 from fluxmesh_coordinator.sameness import difference

@@ -7,9 +7,9 @@ whatever is missing.
 
 from __future__ import annotations
 
-from fluxmesh import messages
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.placement import Phase
+from fluxmesh.wire import messages
 from fluxmesh_coordinator.album import Group, Image
 from fluxmesh_coordinator.course import Course, Send
 from fluxmesh_coordinator.hosts import Worker

@@ -13,11 +13,11 @@ import secrets
 from collections.abc import Callable
 from typing import Self
 
-from fluxmesh import messages
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.transport.base import Dialer
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.jobs import Links
 from fluxmesh_coordinator.record import Member, MeshRecord

@@ -12,11 +12,11 @@ import secrets
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
-from fluxmesh import messages
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.work import Work
+from fluxmesh.wire import messages
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.failures import error_of
 from fluxmesh_coordinator.hosts import START, Worker

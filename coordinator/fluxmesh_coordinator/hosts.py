@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo
-from fluxmesh.messages import (
+from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
     Decode,
@@ -29,7 +29,7 @@ from fluxmesh.messages import (
     Report,
     Work,
 )
-from fluxmesh.training.messages import (
+from fluxmesh.wire.training_messages import (
     CloseTraining,
     GiveVectors,
     OpenTraining,

@@ -13,10 +13,10 @@ from fluxmesh import events
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Placement
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.messages import Message, Report
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.training.events import TrainEvent
+from fluxmesh.wire.messages import Message, Report
 
 
 @dataclass(frozen=True)

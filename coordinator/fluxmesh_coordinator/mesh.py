@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event
@@ -30,7 +29,8 @@ from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.transport.base import Dialer
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator import assumed, launch
 from fluxmesh_coordinator.adapters import Files, by_hash
 from fluxmesh_coordinator.conduct import Conductor, Served
@@ -337,7 +337,7 @@ def _remember(mesh: MeshRecord) -> None:
 
 def _curve(keys: Keys) -> Callable[[], Dialer]:
     def dialer() -> Dialer:
-        from fluxmesh.transport.dialer import CurveDialer  # loads zmq
+        from fluxmesh.wire.transport.dialer import CurveDialer  # loads zmq
 
         return CurveDialer(keys)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fluxmesh import messages
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost
+from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
 from fluxmesh_coordinator.blame import Blame
 from fluxmesh_coordinator.course import Course, Send

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
-from fluxmesh.messages import AskPorts, Changing, Join, ring_name
+from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.hosts import Worker
 
 Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fluxmesh import events, messages
+from fluxmesh import events
 from fluxmesh.canvas import composite
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.placement import Plan
+from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
 from fluxmesh_coordinator.course import Course
 from fluxmesh_coordinator.dispatch import Dispatch

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys
-from fluxmesh.transport.base import Dialer
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.record import Member, MeshRecord
 
@@ -127,7 +127,7 @@ def with_agents(
 
 def run(keys: Keys, do: Callable[[Dialer], Coroutine[Any, Any, T]]) -> T:
     """Runs `do` with a dialer that proves `keys`, in an event loop of its own."""
-    from fluxmesh.transport.dialer import CurveDialer  # loads zmq
+    from fluxmesh.wire.transport.dialer import CurveDialer  # loads zmq
 
     async def body() -> T:
         dialer = CurveDialer(keys)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.messages import Status
+from fluxmesh.wire.messages import Status
 from fluxmesh_coordinator.survey import Survey
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fluxmesh import messages
-from fluxmesh.training import messages as training
 from fluxmesh.training.events import Dealt
 from fluxmesh.training.sampling import deal
 from fluxmesh.training.units import Crop
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import train_jobs
 from fluxmesh_coordinator.rings import Ring
 from fluxmesh_coordinator.train_course import TrainCourse

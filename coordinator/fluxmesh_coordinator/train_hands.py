@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fluxmesh import messages
-from fluxmesh.training import messages as training
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import LeasedHost
 from fluxmesh_coordinator.train_jobs import Names, Opening, TrainJob, Vectors

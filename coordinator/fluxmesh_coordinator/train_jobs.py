@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo, Weights
-from fluxmesh.training.messages import PutFeatures
 from fluxmesh.training.plan import NO_CAPTION, Plan
 from fluxmesh.training.run import Moved
 from fluxmesh.training.units import Caption, Crop, Unit, caption_name, crop_name
+from fluxmesh.wire.training_messages import PutFeatures
 from fluxmesh_coordinator.jobs import Links, Result
 
 Vectors = Mapping[str, np.ndarray]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fluxmesh import messages
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import HostLost
-from fluxmesh.training import messages as training
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import failures
 from fluxmesh_coordinator.blame import Blame
 from fluxmesh_coordinator.hosts import SILENCE

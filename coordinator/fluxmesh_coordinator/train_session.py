@@ -16,12 +16,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fluxmesh import events, messages
+from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.training import messages as training
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.run import Moved
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import failures, train_jobs
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import (

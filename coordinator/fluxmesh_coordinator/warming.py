@@ -15,13 +15,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, MeshView, Placement
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.planning.room import Memory, shortage
 from fluxmesh.planning.work import Work, tensor_problem
 from fluxmesh.storage.homes import Home
-from fluxmesh.transport.base import Dialer
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator import record
 from fluxmesh_coordinator.bringup import Watcher, leave_out
 from fluxmesh_coordinator.client import Client

@@ -22,7 +22,7 @@ from fluxmesh.flux import memory
 from fluxmesh.flux.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.sharding import Shard
-from fluxmesh.messages import Counters, Measure, Paint
+from fluxmesh.wire.messages import Counters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
 PARTS = {**COMPONENTS, "modulation": ("modulation",)}  # that one is of the transformer

@@ -24,7 +24,6 @@ from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
-from fluxmesh import messages
 from fluxmesh.canvas import composite
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
@@ -34,6 +33,7 @@ from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.flux.schedule import timesteps
 from fluxmesh.flux.worker import Worker
 from fluxmesh.request import GenerateRequest
+from fluxmesh.wire import messages
 
 PHASES = ("text", "denoise", "decode")
 

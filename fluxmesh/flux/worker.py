@@ -28,7 +28,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.flux import memory
@@ -41,8 +40,9 @@ from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.flux.sharding import Shard
 from fluxmesh.flux.source import SourceLatents, mask_latents
 from fluxmesh.flux.stepping import walked
-from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 from fluxmesh.request import SourceImage
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 
 MEASURED_STEPS = 2
 GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the greatest

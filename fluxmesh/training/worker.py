@@ -25,7 +25,10 @@ from fluxmesh.flux.worker import Reports, Worker, from_wire
 from fluxmesh.training import exact
 from fluxmesh.training.dataset import Example
 from fluxmesh.training.learner import Learner
-from fluxmesh.training.messages import (
+from fluxmesh.training.plan import prepare
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.units import caption_name, crop_name
+from fluxmesh.wire.training_messages import (
     STOPPED,
     Closed,
     CloseTraining,
@@ -45,9 +48,6 @@ from fluxmesh.training.messages import (
     Validate,
     VectorPart,
 )
-from fluxmesh.training.plan import prepare
-from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.units import caption_name, crop_name
 
 PIECE = 1 << 20  # numbers of a vector in a message
 NO_LOSS = 1e30  # stands for one that is no number, which no message may hold

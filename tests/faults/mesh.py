@@ -22,12 +22,12 @@ from fluxmesh import placement as placing
 from fluxmesh.cluster.snapshot import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost, Picture, Planned, Step
-from fluxmesh.messages import Status
 from fluxmesh.placement import Plan
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import AgentHome, Home
 from fluxmesh.storage.keys import load_keys
+from fluxmesh.wire.messages import Status
 from fluxmesh_coordinator import conduct, course, driver, record
 from fluxmesh_coordinator.mesh import Mesh
 from fluxmesh_coordinator.survey import host_info

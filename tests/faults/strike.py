@@ -21,12 +21,12 @@ from unittest import mock
 
 import numpy as np
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
 from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.runner import Runner
 from fluxmesh.request import GenerateRequest
+from fluxmesh.wire import messages
 from fluxmesh_coordinator.album import Album
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.mesh import Mesh

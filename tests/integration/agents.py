@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from fluxmesh import __version__, messages
+from fluxmesh import __version__
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.cluster.snapshot import HostInfo, Weights
 from fluxmesh.flux.noise import initial_noise
-from fluxmesh.messages import Message
 from fluxmesh.storage.keys import Keys
-from fluxmesh.transport.dialer import CurveDialer, DialledConnection
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh_coordinator import conduct, driver
 from fluxmesh_coordinator.survey import host_info
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh import __version__, messages
+from fluxmesh import __version__
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.events import Picture
 from fluxmesh.flux.runner import Runner
-from fluxmesh.messages import Decode, Encode, Load, Measure
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.storage.processes import started_at
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Decode, Encode, Load, Measure
 from tests.checkpoints import make_checkpoint, write_safetensors
 from tests.integration.agents import Agent, Coordinator, agent, coordinator, encode, painting, play
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Weights
-from fluxmesh.messages import Decode, Load, Paint
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.keys import Keys
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Decode, Load, Paint
 from tests.checkpoints import TRANSFORMER, make_checkpoint, write_safetensors
 from tests.integration.agents import (
     Coordinator,

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.messages import Done, Heartbeat, Queued, Stepped
 from fluxmesh.storage.keys import Keys
-from fluxmesh.transport import listener as listening
-from fluxmesh.transport.base import ConnectionClosed, NotAllowed
-from fluxmesh.transport.listener import CurveListener
+from fluxmesh.wire.messages import Done, Heartbeat, Queued, Stepped
+from fluxmesh.wire.transport import listener as listening
+from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
+from fluxmesh.wire.transport.listener import CurveListener
 from tests.messages import same, samples
 from tests.wire import Middle, echo, run, wire
 

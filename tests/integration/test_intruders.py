@@ -12,11 +12,11 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from fluxmesh import limits
-from fluxmesh.messages import Heartbeat, Refused
-from fluxmesh.protocol import Frame, decode, encode
 from fluxmesh.storage.keys import Allowlist, Keys
-from fluxmesh.transport.base import ConnectionClosed, NotAllowed
+from fluxmesh.wire import limits
+from fluxmesh.wire.messages import Heartbeat, Refused
+from fluxmesh.wire.protocol import Frame, decode, encode
+from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
 from tests.messages import forged
 from tests.wire import Middle, Wire, echo, run, wire
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxmesh import Mesh, events, messages
+from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import LinkInfo, Placement
 from fluxmesh.errors import WeightsError
 from fluxmesh.flux.runner import Runner
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import Home, private_folder
 from fluxmesh.storage.keys import Keys, store_keys
+from fluxmesh.wire import messages
 from fluxmesh_coordinator import diagnosis
 from fluxmesh_coordinator import record as records
 from fluxmesh_coordinator.recipe import read_recipe

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh import Mesh, messages
+from fluxmesh import Mesh
 from fluxmesh.errors import CancelledError
 from fluxmesh.events import HostLost
 from fluxmesh.training import checkpoint
 from fluxmesh.training.events import Dealt, Encoding, Prepared, Progress, Updated
 from fluxmesh.training.request import TrainRequest
+from fluxmesh.wire import messages
 from tests.datasets import make_dataset
 from tests.integration.test_mesh import mesh_of
 from tests.trainings import asked, final, make_place, of, run

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxmesh import messages
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.flux.holding import Options
 from fluxmesh.flux.hub import resolve
-from fluxmesh.messages import Report
-from fluxmesh.training import messages as training
 from fluxmesh.training import worker as workers
 from fluxmesh.training.cache import FeatureCache
 from fluxmesh.training.units import Unit
 from fluxmesh.training.worker import TrainingWorker
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import Report
 from fluxmesh_coordinator.crew import job_of
 from fluxmesh_coordinator.train_jobs import Names, TrainJob
 from tests.trainings import asked, learner, make_place

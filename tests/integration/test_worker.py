@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.flux.holding import Options
 from fluxmesh.flux.noise import initial_noise
 from fluxmesh.flux.worker import Worker, from_wire, to_wire
-from fluxmesh.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 from tests.checkpoints import TRANSFORMER, make_checkpoint
 
 HEAD = (0, "job", 0)

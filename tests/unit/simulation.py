@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fluxmesh import events, messages
+from fluxmesh import events
 from fluxmesh.cluster.hostfile import Host
+from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs import (
     Answered,
     Finished,

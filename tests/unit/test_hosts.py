@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmesh import messages
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.wire import messages
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import LeasedHost
 from tests.unit.meshes import mac

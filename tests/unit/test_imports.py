@@ -40,7 +40,7 @@ PURE = [
     *("fluxmesh.training.sampling", "fluxmesh.training.rates", "fluxmesh.training.cache"),
     *("fluxmesh.training.checkpoint", "fluxmesh.training.events", "fluxmesh_coordinator.training"),
     *("fluxmesh.training.run", "fluxmesh.training.units", "fluxmesh.training.layout"),
-    *("fluxmesh.training.messages", "fluxmesh_coordinator.cli.train"),
+    *("fluxmesh.wire.training_messages", "fluxmesh_coordinator.cli.train"),
 ]
 
 
@@ -128,13 +128,15 @@ def test_planning_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
 
 def test_the_contract_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
     forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "socket", "threading"}
-    wanted = {"fluxmesh.messages", "fluxmesh.protocol", "fluxmesh.limits"}
-    wanted |= {"fluxmesh.training.messages"}
+    wanted = {"fluxmesh.wire.messages", "fluxmesh.wire.protocol", "fluxmesh.wire.limits"}
+    wanted |= {"fluxmesh.wire.training_messages"}
     found = {name: path for name, path in modules("fluxmesh") if name in wanted}
     assert found.keys() == wanted
     for name, path in found.items():
         assert not tops(path) & forbidden, name
-    loaded = loaded_after("import fluxmesh.protocol, fluxmesh.transport, fluxmesh.storage.keys")
+    loaded = loaded_after(
+        "import fluxmesh.wire.protocol, fluxmesh.wire.transport, fluxmesh.storage.keys"
+    )
     assert not loaded & (HEAVY | {"zmq", "asyncio", "click", "rich"})
 
 
@@ -142,21 +144,21 @@ def test_only_the_transport_and_the_making_of_keys_know_zeromq() -> None:
     known = {name for package in PACKAGES for name, path in modules(package) if "zmq" in tops(path)}
     assert known == {
         "fluxmesh.storage.keys",
-        "fluxmesh.transport.dialer",
-        "fluxmesh.transport.gate",
-        "fluxmesh.transport.listener",
-        "fluxmesh.transport.options",
+        "fluxmesh.wire.transport.dialer",
+        "fluxmesh.wire.transport.gate",
+        "fluxmesh.wire.transport.listener",
+        "fluxmesh.wire.transport.sockets",
     }
 
 
 def test_the_twins_load_no_zeromq() -> None:
-    loaded = loaded_after("import fluxmesh.transport.inproc, fluxmesh.transport.broken")
+    loaded = loaded_after("import fluxmesh.wire.transport.inproc, tests.broken_transport")
     assert "asyncio" in loaded and not loaded & (HEAVY | {"zmq"})
 
 
 def test_what_an_agent_decides_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
     forbidden = {"mlx", "zmq", "asyncio", "time", "datetime", "random", "secrets", "socket"}
-    pure = ("fluxmesh_agent.lifecycle", "fluxmesh_agent.leases", "fluxmesh.messages")
+    pure = ("fluxmesh_agent.lifecycle", "fluxmesh_agent.leases", "fluxmesh.wire.messages")
     found = dict(pair for package in PACKAGES for pair in modules(package) if pair[0] in pure)
     assert set(found) == set(pure)
     for name, path in found.items():
@@ -165,7 +167,7 @@ def test_what_an_agent_decides_opens_no_socket_runs_no_loop_and_reads_no_clock()
 
 def test_an_agent_never_loads_mlx() -> None:
     loaded = loaded_after(
-        "import fluxmesh_agent.process, fluxmesh_agent.cli, fluxmesh.transport.listener"
+        "import fluxmesh_agent.process, fluxmesh_agent.cli, fluxmesh.wire.transport.listener"
     )
     assert loaded & HEAVY == {"zmq"}
     assert "asyncio" in loaded

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.cluster.snapshot import Holding, Weights
-from fluxmesh.messages import (
+from fluxmesh.wire.messages import (
     Account,
     Beat,
     Cancel,

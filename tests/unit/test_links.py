@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.messages import LinkRate
+from fluxmesh.wire.messages import LinkRate
 from fluxmesh_agent import links
 
 

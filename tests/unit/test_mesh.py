@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxmesh import events, messages
+from fluxmesh import events
 from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,
@@ -21,7 +21,7 @@ from fluxmesh.errors import (
     ModelNotFoundError,
 )
 from fluxmesh.request import AdapterRef
-from fluxmesh.transport.broken import BrokenDialer, Faults
+from fluxmesh.wire import messages
 from fluxmesh_agent.adapters import Adapters
 from fluxmesh_coordinator import adapters, client, conduct, hosts
 from fluxmesh_coordinator.adapters import by_hash, with_names
@@ -31,6 +31,7 @@ from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.mesh import Mesh
 from fluxmesh_coordinator.record import Member
 from fluxmesh_coordinator.session import Session
+from tests.broken_transport import BrokenDialer, Faults
 from tests.fakes import FakeMesh, FakeSupervisor, expected
 from tests.unit.meshes import ask, small
 

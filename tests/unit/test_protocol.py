@@ -11,9 +11,9 @@ import msgpack
 import numpy as np
 import pytest
 
-from fluxmesh import limits, messages
 from fluxmesh.cluster.snapshot import Holding, Weights
-from fluxmesh.messages import (
+from fluxmesh.wire import limits, messages
+from fluxmesh.wire.messages import (
     Done,
     Encode,
     HasFile,
@@ -27,7 +27,7 @@ from fluxmesh.messages import (
     Queued,
     Stepped,
 )
-from fluxmesh.protocol import TYPES, Frame, ProtocolError, decode, encode
+from fluxmesh.wire.protocol import TYPES, Frame, ProtocolError, decode, encode
 from tests.messages import forged, same, sample, samples
 
 WEIGHTS = Weights("tiny")

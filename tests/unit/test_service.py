@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.wire import messages
 from fluxmesh_agent import service
 from fluxmesh_agent.leases import Loses
 from fluxmesh_coordinator.client import Client

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxmesh import events, messages
+from fluxmesh import events
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
+from fluxmesh.wire import messages
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import Answered, Back, Gone, Reported, Stop
 from tests.fakes import FakeEngine, expected

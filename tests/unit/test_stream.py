@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from fluxmesh.messages import Beat, Message, Stepped
-from fluxmesh.protocol import ProtocolError, encode
-from fluxmesh.stream import AsyncChannel, Channel
-from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh.wire.messages import Beat, Message, Stepped
+from fluxmesh.wire.protocol import ProtocolError, encode
+from fluxmesh.wire.stream import AsyncChannel, Channel
+from fluxmesh.wire.transport.base import ConnectionClosed
 from tests.messages import same, samples
 
 Pair = tuple[socket.socket, socket.socket]

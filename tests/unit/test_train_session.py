@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluxmesh import events, messages
+from fluxmesh import events
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, Weights
 from fluxmesh.errors import WeightsError
-from fluxmesh.training import messages as training
 from fluxmesh.training.events import Dealt
 from fluxmesh.training.units import Caption, Crop
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import train_hands, train_jobs
 from fluxmesh_coordinator.jobs import (
     Back,

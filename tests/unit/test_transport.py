@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.messages import AskLogs, Done, Heartbeat, Message, Queued, Refused
-from fluxmesh.protocol import ProtocolError
-from fluxmesh.stream import AsyncChannel
-from fluxmesh.transport.base import Connection, ConnectionClosed, Dialer, Listener
-from fluxmesh.transport.broken import BrokenDialer, BrokenListener, Faults
-from fluxmesh.transport.inproc import InprocConnection, Network
+from fluxmesh.wire.messages import AskLogs, Done, Heartbeat, Message, Queued, Refused
+from fluxmesh.wire.protocol import ProtocolError
+from fluxmesh.wire.stream import AsyncChannel
+from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer, Listener
+from fluxmesh.wire.transport.inproc import InprocConnection, Network
+from tests.broken_transport import BrokenDialer, BrokenListener, Faults
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

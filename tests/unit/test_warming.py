@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh import messages
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.planning.work import Work
 from fluxmesh.storage.homes import Home
+from fluxmesh.wire import messages
 from fluxmesh_coordinator import warming as warm
 from fluxmesh_coordinator.warming import Layout, Warming, layout, pairs
 from tests.fakes import FakeEngine, FakeMesh

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from fluxmesh import messages
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.flux.config import AutoencoderConfig, FluxConfig, ScheduleConfig
-from fluxmesh.training import messages as training
 from fluxmesh.training.dataset import Example
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.units import Crop, Unit
+from fluxmesh.wire import messages
+from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import train_jobs
 from fluxmesh_coordinator.jobs import (
     Answered,

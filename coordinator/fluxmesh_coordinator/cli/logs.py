@@ -18,8 +18,8 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
 
     An agent that is gone has its log read from its machine, over ssh where it is another.
     """
-    from fluxmesh import messages
     from fluxmesh.errors import FluxmeshError, UsageError
+    from fluxmesh.wire import messages
     from fluxmesh_coordinator import asking, record
     from fluxmesh_coordinator.cli.status import NO_MESH
     from fluxmesh_coordinator.client import Client

@@ -17,19 +17,19 @@ from typing import Self
 import zmq
 import zmq.asyncio
 
-from fluxmesh.messages import Message, Refused
-from fluxmesh.protocol import Frame, ProtocolError, decode, encode
 from fluxmesh.storage.keys import Allowlist, Keys
-from fluxmesh.transport import options
-from fluxmesh.transport.base import ConnectionClosed
-from fluxmesh.transport.gate import DOMAIN, Gate
-from fluxmesh.transport.mailbox import Mailbox
+from fluxmesh.wire.messages import Message, Refused
+from fluxmesh.wire.protocol import Frame, ProtocolError, decode, encode
+from fluxmesh.wire.transport import sockets
+from fluxmesh.wire.transport.base import ConnectionClosed
+from fluxmesh.wire.transport.gate import DOMAIN, Gate
+from fluxmesh.wire.transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
 _FULL = 1024  # messages that a peer sent and nobody received: it floods, and is put out
 _PATIENCE = 5.0  # seconds that a peer may leave its line full before it counts as gone
-_TOLD = options.REFUSALS[zmq.EVENT_HANDSHAKE_FAILED_AUTH]  # by the gate, with the key
+_TOLD = sockets.REFUSALS[zmq.EVENT_HANDSHAKE_FAILED_AUTH]  # by the gate, with the key
 
 
 class AcceptedConnection:
@@ -73,7 +73,7 @@ class AcceptedConnection:
     async def _end(self, reason: str) -> None:
         if not self.box.ended:
             with contextlib.suppress(ConnectionClosed):  # it is gone by itself
-                await self._listener.push([self._identity, options.GOODBYE])
+                await self._listener.push([self._identity, sockets.GOODBYE])
             self.box.end(reason)
 
 
@@ -84,7 +84,7 @@ class CurveListener:
         self.address = address
         self._router = router
         self._gate = gate
-        self._monitor = options.watch(router)
+        self._monitor = sockets.watch(router)
         self._arrived: asyncio.Queue[AcceptedConnection | None] = asyncio.Queue()
         self._by_identity: dict[bytes, AcceptedConnection] = {}
         self._by_descriptor: dict[int, bytes] = {}  # identities of those that have said something
@@ -98,11 +98,11 @@ class CurveListener:
 
         Raises `ConnectionClosed` where the address is taken, or not this machine's.
         """
-        host, port = options.split(address)
+        host, port = sockets.split(address)
         context = zmq.asyncio.Context()
         gate = Gate(context, allowlist)
         router = context.socket(zmq.ROUTER)
-        options.guard(router, host)
+        sockets.guard(router, host)
         router.setsockopt(zmq.CURVE_SERVER, 1)
         router.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
         router.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
@@ -111,12 +111,12 @@ class CurveListener:
         router.setsockopt(zmq.ROUTER_HANDOVER, 0)
         listener = cls(router, gate, address)
         try:
-            router.bind(f"tcp://{options.join(host, port)}")
+            router.bind(f"tcp://{sockets.join(host, port)}")
         except zmq.ZMQError as error:
             await listener.close()
             raise ConnectionClosed(f"Can't listen at {address}: {error.strerror}.") from None
         bound = router.getsockopt_string(zmq.LAST_ENDPOINT)
-        listener.address = options.join(host, options.split(bound)[1])
+        listener.address = sockets.join(host, sockets.split(bound)[1])
         listener._tasks = [
             asyncio.create_task(listener._read()),
             asyncio.create_task(listener._watch()),
@@ -140,7 +140,7 @@ class CurveListener:
         self._tasks = []
         self._arrived.put_nowait(None)
         if not self._router.closed:
-            options.close_watched(self._router, self._monitor)
+            sockets.close_watched(self._router, self._monitor)
             await self._gate.close()
             # Waits until what was sent last has left, LINGER_MS at most.
             await asyncio.to_thread(self._router.context.term)
@@ -164,7 +164,7 @@ class CurveListener:
         while True:
             frames = await self._router.recv_multipart(copy=False)
             # A descriptor may be a new peer's already: hear first that the old one left.
-            for event in await options.events_now(self._monitor):
+            for event in await sockets.events_now(self._monitor):
                 self._note(event)
             try:
                 await self._sort(frames)
@@ -199,13 +199,13 @@ class CurveListener:
 
     async def _watch(self) -> None:
         while True:
-            self._note(await options.next_event(self._monitor))
+            self._note(await sockets.next_event(self._monitor))
 
-    def _note(self, event: options.SocketEvent) -> None:
+    def _note(self, event: sockets.SocketEvent) -> None:
         if event.kind == zmq.EVENT_ACCEPTED:
-            self._strangers[event.value] = options.peer_of(event.value)
-        elif event.kind in options.REFUSALS:
-            self._why = options.REFUSALS[zmq.Event(event.kind)]
+            self._strangers[event.value] = sockets.peer_of(event.value)
+        elif event.kind in sockets.REFUSALS:
+            self._why = sockets.REFUSALS[zmq.Event(event.kind)]
         elif event.kind == zmq.EVENT_DISCONNECTED:
             identity = self._by_descriptor.pop(event.value, None)
             if identity is not None:
@@ -225,4 +225,4 @@ class CurveListener:
 
     async def _goodbye(self, identity: bytes) -> None:
         with contextlib.suppress(ConnectionClosed):  # it is gone by itself
-            await self.push([identity, options.GOODBYE])
+            await self.push([identity, sockets.GOODBYE])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.messages import Message
+from fluxmesh.wire.messages import Message
 
 
 class ConnectionClosed(FluxmeshError):

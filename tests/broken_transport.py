@@ -10,8 +10,8 @@ import asyncio
 import random
 from dataclasses import dataclass
 
-from fluxmesh.messages import Message
-from fluxmesh.transport.base import Connection, ConnectionClosed, Dialer, Listener
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer, Listener
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from fluxmesh.protocol import Frame
-from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh.wire.protocol import Frame
+from fluxmesh.wire.transport.base import ConnectionClosed
 
 
 class Mailbox:

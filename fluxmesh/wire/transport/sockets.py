@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from fluxmesh import limits
+from fluxmesh.wire import limits
 
 HEARTBEAT_MS = 1000  # a ping after so much silence
 SILENCE_MS = 5000  # a peer that answers none of them for so long is gone

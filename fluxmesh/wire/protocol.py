@@ -23,10 +23,10 @@ from typing import Any, Literal
 import msgpack
 import numpy as np
 
-from fluxmesh import limits, messages
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.messages import Message
-from fluxmesh.training import messages as training
+from fluxmesh.wire import limits, messages
+from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import Message
 
 VERSION = 1  # of the protocol: rises when an old peer would misread a message
 

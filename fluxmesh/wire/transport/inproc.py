@@ -10,10 +10,10 @@ import asyncio
 import itertools
 import logging
 
-from fluxmesh.messages import Message, Refused
-from fluxmesh.protocol import Frame, ProtocolError, decode, encode
-from fluxmesh.transport.base import ConnectionClosed
-from fluxmesh.transport.mailbox import Mailbox
+from fluxmesh.wire.messages import Message, Refused
+from fluxmesh.wire.protocol import Frame, ProtocolError, decode, encode
+from fluxmesh.wire.transport.base import ConnectionClosed
+from fluxmesh.wire.transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 

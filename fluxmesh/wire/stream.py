@@ -16,10 +16,10 @@ import struct
 import threading
 from typing import Self
 
-from fluxmesh import limits
-from fluxmesh.messages import Message
-from fluxmesh.protocol import Frame, ProtocolError, decode, encode
-from fluxmesh.transport.base import ConnectionClosed
+from fluxmesh.wire import limits
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.protocol import Frame, ProtocolError, decode, encode
+from fluxmesh.wire.transport.base import ConnectionClosed
 
 _COUNT = struct.Struct(">I")
 

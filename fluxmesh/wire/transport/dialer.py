@@ -12,12 +12,12 @@ import secrets
 import zmq
 import zmq.asyncio
 
-from fluxmesh.messages import Message
-from fluxmesh.protocol import decode, encode
 from fluxmesh.storage.keys import Keys
-from fluxmesh.transport import options
-from fluxmesh.transport.base import ConnectionClosed, NotAllowed
-from fluxmesh.transport.mailbox import Mailbox
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.protocol import decode, encode
+from fluxmesh.wire.transport import sockets
+from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
+from fluxmesh.wire.transport.mailbox import Mailbox
 
 # Until ZeroMQ connects again by itself: a day. Its own "never", -1, ends the connection's line at
 # once, with what has arrived and was not read yet; so does the option IMMEDIATE.
@@ -65,13 +65,13 @@ class DialledConnection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        options.close_watched(self._socket, self._monitor)
+        sockets.close_watched(self._socket, self._monitor)
 
     async def _read(self) -> None:
         while not self._box.ended:
             await self._box.room(_WAITING)
             frames = await self._socket.recv_multipart(copy=False)
-            if len(frames) == 1 and frames[0].bytes == options.GOODBYE:
+            if len(frames) == 1 and frames[0].bytes == sockets.GOODBYE:
                 self._box.end(f"The agent at {self.label} has closed the connection.")
             else:
                 self._box.put([frame.buffer for frame in frames])
@@ -81,7 +81,7 @@ class DialledConnection:
         return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     async def _watch(self) -> None:
-        while (await options.next_event(self._monitor)).kind != zmq.EVENT_DISCONNECTED:
+        while (await sockets.next_event(self._monitor)).kind != zmq.EVENT_DISCONNECTED:
             continue
         await asyncio.sleep(0.02)  # what arrived last is still on its way through ZeroMQ
         while not self._box.ended and (self._has_more() or len(self._box) >= _WAITING):
@@ -101,21 +101,21 @@ class CurveDialer:
         self, address: str, server_key: str, seconds: float = 5.0
     ) -> DialledConnection:
         """As `base.Dialer.connect`; one attempt, which ends at once where nobody listens."""
-        host, port = options.split(address)
+        host, port = sockets.split(address)
         sock = self._context.socket(zmq.DEALER)
-        options.guard(sock, host)
+        sockets.guard(sock, host)
         sock.setsockopt(zmq.ROUTING_ID, secrets.token_hex(16).encode())
         sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
         sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
         sock.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
         sock.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
-        monitor = options.watch(sock)
+        monitor = sockets.watch(sock)
         try:
-            sock.connect(f"tcp://{options.join(host, port)}")
+            sock.connect(f"tcp://{sockets.join(host, port)}")
             async with asyncio.timeout(seconds):
                 await _handshake(monitor, address)
         except BaseException as error:
-            options.close_watched(sock, monitor)
+            sockets.close_watched(sock, monitor)
             if isinstance(error, TimeoutError):
                 raise ConnectionClosed(
                     f"No agent answers at {address} within {seconds:.0f} s."
@@ -137,7 +137,7 @@ class CurveDialer:
 async def _handshake(monitor: zmq.asyncio.Socket, address: str) -> None:
     """Waits until the agent has proved its key and knows ours."""
     while True:
-        event = await options.next_event(monitor)
+        event = await sockets.next_event(monitor)
         if event.kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return
         if event.kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:

@@ -1,4 +1,4 @@
-"""What coordinator and engine say of a training, beside all of `fluxmesh/messages.py`. Pure.
+"""What coordinator and engine say of a training, beside all of `fluxmesh/wire/messages.py`. Pure.
 
 Captions and crops are encoded by `Encode` and `EncodeSource` like those of a picture. Then each
 engine is handed the state in pieces (`PutVector`), opens the training, and is handed the features
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Weights
-from fluxmesh.messages import Report, Work
+from fluxmesh.wire.messages import Report, Work
 
 STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to stop
 
