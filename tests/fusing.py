@@ -1,4 +1,4 @@
-"""Every operation of `fused.py` beside its plain form, on random numbers."""
+"""Every operation of `ops.py` beside its plain form, on random numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux import fused, noise
+from fluxmesh.flux import noise
 from fluxmesh.flux.layers import rope_tables
+from fluxmesh.kernels import ops as fused
 
 Arrays = tuple[mx.array, ...]
 

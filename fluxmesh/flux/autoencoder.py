@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.flux.config import AutoencoderConfig
-from fluxmesh.flux.fused import group_norm, offset_sum
 from fluxmesh.flux.tiles import UNTILED_LATENTS, Tile, tiles
+from fluxmesh.kernels.ops import group_norm, offset_sum
 
 # Queries that the middle attention takes at once: bounds the scores it holds to this many rows.
 QUERY_ROWS = 4096

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.flux.fused import (
+from fluxmesh.kernels.ops import (
     Stream,
     gated_norm,
     gated_sum,

@@ -29,7 +29,12 @@ import numpy as np
 from fluxmesh.errors import UsageError
 from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.fused import (
+from fluxmesh.flux.layers import DoubleStreamBlock, QKNorm, SingleStreamBlock, attention, run
+from fluxmesh.flux.lora import LoRALinear
+from fluxmesh.flux.model import Flux, Modulations
+from fluxmesh.flux.sharding import Cut, Shard, token_run
+from fluxmesh.flux.slicing import cut_linear, shard_of
+from fluxmesh.kernels.ops import (
     Stream,
     gated_norm,
     gated_sum,
@@ -38,11 +43,6 @@ from fluxmesh.flux.fused import (
     turned,
     turned_heads,
 )
-from fluxmesh.flux.layers import DoubleStreamBlock, QKNorm, SingleStreamBlock, attention, run
-from fluxmesh.flux.lora import LoRALinear
-from fluxmesh.flux.model import Flux, Modulations
-from fluxmesh.flux.sharding import Cut, Shard, token_run
-from fluxmesh.flux.slicing import cut_linear, shard_of
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
 

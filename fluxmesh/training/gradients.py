@@ -24,8 +24,9 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux import fused, layers
+from fluxmesh.flux import layers
 from fluxmesh.flux.model import Flux
+from fluxmesh.kernels import ops
 
 SCORES = 64 * 2**20  # bytes of attention weights at a time, on the way back
 
@@ -52,7 +53,7 @@ def _weights_back() -> Callable[..., tuple[mx.array, mx.array]]:
         """Softmax's output and the gradient of its input times `scale`, in the dtype of `like`."""
         return weights.astype(like.dtype), (scale * weights * (slopes - mean)).astype(like.dtype)
 
-    return fused.compiled(back)
+    return ops.compiled(back)
 
 
 def _heads_back(
@@ -121,7 +122,7 @@ def frozen(linear: Any) -> Callable[[mx.array], mx.array]:
 
     @own_way_back(back)
     def product(x: mx.array) -> mx.array:
-        if fused.device() != "cuda":
+        if ops.device() != "cuda":
             return linear(x)
         y = x @ unpacked(x).T
         return y + linear.bias if "bias" in linear else y

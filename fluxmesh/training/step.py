@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux import fused
 from fluxmesh.flux import noise as latents
 from fluxmesh.flux.model import Flux
+from fluxmesh.kernels import ops
 from fluxmesh.training import gradients
 from fluxmesh.training.adapters import Adapters, TrainedLinear, Weights
 
@@ -93,7 +93,7 @@ def traced(
     """`loss_and_gradient` of a batch and dropout's keys; on a GPU, traced once for each size.
 
     MLX then builds no graph anew, and joins what is computed element by element: a third of a step
-    on a GPU that waits for its host. The gradients of `fused.py` are compiled no other way, since
+    on a GPU that waits for its host. The gradients of `ops.py` are compiled no other way, since
     MLX compiles nothing while it traces a gradient.
     """
 
@@ -105,7 +105,7 @@ def traced(
             flux, adapters, Batch(*arrays), guidance, drawn, checkpoint, weights
         )
 
-    compiled = fused.compiled(step)
+    compiled = ops.compiled(step)
 
     def run(batch: Batch, keys: np.ndarray | None) -> tuple[mx.array, mx.array]:
         drawn = [] if keys is None else [mx.array(keys)]

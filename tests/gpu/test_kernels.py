@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fluxmesh.flux import fused
+from fluxmesh.kernels import ops
 from fluxmesh.training.step import loss_and_gradient
 from tests import fusing
 from tests.trainings import asked, learner, make_place
@@ -16,7 +16,7 @@ SHAPES = (FLUX, fusing.Shape(2, 77, 13, 3, 64), fusing.Shape(1, 33, 5, 2, 16))
 
 
 def test_there_is_a_gpu() -> None:
-    assert fused.device() != "cpu", "These tests are about GPUs, and MLX finds none here."
+    assert ops.device() != "cpu", "These tests are about GPUs, and MLX finds none here."
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -8,7 +8,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from fluxmesh.flux import cuda, fused
+from fluxmesh.kernels import cuda_transformer, ops
 from tests import fusing
 from tests.emulation import Emulated
 
@@ -25,19 +25,19 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture
 def emulated(monkeypatch, libraries):
-    """`fused.py` behaves as on a CUDA GPU; names of the kernels that ran."""
+    """`ops.py` behaves as on a CUDA GPU; names of the kernels that ran."""
     ran = []
 
     def kernel(name, inputs, outputs, source):
         ran.append(name)
-        return Emulated(libraries, cuda.HEADER, source, list(inputs), list(outputs))
+        return Emulated(libraries, cuda_transformer.HEADER, source, list(inputs), list(outputs))
 
-    monkeypatch.setattr(cuda, "kernel_of", kernel)
-    monkeypatch.setattr(fused, "device", lambda: "cuda")
-    monkeypatch.setattr(fused, "compiled", lambda function: function)
-    fused._chosen.cache_clear()
+    monkeypatch.setattr(cuda_transformer, "kernel_of", kernel)
+    monkeypatch.setattr(ops, "device", lambda: "cuda")
+    monkeypatch.setattr(ops, "compiled", lambda function: function)
+    ops._chosen.cache_clear()
     yield ran
-    fused._chosen.cache_clear()
+    ops._chosen.cache_clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -55,7 +55,7 @@ def test_groups_are_normed_over_several_chunks(places, channels, emulated):
     keys = iter(mx.random.split(mx.random.key(2), 4))
     x = 3 * mx.random.normal((2, places, channels), key=next(keys)) + 20
     weights = [mx.random.normal((channels,), key=next(keys)) for _ in range(3)]
-    found = fused.group_norm(x, *weights, groups=32, silu=True)
-    wanted = fused.plain_group_norm(x, *weights, groups=32, silu=True)
+    found = ops.group_norm(x, *weights, groups=32, silu=True)
+    wanted = ops.plain_group_norm(x, *weights, groups=32, silu=True)
     assert mx.abs(found - wanted).max().item() < 2e-5
     assert emulated == ["group_stats", "group_join", "group_apply"]

@@ -1,6 +1,6 @@
 """CUDA kernels for the autoencoder: group norm, and the sum that ends a residual block.
 
-Beside `cuda.py`, which has the transformer's, says what all of them are for, and builds them. A
+Beside `cuda_transformer.py`, which has the transformer's, says what all of them are for, and builds them. A
 picture's channels are few and its places many: a block of threads takes several places, whole.
 """
 
@@ -10,8 +10,8 @@ import math
 
 import mlx.core as mx
 
-from fluxmesh.flux import cuda
-from fluxmesh.flux.cuda import PACK
+from fluxmesh.kernels import cuda_transformer
+from fluxmesh.kernels.cuda_transformer import PACK
 
 THREADS = 256  # of a block
 ROWS = 128  # places whose statistics one block takes: few enough that a cache holds them
@@ -119,7 +119,9 @@ GROUP_APPLY = """
 def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
     """As `fused.offset_sum`."""
     blocks = -(-x.size // PACK // THREADS)
-    (sums,) = cuda.kernel_of("offset_sum", ("x", "y", "offset", "size"), ("sums",), OFFSET_SUM)(
+    (sums,) = cuda_transformer.kernel_of(
+        "offset_sum", ("x", "y", "offset", "size"), ("sums",), OFFSET_SUM
+    )(
         inputs=[x, y, offset, mx.array([x.size], dtype=mx.int64)],
         template=[("T", x.dtype), ("C", x.shape[-1]), ("THREADS", THREADS)],
         output_shapes=[x.shape],
@@ -148,7 +150,7 @@ def group_norm(
     chunks = -(-places // rows)
     block = {"threadgroup": (THREADS, 1, 1)}
     common = [("C", C), ("GROUPS", groups), ("ROWS", rows), ("THREADS", THREADS)]
-    (stats,) = cuda.kernel_of("group_stats", ("x", "offset"), ("stats",), GROUP_STATS)(
+    (stats,) = cuda_transformer.kernel_of("group_stats", ("x", "offset"), ("stats",), GROUP_STATS)(
         inputs=[flat, offset],
         template=[("T", x.dtype), *common],
         output_shapes=[(B, chunks, groups, 2)],
@@ -158,7 +160,7 @@ def group_norm(
     )
     names = ("stats", "weight", "bias", "offset", "places")
     join = f"constexpr float eps = {eps}f;" + GROUP_JOIN
-    (affine,) = cuda.kernel_of("group_join", names, ("affine",), join)(
+    (affine,) = cuda_transformer.kernel_of("group_join", names, ("affine",), join)(
         inputs=[stats, weight, bias, offset, mx.array([places], dtype=mx.int32)],
         template=common,
         output_shapes=[(B, 2, C)],
@@ -167,7 +169,9 @@ def group_norm(
         **block,
     )
     blocks = -(-places * C // PACK // THREADS)
-    (normed,) = cuda.kernel_of("group_apply", ("x", "affine"), ("normed",), GROUP_APPLY)(
+    (normed,) = cuda_transformer.kernel_of(
+        "group_apply", ("x", "affine"), ("normed",), GROUP_APPLY
+    )(
         inputs=[flat, affine],
         template=[("T", x.dtype), ("C", C), ("THREADS", THREADS), ("SILU", silu)],
         output_shapes=[flat.shape],

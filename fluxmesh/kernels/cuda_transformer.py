@@ -2,8 +2,8 @@
 
 Each is one pass over memory in the place of several: MLX's own operations write every intermediate
 out, and in bfloat16 round it. Here a value is read once, computed in float32 and rounded once.
-`fused.py` chooses between these and the plain forms, which say what each one computes and which
-the tests compare them with; nothing else calls this module, but `cuda_groups.py` builds the
+`ops.py` chooses between these and the plain forms, which say what each one computes and which
+the tests compare them with; nothing else calls this module, but `cuda_group_norm.py` builds the
 autoencoder's kernels with it.
 
 MLX compiles a kernel when it first runs and keeps it. Inputs of which a kernel is not sure that

@@ -3,7 +3,7 @@
 FLUX's norms, gates and rotations do little arithmetic on much data: written operation by operation
 they take a quarter of a step. Each function here is one of them with its neighbours: the layers
 call these and know of no device. The plain forms (`plain_*`) say what is computed. On a CUDA GPU
-`cuda.py` and `cuda_groups.py` have a kernel for each, which keeps float32 inside and rounds once;
+`cuda_transformer.py` and `cuda_group_norm.py` have a kernel for each, which keeps float32 inside and rounds once;
 on Metal MLX compiles the plain form into one kernel where it can; the CPU runs it as it stands.
 
 Gradients are those of the plain forms, which are computed again from the inputs on the way back,
@@ -22,7 +22,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux import cuda, cuda_groups
+from fluxmesh.kernels import cuda_group_norm, cuda_transformer
 
 EPS = 1e-6
 
@@ -40,19 +40,19 @@ def device() -> str:
 
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     """Layer norm without weights of its own, then a scale and shift that depend on t and prompt."""
-    return _chosen("modulated_norm", cuda.suits(x.shape[-1]))(x, shift, scale)
+    return _chosen("modulated_norm", cuda_transformer.suits(x.shape[-1]))(x, shift, scale)
 
 
 def gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """What a branch has computed, y [B, S, D], gated and added to what it came from."""
-    return _chosen("gated_sum", cuda.suits(x.shape[-1]))(x, gate, y)
+    return _chosen("gated_sum", cuda_transformer.suits(x.shape[-1]))(x, gate, y)
 
 
 def gated_norm(
     x: mx.array, gate: mx.array, y: mx.array, shift: mx.array, scale: mx.array
 ) -> tuple[mx.array, mx.array]:
     """`gated_sum`, and `modulated_norm` of the sum: both are needed, and one pass gives both."""
-    return _chosen("gated_norm", cuda.suits(x.shape[-1]))(x, gate, y, shift, scale)
+    return _chosen("gated_norm", cuda_transformer.suits(x.shape[-1]))(x, gate, y, shift, scale)
 
 
 def turned(streams: Sequence[Stream], pe: mx.array, heads: int, groups: int) -> mx.array:
@@ -87,7 +87,9 @@ def _turn_kernel(streams: Sequence[Stream], heads: int, groups: int) -> Callable
     if device() != "cuda":
         return None
     hd, normed = streams[0][1][0].shape[0], len(streams[0][1])
-    fits = cuda.suits_heads(hd) and cuda.suits(*(x.shape[-1] for x, _ in streams))
+    fits = cuda_transformer.suits_heads(hd) and cuda_transformer.suits(
+        *(x.shape[-1] for x, _ in streams)
+    )
     if not fits:
         return None
     return _chosen("turned", True, heads=heads, groups=groups, normed=normed)
@@ -100,12 +102,12 @@ def _flat(streams: Sequence[Stream]) -> list[mx.array]:
 
 def gelu(x: mx.array) -> mx.array:
     """GELU, the tanh form."""
-    return _chosen("gelu", cuda.suits(x.shape[-1]))(x)
+    return _chosen("gelu", cuda_transformer.suits(x.shape[-1]))(x)
 
 
 def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     """attn [B, S, D], and beside it GELU (the tanh form) of the columns of x from `start` on."""
-    fits = cuda.suits(attn.shape[-1], x.shape[-1], start)
+    fits = cuda_transformer.suits(attn.shape[-1], x.shape[-1], start)
     return _chosen("gelu_beside", fits, start=start)(attn, x)
 
 
@@ -117,13 +119,13 @@ def group_norm(
     PyTorch's group norm, over all places of a picture; with `silu`, swish after it. `weight`,
     `bias` and `offset` (a convolution's bias that nobody has added yet, or zeros) are [C].
     """
-    fits = cuda_groups.suits_groups(x.shape[-1])
+    fits = cuda_group_norm.suits_groups(x.shape[-1])
     return _chosen("group_norm", fits, groups=groups, silu=silu)(x, weight, bias, offset)
 
 
 def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
     """x + y + offset: [..., C], twice, and a convolution's bias [C]."""
-    return _chosen("offset_sum", cuda.suits(x.shape[-1]))(x, y, offset)
+    return _chosen("offset_sum", cuda_transformer.suits(x.shape[-1]))(x, y, offset)
 
 
 # The plain forms
@@ -272,12 +274,12 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "offset_sum": plain_offset_sum,
 }
 KERNELS: dict[str, Callable[..., Any]] = {
-    "modulated_norm": functools.partial(cuda.modulated_norm, eps=EPS),
-    "gated_sum": cuda.gated_sum,
-    "gated_norm": functools.partial(cuda.gated_norm, eps=EPS),
-    "turned": functools.partial(cuda.turned, eps=EPS),
-    "gelu": cuda.gelu,
-    "gelu_beside": cuda.gelu_beside,
-    "group_norm": functools.partial(cuda_groups.group_norm, eps=EPS),
-    "offset_sum": cuda_groups.offset_sum,
+    "modulated_norm": functools.partial(cuda_transformer.modulated_norm, eps=EPS),
+    "gated_sum": cuda_transformer.gated_sum,
+    "gated_norm": functools.partial(cuda_transformer.gated_norm, eps=EPS),
+    "turned": functools.partial(cuda_transformer.turned, eps=EPS),
+    "gelu": cuda_transformer.gelu,
+    "gelu_beside": cuda_transformer.gelu_beside,
+    "group_norm": functools.partial(cuda_group_norm.group_norm, eps=EPS),
+    "offset_sum": cuda_group_norm.offset_sum,
 }
