@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.randomfile import RandomValues, write_random
 from benchmarks.sizes import Sizes
-from fluxmesh.flux import layouts
-from fluxmesh.flux.config import ClipConfig, FluxConfig, ScheduleConfig
+from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.config import ClipConfig, FluxConfig, ScheduleConfig
 from tests import checkpoints
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,7 +40,7 @@ def write_models(folder: Path, sizes: Sizes) -> int:
     write_configs(schnell, plain, clip, sizes, sizes.text_tokens // 2)
 
     values = RandomValues()
-    transformer = file_shapes(layouts.transformer_tensors(sizes.transformer))
+    transformer = file_shapes(tensor_maps.transformer_tensors(sizes.transformer))
     rest = [name for name in transformer if not name.startswith(GUIDANCE)]
     shards = [rest[i::3] for i in range(3)]
     shards.append([name for name in transformer if name.startswith(GUIDANCE)])
@@ -56,9 +56,9 @@ def write_models(folder: Path, sizes: Sizes) -> int:
     for file in {weight_map[name] for name in rest}:
         share(dev, schnell, f"transformer/{file}")
     parts = {
-        "text_encoder": layouts.clip_tensors(clip),
-        "text_encoder_2": layouts.t5_tensors(sizes.t5),
-        "vae": layouts.autoencoder_tensors(sizes.autoencoder),
+        "text_encoder": tensor_maps.clip_tensors(clip),
+        "text_encoder_2": tensor_maps.t5_tensors(sizes.t5),
+        "vae": tensor_maps.autoencoder_tensors(sizes.autoencoder),
     }
     for part, tensors in parts.items():
         file = f"{part}/{WEIGHTS if part == 'vae' else 'model.safetensors'}"
@@ -70,10 +70,10 @@ def write_models(folder: Path, sizes: Sizes) -> int:
     return written
 
 
-def file_shapes(tensors: layouts.Tensors) -> dict[str, tuple[int, ...]]:
+def file_shapes(tensors: tensor_maps.Tensors) -> dict[str, tuple[int, ...]]:
     """The tensors that a diffusers file holds, and their shapes."""
     shapes = {}
-    for key, rows in layouts.to_diffusers(tensors).items():
+    for key, rows in tensor_maps.to_diffusers(tensors).items():
         rest = tensors[rows[0].key].shape[1:]
         if ".attentions.0.to_" in key:  # 1x1 convolutions here, linears there
             rest = rest[:1]

@@ -146,8 +146,8 @@ def sharded(case: Result, sizes: Sizes) -> None:
     """The same units that agents give to engines: each loads its shard, and all make the image."""
     import mlx.core as mx
 
-    from fluxmesh.flux.parallel import Ranks
     from fluxmesh.flux.worker import Worker
+    from fluxmesh.models.flux1.parallel import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
         raise Skipped("nccl needs NVIDIA GPUs")

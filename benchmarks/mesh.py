@@ -99,7 +99,7 @@ def measure(case: Result) -> None:
     """One process of the group: builds, joins, and runs what all ranks run."""
     import mlx.core as mx
 
-    from fluxmesh.flux.parallel import Ranks
+    from fluxmesh.models.flux1.parallel import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
         raise Skipped("nccl needs NVIDIA GPUs")
@@ -135,7 +135,7 @@ def _apple(case: Result, sizes: Sizes, group: Any) -> Any:
 
 def _spread(peer: Any, placement: str, ranks: Any) -> None:
     """Puts the transformer that the ranks run together in the place of the whole one."""
-    from fluxmesh.flux.parallel import SequenceFlux, TensorFlux
+    from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
 
     if placement == "tensor":
         peer.flow = TensorFlux(peer.flow, ranks)  # the whole leaves memory

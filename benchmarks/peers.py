@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.harness import Skipped
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.config import FluxConfig
+from fluxmesh.models.flux1.config import FluxConfig
 
 Tick = Callable[[], None]
 GUIDANCE = 4.0
@@ -92,7 +92,7 @@ class Fluxmesh(OnMlx):
     def _made(self) -> Any:
         from benchmarks.randomness import fill
         from fluxmesh.flux.components import group_size
-        from fluxmesh.flux.model import Flux
+        from fluxmesh.models.flux1.transformer import Flux
 
         def is_quantized(path: str, module: Any) -> bool:
             shape = getattr(module, "weight", None)
@@ -108,11 +108,11 @@ class Fluxmesh(OnMlx):
         import mlx.core as mx
 
         from fluxmesh.flux.conditioning import Conditioning
-        from fluxmesh.flux.config import ScheduleConfig
         from fluxmesh.flux.denoise import denoise, plan
         from fluxmesh.flux.memory import bounded, denoising_room
         from fluxmesh.flux.schedule import timesteps
         from fluxmesh.flux.stepping import walked
+        from fluxmesh.models.flux1.config import ScheduleConfig
 
         if self.flow.modulation_released:
             self.flow = self._made()

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from fluxmesh.flux.config import FluxConfig
+from fluxmesh.models.flux1.config import FluxConfig
 
 SETS = 4  # of weights, taken in turn
 CALLS = 12  # between two waits

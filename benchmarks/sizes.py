@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from tests import checkpoints
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
 from benchmarks.sizes import FULL, SMALL
-from fluxmesh.flux.config import FluxConfig
+from fluxmesh.models.flux1.config import FluxConfig
 
 WHAT = (
     "sum",

@@ -237,7 +237,7 @@ def device_bytes() -> int | None:
 
 def use_mlx_attention() -> None:
     """For comparison: the gradient of attention as MLX computes it."""
-    from fluxmesh.flux import layers
+    from fluxmesh.models.flux1 import layers
     from fluxmesh.training import gradients
 
     gradients.attention = layers.attention

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from fluxmesh.flux import layouts
-from fluxmesh.flux.config import (
+from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
     ClipConfig,
     FluxConfig,
@@ -117,10 +117,10 @@ def make_checkpoint(
     made = Checkpoint(folder, layout, transformer, t5, clip, autoencoder, schedule)
     write_tokenizers(folder, t5_max_length, clip.max_position_embeddings)
     tensors = {
-        "transformer": layouts.transformer_tensors(transformer),
-        "text_encoder": layouts.clip_tensors(clip),
-        "text_encoder_2": layouts.t5_tensors(t5),
-        "vae": layouts.autoencoder_tensors(autoencoder),
+        "transformer": tensor_maps.transformer_tensors(transformer),
+        "text_encoder": tensor_maps.clip_tensors(clip),
+        "text_encoder_2": tensor_maps.t5_tensors(t5),
+        "vae": tensor_maps.autoencoder_tensors(autoencoder),
     }
     arrays = {
         name: random_arrays(targets, np.random.default_rng([seed, i]))
@@ -151,7 +151,7 @@ def make_checkpoint(
     return made
 
 
-def random_arrays(targets: layouts.Tensors, rng: np.random.Generator) -> Arrays:
+def random_arrays(targets: tensor_maps.Tensors, rng: np.random.Generator) -> Arrays:
     """Float32 values for every tensor, scaled so that activations stay near 1."""
     arrays = {}
     for name, target in targets.items():
@@ -166,10 +166,10 @@ def random_arrays(targets: layouts.Tensors, rng: np.random.Generator) -> Arrays:
     return arrays
 
 
-def to_diffusers(targets: layouts.Tensors, arrays: Mapping[str, np.ndarray]) -> Arrays:
+def to_diffusers(targets: tensor_maps.Tensors, arrays: Mapping[str, np.ndarray]) -> Arrays:
     """The model's tensors as a diffusers file stores them."""
     out = {}
-    for key, rows in layouts.to_diffusers(targets).items():
+    for key, rows in tensor_maps.to_diffusers(targets).items():
         parts = [arrays[part.key][part.start : part.stop] for part in rows]
         value = np.concatenate(parts)
         is_linear = ".attentions.0.to_" in key and value.ndim == 4

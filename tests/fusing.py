@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux import noise
-from fluxmesh.flux.layers import rope_tables
 from fluxmesh.kernels import ops as fused
+from fluxmesh.models.flux1.layers import rope_tables
 
 Arrays = tuple[mx.array, ...]
 

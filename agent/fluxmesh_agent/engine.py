@@ -30,7 +30,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.flux import memory
 from fluxmesh.flux.holding import Options
-from fluxmesh.flux.parallel import Ranks
+from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (

@@ -18,7 +18,7 @@ from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, Measured, Mes
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.flux import hub
 from fluxmesh.flux.checkpoint import ModelDefaults
-from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.work import ModelSizes, Work
 
 REQUIRED = ("memory", "link_rate")

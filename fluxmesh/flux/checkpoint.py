@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from fluxmesh.errors import ModelNotFoundError, WeightsError
-from fluxmesh.flux.config import (
+from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
     ClipConfig,
     FluxConfig,
     ScheduleConfig,
     T5Config,
 )
-from fluxmesh.flux.singlefile import autoencoder_config_of, flux_config_of
+from fluxmesh.models.flux1.single_file import autoencoder_config_of, flux_config_of
 from fluxmesh.storage.safetensors import read_index, read_json
 
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")

@@ -1,6 +1,6 @@
 """A checkpoint's four models as tables of stored tensors, checked before a byte of them is read.
 
-`Reader` joins a component's files with the table of what its model holds (`layouts.py`): it says
+`Reader` joins a component's files with the table of what its model holds (`tensor_maps.py`): it says
 which tensor is missing or of the wrong shape, and reads any rows of any tensor, however the file
 splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux import layouts
 from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
-from fluxmesh.flux.layouts import Rows, Tensors
+from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.tensor_maps import Rows, Tensors
 from fluxmesh.storage.safetensors import (
     FLOATS,
     NUMPY,
@@ -41,10 +41,10 @@ def tables(checkpoint: Checkpoint) -> dict[str, Tensors]:
     """What each component's model holds, unquantized. Raises `WeightsError` for absurd sizes."""
     _check_sizes(checkpoint)
     return {
-        "transformer": layouts.transformer_tensors(checkpoint.transformer),
-        "text_encoder": layouts.clip_tensors(checkpoint.clip),
-        "text_encoder_2": layouts.t5_tensors(checkpoint.t5),
-        "vae": layouts.autoencoder_tensors(checkpoint.autoencoder),
+        "transformer": tensor_maps.transformer_tensors(checkpoint.transformer),
+        "text_encoder": tensor_maps.clip_tensors(checkpoint.clip),
+        "text_encoder_2": tensor_maps.t5_tensors(checkpoint.t5),
+        "vae": tensor_maps.autoencoder_tensors(checkpoint.autoencoder),
     }
 
 
@@ -70,7 +70,7 @@ def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
 def quantized_table(component: str, tensors: Tensors, bits: int) -> Tensors:
     """The table of a quantized folder: packed `weight`, `scales` and `biases` for each matrix."""
     out: Tensors = {}
-    for name, target in layouts.in_bfl_file(tensors).items():
+    for name, target in tensor_maps.in_bfl_file(tensors).items():
         group = group_size(component, name, target.shape)
         if group is None:
             out[name] = target
@@ -83,7 +83,7 @@ def quantized_table(component: str, tensors: Tensors, bits: int) -> Tensors:
             ("biases", columns // group),
         ):
             key = f"{module}.{leaf}"
-            out[key] = layouts.Target((rows, width), (Rows(key, 0, rows),))
+            out[key] = tensor_maps.Target((rows, width), (Rows(key, 0, rows),))
     return out
 
 
@@ -98,7 +98,7 @@ class Reader:
         if checkpoint.bits:
             self.targets = quantized_table(component, self.targets, checkpoint.bits)
         elif part.layout == "bfl":
-            self.targets = layouts.in_bfl_file(self.targets)
+            self.targets = tensor_maps.in_bfl_file(self.targets)
         self.header = read_headers(part.files)
         self.nbytes = part.nbytes
         self._entries: dict[str, Entry] = {}
@@ -146,7 +146,7 @@ class Reader:
         return entries[0].dtype
 
     def _pieces(self, name: str, start: int, stop: int) -> list[tuple[Rows, Entry]]:
-        pieces = layouts.pieces_between(self.targets[name].pieces, start, stop)
+        pieces = tensor_maps.pieces_between(self.targets[name].pieces, start, stop)
         return [(piece, self._entries[piece.key]) for piece in pieces]
 
     def stored_bytes(self, name: str) -> int:
@@ -157,7 +157,7 @@ class Reader:
             total += entry.nbytes * piece.count // max(entry.shape[0], 1)
         return total
 
-    def _check(self, name: str, target: layouts.Target) -> None:
+    def _check(self, name: str, target: tensor_maps.Target) -> None:
         is_packed = bool(self.checkpoint.bits) and f"{name.removesuffix('.weight')}.scales" in (
             self.targets
         )
@@ -166,7 +166,7 @@ class Reader:
         for piece in target.pieces:
             entry = self._find(piece.key)
             expected = (ends[piece.key], *target.shape[1:])
-            if not layouts.same_but_for_ones(entry.shape, expected):
+            if not tensor_maps.same_but_for_ones(entry.shape, expected):
                 raise WeightsError(
                     f"{entry.path}: {entry.key} has shape {entry.shape} where the model's config "
                     f"asks for {expected}; the file belongs to another model, or is damaged."
@@ -179,7 +179,7 @@ class Reader:
             self._entries[piece.key] = entry
 
     def _find(self, key: str) -> Entry:
-        for spelling in layouts.spellings(key):
+        for spelling in tensor_maps.spellings(key):
             if spelling in self.header.entries:
                 return self.header.entries[spelling]
         raise WeightsError(
@@ -192,7 +192,7 @@ class Reader:
         return str(files[0]) if len(files) == 1 else str(files[0].parent)
 
 
-def _rows_by_key(target: layouts.Target) -> dict[str, int]:
+def _rows_by_key(target: tensor_maps.Target) -> dict[str, int]:
     """Rows that each tensor of the file must have: no target leaves any row of it unused."""
     ends: dict[str, int] = {}
     for piece in target.pieces:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fluxmesh.errors import AdapterError
 from fluxmesh.flux import hub
-from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.lora_files import (
     PEFT_METADATA,
     Adapter,
@@ -19,6 +18,7 @@ from fluxmesh.flux.lora_files import (
     read_adapter,
     write_adapter,
 )
+from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.storage.safetensors import read_header
 
 

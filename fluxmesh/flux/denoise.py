@@ -3,7 +3,7 @@
 `plan` computes what all images of a request share (time steps, modulations, rotary tables);
 `denoise` then walks one image from its noise to its latents and yields after each step without
 evaluating anything: the caller evaluates, reports, shows a preview or stops. Stands between the
-transformer (`model.py`) and the pipeline (`pipeline.py`), and knows neither files nor prompts.
+transformer (`transformer.py`) and the pipeline (`pipeline.py`), and knows neither files nor prompts.
 
 The flow is straight: x_t = (1 - t) * clean + t * noise, the model predicts dx/dt, and an Euler
 step walks it (diffusers' `FlowMatchEulerDiscreteScheduler`; Liu et al. 2022, "Flow Straight and
@@ -20,11 +20,11 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.model import Modulations
 from fluxmesh.flux.source import SourceLatents
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.transformer import Modulations
+from fluxmesh.models.step_cache import StepCache
 
 Guide = Callable[[mx.array, int], mx.array]
 """A custom loss: `guide(clean, step)` gives a scalar that the sampler makes smaller.
@@ -69,7 +69,7 @@ class Step(NamedTuple):
 
     x: mx.array  # latents at the next time step
     clean: mx.array  # the finished latents as predicted at this step; costs nothing unless used
-    reused: bool = False  # most of its blocks were not run (`caching.py`)
+    reused: bool = False  # most of its blocks were not run (`step_cache.py`)
 
 
 class Basis(NamedTuple):

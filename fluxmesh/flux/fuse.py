@@ -24,8 +24,8 @@ from fluxmesh.flux.folders import (
     write_json,
     write_surroundings,
 )
-from fluxmesh.flux.layouts import Rows, to_diffusers
 from fluxmesh.flux.lora import Adapter, Paths, find_adapter, join_adapters
+from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
 from fluxmesh.storage.safetensors import write_tensors
 
 OnBytes = Callable[[int, int], None]  # bytes done, and in all

@@ -19,9 +19,9 @@ from fluxmesh.cluster.snapshot import Holding, Weights
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import memory
-from fluxmesh.flux.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.sharding import Shard
+from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.wire.messages import Counters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}

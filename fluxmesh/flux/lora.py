@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.lora_files import (
     FORMATS,
     Adapter,
@@ -25,9 +24,10 @@ from fluxmesh.flux.lora_files import (
     read_adapter,
     write_adapter,
 )
-from fluxmesh.flux.model import Part, is_part
-from fluxmesh.flux.sharding import Cut, cuts
 from fluxmesh.flux.weights import module_at, replace_module
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.partition import Cut, cuts
+from fluxmesh.models.flux1.transformer import Part, is_part
 
 __all__ = [
     "FORMATS",

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError, WeightsError
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layouts import Rows, to_diffusers, transformer_tensors
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers, transformer_tensors
 from fluxmesh.storage.safetensors import Entry, Header, read_header, read_tensor, write_tensors
 
 FORMATS = ("diffusers", "kohya", "bfl", "apple")

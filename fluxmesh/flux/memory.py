@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from fluxmesh.flux import components, layouts
+from fluxmesh.flux import components
 from fluxmesh.flux.checkpoint import Checkpoint
-from fluxmesh.flux.config import AutoencoderConfig, FluxConfig
+from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
 
 BYTES = {"bfloat16": 2.0, "float32": 4.0}
 GROUP = 64  # weights that share a scale and a bias when quantized
@@ -32,7 +33,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None, shards:
     packed = plain if bits is None else bits / 8 + 2 * plain / GROUP
     return sum(
         (plain if component == "vae" else packed)
-        * layouts.parameter_count(tensors)
+        * tensor_maps.parameter_count(tensors)
         / (shards if component == "transformer" else 1)
         for component, tensors in components.tables(checkpoint).items()
     )

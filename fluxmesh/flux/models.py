@@ -16,8 +16,8 @@ import mlx.core as mx
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import hub, lora, precision, weights
-from fluxmesh.flux.model import Part
-from fluxmesh.flux.sharding import Shard
+from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.flux1.transformer import Part
 from fluxmesh.request import BITS, DTYPES, AdapterRef
 
 FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}

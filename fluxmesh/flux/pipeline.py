@@ -25,12 +25,12 @@ import numpy as np
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.caching import StepCache
 from fluxmesh.flux.conditioning import Conditioning, PromptMemory
 from fluxmesh.flux.denoise import Guide, Plan, denoise, plan
 from fluxmesh.flux.models import Models
 from fluxmesh.flux.schedule import timesteps
 from fluxmesh.flux.source import SourceLatents, composite, mask_latents, to_model_range
+from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import MAX_SEED, AdapterRef, GenerateRequest, SourceImage
 
 LatentSize = tuple[int, int]  # (height, width) in latents, 8 pixels each
@@ -180,7 +180,7 @@ class FluxPipeline(Models):
 
         `source` begins from a picture and repaints its mask (`fluxmesh.canvas`), `guide` is a
         custom loss on the expected picture (`denoise.Guide`). `cache` above 0 is the threshold of
-        an approximation that skips most of some steps (`caching.py`); each step then evaluates its
+        an approximation that skips most of some steps (`step_cache.py`); each step then evaluates its
         beginning by itself.
 
         Raises `UsageError` for numbers out of range, before anything is computed.

@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.config import ScheduleConfig
+from fluxmesh.models.flux1.config import ScheduleConfig
 
 
 def timesteps(

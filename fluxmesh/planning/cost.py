@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fluxmesh.cluster.snapshot import HostInfo, Measured, Placement
-from fluxmesh.flux import layouts
-from fluxmesh.flux.config import AutoencoderConfig
+from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning.work import ModelSizes, Work
 
 FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
@@ -99,7 +99,7 @@ def decode_flops(config: AutoencoderConfig, height: int, width: int) -> float:
     """Arithmetic of decoding one image: every convolution at its resolution, and attention."""
     total = 0.0
     coarsest = len(config.widths) - 1
-    for name, target in layouts.autoencoder_tensors(config).items():
+    for name, target in tensor_maps.autoencoder_tensors(config).items():
         if not name.startswith("decoder.") or len(target.shape) != 4:
             continue
         level = 0 if name.startswith("decoder.conv_out") else coarsest

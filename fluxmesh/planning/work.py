@@ -14,19 +14,19 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from fluxmesh.cluster.snapshot import Placement, Weights
-from fluxmesh.flux import layouts
 from fluxmesh.flux.checkpoint import Checkpoint, ModelDefaults
 from fluxmesh.flux.components import group_size
-from fluxmesh.flux.config import (
+from fluxmesh.flux.schedule import timesteps
+from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
     ClipConfig,
     FluxConfig,
     ScheduleConfig,
     T5Config,
 )
-from fluxmesh.flux.schedule import timesteps
-from fluxmesh.flux.sharding import token_run
-from fluxmesh.flux.tiles import UNTILED_LATENTS
+from fluxmesh.models.flux1.partition import token_run
+from fluxmesh.models.tiling import UNTILED_LATENTS
 from fluxmesh.request import GenerateRequest
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -246,7 +246,7 @@ def split_tokens(tokens: int, hosts: int) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _resident(config: FluxConfig, dtype: str, bits: int | None) -> Resident:
     """Blocks and modulations are split; embedders, norms and the last linear are kept."""
-    tensors = layouts.transformer_tensors(config)
+    tensors = tensor_maps.transformer_tensors(config)
     split = {
         name: target
         for name, target in tensors.items()
@@ -261,14 +261,14 @@ def _resident(config: FluxConfig, dtype: str, bits: int | None) -> Resident:
 
 @lru_cache(maxsize=64)
 def _modulation_bytes(config: FluxConfig, dtype: str, bits: int | None) -> int:
-    tensors = layouts.transformer_tensors(config)
-    some = {name: target for name, target in tensors.items() if layouts.modulates(name)}
+    tensors = tensor_maps.transformer_tensors(config)
+    some = {name: target for name, target in tensors.items() if tensor_maps.modulates(name)}
     return _bytes("transformer", some, dtype, bits)
 
 
 @lru_cache(maxsize=64)
 def _autoencoder_parameters(config: AutoencoderConfig) -> int:
-    return layouts.parameter_count(layouts.autoencoder_tensors(config))
+    return tensor_maps.parameter_count(tensor_maps.autoencoder_tensors(config))
 
 
 @lru_cache(maxsize=64)
@@ -276,13 +276,13 @@ def _text_bytes(clip: ClipConfig, t5: T5Config, dtype: str, bits: int | None) ->
     return sum(
         _bytes(component, tensors, dtype, bits)
         for component, tensors in (
-            ("text_encoder", layouts.clip_tensors(clip)),
-            ("text_encoder_2", layouts.t5_tensors(t5)),
+            ("text_encoder", tensor_maps.clip_tensors(clip)),
+            ("text_encoder_2", tensor_maps.t5_tensors(t5)),
         )
     )
 
 
-def _bytes(component: str, tensors: layouts.Tensors, dtype: str, bits: int | None) -> int:
+def _bytes(component: str, tensors: tensor_maps.Tensors, dtype: str, bits: int | None) -> int:
     """Bytes of tensors in memory, the large matrices quantized where `bits` says so."""
     total = 0
     for name, target in tensors.items():

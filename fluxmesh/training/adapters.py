@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux.lora import LoRALinear
-from fluxmesh.flux.model import Flux
 from fluxmesh.flux.weights import module_at, replace_module
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training.gradients import frozen, plus_low_rank
 from fluxmesh.training.layout import Layout
 from fluxmesh.training.request import TrainRequest

@@ -24,9 +24,9 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux import layers
-from fluxmesh.flux.model import Flux
 from fluxmesh.kernels import ops
+from fluxmesh.models.flux1 import layers
+from fluxmesh.models.flux1.transformer import Flux
 
 SCORES = 64 * 2**20  # bytes of attention weights at a time, on the way back
 

@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layouts import transformer_tensors
 from fluxmesh.flux.lora_files import Adapter, LowRank
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.tensor_maps import transformer_tensors
 from fluxmesh.training.request import TrainRequest
 
 

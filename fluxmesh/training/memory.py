@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from fluxmesh.flux.model import Flux
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training.gradients import SCORES
 
 # Of a checkpointed gradient, in activations ([B, S, D] each), measured on a CPU with nothing

@@ -19,8 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.model import Flux
 from fluxmesh.kernels import ops
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training import gradients
 from fluxmesh.training.adapters import Adapters, TrainedLinear, Weights
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
-from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.runner import Runner
+from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.album import Album

@@ -40,7 +40,7 @@ def some_adapter(config, scale: float = 1.0) -> dict[str, LowRank]:
 
 
 def _shapes(config) -> dict[str, tuple[int, ...]]:
-    from fluxmesh.flux.layouts import transformer_tensors
+    from fluxmesh.models.flux1.tensor_maps import transformer_tensors
 
     return {
         name.removesuffix(".weight"): target.shape

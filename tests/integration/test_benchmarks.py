@@ -12,7 +12,7 @@ from benchmarks.folders import file_shapes
 from benchmarks.harness import difference
 from benchmarks.products import products
 from benchmarks.sizes import FULL
-from fluxmesh.flux import layouts
+from fluxmesh.models.flux1 import tensor_maps
 from tests.integration.conftest import environment
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_the_sum_counts_each_matrix_of_the_transformer_once_a_step() -> None:
     )
     used = sum(
         target.shape[0] * target.shape[1]
-        for name, target in layouts.transformer_tensors(FULL.transformer).items()
+        for name, target in tensor_maps.transformer_tensors(FULL.transformer).items()
         if len(target.shape) == 2 and "mod" not in name and not name.endswith("_in.in_layer.weight")
         and not name.endswith("_in.out_layer.weight")
     )  # fmt: skip
@@ -152,8 +152,8 @@ def test_train_times_a_step_of_each_kind_and_repeats_its_gradients(tmp_path: Pat
 
 
 def test_the_full_size_is_that_of_flux() -> None:
-    tensors = layouts.transformer_tensors(FULL.transformer)
-    assert layouts.parameter_count(tensors) == 11_901_408_320  # of FLUX.1-dev
+    tensors = tensor_maps.transformer_tensors(FULL.transformer)
+    assert tensor_maps.parameter_count(tensors) == 11_901_408_320  # of FLUX.1-dev
     shapes = file_shapes(tensors)
     assert shapes["transformer_blocks.18.attn.to_q.weight"] == (3072, 3072)
     assert shapes["norm_out.linear.weight"] == (6144, 3072)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from fluxmesh.flux import layers
-from fluxmesh.flux.model import Flux
+from fluxmesh.models.flux1 import layers
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training import gradients, memory
 from fluxmesh.training.adapters import Adapters
 from fluxmesh.training.request import TrainRequest

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError, WeightsError
 from fluxmesh.flux import hub, lora, weights
-from fluxmesh.flux.layouts import to_diffusers, transformer_tensors
 from fluxmesh.flux.lora import LoRALinear, LowRank
+from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.storage.safetensors import read_header
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint, write_safetensors

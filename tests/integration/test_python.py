@@ -12,7 +12,7 @@ import pytest
 from fluxmesh import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.config import AutoencoderConfig
+from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.request import SourceImage
 from tests.checkpoints import make_checkpoint
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mlx.utils import tree_flatten
 
-from fluxmesh.flux.layouts import Tensors
+from fluxmesh.models.flux1.tensor_maps import Tensors
 
 BOUND = 1e-4  # relative L2 error, DESIGN §3
 

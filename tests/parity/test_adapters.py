@@ -17,10 +17,10 @@ from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
 from fluxmesh.flux import hub
-from fluxmesh.flux.config import FluxConfig
 from fluxmesh.flux.conversion import convert_adapter
 from fluxmesh.flux.fuse import fuse_checkpoint
 from fluxmesh.flux.pipeline import to_pixels
+from fluxmesh.models.flux1.config import FluxConfig
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint, write_safetensors
 

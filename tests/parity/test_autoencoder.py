@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from fluxmesh.flux.autoencoder import AutoEncoder
-from fluxmesh.flux.config import AutoencoderConfig
-from fluxmesh.flux.layouts import autoencoder_tensors
+from fluxmesh.models.flux1.autoencoder import AutoEncoder
+from fluxmesh.models.flux1.config import AutoencoderConfig
+from fluxmesh.models.flux1.tensor_maps import autoencoder_tensors
 from tests.parity.oracles import BOUND, load, normal, randomize, relative_error
 
 CASES = {
@@ -80,7 +80,9 @@ def test_encode_and_decode_equal_diffusers(name: str) -> None:
 def test_attention_in_chunks_of_queries_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, _, (h, w) = CASES["four levels"]
     oracle, ae = build(sizes)
-    monkeypatch.setattr("fluxmesh.flux.autoencoder.QUERY_ROWS", 4)  # 15 places: 4, 4, 4 and 3
+    monkeypatch.setattr(
+        "fluxmesh.models.flux1.autoencoder.QUERY_ROWS", 4
+    )  # 15 places: 4, 4, 4 and 3
     latents = normal(1, h, w, 4, seed=2)
     z = torch.from_numpy(latents.transpose(0, 3, 1, 2)) / 0.3611 + 0.1159
     expected = oracle.decode(z).sample.permute(0, 2, 3, 1)

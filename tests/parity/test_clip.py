@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fluxmesh.flux.clip import ClipTextModel
-from fluxmesh.flux.config import ClipConfig
-from fluxmesh.flux.layouts import clip_tensors
+from fluxmesh.models.flux1.clip import ClipTextModel
+from fluxmesh.models.flux1.config import ClipConfig
+from fluxmesh.models.flux1.tensor_maps import clip_tensors
 from tests.parity.oracles import BOUND, load, randomize, relative_error
 
 VOCABULARY = 60

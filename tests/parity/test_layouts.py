@@ -13,9 +13,9 @@ from diffusers import FluxPipeline as DiffusersPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
 from fluxmesh.flux import hub, lora, weights
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layouts import to_diffusers, transformer_tensors
 from fluxmesh.flux.lora import LowRank
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 from tests.parity.oracles import BOUND, normal, relative_error

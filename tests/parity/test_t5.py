@@ -10,9 +10,9 @@ from transformers import T5Config as OracleConfig
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from fluxmesh.flux.config import T5Config
-from fluxmesh.flux.layouts import t5_tensors
-from fluxmesh.flux.t5 import T5Encoder, relative_position_buckets
+from fluxmesh.models.flux1.config import T5Config
+from fluxmesh.models.flux1.t5 import T5Encoder, relative_position_buckets
+from fluxmesh.models.flux1.tensor_maps import t5_tensors
 from tests.parity.oracles import BOUND, load, randomize, relative_error
 
 CASES = {

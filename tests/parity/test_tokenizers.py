@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer as ClipOracle
 from transformers import T5Tokenizer as T5Oracle
 
-from fluxmesh.flux.tokenizers import (
+from fluxmesh.models.flux1.tokenizers import (
     BYTE_LETTERS,
     END,
     END_OF_WORD,

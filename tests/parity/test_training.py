@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluxmesh.flux import noise
-from fluxmesh.flux.layouts import to_diffusers, transformer_tensors
+from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.training import optimizer
 from fluxmesh.training.adapters import Adapters
 from fluxmesh.training.request import TrainRequest

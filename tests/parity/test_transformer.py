@@ -11,9 +11,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from fluxmesh.flux import noise
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layouts import in_bfl_file, transformer_tensors
-from fluxmesh.flux.model import Flux
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.tensor_maps import in_bfl_file, transformer_tensors
+from fluxmesh.models.flux1.transformer import Flux
 from tests.parity.oracles import BOUND, load, normal, randomize, relative_error
 
 

@@ -9,11 +9,11 @@ from mlx.utils import tree_map
 
 from fluxmesh.flux import noise as latents
 from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.config import FluxConfig, ScheduleConfig
 from fluxmesh.flux.denoise import Plan, denoise, plan
-from fluxmesh.flux.model import Flux
 from fluxmesh.flux.schedule import timesteps
 from fluxmesh.flux.source import SourceLatents, mask_latents
+from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
+from fluxmesh.models.flux1.transformer import Flux
 
 SIZE = (4, 6)  # latents
 CONFIG = FluxConfig(

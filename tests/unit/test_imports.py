@@ -20,14 +20,23 @@ HEAVY = {"mlx", "zmq", "torch", "datasets", "transformers", "diffusers", "huggin
 # What describes a model without computing: a coordinator imports it on a machine without mlx.
 PURE = [
     *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.canvas"),
-    *("fluxmesh.flux", "fluxmesh.flux.config", "fluxmesh.flux.schedule", "fluxmesh.flux.noise"),
-    *("fluxmesh.flux.hub", "fluxmesh.flux.layouts", "fluxmesh.flux.checkpoint"),
-    *("fluxmesh.storage.safetensors", "fluxmesh.flux.components", "fluxmesh.flux.singlefile"),
-    *("fluxmesh.flux.download", "fluxmesh.flux.lora_files", "fluxmesh.flux.tiles"),
+    *(
+        "fluxmesh.flux",
+        "fluxmesh.models.flux1.config",
+        "fluxmesh.flux.schedule",
+        "fluxmesh.flux.noise",
+    ),
+    *("fluxmesh.flux.hub", "fluxmesh.models.flux1.tensor_maps", "fluxmesh.flux.checkpoint"),
+    *(
+        "fluxmesh.storage.safetensors",
+        "fluxmesh.flux.components",
+        "fluxmesh.models.flux1.single_file",
+    ),
+    *("fluxmesh.flux.download", "fluxmesh.flux.lora_files", "fluxmesh.models.tiling"),
     *("fluxmesh.flux.precision", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
-    *("fluxmesh_coordinator.cli.models", "fluxmesh.flux.sharding"),
+    *("fluxmesh_coordinator.cli.models", "fluxmesh.models.flux1.partition"),
     *("fluxmesh_coordinator.cli.adapters", "fluxmesh_coordinator.cli.progress"),
     *("fluxmesh.flux.folders", "fluxmesh.flux.conversion"),
     *("fluxmesh_coordinator.starter", "fluxmesh_coordinator.launch"),
@@ -102,7 +111,7 @@ def test_only_one_module_calls_a_collective() -> None:
         for name, path in modules(package)
         if "mx.distributed" in path.read_text(encoding="utf-8")
     ]
-    assert found == ["fluxmesh.flux.parallel"]
+    assert found == ["fluxmesh.models.flux1.parallel"]
 
 
 def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:

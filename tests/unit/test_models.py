@@ -14,12 +14,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.flux import autoencoder, clip, layers, noise, t5
-from fluxmesh.flux.autoencoder import AutoEncoder
-from fluxmesh.flux.clip import ClipTextModel
-from fluxmesh.flux.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
-from fluxmesh.flux.model import Flux
-from fluxmesh.flux.t5 import T5Encoder
+from fluxmesh.flux import noise
+from fluxmesh.models.flux1 import autoencoder, clip, layers, t5
+from fluxmesh.models.flux1.autoencoder import AutoEncoder
+from fluxmesh.models.flux1.clip import ClipTextModel
+from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.models.flux1.t5 import T5Encoder
+from fluxmesh.models.flux1.transformer import Flux
 
 FLUX = FluxConfig(
     in_channels=16,

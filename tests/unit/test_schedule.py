@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.config import ScheduleConfig
 from fluxmesh.flux.schedule import timesteps
+from fluxmesh.models.flux1.config import ScheduleConfig
 
 SCHNELL = ScheduleConfig()
 DEV = ScheduleConfig(use_dynamic_shifting=True, shift=3.0)

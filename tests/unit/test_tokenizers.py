@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux.tokenizers import END, START, ClipTokenizer, T5Tokenizer
+from fluxmesh.models.flux1.tokenizers import END, START, ClipTokenizer, T5Tokenizer
 
 VOCAB = ["c", "a", "t", "t</w>", "s</w>", "ca", "cat</w>", START, END, "<pad>"]
 MERGES = "#version: 0.2\nc a\nca t</w>\n"

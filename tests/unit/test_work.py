@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import HostInfo, Measured
-from fluxmesh.flux.model import Flux
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
 from fluxmesh.planning.work import Work, split_tokens, tensor_problem
 from fluxmesh.request import SourceImage

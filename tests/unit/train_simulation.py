@@ -12,7 +12,7 @@ import numpy as np
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.flux.checkpoint import ModelDefaults
-from fluxmesh.flux.config import AutoencoderConfig, FluxConfig, ScheduleConfig
+from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig, ScheduleConfig
 from fluxmesh.training.dataset import Example
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest

@@ -1,7 +1,7 @@
 """Takes a shard out of a transformer that is in memory whole. Knows no collective.
 
 Any linear that a transformer may hold can be cut: plain, quantized (whole groups), with an adapter
-beside it. `sharding.py` says where; `weights.py` does the same from files, without the whole.
+beside it. `partition.py` says where; `weights.py` does the same from files, without the whole.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux.layers import RMSNorm
 from fluxmesh.flux.lora import LoRALinear
-from fluxmesh.flux.model import Flux
-from fluxmesh.flux.sharding import Cut, Shard, check, cuts
 from fluxmesh.flux.weights import hold_shard, module_at, replace_module
+from fluxmesh.models.flux1.layers import RMSNorm
+from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
+from fluxmesh.models.flux1.transformer import Flux
 
 
 def shard_of(flux: Flux, shard: Shard) -> Flux:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fluxmesh.errors import UsageError
 from fluxmesh.flux.components import group_size
-from fluxmesh.flux.config import FluxConfig
+from fluxmesh.models.flux1.config import FluxConfig
 
 
 @dataclass(frozen=True)

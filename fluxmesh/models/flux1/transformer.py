@@ -19,9 +19,8 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.flux.caching import StepCache
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layers import (
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.layers import (
     TIME_CHANNELS,
     DoubleStreamBlock,
     LastLayer,
@@ -30,8 +29,9 @@ from fluxmesh.flux.layers import (
     rope_tables,
     timestep_embedding,
 )
-from fluxmesh.flux.layouts import modulates
-from fluxmesh.flux.sharding import Shard
+from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.step_cache import StepCache
 
 Part = Literal["all", "modulation", "blocks"]
 """Of a transformer: "modulation" is what `Flux.modulations` reads, "blocks" all that is left when

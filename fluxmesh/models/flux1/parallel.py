@@ -4,7 +4,7 @@ Both wrap a `Flux` and are used as one (`rope`, `modulations`, a call a step), s
 doesn't know how many hosts take part. Every rank is given the same latents and prompt, makes the
 same calls in the same order, and gets the whole velocity, equal to the byte on all ranks.
 
-- `TensorFlux`: each host holds 1/N of the blocks and modulations (`sharding.py`) and computes its
+- `TensorFlux`: each host holds 1/N of the blocks and modulations (`partition.py`) and computes its
   heads and MLP columns of all tokens. The hosts' partial outputs are summed twice in a double
   block, text and image in one sum, and once in a single block; biases are added to the sum.
 - `SequenceFlux`: each host holds all weights and computes all channels of its tokens. Each block
@@ -27,13 +27,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.caching import StepCache
-from fluxmesh.flux.config import FluxConfig
-from fluxmesh.flux.layers import DoubleStreamBlock, QKNorm, SingleStreamBlock, attention, run
 from fluxmesh.flux.lora import LoRALinear
-from fluxmesh.flux.model import Flux, Modulations
-from fluxmesh.flux.sharding import Cut, Shard, token_run
-from fluxmesh.flux.slicing import cut_linear, shard_of
 from fluxmesh.kernels.ops import (
     Stream,
     gated_norm,
@@ -43,6 +37,18 @@ from fluxmesh.kernels.ops import (
     turned,
     turned_heads,
 )
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.layers import (
+    DoubleStreamBlock,
+    QKNorm,
+    SingleStreamBlock,
+    attention,
+    run,
+)
+from fluxmesh.models.flux1.partition import Cut, Shard, token_run
+from fluxmesh.models.flux1.slicing import cut_linear, shard_of
+from fluxmesh.models.flux1.transformer import Flux, Modulations
+from fluxmesh.models.step_cache import StepCache
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.flux.config import ClipConfig
+from fluxmesh.models.flux1.config import ClipConfig
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "quick_gelu": nn.gelu_fast_approx,  # x * sigmoid(1.702 x), what OpenAI trained with

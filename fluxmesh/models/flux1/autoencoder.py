@@ -14,9 +14,9 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux.config import AutoencoderConfig
-from fluxmesh.flux.tiles import UNTILED_LATENTS, Tile, tiles
 from fluxmesh.kernels.ops import group_norm, offset_sum
+from fluxmesh.models.flux1.config import AutoencoderConfig
+from fluxmesh.models.tiling import UNTILED_LATENTS, Tile, tiles
 
 # Queries that the middle attention takes at once: bounds the scores it holds to this many rows.
 QUERY_ROWS = 4096

@@ -1,6 +1,6 @@
 """The layers of the FLUX transformer: embeddings, attention, the two kinds of block.
 
-Stands below `model.py`, which strings these together. Names of modules and parameters are those
+Stands below `transformer.py`, which strings these together. Names of modules and parameters are those
 of black-forest-labs/flux (`src/flux/modules/layers.py`), so that its weight files load without
 renaming; `img`, `txt`, `vec` and `pe` mean here what they mean there.
 

@@ -9,7 +9,7 @@ Source: first-block cache of ParaAttention (https://github.com/chengzeyi/ParaAtt
 diffusers (`FirstBlockCacheConfig`), after TeaCache, Liu et al. 2024
 (https://arxiv.org/abs/2411.19108).
 
-Stands beside `model.py` and `parallel.py`, whose transformers call it between their first block and
+Stands beside `transformer.py` and `parallel.py`, whose transformers call it between their first block and
 the others; `denoise.py` tells it which step must be computed. Knows neither.
 """
 

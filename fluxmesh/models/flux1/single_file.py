@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux.config import AutoencoderConfig, FluxConfig
-from fluxmesh.flux.layouts import COMFY_PREFIX
+from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
+from fluxmesh.models.flux1.tensor_maps import COMFY_PREFIX
 from fluxmesh.storage.safetensors import read_header
 
 
