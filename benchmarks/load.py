@@ -5,7 +5,7 @@
     python -m benchmarks.load --model tiny       # the commands alone, with a model that you have
     python -m benchmarks.load --small            # tiny models, to try this program
 
-FLUX.1 at full size with random weights, from files on a disk (`folders.py`). First the disk's own
+FLUX.1 at full size with random weights, from files on a disk (`writer.py`). First the disk's own
 rate, from files that are not in the page cache and from files that are: reads into one buffer by
 several threads. Then an engine's load of the transformer in a process of its own, the first start
 with nothing in the page cache, the second with what the first left there; "peak over" is what was
@@ -157,15 +157,15 @@ def load(case: Result) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from fluxmesh.flux import hub, weights
+    from fluxmesh.weights import hub, loading
 
     mx.eval(mx.zeros(1) + 1)  # the device is awake
     start = time.perf_counter()
     checkpoint = hub.resolve(case["folder"], download=False)
-    weights.verify(checkpoint)
+    loading.verify(checkpoint)
     checked = time.perf_counter()
     mx.reset_peak_memory()
-    flow = weights.load_transformer(checkpoint, bits=case["bits"])
+    flow = loading.load_transformer(checkpoint, bits=case["bits"])
     arrays = [array for _, array in tree_flatten(flow.parameters())]
     mx.synchronize()
     emit(

@@ -3,7 +3,7 @@
     python -m benchmarks.memory                # 34 GB of disk or memory, a GPU, 5 minutes
     python -m benchmarks.memory --small        # the same path on tiny models, for a CPU
 
-FLUX.1 at full size with random weights, from files (`folders.py`): the text encoders read a prompt,
+FLUX.1 at full size with random weights, from files (`writer.py`): the text encoders read a prompt,
 the transformer makes an image of 1024x1024, the autoencoder decodes it. One engine through
 `Runner`, as `fluxmesh generate` runs where there is no mesh; or, with `--engines`, several on this
 machine that hold a shard each (`tensor`). Peaks are MLX's own count, each phase by itself; `load`

@@ -225,10 +225,10 @@ def predict(result: Result, before: Sequence[Result]) -> None:
 
 def _planned_step(result: Result, one: float) -> float:
     from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Measured, MeshView
-    from fluxmesh.flux.checkpoint import ModelDefaults
     from fluxmesh.planning.options import Options
     from fluxmesh.planning.work import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
+    from fluxmesh.weights.checkpoint import ModelDefaults
 
     sizes = SMALL if result["small"] else FULL
     side, dtype, bits = result["size"], result["dtype"], result["bits"]

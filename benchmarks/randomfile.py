@@ -1,6 +1,6 @@
 """Large safetensors files of random bfloat16 numbers, as fast as the disk takes them.
 
-`folders.py` needs 34 GB of plausible weights in seconds; drawing so many normals takes
+`writer.py` needs 34 GB of plausible weights in seconds; drawing so many normals takes
 minutes. So 32 million are drawn once and every tensor is cut from them, at an offset of its own,
 scaled by a power of two near 1/sqrt(inputs): in bfloat16 that is a change of the exponent alone.
 """

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import AdapterError, ModelNotFoundError
-from fluxmesh.flux import hub
 from fluxmesh.request import AdapterRef
+from fluxmesh.weights import hub
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -16,10 +16,10 @@ from fluxmesh.cluster import hostfile_fields
 from fluxmesh.cluster.hostfile import Hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, Measured, MeshView, Weights
 from fluxmesh.errors import ModelNotFoundError, UsageError
-from fluxmesh.flux import hub
-from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.weights import hub
+from fluxmesh.weights.checkpoint import ModelDefaults
 
 REQUIRED = ("memory", "link_rate")
 NUMBERS = {"flops_per_second": 26e12, "load_rate": 3e9, "link_latency": 1e-4}  # left out

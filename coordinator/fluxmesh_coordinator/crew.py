@@ -16,8 +16,6 @@ import numpy as np
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
-from fluxmesh.flux import hub
-from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.planning.work import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 from fluxmesh.training.cache import FeatureCache, default_folder
@@ -27,6 +25,8 @@ from fluxmesh.training.plan import Plan, prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Moved, Run, read_examples
 from fluxmesh.training.units import Crop, Reader, Unit, Units
+from fluxmesh.weights import hub
+from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator import train_jobs
 from fluxmesh_coordinator.train_jobs import TrainJob, UnitEncoded, Wanted
 from fluxmesh_coordinator.train_session import TrainSession

@@ -248,7 +248,7 @@ class Mesh:
         keep_warm: bool,
     ) -> tuple[Job, Files]:
         """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
-        from fluxmesh.flux import hub
+        from fluxmesh.weights import hub
 
         sizes, name = self._sizes(request.model), hub.full_name(request.model)
         named, files = by_hash(request.adapters)
@@ -265,7 +265,7 @@ class Mesh:
 
     def _sizes(self, model: str) -> ModelSizes:
         """What planning must know of a model; a mesh may have one that this machine lacks."""
-        from fluxmesh.flux import hub
+        from fluxmesh.weights import hub
 
         if self.record.is_this_machine:
             return ModelSizes.of(hub.resolve(model))

@@ -91,7 +91,7 @@ class Elsewhere:
     """A checkpoint that only hosts of the mesh have."""
 
     name: str
-    defaults: Any  # fluxmesh.flux.checkpoint.ModelDefaults
+    defaults: Any  # fluxmesh.weights.checkpoint.ModelDefaults
     revision: str = ""
 
 
@@ -128,7 +128,7 @@ class Painter:
         return self._checkpoints[settings.model]
 
     def _find(self, model: str | None) -> Any:
-        from fluxmesh.flux import hub
+        from fluxmesh.weights import hub
 
         up = record.load()
         loaded = up.weights.model if up and up.weights else None

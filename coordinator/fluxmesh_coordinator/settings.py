@@ -17,7 +17,7 @@ from fluxmesh_coordinator.recipe import Recipe
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import Weights
-    from fluxmesh.flux.checkpoint import ModelDefaults
+    from fluxmesh.weights.checkpoint import ModelDefaults
 
 
 @dataclass(frozen=True)

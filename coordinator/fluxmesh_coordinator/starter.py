@@ -228,7 +228,7 @@ def can_bind(address: str, port: int) -> bool:
 
 def _model(name: str, folder: str | None) -> dict[str, Any]:
     """{"revision", "content", "bytes"}, or {"problem"} where it is not here or broken."""
-    from fluxmesh.flux import hub
+    from fluxmesh.weights import hub
 
     own = Path(os.path.expanduser(folder)) / name if folder else None
     try:
@@ -295,7 +295,7 @@ def logs(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
 
 def pull(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Fetches a model from the Hub, with this host's own token where it needs one."""
-    from fluxmesh.flux import hub
+    from fluxmesh.weights import hub
 
     told = [0.0]
 

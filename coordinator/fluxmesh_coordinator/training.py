@@ -51,7 +51,7 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
             begun = checkpoint.latest(Path(values.get("output_dir", TrainRequest.output_dir)))
             values["seed"] = begun.request["seed"] if begun else values["seed"]
     if "model" not in values:
-        from fluxmesh.flux import hub
+        from fluxmesh.weights import hub
 
         values["model"] = hub.default_model()
     return TrainRequest(**(values | {"dataset": dataset}))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluxmesh.errors import AdapterError
-from fluxmesh.flux import hub
 from fluxmesh.flux.lora_files import (
     PEFT_METADATA,
     Adapter,
@@ -20,6 +19,7 @@ from fluxmesh.flux.lora_files import (
 )
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.storage.safetensors import read_header
+from fluxmesh.weights import hub
 
 
 def known_configs() -> list[FluxConfig]:

@@ -2,7 +2,7 @@
 
 Any unquantized checkpoint goes in; its transformer is written in diffusers' names and in the dtype
 that it is stored in, each sum taken in float32 and rounded once. What no adapter touches is copied.
-The folder appears under its name only when it is whole (`folders.py`).
+The folder appears under its name only when it is whole (`writer.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
-from fluxmesh.flux.components import Reader, Stored, tables, verify
-from fluxmesh.flux.folders import (
+from fluxmesh.flux.lora import Adapter, Paths, find_adapter, join_adapters
+from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
+from fluxmesh.storage.safetensors import write_tensors
+from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
+from fluxmesh.weights.reader import Reader, Stored, tables, verify
+from fluxmesh.weights.writer import (
     SHARD_BYTES,
     config_of,
     new_folder,
     write_json,
     write_surroundings,
 )
-from fluxmesh.flux.lora import Adapter, Paths, find_adapter, join_adapters
-from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
-from fluxmesh.storage.safetensors import write_tensors
 
 OnBytes = Callable[[int, int], None]  # bytes done, and in all
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}

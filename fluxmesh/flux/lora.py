@@ -24,10 +24,10 @@ from fluxmesh.flux.lora_files import (
     read_adapter,
     write_adapter,
 )
-from fluxmesh.flux.weights import module_at, replace_module
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.partition import Cut, cuts
 from fluxmesh.models.flux1.transformer import Part, is_part
+from fluxmesh.weights.loading import module_at, replace_module
 
 __all__ = [
     "FORMATS",

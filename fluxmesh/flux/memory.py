@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from fluxmesh.flux import components
-from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
+from fluxmesh.weights import reader
+from fluxmesh.weights.checkpoint import Checkpoint
 
 BYTES = {"bfloat16": 2.0, "float32": 4.0}
 GROUP = 64  # weights that share a scale and a bias when quantized
@@ -35,7 +35,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None, shards:
         (plain if component == "vae" else packed)
         * tensor_maps.parameter_count(tensors)
         / (shards if component == "transformer" else 1)
-        for component, tensors in components.tables(checkpoint).items()
+        for component, tensors in reader.tables(checkpoint).items()
     )
 
 

@@ -15,10 +15,11 @@ import mlx.core as mx
 
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux import hub, lora, precision, weights
+from fluxmesh.flux import lora, precision
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.transformer import Part
 from fluxmesh.request import BITS, DTYPES, AdapterRef
+from fluxmesh.weights import hub, loading
 
 FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
 
@@ -80,7 +81,7 @@ class Models:
         self.shard = Shard()  # what `flow` loads: set it while there is none
         self.low_memory = False  # whether `flow` is loaded without its modulation
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
-        weights.verify(self.checkpoint)
+        loading.verify(self.checkpoint)
         if self.adapters:
             lora.check_adapters(self._adapter_pairs(), self.checkpoint.transformer)
 
@@ -88,13 +89,13 @@ class Models:
     def t5(self) -> Any:
         """The T5 encoder: a prompt's features, one vector a token."""
         tell = self._tell("text encoders", "t5", before="clip")
-        return weights.load_t5(self.checkpoint, self.dtype, self.bits, tell)
+        return loading.load_t5(self.checkpoint, self.dtype, self.bits, tell)
 
     @Lazy
     def clip(self) -> Any:
         """The CLIP text encoder: a prompt's pooled vector."""
         tell = self._tell("text encoders", "clip", after="t5")
-        return weights.load_clip(self.checkpoint, self.dtype, self.bits, tell)
+        return loading.load_clip(self.checkpoint, self.dtype, self.bits, tell)
 
     @Lazy
     def flow(self) -> Any:
@@ -109,14 +110,14 @@ class Models:
     @Lazy
     def ae(self) -> Any:
         """The autoencoder: latents to pictures and back."""
-        return weights.load_autoencoder(
+        return loading.load_autoencoder(
             self.checkpoint, self.dtype, self._tell("autoencoder", "ae")
         )
 
     @Lazy
     def tokenizers(self) -> Any:
         """(CLIP's tokenizer, T5's tokenizer)."""
-        return weights.load_tokenizers(self.checkpoint)
+        return loading.load_tokenizers(self.checkpoint)
 
     def ensure_models_are_loaded(self) -> None:
         """Loads all four models now, instead of when each is first used."""
@@ -139,7 +140,7 @@ class Models:
     def _transformer(self, part: Part) -> Any:
         tell = self._tell("transformer", "flow", goes_on=part == "blocks")
         how = (self.dtype, self.bits, tell, self.shard, part)
-        flow = weights.load_transformer(self.checkpoint, *how)
+        flow = loading.load_transformer(self.checkpoint, *how)
         if self.adapters:
             lora.apply_adapters(flow, self._adapter_pairs(), self.fuse_adapters, part)
         return flow

@@ -14,8 +14,6 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from fluxmesh.cluster.snapshot import Placement, Weights
-from fluxmesh.flux.checkpoint import Checkpoint, ModelDefaults
-from fluxmesh.flux.components import group_size
 from fluxmesh.flux.schedule import timesteps
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import (
@@ -28,6 +26,8 @@ from fluxmesh.models.flux1.config import (
 from fluxmesh.models.flux1.partition import token_run
 from fluxmesh.models.tiling import UNTILED_LATENTS
 from fluxmesh.request import GenerateRequest
+from fluxmesh.weights.checkpoint import Checkpoint, ModelDefaults
+from fluxmesh.weights.reader import group_size
 
 BYTES = {"bfloat16": 2, "float32": 4}
 ACTIVATIONS = 24  # arrays of tokens by hidden size that a step holds at once, at most

@@ -14,12 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.flux.lora import LoRALinear
-from fluxmesh.flux.weights import module_at, replace_module
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training.gradients import frozen, plus_low_rank
 from fluxmesh.training.layout import Layout
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.streams import WEIGHTS, generator, number_of
+from fluxmesh.weights.loading import module_at, replace_module
 
 Weights = dict[str, dict[str, mx.array]]  # by module: {"a": [in, rank], "b": [rank, out]}
 

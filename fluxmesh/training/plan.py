@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.noise import PATCH
 from fluxmesh.training.crops import Size, bucket_of, buckets
 from fluxmesh.training.dataset import Example, fingerprint
@@ -19,6 +18,7 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.sampling import MicroBatch, Sampler, TimeSteps
 from fluxmesh.training.streams import VALIDATION, generator
 from fluxmesh.training.units import Caption, Crop, Unit
+from fluxmesh.weights.checkpoint import Checkpoint
 
 DEFAULT_AREA = 512 * 512  # pixels of a training picture, or fewer where the model's own is smaller
 LEVELS = (0.125, 0.375, 0.625, 0.875)  # where validation measures, before the shift

@@ -18,7 +18,6 @@ from typing import Protocol
 import numpy as np
 
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.flux.checkpoint import Checkpoint
 from fluxmesh.flux.lora_files import write_adapter
 from fluxmesh.training import checkpoint
 from fluxmesh.training.checkpoint import Counters
@@ -36,6 +35,7 @@ from fluxmesh.training.layout import Layout
 from fluxmesh.training.plan import Plan
 from fluxmesh.training.rates import warmup_updates
 from fluxmesh.training.request import TrainRequest
+from fluxmesh.weights.checkpoint import Checkpoint
 
 SMOOTH = 0.9  # of the running mean of the loss
 EXPLODES = 10.0  # times the lowest running mean, where the run ends

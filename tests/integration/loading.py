@@ -9,14 +9,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux import hub, weights
+from fluxmesh.weights import hub, loading
 from tests import checkpoints
 
 LOADERS = {
-    "transformer": weights.load_transformer,
-    "text_encoder": weights.load_clip,
-    "text_encoder_2": weights.load_t5,
-    "vae": weights.load_autoencoder,
+    "transformer": loading.load_transformer,
+    "text_encoder": loading.load_clip,
+    "text_encoder_2": loading.load_t5,
+    "vae": loading.load_autoencoder,
 }
 FILES = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",
@@ -39,7 +39,7 @@ def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
 
 def resolved(made):
     checkpoint = hub.resolve(str(made.path))
-    weights.verify(checkpoint)
+    loading.verify(checkpoint)
     return checkpoint
 
 
@@ -49,7 +49,7 @@ def assert_refused(made, *words: str) -> None:
     mx.reset_peak_memory()
     active = mx.get_active_memory()
     with pytest.raises(WeightsError) as caught:
-        weights.verify(hub.resolve(str(made.path)))
+        loading.verify(hub.resolve(str(made.path)))
     assert mx.get_peak_memory() <= active
     message = str(caught.value)
     assert "\n" not in message

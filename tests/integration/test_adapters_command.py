@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux import folders, hub, lora, weights
+from fluxmesh.flux import lora
 from fluxmesh.flux.fuse import fuse_checkpoint
 from fluxmesh.flux.lora import LowRank
-from fluxmesh.flux.quantize import quantize_checkpoint
 from fluxmesh.storage.safetensors import read_header
+from fluxmesh.weights import hub, loading, writer
+from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import Run
 from tests.integration.loading import assert_same, parameters
@@ -171,22 +172,22 @@ def test_a_fused_folder_holds_what_fusing_on_the_way_gives_in_the_dtype_of_the_s
     heard: list[tuple[int, int]] = []
     fuse_checkpoint(source, tmp_path / "fused", [(path, 0.7)], lambda *seen: heard.append(seen))
     found = hub.resolve(str(tmp_path / "fused"))
-    weights.verify(found)
+    loading.verify(found)
     assert heard == sorted(heard) and heard[-1][0] > 0.99 * heard[-1][1]  # headers are no weights
     files = found.components["transformer"].files
     assert len(files) > 2
     kinds = {entry.dtype for file in files for entry in read_header(file).entries.values()}
     assert kinds == {"F32" if dtype == "float32" else "BF16"}
-    expected = weights.load_transformer(source, getattr(mx, dtype))
+    expected = loading.load_transformer(source, getattr(mx, dtype))
     lora.apply_adapters(expected, [(path, 0.7)], fuse=True)
-    ours = parameters(weights.load_transformer(found, getattr(mx, dtype)))
+    ours = parameters(loading.load_transformer(found, getattr(mx, dtype)))
     theirs = parameters(expected)
     assert ours.keys() == theirs.keys()
     step = 1e-6 if dtype == "float32" else 2**-7  # sums that differ in float32's last place
     for name, values in theirs.items():
         one, other = (np.array(x.astype(mx.float32)) for x in (ours[name], values))
         assert np.abs(one - other).max() <= step * np.abs(other).max(), name
-    for load in (weights.load_t5, weights.load_clip, weights.load_autoencoder):
+    for load in (loading.load_t5, loading.load_clip, loading.load_autoencoder):
         assert_same(parameters(load(found)), parameters(load(source)))
 
 
@@ -205,7 +206,7 @@ def test_fusing_never_overwrites_and_an_interrupted_one_leaves_nothing(
     def failing(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders, "_flush_folders", failing)
+    monkeypatch.setattr(writer, "_flush_folders", failing)
     with pytest.raises(KeyboardInterrupt):
         fuse_checkpoint(source, tmp_path / "fused", [(path, 1.0)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "model", "there"]

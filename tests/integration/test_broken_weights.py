@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux import hub, weights
+from fluxmesh.weights import hub, loading
 from tests.checkpoints import make_checkpoint
 from tests.integration.loading import (
     FILES,
@@ -150,7 +150,7 @@ def test_a_broken_vocabulary_is_refused(tmp_path, file):
     checkpoint = resolved(made)
     (made.folder / file).write_bytes(b"\xff not a vocabulary")
     with pytest.raises(WeightsError, match=Path(file).name):
-        weights.load_tokenizers(checkpoint)
+        loading.load_tokenizers(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, folder, par
     made = make_checkpoint(tmp_path)
     change_config(made.folder / folder, {"vocab_size": 100})
     with pytest.raises(WeightsError, match=f"{part} has .* its model 100"):
-        weights.load_tokenizers(hub.resolve(str(made.path)))
+        loading.load_tokenizers(hub.resolve(str(made.path)))
 
 
 def test_a_prompt_is_cut_where_the_tokenizer_says_and_the_positions_end(tmp_path):
@@ -168,5 +168,5 @@ def test_a_prompt_is_cut_where_the_tokenizer_says_and_the_positions_end(tmp_path
     positions = made.clip.max_position_embeddings
     for declared, length in ((positions - 3, positions - 3), (positions + 3, positions)):
         change_config(made.folder / "tokenizer", {"model_max_length": declared})
-        clip, _ = weights.load_tokenizers(resolved(made))
+        clip, _ = loading.load_tokenizers(resolved(made))
         assert len(clip.encode("dog " * 100)) == length

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
-from fluxmesh.flux import download, hub
+from fluxmesh.weights import download, hub
 from tests.checkpoints import make_checkpoint
 
 COMMITS = ("a" * 40, "b" * 40)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxmesh.flux.hub import tiny_folder
+from fluxmesh.weights.hub import tiny_folder
 from tests.integration.conftest import environment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux import filled as module
-from fluxmesh.flux.filled import filled
+from fluxmesh.weights import zero_copy as module
+from fluxmesh.weights.zero_copy import filled
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux import hub, lora
+from fluxmesh.flux import lora
 from fluxmesh.flux.lora import LowRank
-from fluxmesh.flux.quantize import quantize_checkpoint
+from fluxmesh.weights import hub
+from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 
 

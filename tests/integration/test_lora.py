@@ -12,10 +12,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError, WeightsError
-from fluxmesh.flux import hub, lora, weights
+from fluxmesh.flux import lora
 from fluxmesh.flux.lora import LoRALinear, LowRank
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.storage.safetensors import read_header
+from fluxmesh.weights import hub, loading
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint, write_safetensors
 
@@ -313,7 +314,7 @@ def test_a_refused_adapter_changes_nothing(tmp_path, checkpoint):
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     lora.write_adapter(good, random_adapter(), CONFIG)
     write_safetensors(bad, {"nothing.lora_A.weight": PAIR["a"]})
-    flux = weights.load_transformer(checkpoint, mx.float32)
+    flux = loading.load_transformer(checkpoint, mx.float32)
     before = velocity(flux)
     with pytest.raises(AdapterError):
         lora.apply_adapters(flux, [(good, 1.0), (bad, 1.0)])
@@ -332,10 +333,10 @@ def adapter_file(tmp_path):
 
 def changed_by_hand(checkpoint, *adapters: tuple[dict[str, LowRank], float]):
     """The model whose weights were changed with NumPy."""
-    flux = weights.load_transformer(checkpoint, mx.float32)
+    flux = loading.load_transformer(checkpoint, mx.float32)
     for adapter, strength in adapters:
         for name, low in adapter.items():
-            module = weights.module_at(flux, name)
+            module = loading.module_at(flux, name)
             module.weight = module.weight + mx.array((strength * delta(low)).astype(np.float32))
     return flux
 
@@ -345,7 +346,7 @@ def changed_by_hand(checkpoint, *adapters: tuple[dict[str, LowRank], float]):
 def test_an_adapter_adds_its_product_to_every_linear(tmp_path, checkpoint, file_format, fuse):
     path = tmp_path / "adapter.safetensors"
     lora.write_adapter(path, random_adapter(5), CONFIG, file_format)
-    flux = weights.load_transformer(checkpoint, mx.float32)
+    flux = loading.load_transformer(checkpoint, mx.float32)
     plain = velocity(flux)
     lora.apply_adapters(flux, [(path, 0.8)], fuse=fuse)
     expected = velocity(changed_by_hand(checkpoint, (random_adapter(5), 0.8)))
@@ -364,7 +365,7 @@ def test_adapters_stack_with_strengths_of_their_own(tmp_path, checkpoint, togeth
         path = tmp_path / f"{number}.safetensors"
         lora.write_adapter(path, adapter, CONFIG)
         pairs.append((path, strength))
-    flux = weights.load_transformer(checkpoint, mx.float32)
+    flux = loading.load_transformer(checkpoint, mx.float32)
     for batch in [pairs] if together else [[pair] for pair in pairs]:
         lora.apply_adapters(flux, batch, fuse=fuse)
     expected = changed_by_hand(checkpoint, (random_adapter(5), 0.8), (some, -0.5))
@@ -372,7 +373,7 @@ def test_adapters_stack_with_strengths_of_their_own(tmp_path, checkpoint, togeth
 
 
 def test_removing_adapters_gives_the_model_back(checkpoint, adapter_file):
-    flux = weights.load_transformer(checkpoint, mx.float32)
+    flux = loading.load_transformer(checkpoint, mx.float32)
     before = velocity(flux)
     lora.apply_adapters(flux, [(adapter_file, 1.0)])
     lora.remove_adapters(flux)
@@ -389,7 +390,7 @@ def test_a_float32_adapter_does_not_lift_bfloat16_activations():
 
 
 def test_the_velocity_of_an_adapted_bfloat16_model_is_bfloat16(checkpoint, adapter_file):
-    flux = weights.load_transformer(checkpoint)
+    flux = loading.load_transformer(checkpoint)
     lora.apply_adapters(flux, [(adapter_file, 1.0)])
     dtypes = {value.dtype for _, value in tree_flatten(flux.parameters())}
     assert dtypes == {mx.bfloat16}
@@ -398,23 +399,23 @@ def test_the_velocity_of_an_adapted_bfloat16_model_is_bfloat16(checkpoint, adapt
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_beside_a_quantized_base_the_adapter_stays_exact(checkpoint, adapter_file, bits):
-    flux = weights.load_transformer(checkpoint, mx.float32, bits)
+    flux = loading.load_transformer(checkpoint, mx.float32, bits)
     name = "single_blocks.0.linear1"
-    base = weights.module_at(flux, name)
+    base = loading.module_at(flux, name)
     x = mx.array(normal(np.random.default_rng(1), 3, CONFIG.hidden_size))
     expected = np.array(base(x)) + np.array(x) @ delta(random_adapter(5)[name]).T
     lora.apply_adapters(flux, [(adapter_file, 1.0)])
-    adapted = weights.module_at(flux, name)
+    adapted = loading.module_at(flux, name)
     assert isinstance(adapted.linear, nn.QuantizedLinear)
     assert distance(np.array(adapted(x)), expected) < 1e-5
 
 
 def test_fusing_into_a_quantized_base_rounds_the_sum(checkpoint, adapter_file):
-    flux = weights.load_transformer(checkpoint, mx.float32, 8)
+    flux = loading.load_transformer(checkpoint, mx.float32, 8)
     lora.apply_adapters(flux, [(adapter_file, 1.0)], fuse=True)
     assert isinstance(flux.single_blocks[0].linear1, nn.QuantizedLinear)
     expected = velocity(changed_by_hand(checkpoint, (random_adapter(5), 1.0)))
-    quantized = velocity(weights.load_transformer(checkpoint, mx.float32, 8))
+    quantized = velocity(loading.load_transformer(checkpoint, mx.float32, 8))
     assert distance(velocity(flux), expected) < 0.05
     assert distance(quantized, expected) > 0.1
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fluxmesh import Mesh, events
-from fluxmesh.flux import hub
 from fluxmesh.planning.work import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
+from fluxmesh.weights import hub
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.client import Client
 from tests.integration.agents import agent

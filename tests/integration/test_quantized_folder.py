@@ -7,8 +7,8 @@ import json
 import pytest
 
 from fluxmesh.errors import OutputError, UsageError, WeightsError
-from fluxmesh.flux import hub, weights
-from fluxmesh.flux.quantize import quantize_checkpoint
+from fluxmesh.weights import hub, loading
+from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.integration.loading import (
     LOADERS,
@@ -25,7 +25,7 @@ def test_a_quantized_folder_loads_as_what_quantizing_on_the_way_gives(tmp_path, 
     folder = tmp_path / "quantized"
     quantize_checkpoint(source, folder, bits)
     found = hub.resolve(str(folder))
-    weights.verify(found)
+    loading.verify(found)
     assert (found.kind, found.bits) == ("quantized", bits)
     assert found.defaults == source.defaults
     assert (found.transformer, found.t5, found.clip) == (source.transformer, source.t5, source.clip)
@@ -33,9 +33,9 @@ def test_a_quantized_folder_loads_as_what_quantizing_on_the_way_gives(tmp_path, 
     for component, load in LOADERS.items():
         options = {} if component == "vae" else {"bits": bits}
         assert_same(parameters(load(found)), parameters(load(source, **options)))
-    clip, t5 = weights.load_tokenizers(found)
-    assert t5.encode("a red dog") == weights.load_tokenizers(source)[1].encode("a red dog")
-    assert clip.encode("a red dog") == weights.load_tokenizers(source)[0].encode("a red dog")
+    clip, t5 = loading.load_tokenizers(found)
+    assert t5.encode("a red dog") == loading.load_tokenizers(source)[1].encode("a red dog")
+    assert clip.encode("a red dog") == loading.load_tokenizers(source)[0].encode("a red dog")
 
 
 def test_a_quantized_folder_is_smaller(tmp_path):
@@ -48,7 +48,7 @@ def test_a_quantized_folder_is_smaller(tmp_path):
 
 
 def test_a_large_component_is_written_in_several_files(tmp_path, monkeypatch):
-    from fluxmesh.flux import quantize
+    from fluxmesh.weights import quantize
 
     source = resolved(make_checkpoint(tmp_path / "source"))
     monkeypatch.setattr(quantize, "SHARD_BYTES", 100_000)
@@ -56,8 +56,8 @@ def test_a_large_component_is_written_in_several_files(tmp_path, monkeypatch):
     found = hub.resolve(str(tmp_path / "q"))
     assert len(found.components["transformer"].files) > 2
     assert_same(
-        parameters(weights.load_transformer(found)),
-        parameters(weights.load_transformer(source, bits=8)),
+        parameters(loading.load_transformer(found)),
+        parameters(loading.load_transformer(source, bits=8)),
     )
 
 
@@ -77,7 +77,7 @@ def test_quantizing_into_a_missing_folder_says_so(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interrupted_quantization_leaves_nothing(tmp_path, monkeypatch, error):
-    from fluxmesh.flux import quantize
+    from fluxmesh.weights import quantize
 
     source = resolved(make_checkpoint(tmp_path / "source"))
     calls = []
@@ -106,7 +106,7 @@ def test_a_quantized_folder_stays_at_its_bits(tmp_path):
     quantize_checkpoint(source, tmp_path / "q", 4)
     found = hub.resolve(str(tmp_path / "q"))
     with pytest.raises(UsageError, match="4 bits"):
-        weights.load_transformer(found, bits=8)
+        loading.load_transformer(found, bits=8)
     with pytest.raises(UsageError, match="4 bits"):
         quantize_checkpoint(found, tmp_path / "q8", 8)
 
@@ -119,7 +119,7 @@ def test_a_damaged_quantized_folder_is_refused(tmp_path):
     content["quantization"]["bits"] = 8  # the files hold 4
     manifest.write_text(json.dumps(content))
     with pytest.raises(WeightsError, match="shape"):
-        weights.verify(hub.resolve(str(tmp_path / "q")))
+        loading.verify(hub.resolve(str(tmp_path / "q")))
     content["format"] = 2
     manifest.write_text(json.dumps(content))
     with pytest.raises(WeightsError, match="format 2"):

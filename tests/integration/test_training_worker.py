@@ -11,11 +11,11 @@ import pytest
 
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.flux.holding import Options
-from fluxmesh.flux.hub import resolve
 from fluxmesh.training import worker as workers
 from fluxmesh.training.cache import FeatureCache
 from fluxmesh.training.units import Unit
 from fluxmesh.training.worker import TrainingWorker
+from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import Report

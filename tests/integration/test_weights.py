@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fluxmesh.flux import weights
-from fluxmesh.flux.components import Reader, tables
+from fluxmesh.weights import loading
+from fluxmesh.weights.reader import Reader, tables
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 from tests.integration.loading import (
@@ -40,7 +40,7 @@ def test_a_single_file_may_carry_the_prefix_that_some_trainers_write(tmp_path):
             arrays[f"model.diffusion_model.{key}"] = arrays.pop(key)
 
     rewrite(prefixed.path, rename)
-    models = [parameters(weights.load_transformer(resolved(made))) for made in (plain, prefixed)]
+    models = [parameters(loading.load_transformer(resolved(made))) for made in (plain, prefixed)]
     assert_same(*models)
 
 
@@ -63,15 +63,15 @@ def test_shards_are_the_whole(tmp_path):
     parts = resolved(make_checkpoint(tmp_path / "three", seed=5, shards=3))
     assert len(parts.components["transformer"].files) == 3
     assert_same(
-        parameters(weights.load_transformer(whole)), parameters(weights.load_transformer(parts))
+        parameters(loading.load_transformer(whole)), parameters(loading.load_transformer(parts))
     )
 
 
 def test_a_bfloat16_file_is_read_bit_for_bit(tmp_path):
     stored = resolved(make_checkpoint(tmp_path / "bf16", seed=5, dtype="bfloat16"))
     full = resolved(make_checkpoint(tmp_path / "f32", seed=5))
-    assert_same(parameters(weights.load_t5(stored)), parameters(weights.load_t5(full)))
-    lifted = parameters(weights.load_t5(stored, mx.float32))
+    assert_same(parameters(loading.load_t5(stored)), parameters(loading.load_t5(full)))
+    lifted = parameters(loading.load_t5(stored, mx.float32))
     assert all(value.dtype == mx.float32 for value in lifted.values())
 
 
@@ -86,7 +86,7 @@ def test_a_float16_file_is_read(tmp_path):
     path.unlink()
     halves = {key: (value.astype(np.float16), "F16") for key, value in arrays.items()}
     write_tensors(path, halves, {})
-    loaded = parameters(weights.load_t5(resolved(made), mx.float32))
+    loaded = parameters(loading.load_t5(resolved(made), mx.float32))
     for name, (value, _) in halves.items():
         np.testing.assert_array_equal(np.array(loaded[name]), value.astype(np.float32))
 
@@ -100,7 +100,7 @@ def test_clip_is_found_under_both_of_its_spellings(tmp_path, spelling):
     )
     named = {spelling.format(key): value for key, value in arrays.items()}
     checkpoints.write_safetensors(path, named)
-    loaded = parameters(weights.load_clip(resolved(made), mx.float32))
+    loaded = parameters(loading.load_clip(resolved(made), mx.float32))
     for name, value in arrays.items():
         np.testing.assert_array_equal(np.array(loaded[name]), value)
 
@@ -113,7 +113,7 @@ def test_t5_is_found_when_only_its_encoder_has_the_embedding(tmp_path):
     )
     embedding = arrays.pop("shared.weight")
     checkpoints.write_safetensors(path, arrays | {"encoder.embed_tokens.weight": embedding})
-    loaded = weights.load_t5(resolved(made), mx.float32)
+    loaded = loading.load_t5(resolved(made), mx.float32)
     np.testing.assert_array_equal(np.array(loaded.shared.weight), embedding)
 
 
@@ -121,9 +121,9 @@ def test_a_shard_reads_its_rows_and_nothing_else(tmp_path, monkeypatch):
     checkpoint = resolved(make_checkpoint(tmp_path, seed=7))
     reader = Reader(checkpoint, "transformer")
     name = "single_blocks.1.linear1.weight"
-    whole = weights.read_rows(reader, name, mx.float32)
+    whole = loading.read_rows(reader, name, mx.float32)
     read = []
-    from fluxmesh.flux import components
+    from fluxmesh.weights import reader as components
 
     original = components.read_each_into
 
@@ -132,7 +132,7 @@ def test_a_shard_reads_its_rows_and_nothing_else(tmp_path, monkeypatch):
         original(reads)
 
     monkeypatch.setattr(components, "read_each_into", counting)
-    part = weights.read_rows(reader, name, mx.float32, 60, 200)  # of q, k, v and the MLP
+    part = loading.read_rows(reader, name, mx.float32, 60, 200)  # of q, k, v and the MLP
     assert mx.array_equal(part, whole[60:200])
     assert sum(read) == part.nbytes
     assert len(read) == 4
@@ -146,7 +146,7 @@ def test_loading_holds_the_model_and_one_tensor_more(tmp_path):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = weights.load_transformer(checkpoint)  # the file is float32: twice the model's bytes
+    model = loading.load_transformer(checkpoint)  # the file is float32: twice the model's bytes
     peak = mx.get_peak_memory() - before
     size = sum(value.nbytes for value in parameters(model).values())
     largest = max(value.nbytes for value in parameters(model).values())
@@ -162,11 +162,11 @@ def test_quantizing_while_loading_never_holds_the_plain_model(tmp_path):
         checkpoints.TRANSFORMER, hidden_size=192, num_heads=6, depth=4, depth_single_blocks=8
     )
     checkpoint = resolved(make_checkpoint(tmp_path, transformer=config))
-    plain = sum(v.nbytes for v in parameters(weights.load_transformer(checkpoint)).values())
+    plain = sum(v.nbytes for v in parameters(loading.load_transformer(checkpoint)).values())
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = weights.load_transformer(checkpoint, bits=4)
+    model = loading.load_transformer(checkpoint, bits=4)
     assert mx.get_peak_memory() - before < 0.5 * plain
     assert model.double_blocks[0].img_attn.qkv.bits == 4
 

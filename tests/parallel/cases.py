@@ -12,18 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.flux import hub
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.components import group_size
 from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.denoise import Flow, Plan, plan
 from fluxmesh.flux.lora import LowRank, beside, fused
 from fluxmesh.flux.schedule import timesteps
-from fluxmesh.flux.weights import load_transformer, module_at, replace_module
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard, cuts
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.weights import hub
+from fluxmesh.weights.loading import load_transformer, module_at, replace_module
+from fluxmesh.weights.reader import group_size
 
 STEPS = 3
 

@@ -11,15 +11,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux import hub
 from fluxmesh.flux.lora import Adapter, LowRank, apply_adapters, write_adapter
-from fluxmesh.flux.quantize import quantize_checkpoint
-from fluxmesh.flux.weights import load_transformer
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard, cuts, obstacle
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.weights import hub
+from fluxmesh.weights.loading import load_transformer
+from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.parallel.cases import ON_DISK, Case, flow_of, noise_of, plan_of, quantizable
 from tests.parallel.worker import held

@@ -16,11 +16,11 @@ import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux import hub
 from fluxmesh.flux.conversion import convert_adapter
 from fluxmesh.flux.fuse import fuse_checkpoint
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.weights import hub
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint, write_safetensors
 

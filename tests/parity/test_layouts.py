@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers import FluxPipeline as DiffusersPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from fluxmesh.flux import hub, lora, weights
+from fluxmesh.flux import lora
 from fluxmesh.flux.lora import LowRank
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
+from fluxmesh.weights import hub, loading
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 from tests.parity.oracles import BOUND, normal, relative_error
@@ -50,7 +51,7 @@ def test_the_autoencoders_single_file_is_that_of_diffusers(tmp_path):
     theirs = AutoencoderKL.from_single_file(
         str(made.folder / "ae.safetensors"), config=str(folder), subfolder="vae"
     ).eval()
-    ours = weights.load_autoencoder(hub.resolve(str(made.path)), mx.float32)
+    ours = loading.load_autoencoder(hub.resolve(str(made.path)), mx.float32)
     z = normal(1, 16, 4, 6, seed=1)
     with torch.no_grad():
         scaled = torch.from_numpy(z) / ours.config.scale_factor + ours.config.shift_factor
@@ -105,7 +106,7 @@ def test_an_adapted_transformer_equals_that_of_diffusers(tmp_path, guidance, fus
     config = made.transformer
     path = tmp_path / "adapter.safetensors"
     lora.write_adapter(path, random_adapter(config, seed=3, rank=4), config)
-    ours = weights.load_transformer(hub.resolve(str(made.path)), mx.float32)
+    ours = loading.load_transformer(hub.resolve(str(made.path)), mx.float32)
     lora.apply_adapters(ours, [(path, 0.7)], fuse=fuse)
 
     theirs = FluxTransformer2DModel.from_pretrained(made.folder, subfolder="transformer").eval()

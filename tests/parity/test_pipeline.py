@@ -15,10 +15,10 @@ from PIL import Image
 
 from fluxmesh import FluxPipeline
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.hub import tiny_folder
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.models.flux1.config import ScheduleConfig
 from fluxmesh.request import SourceImage
+from fluxmesh.weights.hub import tiny_folder
 from tests.checkpoints import make_checkpoint
 
 PROMPT = "two dogs in the park, a red apple & 猫"

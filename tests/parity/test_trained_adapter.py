@@ -12,10 +12,10 @@ from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
 from fluxmesh.flux import noise as latents
-from fluxmesh.flux.hub import tiny_folder
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.trainer import train
+from fluxmesh.weights.hub import tiny_folder
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Weights
-from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.weights.checkpoint import ModelDefaults
 
 GB = 10**9
 FLUX = ModelSizes(

@@ -12,8 +12,8 @@ import pytest
 
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError
-from fluxmesh.flux import hub
 from fluxmesh.request import AdapterRef
+from fluxmesh.weights import hub
 from fluxmesh_agent.adapters import Adapters
 from fluxmesh_agent.names import Roots
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import ModelNotFoundError
 from fluxmesh.events import Event, Picture
-from fluxmesh.flux import hub
-from fluxmesh.flux.checkpoint import ModelDefaults
 from fluxmesh.request import GenerateRequest
+from fluxmesh.weights import hub
+from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator import assumed, record
 from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.output import Target

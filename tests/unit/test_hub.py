@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fluxmesh.errors import ModelNotFoundError, WeightsError
-from fluxmesh.flux import hub
-from fluxmesh.flux.checkpoint import from_folder
+from fluxmesh.weights import hub
+from fluxmesh.weights.checkpoint import from_folder
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint
 
@@ -193,7 +193,7 @@ def test_the_autoencoder_is_no_model_by_itself(tmp_path):
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused_without_asking_the_network(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fluxmesh.flux.download", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "fluxmesh.weights.download", None)  # importing it would fail
     with pytest.raises(ModelNotFoundError) as caught:
         hub.resolve(name)
     assert "\n" not in str(caught.value)
@@ -265,7 +265,7 @@ def test_a_single_file_of_another_model_is_refused(tmp_path):
 def test_resolving_imports_neither_mlx_nor_the_hubs_library(tmp_path):
     make_checkpoint(tmp_path)
     program = (
-        "import sys; from fluxmesh.flux import hub; hub.resolve(sys.argv[1]); hub.list_models();"
+        "import sys; from fluxmesh.weights import hub; hub.resolve(sys.argv[1]); hub.list_models();"
         "print([m for m in ('mlx', 'torch', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.checkpoint import ModelDefaults
+from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator.cli.options import (
     Adapter,
     ImageSize,

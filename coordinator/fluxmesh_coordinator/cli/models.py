@@ -21,7 +21,7 @@ def models() -> None:
 @as_json
 def list_command(as_json: bool) -> None:
     """What `--model` can be: the embedded model, the aliases, and FLUX models from the Hub."""
-    from fluxmesh.flux import hub
+    from fluxmesh.weights import hub
 
     found = hub.list_models()
     if as_json:
@@ -62,8 +62,8 @@ def pull(model: str, as_json: bool) -> None:
     Only the files that fluxmesh reads are fetched. An interrupted download goes on where it
     stopped.
     """
-    from fluxmesh.flux import hub
-    from fluxmesh.flux.components import verify
+    from fluxmesh.weights import hub
+    from fluxmesh.weights.reader import verify
 
     with bar_of_bytes(f"Fetching {model}", as_json) as progress:
         checkpoint = hub.pull(model, progress)
@@ -89,8 +89,8 @@ def quantize(source: str, folder: Path, bits: str, as_json: bool) -> None:
 
     FOLDER can be given as --model from then on; its text encoders are quantized too.
     """
-    from fluxmesh.flux import hub
-    from fluxmesh.flux.quantize import quantize_checkpoint
+    from fluxmesh.weights import hub
+    from fluxmesh.weights.quantize import quantize_checkpoint
 
     with bar_of_bytes(f"Fetching {source}", as_json) as progress:
         checkpoint = hub.resolve(source, progress=progress)

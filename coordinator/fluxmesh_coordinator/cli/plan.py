@@ -53,7 +53,7 @@ def plan(
     """
     from fluxmesh import placement as planner
     from fluxmesh.errors import UsageError
-    from fluxmesh.flux import hub
+    from fluxmesh.weights import hub
     from fluxmesh_coordinator import assumed, record
     from fluxmesh_coordinator.adapters import by_hash
     from fluxmesh_coordinator.settings import Settings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from fluxmesh.flux.checkpoint import Checkpoint
+    from fluxmesh.weights.checkpoint import Checkpoint
     from fluxmesh_coordinator.bringup import Watcher, Wish
 
 THIS = -1  # what stands for this machine among the ranks
@@ -55,9 +55,9 @@ def up(
     Without HOSTFILE, on this machine alone. Again, it only looks, and does what is missing; with
     another hostfile, it changes the mesh. `fluxmesh down` ends it.
     """
-    from fluxmesh.flux import hub
     from fluxmesh.planning.work import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
+    from fluxmesh.weights import hub
     from fluxmesh_coordinator import tables
     from fluxmesh_coordinator.bringup import Bringup
     from fluxmesh_coordinator.screen import watcher
@@ -94,7 +94,7 @@ def up(
 def _checkpoint(name: str, watch: Watcher) -> Checkpoint:
     """The model on this machine, which plans with it; fetched where the user agrees."""
     from fluxmesh.errors import ModelNotFoundError
-    from fluxmesh.flux import hub
+    from fluxmesh.weights import hub
 
     try:
         return hub.resolve(name, download=False)

@@ -4,7 +4,7 @@
 Heads and the MLPs' hidden columns are dealt out evenly (Shoeybi et al. 2019, "Megatron-LM",
 https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that a
 host computes whole heads; the linear out of it gives up columns, so that each host gets a part of
-a sum. The modulations, 27% of FLUX, give up rows too. `weights.py` reads a shard by these cuts,
+a sum. The modulations, 27% of FLUX, give up rows too. `loading.py` reads a shard by these cuts,
 `slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py` runs it.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.components import group_size
 from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.weights.reader import group_size
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Takes a shard out of a transformer that is in memory whole. Knows no collective.
 
 Any linear that a transformer may hold can be cut: plain, quantized (whole groups), with an adapter
-beside it. `partition.py` says where; `weights.py` does the same from files, without the whole.
+beside it. `partition.py` says where; `loading.py` does the same from files, without the whole.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.flux.lora import LoRALinear
-from fluxmesh.flux.weights import hold_shard, module_at, replace_module
 from fluxmesh.models.flux1.layers import RMSNorm
 from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.weights.loading import hold_shard, module_at, replace_module
 
 
 def shard_of(flux: Flux, shard: Shard) -> Flux:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, WeightsError
-from fluxmesh.flux.checkpoint import (
+from fluxmesh.weights.checkpoint import (
     MANIFEST,
     Checkpoint,
     Component,
@@ -131,7 +131,7 @@ def pull(name: str, progress: Progress | None = None) -> Checkpoint:
     repo = REPOS.get(alias or "", name)
     if alias == TINY or not is_hub_id(repo) or os.path.isabs(full_name(name)):
         return resolve(name, progress=progress)
-    from fluxmesh.flux.download import download_model
+    from fluxmesh.weights.download import download_model
 
     folder = download_model(repo, hub_cache(), progress)
     return _in_snapshot(folder, alias or name, True, progress)
@@ -227,7 +227,7 @@ def _from_hub(repo: str, name: str, download: bool, progress: Progress | None) -
         raise ModelNotFoundError(
             f"{name} is not on this machine; fetch it with `fluxmesh models pull {name}`."
         )
-    from fluxmesh.flux.download import download_model
+    from fluxmesh.weights.download import download_model
 
     return _in_snapshot(download_model(repo, hub_cache(), progress), name, True, progress)
 
@@ -282,7 +282,7 @@ def _text_folder(file: Path, download: bool, progress: Progress | None) -> Path:
             f"No text encoders for {file}: put the folders text_encoder, text_encoder_2, "
             "tokenizer and tokenizer_2 of FLUX.1 beside it, or run `fluxmesh models pull schnell`."
         )
-    from fluxmesh.flux.download import download_text_encoders
+    from fluxmesh.weights.download import download_text_encoders
 
     folder = download_text_encoders(REPOS["schnell"], hub_cache(), progress)
     if not has_text_encoders(folder):

@@ -2,7 +2,7 @@
 
 Three kinds are understood: a diffusers folder, BFL's single files, and fluxmesh's own quantized
 folder (a diffusers folder whose weights carry fluxmesh's names, with a `fluxmesh.json`).
-`hub.py` turns the name that a user gives into one of these; `weights.py` reads them.
+`hub.py` turns the name that a user gives into one of these; `loading.py` reads them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ MLX reads whole tensors of safetensors files, straight into the memory that the 
 on a Mac and on a CPU that is the array itself, with CUDA a buffer that goes to the GPU. A NumPy
 array on the way would cost a second copy and a third of the speed, and on CUDA leave the weights
 in managed memory. So MLX is given a file of one tensor that exists only here, and where it reads
-that tensor's bytes, a function puts them, from whatever file, rows or columns. Below `weights.py`.
+that tensor's bytes, a function puts them, from whatever file, rows or columns. Below `loading.py`.
 """
 
 from __future__ import annotations

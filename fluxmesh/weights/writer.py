@@ -18,8 +18,8 @@ from typing import Any
 
 from fluxmesh import __version__
 from fluxmesh.errors import OutputError
-from fluxmesh.flux.checkpoint import FORMAT, MANIFEST, Checkpoint
 from fluxmesh.storage.safetensors import cannot_write
+from fluxmesh.weights.checkpoint import FORMAT, MANIFEST, Checkpoint
 
 SHARD_BYTES = 1 << 30  # a file of the folder; also what is held in memory before it is written
 # The library and class of each part, as diffusers' `from_pretrained` looks them up.

@@ -2,7 +2,7 @@
 
 Peak memory is the model plus its largest tensor: each tensor is read on its own, converted,
 quantized if asked, evaluated, and only then the next. Of a transformer, a shard can be loaded
-without the rest (`partition.py` says which part). `components.py` finds and checks what the
+without the rest (`partition.py` says which part). `reader.py` finds and checks what the
 files hold; `quantize.py` writes a quantized folder with what is here.
 """
 
@@ -18,15 +18,15 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.flux.checkpoint import Checkpoint
-from fluxmesh.flux.components import Reader, group_size, tables, verify
-from fluxmesh.flux.filled import filled
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
 from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part, is_part
+from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh.weights.reader import Reader, group_size, tables, verify
+from fluxmesh.weights.zero_copy import filled
 
 __all__ = [
     "load_autoencoder",

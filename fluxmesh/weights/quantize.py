@@ -2,7 +2,7 @@
 
 The folder is shaped like diffusers' (config files, tokenizers, one folder a model), with the
 weights under the model's own names and a `fluxmesh.json` that says how many bits. It appears under
-its name only when it is whole. `checkpoint.py` and `weights.py` read it like any other.
+its name only when it is whole. `checkpoint.py` and `loading.py` read it like any other.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
-from fluxmesh.flux.components import Reader, verify
-from fluxmesh.flux.folders import (
+from fluxmesh.request import BITS
+from fluxmesh.storage.safetensors import write_tensors
+from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
+from fluxmesh.weights.loading import tensors
+from fluxmesh.weights.reader import Reader, verify
+from fluxmesh.weights.writer import (
     SHARD_BYTES,
     config_of,
     new_folder,
     write_json,
     write_surroundings,
 )
-from fluxmesh.flux.weights import tensors
-from fluxmesh.request import BITS
-from fluxmesh.storage.safetensors import write_tensors
 
 NAMES = {mx.bfloat16: "BF16", mx.float32: "F32", mx.uint32: "U32"}
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux.checkpoint import COMPONENTS, Checkpoint
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.tensor_maps import Rows, Tensors
 from fluxmesh.storage.safetensors import (
@@ -25,6 +24,7 @@ from fluxmesh.storage.safetensors import (
     read_each_into,
     read_headers,
 )
+from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
 
 GROUP_SIZES = (64, 32)  # of quantization, the first that divides a row
 
