@@ -23,9 +23,9 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh import FluxPipeline, __version__
-from fluxmesh.flux.denoise import Plan, denoise
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.sampling.denoise import Plan, denoise
 
 PROMPTS = (
     "a red apple to the left of a dog on a yellow background",

@@ -168,7 +168,7 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
     import numpy as np
 
     from fluxmesh.cluster.snapshot import Weights
-    from fluxmesh.flux.noise import initial_noise
+    from fluxmesh.sampling.latents import initial_noise
     from fluxmesh.wire.messages import Decode, Encode, Load, Paint
 
     options = VARIANTS[case["what"]][1]

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.harness import Skipped
-from fluxmesh.flux import noise as latents
 from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.sampling import latents
 
 Tick = Callable[[], None]
 GUIDANCE = 4.0
@@ -107,12 +107,12 @@ class Fluxmesh(OnMlx):
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:
         import mlx.core as mx
 
-        from fluxmesh.flux.conditioning import Conditioning
-        from fluxmesh.flux.denoise import denoise, plan
         from fluxmesh.flux.memory import bounded, denoising_room
-        from fluxmesh.flux.schedule import timesteps
         from fluxmesh.flux.stepping import walked
         from fluxmesh.models.flux1.config import ScheduleConfig
+        from fluxmesh.sampling.conditioning import Conditioning
+        from fluxmesh.sampling.denoise import denoise, plan
+        from fluxmesh.sampling.schedule import timesteps
 
         if self.flow.modulation_released:
             self.flow = self._made()

@@ -18,9 +18,9 @@ from typing import Self
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, Measured
-from fluxmesh.flux.noise import initial_noise
 from fluxmesh.planning.work import ModelSizes
 from fluxmesh.request import GenerateRequest
+from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.storage.homes import AgentHome, private_folder
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.inproc import Network

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux import noise
 from fluxmesh.kernels import ops as fused
 from fluxmesh.models.flux1.layers import rope_tables
+from fluxmesh.sampling import latents
 
 Arrays = tuple[mx.array, ...]
 
@@ -96,7 +96,7 @@ def _turned(name: str, shape: Shape, groups: int, streams: Arrays) -> Case:
     hd, rows = shape.hd, 5
     places = shape.S - shape.L
     image = np.stack([np.zeros(places), np.arange(places) // rows, np.arange(places) % rows], -1)
-    ids = np.concatenate([noise.text_positions(shape.L), image])
+    ids = np.concatenate([latents.text_positions(shape.L), image])
     side = 2 * (hd // 6)
     pe = rope_tables(ids, (hd - 2 * side, side, side), 10_000)
 

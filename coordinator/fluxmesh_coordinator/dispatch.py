@@ -7,8 +7,8 @@ whatever is missing.
 
 from __future__ import annotations
 
-from fluxmesh.flux.noise import initial_noise
 from fluxmesh.placement import Phase
+from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.album import Group, Image
 from fluxmesh_coordinator.course import Course, Send

@@ -9,7 +9,7 @@
 
 The four models are attributes (`t5`, `clip`, `flow`, `ae`) that load when first used and leave
 with `del` (`models.py`), so that at most one of the two large ones (T5, the transformer) need be
-in memory. Below stand `denoise.py` (the sampler), `source.py` (image-to-image) and
+in memory. Below stand `denoise.py` (the sampler), `img2img.py` (image-to-image) and
 `conditioning.py`; above stands `runner.py`, which decides what stays resident and reports events.
 """
 
@@ -24,14 +24,14 @@ import numpy as np
 
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux import noise as latents
-from fluxmesh.flux.conditioning import Conditioning, PromptMemory
-from fluxmesh.flux.denoise import Guide, Plan, denoise, plan
 from fluxmesh.flux.models import Models
-from fluxmesh.flux.schedule import timesteps
-from fluxmesh.flux.source import SourceLatents, composite, mask_latents, to_model_range
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import MAX_SEED, AdapterRef, GenerateRequest, SourceImage
+from fluxmesh.sampling import latents
+from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
+from fluxmesh.sampling.denoise import Guide, Plan, denoise, plan
+from fluxmesh.sampling.img2img import SourceLatents, composite, mask_latents, to_model_range
+from fluxmesh.sampling.schedule import timesteps
 
 LatentSize = tuple[int, int]  # (height, width) in latents, 8 pixels each
 
@@ -110,7 +110,7 @@ class FluxPipeline(Models):
         return SourceLatents(clean, painted)
 
     def noise(self, seed: int, latent_size: LatentSize) -> mx.array:
-        """The noise that seed `seed` begins from, packed float32 [1, L, 4C] (`noise.py`)."""
+        """The noise that seed `seed` begins from, packed float32 [1, L, 4C] (`latents.py`)."""
         config = self.checkpoint.autoencoder
         height, width = (side * config.downsampling for side in latent_size)
         return mx.array(

@@ -28,11 +28,11 @@ from fluxmesh.canvas import composite
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
 from fluxmesh.flux.holding import COMPONENTS, Options
-from fluxmesh.flux.noise import initial_noise
 from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.schedule import timesteps
 from fluxmesh.flux.worker import Worker
 from fluxmesh.request import GenerateRequest
+from fluxmesh.sampling.latents import initial_noise
+from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.wire import messages
 
 PHASES = ("text", "denoise", "decode")

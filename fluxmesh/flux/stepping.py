@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from fluxmesh.flux.denoise import Step
 from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.sampling.denoise import Step
 
 SHORT = 0.25  # seconds: a step after which nobody minds to wait for another one until it stops
 

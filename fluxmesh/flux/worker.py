@@ -31,16 +31,16 @@ import numpy as np
 from fluxmesh.cluster.snapshot import Holding, Measured
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.flux import memory
-from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Basis, Plan, Step, denoise
 from fluxmesh.flux.holding import Held, Options, Stopped
-from fluxmesh.flux.noise import PATCH
 from fluxmesh.flux.pipeline import to_pixels
-from fluxmesh.flux.source import SourceLatents, mask_latents
 from fluxmesh.flux.stepping import walked
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import SourceImage
+from fluxmesh.sampling.conditioning import Conditioning
+from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
+from fluxmesh.sampling.img2img import SourceLatents, mask_latents
+from fluxmesh.sampling.latents import PATCH
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 

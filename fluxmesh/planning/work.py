@@ -14,7 +14,6 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from fluxmesh.cluster.snapshot import Placement, Weights
-from fluxmesh.flux.schedule import timesteps
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
@@ -26,6 +25,7 @@ from fluxmesh.models.flux1.config import (
 from fluxmesh.models.flux1.partition import token_run
 from fluxmesh.models.tiling import UNTILED_LATENTS
 from fluxmesh.request import GenerateRequest
+from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights.checkpoint import Checkpoint, ModelDefaults
 from fluxmesh.weights.reader import group_size
 

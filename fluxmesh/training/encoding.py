@@ -13,10 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.flux import noise as latents
-from fluxmesh.flux.conditioning import Conditioning, PromptMemory
 from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.source import to_model_range
+from fluxmesh.sampling import latents
+from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
+from fluxmesh.sampling.img2img import to_model_range
 from fluxmesh.training.cache import Arrays, FeatureCache
 from fluxmesh.training.crops import Size
 from fluxmesh.training.dataset import Example

@@ -15,10 +15,10 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux import noise as latents
-from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import denoise
 from fluxmesh.flux.pipeline import FluxPipeline, to_pixels
+from fluxmesh.sampling import latents
+from fluxmesh.sampling.conditioning import Conditioning
+from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training import exact, memory, optimizer
 from fluxmesh.training.adapters import Adapters
 from fluxmesh.training.optimizer import State

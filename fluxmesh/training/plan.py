@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.noise import PATCH
+from fluxmesh.sampling.latents import PATCH
 from fluxmesh.training.crops import Size, bucket_of, buckets
 from fluxmesh.training.dataset import Example, fingerprint
 from fluxmesh.training.request import TrainRequest

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxmesh.flux.noise import token_grid
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
+from fluxmesh.sampling.latents import token_grid
 from fluxmesh.training.crops import Size
 from fluxmesh.training.streams import CAPTION, DROPOUT, NOISE, ORDER, TIME, generator
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux import noise as latents
 from fluxmesh.kernels import ops
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.sampling import latents
 from fluxmesh.training import gradients
 from fluxmesh.training.adapters import Adapters, TrainedLinear, Weights
 

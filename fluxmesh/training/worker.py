@@ -18,10 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.flux.conditioning import Conditioning
 from fluxmesh.flux.holding import Options, Stopped
 from fluxmesh.flux.worker import Reports, Worker, from_wire
 from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training import exact
 from fluxmesh.training.dataset import Example
 from fluxmesh.training.learner import Learner

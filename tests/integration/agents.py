@@ -22,7 +22,7 @@ from fluxmesh import __version__
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.cluster.snapshot import HostInfo, Weights
-from fluxmesh.flux.noise import initial_noise
+from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Message

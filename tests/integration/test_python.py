@@ -11,9 +11,9 @@ import pytest
 
 from fluxmesh import FluxPipeline
 from fluxmesh.errors import UsageError
-from fluxmesh.flux import noise as latents
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.request import SourceImage
+from fluxmesh.sampling import latents
 from tests.checkpoints import make_checkpoint
 
 # From the document that the project began with; the import line alone is changed.

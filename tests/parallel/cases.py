@@ -12,15 +12,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.flux import noise as latents
-from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Flow, Plan, plan
 from fluxmesh.flux.lora import LowRank, beside, fused
-from fluxmesh.flux.schedule import timesteps
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard, cuts
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.sampling import latents
+from fluxmesh.sampling.conditioning import Conditioning
+from fluxmesh.sampling.denoise import Flow, Plan, plan
+from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer, module_at, replace_module
 from fluxmesh.weights.reader import group_size

@@ -18,10 +18,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fluxmesh.flux.denoise import denoise
 from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.sampling.denoise import denoise
 from tests.parallel.cases import Case, cases, flow_of, noise_of, plan_of
 
 

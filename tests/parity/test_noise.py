@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
-from fluxmesh.flux import noise
+from fluxmesh.sampling import latents as noise
 from tests.parity.oracles import normal
 
 

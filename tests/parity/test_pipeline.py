@@ -14,10 +14,10 @@ from diffusers.pipelines.flux import pipeline_flux_img2img, pipeline_flux_inpain
 from PIL import Image
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux import noise as latents
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.models.flux1.config import ScheduleConfig
 from fluxmesh.request import SourceImage
+from fluxmesh.sampling import latents
 from fluxmesh.weights.hub import tiny_folder
 from tests.checkpoints import make_checkpoint
 

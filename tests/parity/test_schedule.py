@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 
-from fluxmesh.flux.schedule import timesteps
 from fluxmesh.models.flux1.config import ScheduleConfig
+from fluxmesh.sampling.schedule import timesteps
 
 SCHEDULES = {
     "schnell": ScheduleConfig(),

@@ -11,8 +11,8 @@ import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux import noise as latents
 from fluxmesh.flux.pipeline import to_pixels
+from fluxmesh.sampling import latents
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.trainer import train
 from fluxmesh.weights.hub import tiny_folder

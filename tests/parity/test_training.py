@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fluxmesh.flux import noise
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
+from fluxmesh.sampling import latents
 from fluxmesh.training import optimizer
 from fluxmesh.training.adapters import Adapters
 from fluxmesh.training.request import TrainRequest
@@ -70,8 +70,8 @@ def test_loss_and_every_lora_gradient_equal_pytorch_s(name: str, checkpoint: boo
         "times": np.linspace(0.9, 0.2, B, dtype=np.float32),
         "txt": normal(B, case.text, 20, seed=3),
         "y": normal(B, 12, seed=4),
-        "img_ids": noise.image_positions(rows, columns),
-        "txt_ids": noise.text_positions(case.text),
+        "img_ids": latents.image_positions(rows, columns),
+        "txt_ids": latents.text_positions(case.text),
     }
     guidance = 3.5 if case.guidance else None
     ours, gradient = loss_and_gradient(

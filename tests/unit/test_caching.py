@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fluxmesh.flux.denoise import Basis, Plan, Step, denoise
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
 from tests.unit.test_denoise import make_noise, make_plan, random_flux
 
 STEPS = 12

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from fluxmesh.flux import noise as latents
-from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.denoise import Plan, denoise, plan
-from fluxmesh.flux.schedule import timesteps
-from fluxmesh.flux.source import SourceLatents, mask_latents
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.sampling import latents
+from fluxmesh.sampling.conditioning import Conditioning
+from fluxmesh.sampling.denoise import Plan, denoise, plan
+from fluxmesh.sampling.img2img import SourceLatents, mask_latents
+from fluxmesh.sampling.schedule import timesteps
 
 SIZE = (4, 6)  # latents
 CONFIG = FluxConfig(

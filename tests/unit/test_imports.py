@@ -23,8 +23,8 @@ PURE = [
     *(
         "fluxmesh.flux",
         "fluxmesh.models.flux1.config",
-        "fluxmesh.flux.schedule",
-        "fluxmesh.flux.noise",
+        "fluxmesh.sampling.schedule",
+        "fluxmesh.sampling.latents",
     ),
     *("fluxmesh.weights.hub", "fluxmesh.models.flux1.tensor_maps", "fluxmesh.weights.checkpoint"),
     *(

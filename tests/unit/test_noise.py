@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux import noise
+from fluxmesh.sampling import latents as noise
 
 
 def test_noise_of_a_seed_never_changes() -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmesh.flux.noise import initial_noise
-from fluxmesh.flux.schedule import timesteps
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
+from fluxmesh.sampling.latents import initial_noise
+from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.training.sampling import Sampler, TimeSteps, deal
 
 A, B = (64, 64), (48, 80)

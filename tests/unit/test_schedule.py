@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.schedule import timesteps
 from fluxmesh.models.flux1.config import ScheduleConfig
+from fluxmesh.sampling.schedule import timesteps
 
 SCHNELL = ScheduleConfig()
 DEV = ScheduleConfig(use_dynamic_shifting=True, shift=3.0)

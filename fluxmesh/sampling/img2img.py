@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.canvas import composite
-from fluxmesh.flux import noise as latents
+from fluxmesh.sampling import latents
 
 __all__ = ["SourceLatents", "composite", "mask_latents", "to_model_range"]
 

@@ -19,12 +19,12 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux import noise as latents
-from fluxmesh.flux.conditioning import Conditioning
-from fluxmesh.flux.source import SourceLatents
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.transformer import Modulations
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.sampling import latents
+from fluxmesh.sampling.conditioning import Conditioning
+from fluxmesh.sampling.img2img import SourceLatents
 
 Guide = Callable[[mx.array, int], mx.array]
 """A custom loss: `guide(clean, step)` gives a scalar that the sampler makes smaller.
