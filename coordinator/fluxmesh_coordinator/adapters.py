@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxmesh.adapters.formats import find_adapter
 from fluxmesh.errors import AdapterError
-from fluxmesh.flux.lora_files import find_adapter
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import Done, Found, HasFile, PutFile
 from fluxmesh_coordinator.client import Client

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh import __version__
+from fluxmesh.adapters.formats import find_adapter
 from fluxmesh.errors import AdapterError, UsageError
-from fluxmesh.flux.lora_files import find_adapter
 from fluxmesh.request import AdapterRef, GenerateRequest
 
 KEYWORD = "fluxmesh"  # of the PNG text chunk

@@ -13,9 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from fluxmesh.adapters import lora
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux import lora, precision
+from fluxmesh.flux import precision
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.transformer import Part
 from fluxmesh.request import BITS, DTYPES, AdapterRef

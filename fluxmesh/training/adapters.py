@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux.lora import LoRALinear
+from fluxmesh.adapters.lora import LoRALinear
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training.gradients import frozen, plus_low_rank
 from fluxmesh.training.layout import Layout

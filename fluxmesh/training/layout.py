@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from fluxmesh.adapters.formats import Adapter, LowRank
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.lora_files import Adapter, LowRank
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import transformer_tensors
 from fluxmesh.training.request import TrainRequest

@@ -17,8 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
+from fluxmesh.adapters.formats import write_adapter
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.flux.lora_files import write_adapter
 from fluxmesh.training import checkpoint
 from fluxmesh.training.checkpoint import Counters
 from fluxmesh.training.dataset import Example, load_dataset

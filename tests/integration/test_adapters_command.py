@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxmesh.adapters import lora
+from fluxmesh.adapters.fuse import fuse_checkpoint
+from fluxmesh.adapters.lora import LowRank
 from fluxmesh.errors import UsageError
-from fluxmesh.flux import lora
-from fluxmesh.flux.fuse import fuse_checkpoint
-from fluxmesh.flux.lora import LowRank
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.weights import hub, loading, writer
 from fluxmesh.weights.quantize import quantize_checkpoint
@@ -162,7 +162,7 @@ def test_generate_paints_the_same_from_a_fused_folder(
 def test_a_fused_folder_holds_what_fusing_on_the_way_gives_in_the_dtype_of_the_source(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fluxmesh.flux import fuse
+    from fluxmesh.adapters import fuse
 
     made = make_checkpoint(tmp_path / "model", guidance=True, dtype=dtype)
     source = hub.resolve(str(made.path))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux import lora
-from fluxmesh.flux.lora import LowRank
+from fluxmesh.adapters import lora
+from fluxmesh.adapters.lora import LowRank
 from fluxmesh.weights import hub
 from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint

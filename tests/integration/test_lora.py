@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from fluxmesh.adapters import lora
+from fluxmesh.adapters.lora import LoRALinear, LowRank
 from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError, WeightsError
-from fluxmesh.flux import lora
-from fluxmesh.flux.lora import LoRALinear, LowRank
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.weights import hub, loading

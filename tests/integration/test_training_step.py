@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from fluxmesh.adapters import lora
 from fluxmesh.errors import UsageError
-from fluxmesh.flux import lora
 from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.training import checkpoint, step, trainer

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.flux.lora import LowRank, beside, fused
+from fluxmesh.adapters.lora import LowRank, beside, fused
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard, cuts

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from fluxmesh.adapters.lora import Adapter, LowRank, apply_adapters, write_adapter
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.lora import Adapter, LowRank, apply_adapters, write_adapter
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard, cuts, obstacle

@@ -16,8 +16,8 @@ import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux.conversion import convert_adapter
-from fluxmesh.flux.fuse import fuse_checkpoint
+from fluxmesh.adapters.convert import convert_adapter
+from fluxmesh.adapters.fuse import fuse_checkpoint
 from fluxmesh.flux.pipeline import to_pixels
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.weights import hub

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers import FluxPipeline as DiffusersPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from fluxmesh.flux import lora
-from fluxmesh.flux.lora import LowRank
+from fluxmesh.adapters import lora
+from fluxmesh.adapters.lora import LowRank
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.weights import hub, loading

@@ -33,7 +33,7 @@ def convert(source: str, target: Path, file_format: str, model: str | None, as_j
 
     SOURCE may be the folder that `fluxmesh train` has written.
     """
-    from fluxmesh.flux import conversion
+    from fluxmesh.adapters import convert as conversion
     from fluxmesh.weights import hub
 
     if model is None:
@@ -58,7 +58,7 @@ def fuse(model: str, loras: tuple[tuple[str, float], ...], folder: Path, as_json
 
     FOLDER can be given as --model from then on, and to diffusers.
     """
-    from fluxmesh.flux.fuse import fuse_checkpoint
+    from fluxmesh.adapters.fuse import fuse_checkpoint
     from fluxmesh.weights import hub
 
     with bar_of_bytes(f"Fetching {model}", as_json) as progress:

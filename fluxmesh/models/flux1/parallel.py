@@ -26,8 +26,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from fluxmesh.adapters.lora import LoRALinear
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.lora import LoRALinear
 from fluxmesh.kernels.ops import (
     Stream,
     gated_norm,

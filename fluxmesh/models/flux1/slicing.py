@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.flux.lora import LoRALinear
+from fluxmesh.adapters.lora import LoRALinear
 from fluxmesh.models.flux1.layers import RMSNorm
 from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
 from fluxmesh.models.flux1.transformer import Flux

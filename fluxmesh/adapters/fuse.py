@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxmesh.adapters.lora import Adapter, Paths, find_adapter, join_adapters
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.lora import Adapter, Paths, find_adapter, join_adapters
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint

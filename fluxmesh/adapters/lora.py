@@ -1,6 +1,6 @@
 """LoRA adapters on a transformer: beside its linears, or fused into their weights.
 
-Stands on `lora_files.py`, which reads every key format. Several adapters stack: their ranks lie
+Stands on `formats.py`, which reads every key format. Several adapters stack: their ranks lie
 side by side in one pair of matrices, so that two cost no more calls than one. Works on quantized
 linears too: unfused, the adapter stays exact beside the rounded weight; fused, the sum is rounded
 again.
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.flux.lora_files import (
+from fluxmesh.adapters.formats import (
     FORMATS,
     Adapter,
     LowRank,

@@ -1,6 +1,6 @@
 """An adapter's file in another tool's key format. Imports no mlx.
 
-Stands on `lora_files.py`, which reads and writes the formats. An adapter is read for the sizes of a
+Stands on `formats.py`, which reads and writes the formats. An adapter is read for the sizes of a
 model; the model need not be on this machine where it is FLUX.1 itself, or the embedded one.
 """
 
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluxmesh.errors import AdapterError
-from fluxmesh.flux.lora_files import (
+from fluxmesh.adapters.formats import (
     PEFT_METADATA,
     Adapter,
     find_adapter,
     read_adapter,
     write_adapter,
 )
+from fluxmesh.errors import AdapterError
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.weights import hub
