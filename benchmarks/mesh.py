@@ -225,8 +225,8 @@ def predict(result: Result, before: Sequence[Result]) -> None:
 
 def _planned_step(result: Result, one: float) -> float:
     from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Measured, MeshView
-    from fluxmesh.planning.options import Options
-    from fluxmesh.planning.work import ModelSizes, Work
+    from fluxmesh.planning.candidates import Options
+    from fluxmesh.planning.workload import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights.checkpoint import ModelDefaults
 

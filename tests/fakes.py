@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, Measured
-from fluxmesh.planning.work import ModelSizes
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.storage.homes import AgentHome, private_folder

@@ -17,7 +17,7 @@ from fluxmesh.cluster.hostfile import Hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, Measured, MeshView, Weights
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
-from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
 

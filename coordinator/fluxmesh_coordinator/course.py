@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, MeshView
-from fluxmesh.placement import Option, Phase, Plan, plan
-from fluxmesh.planning.work import Work
+from fluxmesh.planning.plan import Option, Phase, Plan, plan
+from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.album import Album
 from fluxmesh_coordinator.hosts import Worker

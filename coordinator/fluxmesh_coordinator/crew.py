@@ -16,7 +16,7 @@ import numpy as np
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
-from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 from fluxmesh.training.cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent

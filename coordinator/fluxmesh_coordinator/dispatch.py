@@ -7,7 +7,7 @@ whatever is missing.
 
 from __future__ import annotations
 
-from fluxmesh.placement import Phase
+from fluxmesh.planning.plan import Phase
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.album import Group, Image

@@ -15,7 +15,7 @@ from typing import Any
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.planning.work import Work
+from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.failures import error_of

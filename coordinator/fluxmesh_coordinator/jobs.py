@@ -13,7 +13,7 @@ from fluxmesh import events
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Placement
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.planning.work import ModelSizes
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire.messages import Message, Report

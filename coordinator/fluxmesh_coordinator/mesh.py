@@ -22,9 +22,9 @@ from typing import Any, Self, TypeVar
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event
-from fluxmesh.placement import Plan
-from fluxmesh.placement import plan as find_plan
-from fluxmesh.planning.work import ModelSizes
+from fluxmesh.planning.plan import Plan
+from fluxmesh.planning.plan import plan as find_plan
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent

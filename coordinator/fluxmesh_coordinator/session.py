@@ -17,7 +17,7 @@ from fluxmesh import events
 from fluxmesh.canvas import composite
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.placement import Plan
+from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
 from fluxmesh_coordinator.course import Course

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, MeshView, Placement
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
-from fluxmesh.planning.room import Memory, shortage
-from fluxmesh.planning.work import Work, tensor_problem
+from fluxmesh.planning.capacity import Memory, shortage
+from fluxmesh.planning.workload import Work, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer

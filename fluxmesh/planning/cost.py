@@ -1,6 +1,6 @@
 """How long a step and a decode take on one host: measured, or scaled from what was measured. Pure.
 
-Between `work.py` (the request in numbers) and `placement.py` (which adds the links).
+Between `workload.py` (the request in numbers) and `plan.py` (which adds the links).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fluxmesh.cluster.snapshot import HostInfo, Measured, Placement
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import AutoencoderConfig
-from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Work
 
 FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
 DECODE_RATE = 0.4  # of a step's FLOP/s: convolutions keep a GPU less busy (57 ms at 1024², H200)

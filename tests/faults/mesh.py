@@ -18,12 +18,12 @@ from unittest import mock
 
 import numpy as np
 
-from fluxmesh import placement as placing
 from fluxmesh.cluster.snapshot import HostInfo, MeshView
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost, Picture, Planned, Step
-from fluxmesh.placement import Plan
-from fluxmesh.planning.work import ModelSizes
+from fluxmesh.planning import plan as placing
+from fluxmesh.planning.plan import Plan
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import AgentHome, Home
 from fluxmesh.storage.keys import load_keys

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fluxmesh import Mesh, events
-from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.weights import hub

@@ -6,7 +6,7 @@ from typing import Any
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Weights
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
-from fluxmesh.planning.work import ModelSizes
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.weights.checkpoint import ModelDefaults
 

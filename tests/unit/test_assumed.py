@@ -11,7 +11,7 @@ import pytest
 from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import UsageError
-from fluxmesh.planning.work import Work
+from fluxmesh.planning.workload import Work
 from fluxmesh_coordinator.assumed import assumed_view, load_assumption, published, sizes_of
 from tests.unit.meshes import ask
 

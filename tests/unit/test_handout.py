@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmesh.planning.handout import Worker, share_out
+from fluxmesh.planning.list_schedule import Worker, share_out
 
 TIMES = st.floats(0.01, 100)
 

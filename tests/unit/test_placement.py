@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Measured, MeshView
 from fluxmesh.errors import UsageError
-from fluxmesh.placement import CLOSE, Option, Plan, plan
-from fluxmesh.planning.work import tensor_problem
+from fluxmesh.planning.plan import CLOSE, Option, Plan, plan
+from fluxmesh.planning.workload import tensor_problem
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small
 
 

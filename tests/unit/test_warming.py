@@ -13,7 +13,7 @@ import pytest
 
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
-from fluxmesh.planning.work import Work
+from fluxmesh.planning.workload import Work
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import warming as warm

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from fluxmesh.cluster.snapshot import HostInfo, Measured
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
-from fluxmesh.planning.work import Work, split_tokens, tensor_problem
+from fluxmesh.planning.workload import Work, split_tokens, tensor_problem
 from fluxmesh.request import SourceImage
 from tests.unit.meshes import FLUX, ask, mac, small
 

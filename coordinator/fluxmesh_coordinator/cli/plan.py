@@ -13,7 +13,7 @@ from fluxmesh_coordinator.cli.options import chosen, settings_options
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import MeshView
-    from fluxmesh.placement import Option, Plan
+    from fluxmesh.planning.plan import Option, Plan
     from fluxmesh_coordinator.record import MeshRecord
 
 _FILE = click.Path(path_type=Path)
@@ -51,8 +51,8 @@ def plan(
     The mesh is the one of `fluxmesh up`, else this machine alone. With --assume it is one that
     isn't there: hostfiles/README.md shows how.
     """
-    from fluxmesh import placement as planner
     from fluxmesh.errors import UsageError
+    from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
     from fluxmesh_coordinator import assumed, record
     from fluxmesh_coordinator.adapters import by_hash
@@ -89,7 +89,7 @@ def plan(
 
 def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView:
     from fluxmesh.cluster import hostfile as hostfiles
-    from fluxmesh.planning.work import Work
+    from fluxmesh.planning.workload import Work
     from fluxmesh_coordinator import assumed
 
     work = Work.of(request, sizes)

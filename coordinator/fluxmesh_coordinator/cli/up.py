@@ -55,7 +55,7 @@ def up(
     Without HOSTFILE, on this machine alone. Again, it only looks, and does what is missing; with
     another hostfile, it changes the mesh. `fluxmesh down` ends it.
     """
-    from fluxmesh.planning.work import ModelSizes, Work
+    from fluxmesh.planning.workload import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights import hub
     from fluxmesh_coordinator import tables

@@ -1,6 +1,6 @@
 """Whether a request fits: what hosts need, what they may use, what they must load first. Pure.
 
-Below `options.py`. Hosts that are agents on one machine share its memory, and are counted
+Below `candidates.py`. Hosts that are agents on one machine share its memory, and are counted
 together.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement
-from fluxmesh.planning.work import Work
+from fluxmesh.planning.workload import Work
 
 
 @dataclass(frozen=True)

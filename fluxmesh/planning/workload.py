@@ -1,6 +1,6 @@
 """What a request asks for, in numbers: tokens, steps, bytes in memory, bytes on the wire. Pure.
 
-Stands between a checkpoint's configs (`flux/config.py`, `flux/layouts.py`) and `placement.py`;
+Stands between a checkpoint's configs (`flux/config.py`, `flux/layouts.py`) and `plan.py`;
 `cost.py` turns the same numbers into seconds. Bytes on the wire and of weights are counted
 exactly; memory of activations is estimated, from above. Left out, because every placement spends
 them alike: text encoding, the requests and pictures that travel between coordinator and agents.

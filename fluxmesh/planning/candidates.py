@@ -1,7 +1,7 @@
 """The ways in which a mesh can do a request: who does what, in which memory, how fast. Pure.
 
 `Options` works out one of them at a time: images shared out (`data`), or all hosts on one image
-(`sequence`, `tensor`). `placement.py` asks for all of them and chooses. A way that can't be taken
+(`sequence`, `tensor`). `plan.py` asks for all of them and chooses. A way that can't be taken
 is an `Option` too, with the reason in `problem`.
 """
 
@@ -15,10 +15,10 @@ from typing import Literal
 
 from fluxmesh.cluster.hostfile import JACCL_HOSTS
 from fluxmesh.cluster.snapshot import HostInfo, Layout, MeshView, Placement
+from fluxmesh.planning.capacity import Memory, Need, shortage
 from fluxmesh.planning.cost import Estimate, decode_time, ring_time, step_time
-from fluxmesh.planning.handout import Worker, share_out
-from fluxmesh.planning.room import Memory, Need, shortage
-from fluxmesh.planning.work import Work, split_tokens, tensor_problem
+from fluxmesh.planning.list_schedule import Worker, share_out
+from fluxmesh.planning.workload import Work, split_tokens, tensor_problem
 
 SAME = 1.02  # times that differ by less are the same, and more hosts are taken
 MANY = 16  # hosts; on larger meshes not every set of neighbours is tried

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
-from fluxmesh.planning.options import Option, Options, Phase
-from fluxmesh.planning.room import Need
-from fluxmesh.planning.work import ModelSizes, Work
+from fluxmesh.planning.candidates import Option, Options, Phase
+from fluxmesh.planning.capacity import Need
+from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 
 __all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Work", "plan"]

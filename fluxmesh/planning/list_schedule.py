@@ -1,6 +1,6 @@
 """Images handed out one by one, each to whoever is free: who gets which, when all are done.
 
-What happens on a mesh by itself under `data`; here it is played through, for `options.py`. Pure.
+What happens on a mesh by itself under `data`; here it is played through, for `candidates.py`. Pure.
 """
 
 from __future__ import annotations
