@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh import FluxPipeline, __version__
-from fluxmesh.flux.pipeline import to_pixels
+from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.sampling.denoise import Plan, denoise
 

@@ -104,7 +104,7 @@ def _software() -> str:
 
 def alone(case: Result, sizes: Sizes) -> dict[str, Any]:
     """Seconds and peaks of a request on one engine; steps and decoding are the last image's."""
-    from fluxmesh.flux.runner import Runner
+    from fluxmesh.engine.reference import Runner
 
     request = GenerateRequest(
         PROMPT,
@@ -146,7 +146,7 @@ def sharded(case: Result, sizes: Sizes) -> None:
     """The same units that agents give to engines: each loads its shard, and all make the image."""
     import mlx.core as mx
 
-    from fluxmesh.flux.worker import Worker
+    from fluxmesh.engine.worker import Worker
     from fluxmesh.models.flux1.parallel import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():

@@ -107,8 +107,8 @@ class Fluxmesh(OnMlx):
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:
         import mlx.core as mx
 
-        from fluxmesh.flux.memory import bounded, denoising_room
-        from fluxmesh.flux.stepping import walked
+        from fluxmesh.engine.device_memory import bounded, denoising_room
+        from fluxmesh.engine.lookahead import walked
         from fluxmesh.models.flux1.config import ScheduleConfig
         from fluxmesh.sampling.conditioning import Conditioning
         from fluxmesh.sampling.denoise import denoise, plan

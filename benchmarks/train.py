@@ -107,7 +107,7 @@ def ours(case: Result) -> None:
     """Trains as `fluxmesh train` on one machine does, without its files."""
     import mlx.core as mx
 
-    from fluxmesh.flux.pipeline import FluxPipeline
+    from fluxmesh.engine.pipeline import FluxPipeline
     from fluxmesh.training.plan import prepare
     from fluxmesh.training.run import read_examples
     from fluxmesh.training.trainer import Alone

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluxmesh.flux.pipeline import FluxPipeline
+    from fluxmesh.engine.pipeline import FluxPipeline
 
 __version__ = "0.1.0"
 __all__ = ["FluxPipeline", "Mesh", "__version__"]
@@ -19,7 +19,7 @@ __all__ = ["FluxPipeline", "Mesh", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "FluxPipeline":
-        from fluxmesh.flux.pipeline import FluxPipeline
+        from fluxmesh.engine.pipeline import FluxPipeline
 
         return FluxPipeline
     if name == "Mesh":

@@ -3,7 +3,7 @@
 Image-to-image, inpainting and outpainting all begin here: a file in any orientation, mode and
 size goes in, a uint8 picture whose sides suit the model comes out, with a mask at the same size.
 NumPy and Pillow only, no mlx: the command line and a coordinator call it; the pipeline
-(`fluxmesh.flux.pipeline`) only ever sees arrays.
+(`fluxmesh.engine.pipeline`) only ever sees arrays.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from fluxmesh.flux.pipeline import FluxPipeline
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.training import checkpoint
 from fluxmesh.training.cache import FeatureCache
 from fluxmesh.training.encoding import Caption, Crop, Encoder

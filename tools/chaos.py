@@ -34,8 +34,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Event, Picture
-from fluxmesh.flux.runner import Runner
 from fluxmesh.request import GenerateRequest
 from tests.faults import commands, strike
 from tests.faults.mesh import Outcome, Up, paint, up

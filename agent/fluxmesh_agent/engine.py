@@ -26,10 +26,10 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
+from fluxmesh.engine import device_memory as memory
+from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
-from fluxmesh.flux import memory
-from fluxmesh.flux.holding import Options
 from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training

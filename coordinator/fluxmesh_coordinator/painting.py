@@ -225,9 +225,9 @@ class Painter:
         return paint(events, Painting(recipe, files, number, steps), self.reporter)
 
     def _start(self, request: GenerateRequest) -> Generator[Event, None, None]:
-        from fluxmesh.flux import precision
+        from fluxmesh.engine import tf32
 
-        precision.prepare(request.dtype)  # before an agent of our own inherits it
+        tf32.prepare(request.dtype)  # before an agent of our own inherits it
         if self._mesh is None:
             from fluxmesh_coordinator.mesh import Mesh
 

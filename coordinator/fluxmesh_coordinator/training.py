@@ -59,9 +59,9 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
     """Runs a training on the mesh that is up, or here; raises what `trainer.train` raises."""
-    from fluxmesh.flux import precision
+    from fluxmesh.engine import tf32
 
-    precision.prepare(request.dtype)
+    tf32.prepare(request.dtype)
     reporter.started(request)
     if record.load() is None:
         from fluxmesh.training.trainer import train

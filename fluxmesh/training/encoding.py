@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
 from fluxmesh.sampling.img2img import to_model_range

@@ -15,7 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.flux.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import denoise

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.events import Loading
-from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.training.cache import FeatureCache, default_folder
 from fluxmesh.training.encoding import Encoder
 from fluxmesh.training.events import Encoding, TrainEvent

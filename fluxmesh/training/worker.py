@@ -17,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine.residency import Options, Stopped
+from fluxmesh.engine.worker import Reports, Worker, from_wire
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.flux.holding import Options, Stopped
-from fluxmesh.flux.worker import Reports, Worker, from_wire
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training import exact

@@ -22,8 +22,8 @@ from unittest import mock
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Placement
+from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
-from fluxmesh.flux.runner import Runner
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages

@@ -18,8 +18,8 @@ import pytest
 
 from fluxmesh import __version__
 from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
-from fluxmesh.flux.runner import Runner
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.storage.processes import started_at
 from fluxmesh.wire import messages

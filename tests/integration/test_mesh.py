@@ -16,8 +16,8 @@ import pytest
 
 from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import LinkInfo, Placement
+from fluxmesh.engine.reference import Runner
 from fluxmesh.errors import WeightsError
-from fluxmesh.flux.runner import Runner
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import Home, private_folder
 from fluxmesh.storage.keys import Keys, store_keys

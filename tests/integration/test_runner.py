@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from fluxmesh.engine import device_memory
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.reference import Runner
 from fluxmesh.errors import AdapterError, DoesNotFitError, ModelNotFoundError, UsageError
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
-from fluxmesh.flux import memory
-from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.runner import Runner
 from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
 from tests.checkpoints import make_checkpoint, write_safetensors
 
@@ -156,7 +156,7 @@ def test_a_warm_runner_reads_nothing_twice(request_of: GenerateRequest) -> None:
 def test_a_warm_runner_short_of_memory_never_holds_both_large_models(
     request_of: GenerateRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "memory_of_device", lambda: 1_000_000)
+    monkeypatch.setattr(device_memory, "memory_of_device", lambda: 1_000_000)
     runner = Runner(keep_warm=True)
     events_of(request_of, runner)
     assert resident(runner) == ["flow", "ae"]
@@ -350,7 +350,7 @@ def test_sizes_in_memory_are_estimated_from_the_configs(tmp_path: Path) -> None:
 
     models = (made.t5, made.clip, made.flow, made.ae)
     held = sum(array.nbytes for m in models for _, array in tree_flatten(m.parameters()))
-    assert memory.resident_bytes(made.checkpoint, "float32", None) == held
-    assert memory.resident_bytes(made.checkpoint, "bfloat16", None) == held / 2
-    assert memory.resident_bytes(made.checkpoint, "bfloat16", 4) < held / 2
-    assert memory.memory_of_device() > 100e6
+    assert device_memory.resident_bytes(made.checkpoint, "float32", None) == held
+    assert device_memory.resident_bytes(made.checkpoint, "bfloat16", None) == held / 2
+    assert device_memory.resident_bytes(made.checkpoint, "bfloat16", 4) < held / 2
+    assert device_memory.memory_of_device() > 100e6

@@ -13,8 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.adapters import lora
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
-from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.training import checkpoint, step, trainer
 from fluxmesh.training.adapters import Dropout

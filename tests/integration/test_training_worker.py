@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.flux.holding import Options
 from fluxmesh.training import worker as workers
 from fluxmesh.training.cache import FeatureCache
 from fluxmesh.training.units import Unit

@@ -12,9 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.engine.residency import Options
+from fluxmesh.engine.worker import Worker, from_wire, to_wire
 from fluxmesh.errors import ModelNotFoundError, UsageError
-from fluxmesh.flux.holding import Options
-from fluxmesh.flux.worker import Worker, from_wire, to_wire
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report

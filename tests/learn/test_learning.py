@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux.pipeline import to_pixels
+from fluxmesh.engine.pipeline import to_pixels
 from tests.integration.conftest import Run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "tiny"

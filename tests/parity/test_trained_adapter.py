@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
-from fluxmesh.flux.pipeline import to_pixels
+from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.sampling import latents
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.trainer import train

@@ -33,7 +33,7 @@ PURE = [
         "fluxmesh.models.flux1.single_file",
     ),
     *("fluxmesh.weights.download", "fluxmesh.adapters.formats", "fluxmesh.models.tiling"),
-    *("fluxmesh.flux.precision", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
+    *("fluxmesh.engine.tf32", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
     *("fluxmesh_coordinator.cli.models", "fluxmesh.models.flux1.partition"),
@@ -91,7 +91,7 @@ def test_agent_and_coordinator_never_import_each_other_and_the_library_neither()
 
 def test_only_the_flux_package_imports_mlx() -> None:
     allowed = (
-        *("fluxmesh.flux.", "fluxmesh.kernels.", "fluxmesh.models.", "fluxmesh.weights."),
+        *("fluxmesh.kernels.", "fluxmesh.models.", "fluxmesh.weights."),
         *("fluxmesh.sampling.", "fluxmesh.adapters.", "fluxmesh.engine.", "fluxmesh.training."),
         "fluxmesh_agent.engine",
     )

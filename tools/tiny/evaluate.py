@@ -29,12 +29,12 @@ ROWS = 4
 
 def through_fluxmesh(args: argparse.Namespace) -> Callable[[str, int], np.ndarray]:
     """A function from prompt and seed to uint8 [height, width, 3], by fluxmesh's own runner."""
+    from fluxmesh.engine.tf32 import prepare
     from fluxmesh.events import Picture
-    from fluxmesh.flux.precision import prepare
     from fluxmesh.request import GenerateRequest
 
     prepare(args.dtype)
-    from fluxmesh.flux.runner import Runner
+    from fluxmesh.engine.reference import Runner
 
     runner = Runner(keep_warm=True)
 

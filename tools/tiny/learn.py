@@ -28,9 +28,9 @@ from scenes import questions
 from score import Reader, table
 from sprites import FONT, render_sprites
 
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
-from fluxmesh.flux.pipeline import FluxPipeline
-from fluxmesh.flux.runner import Runner
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.training.cache import FeatureCache
 from fluxmesh.training.dataset import load_dataset

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 
 from fluxmesh.adapters import lora
+from fluxmesh.engine import tf32
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux import precision
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.transformer import Part
 from fluxmesh.request import BITS, DTYPES, AdapterRef
@@ -70,7 +70,7 @@ class Models:
             raise UsageError(f"dtype is {dtype!r}; choose bfloat16 or float32.")
         if bits is not None and bits not in BITS:
             raise UsageError(f"bits is {bits}; choose 3, 4, 5, 6 or 8.")
-        precision.require(dtype)
+        tf32.require(dtype)
         self.name = name
         self.dtype: mx.Dtype = getattr(mx, dtype)
         self.bits = bits

@@ -16,10 +16,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.engine import device_memory
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux import memory
-from fluxmesh.flux.pipeline import FluxPipeline
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.wire.messages import Counters, Measure, Paint
@@ -52,7 +52,7 @@ class Held:
         self.options = options or Options()
         self.pipeline: FluxPipeline | None = None
         self.ranks: Ranks | None = None
-        self.meter = memory.PeakMeter()
+        self.meter = device_memory.PeakMeter()
         self.doing = "starting"
         self.load_rate = 0.0  # bytes/s of the last load; 0 before one
         self.done = Counters()  # what was done since the start
@@ -107,7 +107,7 @@ class Held:
     def is_roomy(self, weights: Weights, shards: int = 1) -> bool:
         """Whether all models together, 1/`shards` of the transformer, leave room for a picture."""
         limit, checkpoint = self.options.memory_bytes, self.open(weights).checkpoint
-        return memory.is_roomy(checkpoint, weights.dtype, weights.bits, shards, limit)
+        return device_memory.is_roomy(checkpoint, weights.dtype, weights.bits, shards, limit)
 
     def join(self, ranks: Ranks | None) -> None:
         """Takes a place in a ring; None is alone."""

@@ -1,8 +1,8 @@
 """The units of work of one engine: load, encode, paint, decode, measure. Holds no socket.
 
 A unit goes in as a message (`messages.Work`), reports come out, one after another, from a
-generator: whoever asks (the engine of a mesh, or `runner.py` on one machine) sends them on, and
-closes the generator to stop. Stands on `holding.py` (the models in memory, the place in a ring).
+generator: whoever asks (the engine of a mesh, or `reference.py` on one machine) sends them on, and
+closes the generator to stop. Stands on `residency.py` (the models in memory, the place in a ring).
 
 What stays in memory (the memory policy):
 
@@ -29,11 +29,11 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, Measured
+from fluxmesh.engine import device_memory
+from fluxmesh.engine.lookahead import walked
+from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.residency import Held, Options, Stopped
 from fluxmesh.errors import DoesNotFitError, UsageError
-from fluxmesh.flux import memory
-from fluxmesh.flux.holding import Held, Options, Stopped
-from fluxmesh.flux.pipeline import to_pixels
-from fluxmesh.flux.stepping import walked
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import SourceImage
@@ -244,10 +244,10 @@ class Worker(Held):
             self._begin("decoding", "decode")
             start = time.perf_counter()
             config = pipeline.checkpoint.autoencoder
-            room = memory.decoding_room(
+            room = device_memory.decoding_room(
                 config, work.height, work.width, pipeline.dtype, pipeline.low_memory
             )
-            with memory.bounded(room * len(work.images)):
+            with device_memory.bounded(room * len(work.images)):
                 pixels = to_pixels(pipeline.decode(mx.array(work.latents), self._latent_size(work)))
             self.quiet = ""
             seconds = (time.perf_counter() - start) / len(pixels)
@@ -304,8 +304,8 @@ class Worker(Held):
         rows, columns = (side // PATCH for side in self._latent_size(work))
         tokens = rows * columns + pipeline.checkpoint.defaults.t5_max_length
         config = pipeline.checkpoint.transformer
-        room = memory.denoising_room(config, tokens, pipeline.dtype, pipeline.low_memory)
-        with memory.bounded(room):
+        room = device_memory.denoising_room(config, tokens, pipeline.dtype, pipeline.low_memory)
+        with device_memory.bounded(room):
             yield from walked(
                 walk,
                 steps,

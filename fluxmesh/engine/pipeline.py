@@ -10,7 +10,7 @@
 The four models are attributes (`t5`, `clip`, `flow`, `ae`) that load when first used and leave
 with `del` (`models.py`), so that at most one of the two large ones (T5, the transformer) need be
 in memory. Below stand `denoise.py` (the sampler), `img2img.py` (image-to-image) and
-`conditioning.py`; above stands `runner.py`, which decides what stays resident and reports events.
+`conditioning.py`; above stands `reference.py`, which decides what stays resident and reports events.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine.lazy_models import Models
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.flux.models import Models
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import MAX_SEED, AdapterRef, GenerateRequest, SourceImage
 from fluxmesh.sampling import latents
