@@ -1,4 +1,4 @@
-"""One denoising loop a library, on random weights: what `step.py` times.
+"""One denoising loop a library, on random weights: what `loss.py` times.
 
 Each class builds FLUX's transformer at the sizes of a `FluxConfig` and runs denoising steps of one
 image as that library's own users do, calling `tick` when a step's result is there. Only what a

@@ -108,9 +108,9 @@ def ours(case: Result) -> None:
     import mlx.core as mx
 
     from fluxmesh.engine.pipeline import FluxPipeline
+    from fluxmesh.training.local_executor import Alone
     from fluxmesh.training.plan import prepare
     from fluxmesh.training.run import read_examples
-    from fluxmesh.training.trainer import Alone
 
     folder = Path(case["folder"])
     request = TrainRequest(
@@ -238,9 +238,9 @@ def device_bytes() -> int | None:
 def use_mlx_attention() -> None:
     """For comparison: the gradient of attention as MLX computes it."""
     from fluxmesh.models.flux1 import layers
-    from fluxmesh.training import gradients
+    from fluxmesh.training.compute import custom_gradients
 
-    gradients.attention = layers.attention
+    custom_gradients.attention = layers.attention
 
 
 # What is printed

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.training import checkpoint
-from fluxmesh.training.cache import FeatureCache
-from fluxmesh.training.encoding import Caption, Crop, Encoder
+from fluxmesh.training.compute.learner import Learner
+from fluxmesh.training.data.encoding import Caption, Crop, Encoder
+from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.events import TrainEvent
-from fluxmesh.training.learner import Learner
+from fluxmesh.training.local_executor import train
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import read_examples
-from fluxmesh.training.trainer import train
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset
 

@@ -18,13 +18,13 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
-from fluxmesh.training.cache import FeatureCache, default_folder
+from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.data.encode_units import Crop, Reader, Unit, Units
+from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
-from fluxmesh.training.layout import Layout
 from fluxmesh.training.plan import Plan, prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Moved, Run, read_examples
-from fluxmesh.training.units import Crop, Reader, Unit, Units
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator import train_jobs

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.training.data.encode_units import Unit
 from fluxmesh.training.run import Moved
-from fluxmesh.training.units import Unit
 from fluxmesh_coordinator import train_jobs
 from fluxmesh_coordinator.hosts import Worker
 from fluxmesh_coordinator.jobs import Links

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fluxmesh.training.data.encode_units import Crop
 from fluxmesh.training.events import Dealt
-from fluxmesh.training.sampling import deal
-from fluxmesh.training.units import Crop
+from fluxmesh.training.micro_batches import deal
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import train_jobs

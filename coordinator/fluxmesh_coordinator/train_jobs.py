@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo, Weights
+from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_name, crop_name
 from fluxmesh.training.plan import NO_CAPTION, Plan
 from fluxmesh.training.run import Moved
-from fluxmesh.training.units import Caption, Crop, Unit, caption_name, crop_name
 from fluxmesh.wire.training_messages import PutFeatures
 from fluxmesh_coordinator.jobs import Links, Result
 

@@ -64,7 +64,7 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
     tf32.prepare(request.dtype)
     reporter.started(request)
     if record.load() is None:
-        from fluxmesh.training.trainer import train
+        from fluxmesh.training.local_executor import train
 
         follow(train(request, reporter.event), request, reporter)
         return

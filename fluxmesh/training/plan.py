@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from fluxmesh.errors import UsageError
 from fluxmesh.sampling.latents import PATCH
-from fluxmesh.training.crops import Size, bucket_of, buckets
-from fluxmesh.training.dataset import Example, fingerprint
+from fluxmesh.training.data.bucketing import Size, bucket_of, buckets
+from fluxmesh.training.data.dataset import Example, fingerprint
+from fluxmesh.training.data.encode_units import Caption, Crop, Unit
+from fluxmesh.training.micro_batches import MicroBatch, Sampler, TimeSteps
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.sampling import MicroBatch, Sampler, TimeSteps
-from fluxmesh.training.streams import VALIDATION, generator
-from fluxmesh.training.units import Caption, Crop, Unit
+from fluxmesh.training.rng import VALIDATION, generator
 from fluxmesh.weights.checkpoint import Checkpoint
 
 DEFAULT_AREA = 512 * 512  # pixels of a training picture, or fewer where the model's own is smaller

@@ -1,6 +1,6 @@
 """The run: data set to adapter, a generator of events, whoever computes. No mlx.
 
-A `Crew` does the work: the learner of this process (`trainer.py`), or the engines of a mesh. Here
+A `Crew` does the work: the learner of this process (`local_executor.py`), or the engines of a mesh. Here
 is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and closing the
 generator, leave a checkpoint of the last whole update; a loss that is no number, or that explodes,
 ends the run with the last good checkpoint untouched.
@@ -21,7 +21,9 @@ from fluxmesh.adapters.formats import write_adapter
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.training import checkpoint
 from fluxmesh.training.checkpoint import Counters
-from fluxmesh.training.dataset import Example, load_dataset
+from fluxmesh.training.compute.lr_schedule import warmup_updates
+from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.data.dataset import Example, load_dataset
 from fluxmesh.training.events import (
     CheckpointSaved,
     Finished,
@@ -31,9 +33,7 @@ from fluxmesh.training.events import (
     Updated,
     Validated,
 )
-from fluxmesh.training.layout import Layout
 from fluxmesh.training.plan import Plan
-from fluxmesh.training.rates import warmup_updates
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights.checkpoint import Checkpoint
 

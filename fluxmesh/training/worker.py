@@ -22,12 +22,12 @@ from fluxmesh.engine.worker import Reports, Worker, from_wire
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.training import exact
-from fluxmesh.training.dataset import Example
-from fluxmesh.training.learner import Learner
+from fluxmesh.training.compute import exact_sum
+from fluxmesh.training.compute.learner import Learner
+from fluxmesh.training.data.dataset import Example
+from fluxmesh.training.data.encode_units import caption_name, crop_name
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.units import caption_name, crop_name
 from fluxmesh.wire.training_messages import (
     STOPPED,
     Closed,
@@ -199,7 +199,7 @@ class TrainingWorker(Worker):
                 total = learner.add(total, number, work.parts)
                 yield Computed(work.job, work.epoch, number, time.perf_counter() - start)
             if is_stopped or self.options.stopping():
-                total = total.at[-exact.TAIL].add(mx.array(STOPPED, dtype=mx.int64))
+                total = total.at[-exact_sum.TAIL].add(mx.array(STOPPED, dtype=mx.int64))
             mx.eval(total)
             if work.together:
                 total = self.ring().sum(total)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.kernels import ops
-from fluxmesh.training.step import loss_and_gradient
+from fluxmesh.training.compute.loss import loss_and_gradient
 from tests import fusing
 from tests.trainings import asked, learner, make_place
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fluxmesh.training import exact
+from fluxmesh.training.compute import exact_sum
 
 
 def parts(count: int, size: int = 64) -> list[np.ndarray]:
@@ -19,7 +19,7 @@ def parts(count: int, size: int = 64) -> list[np.ndarray]:
 
 
 def grid(gradient: np.ndarray, loss: float = 1.5, images: int = 2, of: int = 8) -> mx.array:
-    return exact.on_grid(mx.array(gradient), mx.array(loss), images, of)
+    return exact_sum.on_grid(mx.array(gradient), mx.array(loss), images, of)
 
 
 def added(vectors: list[mx.array]) -> mx.array:
@@ -31,11 +31,11 @@ def added(vectors: list[mx.array]) -> mx.array:
 
 def test_any_order_and_any_split_give_the_same_bytes():
     vectors = [grid(part) for part in parts(8)]
-    whole = exact.read(added(vectors))
+    whole = exact_sum.read(added(vectors))
     for order in ([7, 2, 5, 0, 1, 6, 3, 4], [0, 4, 1, 5, 2, 6, 3, 7]):
         shuffled = [vectors[i] for i in order]
         hosts = [added(shuffled[:3]), added(shuffled[3:6]), added(shuffled[6:])]
-        again = exact.read(added(hosts[::-1]))
+        again = exact_sum.read(added(hosts[::-1]))
         assert np.array(again.gradient).tobytes() == np.array(whole.gradient).tobytes()
         assert again.loss == whole.loss
     plain = [np.sum(np.stack(order), axis=0) for order in (parts(8), parts(8)[::-1])]
@@ -43,7 +43,7 @@ def test_any_order_and_any_split_give_the_same_bytes():
 
 
 def test_the_sum_is_that_of_exact_arithmetic():
-    found = exact.read(added([grid(part) for part in parts(8)]))
+    found = exact_sum.read(added([grid(part) for part in parts(8)]))
     for i in range(64):
         true = sum(Fraction(float(part[i])) for part in parts(8)) / 16  # 8 of 2 images each
         assert abs(Fraction(float(np.array(found.gradient)[i])) - true) <= max(
@@ -57,16 +57,18 @@ def test_the_sum_is_that_of_exact_arithmetic():
 def test_a_gradient_out_of_range_is_counted_and_kept_out(value):
     good, bad = parts(2)
     bad[3] = value
-    found = exact.read(added([grid(good), grid(bad)]))
+    found = exact_sum.read(added([grid(good), grid(bad)]))
     assert found.bad == 1
-    alone = exact.read(added([grid(good), grid(np.zeros_like(bad), loss=0.0)]))
+    alone = exact_sum.read(added([grid(good), grid(np.zeros_like(bad), loss=0.0)]))
     assert np.array(found.gradient).tobytes() == np.array(alone.gradient).tobytes()
-    assert exact.read(grid(good, loss=float("nan"))).bad == 1
+    assert exact_sum.read(grid(good, loss=float("nan"))).bad == 1
 
 
 def test_the_largest_gradients_that_are_let_through_do_not_overflow():
     of = 1024
     most = np.full(4, np.nextafter(np.float32(2048 / (of + 1)), np.float32(0)), np.float32)
     one = grid(most, of=of)
-    assert exact.read(one).bad == 0
-    assert exact.read(one * of).gradient.tolist() == pytest.approx((most * of / 2 / of).tolist())
+    assert exact_sum.read(one).bad == 0
+    assert exact_sum.read(one * of).gradient.tolist() == pytest.approx(
+        (most * of / 2 / of).tolist()
+    )

@@ -12,10 +12,10 @@ from mlx.utils import tree_map
 
 from fluxmesh.models.flux1 import layers
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.training import gradients, memory
-from fluxmesh.training.adapters import Adapters
+from fluxmesh.training.compute import custom_gradients, gradient_memory
+from fluxmesh.training.compute.lora_layers import Adapters
+from fluxmesh.training.compute.loss import Batch, loss_and_gradient
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.step import Batch, loss_and_gradient
 from tests.checkpoints import TRANSFORMER
 from tests.trainings import asked, learner, make_place
 
@@ -34,12 +34,12 @@ X = drawn(2, 3, 10, 16, seed=1)
 FOUR, EIGHT = packed(128, 24, 4), packed(128, 24, 8)
 CASES = {
     "attention": (
-        gradients.attention,
+        custom_gradients.attention,
         layers.attention,
         [X, drawn(2, 3, 10, 16, seed=2), drawn(2, 3, 10, 16, seed=3)],
     ),
     "plus low rank": (
-        gradients.plus_low_rank,
+        custom_gradients.plus_low_rank,
         lambda y, x, a, b: y + x @ a @ b,
         [
             drawn(2, 7, 20, seed=2),
@@ -48,14 +48,16 @@ CASES = {
             drawn(4, 20, seed=6),
         ],
     ),
-    "four bits": (gradients.frozen(FOUR), FOUR, [drawn(2, 7, 128, seed=7)]),
-    "eight bits": (gradients.frozen(EIGHT), EIGHT, [drawn(2, 7, 128, seed=7)]),
+    "four bits": (custom_gradients.frozen(FOUR), FOUR, [drawn(2, 7, 128, seed=7)]),
+    "eight bits": (custom_gradients.frozen(EIGHT), EIGHT, [drawn(2, 7, 128, seed=7)]),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_mlx(name, monkeypatch):
-    monkeypatch.setattr(gradients, "SCORES", 2 * 4 * 2 * 10 * 10)  # two heads of three at a time
+    monkeypatch.setattr(
+        custom_gradients, "SCORES", 2 * 4 * 2 * 10 * 10
+    )  # two heads of three at a time
     ours, mlx_s, inputs = CASES[name]
     above = drawn(*mlx_s(*inputs).shape, seed=10)
 
@@ -78,14 +80,14 @@ def test_half_precision_stays_what_it_is(name):
 
 def test_a_linear_that_is_not_packed_is_left_alone():
     linear = nn.Linear(4, 4)
-    assert gradients.frozen(linear) is linear
+    assert custom_gradients.frozen(linear) is linear
 
 
 def test_attention_is_lent_and_given_back_even_after_an_error():
     flux = Flux(TRANSFORMER)
     blocks = [*flux.double_blocks, *flux.single_blocks]
-    with pytest.raises(ZeroDivisionError), gradients.lent(flux):
-        assert all(block.attention is gradients.attention for block in blocks)
+    with pytest.raises(ZeroDivisionError), custom_gradients.lent(flux):
+        assert all(block.attention is custom_gradients.attention for block in blocks)
         raise ZeroDivisionError
     assert all(block.attention is layers.attention for block in blocks)
 
@@ -121,18 +123,18 @@ def peak(singles: int, checkpoint: bool) -> float:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    with memory.bounded(0):
+    with gradient_memory.bounded(0):
         mx.eval(loss_and_gradient(flux, adapters, batch, 4.0, None, checkpoint))
     return (mx.get_peak_memory() - before) / ACTIVATION
 
 
-@pytest.mark.parametrize(("checkpoint", "most"), [(True, memory.KEPT), (False, 28)])
+@pytest.mark.parametrize(("checkpoint", "most"), [(True, gradient_memory.KEPT), (False, 28)])
 def test_a_block_leaves_little_behind(checkpoint, most):
     """Without these backward passes it is 7.5 with checkpointing, and 36 without."""
     few, many = peak(2, checkpoint), peak(6, checkpoint)
     assert 0.9 < (many - few) / 4 <= most
     if checkpoint:
-        assert many <= memory.KEPT * 7 + memory.IN_USE
+        assert many <= gradient_memory.KEPT * 7 + gradient_memory.IN_USE
 
 
 def test_the_limit_of_memory_holds_while_a_gradient_is_computed(tmp_path, monkeypatch):
@@ -155,7 +157,7 @@ def test_the_limit_of_memory_holds_while_a_gradient_is_computed(tmp_path, monkey
             (part,) = made.plan.parts(1)
             batch = made.batch(part)
             tokens = len(part.items) * (batch.clean.shape[1] + batch.t5.shape[1])
-            room = memory.needed(made.flux, tokens, made.adapters.size)
+            room = gradient_memory.needed(made.flux, tokens, made.adapters.size)
             assert 0 < limits[2] - room < mx.get_peak_memory()
         else:
             assert limits == []

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.training import exact
+from fluxmesh.training.compute import exact_sum
+from fluxmesh.training.compute.loss import loss_and_gradient
 from fluxmesh.training.events import Prepared, Updated
 from fluxmesh.training.run import read_examples
-from fluxmesh.training.step import loss_and_gradient
 from tests.datasets import make_dataset
 from tests.trainings import asked, final, learner, make_place, of, run
 
@@ -46,7 +46,7 @@ def test_the_prior_s_loss_and_gradient_are_added_by_their_weight(place, tmp_path
         value, slope = loss_and_gradient(made.flux, made.adapters, made.batch(part), 4.0, keys)
         loss += part.weight * value.item() / 2
         gradient += part.weight * np.array(slope) / 2
-    found = exact.read(made.total([number], 1))
+    found = exact_sum.read(made.total([number], 1))
     assert (found.images, found.bad) == (2, 0)
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert np.linalg.norm(np.array(found.gradient) - gradient) <= 1e-6 * np.linalg.norm(gradient)

@@ -15,16 +15,16 @@ import pytest
 
 from fluxmesh.errors import CancelledError, OutputError, UsageError
 from fluxmesh.training import checkpoint
+from fluxmesh.training.compute.learner import Learner, Moved
 from fluxmesh.training.events import (
     Prepared,
     Progress,
     Updated,
     Validated,
 )
-from fluxmesh.training.learner import Learner, Moved
+from fluxmesh.training.local_executor import DivergedError, train
+from fluxmesh.training.micro_batches import deal
 from fluxmesh.training.run import Run
-from fluxmesh.training.sampling import deal
-from fluxmesh.training.trainer import DivergedError, train
 from tests.trainings import FINAL, asked, final, learner, make_place, of, run
 
 

@@ -16,8 +16,10 @@ from fluxmesh.adapters import lora
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.storage.safetensors import read_header
-from fluxmesh.training import checkpoint, step, trainer
-from fluxmesh.training.adapters import Dropout
+from fluxmesh.training import checkpoint, local_executor
+from fluxmesh.training.compute import loss as step
+from fluxmesh.training.compute.lora_layers import Dropout
+from fluxmesh.training.compute.loss import loss_and_gradient
 from fluxmesh.training.events import (
     CheckpointSaved,
     Encoding,
@@ -26,8 +28,7 @@ from fluxmesh.training.events import (
     Updated,
     Validated,
 )
-from fluxmesh.training.step import loss_and_gradient
-from fluxmesh.training.trainer import train
+from fluxmesh.training.local_executor import train
 from tests.datasets import make_dataset, picture
 from tests.trainings import FINAL, asked, final, learner, make_place, of, run
 
@@ -276,7 +277,7 @@ def test_mistakes_are_told_before_anything_loads(place, tmp_path, monkeypatch):
     def never(*_args, **_more):
         raise AssertionError("the model was looked for")
 
-    monkeypatch.setattr(trainer, "FluxPipeline", never)
+    monkeypatch.setattr(local_executor, "FluxPipeline", never)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"image": "no.png", "prompt": ""}\n')
     with pytest.raises(UsageError, match="2 problems"):

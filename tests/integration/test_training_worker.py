@@ -12,8 +12,8 @@ import pytest
 from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.training import worker as workers
-from fluxmesh.training.cache import FeatureCache
-from fluxmesh.training.units import Unit
+from fluxmesh.training.data.encode_units import Unit
+from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages

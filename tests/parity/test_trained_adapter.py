@@ -13,8 +13,8 @@ from diffusers import FluxPipeline as DiffusersPipeline
 from fluxmesh import FluxPipeline
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.sampling import latents
+from fluxmesh.training.local_executor import train
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.trainer import train
 from fluxmesh.weights.hub import tiny_folder
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset

@@ -9,10 +9,10 @@ import torch
 
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.sampling import latents
-from fluxmesh.training import optimizer
-from fluxmesh.training.adapters import Adapters
+from fluxmesh.training.compute import optimizer
+from fluxmesh.training.compute.lora_layers import Adapters
+from fluxmesh.training.compute.loss import Batch, loss_and_gradient
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.step import Batch, loss_and_gradient
 from tests.parity.oracles import normal
 from tests.parity.test_transformer import CASES, build
 

@@ -7,8 +7,8 @@ import pytest
 
 from fluxmesh.errors import OutputError, UsageError, WeightsError
 from fluxmesh.training import checkpoint
-from fluxmesh.training.cache import FeatureCache, key
 from fluxmesh.training.checkpoint import Counters, Saved
+from fluxmesh.training.data.feature_cache import FeatureCache, key
 
 VECTORS = {"weights": np.arange(5, dtype=np.float32), "first": np.ones(5, np.float32)}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmesh.training.crops import ZOOM, bucket_of, buckets, crop_box, cut
+from fluxmesh.training.data.bucketing import ZOOM, bucket_of, buckets, crop_box, cut
 
 CONTENT = "5f" * 32
 sides = st.integers(1, 4000)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from fluxmesh.errors import ModelNotFoundError, UsageError
-from fluxmesh.training.dataset import DatasetError, fingerprint, load_dataset
+from fluxmesh.training.data.dataset import DatasetError, fingerprint, load_dataset
 from tests.datasets import CAPTIONS, SIZES, make_dataset, picture, write_lines, write_pictures
 
 

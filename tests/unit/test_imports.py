@@ -45,10 +45,18 @@ PURE = [
     *("fluxmesh_coordinator.assumed", "fluxmesh_coordinator.diagnosis"),
     *("fluxmesh_coordinator.screen", "fluxmesh_coordinator.record"),
     *("fluxmesh_coordinator.session", "fluxmesh_coordinator.mesh"),
-    *("fluxmesh.training.request", "fluxmesh.training.dataset", "fluxmesh.training.plan"),
-    *("fluxmesh.training.sampling", "fluxmesh.training.rates", "fluxmesh.training.cache"),
+    *("fluxmesh.training.request", "fluxmesh.training.data.dataset", "fluxmesh.training.plan"),
+    *(
+        "fluxmesh.training.micro_batches",
+        "fluxmesh.training.compute.lr_schedule",
+        "fluxmesh.training.data.feature_cache",
+    ),
     *("fluxmesh.training.checkpoint", "fluxmesh.training.events", "fluxmesh_coordinator.training"),
-    *("fluxmesh.training.run", "fluxmesh.training.units", "fluxmesh.training.layout"),
+    *(
+        "fluxmesh.training.run",
+        "fluxmesh.training.data.encode_units",
+        "fluxmesh.training.compute.parameter_vector",
+    ),
     *("fluxmesh.wire.training_messages", "fluxmesh_coordinator.cli.train"),
 ]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps
-from fluxmesh.training.sampling import Sampler, TimeSteps, deal
+from fluxmesh.training.micro_batches import Sampler, TimeSteps, deal
 
 A, B = (64, 64), (48, 80)
 UNIFORM = TimeSteps("uniform", ScheduleConfig())

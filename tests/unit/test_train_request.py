@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluxmesh.errors import UsageError
-from fluxmesh.training.rates import learning_rate, warmup_updates
+from fluxmesh.training.compute.lr_schedule import learning_rate, warmup_updates
 from fluxmesh.training.request import TrainRequest
 
 

@@ -11,8 +11,8 @@ import pytest
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, Weights
 from fluxmesh.errors import WeightsError
+from fluxmesh.training.data.encode_units import Caption, Crop
 from fluxmesh.training.events import Dealt
-from fluxmesh.training.units import Caption, Crop
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import train_hands, train_jobs

@@ -12,10 +12,10 @@ import numpy as np
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig, ScheduleConfig
-from fluxmesh.training.dataset import Example
+from fluxmesh.training.data.dataset import Example
+from fluxmesh.training.data.encode_units import Crop, Unit
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.units import Crop, Unit
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training

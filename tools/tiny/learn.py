@@ -32,10 +32,10 @@ from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
 from fluxmesh.request import AdapterRef, GenerateRequest
-from fluxmesh.training.cache import FeatureCache
-from fluxmesh.training.dataset import load_dataset
-from fluxmesh.training.encoding import Caption, Crop, Encoder
-from fluxmesh.training.learner import Learner
+from fluxmesh.training.compute.learner import Learner
+from fluxmesh.training.data.dataset import load_dataset
+from fluxmesh.training.data.encoding import Caption, Crop, Encoder
+from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
 

@@ -17,10 +17,10 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
 from fluxmesh.sampling.img2img import to_model_range
-from fluxmesh.training.cache import Arrays, FeatureCache
-from fluxmesh.training.crops import Size
-from fluxmesh.training.dataset import Example
-from fluxmesh.training.units import Caption, Crop, Reader, Unit, Units
+from fluxmesh.training.data.bucketing import Size
+from fluxmesh.training.data.dataset import Example
+from fluxmesh.training.data.encode_units import Caption, Crop, Reader, Unit, Units
+from fluxmesh.training.data.feature_cache import Arrays, FeatureCache
 
 __all__ = ["Caption", "Crop", "Encoder", "Unit"]
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from fluxmesh.training.streams import CROP, generator
+from fluxmesh.training.rng import CROP, generator
 
 Size = tuple[int, int]  # (height, width) in pixels
 Box = tuple[float, float, float, float]  # (left, top, right, bottom) in the picture's pixels

@@ -20,8 +20,8 @@ import numpy as np
 
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.sampling.latents import token_grid
-from fluxmesh.training.crops import Size
-from fluxmesh.training.streams import CAPTION, DROPOUT, NOISE, ORDER, TIME, generator
+from fluxmesh.training.data.bucketing import Size
+from fluxmesh.training.rng import CAPTION, DROPOUT, NOISE, ORDER, TIME, generator
 
 SCHNELL_STEPS = 4
 

@@ -1,6 +1,6 @@
 """Backward passes written by hand, where MLX's own keep too much or don't repeat.
 
-Stands between `flux/layers.py` and `step.py`, which puts these in a transformer's place while it
+Stands between `flux/layers.py` and `loss.py`, which puts these in a transformer's place while it
 traces a gradient (`lent`). The values are those of the layers; what changes is the way back
 (`flux/fused.py` has that of the elementwise work):
 

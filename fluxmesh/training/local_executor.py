@@ -10,10 +10,10 @@ import numpy as np
 
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.events import Loading
-from fluxmesh.training.cache import FeatureCache, default_folder
-from fluxmesh.training.encoding import Encoder
+from fluxmesh.training.compute.learner import Learner
+from fluxmesh.training.data.encoding import Encoder
+from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
-from fluxmesh.training.learner import Learner
 from fluxmesh.training.plan import Plan, prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import DivergedError, Moved, Run, read_examples

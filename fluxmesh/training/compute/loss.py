@@ -21,8 +21,8 @@ import numpy as np
 from fluxmesh.kernels import ops
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.sampling import latents
-from fluxmesh.training import gradients
-from fluxmesh.training.adapters import Adapters, TrainedLinear, Weights
+from fluxmesh.training.compute import custom_gradients
+from fluxmesh.training.compute.lora_layers import Adapters, TrainedLinear, Weights
 
 
 class Batch(NamedTuple):
@@ -78,7 +78,7 @@ def loss_and_gradient(
     if checkpoint:
         flux.call = checkpointed
     try:
-        with gradients.lent(flux):
+        with custom_gradients.lent(flux):
             value, gradient = mx.value_and_grad(loss)(held if weights is None else weights)
     finally:
         flux.call = plain
@@ -137,7 +137,7 @@ def checkpointed(block: Callable[..., Any], *arrays: mx.array) -> Any:
         again = mx.depends(list(primals), above)
         return tuple(mx.vjp(lambda *x: _listed(plain(*x)), again, above)[1])
 
-    out = gradients.own_way_back(back)(plain)(*weights, *arrays)
+    out = custom_gradients.own_way_back(back)(plain)(*weights, *arrays)
     _lend(layers, weights)
     return out
 

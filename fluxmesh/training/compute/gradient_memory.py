@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.training.gradients import SCORES
+from fluxmesh.training.compute.custom_gradients import SCORES
 
 # Of a checkpointed gradient, in activations ([B, S, D] each), measured on a CPU with nothing
 # queued: what each block leaves, and what the block whose turn it is takes.

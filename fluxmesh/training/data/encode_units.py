@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxmesh.training.cache import key
-from fluxmesh.training.crops import Size, crop_box, cut
-from fluxmesh.training.dataset import Example
+from fluxmesh.training.data.bucketing import Size, crop_box, cut
+from fluxmesh.training.data.dataset import Example
+from fluxmesh.training.data.feature_cache import key
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from fluxmesh.canvas import decode_picture
 from fluxmesh.errors import ModelNotFoundError, UsageError
-from fluxmesh.training.crops import Size
+from fluxmesh.training.data.bucketing import Size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHOWN = 20  # problems in the sentence of a `DatasetError`

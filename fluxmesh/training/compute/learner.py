@@ -19,15 +19,15 @@ from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import denoise
-from fluxmesh.training import exact, memory, optimizer
-from fluxmesh.training.adapters import Adapters
-from fluxmesh.training.optimizer import State
+from fluxmesh.training.compute import exact_sum, gradient_memory, optimizer
+from fluxmesh.training.compute.lora_layers import Adapters
+from fluxmesh.training.compute.loss import Batch, squared_errors, traced
+from fluxmesh.training.compute.lr_schedule import learning_rate
+from fluxmesh.training.compute.optimizer import State
+from fluxmesh.training.micro_batches import SCHNELL_STEPS
 from fluxmesh.training.plan import LEVELS, Part, Plan
-from fluxmesh.training.rates import learning_rate
+from fluxmesh.training.rng import VALIDATION, generator
 from fluxmesh.training.run import Moved
-from fluxmesh.training.sampling import SCHNELL_STEPS
-from fluxmesh.training.step import Batch, squared_errors, traced
-from fluxmesh.training.streams import VALIDATION, generator
 
 
 class Features(Protocol):
@@ -73,7 +73,7 @@ class Learner:
 
     def nothing(self) -> mx.array:
         """The sum of no gradients."""
-        return mx.zeros((self.adapters.size + exact.TAIL,), dtype=mx.int64)
+        return mx.zeros((self.adapters.size + exact_sum.TAIL,), dtype=mx.int64)
 
     def total(self, numbers: Sequence[int], parts: int) -> mx.array:
         """The exact sum of the gradients of these micro-batches, int64 [size + TAIL].
@@ -102,7 +102,9 @@ class Learner:
             return nullcontext()
         images, tokens, _ = batch.clean.shape
         tokens = images * (tokens + batch.t5.shape[1])
-        return memory.bounded(memory.needed(self.flux, tokens, self.adapters.size))
+        return gradient_memory.bounded(
+            gradient_memory.needed(self.flux, tokens, self.adapters.size)
+        )
 
     def gradient(self, part: Part, batch: Batch, parts: int) -> mx.array:
         """The vector of a part, one of `parts` of an update, which is `batch`; lazily."""
@@ -111,11 +113,11 @@ class Learner:
         keys = part.micro.dropout_keys(len(self.adapters.names)) if dropped else None
         loss, gradient = self.step(batch, keys)
         weight = part.weight
-        return exact.on_grid(weight * gradient, weight * loss, part.images, parts)
+        return exact_sum.on_grid(weight * gradient, weight * loss, part.images, parts)
 
     def advance(self, total: mx.array) -> Moved:
         """Moves the weights by the sum of a whole update."""
-        found = exact.read(total)
+        found = exact_sum.read(total)
         rate = learning_rate(self.request, self.state.update)
         if found.bad:
             return Moved(math.nan, math.nan, rate, found.images, found.bad)
