@@ -1,7 +1,7 @@
 """Changes one part of a picture and no other: python examples/inpaint.py [MODEL].
 
 Makes a picture, then paints something else into its middle. With pictures of your own, use
-`fluxmesh.canvas.load_source`, which reads files, masks and margins to outpaint; without a mask
+`fluxmesh.images.load_source`, which reads files, masks and margins to outpaint; without a mask
 and with a strength below 1, the same call varies the whole picture (image-to-image).
 """
 

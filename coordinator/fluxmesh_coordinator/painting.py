@@ -165,7 +165,7 @@ class Painter:
         """What `--image`, `--mask` and `--outpaint` name, as arrays and as a record of files."""
         if settings.image is None:
             return None, None
-        from fluxmesh.canvas import load_source
+        from fluxmesh.images import load_source
 
         height, width = settings.image_size or (None, None)
         defaults = checkpoint.defaults

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fluxmesh import events
-from fluxmesh.canvas import composite
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.images import composite
 from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures

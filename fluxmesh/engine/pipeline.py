@@ -178,7 +178,7 @@ class FluxPipeline(Models):
         number; `guidance` is read by models that embed it (dev). Image k is the one that seed
         `seed + k` gives alone, to the byte; a seed of None is drawn, and kept in `self.seed`.
 
-        `source` begins from a picture and repaints its mask (`fluxmesh.canvas`), `guide` is a
+        `source` begins from a picture and repaints its mask (`fluxmesh.images`), `guide` is a
         custom loss on the expected picture (`denoise.Guide`). `cache` above 0 is the threshold of
         an approximation that skips most of some steps (`step_cache.py`); each step then evaluates its
         beginning by itself.

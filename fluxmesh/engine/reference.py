@@ -24,12 +24,12 @@ from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
-from fluxmesh.canvas import composite
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import COMPONENTS, Options
 from fluxmesh.engine.worker import Worker
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
+from fluxmesh.images import composite
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps

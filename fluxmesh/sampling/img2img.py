@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.canvas import composite
+from fluxmesh.images import composite
 from fluxmesh.sampling import latents
 
 __all__ = ["SourceLatents", "composite", "mask_latents", "to_model_range"]

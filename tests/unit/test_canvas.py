@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxmesh import canvas
+from fluxmesh import images
 from fluxmesh.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def saved(folder: Path, picture: Image.Image, name: str = "in.png", **options: o
 
 def test_a_picture_of_fitting_size_is_not_resampled(tmp_path: Path) -> None:
     pixels = gradient(32, 48)
-    source = canvas.load_source(saved(tmp_path, Image.fromarray(pixels)))
+    source = images.load_source(saved(tmp_path, Image.fromarray(pixels)))
     assert np.array_equal(source.pixels, pixels)
     assert source.mask is None
     assert source.strength == 0.6
@@ -38,21 +38,21 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
     path = saved(tmp_path, Image.fromarray(gradient(32, 48)), exif=exif)
-    assert np.array_equal(canvas.read_picture(path), np.rot90(gradient(32, 48), k=-1))
+    assert np.array_equal(images.read_picture(path), np.rot90(gradient(32, 48), k=-1))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     white = Image.new("RGB", (4, 3), "white")
     picture = white.convert(mode) if mode != "LAB" else Image.new("LAB", (4, 3), (255, 128, 128))
-    pixels = canvas._over(picture, background=0)
+    pixels = images._over(picture, background=0)
     assert pixels.shape == (3, 4, 3)
     assert pixels.min() >= 250
 
 
 def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path: Path) -> None:
     deep = np.array([[0, 32768, 65535]], np.uint16)
-    pixels = canvas.read_picture(saved(tmp_path, Image.fromarray(deep)))
+    pixels = images.read_picture(saved(tmp_path, Image.fromarray(deep)))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
 
 
@@ -60,38 +60,38 @@ def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path: Path) -> None:
 def test_transparent_parts_become_white(mode: str, tmp_path: Path) -> None:
     clear = Image.new("RGBA", (2, 2), (10, 10, 10, 0))
     path = saved(tmp_path, clear.convert(mode), "in.png")
-    assert np.all(canvas.read_picture(path) == 255)
+    assert np.all(images.read_picture(path) == 255)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.png"
     path.write_text("not a picture")
     with pytest.raises(UsageError, match=r"--image .*notes\.png can't be read"):
-        canvas.load_source(path)
+        images.load_source(path)
     with pytest.raises(UsageError, match="does not exist"):
-        canvas.load_source(tmp_path / "missing.png")
+        images.load_source(tmp_path / "missing.png")
 
 
 def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(64, 64)))
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(UsageError, match="can't be read"):
-        canvas.read_picture(path)
+        images.read_picture(path)
 
 
 def test_without_a_size_sides_become_multiples_of_sixteen(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(101, 60)))
-    assert canvas.load_source(path).pixels.shape == (96, 64, 3)
+    assert images.load_source(path).pixels.shape == (96, 64, 3)
 
 
 def test_a_large_picture_is_scaled_to_the_area_and_keeps_proportions(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(256, 512)))
-    assert canvas.load_source(path, max_area=128 * 128).pixels.shape == (96, 176, 3)
+    assert images.load_source(path, max_area=128 * 128).pixels.shape == (96, 176, 3)
 
 
 def test_a_given_size_cuts_instead_of_stretching(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(64, 128)))
-    pixels = canvas.load_source(path, height=32, width=32).pixels
+    pixels = images.load_source(path, height=32, width=32).pixels
     assert pixels.shape == (32, 32, 3)
     # Half of the width is left, so the red ramp spans half of its range.
     assert 55 < pixels[:, 0, 0].mean() < 75
@@ -100,7 +100,7 @@ def test_a_given_size_cuts_instead_of_stretching(tmp_path: Path) -> None:
 
 def test_one_given_side_sets_the_other(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(64, 128)))
-    assert canvas.load_source(path, height=32).pixels.shape == (32, 64, 3)
+    assert images.load_source(path, height=32).pixels.shape == (32, 64, 3)
 
 
 def test_a_mask_goes_along_with_the_picture_and_sets_strength_to_one(tmp_path: Path) -> None:
@@ -108,28 +108,28 @@ def test_a_mask_goes_along_with_the_picture_and_sets_strength_to_one(tmp_path: P
     half = np.zeros((64, 64), np.uint8)
     half[:, 32:] = 255
     mask = saved(tmp_path, Image.fromarray(half), "mask.png")
-    source = canvas.load_source(image, mask=mask)
+    source = images.load_source(image, mask=mask)
     assert source.mask is not None
     assert np.array_equal(source.mask, half)
     assert source.strength == 1.0
-    assert canvas.load_source(image, mask=mask, strength=0.5).strength == 0.5
+    assert images.load_source(image, mask=mask, strength=0.5).strength == 0.5
 
 
 def test_a_mask_at_another_size_is_scaled_and_of_other_proportions_refused(tmp_path: Path) -> None:
     image = saved(tmp_path, Image.fromarray(gradient(64, 64)))
     small = saved(tmp_path, Image.new("L", (32, 32), 255), "mask.png")
-    source = canvas.load_source(image, mask=small)
+    source = images.load_source(image, mask=small)
     assert source.mask is not None
     assert source.mask.shape == (64, 64)
     wide = saved(tmp_path, Image.new("L", (64, 32), 255), "wide.png")
     with pytest.raises(UsageError, match="64x32"):
-        canvas.load_source(image, mask=wide)
+        images.load_source(image, mask=wide)
 
 
 def test_outpainting_keeps_the_old_pixels_and_masks_the_new(tmp_path: Path) -> None:
     pixels = gradient(32, 32)
     path = saved(tmp_path, Image.fromarray(pixels))
-    source = canvas.load_source(path, outpaint=(16, 0, 32, 16))
+    source = images.load_source(path, outpaint=(16, 0, 32, 16))
     assert source.pixels.shape == (48, 80, 3)
     assert np.array_equal(source.pixels[:32, 16:48], pixels)
     assert source.mask is not None
@@ -140,7 +140,7 @@ def test_outpainting_keeps_the_old_pixels_and_masks_the_new(tmp_path: Path) -> N
 
 def test_outpainting_grows_the_wider_margin_to_a_multiple_of_sixteen() -> None:
     pixels = gradient(33, 40)
-    larger, mask = canvas.outpaint_canvas(pixels, (20, 0, 5, 0))
+    larger, mask = images.outpaint_canvas(pixels, (20, 0, 5, 0))
     assert larger.shape == (48, 80, 3)
     assert np.array_equal(larger[:33, 35:75], pixels)
     assert np.all(mask[33:] == 255)
@@ -149,7 +149,7 @@ def test_outpainting_grows_the_wider_margin_to_a_multiple_of_sixteen() -> None:
 def test_outpainting_with_a_mask_paints_both() -> None:
     inside = np.zeros((16, 16), np.uint8)
     inside[4:8, 4:8] = 255
-    _, mask = canvas.outpaint_canvas(gradient(16, 16), (0, 0, 16, 0), mask=inside)
+    _, mask = images.outpaint_canvas(gradient(16, 16), (0, 0, 16, 0), mask=inside)
     assert np.array_equal(mask[:, :16], inside)
     assert np.all(mask[:, 16:] == 255)
 
@@ -157,13 +157,13 @@ def test_outpainting_with_a_mask_paints_both() -> None:
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "-1,0,0,0", "1.5,0,0,0", ""])
 def test_margins_that_are_not_four_numbers_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="left,top,right,bottom"):
-        canvas.parse_margins(text)
+        images.parse_margins(text)
 
 
 def test_margins_are_left_top_right_bottom() -> None:
-    assert canvas.parse_margins("1, 2,3,4") == (1, 2, 3, 4)
+    assert images.parse_margins("1, 2,3,4") == (1, 2, 3, 4)
 
 
 def test_a_canvas_beyond_the_largest_side_is_refused() -> None:
     with pytest.raises(UsageError, match="at most 8192"):
-        canvas.outpaint_canvas(gradient(16, 16), (9000, 0, 0, 0))
+        images.outpaint_canvas(gradient(16, 16), (9000, 0, 0, 0))

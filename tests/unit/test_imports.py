@@ -19,7 +19,7 @@ PACKAGES = {
 HEAVY = {"mlx", "zmq", "torch", "datasets", "transformers", "diffusers", "huggingface_hub"}
 # What describes a model without computing: a coordinator imports it on a machine without mlx.
 PURE = [
-    *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.canvas"),
+    *("fluxmesh", "fluxmesh.errors", "fluxmesh.events", "fluxmesh.request", "fluxmesh.images"),
     *(
         "fluxmesh.flux",
         "fluxmesh.models.flux1.config",

@@ -83,7 +83,7 @@ class Margins(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, int, int, int]:
-        from fluxmesh.canvas import parse_margins
+        from fluxmesh.images import parse_margins
 
         return value if isinstance(value, tuple) else parse_margins(value)
 

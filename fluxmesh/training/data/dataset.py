@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from fluxmesh.canvas import decode_picture
 from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.images import decode_picture
 from fluxmesh.training.data.bucketing import Size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
