@@ -55,7 +55,7 @@ from fluxmesh.wire.messages import (
 )
 from fluxmesh.wire.stream import Channel
 from fluxmesh.wire.transport.base import ConnectionClosed
-from fluxmesh_agent.names import Roots
+from fluxmesh_agent.model_paths import Roots
 
 log = logging.getLogger("engine")
 

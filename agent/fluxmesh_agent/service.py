@@ -25,8 +25,8 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
 from fluxmesh_agent import links
-from fluxmesh_agent.adapters import Adapters
-from fluxmesh_agent.client import Client
+from fluxmesh_agent.adapter_store import Adapters
+from fluxmesh_agent.conversation import Client
 from fluxmesh_agent.leases import Holds, InLine, Leases, Loses, Notice
 from fluxmesh_agent.lifecycle import (
     Instruction,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.wire.messages import Status
-from fluxmesh_agent import facts
+from fluxmesh_agent import machine
 from fluxmesh_agent.lifecycle import Lifecycle
 
 LOAD_RATE = 1e9  # bytes/s, until a load was timed
@@ -30,20 +30,20 @@ def status_of(
 ) -> Status:
     """The answer to `AskStatus`; `memory` is the most that the host's owner allows, in bytes."""
     device = life.device
-    total = device.memory_bytes if device else facts.memory_bytes()
+    total = device.memory_bytes if device else machine.memory_bytes()
     held = life.holds.nbytes if life.holds else 0
     # A graphics card beside the processor has memory of its own; on a Mac it is the machine's.
-    is_apart = device is not None and device.name.startswith("Device(gpu") and not facts.is_mac()
-    free = max(0, total - held) if is_apart else facts.free_bytes()
+    is_apart = device is not None and device.name.startswith("Device(gpu") and not machine.is_mac()
+    free = max(0, total - held) if is_apart else machine.free_bytes()
     ring, rank, size = life.ring
     return Status(
         state=life.state,
         epoch=life.epoch,
         pid=os.getpid(),
         engine_pid=engine_pid,
-        name=facts.machine_name(),
+        name=machine.machine_name(),
         kind=device.kind if device else "unknown",
-        device=f"{facts.machine_id()}/{device.name if device else 'unknown'}",
+        device=f"{machine.machine_id()}/{device.name if device else 'unknown'}",
         mlx_version=device.mlx_version if device else "unknown",
         python_version=platform.python_version(),
         memory_bytes=total if memory is None else min(total, memory),

@@ -14,8 +14,8 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError
 from fluxmesh.request import AdapterRef
 from fluxmesh.weights import hub
-from fluxmesh_agent.adapters import Adapters
-from fluxmesh_agent.names import Roots
+from fluxmesh_agent.adapter_store import Adapters
+from fluxmesh_agent.model_paths import Roots
 
 
 @pytest.fixture

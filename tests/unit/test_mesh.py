@@ -22,7 +22,7 @@ from fluxmesh.errors import (
 )
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
-from fluxmesh_agent.adapters import Adapters
+from fluxmesh_agent.adapter_store import Adapters
 from fluxmesh_coordinator import adapters, client, conduct, hosts
 from fluxmesh_coordinator.adapters import by_hash, with_names
 from fluxmesh_coordinator.conduct import Conductor

@@ -1,7 +1,7 @@
 """Adapters that coordinators have sent, kept under the hash of their bytes.
 
 They arrive in pieces; only what has the hash that it is called by becomes a file that an engine
-may open. `names.py` finds them again.
+may open. `model_paths.py` finds them again.
 """
 
 from __future__ import annotations
