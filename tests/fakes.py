@@ -26,7 +26,7 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.transport.inproc import Network
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions
-from fluxmesh_coordinator.record import Member, MeshRecord
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 
 GB = 10**9
 

@@ -20,10 +20,11 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys, store_keys
-from fluxmesh_coordinator import asking, checks, launch, record, starter
+from fluxmesh_coordinator import checks
+from fluxmesh_coordinator.agents import bootstrap, launch, mesh_file, remote
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.agents.status import in_use, survey, with_agents
 from fluxmesh_coordinator.checks import Finding
-from fluxmesh_coordinator.record import Member, MeshRecord
-from fluxmesh_coordinator.survey import in_use, survey, with_agents
 
 PORTS = 100  # that are tried for an agent of this machine, which others may use too
 
@@ -76,7 +77,7 @@ class Bringup:
         Raises `FluxmeshError`: `HostUnreachableError` where no host can be reached.
         """
         wish = self.wish
-        old = record.load(self.home)
+        old = mesh_file.load(self.home)
         keys = before = load_keys(self.home.folder, "client")
         for warning in wish.hostfile.warnings:
             self.watcher.note(warning)
@@ -92,7 +93,7 @@ class Bringup:
             spec = self._spec(host)
             return launch.start(host, spec, keys, rotate=wish.rotate_keys, forget=forget)
 
-        started, errors = asking.each(hosts, start)
+        started, errors = remote.each(hosts, start)
         if wish.rotate_keys and started:  # every agent that could be reached has the new key by now
             store_keys(self.home.folder, "client", keys)
         self._left_out(errors, bool(started))
@@ -105,7 +106,7 @@ class Bringup:
             self._retire(old, members)
         links = old.links if old is not None and not fresh and _same(old.members, members) else ()
         up = MeshRecord(wish.name, wish.text, members, wish.envs, wish.roots, links, wish.weights)
-        record.save(up, self.home)
+        mesh_file.save(up, self.home)
         return up
 
     # Before anything runs
@@ -137,7 +138,7 @@ class Bringup:
         model = checks.reference(here[0], {rank: look for rank, (look, _) in looks.items()})
         for rank, (look, now) in looks.items():
             for finding in checks.findings(hosts[rank], look, here[0], now, model):
-                text = f"{asking.title(hosts[rank])}, {finding.check}: {finding.text}"
+                text = f"{remote.title(hosts[rank])}, {finding.check}: {finding.text}"
                 if finding.level == "fail":
                     bad.setdefault(rank, FluxmeshError(text))
                 elif finding.level == "warn":
@@ -165,9 +166,9 @@ class Bringup:
                 done, total = int(told["done_bytes"]), int(told["total_bytes"])
                 self.watcher.progress(host.rank, f"fetching {model}", done, total)
 
-            asking.ask(host, "pull", tell, model=model)
+            remote.ask(host, "pull", tell, model=model)
 
-        _, errors = asking.each(hosts, pull)
+        _, errors = remote.each(hosts, pull)
         self._left_out(errors, True)
 
     def _left_out(self, errors: Mapping[int, FluxmeshError], others: bool) -> None:
@@ -208,7 +209,7 @@ def this_machine(home: Home | None = None) -> str:
 
     The one of the mesh that is up, where it is such a one; else a free port, or our own agent's.
     """
-    up = record.load(home)
+    up = mesh_file.load(home)
     if up is not None and up.is_this_machine:
         return up.text
     ports = range(CONTROL_PORT, CONTROL_PORT + PORTS)
@@ -218,7 +219,7 @@ def this_machine(home: Home | None = None) -> str:
 
 
 def _can_have(port: int) -> bool:
-    return starter.can_bind("127.0.0.1", port) or starter.Agent(port).running() is not None
+    return bootstrap.can_bind("127.0.0.1", port) or bootstrap.Agent(port).running() is not None
 
 
 def _same(old: Sequence[Member], new: Sequence[Member]) -> bool:
@@ -242,9 +243,9 @@ def look_at(
             fields["address"] = launch.address_of(host, control.address)
             fields |= {"port": control.port, "ips": list(host.ips), **wanted(host)}
         begin = time.time()
-        return asking.ask(host, "look", **fields), (begin + time.time()) / 2
+        return remote.ask(host, "look", **fields), (begin + time.time()) / 2
 
-    return asking.each([Host(-1, "127.0.0.1"), *hostfile.hosts], look)
+    return remote.each([Host(-1, "127.0.0.1"), *hostfile.hosts], look)
 
 
 def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
@@ -268,14 +269,14 @@ def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshE
     Returns errors by rank, of the agents that may still run.
     """
     from fluxmesh.wire import messages
-    from fluxmesh_coordinator.client import Client
+    from fluxmesh_coordinator.agents.client import Client
 
     hostfile = mesh.hostfile
 
     def stop(host: Host) -> None:
-        asking.ask(host, "stop", port=hostfile.control(host.rank).port)
+        remote.ask(host, "stop", port=hostfile.control(host.rank).port)
 
-    errors = asking.each(mesh.hosts, stop)[1]
+    errors = remote.each(mesh.hosts, stop)[1]
     if not errors:
         return {}
 

@@ -22,7 +22,8 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import adapters
-from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.driver import Driver
 from fluxmesh_coordinator.jobs import (
@@ -40,7 +41,6 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.survey import host_info
 
 TICK = 0.25  # seconds
 ANSWER = 15.0  # seconds in which an agent answers whatever it is asked

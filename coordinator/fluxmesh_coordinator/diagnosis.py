@@ -8,10 +8,10 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire.messages import Status
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+from fluxmesh_coordinator.agents.status import survey, user_keys
 from fluxmesh_coordinator.checks import SKEW, Finding
-from fluxmesh_coordinator.record import MeshRecord
 from fluxmesh_coordinator.sameness import difference
-from fluxmesh_coordinator.survey import survey, user_keys
 
 
 def keys_of_this_user() -> Finding:

@@ -18,10 +18,10 @@ from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs import Links
-from fluxmesh_coordinator.record import Member, MeshRecord
-from fluxmesh_coordinator.survey import host_info
 
 log = logging.getLogger(__name__)
 

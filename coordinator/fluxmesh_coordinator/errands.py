@@ -17,7 +17,7 @@ from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.failures import error_of
 from fluxmesh_coordinator.hosts import START, Worker
 from fluxmesh_coordinator.jobs import LeasedHost

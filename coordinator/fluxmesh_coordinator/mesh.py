@@ -31,14 +31,15 @@ from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator import assumed, launch
+from fluxmesh_coordinator import assumed
 from fluxmesh_coordinator.adapters import Files, by_hash
+from fluxmesh_coordinator.agents import launch
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, load, save
+from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.conduct import Conductor, Served
 from fluxmesh_coordinator.driver import Driver, Restart
 from fluxmesh_coordinator.jobs import Job
-from fluxmesh_coordinator.record import Member, MeshRecord, load, save
 from fluxmesh_coordinator.session import Session
-from fluxmesh_coordinator.survey import user_keys
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Event, Picture, Planned, Step
 from fluxmesh.request import GenerateRequest, SourceImage
-from fluxmesh_coordinator import record
+from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.output import PictureFiles, StepFiles, encode_png, grid
 from fluxmesh_coordinator.recipe import Recipe, SourceFiles, differences
 from fluxmesh_coordinator.reporting import Reporter
@@ -130,7 +130,7 @@ class Painter:
     def _find(self, model: str | None) -> Any:
         from fluxmesh.weights import hub
 
-        up = record.load()
+        up = mesh_file.load()
         loaded = up.weights.model if up and up.weights else None
         name = model or loaded or hub.default_model()
         if up is not None and not up.is_this_machine:
@@ -243,5 +243,5 @@ class Painter:
 
 
 def _as_loaded(settings: Settings) -> Settings:
-    up = record.load()
+    up = mesh_file.load()
     return settings.as_loaded(up.weights if up else None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.wire.messages import Status
-from fluxmesh_coordinator.survey import Survey
+from fluxmesh_coordinator.agents.status import Survey
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -27,7 +27,7 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.request import TrainRequest
-from fluxmesh_coordinator import record
+from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.output import encode_png
 from fluxmesh_coordinator.recipe import Recipe, sha256_of
 from fluxmesh_coordinator.report import METRICS, write_report
@@ -63,7 +63,7 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
 
     tf32.prepare(request.dtype)
     reporter.started(request)
-    if record.load() is None:
+    if mesh_file.load() is None:
         from fluxmesh.training.local_executor import train
 
         follow(train(request, reporter.event), request, reporter)

@@ -22,13 +22,13 @@ from fluxmesh.planning.workload import Work, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator import record
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.bringup import Watcher, leave_out
-from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.errands import Errand, form_ring, together
-from fluxmesh_coordinator.record import MeshRecord
 from fluxmesh_coordinator.sameness import remedy
-from fluxmesh_coordinator.survey import host_info, run, user_keys
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with
@@ -115,7 +115,7 @@ class Warming:
             if not self.mesh.links and len(self.clients) > 1:
                 self.watcher.stage("Measuring the links")
                 self.mesh = replace(self.mesh, links=await self._links())
-                record.save(self.mesh, self.home)
+                mesh_file.save(self.mesh, self.home)
             while not await self._fill():
                 continue  # with the hosts that are left
         return self.mesh

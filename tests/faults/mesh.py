@@ -28,9 +28,10 @@ from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import AgentHome, Home
 from fluxmesh.storage.keys import load_keys
 from fluxmesh.wire.messages import Status
-from fluxmesh_coordinator import conduct, course, driver, record
+from fluxmesh_coordinator import conduct, course, driver
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.mesh import Mesh
-from fluxmesh_coordinator.survey import host_info
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120.0  # seconds that anything here may take
@@ -97,7 +98,7 @@ class Up:
     def connect(self) -> Iterator[Mesh]:
         """The mesh, held by this process, which is its user meanwhile: it starts agents again."""
         home = Home(self.folder / "config")
-        found = record.load(home)
+        found = mesh_file.load(home)
         assert found is not None
         with (
             mock.patch.dict(os.environ, self.env),

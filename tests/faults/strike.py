@@ -27,8 +27,8 @@ from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
+from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.album import Album
-from fluxmesh_coordinator.client import Client
 from fluxmesh_coordinator.mesh import Mesh
 from tests.checkpoints import make_checkpoint
 from tests.faults.mesh import LIMIT, Outcome, Up, paint

@@ -28,7 +28,7 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh_coordinator import conduct, driver
-from fluxmesh_coordinator.survey import host_info
+from fluxmesh_coordinator.agents.status import host_info
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds that a test waits for anything

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from fluxmesh.storage.processes import started_at
-from fluxmesh_coordinator.launch import start_ephemeral
-from fluxmesh_coordinator.survey import survey
+from fluxmesh_coordinator.agents.launch import start_ephemeral
+from fluxmesh_coordinator.agents.status import survey
 from tests.integration.conftest import Finished, environment
 
 
@@ -354,7 +354,7 @@ def test_envs_of_the_command_line_reach_the_engines(machine: Machine) -> None:
 def test_an_agent_for_one_call_ends_with_its_starter(tmp_path: Path) -> None:
     code = (
         "import os, time\n"
-        "from fluxmesh_coordinator.launch import start_ephemeral\n"
+        "from fluxmesh_coordinator.agents.launch import start_ephemeral\n"
         "one = start_ephemeral()\n"
         "print(one.process.pid, one.record.members[0].state, flush=True)\n"
         "time.sleep(60)\n"

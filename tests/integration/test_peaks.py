@@ -14,7 +14,7 @@ from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.weights import hub
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.agents.client import Client
 from tests.integration.agents import agent
 from tests.integration.test_mesh import record_of
 

@@ -18,11 +18,12 @@ from fluxmesh.events import Event, Picture
 from fluxmesh.request import GenerateRequest
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
-from fluxmesh_coordinator import assumed, record
+from fluxmesh_coordinator import assumed
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.output import Target
 from fluxmesh_coordinator.painting import Painter
-from fluxmesh_coordinator.record import Member, MeshRecord
 from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings
 
@@ -136,7 +137,7 @@ def test_a_model_that_only_the_mesh_has_is_not_fetched(
 ) -> None:
     member = Member(0, "mac1:47100", "", "", "", "")
     up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=Weights("dev"))
-    monkeypatch.setattr(record, "load", lambda: up)
+    monkeypatch.setattr(mesh_file, "load", lambda: up)
 
     def resolve(name: str, *, download: bool = True, **_more: Any) -> Any:
         assert not download
@@ -155,7 +156,7 @@ def test_a_mesh_that_holds_quantized_weights_paints_with_them(
     member = Member(0, "mac1:47100", "", "", "", "")
     loaded = Weights("dev", bits=4)
     up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=loaded)
-    monkeypatch.setattr(record, "load", lambda: up)
+    monkeypatch.setattr(mesh_file, "load", lambda: up)
     monkeypatch.setattr(
         assumed, "sizes_of", lambda name: (name, SimpleNamespace(defaults=DEFAULTS), False)
     )

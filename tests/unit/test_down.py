@@ -7,9 +7,11 @@ import pytest
 from fluxmesh.errors import FluxmeshError
 from fluxmesh_agent.lifecycle import Lifecycle
 from fluxmesh_agent.status import status_of
-from fluxmesh_coordinator import bringup, record, survey
+from fluxmesh_coordinator import bringup
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents import status as survey
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.cli.down import down
-from fluxmesh_coordinator.record import Member, MeshRecord
 
 MESH = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (Member(0, "mac1:47100", "", "", "", ""),))
 
@@ -30,10 +32,10 @@ def test_a_host_that_a_job_holds_is_not_ended(monkeypatch: pytest.MonkeyPatch) -
         ended.append(mesh)
         return {}
 
-    monkeypatch.setattr(record, "load", lambda: MESH)
+    monkeypatch.setattr(mesh_file, "load", lambda: MESH)
     monkeypatch.setattr(survey, "survey", lambda mesh: survey.Survey(mesh, {0: status}, {}, {}))
     monkeypatch.setattr(bringup, "take_down", take_down)
-    monkeypatch.setattr(record, "remove", lambda: None)
+    monkeypatch.setattr(mesh_file, "remove", lambda: None)
     with pytest.raises(FluxmeshError, match="Host 0 works on a1b2; wait .*--force"):
         down.main([], standalone_mode=False)
     assert ended == []

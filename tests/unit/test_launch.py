@@ -12,8 +12,8 @@ import pytest
 from fluxmesh.cluster.hostfile import Host, parse
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.keys import Keys
-from fluxmesh_coordinator import asking, launch
-from fluxmesh_coordinator.starter import agent_command
+from fluxmesh_coordinator.agents import launch, remote
+from fluxmesh_coordinator.agents.bootstrap import agent_command
 
 REMOTE = Host(1, "me@mac1")
 
@@ -68,7 +68,7 @@ def test_a_host_that_fails_is_named_with_its_reason(
 ) -> None:
     fake_ssh(tmp_path, f"cat >/dev/null; {script}", monkeypatch)
     with pytest.raises(kind) as caught:
-        asking.ask(REMOTE, "look")
+        remote.ask(REMOTE, "look")
     assert type(caught.value) is kind
     assert str(caught.value).startswith("host 1 (mac1): ") and text in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -79,7 +79,7 @@ def test_what_a_login_script_prints_is_no_answer(
 ) -> None:
     lines = "echo Welcome; echo '[1]'; echo '{\"result\": {\"clock\": 1}}'"
     fake_ssh(tmp_path, f"cat >/dev/null; {lines}", monkeypatch)
-    assert asking.ask(REMOTE, "look") == {"clock": 1}
+    assert remote.ask(REMOTE, "look") == {"clock": 1}
 
 
 def test_progress_is_heard_before_the_answer(
@@ -88,28 +88,28 @@ def test_progress_is_heard_before_the_answer(
     lines = 'echo \'{"done_bytes": 1, "total_bytes": 2}\'; echo \'{"result": {}}\''
     fake_ssh(tmp_path, f"cat >/dev/null; {lines}", monkeypatch)
     heard: list[dict[str, int]] = []
-    asking.ask(REMOTE, "pull", heard.append, model="dev")
+    remote.ask(REMOTE, "pull", heard.append, model="dev")
     assert heard == [{"done_bytes": 1, "total_bytes": 2}]
 
 
 def test_a_host_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_ssh(tmp_path, "exec sleep 60", monkeypatch)
-    monkeypatch.setitem(asking.SECONDS, "look", 0.3)
+    monkeypatch.setitem(remote.SECONDS, "look", 0.3)
     with pytest.raises(HostUnreachableError, match="does not answer"):
-        asking.ask(REMOTE, "look")
+        remote.ask(REMOTE, "look")
 
 
 def test_another_version_there_is_told() -> None:
     host = Host(0, "127.0.0.1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asking, "__version__", "9.9")
+        patch.setattr(remote, "__version__", "9.9")
         with pytest.raises(FluxmeshError, match=r"has fluxmesh \d.* and this machine 9\.9"):
-            asking.ask(host, "look")
+            remote.ask(host, "look")
 
 
 def test_this_machine_is_asked_without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUXMESH_SSH", "/no/such/ssh")
-    found = asking.ask(Host(0, "localhost"), "look", ips=["127.0.0.1", "203.0.113.7"])
+    found = remote.ask(Host(0, "localhost"), "look", ips=["127.0.0.1", "203.0.113.7"])
     assert found["python"] == sys.executable
     assert found["ips"] == {"127.0.0.1": True, "203.0.113.7": False}
 
@@ -122,7 +122,7 @@ def test_hosts_are_asked_side_by_side_and_each_has_its_own_end() -> None:
             raise FluxmeshError("host 1 fails.")
         return host.name
 
-    results, errors = asking.each(hosts, do)
+    results, errors = remote.each(hosts, do)
     assert results == {0: "mac0", 2: "mac2"}
     assert {rank: str(error) for rank, error in errors.items()} == {1: "host 1 fails."}
 

@@ -23,13 +23,14 @@ from fluxmesh.errors import (
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
 from fluxmesh_agent.adapter_store import Adapters
-from fluxmesh_coordinator import adapters, client, conduct, hosts
+from fluxmesh_coordinator import adapters, conduct, hosts
 from fluxmesh_coordinator.adapters import by_hash, with_names
+from fluxmesh_coordinator.agents import client
+from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.driver import Driver
 from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.mesh import Mesh
-from fluxmesh_coordinator.record import Member
 from fluxmesh_coordinator.session import Session
 from tests.broken_transport import BrokenDialer, Faults
 from tests.fakes import FakeMesh, FakeSupervisor, expected

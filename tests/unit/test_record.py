@@ -11,8 +11,8 @@ from fluxmesh.cluster.snapshot import LinkInfo, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.homes import Home
-from fluxmesh_coordinator import record
-from fluxmesh_coordinator.record import Member, MeshRecord
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 HOSTS = json.dumps([{"ssh": f"mac{i}", "ips": [f"192.168.0.{i + 1}"]} for i in range(3)])
@@ -37,9 +37,9 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_a_mesh_is_read_as_it_was_written(home: Home) -> None:
-    assert record.load(home) is None
-    record.save(MESH, home)
-    assert record.load(home) == MESH
+    assert mesh_file.load(home) is None
+    mesh_file.save(MESH, home)
+    assert mesh_file.load(home) == MESH
     assert home.mesh.stat().st_mode & 0o777 == 0o600
 
 
@@ -50,10 +50,10 @@ def test_only_hosts_with_an_agent_count(home: Home) -> None:
 
 
 def test_a_mesh_is_forgotten_once(home: Home) -> None:
-    record.save(MESH, home)
-    record.remove(home)
-    record.remove(home)
-    assert record.load(home) is None
+    mesh_file.save(MESH, home)
+    mesh_file.remove(home)
+    mesh_file.remove(home)
+    assert mesh_file.load(home) is None
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_a_mesh_is_forgotten_once(home: Home) -> None:
     ],
 )
 def test_a_damaged_file_is_told_with_the_remedy(home: Home, spoil) -> None:  # type: ignore[no-untyped-def]
-    record.save(MESH, home)
+    mesh_file.save(MESH, home)
     home.mesh.write_text(json.dumps(spoil(json.loads(home.mesh.read_text()))))
     with pytest.raises(FluxmeshError, match="run `fluxmesh up`"):
-        record.load(home)
+        mesh_file.load(home)
 
 
 def test_a_file_that_is_cut_off_is_told_too(home: Home) -> None:
-    record.save(MESH, home)
+    mesh_file.save(MESH, home)
     home.mesh.write_text(home.mesh.read_text()[:100])
     with pytest.raises(FluxmeshError, match="run `fluxmesh up`"):
-        record.load(home)
+        mesh_file.load(home)

@@ -12,7 +12,7 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.wire import messages
 from fluxmesh_agent import service
 from fluxmesh_agent.leases import Loses
-from fluxmesh_coordinator.client import Client
+from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.driver import Driver
 from tests.fakes import FakeMesh, FakeSupervisor
 

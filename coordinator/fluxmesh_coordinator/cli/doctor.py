@@ -23,11 +23,11 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
     Exits 1 where something fails.
     """
     from fluxmesh.cluster import hostfile as hostfiles
-    from fluxmesh_coordinator import record
+    from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.bringup import examine, this_machine
     from fluxmesh_coordinator.diagnosis import keys_of_this_user, of_agents
 
-    mesh = record.load() if hostfile is None else None
+    mesh = mesh_file.load() if hostfile is None else None
     if hostfile is not None:
         hosts = hostfiles.load(hostfile)
     else:

@@ -16,12 +16,12 @@ def down(force: bool, as_json: bool) -> None:
     Keys and logs stay, so that the next `fluxmesh up` knows its hosts again.
     """
     from fluxmesh.errors import FluxmeshError
-    from fluxmesh_coordinator import record
+    from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.agents.status import in_use, survey
     from fluxmesh_coordinator.bringup import take_down
     from fluxmesh_coordinator.cli.status import NO_MESH
-    from fluxmesh_coordinator.survey import in_use, survey
 
-    mesh = record.load()
+    mesh = mesh_file.load()
     if mesh is None:
         click.echo(json.dumps({"event": "down", "hosts": []}) if as_json else NO_MESH)
         return
@@ -29,9 +29,9 @@ def down(force: bool, as_json: bool) -> None:
         raise FluxmeshError(why_not)
     errors = take_down(mesh)
     if errors:
-        record.save(mesh.only(errors))
+        mesh_file.save(mesh.only(errors))
         raise FluxmeshError(" ".join(str(error) for error in errors.values()))
-    record.remove()
+    mesh_file.remove()
     if as_json:
         click.echo(json.dumps({"event": "down", "hosts": [m.rank for m in mesh.members]}))
     else:

@@ -20,12 +20,12 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
     """
     from fluxmesh.errors import FluxmeshError, UsageError
     from fluxmesh.wire import messages
-    from fluxmesh_coordinator import asking, record
+    from fluxmesh_coordinator.agents import mesh_file, remote
+    from fluxmesh_coordinator.agents.client import Client
+    from fluxmesh_coordinator.agents.status import with_agents
     from fluxmesh_coordinator.cli.status import NO_MESH
-    from fluxmesh_coordinator.client import Client
-    from fluxmesh_coordinator.survey import with_agents
 
-    mesh = record.load()
+    mesh = mesh_file.load()
     if mesh is None:
         raise UsageError(NO_MESH)
     if host is not None:
@@ -44,7 +44,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
         if each.rank not in found:
             port = hostfile.control(each.rank).port
             try:
-                told = asking.ask(each, "logs", port=port, lines=lines)["lines"]
+                told = remote.ask(each, "logs", port=port, lines=lines)["lines"]
             except FluxmeshError as error:
                 told = [str(error)]
             found[each.rank] = tuple(told)

@@ -14,7 +14,7 @@ from fluxmesh_coordinator.cli.options import chosen, settings_options
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import MeshView
     from fluxmesh.planning.plan import Option, Plan
-    from fluxmesh_coordinator.record import MeshRecord
+    from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 
 _FILE = click.Path(path_type=Path)
 
@@ -54,8 +54,9 @@ def plan(
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
-    from fluxmesh_coordinator import assumed, record
+    from fluxmesh_coordinator import assumed
     from fluxmesh_coordinator.adapters import by_hash
+    from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.settings import Settings
 
     if (hostfile is None) != (assume is None):
@@ -63,7 +64,7 @@ def plan(
     settings = Settings().with_chosen(chosen(context))
     if settings.image is not None:
         raise UsageError("plan looks at no picture; give --image-size instead of --image.")
-    up = record.load() if hostfile is None else None
+    up = mesh_file.load() if hostfile is None else None
     loaded = up.weights if up else None
     default = loaded.model if loaded else None
     name, sizes, here = assumed.sizes_of(settings.model or default or hub.default_model())
@@ -99,8 +100,8 @@ def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView
 
 def _measured(up: MeshRecord | None) -> MeshView:
     """The mesh that is up as it measured itself, or an agent that is started to be asked."""
-    from fluxmesh_coordinator.launch import start_ephemeral
-    from fluxmesh_coordinator.survey import answering, survey
+    from fluxmesh_coordinator.agents.launch import start_ephemeral
+    from fluxmesh_coordinator.agents.status import answering, survey
 
     if up is not None:
         return answering(survey(up)).view

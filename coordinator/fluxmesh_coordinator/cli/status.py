@@ -20,10 +20,11 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
 
     Exits 3 where no host answers.
     """
-    from fluxmesh_coordinator import record, tables
-    from fluxmesh_coordinator.survey import Survey, answering, survey
+    from fluxmesh_coordinator import tables
+    from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.agents.status import Survey, answering, survey
 
-    mesh = record.load()
+    mesh = mesh_file.load()
     if mesh is None:
         if as_json:
             click.echo(json.dumps({"event": "status", "mesh": None, "hosts": [], "links": []}))

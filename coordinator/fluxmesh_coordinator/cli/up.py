@@ -59,9 +59,9 @@ def up(
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights import hub
     from fluxmesh_coordinator import tables
+    from fluxmesh_coordinator.agents.status import survey
     from fluxmesh_coordinator.bringup import Bringup
     from fluxmesh_coordinator.screen import watcher
-    from fluxmesh_coordinator.survey import survey
     from fluxmesh_coordinator.warming import Warming
 
     with watcher(as_json=as_json, pull=pull) as watch:
@@ -116,8 +116,8 @@ def _wish(
     force: bool,
 ) -> Wish:
     from fluxmesh.cluster import hostfile as hostfiles
+    from fluxmesh_coordinator.agents.mesh_file import THIS_NAME
     from fluxmesh_coordinator.bringup import Wish, this_machine
-    from fluxmesh_coordinator.record import THIS_NAME
 
     roots: tuple[str, ...] = (weights.model,) if os.path.isabs(weights.model) else ()
     if hostfile is None:

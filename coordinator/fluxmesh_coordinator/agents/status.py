@@ -17,8 +17,8 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator.client import Client
-from fluxmesh_coordinator.record import Member, MeshRecord
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ SECONDS = {"look": 60.0, "start": 120.0, "stop": 60.0, "logs": 30.0, "pull": 864
 SSH_FAILED = 255  # ssh's own exit code for what went wrong before the command ran
 NOT_FOUND = (126, 127)  # a shell's
 MANY = 32  # hosts that are asked at once
-MODULE = "fluxmesh_coordinator.starter"
+MODULE = "fluxmesh_coordinator.agents.bootstrap"
 
 # Finds a Python that has fluxmesh: this machine's own path, then that of the user's login shell.
 FIND = """\

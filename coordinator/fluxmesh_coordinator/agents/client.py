@@ -1,6 +1,6 @@
 """One agent as the commands of a mesh talk to it: requests with their answers, and its reports.
 
-Stands on `fluxmesh.wire.transport` and below `survey.py` and `bringup.py`. A job has the whole of
+Stands on `fluxmesh.wire.transport` and below `status.py` and `bringup.py`. A job has the whole of
 `session.py` for what can go wrong; here a connection that ends is an error that names the host.
 """
 
@@ -17,8 +17,8 @@ from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
+from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.failures import REFUSALS, error_of
-from fluxmesh_coordinator.record import Member
 
 BEAT = 1.0  # seconds between two heartbeats
 SILENT = 5.0  # seconds without a sign of life, after which an agent counts as dead

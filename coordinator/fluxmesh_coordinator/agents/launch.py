@@ -1,4 +1,4 @@
-"""Starts agents: on the hosts of a mesh, by way of `asking.py`, or on this machine for one call.
+"""Starts agents: on the hosts of a mesh, by way of `remote.py`, or on this machine for one call.
 
 `bringup.py` brings up a mesh with `start`; `mesh.py` has an agent of this machine started again
 with `start_again`. `start_ephemeral` is the mesh of one that `generate` brings up for one call.
@@ -26,9 +26,9 @@ from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import kill_recorded
-from fluxmesh_coordinator.asking import ask, ssh_name, title
-from fluxmesh_coordinator.record import THIS_MACHINE, THIS_NAME, Member, MeshRecord
-from fluxmesh_coordinator.starter import agent_command, hand_over
+from fluxmesh_coordinator.agents.bootstrap import agent_command, hand_over
+from fluxmesh_coordinator.agents.mesh_file import THIS_MACHINE, THIS_NAME, Member, MeshRecord
+from fluxmesh_coordinator.agents.remote import ask, ssh_name, title
 
 
 def user_name(public_key: str) -> str:

@@ -1,9 +1,9 @@
 """What `fluxmesh up` runs on each host: looks at it, and starts, stops or asks about its agent.
 
-    ssh HOST python -m fluxmesh_coordinator.starter      (this machine: the same without ssh)
+    ssh HOST python -m fluxmesh_coordinator.agents.bootstrap      (this machine: the same without ssh)
 
 One JSON object comes in on stdin and JSON lines go out on stdout, so that nothing that a shell
-could misread, and no key, is ever part of a command line. `asking.py` is the other end. The agent
+could misread, and no key, is ever part of a command line. `remote.py` is the other end. The agent
 is started in a session of its own with none of this process's streams, so that it outlives both
 ssh and the command line; what it says first (`READY`) is read through a pipe and passed on.
 """
