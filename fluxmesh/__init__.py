@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
         return FluxPipeline
     if name == "Mesh":
         # The one place where the library names a deployable, for whoever writes `fluxmesh.Mesh`.
-        return importlib.import_module("fluxmesh_coordinator.mesh").Mesh
+        return importlib.import_module("fluxmesh_coordinator.runtime.mesh").Mesh
     raise AttributeError(f"module 'fluxmesh' has no attribute {name!r}")
 
 

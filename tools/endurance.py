@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from fluxmesh.wire.messages import Counters, Status
-from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.faults.mesh import Up, paint
 from tests.faults.strike import request_of
 

@@ -21,11 +21,9 @@ from fluxmesh.errors import (
 )
 from fluxmesh.events import Loading, Queued
 from fluxmesh.wire import messages
-from fluxmesh_coordinator import adapters
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.clock import OwnClock
-from fluxmesh_coordinator.driver import Driver
 from fluxmesh_coordinator.jobs import (
     Answered,
     Back,
@@ -41,6 +39,8 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
+from fluxmesh_coordinator.runtime import adapter_upload
+from fluxmesh_coordinator.runtime.agent_pool import Driver
 
 TICK = 0.25  # seconds
 ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
@@ -73,7 +73,11 @@ class Conductor:
     """Does one job. `tell` hears its events; `stop` cancels it."""
 
     def __init__(
-        self, driver: Driver, session: Served, files: adapters.Files, tell: Callable[[Any], None]
+        self,
+        driver: Driver,
+        session: Served,
+        files: adapter_upload.Files,
+        tell: Callable[[Any], None],
     ) -> None:
         self.driver, self.session, self.files, self.tell = driver, session, files, tell
         self.stop = asyncio.Event()
@@ -107,7 +111,7 @@ class Conductor:
                 await self._release()
                 if isinstance(end, Finished):
                     if end.error is not None:
-                        said = adapters.with_names(str(end.error), self.files)
+                        said = adapter_upload.with_names(str(end.error), self.files)
                         raise type(end.error)(said)
                     return
                 self._was_lost = True
@@ -195,7 +199,7 @@ class Conductor:
         def tell(done: int, total: int) -> None:
             self.tell(Loading("adapter", done, total, rank))
 
-        await adapters.send(client, fence, self.files, tell)
+        await adapter_upload.send(client, fence, self.files, tell)
 
     def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))

@@ -229,7 +229,7 @@ class Painter:
 
         tf32.prepare(request.dtype)  # before an agent of our own inherits it
         if self._mesh is None:
-            from fluxmesh_coordinator.mesh import Mesh
+            from fluxmesh_coordinator.runtime.mesh import Mesh
 
             self._mesh = Mesh.connect()
         events: Generator[Event, None, None] = self._mesh.generate(

@@ -68,7 +68,7 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
 
         follow(train(request, reporter.event), request, reporter)
         return
-    from fluxmesh_coordinator.mesh import Mesh
+    from fluxmesh_coordinator.runtime.mesh import Mesh
 
     with Mesh.connect() as mesh:
         follow(mesh.train(request, reporter.event), request, reporter)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.cluster.snapshot import Placement
-from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.faults import mesh, strike
 
 HERE = Path(__file__).parent

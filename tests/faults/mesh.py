@@ -28,10 +28,11 @@ from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import AgentHome, Home
 from fluxmesh.storage.keys import load_keys
 from fluxmesh.wire.messages import Status
-from fluxmesh_coordinator import conduct, course, driver
+from fluxmesh_coordinator import conduct, course
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.status import host_info
-from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.runtime import agent_pool
+from fluxmesh_coordinator.runtime.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120.0  # seconds that anything here may take
@@ -203,7 +204,7 @@ def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any
         with (
             mock.patch.object(course, "plan", _widest),
             mock.patch.object(conduct, "host_info", _apart),
-            mock.patch.object(driver, "host_info", _apart),
+            mock.patch.object(agent_pool, "host_info", _apart),
         ):
             for event in mesh.generate(request, placement):
                 note(event, pictures, steps, lost, planned)

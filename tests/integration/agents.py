@@ -27,8 +27,9 @@ from fluxmesh.storage.keys import Keys
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
-from fluxmesh_coordinator import conduct, driver
+from fluxmesh_coordinator import conduct
 from fluxmesh_coordinator.agents.status import host_info
+from fluxmesh_coordinator.runtime import agent_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds that a test waits for anything
@@ -209,7 +210,7 @@ def play(scene: Coroutine[Any, Any, T], seconds: float = 100.0) -> T:
 
 def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner takes the agents, which share two cores, for slow machines of their own."""
-    for module in (conduct, driver):
+    for module in (conduct, agent_pool):
 
         def apart(rank: int, told: messages.Status) -> HostInfo:
             info = host_info(rank, told)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.checkpoints import make_checkpoint
 from tests.faults.mesh import paint
 from tests.faults.strike import request_of

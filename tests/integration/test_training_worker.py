@@ -19,7 +19,7 @@ from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import Report
-from fluxmesh_coordinator.crew import job_of
+from fluxmesh_coordinator.runtime.mesh_executor import job_of
 from fluxmesh_coordinator.train_jobs import Names, TrainJob
 from tests.trainings import asked, learner, make_place
 

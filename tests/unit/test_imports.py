@@ -44,7 +44,7 @@ PURE = [
     *("fluxmesh_coordinator.agents.status", "fluxmesh_coordinator.tables"),
     *("fluxmesh_coordinator.assumed", "fluxmesh_coordinator.diagnosis"),
     *("fluxmesh_coordinator.screen", "fluxmesh_coordinator.agents.mesh_file"),
-    *("fluxmesh_coordinator.session", "fluxmesh_coordinator.mesh"),
+    *("fluxmesh_coordinator.session", "fluxmesh_coordinator.runtime.mesh"),
     *("fluxmesh.training.request", "fluxmesh.training.data.dataset", "fluxmesh.training.plan"),
     *(
         "fluxmesh.training.micro_batches",

@@ -23,14 +23,15 @@ from fluxmesh.errors import (
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
 from fluxmesh_agent.adapter_store import Adapters
-from fluxmesh_coordinator import adapters, conduct, hosts
-from fluxmesh_coordinator.adapters import by_hash, with_names
+from fluxmesh_coordinator import conduct, hosts
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.conduct import Conductor
-from fluxmesh_coordinator.driver import Driver
 from fluxmesh_coordinator.jobs import Job
-from fluxmesh_coordinator.mesh import Mesh
+from fluxmesh_coordinator.runtime import adapter_upload
+from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
+from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.mesh import Mesh
 from fluxmesh_coordinator.session import Session
 from tests.broken_transport import BrokenDialer, Faults
 from tests.fakes import FakeMesh, FakeSupervisor, expected
@@ -306,7 +307,7 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     path = tmp_path / "dog.safetensors"
     path.write_bytes(bytes(600))
     named, files = by_hash([AdapterRef(str(path))])
-    monkeypatch.setattr(adapters, "PIECE", 100)
+    monkeypatch.setattr(adapter_upload, "PIECE", 100)
     monkeypatch.setattr(hosts, "SILENCE", 0.5)
     put = Adapters.put
 
@@ -467,7 +468,7 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
 
     monkeypatch.setattr(FakeSupervisor, "_run", slowly)
     monkeypatch.setattr(FakeSupervisor, "start", start)
-    monkeypatch.setattr("fluxmesh_coordinator.driver.OTHERS", 0.2)
+    monkeypatch.setattr("fluxmesh_coordinator.runtime.agent_pool.OTHERS", 0.2)
 
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         assert list(driver.clients) == [0] and driver.reasons == {}

@@ -13,7 +13,7 @@ from fluxmesh.wire import messages
 from fluxmesh_agent import service
 from fluxmesh_agent.leases import Loses
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.driver import Driver
+from fluxmesh_coordinator.runtime.agent_pool import Driver
 from tests.fakes import FakeMesh, FakeSupervisor
 
 WEIGHTS = Weights("tiny")

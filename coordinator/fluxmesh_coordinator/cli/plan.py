@@ -55,8 +55,8 @@ def plan(
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
     from fluxmesh_coordinator import assumed
-    from fluxmesh_coordinator.adapters import by_hash
     from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.runtime.adapter_upload import by_hash
     from fluxmesh_coordinator.settings import Settings
 
     if (hostfile is None) != (assume is None):

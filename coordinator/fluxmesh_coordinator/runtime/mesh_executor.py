@@ -32,7 +32,7 @@ from fluxmesh_coordinator.train_jobs import TrainJob, UnitEncoded, Wanted
 from fluxmesh_coordinator.train_session import TrainSession
 
 if TYPE_CHECKING:
-    from fluxmesh_coordinator.mesh import Mesh
+    from fluxmesh_coordinator.runtime.mesh import Mesh
 
 Tell = Callable[[Any], None]  # hears of `fluxmesh.events`, and of `Dealt`
 

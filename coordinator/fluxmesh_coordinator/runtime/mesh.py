@@ -5,7 +5,7 @@
             ...
 
 The command line stands on this, and so can any program (`fluxmesh.Mesh`). An event loop in a
-thread of its own drives the agents (`driver.py`, `conduct.py`); everything here blocks.
+thread of its own drives the agents (`agent_pool.py`, `conduct.py`); everything here blocks.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator import assumed
-from fluxmesh_coordinator.adapters import Files, by_hash
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, load, save
 from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.conduct import Conductor, Served
-from fluxmesh_coordinator.driver import Driver, Restart
 from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
+from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
 from fluxmesh_coordinator.session import Session
 
 T = TypeVar("T")
@@ -164,7 +164,7 @@ class Mesh:
         leaves a checkpoint. Raises what `training.trainer.train` does, and what `generate` does
         of hosts.
         """
-        from fluxmesh_coordinator.crew import train_on
+        from fluxmesh_coordinator.runtime.mesh_executor import train_on
 
         yield from train_on(self, request, tell)
 
