@@ -134,9 +134,9 @@ class Painter:
         loaded = up.weights.model if up and up.weights else None
         name = model or loaded or hub.default_model()
         if up is not None and not up.is_this_machine:
-            from fluxmesh_coordinator import assumed
+            from fluxmesh_coordinator.deploy import what_if
 
-            name, sizes, is_here = assumed.sizes_of(name)
+            name, sizes, is_here = what_if.sizes_of(name)
             if not is_here:
                 return Elsewhere(name, sizes.defaults)
         return hub.resolve(name, progress=partial(self.reporter.downloading, name))

@@ -22,9 +22,9 @@ from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import Home, private_folder
 from fluxmesh.storage.keys import Keys, store_keys
 from fluxmesh.wire import messages
-from fluxmesh_coordinator import diagnosis
 from fluxmesh_coordinator.agents import mesh_file as records
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.deploy import diagnosis
 from fluxmesh_coordinator.recipe import read_recipe
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart

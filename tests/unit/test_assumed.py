@@ -12,7 +12,7 @@ from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.workload import Work
-from fluxmesh_coordinator.assumed import assumed_view, load_assumption, published, sizes_of
+from fluxmesh_coordinator.deploy.what_if import assumed_view, load_assumption, published, sizes_of
 from tests.unit.meshes import ask
 
 FOLDER = Path(__file__).parents[2] / "hostfiles"

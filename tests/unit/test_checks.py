@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh_coordinator.checks import findings, reference
+from fluxmesh_coordinator.deploy.checks import findings, reference
 
 NOW = 1_000_000.0
 GOOD: dict[str, Any] = {

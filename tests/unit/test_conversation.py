@@ -18,10 +18,10 @@ from fluxmesh.events import Event, Picture
 from fluxmesh.request import GenerateRequest
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
-from fluxmesh_coordinator import assumed
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.cli.conversation import Conversation
+from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.output import Target
 from fluxmesh_coordinator.painting import Painter
 from fluxmesh_coordinator.reporting import TerminalReporter
@@ -158,7 +158,7 @@ def test_a_mesh_that_holds_quantized_weights_paints_with_them(
     up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=loaded)
     monkeypatch.setattr(mesh_file, "load", lambda: up)
     monkeypatch.setattr(
-        assumed, "sizes_of", lambda name: (name, SimpleNamespace(defaults=DEFAULTS), False)
+        what_if, "sizes_of", lambda name: (name, SimpleNamespace(defaults=DEFAULTS), False)
     )
     requests, shown = talk("a dog", "/model schnell", "a cat")
     assert [(r.model, r.bits, r.dtype) for r in requests] == [

@@ -7,11 +7,11 @@ import pytest
 from fluxmesh.errors import FluxmeshError
 from fluxmesh_agent.lifecycle import Lifecycle
 from fluxmesh_agent.status import status_of
-from fluxmesh_coordinator import bringup
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents import status as survey
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.cli.down import down
+from fluxmesh_coordinator.deploy import bringup
 
 MESH = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (Member(0, "mac1:47100", "", "", "", ""),))
 

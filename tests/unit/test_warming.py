@@ -16,8 +16,8 @@ from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.planning.workload import Work
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
-from fluxmesh_coordinator import warming as warm
-from fluxmesh_coordinator.warming import Layout, Warming, layout, pairs
+from fluxmesh_coordinator.deploy import warmup as warm
+from fluxmesh_coordinator.deploy.warmup import Layout, Warming, layout, pairs
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, GB, ask, full, mac, small
 

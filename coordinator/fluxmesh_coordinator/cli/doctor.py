@@ -24,8 +24,8 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
     """
     from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh_coordinator.agents import mesh_file
-    from fluxmesh_coordinator.bringup import examine, this_machine
-    from fluxmesh_coordinator.diagnosis import keys_of_this_user, of_agents
+    from fluxmesh_coordinator.deploy.bringup import examine, this_machine
+    from fluxmesh_coordinator.deploy.diagnosis import keys_of_this_user, of_agents
 
     mesh = mesh_file.load() if hostfile is None else None
     if hostfile is not None:

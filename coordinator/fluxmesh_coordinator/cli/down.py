@@ -18,8 +18,8 @@ def down(force: bool, as_json: bool) -> None:
     from fluxmesh.errors import FluxmeshError
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.agents.status import in_use, survey
-    from fluxmesh_coordinator.bringup import take_down
     from fluxmesh_coordinator.cli.status import NO_MESH
+    from fluxmesh_coordinator.deploy.bringup import take_down
 
     mesh = mesh_file.load()
     if mesh is None:

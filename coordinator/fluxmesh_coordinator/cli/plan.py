@@ -54,8 +54,8 @@ def plan(
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
-    from fluxmesh_coordinator import assumed
     from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.deploy import what_if
     from fluxmesh_coordinator.runtime.adapter_upload import by_hash
     from fluxmesh_coordinator.settings import Settings
 
@@ -67,7 +67,7 @@ def plan(
     up = mesh_file.load() if hostfile is None else None
     loaded = up.weights if up else None
     default = loaded.model if loaded else None
-    name, sizes, here = assumed.sizes_of(settings.model or default or hub.default_model())
+    name, sizes, here = what_if.sizes_of(settings.model or default or hub.default_model())
     name = hub.full_name(name)  # as agents know it
     request = settings.as_loaded(loaded).request(
         prompt or "", 0, model=name, defaults=sizes.defaults
@@ -91,11 +91,11 @@ def plan(
 def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView:
     from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh.planning.workload import Work
-    from fluxmesh_coordinator import assumed
+    from fluxmesh_coordinator.deploy import what_if
 
     work = Work.of(request, sizes)
-    told = assumed.load_assumption(assume)
-    return assumed.assumed_view(hostfiles.load(hostfile), told, work, work.weights)
+    told = what_if.load_assumption(assume)
+    return what_if.assumed_view(hostfiles.load(hostfile), told, work, work.weights)
 
 
 def _measured(up: MeshRecord | None) -> MeshView:

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from fluxmesh.weights.checkpoint import Checkpoint
-    from fluxmesh_coordinator.bringup import Watcher, Wish
+    from fluxmesh_coordinator.deploy.bringup import Watcher, Wish
 
 THIS = -1  # what stands for this machine among the ranks
 
@@ -60,9 +60,9 @@ def up(
     from fluxmesh.weights import hub
     from fluxmesh_coordinator import tables
     from fluxmesh_coordinator.agents.status import survey
-    from fluxmesh_coordinator.bringup import Bringup
+    from fluxmesh_coordinator.deploy.bringup import Bringup
+    from fluxmesh_coordinator.deploy.warmup import Warming
     from fluxmesh_coordinator.screen import watcher
-    from fluxmesh_coordinator.warming import Warming
 
     with watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()
@@ -117,7 +117,7 @@ def _wish(
 ) -> Wish:
     from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh_coordinator.agents.mesh_file import THIS_NAME
-    from fluxmesh_coordinator.bringup import Wish, this_machine
+    from fluxmesh_coordinator.deploy.bringup import Wish, this_machine
 
     roots: tuple[str, ...] = (weights.model,) if os.path.isabs(weights.model) else ()
     if hostfile is None:

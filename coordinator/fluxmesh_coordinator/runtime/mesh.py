@@ -31,11 +31,11 @@ from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator import assumed
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, load, save
 from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.conduct import Conductor, Served
+from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
@@ -270,7 +270,7 @@ class Mesh:
 
         if self.record.is_this_machine:
             return ModelSizes.of(hub.resolve(model))
-        return assumed.sizes_of(model)[1]
+        return what_if.sizes_of(model)[1]
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the loop's thread."""

@@ -1,6 +1,6 @@
 """What `fluxmesh up` has the engines of leased hosts do: units of work, alone or as a ring.
 
-Below `warming.py`, which decides what is to be loaded and timed. A job has `session.py` for what
+Below `warmup.py`, which decides what is to be loaded and timed. A job has `session.py` for what
 can go wrong; here a host that fails is an error that names it.
 """
 

@@ -26,8 +26,8 @@ from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
-from fluxmesh_coordinator.bringup import Watcher, leave_out
-from fluxmesh_coordinator.errands import Errand, form_ring, together
+from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
 from fluxmesh_coordinator.sameness import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured

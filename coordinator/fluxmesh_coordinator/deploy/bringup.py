@@ -20,11 +20,11 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys, store_keys
-from fluxmesh_coordinator import checks
 from fluxmesh_coordinator.agents import bootstrap, launch, mesh_file, remote
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.agents.status import in_use, survey, with_agents
-from fluxmesh_coordinator.checks import Finding
+from fluxmesh_coordinator.deploy import checks
+from fluxmesh_coordinator.deploy.checks import Finding
 
 PORTS = 100  # that are tried for an agent of this machine, which others may use too
 
@@ -72,7 +72,7 @@ class Bringup:
     home: Home = field(default_factory=Home.default)
 
     def run(self) -> MeshRecord:
-        """The agents of the mesh, running and on record; weights are `warming.py`'s.
+        """The agents of the mesh, running and on record; weights are `warmup.py`'s.
 
         Raises `FluxmeshError`: `HostUnreachableError` where no host can be reached.
         """

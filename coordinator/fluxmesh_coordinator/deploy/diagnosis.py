@@ -10,7 +10,7 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.wire.messages import Status
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import survey, user_keys
-from fluxmesh_coordinator.checks import SKEW, Finding
+from fluxmesh_coordinator.deploy.checks import SKEW, Finding
 from fluxmesh_coordinator.sameness import difference
 
 
