@@ -18,8 +18,8 @@ from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Event, Picture, Planned, Step
 from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh_coordinator.agents import mesh_file
-from fluxmesh_coordinator.output import PictureFiles, StepFiles, encode_png, grid
-from fluxmesh_coordinator.recipe import Recipe, SourceFiles, differences
+from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
+from fluxmesh_coordinator.artifacts.recipe import Recipe, SourceFiles, differences
 from fluxmesh_coordinator.reporting import Reporter
 from fluxmesh_coordinator.settings import Settings
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
-from fluxmesh_coordinator.recipe import Recipe
+from fluxmesh_coordinator.artifacts.recipe import Recipe
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import Weights

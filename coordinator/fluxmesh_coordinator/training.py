@@ -28,9 +28,9 @@ from fluxmesh.training.events import (
 )
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.agents import mesh_file
-from fluxmesh_coordinator.output import encode_png
-from fluxmesh_coordinator.recipe import Recipe, sha256_of
-from fluxmesh_coordinator.report import METRICS, write_report
+from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.artifacts.recipe import Recipe, sha256_of
+from fluxmesh_coordinator.artifacts.training_html import METRICS, write_report
 from fluxmesh_coordinator.settings import draw_seed
 from fluxmesh_coordinator.train_reporting import TrainReporter, told
 

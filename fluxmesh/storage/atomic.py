@@ -2,7 +2,7 @@
 
 It is written beside it under a temporary name, flushed to the disk, then linked into place, which
 fails where a file exists already. What a writer that was killed has left, the next one removes.
-Below `output.py`.
+Below `pictures.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh_coordinator.recipe import read_recipe
+from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.integration.conftest import Run
 
 

@@ -24,8 +24,8 @@ from fluxmesh.storage.keys import Keys, store_keys
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents import mesh_file as records
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from fluxmesh_coordinator.deploy import diagnosis
-from fluxmesh_coordinator.recipe import read_recipe
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.conftest import Run

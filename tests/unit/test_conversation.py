@@ -20,9 +20,9 @@ from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.artifacts.pictures import Target
 from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.deploy import what_if
-from fluxmesh_coordinator.output import Target
 from fluxmesh_coordinator.painting import Painter
 from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings

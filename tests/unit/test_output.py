@@ -16,7 +16,14 @@ from PIL import Image
 
 from fluxmesh.errors import OutputError, UsageError
 from fluxmesh.storage import atomic as files
-from fluxmesh_coordinator.output import GAP, PictureFiles, StepFiles, Target, encode_png, grid
+from fluxmesh_coordinator.artifacts.pictures import (
+    GAP,
+    PictureFiles,
+    StepFiles,
+    Target,
+    encode_png,
+    grid,
+)
 
 
 def names(folder: Path) -> list[str]:

@@ -15,8 +15,14 @@ from PIL import Image, PngImagePlugin
 
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
-from fluxmesh_coordinator.output import encode_png
-from fluxmesh_coordinator.recipe import Recipe, SourceFiles, differences, read_recipe, sha256_of
+from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.artifacts.recipe import (
+    Recipe,
+    SourceFiles,
+    differences,
+    read_recipe,
+    sha256_of,
+)
 from fluxmesh_coordinator.settings import Settings
 
 RECIPE = Recipe(

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from fluxmesh_coordinator.output import encode_png
-from fluxmesh_coordinator.report import curve, running_mean, ticks, write_report
+from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.artifacts.training_html import curve, running_mean, ticks, write_report
 from tests.datasets import SIZES, picture
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh_coordinator.artifacts.pictures import PictureFiles, Target
 from fluxmesh_coordinator.cli.options import ImageSize
-from fluxmesh_coordinator.output import PictureFiles, Target
 from fluxmesh_coordinator.painting import Painter, Spread
 from fluxmesh_coordinator.reporting import TerminalReporter
 from fluxmesh_coordinator.settings import Settings, draw_seed

@@ -55,10 +55,10 @@ def generate(
 
     Image k of a call is the one that seed + k gives alone, byte for byte.
     """
+    from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, Target
+    from fluxmesh_coordinator.artifacts.recipe import read_recipe
     from fluxmesh_coordinator.cli.prompts import read_prompts
-    from fluxmesh_coordinator.output import PictureFiles, StepFiles, Target
     from fluxmesh_coordinator.painting import Painter, Spread
-    from fluxmesh_coordinator.recipe import read_recipe
     from fluxmesh_coordinator.reporting import JsonReporter, Reporter, TerminalReporter
     from fluxmesh_coordinator.settings import Settings, draw_seed
 

@@ -31,8 +31,8 @@ def interactive(
     A line is a prompt, or changes a setting if it begins with /; /help tells which there are.
     """
     from fluxmesh.errors import UsageError
+    from fluxmesh_coordinator.artifacts.pictures import Target
     from fluxmesh_coordinator.cli.conversation import Conversation
-    from fluxmesh_coordinator.output import Target
     from fluxmesh_coordinator.painting import Spread
     from fluxmesh_coordinator.reporting import TerminalReporter
     from fluxmesh_coordinator.settings import Settings

@@ -16,7 +16,7 @@ from fluxmesh.errors import AdapterError
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import Done, Found, HasFile, PutFile
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.recipe import sha256_of
+from fluxmesh_coordinator.artifacts.recipe import sha256_of
 
 PIECE = 4 << 20  # bytes a message
 

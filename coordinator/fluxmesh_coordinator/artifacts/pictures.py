@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from fluxmesh import __version__
 from fluxmesh.errors import OutputError, UsageError
 from fluxmesh.storage.atomic import write_file
-from fluxmesh_coordinator.recipe import KEYWORD
+from fluxmesh_coordinator.artifacts.recipe import KEYWORD
 
 DEFAULT_STEM = "out"
 GAP = 8  # pixels between the images of a grid
