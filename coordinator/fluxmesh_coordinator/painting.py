@@ -20,7 +20,7 @@ from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
 from fluxmesh_coordinator.artifacts.recipe import Recipe, SourceFiles, differences
-from fluxmesh_coordinator.reporting import Reporter
+from fluxmesh_coordinator.console.generate_report import Reporter
 from fluxmesh_coordinator.settings import Settings
 
 EMBEDDED = "tiny"

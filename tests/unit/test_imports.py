@@ -41,9 +41,9 @@ PURE = [
     *("fluxmesh.weights.writer", "fluxmesh.adapters.convert"),
     *("fluxmesh_coordinator.agents.bootstrap", "fluxmesh_coordinator.agents.launch"),
     *("fluxmesh_coordinator.deploy.bringup", "fluxmesh_coordinator.deploy.warmup"),
-    *("fluxmesh_coordinator.agents.status", "fluxmesh_coordinator.tables"),
+    *("fluxmesh_coordinator.agents.status", "fluxmesh_coordinator.console.tables"),
     *("fluxmesh_coordinator.deploy.what_if", "fluxmesh_coordinator.deploy.diagnosis"),
-    *("fluxmesh_coordinator.screen", "fluxmesh_coordinator.agents.mesh_file"),
+    *("fluxmesh_coordinator.console.up_report", "fluxmesh_coordinator.agents.mesh_file"),
     *("fluxmesh_coordinator.session", "fluxmesh_coordinator.runtime.mesh"),
     *("fluxmesh.training.request", "fluxmesh.training.data.dataset", "fluxmesh.training.plan"),
     *(

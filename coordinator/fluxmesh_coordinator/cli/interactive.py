@@ -33,8 +33,8 @@ def interactive(
     from fluxmesh.errors import UsageError
     from fluxmesh_coordinator.artifacts.pictures import Target
     from fluxmesh_coordinator.cli.conversation import Conversation
+    from fluxmesh_coordinator.console.generate_report import TerminalReporter
     from fluxmesh_coordinator.painting import Spread
-    from fluxmesh_coordinator.reporting import TerminalReporter
     from fluxmesh_coordinator.settings import Settings
 
     target = Target.parse(output)

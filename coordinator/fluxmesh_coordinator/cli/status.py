@@ -20,9 +20,9 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
 
     Exits 3 where no host answers.
     """
-    from fluxmesh_coordinator import tables
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.agents.status import Survey, answering, survey
+    from fluxmesh_coordinator.console import tables
 
     mesh = mesh_file.load()
     if mesh is None:

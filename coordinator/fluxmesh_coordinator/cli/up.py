@@ -58,11 +58,11 @@ def up(
     from fluxmesh.planning.workload import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights import hub
-    from fluxmesh_coordinator import tables
     from fluxmesh_coordinator.agents.status import survey
+    from fluxmesh_coordinator.console import tables
+    from fluxmesh_coordinator.console.up_report import watcher
     from fluxmesh_coordinator.deploy.bringup import Bringup
     from fluxmesh_coordinator.deploy.warmup import Warming
-    from fluxmesh_coordinator.screen import watcher
 
     with watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()

@@ -27,7 +27,7 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.request import TrainRequest
-from fluxmesh_coordinator.reporting import progress_bar
+from fluxmesh_coordinator.console.generate_report import progress_bar
 
 
 class TrainReporter(Protocol):

@@ -1,6 +1,6 @@
 """What `fluxmesh up` shows while it works: a bar a host on a terminal, or JSON lines.
 
-Twins of `reporting.py` for a job. Both are `bringup.Watcher`s.
+Twins of `generate_report.py` for a job. Both are `bringup.Watcher`s.
 """
 
 from __future__ import annotations
