@@ -22,10 +22,10 @@ from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.artifacts.pictures import Target
 from fluxmesh_coordinator.cli.conversation import Conversation
+from fluxmesh_coordinator.commands.generate import Painter
+from fluxmesh_coordinator.commands.settings import Settings
 from fluxmesh_coordinator.console.generate_report import TerminalReporter
 from fluxmesh_coordinator.deploy import what_if
-from fluxmesh_coordinator.painting import Painter
-from fluxmesh_coordinator.settings import Settings
 
 DEFAULTS = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
 

@@ -33,7 +33,7 @@ PURE = [
         "fluxmesh.models.flux1.single_file",
     ),
     *("fluxmesh.weights.download", "fluxmesh.adapters.formats", "fluxmesh.models.tiling"),
-    *("fluxmesh.engine.tf32", "fluxmesh_agent.cli", "fluxmesh_coordinator.painting"),
+    *("fluxmesh.engine.tf32", "fluxmesh_agent.cli", "fluxmesh_coordinator.commands.generate"),
     *("fluxmesh_coordinator.cli", "fluxmesh_coordinator.cli.generate"),
     *("fluxmesh_coordinator.cli.interactive", "fluxmesh_coordinator.cli.conversation"),
     *("fluxmesh_coordinator.cli.models", "fluxmesh.models.flux1.partition"),
@@ -51,7 +51,11 @@ PURE = [
         "fluxmesh.training.compute.lr_schedule",
         "fluxmesh.training.data.feature_cache",
     ),
-    *("fluxmesh.training.checkpoint", "fluxmesh.training.events", "fluxmesh_coordinator.training"),
+    *(
+        "fluxmesh.training.checkpoint",
+        "fluxmesh.training.events",
+        "fluxmesh_coordinator.commands.train",
+    ),
     *(
         "fluxmesh.training.run",
         "fluxmesh.training.data.encode_units",

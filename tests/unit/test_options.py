@@ -21,7 +21,7 @@ from fluxmesh_coordinator.cli.options import (
     settings_options,
 )
 from fluxmesh_coordinator.cli.prompts import read_prompts
-from fluxmesh_coordinator.settings import Settings, draw_seed
+from fluxmesh_coordinator.commands.settings import Settings, draw_seed
 
 
 def settings_of(*arguments: str) -> Settings:

@@ -29,8 +29,8 @@ from fluxmesh.events import (
 from fluxmesh.request import GenerateRequest
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, Target
 from fluxmesh_coordinator.artifacts.recipe import Recipe, read_recipe
+from fluxmesh_coordinator.commands.generate import Painting, paint
 from fluxmesh_coordinator.console.generate_report import JsonReporter, TerminalReporter
-from fluxmesh_coordinator.painting import Painting, paint
 
 REQUEST = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
 RECIPE = Recipe.of(REQUEST, "abc")

@@ -23,7 +23,7 @@ from fluxmesh_coordinator.artifacts.recipe import (
     read_recipe,
     sha256_of,
 )
-from fluxmesh_coordinator.settings import Settings
+from fluxmesh_coordinator.commands.settings import Settings
 
 RECIPE = Recipe(
     prompt='a "猫"\nand\x00 a dog 🐕',

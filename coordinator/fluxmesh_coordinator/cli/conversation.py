@@ -19,9 +19,9 @@ import click
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, Target
 from fluxmesh_coordinator.cli.options import ImageSize
+from fluxmesh_coordinator.commands.generate import Painter, Spread
+from fluxmesh_coordinator.commands.settings import Settings, draw_seed
 from fluxmesh_coordinator.console.generate_report import TerminalReporter
-from fluxmesh_coordinator.painting import Painter, Spread
-from fluxmesh_coordinator.settings import Settings, draw_seed
 
 PROMPT = "fluxmesh> "
 HELP = """\

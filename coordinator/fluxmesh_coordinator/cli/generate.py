@@ -58,13 +58,13 @@ def generate(
     from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, Target
     from fluxmesh_coordinator.artifacts.recipe import read_recipe
     from fluxmesh_coordinator.cli.prompts import read_prompts
+    from fluxmesh_coordinator.commands.generate import Painter, Spread
+    from fluxmesh_coordinator.commands.settings import Settings, draw_seed
     from fluxmesh_coordinator.console.generate_report import (
         JsonReporter,
         Reporter,
         TerminalReporter,
     )
-    from fluxmesh_coordinator.painting import Painter, Spread
-    from fluxmesh_coordinator.settings import Settings, draw_seed
 
     told = read_recipe(from_) if from_ else None
     settings = (Settings.of_recipe(told) if told else Settings()).with_chosen(chosen(context))

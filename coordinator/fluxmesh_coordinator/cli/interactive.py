@@ -33,9 +33,9 @@ def interactive(
     from fluxmesh.errors import UsageError
     from fluxmesh_coordinator.artifacts.pictures import Target
     from fluxmesh_coordinator.cli.conversation import Conversation
+    from fluxmesh_coordinator.commands.generate import Spread
+    from fluxmesh_coordinator.commands.settings import Settings
     from fluxmesh_coordinator.console.generate_report import TerminalReporter
-    from fluxmesh_coordinator.painting import Spread
-    from fluxmesh_coordinator.settings import Settings
 
     target = Target.parse(output)
     if target.given:

@@ -55,9 +55,9 @@ def plan(
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
     from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.commands.settings import Settings
     from fluxmesh_coordinator.deploy import what_if
     from fluxmesh_coordinator.runtime.adapter_upload import by_hash
-    from fluxmesh_coordinator.settings import Settings
 
     if (hostfile is None) != (assume is None):
         raise UsageError("--hostfile and --assume describe a mesh together; give both.")

@@ -97,12 +97,12 @@ def train(context: click.Context, dataset: str, as_json: bool, **_fields: Any) -
 
     The adapter is final_adapters.safetensors in --output-dir; `generate --adapter` takes it.
     """
+    from fluxmesh_coordinator.commands.train import conduct, request_of
     from fluxmesh_coordinator.console.train_report import (
         JsonReporter,
         TerminalReporter,
         TrainReporter,
     )
-    from fluxmesh_coordinator.training import conduct, request_of
 
     request = request_of(dataset, chosen(context))
     reporter: TrainReporter = JsonReporter() if as_json else TerminalReporter()

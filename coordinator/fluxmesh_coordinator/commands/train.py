@@ -31,8 +31,8 @@ from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.artifacts.recipe import Recipe, sha256_of
 from fluxmesh_coordinator.artifacts.training_html import METRICS, write_report
+from fluxmesh_coordinator.commands.settings import draw_seed
 from fluxmesh_coordinator.console.train_report import TrainReporter, told
-from fluxmesh_coordinator.settings import draw_seed
 
 DEFAULT_BITS = 4
 

@@ -20,8 +20,8 @@ from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
 from fluxmesh_coordinator.artifacts.recipe import Recipe, SourceFiles, differences
+from fluxmesh_coordinator.commands.settings import Settings
 from fluxmesh_coordinator.console.generate_report import Reporter
-from fluxmesh_coordinator.settings import Settings
 
 EMBEDDED = "tiny"
 # Image-to-image without a size scales a picture down to this many times the model's own area.
