@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh import FluxPipeline, __version__
+from fluxmesh import FluxPipeline
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.sampling.denoise import Plan, denoise
+from fluxmesh.version import __version__
 
 PROMPTS = (
     "a red apple to the left of a dog on a yellow background",

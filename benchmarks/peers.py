@@ -91,8 +91,8 @@ class Fluxmesh(OnMlx):
 
     def _made(self) -> Any:
         from benchmarks.randomness import fill
+        from fluxmesh.models.flux1.quantization import group_size
         from fluxmesh.models.flux1.transformer import Flux
-        from fluxmesh.weights.reader import group_size
 
         def is_quantized(path: str, module: Any) -> bool:
             shape = getattr(module, "weight", None)

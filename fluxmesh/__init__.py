@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fluxmesh.version import __version__
+
 if TYPE_CHECKING:
     from fluxmesh.engine.pipeline import FluxPipeline
 
-__version__ = "0.1.0"
 __all__ = ["FluxPipeline", "Mesh", "__version__"]
 
 

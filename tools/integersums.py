@@ -3,9 +3,9 @@
     mlx.launch -n 2 --backend nccl -- python -m tools.integersums
     mlx.launch -n 2 --backend ring -- python -m tools.integersums
 
-Training adds gradients as int64 (`fluxmesh/training/compute/exact_sum.py`), so that hosts agree to the byte.
-This shows that a backend carries such sums without rounding: the values span all 63 bits, and
-every rank knows what every other one sends. Exits 1 where a number is off.
+Training adds gradients as int64 (`fluxmesh/training/compute/exact_sum.py`), so that hosts agree to
+the byte. This shows that a backend carries such sums without rounding: the values span all 63 bits,
+and every rank knows what every other one sends. Exits 1 where a number is off.
 """
 
 from __future__ import annotations

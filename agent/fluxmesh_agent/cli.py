@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.version import __version__
 
 MAX_KEYS = 1 << 20  # bytes of the line on stdin
 

@@ -53,8 +53,8 @@ from fluxmesh.wire.messages import (
     Timed,
     Work,
 )
-from fluxmesh.wire.stream import Channel
 from fluxmesh.wire.transport.base import ConnectionClosed
+from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent.model_paths import Roots
 
 log = logging.getLogger("engine")

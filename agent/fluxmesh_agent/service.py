@@ -17,10 +17,10 @@ import secrets
 import time
 from collections.abc import Coroutine, Sequence
 
-from fluxmesh import __version__
 from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.storage.homes import AgentHome
+from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener

@@ -22,8 +22,8 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
-from fluxmesh.wire.stream import AsyncChannel
 from fluxmesh.wire.transport.base import ConnectionClosed
+from fluxmesh.wire.transport.stream import AsyncChannel
 
 log = logging.getLogger(__name__)
 

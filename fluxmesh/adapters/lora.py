@@ -27,7 +27,8 @@ from fluxmesh.adapters.formats import (
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.partition import Cut, cuts
 from fluxmesh.models.flux1.transformer import Part, is_part
-from fluxmesh.weights.loading import module_at, replace_module
+from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.module_tree import module_at, replace_module
 
 __all__ = [
     "FORMATS",
@@ -44,27 +45,6 @@ __all__ = [
 ]
 
 Paths = Sequence[tuple[str | Path, float]]  # adapters with their strengths; 1.0 is as trained
-
-
-class LoRALinear(nn.Module):
-    """A linear with a low-rank correction beside it: `linear(x) + scale * (x @ a) @ b`.
-
-    Activations keep the dtype that comes in, whatever that of `lora_a` and `lora_b`: training
-    keeps those in float32 without lifting all that follows.
-    """
-
-    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float) -> None:
-        """`lora_a` is [in, rank], `lora_b` [rank, out]; `linear` may be quantized."""
-        super().__init__()
-        self.linear = linear
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self.scale = scale
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        low = (x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
-        return y + (low if self.scale == 1 else self.scale * low).astype(y.dtype)
 
 
 def check_adapters(adapters: Paths, config: FluxConfig) -> None:

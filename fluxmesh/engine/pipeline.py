@@ -7,10 +7,10 @@
         mx.eval(x)
     image = flux.decode(x, latent_size=(32, 64))     # [1, 256, 512, 3] in [0, 1]
 
-The four models are attributes (`t5`, `clip`, `flow`, `ae`) that load when first used and leave
-with `del` (`models.py`), so that at most one of the two large ones (T5, the transformer) need be
-in memory. Below stand `denoise.py` (the sampler), `img2img.py` (image-to-image) and
-`conditioning.py`; above stands `reference.py`, which decides what stays resident and reports events.
+The four models are attributes (`t5`, `clip`, `flow`, `ae`) that load when first used and leave with
+`del` (`lazy_models.py`), so that at most one of the two large ones (T5, the transformer) need be in
+memory. Below stand `denoise.py` (the sampler), `img2img.py` (image-to-image) and `conditioning.py`;
+above stands `reference.py`, which decides what stays resident and reports events.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ class FluxPipeline(Models):
 
         `source` begins from a picture and repaints its mask (`fluxmesh.images`), `guide` is a
         custom loss on the expected picture (`denoise.Guide`). `cache` above 0 is the threshold of
-        an approximation that skips most of some steps (`step_cache.py`); each step then evaluates its
-        beginning by itself.
+        an approximation that skips most of some steps (`step_cache.py`); each step then evaluates
+        its beginning by itself.
 
         Raises `UsageError` for numbers out of range, before anything is computed.
         """

@@ -1,7 +1,8 @@
 """CUDA kernels for the autoencoder: group norm, and the sum that ends a residual block.
 
-Beside `cuda_transformer.py`, which has the transformer's, says what all of them are for, and builds them. A
-picture's channels are few and its places many: a block of threads takes several places, whole.
+Beside `cuda_transformer.py`, which has the transformer's, says what all of them are for, and builds
+them. A picture's channels are few and its places many: a block of threads takes several places,
+whole.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 FLUX's norms, gates and rotations do little arithmetic on much data: written operation by operation
 they take a quarter of a step. Each function here is one of them with its neighbours: the layers
 call these and know of no device. The plain forms (`plain_*`) say what is computed. On a CUDA GPU
-`cuda_transformer.py` and `cuda_group_norm.py` have a kernel for each, which keeps float32 inside and rounds once;
-on Metal MLX compiles the plain form into one kernel where it can; the CPU runs it as it stands.
+`cuda_transformer.py` and `cuda_group_norm.py` have a kernel for each, which keeps float32 inside
+and rounds once; on Metal MLX compiles the plain form into one kernel where it can; the CPU runs it
+as it stands.
 
 Gradients are those of the plain forms, which are computed again from the inputs on the way back,
 when their turn comes: nothing between the inputs and the result is kept.

@@ -9,8 +9,8 @@ Source: first-block cache of ParaAttention (https://github.com/chengzeyi/ParaAtt
 diffusers (`FirstBlockCacheConfig`), after TeaCache, Liu et al. 2024
 (https://arxiv.org/abs/2411.19108).
 
-Stands beside `transformer.py` and `parallel.py`, whose transformers call it between their first block and
-the others; `denoise.py` tells it which step must be computed. Knows neither.
+Stands beside `transformer.py` and `parallel.py`, whose transformers call it between their first
+block and the others; `denoise.py` tells it which step must be computed. Knows neither.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What stands behind `fluxmesh.planning.plan`, from a request's sizes to the ways of doing it. Pure.
+"""The planner: from a request's sizes to every way of doing it, and the best one. Pure.
 
-`work` counts what a request asks for, `cost` says how long that takes one host, `room` whether it
-fits, `handout` who is free when, and `options` puts them together. Nothing here imports mlx, opens
-a socket, reads a clock or draws a number: the same question has the same answer.
+`plan` is what others call. `workload` counts what a request asks for, `cost` says how long that
+takes one host, `capacity` whether it fits, `list_schedule` who is free when, and `candidates` puts
+them together. Nothing here imports mlx, opens a socket, reads a clock or draws a number: the same
+question has the same answer.
 """

@@ -1,6 +1,6 @@
 """What a request asks for, in numbers: tokens, steps, bytes in memory, bytes on the wire. Pure.
 
-Stands between a checkpoint's configs (`flux/config.py`, `flux/layouts.py`) and `plan.py`;
+Stands between a checkpoint's configs (`config.py`, `tensor_maps.py`) and `plan.py`;
 `cost.py` turns the same numbers into seconds. Bytes on the wire and of weights are counted
 exactly; memory of activations is estimated, from above. Left out, because every placement spends
 them alike: text encoding, the requests and pictures that travel between coordinator and agents.
@@ -23,11 +23,11 @@ from fluxmesh.models.flux1.config import (
     T5Config,
 )
 from fluxmesh.models.flux1.partition import token_run
+from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.tiling import UNTILED_LATENTS
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights.checkpoint import Checkpoint, ModelDefaults
-from fluxmesh.weights.reader import group_size
 
 BYTES = {"bfloat16": 2, "float32": 4}
 ACTIVATIONS = 24  # arrays of tokens by hidden size that a step holds at once, at most

@@ -2,8 +2,8 @@
 
 Every draw is a function of (seed, purpose, number), so that it is the same on any host and in any
 order, and a resume needs to remember no generator. Philox (Salmon et al. 2011) takes two words of
-key: the seed, and purpose with number. Noise of pictures (`flux/noise.py`) has 0 as its second
-word, so that training never repeats it.
+key: the seed, and purpose with number. Noise of pictures (`sampling/latents.py`) has 0 as its
+second word, so that training never repeats it.
 """
 
 from __future__ import annotations

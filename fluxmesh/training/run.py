@@ -1,7 +1,7 @@
 """The run: data set to adapter, a generator of events, whoever computes. No mlx.
 
-A `Crew` does the work: the learner of this process (`local_executor.py`), or the engines of a mesh. Here
-is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and closing the
+A `Crew` does the work: the learner of this process (`local_executor.py`), or the engines of a mesh.
+Here is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and closing the
 generator, leave a checkpoint of the last whole update; a loss that is no number, or that explodes,
 ends the run with the last good checkpoint untouched.
 """

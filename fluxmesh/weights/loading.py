@@ -21,11 +21,14 @@ from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
 from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
+from fluxmesh.models.flux1.quantization import group_size
+from fluxmesh.models.flux1.slicing import hold_shard
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part, is_part
+from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.weights.checkpoint import Checkpoint
-from fluxmesh.weights.reader import Reader, group_size, tables, verify
+from fluxmesh.weights.reader import Reader, tables, verify
 from fluxmesh.weights.zero_copy import filled
 
 __all__ = [
@@ -264,13 +267,6 @@ def _load(
     return model
 
 
-def hold_shard(flux: Flux, shard: Shard) -> None:
-    """Tells a transformer whose linears are cut which part of itself it is."""
-    flux.shard = shard
-    for single in flux.single_blocks:
-        single.qkv_dim = 3 * flux.config.hidden_size // shard.size
-
-
 def _quantize_modules(model: Any, reader: Reader, bits: int) -> None:
     """Puts `nn.QuantizedLinear` where a matrix will be quantized; nothing is computed."""
     for name, target in tables(reader.checkpoint)[reader.component].items():
@@ -281,21 +277,3 @@ def _quantize_modules(model: Any, reader: Reader, bits: int) -> None:
             bias = "bias" in module_at(model, path)
             linear = nn.QuantizedLinear(columns, rows, bias, group_size=group, bits=bits)
             replace_module(model, path, linear)
-
-
-def module_at(model: Any, path: str) -> Any:
-    """The module called `path` ("double_blocks.0.img_attn.qkv"); the model itself for ""."""
-    node = model
-    for part in path.split(".") if path else ():
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    return node
-
-
-def replace_module(model: Any, path: str, module: nn.Module) -> None:
-    """Puts `module` where the one called `path` was."""
-    parent_path, _, leaf = path.rpartition(".")
-    parent = module_at(model, parent_path)
-    if isinstance(parent, list):
-        parent[int(leaf)] = module
-    else:
-        setattr(parent, leaf, module)

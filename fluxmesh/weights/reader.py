@@ -1,8 +1,8 @@
 """A checkpoint's four models as tables of stored tensors, checked before a byte of them is read.
 
-`Reader` joins a component's files with the table of what its model holds (`tensor_maps.py`): it says
-which tensor is missing or of the wrong shape, and reads any rows of any tensor, however the file
-splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
+`Reader` joins a component's files with the table of what its model holds (`tensor_maps.py`): it
+says which tensor is missing or of the wrong shape, and reads any rows of any tensor, however the
+file splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxmesh.errors import WeightsError
 from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.tensor_maps import Rows, Tensors
 from fluxmesh.storage.safetensors import (
     FLOATS,
@@ -25,8 +26,6 @@ from fluxmesh.storage.safetensors import (
     read_headers,
 )
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
-
-GROUP_SIZES = (64, 32)  # of quantization, the first that divides a row
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,6 @@ def tables(checkpoint: Checkpoint) -> dict[str, Tensors]:
         "text_encoder_2": tensor_maps.t5_tensors(checkpoint.t5),
         "vae": tensor_maps.autoencoder_tensors(checkpoint.autoencoder),
     }
-
-
-def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
-    """Columns that share a scale when tensor `name` is quantized; None where it is kept whole.
-
-    The matrices of all blocks are quantized; embeddings, norms, the layers that meet latents,
-    prompt and time, and the autoencoder are not: together a few percent of the bytes, and the
-    places where rounding shows most.
-    """
-    blocks = {
-        "transformer": ("double_blocks.", "single_blocks."),
-        "text_encoder": ("encoder.layers.",),
-        "text_encoder_2": ("encoder.block.",),
-        "vae": (),
-    }[component]
-    is_matrix = len(shape) == 2 and name.endswith(".weight") and name.startswith(blocks)
-    if not is_matrix or "relative_attention_bias" in name:
-        return None
-    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
 
 
 def quantized_table(component: str, tensors: Tensors, bits: int) -> Tensors:

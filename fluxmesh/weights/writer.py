@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluxmesh import __version__
 from fluxmesh.errors import OutputError
 from fluxmesh.storage.safetensors import cannot_write
+from fluxmesh.version import __version__
 from fluxmesh.weights.checkpoint import FORMAT, MANIFEST, Checkpoint
 
 SHARD_BYTES = 1 << 30  # a file of the folder; also what is held in memory before it is written

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from fluxmesh import __version__
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.cluster.snapshot import HostInfo, Weights
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.storage.keys import Keys
+from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh import __version__
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.storage.processes import started_at
+from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, Load, Measure
 from tests.checkpoints import make_checkpoint, write_safetensors

@@ -12,9 +12,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.adapters import lora
-from fluxmesh.adapters.lora import LoRALinear, LowRank
+from fluxmesh.adapters.lora import LowRank
 from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError, WeightsError
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
+from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.weights import hub, loading
 from tests import checkpoints

@@ -16,14 +16,15 @@ from fluxmesh.adapters.lora import LowRank, beside, fused
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard, cuts
+from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import Flow, Plan, plan
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights import hub
-from fluxmesh.weights.loading import load_transformer, module_at, replace_module
-from fluxmesh.weights.reader import group_size
+from fluxmesh.weights.loading import load_transformer
 
 STEPS = 3
 

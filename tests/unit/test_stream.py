@@ -14,8 +14,8 @@ import pytest
 
 from fluxmesh.wire.messages import Beat, Message, Stepped
 from fluxmesh.wire.protocol import ProtocolError, encode
-from fluxmesh.wire.stream import AsyncChannel, Channel
 from fluxmesh.wire.transport.base import ConnectionClosed
+from fluxmesh.wire.transport.stream import AsyncChannel, Channel
 from tests.messages import same, samples
 
 Pair = tuple[socket.socket, socket.socket]

@@ -10,9 +10,9 @@ import pytest
 
 from fluxmesh.wire.messages import AskLogs, Done, Heartbeat, Message, Queued, Refused
 from fluxmesh.wire.protocol import ProtocolError
-from fluxmesh.wire.stream import AsyncChannel
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer, Listener
 from fluxmesh.wire.transport.inproc import InprocConnection, Network
+from fluxmesh.wire.transport.stream import AsyncChannel
 from tests.broken_transport import BrokenDialer, BrokenListener, Faults
 
 

@@ -1,6 +1,6 @@
 """What `fluxmesh up` runs on each host: looks at it, and starts, stops or asks about its agent.
 
-    ssh HOST python -m fluxmesh_coordinator.agents.bootstrap      (this machine: the same without ssh)
+    ssh HOST python -m fluxmesh_coordinator.agents.bootstrap  (this machine: without ssh)
 
 One JSON object comes in on stdin and JSON lines go out on stdout, so that nothing that a shell
 could misread, and no key, is ever part of a command line. `remote.py` is the other end. The agent
@@ -27,11 +27,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, read_private, write_private
 from fluxmesh.storage.keys import Allowlist
 from fluxmesh.storage.processes import end_process, kill_recorded, started_at
+from fluxmesh.version import __version__
 
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed

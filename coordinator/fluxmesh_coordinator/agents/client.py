@@ -13,8 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
-from fluxmesh import __version__
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.agents.mesh_file import Member

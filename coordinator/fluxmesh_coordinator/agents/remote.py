@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from fluxmesh import __version__
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.version import __version__
 
 SECONDS = {"look": 60.0, "start": 120.0, "stop": 60.0, "logs": 30.0, "pull": 86400.0}
 SSH_FAILED = 255  # ssh's own exit code for what went wrong before the command ran

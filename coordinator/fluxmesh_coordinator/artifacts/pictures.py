@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from fluxmesh import __version__
 from fluxmesh.errors import OutputError, UsageError
 from fluxmesh.storage.atomic import write_file
+from fluxmesh.version import __version__
 from fluxmesh_coordinator.artifacts.recipe import KEYWORD
 
 DEFAULT_STEM = "out"

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxmesh import __version__
 from fluxmesh.adapters.formats import find_adapter
 from fluxmesh.errors import AdapterError, UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
+from fluxmesh.version import __version__
 
 KEYWORD = "fluxmesh"  # of the PNG text chunk
 

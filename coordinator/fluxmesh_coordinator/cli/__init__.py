@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import click
 
-from fluxmesh import __version__
 from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.version import __version__
 
 COMMANDS = {
     "generate": "fluxmesh_coordinator.cli.generate:generate",

@@ -1,7 +1,7 @@
 """The options that say how to paint, shared by `generate` and `interactive`.
 
-Their values become `Settings` (`fluxmesh_coordinator.commands.settings`), where the defaults stand too:
-an option that the user did not give says nothing here.
+Their values become `Settings` (`fluxmesh_coordinator.commands.settings`), where the defaults stand
+too: an option that the user did not give says nothing here.
 """
 
 from __future__ import annotations

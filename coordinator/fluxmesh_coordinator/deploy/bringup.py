@@ -1,6 +1,6 @@
 """`fluxmesh up`, without its screen: check, start, load, measure, remember.
 
-    launch.py (ssh) ──► agents listen ──► warming.py (weights, step times, links)
+    launch.py (ssh) ──► agents listen ──► warmup.py (weights, step times, links)
 
 Each step asks all hosts side by side. What is done already is not done again, so that a second
 `up` only looks. A host that fails is left out where the user allows it, else all of it stops; what

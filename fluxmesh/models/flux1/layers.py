@@ -1,8 +1,8 @@
 """The layers of the FLUX transformer: embeddings, attention, the two kinds of block.
 
-Stands below `transformer.py`, which strings these together. Names of modules and parameters are those
-of black-forest-labs/flux (`src/flux/modules/layers.py`), so that its weight files load without
-renaming; `img`, `txt`, `vec` and `pe` mean here what they mean there.
+Stands below `transformer.py`, which strings these together. Names of modules and parameters are
+those of black-forest-labs/flux (`src/flux/modules/layers.py`), so that its weight files load
+without renaming; `img`, `txt`, `vec` and `pe` mean here what they mean there.
 
 Shapes: B images, S tokens (L of text, then those of the image), D hidden size, H heads,
 hd = D / H. Activations keep the dtype of the weights; the statistics of norms, rotary embedding

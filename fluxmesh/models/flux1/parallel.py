@@ -26,7 +26,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.adapters.lora import LoRALinear
 from fluxmesh.errors import UsageError
 from fluxmesh.kernels.ops import (
     Stream,
@@ -48,6 +47,7 @@ from fluxmesh.models.flux1.layers import (
 from fluxmesh.models.flux1.partition import Cut, Shard, token_run
 from fluxmesh.models.flux1.slicing import cut_linear, shard_of
 from fluxmesh.models.flux1.transformer import Flux, Modulations
+from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.step_cache import StepCache
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order

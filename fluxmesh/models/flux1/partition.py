@@ -16,7 +16,7 @@ import numpy as np
 
 from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.weights.reader import group_size
+from fluxmesh.models.flux1.quantization import group_size
 
 
 @dataclass(frozen=True)

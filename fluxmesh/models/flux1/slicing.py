@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.adapters.lora import LoRALinear
 from fluxmesh.models.flux1.layers import RMSNorm
 from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.weights.loading import hold_shard, module_at, replace_module
+from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.module_tree import module_at, replace_module
 
 
 def shard_of(flux: Flux, shard: Shard) -> Flux:
@@ -81,3 +81,10 @@ def _take(array: mx.array, cut: Cut, axis: int, copy: bool) -> mx.array:
     if len(parts) > 1:
         return mx.concatenate(parts, axis=axis)
     return mx.contiguous(parts[0]) if copy else parts[0]  # a bare slice keeps the whole alive
+
+
+def hold_shard(flux: Flux, shard: Shard) -> None:
+    """Tells a transformer whose linears are cut which part of itself it is."""
+    flux.shard = shard
+    for single in flux.single_blocks:
+        single.qkv_dim = 3 * flux.config.hidden_size // shard.size

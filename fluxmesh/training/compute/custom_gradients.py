@@ -2,7 +2,7 @@
 
 Stands between `flux/layers.py` and `loss.py`, which puts these in a transformer's place while it
 traces a gradient (`lent`). The values are those of the layers; what changes is the way back
-(`flux/fused.py` has that of the elementwise work):
+(`kernels/ops.py` has that of the elementwise work):
 
 - Attention computes its weights again, a few heads at a time. The kernel of cuDNN adds
   in another order every time, so that no two runs give the same bytes; on Metal MLX has none and

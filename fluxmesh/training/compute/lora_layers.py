@@ -2,8 +2,8 @@
 
 Hu et al. 2021 (https://arxiv.org/abs/2106.09685). A begins uniform, drawn by module name so that
 every host draws the same, and B at zero: the model begins as it was. All of them together are one
-flat vector wherever they are summed, averaged or saved (`parameter_vector.py`). The base may be quantized
-(QLoRA): it only computes, nothing of it is trained.
+flat vector wherever they are summed, averaged or saved (`parameter_vector.py`). The base may be
+quantized (QLoRA): it only computes, nothing of it is trained.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.adapters.lora import LoRALinear
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.training.compute.custom_gradients import frozen, plus_low_rank
 from fluxmesh.training.compute.parameter_vector import Layout
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.rng import WEIGHTS, generator, number_of
-from fluxmesh.weights.loading import module_at, replace_module
 
 Weights = dict[str, dict[str, mx.array]]  # by module: {"a": [in, rank], "b": [rank, out]}
 

@@ -1,0 +1,24 @@
+"""Which of FLUX.1's tensors are quantized, and in groups of how many columns. Imports no mlx."""
+
+from __future__ import annotations
+
+GROUP_SIZES = (64, 32)  # columns that share a scale; the largest that divides a row is taken
+
+
+def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
+    """Columns that share a scale when tensor `name` is quantized; None where it is kept whole.
+
+    The matrices of all blocks are quantized; embeddings, norms, the layers that meet latents,
+    prompt and time, and the autoencoder are not: together a few percent of the bytes, and the
+    places where rounding shows most.
+    """
+    blocks = {
+        "transformer": ("double_blocks.", "single_blocks."),
+        "text_encoder": ("encoder.layers.",),
+        "text_encoder_2": ("encoder.block.",),
+        "vae": (),
+    }[component]
+    is_matrix = len(shape) == 2 and name.endswith(".weight") and name.startswith(blocks)
+    if not is_matrix or "relative_attention_bias" in name:
+        return None
+    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
