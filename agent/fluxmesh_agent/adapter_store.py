@@ -6,7 +6,6 @@ may open. `model_paths.py` finds them again.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage.homes import private_folder
 
 MAX_BYTES = 8 << 30  # of one
@@ -64,9 +64,7 @@ class Adapters:
             raise FluxmeshError(f"The adapter can't be kept: {error.strerror}.") from None
 
     def _check(self, part: Path, sha256: str) -> None:
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
+        if sha256_of(part) != sha256:
             part.unlink()
             raise UsageError("The adapter arrived with another hash than it was announced with.")
         os.replace(part, self._path(sha256))

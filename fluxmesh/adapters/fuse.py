@@ -7,7 +7,6 @@ The folder appears under its name only when it is whole (`writer.py`).
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from fluxmesh.adapters.lora import Adapter, Paths, find_adapter, join_adapters
 from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
 from fluxmesh.weights.reader import Reader, Stored, tables, verify
@@ -63,7 +63,7 @@ def fuse_checkpoint(
                 done += step
                 tell(done, total)
         fused = [
-            {"name": Path(path).name, "sha256": _sha256(find_adapter(path)), "scale": strength}
+            {"name": Path(path).name, "sha256": sha256_of(find_adapter(path)), "scale": strength}
             for path, strength in adapters
         ]
         write_surroundings(source, partial, {"fused": fused})
@@ -153,8 +153,3 @@ def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return values.astype(np.float16 if dtype == "F16" else np.float32)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, OutputError, WeightsError
+from fluxmesh.storage.hashing import sha256_of
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -132,8 +132,7 @@ def _check_space(repo: str, cache: Path, needed: int) -> None:
 
 def _check_hash(repo: str, path: Path, expected: str) -> None:
     """The library checks sizes only; a flipped bit would show as a strange picture."""
-    with open(path, "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = sha256_of(path)
     if actual != expected:
         blob = path.resolve()
         path.unlink()

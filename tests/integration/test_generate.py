@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from fluxmesh.models.flux1.tensor_maps import transformer_tensors
-from fluxmesh_coordinator.artifacts.recipe import read_recipe, sha256_of
+from fluxmesh.storage.hashing import sha256_of
+from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.checkpoints import TRANSFORMER, write_safetensors
 from tests.integration.conftest import Run, environment
 

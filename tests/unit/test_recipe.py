@@ -15,13 +15,13 @@ from PIL import Image, PngImagePlugin
 
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.artifacts.recipe import (
     Recipe,
     SourceFiles,
     differences,
     read_recipe,
-    sha256_of,
 )
 from fluxmesh_coordinator.commands.settings import Settings
 

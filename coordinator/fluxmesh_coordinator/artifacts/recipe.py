@@ -7,7 +7,6 @@ written: every field is typed and bounded by `GenerateRequest` before it is used
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 from fluxmesh.adapters.formats import find_adapter
 from fluxmesh.errors import AdapterError, UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.version import __version__
 
 KEYWORD = "fluxmesh"  # of the PNG text chunk
@@ -208,12 +208,6 @@ def read_recipe(path: str | Path) -> Recipe:
         return Recipe.from_json(text)
     except ValueError as error:
         raise UsageError(f"--from {path}: its fluxmesh metadata can't be read: {error}.") from error
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _adapter_hash(adapter: AdapterRef) -> str:

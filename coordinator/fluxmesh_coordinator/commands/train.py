@@ -16,6 +16,7 @@ from typing import Any
 
 from fluxmesh.errors import CancelledError, UsageError
 from fluxmesh.storage.atomic import write_file
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.training import checkpoint
 from fluxmesh.training.events import (
     CheckpointSaved,
@@ -29,7 +30,7 @@ from fluxmesh.training.events import (
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import encode_png
-from fluxmesh_coordinator.artifacts.recipe import Recipe, sha256_of
+from fluxmesh_coordinator.artifacts.recipe import Recipe
 from fluxmesh_coordinator.artifacts.training_html import METRICS, write_report
 from fluxmesh_coordinator.commands.settings import draw_seed
 from fluxmesh_coordinator.console.train_report import TrainReporter, told

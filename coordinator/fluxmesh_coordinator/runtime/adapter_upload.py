@@ -14,9 +14,9 @@ import numpy as np
 from fluxmesh.adapters.formats import find_adapter
 from fluxmesh.errors import AdapterError
 from fluxmesh.request import AdapterRef
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.wire.messages import Done, Found, HasFile, PutFile
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.artifacts.recipe import sha256_of
 
 PIECE = 4 << 20  # bytes a message
 
