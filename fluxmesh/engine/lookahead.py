@@ -6,7 +6,8 @@ nothing, and `worker.py`, which reports each step.
 
 Stopping stays with the caller and, in a ring, with all ranks together: they agree before each
 step. The question must be built before the next step's collectives, so that a ring that builds
-ahead hears a step later that it should stop; it does so only where a step is short.
+ahead hears a step later that it should stop; it does so only where a step is short. A ring whose
+collectives the host waits for (`models/waiting.py`) computes as it builds, and never builds ahead.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def walked(
         mx.async_eval(step.x)
         following: Step | None = None
         asked: mx.array | None = None
-        if left and ahead and (ranks is None or seconds < SHORT):
+        if left and ahead and (ranks is None or (ranks.looks_ahead and seconds < SHORT)):
             if ranks is not None:
                 asked = ranks.ask(int(stopping()))
                 mark = ranks.mark()

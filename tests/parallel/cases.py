@@ -21,7 +21,8 @@ from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import Flow, Plan, plan
+from fluxmesh.sampling.denoise import Flow, Guide, Plan, plan
+from fluxmesh.sampling.img2img import SourceLatents
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer
@@ -73,6 +74,7 @@ class Case:
     swapped: bool = False  # odd ranks evaluate the second image first
     steps: int = STEPS
     cache: float = 0.0  # threshold of step caching
+    repaints: bool = False  # half of a picture, towards a custom loss
 
     @property
     def image_tokens(self) -> int:
@@ -111,6 +113,7 @@ def cases(size: int, checkpoint: Path) -> list[Case]:
             Case("quantized and adapted", placement, **groups, adapter="beside"),
             Case("swapped", placement, **small, images=2, swapped=True),
             Case("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
+            Case("repainted", placement, **small, repaints=True),
             # Thresholds that skip some steps, for random models change much from step to step; one
             # change is so near to them that the tokens which fill up a rank would tip it.
             Case("cached", placement, steps=6, cache=0.608)
@@ -184,6 +187,20 @@ def plan_of(case: Case, flow: Flow) -> Plan:
     )
     times = timesteps(case.steps, case.image_tokens, ScheduleConfig())
     return plan(flow, text, times, case.size, guidance=3.5)
+
+
+def source_of(case: Case) -> SourceLatents | None:
+    """A picture whose left half stays."""
+    if not case.repaints:
+        return None
+    clean = np.random.default_rng(3).standard_normal(noise_of(case).shape).astype(np.float32)
+    painted = np.arange(case.image_tokens) % (case.size[1] // 2) >= case.size[1] // 4
+    return SourceLatents(mx.array(clean), mx.array(painted[None, :, None].astype(np.float32)))
+
+
+def guide_of(case: Case) -> Guide | None:
+    """A loss that wants small latents."""
+    return (lambda clean, step: 0.05 * (clean**2).sum() / (1 + step)) if case.repaints else None
 
 
 def noise_of(case: Case, image: int = 0) -> mx.array:

@@ -29,6 +29,8 @@ class Result(NamedTuple):
     case: Case
     latents: list[np.ndarray]  # of each rank
     did: list[dict[str, Any]]  # by each rank
+    on_host: list[np.ndarray]  # latents of each rank, where the host waits for collectives
+    did_on_host: list[dict[str, Any]]
     nonces: list[tuple[bool, bool]]  # whether each rank thought the same, and different ones, equal
     one: np.ndarray
     one_did: dict[str, Any]
@@ -62,6 +64,8 @@ def result(tmp_path_factory):
             case,
             [np.load(out.with_suffix(".npz"))[key] for out in outs],
             [report[key] for report in reports],
+            [np.load(out.with_suffix(".npz"))[f"{key}/on host"] for out in outs],
+            [report[f"{key}/on host"] for report in reports],
             [(report["same nonce"], report["strange nonce"]) for report in reports],
             one,
             did,
@@ -103,6 +107,16 @@ def test_every_rank_has_the_same_whole_latents(result, size, placement):
         for latents, did in zip(found.latents, found.did, strict=True):
             assert latents.shape == shape and did["dtype"] == "mlx.core.float32"
             assert latents.tobytes() == found.latents[0].tobytes(), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("placement", ["tensor", "sequence"])
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_a_host_that_waits_for_collectives_gets_what_the_graph_gets(result, size, placement, name):
+    found = result(size, name, placement)
+    for waited, lazy in zip(found.on_host, found.latents, strict=True):
+        assert waited.tobytes() == lazy.tobytes()
+    assert found.did_on_host == found.did  # work, collectives, bytes sent, steps reused
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,12 +2,14 @@
 
     MLX_RANK=0 MLX_HOSTFILE=ring.json python -m tests.parallel.worker SIZE CHECKPOINT OUT
 
-OUT.npz gets each case's latents, OUT.json its collectives, bytes, work and weights.
+OUT.npz gets each case's latents, OUT.json its collectives, bytes, work and weights. Each case is
+run on both roads: with collectives that the graph waits for, and with those that the host waits for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,8 +23,9 @@ from mlx.utils import tree_flatten
 from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.models.waiting import InGraph, OnHost, Waiting
 from fluxmesh.sampling.denoise import denoise
-from tests.parallel.cases import Case, cases, flow_of, noise_of, plan_of
+from tests.parallel.cases import Case, cases, flow_of, guide_of, noise_of, plan_of, source_of
 
 
 class Work:
@@ -83,6 +86,8 @@ def run(
             flow,
             plan,
             noise_of(case, image),
+            source=source_of(case),
+            guide=guide_of(case),
             cache=StepCache(case.cache, gather) if case.cache else None,
         )
         for image in range(case.images)
@@ -104,6 +109,11 @@ def run(
     return latents, did
 
 
+def join(waiting: type[Waiting]) -> Ranks:
+    """This rank, with collectives of one kind."""
+    return Ranks(mx.distributed.init(strict=True, backend="ring"), waiting=waiting())
+
+
 def main(size: int, checkpoint: Path, out: Path) -> None:
     ranks = Ranks.join()
     assert ranks.size == size
@@ -115,7 +125,9 @@ def main(size: int, checkpoint: Path, out: Path) -> None:
     }
     for case in cases(size, checkpoint):
         key = f"{case.name}/{case.placement}"
-        latents[key], did[key] = run(case, Ranks.join, work)
+        latents[key], did[key] = run(case, functools.partial(join, InGraph), work)
+        key += "/on host"
+        latents[key], did[key] = run(case, functools.partial(join, OnHost), work)
     np.savez(out.with_suffix(".npz"), **latents)
     out.with_suffix(".json").write_text(json.dumps(did))
 

@@ -13,7 +13,10 @@ same calls in the same order, and gets the whole velocity, equal to the byte on 
   https://arxiv.org/abs/2310.01889); one gather needs neither a transpose of ranks nor N rounds.
 
 A group of one runs the same code. Collectives carry no tag: two that ranks ran in different order
-would swap their data in silence. `Ranks` therefore chains each to the one before in the graph.
+would swap their data in silence. `Ranks` therefore chains each to the one before. Who waits for
+their results, the graph or the host, is a matter of the device (`models/waiting.py`): a collective
+that is begun gives a `Pending`, whose `result` is asked for when all that can be computed without
+it is described.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ from fluxmesh.models.flux1.slicing import cut_linear, shard_of
 from fluxmesh.models.flux1.transformer import Flux, Modulations
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.models.waiting import Waiting, waiting_here
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
 
@@ -70,23 +74,46 @@ class Mark:
     traffic: Traffic
 
 
+class Pending:
+    """A collective that was begun."""
+
+    def __init__(self, every: mx.array, waiting: Waiting) -> None:
+        self._every, self._waiting = every, waiting
+
+    def result(self, *meanwhile: mx.array) -> mx.array:
+        """What it gives, to compute with.
+
+        `meanwhile` is what can be computed without it, and is wanted too: it may run while this
+        waits for the other ranks.
+        """
+        self._waiting.end(self._every, meanwhile)
+        return self._every
+
+
 class Ranks:
     """This process's place in a group, and its two collectives, in one order on every rank."""
 
-    def __init__(self, group: Any, stream: Any = None) -> None:
+    def __init__(self, group: Any, stream: Any = None, waiting: Waiting | None = None) -> None:
         """`group` is from `mx.distributed.init`. `stream` carries the collectives, by default the
         one that the group's backend chooses; it must be of the kind of device that this uses.
+        `waiting` is by default the way of the device that computes.
         """
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.traffic = Traffic()
         self._group, self._stream = group, stream
+        self._waiting = waiting or waiting_here()
         self._last: mx.array | None = None
 
     @property
     def shard(self) -> Shard:
         """What this rank holds of a transformer for `tensor`."""
         return Shard(self.rank, self.size)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether collectives may be described while those before are still to be computed."""
+        return self._waiting.looks_ahead
 
     @classmethod
     def join(cls, backend: str = "ring") -> Ranks:
@@ -109,7 +136,7 @@ class Ranks:
         return max(np.array(self.ask(value)).tolist())
 
     def ask(self, value: int) -> mx.array:
-        """Every rank's `value`, to be waited for later: int32 [N], lazy.
+        """Every rank's `value`, int32 [N]; where collectives look ahead, to be waited for later.
 
         A gather, which goes round once where a sum goes twice.
         """
@@ -129,20 +156,27 @@ class Ranks:
         self.traffic.sums += 1
         self.traffic.bytes += 2 * (self.size - 1) * x.nbytes // self.size
         total = mx.distributed.all_sum(self._after(x), group=self._group, stream=self._stream)
-        self._last = total
-        return total
+        return self._begun(total).result()
 
     def gather(self, x: mx.array) -> mx.array:
         """Every rank's `x` one after another along axis 0; of one shape and dtype on all."""
+        return self.begin_gather(x).result()
+
+    def begin_gather(self, x: mx.array) -> Pending:
+        """As `gather`, for whoever has something to compute meanwhile."""
         self.traffic.gathers += 1
         self.traffic.bytes += (self.size - 1) * x.nbytes
         every = mx.distributed.all_gather(self._after(x), group=self._group, stream=self._stream)
-        self._last = every
-        return every
+        return self._begun(every)
+
+    def _begun(self, result: mx.array) -> Pending:
+        self._last = result
+        self._waiting.begin(result)
+        return Pending(result, self._waiting)
 
     def _after(self, x: mx.array) -> mx.array:
-        """`x`, not to be computed before the last collective is done, whoever evaluates what."""
-        return x if self._last is None else mx.depends(x, self._last)
+        """`x`, not to be sent before the last collective is done, whoever evaluates what."""
+        return x if self._last is None else self._waiting.after(self._last, x)
 
 
 class SpreadFlux:
@@ -342,19 +376,25 @@ class _Attend:
     def __init__(self, ranks: Ranks, S: int, pe: mx.array) -> None:
         self.ranks, self.S, self.pe = ranks, S, pe
 
-    def send(self, streams: list[Stream], heads: int) -> tuple[mx.array, mx.array]:
+    def send(self, streams: list[Stream], heads: int) -> tuple[mx.array, Pending]:
         """Starts on its way what other ranks need: this rank's keys, normed and turned, and values.
 
         Returns what is sent, for `mx.depends`: what is computed from there on is computed after
-        it, while it travels; and every rank's [N * C, B, 2, H, hd].
+        it, while it travels; and what gives every rank's, [N * C, B, 2, H, hd].
         """
         sent = turned(streams, self.pe, heads, 2)  # [B, C, 2, H, hd]
         sent = mx.contiguous(sent.swapaxes(0, 1))  # tokens first
-        return sent, self.ranks.gather(sent)
+        return sent, self.ranks.begin_gather(sent)
 
-    def __call__(self, streams: list[Stream], heads: int, every: mx.array) -> mx.array:
-        """This rank's queries [B, C, H * hd] and what all ranks sent, to [B, C, H * hd]."""
+    def __call__(
+        self, streams: list[Stream], heads: int, pending: Pending, *meanwhile: mx.array
+    ) -> mx.array:
+        """This rank's queries [B, C, H * hd] and what all ranks send, to [B, C, H * hd].
+
+        Queries, and `meanwhile`, may be computed while it travels.
+        """
         (q,) = turned_heads(streams, self.pe, heads, 1)
+        every = pending.result(q, *meanwhile)
         k, v = every[: self.S].transpose(2, 1, 3, 0, 4)  # [B, H, S, hd] each
         return attention(q, k, v)
 
@@ -398,9 +438,9 @@ class _DoubleBlock:
             name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
         }
         keys_values = [self.project[name].keys_values(x) for name, x in normed.items()]
-        sent, every = attend.send(keys_values, self.heads)
+        sent, pending = attend.send(keys_values, self.heads)
         q = [self.project[name].queries(mx.depends(x, sent)) for name, x in normed.items()]
-        attn = attend(q, self.heads, every)  # [B, C, D]
+        attn = attend(q, self.heads, pending)  # [B, C, D]
 
         out: Streams = {}
         start = 0
@@ -426,8 +466,8 @@ class _SingleBlock:
         shift, scale, gate = mx.split(mod, 3, axis=-1)
         normed = modulated_norm(x, shift, scale)
         heads = self.project.heads
-        sent, every = attend.send([self.project.keys_values(normed)], heads)
+        sent, pending = attend.send([self.project.keys_values(normed)], heads)
         normed = mx.depends(normed, sent)
         q, mlp = self.project.queries(normed), self.mlp_in(normed)
-        hidden = gelu_beside(attend([q], heads, every), mlp, 0)
+        hidden = gelu_beside(attend([q], heads, pending, mlp), mlp, 0)
         return gated_sum(x, gate, self.block.linear2(hidden))
