@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 
 from fluxmesh.engine import device_memory as memory
+from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
 from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
@@ -34,6 +35,7 @@ from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
+    PEER_LATE,
     Account,
     Beat,
     Cancel,
@@ -165,7 +167,13 @@ class Engine:
             kind = type(error).__name__
             return Failed(work.epoch, work.job, kind, str(error), fatal=False)
         except Exception as error:
-            return self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
+            end = gpu_end(error)
+            if end is None:
+                return self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
+            relaxed = os.environ.get(RELAX) == "1"
+            text = explain(end, self.worker.doing, in_ring=together, relaxed=relaxed)
+            kind = PEER_LATE if together and end.is_late else "Raised"
+            return self._end(Failed(work.epoch, work.job, kind, text, fatal=True), error)
         finally:
             self._work = None
 
@@ -191,10 +199,14 @@ class Engine:
 
     def _give_up(self, epoch: int, job: str, doing: str, error: Exception) -> NoReturn:
         """Ends the process: what raised such a thing may have left anything behind."""
-        log.error("the engine ends %s", doing, exc_info=error)
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"The engine failed {doing}: {said.rstrip('.')}."
-        self.channel.send(Failed(epoch, job, "Raised", text, fatal=True))
+        self._end(Failed(epoch, job, "Raised", text, fatal=True), error)
+
+    def _end(self, failed: Failed, error: Exception) -> NoReturn:
+        """Tells why, and ends the process."""
+        log.error("%s", failed.text, exc_info=error)
+        self.channel.send(failed)
         os._exit(BROKEN)
 
     def _cancel(self, job: str, count: int) -> None:

@@ -398,6 +398,9 @@ class Joined(Report):
     rank: int
 
 
+PEER_LATE = "PeerLate"  # a `Failed` of a ring: a GPU's watchdog ended what waited for too long
+
+
 @dataclass(frozen=True)
 class Failed(Report):
     """The engine ended, or could not do its work. `fatal`: it is gone, and all that it held."""
@@ -405,7 +408,7 @@ class Failed(Report):
     epoch: int
     job: str
     # A class of fluxmesh.errors; "Raised": the engine ended itself over an exception, as those do
-    # whose neighbour in a ring is gone; "Died": something else ended it.
+    # whose neighbour in a ring is gone; PEER_LATE; "Died": something else ended it.
     kind: str
     text: str
     fatal: bool

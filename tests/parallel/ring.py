@@ -22,8 +22,10 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in taken]
 
 
-def run_ranks(size: int, arguments: list[str], folder: Path, timeout: float) -> list[Path]:
-    """Runs `tests.parallel.worker` on `size` ranks; returns each one's OUT.
+def run_ranks(
+    size: int, arguments: list[str], folder: Path, timeout: float, program: str = "worker"
+) -> list[Path]:
+    """Runs `program`, of this folder, on `size` ranks; returns each one's OUT.
 
     Raises `AssertionError` with what they printed where one fails; all are killed where one hangs
     for `timeout` seconds.
@@ -42,7 +44,7 @@ def run_ranks(size: int, arguments: list[str], folder: Path, timeout: float) -> 
                 "PYTHONPATH": os.pathsep.join(map(str, paths)),
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, "-m", "tests.parallel.worker", *arguments, str(out)]
+            command = [sys.executable, "-m", f"tests.parallel.{program}", *arguments, str(out)]
             with open(out.with_suffix(".log"), "wb") as log:
                 processes.append(
                     subprocess.Popen(

@@ -3,7 +3,7 @@
     MLX_RANK=0 MLX_HOSTFILE=ring.json python -m tests.parallel.worker SIZE CHECKPOINT OUT
 
 OUT.npz gets each case's latents, OUT.json its collectives, bytes, work and weights. Each case is
-run on both roads: with collectives that the graph waits for, and with those that the host waits for.
+run twice: with collectives that the graph waits for, and with collectives that the host waits for.
 """
 
 from __future__ import annotations

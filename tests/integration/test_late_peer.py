@@ -1,0 +1,71 @@
+"""Real engines on an emulated Metal, in a ring whose last rank comes late to one collective."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.wire import messages
+from tests.checkpoints import make_checkpoint
+from tests.integration.agents import ROOT, encode, join_ring, painting, play
+from tests.integration.test_agent_ring import mesh, paint
+from tests.watchdog import LIMIT, Metal
+
+LATE = 8.0  # seconds
+PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "agent", "coordinator"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("late")).path), "float32")
+
+
+# Of the first step, and in the middle of the second one.
+@pytest.mark.parametrize(("placement", "call"), [("tensor", 5), ("sequence", 11)])
+def test_a_ring_on_metal_goes_on_when_a_peer_comes_8_seconds_late(
+    tmp_path: Path, weights: Weights, placement: str, call: int
+) -> None:
+    async def scene() -> None:
+        assert LATE > LIMIT
+        envs = Metal("host", call, LATE).envs(PATHS)
+        async with mesh(tmp_path, weights, **envs) as ones:
+            await join_ring(ones, 1)
+            text = await encode(ones[0], weights)
+            found = []
+            for job in ("late", "in time"):
+                start = time.monotonic()
+                works = [painting(one, weights, text, placement=placement, job=job) for one in ones]
+                steps = await paint(ones, works)
+                found.append((time.monotonic() - start, steps[-1].latents))
+            (late, latents), (_, expected) = found
+            assert late >= LATE
+            assert np.array_equal(latents, expected)
+            status = [await one.status() for one in ones]
+            assert [(s.ring_rank, s.ring_size) for s in status] == [(0, 2), (1, 2)]
+
+    play(scene())
+
+
+def test_an_engine_whose_gpu_waited_for_a_late_peer_says_so(
+    tmp_path: Path, weights: Weights
+) -> None:
+    async def scene() -> None:
+        async with mesh(tmp_path, weights, **Metal("graph", 11, LATE).envs(PATHS)) as ones:
+            await join_ring(ones, 1)
+            text = await encode(ones[0], weights)
+            for one in ones:
+                await one.done(painting(one, weights, text, placement="sequence"))
+            failed = await ones[0].until(messages.Failed)
+            assert (failed.kind, failed.fatal) == (messages.PEER_LATE, True)
+            assert failed.text == (
+                "macOS ended the GPU's work while denoising, because it took longer than the 5 s "
+                "or so that its watchdog allows: another host of the ring came late, or other apps "
+                "kept the GPU busy."
+            )
+
+    play(scene())

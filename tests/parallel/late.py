@@ -1,0 +1,95 @@
+"""One rank beside a watchdog like Metal's, and a last rank that comes late to one collective.
+
+    MLX_RANK=0 MLX_HOSTFILE=ring.json python -m tests.parallel.late ROAD MOMENT... OUT
+
+Each MOMENT is played twice, first with all in time; OUT.json gets whether both gave the same bytes.
+Fails in Metal's words where something was in line on the GPU that waited for longer than LIMIT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.engine.lookahead import walked
+from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.step_cache import StepCache
+from fluxmesh.models.waiting import InGraph, OnHost
+from fluxmesh.sampling.denoise import denoise
+from tests.parallel.cases import Case, flow_of, noise_of, plan_of
+from tests.watchdog import Watchdog, late
+
+# As 8 s are to Metal's 5 s. A machine under load may keep a thread waiting for a second.
+LIMIT, LATE = 1.5, 2.4
+
+Play = Callable[[Ranks], np.ndarray]
+
+
+def painted(case: Case) -> Play:
+    """All steps of an image, with the questions between them."""
+
+    def play(ranks: Ranks) -> np.ndarray:
+        flow = flow_of(case, ranks)
+        plan = plan_of(case, flow)
+        mx.eval(plan.modulations, plan.pe)
+        cache = StepCache(case.cache, ranks.gather) if case.cache else None
+        walk = denoise(flow, plan, noise_of(case), cache=cache)
+        ahead = cache is None
+        for step, _ in walked(walk, case.steps, ranks, stopping=lambda: False, ahead=ahead):
+            x = np.array(step.x)
+        return x
+
+    return play
+
+
+def agreed(ranks: Ranks) -> np.ndarray:
+    return np.array(ranks.agree(b"the nonce of an epoch"))
+
+
+def trained(ranks: Ranks) -> np.ndarray:
+    """What `TrainingWorker` does with the sums of an update."""
+    total = mx.arange(1000, dtype=mx.int64)
+    mx.eval(total)
+    total = ranks.sum(total)
+    mx.eval(total)
+    return np.array(total * 2)
+
+
+CACHED = {"steps": 6, "cache": 0.608}
+# What is played, and the collective to which somebody comes late.
+MOMENTS: dict[str, tuple[Play, int]] = {
+    "nonce": (agreed, 1),
+    "training": (trained, 1),
+    "modulations": (painted(Case("odd", "tensor")), 1),
+    "first step of tensor": (painted(Case("odd", "tensor")), 3),
+    "later step of tensor": (painted(Case("odd", "tensor")), 12),
+    "first step of sequence": (painted(Case("odd", "sequence")), 3),
+    "later step of sequence": (painted(Case("odd", "sequence")), 10),
+    "later step of a cache": (painted(Case("cached", "sequence", **CACHED)), 10),
+}
+
+
+def main(road: str, moments: list[str], out: Path) -> None:
+    watchdog = Watchdog(LIMIT)
+    group = mx.distributed.init(strict=True, backend="ring")
+    ranks = Ranks(group, watchdog.collectives, OnHost() if road == "host" else InGraph())
+    is_late = ranks.rank == ranks.size - 1
+    same: dict[str, bool] = {}
+    for moment in moments:
+        play, call = MOMENTS[moment]
+        expected = play(ranks)
+        with late(call, LATE) if is_late else contextlib.nullcontext():
+            found = play(ranks)
+        watchdog.check()
+        same[moment] = found.tobytes() == expected.tobytes()
+    out.with_suffix(".json").write_text(json.dumps(same))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:-1], Path(sys.argv[-1]))
