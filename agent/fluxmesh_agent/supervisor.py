@@ -28,6 +28,12 @@ from fluxmesh.wire.transport.stream import AsyncChannel
 log = logging.getLogger(__name__)
 
 GONE_SECONDS = 10.0  # after SIGKILL
+# Of engines on a Mac, unless the environment says otherwise. Where a display is on, macOS may end
+# work of the GPU that the display has to wait for: trainings, and pictures of 2048 x 2048 pixels
+# (https://github.com/ml-explore/mlx/issues/3267). All engines have it, for the variable is set when
+# a process starts, and the same process paints and trains later. The price is a display that may
+# stutter meanwhile; the way to be sure is a display that sleeps.
+ON_DARWIN = {"AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Supervisor:
         environment = {
             # MLX computes on one GPU; with two in sight and float32, it was seen to abort.
             "CUDA_VISIBLE_DEVICES": "0",
+            **(ON_DARWIN if sys.platform == "darwin" else {}),
             **os.environ,
             # float32 means float32; bfloat16 doesn't care. Read when mlx loads.
             "MLX_ENABLE_TF32": "0",

@@ -46,7 +46,10 @@ def test_a_list_of_hosts_is_a_ring_in_the_order_of_the_list() -> None:
 def test_the_object_that_distributed_config_writes_for_a_jaccl_mesh() -> None:
     data = {
         "backend": "jaccl",
-        "envs": ["MLX_METAL_FAST_SYNCH=1", "NCCL_DEBUG=INFO", "HF_TOKEN=hf_x"],
+        "envs": [
+            *("MLX_METAL_FAST_SYNCH=1", "NCCL_DEBUG=INFO", "HF_TOKEN=hf_x"),
+            "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
+        ],
         "hosts": [
             {"ssh": "a", "ips": ["10.0.0.1"], "rdma": [None, ["rdma_en2", "rdma_en3"]]},
             {"ssh": "b", "ips": ["10.0.0.2"], "rdma": ["rdma_en2", None]},
@@ -56,7 +59,7 @@ def test_the_object_that_distributed_config_writes_for_a_jaccl_mesh() -> None:
     assert found.backend == "jaccl"
     assert found.hosts[0].rdma == (None, ("rdma_en2", "rdma_en3"))
     assert found.hosts[1].rdma == (("rdma_en2",), None)
-    assert found.envs == (("NCCL_DEBUG", "INFO"),)
+    assert found.envs == (("NCCL_DEBUG", "INFO"), ("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1"))
     fast, token = found.warnings
     assert "MLX_METAL_FAST_SYNCH" in fast and "hang the GPU" in fast
     assert "HF_TOKEN" in token and "hf_x" not in token
