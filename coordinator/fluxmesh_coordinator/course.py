@@ -41,6 +41,7 @@ class Course:
     source: np.ndarray | None = None  # of the picture to begin from, float32 [1, L, 4C]
     needs_plan: bool = False  # once all engines that are being ended have ended
     losses: int = 0
+    shuns_rings: bool = False  # once one was lost for a host that came late
 
     @classmethod
     def of(cls, job: Job) -> Course:
@@ -101,12 +102,19 @@ class Course:
         return self.ring is not None and self.in_ring and rank in self.ring.ranks
 
     def find(self, hosts: Sequence[HostInfo]) -> Plan:
-        """How what is left is best done by these hosts, as a request of that many images."""
+        """How what is left is best done by these hosts, as a request of that many images.
+
+        After a ring was lost for a late host, by `data` where any host can, whatever was asked for.
+        """
         left = max(1, len(self.album.unpainted))
         request = replace(self.job.request, n_images=left)
         ordered = tuple(sorted(hosts, key=lambda host: host.rank))
         view = MeshView(ordered, self.links.links, self.links.backend)
         placement, force = self.job.placement, self.job.force_shard
+        if self.shuns_rings:
+            found = plan(request, view, self.job.sizes, placement="data")
+            if found.winner is not None:
+                return found
         found = plan(request, view, self.job.sizes, placement=placement, force_shard=force)
         if found.winner is None and self.losses and hosts:
             # A picture that is finished in another way is better than none.

@@ -6,6 +6,7 @@ Pure; below `session.py`. An engine names the class of `fluxmesh.errors` that it
 from __future__ import annotations
 
 from fluxmesh import errors
+from fluxmesh.wire.messages import PEER_LATE
 
 # What the request itself is to blame for: every host would say the same.
 FINAL = {"UsageError", "AdapterError"}
@@ -18,6 +19,7 @@ REFUSALS = {
     "memory": "DoesNotFitError",
     "version": "UsageError",
 }
+LATE = PEER_LATE  # nobody's fault; a ring of the same hosts would end so again
 DIED = "Died"  # an engine's end, for which its own host is to blame even in a ring
 
 

@@ -55,6 +55,8 @@ class Recovery:
             return
         # A survivor of a broken ring fails too; the one to blame is the one that died.
         blamed = kind == failures.DIED or not self.course.has_ring_with(worker.rank)
+        if kind == failures.LATE:
+            blamed, self.course.shuns_rings = False, True
         self.engine_lost(worker, text, now, blamed=blamed)
         if not fatal and kind in failures.OF_HOST:
             self._drop(worker.rank)

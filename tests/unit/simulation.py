@@ -9,6 +9,7 @@ from typing import Any
 
 from fluxmesh import events
 from fluxmesh.cluster.hostfile import Host
+from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs import (
     Answered,
@@ -73,6 +74,17 @@ class Simulation:
     def machine(self, rank: int, fence: int = 1) -> Machine:
         host = Host(rank, "127.0.0.1", ("127.0.0.1",))
         return Machine(LeasedHost(mac(rank, holds=None), host, fence, 0, is_up=False))
+
+    def give(self, nbytes: int) -> None:
+        """Each host has so much memory, before it begins."""
+        for machine in self.machines.values():
+            info = replace(machine.leased.info, memory_bytes=nbytes, free_bytes=nbytes)
+            machine.leased = replace(machine.leased, info=info)
+
+    def plan(self) -> Plan:
+        """How it would be done, before it begins."""
+        hosts = [machine.leased.info for machine in self.machines.values()]
+        return self.session.find(hosts, self.links)
 
     # Running
 
@@ -177,12 +189,12 @@ class Simulation:
     def stop_engine(self, rank: int) -> None:
         self.machines[rank].is_stopped = True
 
-    def fail(self, rank: int, kind: str, text: str = "x.") -> None:
+    def fail(self, rank: int, kind: str, text: str = "x.", *, fatal: bool = False) -> None:
         machine = self.machines[rank]
         machine.line.clear()
         machine.running = None
         epoch = self.session.course.workers[rank].epoch
-        self.feed(Reported(rank, messages.Failed(epoch, "job", kind, text, False)))
+        self.feed(Reported(rank, messages.Failed(epoch, "job", kind, text, fatal)))
 
     def lose(self, rank: int) -> None:
         del self.machines[rank]

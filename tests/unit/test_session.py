@@ -239,6 +239,40 @@ def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None
     assert firsts == [(0, 1), (2, 3)]
 
 
+@pytest.mark.parametrize("placement", [None, "sequence", "tensor"])
+def test_a_ring_lost_for_a_late_host_is_not_formed_again_and_nobody_is_blamed(
+    placement: Any,
+) -> None:
+    def break_it(mesh: Simulation) -> None:  # as it would each time: the peer compiles again
+        ring = mesh.session.course.ring
+        if ring is not None and ring.is_up and len(mesh.of(events.Step)) >= 2:
+            mesh.fail(0, messages.PEER_LATE, "The GPU waited for too long.", fatal=True)
+
+    done = Simulation(3, placement=placement, steps=6, faults=break_it).run()
+    check(done)
+    assert [lost.host for lost in done.of(events.HostLost)] == [0]
+    assert len({join.epoch for join in done.messages(messages.Join)}) == 1
+    assert [plan.placement for plan in done.of(events.Planned)][1:] == ["data"]
+    assert len(done.of(events.Step)) == 6  # what the ring had done stays done
+    assert sorted(done.session.course.workers) == [0, 1, 2]
+    assert all(done.session._recovery.takes(rank) for rank in range(3))
+
+
+def test_a_model_that_no_host_holds_goes_on_in_a_ring_after_a_late_host() -> None:
+    def break_it(mesh: Simulation) -> None:
+        if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
+            mesh.fail(0, messages.PEER_LATE, "The GPU waited for too long.", fatal=True)
+
+    mesh = Simulation(2, placement="tensor", steps=6, faults=break_it)
+    size = 100_000
+    mesh.give(size)
+    while mesh.plan().winner is None:  # to the least with which one shard fits
+        size += size // 10
+        mesh.give(size)
+    check(mesh.run())
+    assert [plan.placement for plan in mesh.of(events.Planned)] == ["tensor", "tensor"]
+
+
 def test_a_host_that_failed_twice_is_left_out() -> None:
     def break_it(mesh: Simulation) -> None:
         if len(mesh.machines[1].made) > len(deaths) and 1 in mesh.session.course.workers:
