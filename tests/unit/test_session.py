@@ -239,16 +239,18 @@ def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None
     assert firsts == [(0, 1), (2, 3)]
 
 
-@pytest.mark.parametrize("placement", [None, "sequence", "tensor"])
+@pytest.mark.parametrize(
+    "asked", [{"placement": "sequence"}, {"placement": "tensor"}, {"force_shard": True}]
+)
 def test_a_ring_lost_for_a_late_host_is_not_formed_again_and_nobody_is_blamed(
-    placement: Any,
+    asked: dict[str, Any],
 ) -> None:
     def break_it(mesh: Simulation) -> None:  # as it would each time: the peer compiles again
         ring = mesh.session.course.ring
         if ring is not None and ring.is_up and len(mesh.of(events.Step)) >= 2:
             mesh.fail(0, messages.PEER_LATE, "The GPU waited for too long.", fatal=True)
 
-    done = Simulation(3, placement=placement, steps=6, faults=break_it).run()
+    done = Simulation(3, steps=6, faults=break_it, **asked).run()
     check(done)
     assert [lost.host for lost in done.of(events.HostLost)] == [0]
     assert len({join.epoch for join in done.messages(messages.Join)}) == 1
