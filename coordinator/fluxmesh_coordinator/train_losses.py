@@ -13,7 +13,7 @@ from fluxmesh.events import HostLost
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import failures
-from fluxmesh_coordinator.blame import Blame
+from fluxmesh_coordinator.blame import ENOUGH, Blame
 from fluxmesh_coordinator.hosts import SILENCE
 from fluxmesh_coordinator.train_course import TrainCourse
 from fluxmesh_coordinator.train_hands import Hand
@@ -36,6 +36,7 @@ class Losses:
         self.course, self.tell, self.end = course, tell, end
         self._blame = Blame()
         self._attempts = 0
+        self._calm = 0  # micro-batches since somebody was overdue
         self._since = 0.0  # when something was done last
         self._longest: float | None = None  # that nothing was done, in this ring
         self._end_by = 0.0
@@ -54,6 +55,10 @@ class Losses:
         """A host has done a micro-batch."""
         self._blame.worked(rank)
         self._moved(now)
+        self._calm += 1
+        if self._calm == ENOUGH:  # else each of a day's alarms would double the wait for the next
+            for hand in self.course.hands.values():
+                hand.worker.patience = 1.0
 
     def _moved(self, now: float) -> None:
         self._longest = max(self._longest or 0.0, now - self._since)
@@ -86,6 +91,7 @@ class Losses:
 
     def _overdue(self, hand: Hand, reason: str, now: float) -> None:
         """Somebody gave no sign in time. It may have been slow: deadlines are longer now."""
+        self._calm = 0
         in_ring = self._is_in_ring(hand)
         for other in self.course.members if in_ring else [hand]:
             other.worker.patience *= 2
