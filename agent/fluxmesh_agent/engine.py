@@ -46,6 +46,7 @@ from fluxmesh.wire.messages import (
     Join,
     Joined,
     Loaded,
+    Measure,
     Message,
     Paint,
     Pictured,
@@ -170,9 +171,10 @@ class Engine:
             end = gpu_end(error)
             if end is None:
                 return self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
+            in_ring = together or (isinstance(work, Measure) and work.placement != "data")
             relaxed = os.environ.get(RELAX) == "1"
-            text = explain(end, self.worker.doing, in_ring=together, relaxed=relaxed)
-            kind = PEER_LATE if together and end.is_late else "Raised"
+            text = explain(end, self.worker.doing, in_ring=in_ring, relaxed=relaxed)
+            kind = PEER_LATE if in_ring and end.is_late else "Raised"
             return self._end(Failed(work.epoch, work.job, kind, text, fatal=True), error)
         finally:
             self._work = None

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fluxmesh import events
 from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.engine.reference import Runner
 from fluxmesh.wire import messages
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import ROOT, encode, join_ring, painting, play
 from tests.integration.test_agent_ring import mesh, paint
+from tests.integration.test_mesh import mesh_of, pictures, request_of
 from tests.watchdog import LIMIT, Metal
 
 LATE = 8.0  # seconds
@@ -69,3 +72,25 @@ def test_an_engine_whose_gpu_waited_for_a_late_peer_says_so(
             )
 
     play(scene())
+
+
+@pytest.mark.parametrize(
+    ("road", "call", "plans"),
+    [
+        ("host", 5, ["sequence"]),  # a first step may take long: it is waited for
+        ("host", 12, ["sequence", "sequence"]),  # a later one is late after 5 s: one step is lost
+        ("graph", 5, ["sequence", "data"]),  # should a GPU wait after all
+    ],
+)
+def test_a_late_peer_costs_a_mesh_a_step_at_most(
+    checkpoint: Path, tmp_path: Path, road: str, call: int, plans: list[str]
+) -> None:
+    request = request_of(checkpoint, steps=4)
+    (alone,) = pictures(list(Runner().run(request)))
+    with mesh_of(tmp_path, 2, checkpoint, Metal(road, call, LATE).envs(PATHS)) as one:
+        told = list(one.generate(request, "sequence"))
+    (picture,) = pictures(told)
+    assert np.abs(picture.astype(int) - alone.astype(int)).max() <= 1
+    assert [event.placement for event in told if isinstance(event, events.Planned)] == plans
+    steps = [event.step for event in told if isinstance(event, events.Step)]
+    assert steps == [1, 2, 3, 4]  # none that was acknowledged is made again
