@@ -28,6 +28,7 @@ from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer
 
 STEPS = 3
+WAITING_SIZES = (2, 3)  # ranks that also run each case with a host that waits for collectives
 
 # 19 tokens, which no number of ranks divides; 12 heads of 6 channels; an embedding of guidance
 ODD = FluxConfig(

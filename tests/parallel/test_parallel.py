@@ -13,11 +13,11 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.parallel import worker
-from tests.parallel.cases import ON_DISK, STEPS, Case, cases
+from tests.parallel.cases import ON_DISK, STEPS, WAITING_SIZES, Case, cases
 from tests.parallel.ring import run_ranks
 
 SIZES = (2, 3, 4)
-TIMEOUT = 90.0  # of all ranks together: a hang is a failure, not a wait
+TIMEOUT = 180.0  # of all ranks together: a hang is a failure, not a wait
 CASES = [case for case in cases(2, Path()) if case.placement == "tensor"]
 NAMES = [case.name for case in CASES if not case.cache]
 EXACT = [name for name in NAMES if name != "bfloat16"]
@@ -29,7 +29,7 @@ class Result(NamedTuple):
     case: Case
     latents: list[np.ndarray]  # of each rank
     did: list[dict[str, Any]]  # by each rank
-    on_host: list[np.ndarray]  # latents of each rank, where the host waits for collectives
+    on_host: list[np.ndarray]  # latents of each rank, where hosts wait for collectives, if they do
     did_on_host: list[dict[str, Any]]
     nonces: list[tuple[bool, bool]]  # whether each rank thought the same, and different ones, equal
     one: np.ndarray
@@ -64,8 +64,12 @@ def result(tmp_path_factory):
             case,
             [np.load(out.with_suffix(".npz"))[key] for out in outs],
             [report[key] for report in reports],
-            [np.load(out.with_suffix(".npz"))[f"{key}/on host"] for out in outs],
-            [report[f"{key}/on host"] for report in reports],
+            [
+                np.load(out.with_suffix(".npz"))[f"{key}/on host"]
+                for out in outs
+                if size in WAITING_SIZES
+            ],
+            [report[f"{key}/on host"] for report in reports if size in WAITING_SIZES],
             [(report["same nonce"], report["strange nonce"]) for report in reports],
             one,
             did,
@@ -109,11 +113,12 @@ def test_every_rank_has_the_same_whole_latents(result, size, placement):
             assert latents.tobytes() == found.latents[0].tobytes(), name
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", WAITING_SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_a_host_that_waits_for_collectives_gets_what_the_graph_gets(result, size, placement, name):
     found = result(size, name, placement)
+    assert len(found.on_host) == size
     for waited, lazy in zip(found.on_host, found.latents, strict=True):
         assert waited.tobytes() == lazy.tobytes()
     assert found.did_on_host == found.did  # work, collectives, bytes sent, steps reused
