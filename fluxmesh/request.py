@@ -13,7 +13,8 @@ import numpy as np
 
 from fluxmesh.errors import UsageError
 
-DTYPES = ("bfloat16", "float32")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPES = tuple(DTYPE_BYTES)
 BITS = (3, 4, 5, 6, 8)
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 4096
@@ -94,7 +95,7 @@ class GenerateRequest:
         if not (math.isfinite(self.guidance) and 0 <= self.guidance <= 100):
             raise UsageError(f"--guidance is {self.guidance}; it must be 0 to 100.")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype is {self.dtype!r}; choose bfloat16 or float32.")
+            raise UsageError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
         if self.bits is not None and self.bits not in BITS:
             raise UsageError(f"--bits is {self.bits}; choose 3, 4, 5, 6 or 8.")
         if self.decoding_batch_size < 1:

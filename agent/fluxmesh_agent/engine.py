@@ -63,6 +63,7 @@ from fluxmesh_agent.model_paths import Roots
 log = logging.getLogger("engine")
 
 BEAT_SECONDS = 1.0
+IDLE_SECONDS = 1.0  # without work, until freed memory is given back
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
 LAST = (  # after the last of these, a unit is over
     *(Loaded, Encoded, SourceEncoded, Pictured, Timed, training.Opened, training.Moved),
@@ -115,9 +116,10 @@ class Engine:
         threading.Thread(target=self._beat, daemon=True).start()
         if self.config.memory is not None:
             mx.set_memory_limit(self.config.memory)
+        memory.bound_cache()
         self.channel.send(device(self.config.memory))
         while True:
-            message = self._line.get()
+            message = self._next()
             if isinstance(message, Cancel):
                 self._cancel(message.job, -1)  # what comes after it is new work
                 if message.fence:  # else the agent's own, for a coordinator that is gone
@@ -134,6 +136,17 @@ class Engine:
             self._account(is_over=True)
             if last is not None:
                 self.channel.send(last)
+
+    def _next(self) -> Message:
+        """What is next in line. Where nothing comes for a while, an idle engine keeps weights alone.
+
+        Not after each unit: what one frees the next one takes.
+        """
+        try:
+            return self._line.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            memory.give_back()
+            return self._line.get()
 
     def _account(self, *, is_over: bool) -> None:
         worker = self.worker

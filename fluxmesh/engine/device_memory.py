@@ -13,14 +13,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from fluxmesh.kernels.ops import device
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
+from fluxmesh.planning import activations
+from fluxmesh.request import DTYPE_BYTES
 from fluxmesh.weights import reader
 from fluxmesh.weights.checkpoint import Checkpoint
 
-BYTES = {"bfloat16": 2.0, "float32": 4.0}
 GROUP = 64  # weights that share a scale and a bias when quantized
 ROOMY = 0.7  # share of memory that resident weights may take; the rest is for activations
+# Of freed memory, what Metal may keep: a block of a step at 2048x2048 frees and takes some 1.5 GB.
+# MLX's own limit is 95% of the machine. On small Macs an eighth serves a step at 1024x1024.
+CACHE_BYTES, CACHE_SHARE = 2 << 30, 1 / 8
 
 
 def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None, shards: int = 1) -> float:
@@ -28,7 +33,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None, shards:
 
     Of the transformer, 1/`shards`.
     """
-    plain = BYTES[dtype]
+    plain = DTYPE_BYTES[dtype]
     bits = checkpoint.bits or bits
     packed = plain if bits is None else bits / 8 + 2 * plain / GROUP
     return sum(
@@ -64,39 +69,55 @@ def is_roomy(
 
 
 def denoising_room(config: FluxConfig, tokens: int, dtype: mx.Dtype, scarce: bool) -> float:
-    """Bytes for what a step computes, beside the weights: enough that a GPU never waits for it.
-
-    With `scarce`, as little as costs a few hundredths of the speed. Measured at 1024x1024 and
-    512x512 (docs/performance.md); a step's results together are about 500 hidden states.
-    """
-    state = tokens * config.hidden_size * dtype.size
-    return max(1.5e9, 70 * state) if scarce else max(3e9, 106 * state)
+    """Bytes for what a step computes beside the weights (`planning/activations.py`)."""
+    return activations.denoising_room(tokens * config.hidden_size * dtype.size, device(), scarce)
 
 
 def decoding_room(
     config: AutoencoderConfig, height: int, width: int, dtype: mx.Dtype, scarce: bool
 ) -> float:
-    """Bytes for what the decoder computes of a picture of so many pixels; as `denoising_room`."""
+    """Bytes for what the decoder, or the encoder, computes of a picture of so many pixels."""
     largest = height * width * config.widths[min(1, len(config.widths) - 1)] * dtype.size
-    return max(1e9, (4 if scarce else 8) * largest)
+    return activations.decoding_room(largest, device(), scarce)
 
 
 @contextmanager
 def bounded(room: float) -> Iterator[None]:
-    """Inside, results that wait for their use take at most about `room` bytes, where MLX can wait.
+    """Inside, results that wait for their use take at most about `room` bytes.
 
-    MLX describes work to a CUDA GPU as fast as the host can, and holds whatever that will write
-    until it has run: 12 GB ahead of a step of FLUX, and no faster for it. Beyond its limit MLX
-    waits for the GPU before it describes more. Metal and the CPU are given little at a time anyway.
+    MLX describes work as fast as the host can, and holds whatever that will write until it has run:
+    on a CUDA GPU 12 GB ahead of a step of FLUX, and no faster for it; on Metal ten command buffers,
+    each of which may be one convolution of a picture with gigabytes of its own. Beyond its limit
+    MLX waits for the device before it describes more, and on Metal keeps no more freed memory
+    than that. What is computed stays the same to the bit.
+
+    The limit stays within the one that holds already, and within what the device may use: there it
+    is better to wait for the device than to make macOS page the weights out.
     """
-    if not mx.cuda.is_available() or mx.default_device() != mx.Device(mx.gpu):
-        yield
-        return
-    before = mx.set_memory_limit(int(mx.get_active_memory() + room))
+    before = mx.get_memory_limit()
+    mx.set_memory_limit(min(before, memory_of_device(), int(mx.get_active_memory() + room)))
     try:
         yield
     finally:
         mx.set_memory_limit(before)
+
+
+def bound_cache() -> None:
+    """On Metal, lets MLX keep CACHE_BYTES of freed memory for its next use, and not all of it."""
+    if device() == "metal":
+        mx.set_cache_limit(int(min(CACHE_BYTES, CACHE_SHARE * memory_of_device())))
+
+
+def free_cache() -> None:
+    """Lets it keep as much as the device may use: a training frees and takes tens of GB a step."""
+    if device() == "metal":
+        mx.set_cache_limit(memory_of_device())
+
+
+def give_back() -> None:
+    """Gives freed memory that MLX keeps to whom it is in common with; a CUDA GPU's is its own."""
+    if device() != "cuda":
+        mx.clear_cache()
 
 
 @dataclass

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine import device_memory
 from fluxmesh.engine.lazy_models import Models
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
@@ -106,7 +108,8 @@ class FluxPipeline(Models):
         painted = None
         if source.mask is not None:
             painted = mask_latents(source.mask, config.downsampling, config.z_channels)
-        mx.eval(clean)
+        with self.bounded_pixels(*source.pixels.shape[:2]):
+            mx.eval(clean)
         return SourceLatents(clean, painted)
 
     def noise(self, seed: int, latent_size: LatentSize) -> mx.array:
@@ -265,15 +268,35 @@ class FluxPipeline(Models):
         if reload_text_encoders:
             self.reload_text_encoders()
         for x in steps:
-            mx.eval(x)
+            with self.bounded_steps(latent_size):
+                mx.eval(x)
+        side = self.checkpoint.autoencoder.downsampling
         images = []
         for k in range(n_images):
-            image = self.decode(x[k : k + 1], latent_size)
-            mx.eval(image)
+            with self.bounded_pixels(latent_size[0] * side, latent_size[1] * side):
+                image = self.decode(x[k : k + 1], latent_size)
+                mx.eval(image)
             if source is not None and source.mask is not None:
                 image = mx.array(composite(to_pixels(image)[0], source)[None]) / 255.0
             images.append(image)
         return mx.concatenate(images)
+
+    def bounded_steps(self, latent_size: LatentSize) -> AbstractContextManager[None]:
+        """Inside, MLX runs no further ahead of a step than it has to (`memory.bounded`)."""
+        rows, columns = (side // latents.PATCH for side in latent_size)
+        tokens = rows * columns + self.checkpoint.defaults.t5_max_length
+        config, dtype = self.checkpoint.transformer, self.dtype
+        return device_memory.bounded(
+            device_memory.denoising_room(config, tokens, dtype, self.low_memory)
+        )
+
+    def bounded_pixels(
+        self, height: int, width: int, images: int = 1
+    ) -> AbstractContextManager[None]:
+        """The same for encoding or decoding `images` pictures of so many pixels at once."""
+        config, dtype = self.checkpoint.autoencoder, self.dtype
+        room = device_memory.decoding_room(config, height, width, dtype, self.low_memory)
+        return device_memory.bounded(images * room)
 
     def check_size(self, latent_size: LatentSize, source: SourceImage | None) -> None:
         """Raises `UsageError` where the sides are odd or the source is of another size."""

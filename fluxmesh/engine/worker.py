@@ -29,7 +29,6 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, Measured
-from fluxmesh.engine import device_memory
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import Held, Options, Stopped
@@ -40,7 +39,6 @@ from fluxmesh.request import SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
-from fluxmesh.sampling.latents import PATCH
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
 
@@ -243,11 +241,7 @@ class Worker(Held):
             self.doing = "decoding"
             self._begin("decoding", "decode")
             start = time.perf_counter()
-            config = pipeline.checkpoint.autoencoder
-            room = device_memory.decoding_room(
-                config, work.height, work.width, pipeline.dtype, pipeline.low_memory
-            )
-            with device_memory.bounded(room * len(work.images)):
+            with pipeline.bounded_pixels(work.height, work.width, len(work.images)):
                 pixels = to_pixels(pipeline.decode(mx.array(work.latents), self._latent_size(work)))
             self.quiet = ""
             seconds = (time.perf_counter() - start) / len(pixels)
@@ -278,9 +272,10 @@ class Worker(Held):
         spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
         if len(spent) < plan.steps:  # it was told to stop
             return
-        mx.eval(pipeline.decode(x, size))
-        start = time.perf_counter()
-        mx.eval(pipeline.decode(x, size))
+        with pipeline.bounded_pixels(work.height, work.width):
+            mx.eval(pipeline.decode(x, size))
+            start = time.perf_counter()
+            mx.eval(pipeline.decode(x, size))
         measured = Measured(
             weights.model,
             work.height,
@@ -300,12 +295,7 @@ class Worker(Held):
         self, work: Paint | Measure, walk: Iterator[Step], steps: int, ahead: bool = True
     ) -> Iterator[tuple[Step, float]]:
         """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
-        pipeline = self.model
-        rows, columns = (side // PATCH for side in self._latent_size(work))
-        tokens = rows * columns + pipeline.checkpoint.defaults.t5_max_length
-        config = pipeline.checkpoint.transformer
-        room = device_memory.denoising_room(config, tokens, pipeline.dtype, pipeline.low_memory)
-        with device_memory.bounded(room):
+        with self.model.bounded_steps(self._latent_size(work)):
             yield from walked(
                 walk,
                 steps,

@@ -25,14 +25,17 @@ from fluxmesh.models.flux1.config import (
 from fluxmesh.models.flux1.partition import token_run
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.tiling import UNTILED_LATENTS
+from fluxmesh.planning.activations import (
+    SPLIT_STATES,
+    STATES,
+    WIDE_STATES,
+    Platform,
+    decoding_bytes,
+)
+from fluxmesh.request import DTYPE_BYTES as BYTES
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights.checkpoint import Checkpoint, ModelDefaults
-
-BYTES = {"bfloat16": 2, "float32": 4}
-ACTIVATIONS = 24  # arrays of tokens by hidden size that a step holds at once, at most
-SPLIT_ACTIVATIONS = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
-DECODE_ARRAYS = 4  # arrays of the largest size that a decode holds at once
 
 
 @dataclass(frozen=True)
@@ -179,33 +182,36 @@ class Work:
         whole = self.steps * columns * BYTES[self.weights.dtype]
         return math.ceil(whole * (hosts - 1) / hosts)
 
-    def memory(self, placement: Placement, hosts: int, shards: int) -> Phases:
+    def memory(
+        self, placement: Placement, hosts: int, shards: int, platform: Platform = "cuda"
+    ) -> Phases:
         """Bytes on one of `hosts` hosts whose engine holds 1/`shards` of the transformer."""
         config, size = self.model.transformer, BYTES[self.weights.dtype]
         row = config.hidden_size * size
+        states = STATES + (WIDE_STATES if self.weights.dtype == "float16" else 0)
         if placement == "sequence":
             own = math.ceil(self.tokens / hosts)
-            working = ACTIVATIONS * own * row + 4 * own * hosts * row  # K and V, whole, twice
+            working = states * own * row + 4 * own * hosts * row  # K and V, whole, twice
         elif placement == "tensor":
-            kept = ACTIVATIONS - SPLIT_ACTIVATIONS
-            working = math.ceil((kept + SPLIT_ACTIVATIONS / hosts) * self.tokens * row)
+            kept = states - SPLIT_STATES
+            working = math.ceil((kept + SPLIT_STATES / hosts) * self.tokens * row)
         else:
-            working = ACTIVATIONS * self.tokens * row
+            working = states * self.tokens * row
         transformer = self.transformer.on_each_of(shards)
-        decode = self.autoencoder_bytes + self._decode_bytes()
+        decode = self.autoencoder_bytes + self._decode_bytes(platform)
         if self.low_memory:  # the modulation weights, then the others, then the autoencoder
             modulation = math.ceil(self.modulation_bytes / shards)
             return Phases(max(modulation, transformer - modulation + working), decode)
         extra = self.autoencoder_bytes if self.preload else 0
         return Phases(transformer + working + extra, decode + transformer)
 
-    def _decode_bytes(self) -> int:
+    def _decode_bytes(self, platform: Platform) -> int:
         ae = self.model.autoencoder
         latents = self.height * self.width // ae.downsampling**2
         pixels = min(latents, UNTILED_LATENTS) * ae.downsampling**2
         widest = ae.widths[min(1, len(ae.widths) - 1)]  # what comes in at the finest level
         batch = min(self.decoding_batch_size, self.images)
-        return DECODE_ARRAYS * batch * pixels * widest * BYTES[self.weights.dtype]
+        return decoding_bytes(batch * pixels * widest * BYTES[self.weights.dtype], platform)
 
 
 def tensor_problem(work: Work, hosts: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine import device_memory
 from fluxmesh.engine.residency import Options, Stopped
 from fluxmesh.engine.worker import Reports, Worker, from_wire
 from fluxmesh.errors import FluxmeshError, UsageError
@@ -114,6 +115,7 @@ class TrainingWorker(Worker):
             self._learner.close()
             self._learner = None
             self._spread.clear()
+            device_memory.bound_cache()
 
     @property
     def learner(self) -> Learner:
@@ -177,6 +179,7 @@ class TrainingWorker(Worker):
                 _check_state(vectors, learner.adapters.size)
                 learner.restore(work.update, vectors)
             self._learner = learner
+        device_memory.free_cache()
         yield Opened(work.job, work.epoch, learner.adapters.size, self.content)
 
     def _update(self, work: Update) -> Reports:

@@ -7,13 +7,11 @@ where a micro-batch needs more, it still runs, if more slowly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import mlx.core as mx
-
+from fluxmesh.engine.device_memory import bounded
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training.compute.custom_gradients import SCORES
+
+__all__ = ["bounded", "needed"]
 
 # Of a checkpointed gradient, in activations ([B, S, D] each), measured on a CPU with nothing
 # queued: what each block leaves, and what the block whose turn it is takes.
@@ -30,13 +28,3 @@ def needed(flux: Flux, tokens: int, trained: int) -> int:
     activation = tokens * config.hidden_size * flux.dtype.size
     blocks = config.depth + config.depth_single_blocks
     return (KEPT * blocks + IN_USE) * activation + 3 * SCORES + A_NUMBER * trained
-
-
-@contextmanager
-def bounded(more: int) -> Iterator[None]:
-    """Lets MLX queue no more work than fits in `more` bytes beside what is held now."""
-    before = mx.set_memory_limit(mx.get_active_memory() + more)
-    try:
-        yield
-    finally:
-        mx.set_memory_limit(before)

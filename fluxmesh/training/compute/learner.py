@@ -201,8 +201,10 @@ class Learner:
             for step in denoise(self.flux, made, x):
                 self.go_on()
                 x = step.x
-                mx.eval(x)
-        pixels = to_pixels(pipeline.decode(x, size))[0]
+                with pipeline.bounded_steps(size):
+                    mx.eval(x)
+        with pipeline.bounded_pixels(*self.plan.picture_size):
+            pixels = to_pixels(pipeline.decode(x, size))[0]
         del pipeline.ae
         return pixels
 

@@ -74,8 +74,10 @@ class Encoder:
         if isinstance(unit, Caption):
             known = self.pipeline.encode(unit.text)
             return {"t5": _stored(known.t5), "clip": _stored(known.clip)}
-        clean = self.pipeline.ae.encode(mx.array(to_model_range(self.units.pixels(unit))))
-        return {"latents": _stored(latents.pack(clean.astype(mx.float32)))}
+        pixels = to_model_range(self.units.pixels(unit))
+        clean = self.pipeline.ae.encode(mx.array(pixels))
+        with self.pipeline.bounded_pixels(*pixels.shape[1:3]):
+            return {"latents": _stored(latents.pack(clean.astype(mx.float32)))}
 
     # What the training reads
 
