@@ -31,6 +31,7 @@ from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
 from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
+from fluxmesh.kernels import ops
 from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
@@ -138,7 +139,7 @@ class Engine:
                 self.channel.send(last)
 
     def _next(self) -> Message:
-        """What is next in line. Where nothing comes for a while, an idle engine keeps weights alone.
+        """What is next in line. An engine that waits for it keeps weights in memory, and no more.
 
         Not after each unit: what one frees the next one takes.
         """
@@ -278,6 +279,7 @@ def device(limit: int | None = None) -> Device:
         mlx_version=metadata.version("mlx"),
         memory_bytes=total if limit is None else min(limit, total),
         flops_per_second=_flops(),
+        platform=ops.device(),
     )
 
 

@@ -61,6 +61,8 @@ def status_of(
         ring=ring,
         ring_rank=rank,
         ring_size=size,
+        platform=device.platform if device else "metal" if machine.is_mac() else "cpu",
+        machine_bytes=machine.memory_bytes(),
     )
 
 

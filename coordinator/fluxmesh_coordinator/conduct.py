@@ -21,6 +21,7 @@ from fluxmesh.errors import (
 )
 from fluxmesh.events import Loading, Queued
 from fluxmesh.wire import messages
+from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.clock import OwnClock
@@ -64,7 +65,8 @@ class Served(Protocol):
     def handle(self, event: Any, now: float) -> list[Instruction]: ...
 
     def find(self, hosts: Sequence[HostInfo], links: Links) -> Any:
-        """A plan: `winner` with `ranks`, `text_rank` and `seconds`, or None for a `reason`."""
+        """A plan: `winner` with `ranks`, `text_rank` and `seconds`, or None for a `reason`, and
+        `remedies`."""
 
     def has_given_up(self, ranks: Iterable[int]) -> bool: ...
 
@@ -143,7 +145,7 @@ class Conductor:
                 continue
             if deadline is None:
                 deadline = self._now + (self._patience() if wait is None else wait)
-            await self._await_change(deadline, plan.reason, infos)
+            await self._await_change(deadline, plan, infos)
 
     def _patience(self) -> float:
         """How long a mesh that can't do the work may take to change, where nobody said."""
@@ -154,7 +156,7 @@ class Conductor:
             return RETURN if missing else 0.0
         return 0.0
 
-    async def _await_change(self, deadline: float, reason: str, infos: dict[int, HostInfo]) -> None:
+    async def _await_change(self, deadline: float, plan: Any, infos: dict[int, HostInfo]) -> None:
         """Until a host comes or goes. Raises where that takes too long."""
         if self.session.has_given_up(self.driver.hosts):
             raise FluxmeshError("Every host has failed twice in this job; see `fluxmesh logs`.")
@@ -164,7 +166,8 @@ class Conductor:
                 raise self.driver.unreachable()
             gone = sorted(self.driver.reasons)
             also = f" Hosts that do not answer: {', '.join(map(str, gone))}." if gone else ""
-            raise DoesNotFitError(f"{reason}{also}")
+            helps = remedies.told(plan.remedies)
+            raise DoesNotFitError(f"{plan.reason}{helps and f' {helps}'}{also}")
         await self._unless_stopped(self.driver.change(min(left, LOOK)))
 
     async def _take(self, ranks: list[int], option: Any) -> list[LeasedHost] | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo, Weights
+from fluxmesh.planning.remedies import Remedy
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_name, crop_name
 from fluxmesh.training.plan import NO_CAPTION, Plan
 from fluxmesh.training.run import Moved
@@ -229,6 +230,7 @@ class Choice:
 
     winner: Chosen | None
     reason: str = ""
+    remedies: tuple[Remedy, ...] = ()  # as a plan has them; the reason says it all
 
 
 def choose(job: TrainJob, hosts: Sequence[HostInfo], links: Links) -> Choice:

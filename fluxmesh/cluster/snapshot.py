@@ -17,6 +17,8 @@ from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 
 Placement = Literal["data", "sequence", "tensor"]
+Platform = Literal["metal", "cuda", "cpu"]
+"""What MLX computes with: Apple's GPU, NVIDIA's, or the processor."""
 Layout = Literal["replicated", "sharded"]
 
 
@@ -96,6 +98,8 @@ class HostInfo:
     measured: tuple[Measured, ...] = ()
     holds: Holding | None = None
     device: str = ""  # agents that name the same one share its memory and its time
+    platform: Platform = "cpu"
+    machine_bytes: int = 0  # all memory of the machine; 0 is unknown
 
     def __post_init__(self) -> None:
         _check("memory_bytes", self.memory_bytes, 0)

@@ -23,6 +23,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from fluxmesh.cluster.snapshot import Platform
 from fluxmesh.kernels import cuda_group_norm, cuda_transformer
 
 EPS = 1e-6
@@ -32,7 +33,7 @@ Stream = tuple[mx.array, Sequence[mx.array]]
 
 
 @functools.cache
-def device() -> str:
+def device() -> Platform:
     """Where arrays are computed by default: "cuda", "metal" or "cpu"."""
     if mx.default_device() != mx.Device(mx.gpu):
         return "cpu"

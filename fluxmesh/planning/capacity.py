@@ -38,10 +38,11 @@ class Memory:
             self.devices.setdefault(host.device_key, []).append(host)
 
     def needed(self, placement: Placement, hosts: int, shards: int) -> int:
-        """Bytes on each of `hosts` hosts, in the phase that needs most."""
+        """Bytes on each of `hosts` hosts, in the phase and on the platform that needs most."""
         how = (placement, hosts, shards)
         if how not in self._needed:
-            self._needed[how] = max(self.work.memory(*how))
+            platforms = {host.platform for host in self.view.hosts}
+            self._needed[how] = max(max(self.work.memory(*how, kind)) for kind in platforms)
         return self._needed[how]
 
     def needs(

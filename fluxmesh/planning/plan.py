@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.planning.candidates import Option, Options, Phase
 from fluxmesh.planning.capacity import Need
+from fluxmesh.planning.remedies import Remedy, remedies
 from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 
-__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Work", "plan"]
+__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Work", "plan"]
 
 CLOSE = 1.05  # a faster way must be faster than this to be preferred to a more exact one
 EXACTNESS = ("data", "mixed", "sequence", "tensor")
@@ -37,6 +38,7 @@ class Plan:
     options: tuple[Option, ...]
     winner: Option | None  # None where nothing that was asked for can be done
     reason: str  # why the winner won, or why there is none
+    remedies: tuple[Remedy, ...] = ()  # with which there would be one
 
 
 def plan(
@@ -54,21 +56,30 @@ def plan(
     `tensor`). Both still list the others.
     """
     work = Work.of(request, model)
+
+    def allowed_of(options: Sequence[Option]) -> list[Option]:
+        return [
+            option
+            for option in options
+            if (placement is None or option.name == placement)
+            and (not force_shard or option.name in SHARDED)
+        ]
+
+    def fits(work: Work, view: MeshView) -> int | None:
+        ways = [way for way in allowed_of(list(_options(Options(work, view)))) if not way.problem]
+        return min((max(need.needed for need in way.memory) for way in ways), default=None)
+
     found = list(_options(Options(work, view)))
     found.sort(key=lambda option: (bool(option.problem), option.seconds))
-    allowed = [
-        option
-        for option in found
-        if (placement is None or option.name == placement)
-        and (not force_shard or option.name in SHARDED)
-    ]
+    allowed = allowed_of(found)
     winner = _best([option for option in allowed if not option.problem])
     asked = placement or ("a sharded placement" if force_shard else "")
     if winner is None:
         reason = _why_none(view, allowed, asked)
     else:
         reason = _why(view, winner, allowed, asked)
-    return Plan(work, tuple(found), winner, reason)
+    helping = remedies(work, view, fits) if winner is None and allowed else ()
+    return Plan(work, tuple(found), winner, reason, helping)
 
 
 def _options(options: Options) -> Iterator[Option]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from fluxmesh.cluster.snapshot import Placement, Weights
+from fluxmesh.cluster.snapshot import Placement, Platform, Weights
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
@@ -25,13 +25,7 @@ from fluxmesh.models.flux1.config import (
 from fluxmesh.models.flux1.partition import token_run
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.tiling import UNTILED_LATENTS
-from fluxmesh.planning.activations import (
-    SPLIT_STATES,
-    STATES,
-    WIDE_STATES,
-    Platform,
-    decoding_bytes,
-)
+from fluxmesh.planning.activations import SPLIT_STATES, STATES, WIDE_STATES, decoding_bytes
 from fluxmesh.request import DTYPE_BYTES as BYTES
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.schedule import timesteps

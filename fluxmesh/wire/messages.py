@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, Measured, Weights
+from fluxmesh.cluster.snapshot import Holding, Measured, Platform, Weights
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
 
@@ -337,6 +337,8 @@ class Status(Message):
     ring: str = ""  # that its engine is in: `ring_name` of the nonce; "" outside of one
     ring_rank: int = 0
     ring_size: int = 1
+    platform: Platform = "cpu"
+    machine_bytes: int = 0  # all memory of the machine; 0 is unknown
 
 
 @dataclass(frozen=True)
@@ -517,6 +519,7 @@ class Device(Message):
     mlx_version: str
     memory_bytes: int  # the most that it may use
     flops_per_second: float
+    platform: Platform = "cpu"
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,19 @@ def written(tmp_path: Path, data: Any) -> Path:
 def view(hostfile: str, **more: Any) -> MeshView:
     work = Work.of(ask(model="schnell", height=512, width=512), published("schnell"))
     told = {"kind": "x", "warm": True, "flops_per_second": 1e12, "load_rate": 1e9}
-    told |= {"link_latency": 1e-4, "memory": 144 * 10**9, "link_rate": 1e9, **more}
+    told |= {"link_latency": 1e-4, "memory": 144 * 10**9, "link_rate": 1e9, "platform": "metal"}
+    told |= more
     return assumed_view(hostfiles.load(FOLDER / hostfile), told, work, work.weights)
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "assume").glob("*.json")), ids=lambda p: p.stem)
 def test_the_examples_are_read(path: Path) -> None:
     told = load_assumption(path)
+    assert told["platform"] == "metal"
+    if path.stem.startswith("mac-"):
+        share = told["memory"] / told["machine_memory"]
+        assert share == pytest.approx(3 / 4 if told["machine_memory"] > 2**35 else 2 / 3, abs=1e-3)
+        return
     assert told["memory"] > 10**11
     assert set(told["step_seconds"]) == {(512, 512), (1024, 1024)}
 
@@ -50,6 +56,8 @@ def test_the_examples_are_read(path: Path) -> None:
         ({**LEAST, "link_rate": -1}, "link_rate can't be"),
         ({**LEAST, "link_rate": True}, "link_rate can't be"),
         ({**LEAST, "links": "star"}, "links can't be"),
+        ({**LEAST, "platform": "rocm"}, "platform can't be"),
+        ({**LEAST, "machine_memory": 0}, "machine_memory can't be"),
         ({**LEAST, "step_seconds": {"big": 1}}, "step_seconds can't be"),
         ({**LEAST, "step_seconds": {"512x512": 0}}, "step_seconds can't be"),
     ],

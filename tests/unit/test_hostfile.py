@@ -108,7 +108,7 @@ def test_the_examples_are_hostfiles(path: Path) -> None:
 
 def test_every_example_is_there() -> None:
     names = {path.stem for path in EXAMPLES}
-    assert names == {"local-2", "local-4", "thunderbolt-2", "thunderbolt-4", "jaccl-4"}
+    assert names == {"local-1", "local-2", "local-4", "thunderbolt-2", "thunderbolt-4", "jaccl-4"}
 
 
 def test_several_agents_on_one_machine_have_ports_of_their_own() -> None:

@@ -29,7 +29,7 @@ PIXELS = np.zeros((16, 16, 3), np.uint8)
         ({"steps": 0}, "--steps is 0"),
         ({"guidance": float("nan")}, "--guidance is nan"),
         ({"guidance": -1.0}, "--guidance"),
-        ({"dtype": "float16"}, "'float16'"),
+        ({"dtype": "float8"}, "'float8'; choose bfloat16, float16, float32"),
         ({"bits": 7}, "--bits is 7"),
         ({"decoding_batch_size": 0}, "--decoding-batch-size"),
         ({"cache": -0.1}, "--cache is -0.1"),

@@ -58,7 +58,13 @@ def test_agents_of_one_machine_share_its_memory() -> None:
 
 
 def test_a_model_that_no_host_can_hold_is_refused() -> None:
-    with pytest.raises(DoesNotFitError, match="try --quantize, or more hosts"):
+    with pytest.raises(DoesNotFitError) as told:
+        layout(work(), mesh(10))
+    assert str(told.value) == (
+        "m does not fit: host 0 needs 24.5 GB and may use 10.0 GB. "
+        "It fits with --quantize --bits 4 (7.5 GB)."
+    )
+    with pytest.raises(DoesNotFitError, match=r"may use 4.0 GB. Use more hosts.$"):
         layout(work(), mesh(4))
     assert layout(work(bits=4), mesh(10)).shards == 1
 

@@ -57,6 +57,8 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         measured=status.measured,
         holds=status.holds,
         device=status.device,
+        platform=status.platform,
+        machine_bytes=status.machine_bytes,
     )
 
 

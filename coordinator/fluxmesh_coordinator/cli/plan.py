@@ -54,6 +54,7 @@ def plan(
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
+    from fluxmesh_coordinator import remedies
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.commands.settings import Settings
     from fluxmesh_coordinator.deploy import what_if
@@ -79,11 +80,14 @@ def plan(
         view = _measured(up)
     found = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
     if as_json:
-        click.echo(json.dumps(_as_json(found, view), ensure_ascii=False))
+        said = {**_as_json(found, view), "remedies": remedies.told(found.remedies)}
+        click.echo(json.dumps(said, ensure_ascii=False))
     else:
         if not here:
             click.echo(f"{name} is not on this machine: planned with its published sizes.")
         _show(found, view)
+        if found.remedies:
+            click.echo(remedies.told(found.remedies))
     if found.winner is None:
         context.exit(4)
 

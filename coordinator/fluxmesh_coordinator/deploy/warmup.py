@@ -18,10 +18,12 @@ from typing import Any, TypeVar
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, MeshView, Placement
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.planning.capacity import Memory, shortage
+from fluxmesh.planning.remedies import for_weights
 from fluxmesh.planning.workload import Work, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
+from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
@@ -54,9 +56,24 @@ class Layout:
 
 
 def layout(work: Work, view: MeshView) -> Layout:
+    """As `_layout`. Raises `DoesNotFitError`, with what helps, where no host can hold its part."""
+    found = _layout(work, view)
+    if found.ranks:
+        return found
+
+    def fits(work: Work, view: MeshView) -> int | None:
+        shards = _layout(work, view).shards
+        placement: Placement = "tensor" if shards > 1 else "data"
+        return Memory(work, view).needed(placement, shards, shards) if shards else None
+
+    helps = remedies.told(for_weights(work, view, fits)) or "Use more hosts."
+    raise DoesNotFitError(f"{work.weights.model} does not fit: {found.why}. {helps}")
+
+
+def _layout(work: Work, view: MeshView) -> Layout:
     """Replicated where that fits, else sharded, else replicated on the hosts where it fits.
 
-    Raises `DoesNotFitError` where no host can hold its part.
+    Without ranks or shards where no host can hold its part.
     """
     memory, ranks, size = Memory(work, view), view.ranks, len(view.ranks)
     whole, part = memory.needed("data", 1, 1), memory.needed("tensor", size, size)
@@ -71,12 +88,8 @@ def layout(work: Work, view: MeshView) -> Layout:
     for rank in ranks:
         if all(need.fits for need in memory.needs((*able, rank), [whole] * (len(able) + 1))):
             able = (*able, rank)
-    why = shortage(needs)
-    if not able:
-        raise DoesNotFitError(
-            f"{work.weights.model} does not fit: {why}; try --quantize, or more hosts."
-        )
-    return Layout(able, 1, tuple(rank for rank in ranks if rank not in able), why)
+    idle = tuple(rank for rank in ranks if rank not in able)
+    return Layout(able, 1 if able else 0, idle, shortage(needs))
 
 
 def pairs(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:

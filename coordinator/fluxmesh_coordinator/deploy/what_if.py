@@ -23,7 +23,11 @@ from fluxmesh.weights.checkpoint import ModelDefaults
 
 REQUIRED = ("memory", "link_rate")
 NUMBERS = {"flops_per_second": 26e12, "load_rate": 3e9, "link_latency": 1e-4}  # left out
-KEYS = (*REQUIRED, *NUMBERS, "kind", "links", "step_seconds", "warm")
+PLATFORMS = ("metal", "cuda", "cpu")
+KEYS = (
+    *(*REQUIRED, *NUMBERS, "kind", "links", "step_seconds", "warm"),
+    *("platform", "machine_memory"),
+)
 
 
 def sizes_of(model: str) -> tuple[str, ModelSizes, bool]:
@@ -73,13 +77,15 @@ def load_assumption(path: Path) -> dict[str, Any]:
         "kind": lambda value: value if isinstance(value, str) else None,
         "links": lambda value: value if value in ("ring", "all") else None,
         "warm": lambda value: value if isinstance(value, bool) else None,
+        "platform": lambda value: value if value in PLATFORMS else None,
+        "machine_memory": hostfile_fields.memory,
         "step_seconds": _times,
     }
     checked = {key: read.get(key, _positive)(value) for key, value in data.items()}
     for key, value in checked.items():
         if value is None:
             raise UsageError(f"--assume {path}: {key} can't be {json.dumps(data[key])[:60]}.")
-    return {"kind": "assumed", "warm": True, **NUMBERS, **checked}
+    return {"kind": "assumed", "platform": "metal", "warm": True, **NUMBERS, **checked}
 
 
 def assumed_view(
@@ -91,7 +97,8 @@ def assumed_view(
         Measured(weights.model, height, width, weights.dtype, weights.bits, seconds)
         for (height, width), seconds in steps.items()
     )
-    memory = assumption["memory"]
+    memory, platform = assumption["memory"], assumption["platform"]
+    machine = assumption.get("machine_memory", memory)
     nbytes = sum(work.transformer) + work.autoencoder_bytes + work.text_bytes
     hosts: list[HostInfo] = []
     for host in hostfile.hosts:
@@ -103,12 +110,14 @@ def assumed_view(
                 name=host.name,
                 kind=assumption["kind"],
                 memory_bytes=min(memory, host.memory or memory),
-                free_bytes=memory - nbytes * crowd * warm,
+                free_bytes=machine - nbytes * crowd * warm,
                 flops_per_second=assumption["flops_per_second"],
                 load_rate=assumption["load_rate"],
                 measured=measured,
                 holds=Holding(weights, nbytes) if warm else None,
                 device=host.machine,
+                platform=platform,
+                machine_bytes=machine,
             )
         )
     return MeshView(tuple(hosts), _links(hostfile, assumption), hostfile.backend)

@@ -1,0 +1,48 @@
+"""What a step and a decode hold beside the weights, in bytes, on each platform. Pure.
+
+Below `workload.py`, which counts with it what a host must have, and `flux/memory.py`, which bounds with
+it how far MLX runs ahead of the device: planned and allowed are figures of one place. A hidden
+state is S tokens by D channels; "the largest array" of a decode is what comes in at the finest
+level, H x W pixels of its channels.
+"""
+
+from __future__ import annotations
+
+from fluxmesh.cluster.snapshot import Platform
+
+STATES = 24  # hidden states that a step holds at once, at most
+SPLIT_STATES = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
+WIDE_STATES = 6  # more of them where float32 tokens run beside float16 branches (`flux/halves.py`)
+DECODE_ARRAYS = 4  # of the largest size that a decode holds at once
+# On Metal a 3x3 convolution is Winograd's (https://arxiv.org/abs/1509.09308): beside its input and
+# output it holds 3.7 times its input, as mlx#4102 measured.
+WINOGRAD = 3.7
+
+
+def denoising_room(state: int, platform: Platform, scarce: bool) -> float:
+    """Bytes that may wait for their use in a step: enough that a GPU never waits for the host.
+
+    `state` is a hidden state's bytes. With `scarce`, as little as costs an H100 a few hundredths of
+    its speed (docs/performance.md); a Mac's GPU takes a hundred times as long for an operation, and
+    has the memory in common with everything else there: it always gets that.
+    """
+    if scarce or platform != "cuda":
+        return max(1.5e9, 70 * state)
+    return max(3e9, 106 * state)  # a step's results together are about 500
+
+
+def decoding_room(largest: int, platform: Platform, scarce: bool) -> float:
+    """As `denoising_room`, in a decode whose largest array has so many bytes.
+
+    On Metal a convolution's own memory comes on top of what waits: together they are what
+    `decoding_bytes` says.
+    """
+    if platform == "metal":
+        return max(0.5e9, (DECODE_ARRAYS - 1) * largest)
+    return max(1e9, (4 if scarce or platform == "cpu" else 8) * largest)
+
+
+def decoding_bytes(largest: int, platform: Platform) -> int:
+    """Bytes that a decode takes at once, beside the autoencoder's weights."""
+    arrays = DECODE_ARRAYS + (WINOGRAD if platform == "metal" else 0)
+    return int(arrays * largest)

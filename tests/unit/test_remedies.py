@@ -1,0 +1,169 @@
+"""What does not fit on Macs of 8 to 64 GB is refused with what helps, as the planner finds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fluxmesh.cluster.snapshot import MeshView
+from fluxmesh.planning.plan import Plan, plan
+from fluxmesh.planning.workload import Work
+from fluxmesh_coordinator.cli.plan import plan as plan_command
+from fluxmesh_coordinator.deploy.what_if import published
+from fluxmesh_coordinator.remedies import told
+from tests.unit.meshes import FLUX, ask, full, mac
+
+GIB = 1 << 30
+HOSTFILES = Path(__file__).parents[2] / "hostfiles"
+REASON = "No placement can be done: host 0 needs 28.1 GB and may use 11.5 GB."
+
+
+def a_mac(gib: int, rank: int = 0, **keys: Any) -> Any:
+    """A Mac of so many GiB, of which macOS lets the GPU use two thirds, or three quarters."""
+    most = int(gib * GIB * (3 / 4 if gib > 32 else 2 / 3))
+    known = {"memory_bytes": most, "free_bytes": gib * GIB, "machine_bytes": gib * GIB}
+    return mac(rank, **{**known, "platform": "metal", "holds": None, **keys})
+
+
+def planned(gib: int, model: str, **keys: Any) -> Plan:
+    request = ask(**{"model": model, "height": 1024, "width": 1024, **keys})
+    return plan(request, MeshView((a_mac(gib),)), published(model))
+
+
+Q8, Q4, LOW = {"bits": 8}, {"bits": 4}, {"low_memory": True}
+BITS8, BITS4 = "It fits with --quantize --bits 8", "It fits with --quantize --bits 4"
+WIRED = (
+    "On a Mac that nobody sits at, it fits as it is after "
+    "`sudo sysctl iogpu.wired_limit_mb={}`, until that restarts."
+)
+TEXTS: list[tuple[int, dict[str, Any], str]] = [
+    (8, {}, f"{BITS4} --low-memory (5.6 GB)."),
+    (8, Q8, f"{BITS4} --low-memory (5.6 GB)."),
+    (8, Q4, "It fits with --low-memory (5.6 GB)."),
+    (8, LOW, f"{BITS4} (5.6 GB)."),
+    (8, Q4 | LOW, ""),
+    (16, {}, f"{BITS8} --low-memory (9.9 GB)."),
+    (16, Q8, "It fits with --low-memory (9.9 GB)."),
+    (16, LOW, f"{BITS8} (9.9 GB)."),
+    (16, Q8 | LOW, ""),
+    (16, Q4, ""),
+    (32, {}, f"{BITS8} (17.0 GB). {WIRED.format(27136)}"),
+    (32, LOW, ""),
+    (32, Q8, ""),
+    (36, {}, ""),
+    (64, {}, ""),
+]
+
+
+@pytest.mark.parametrize("model", ["schnell", "dev"])
+@pytest.mark.parametrize(("gib", "keys", "text"), TEXTS)
+def test_what_helps_on_macs_that_people_have(
+    gib: int, keys: dict[str, Any], text: str, model: str
+) -> None:
+    found = planned(gib, model, **keys)
+    assert (found.winner is None) == bool(text)
+    assert told(found.remedies) == text
+
+
+@pytest.mark.parametrize("gib", [8, 16, 32, 36, 64])
+@pytest.mark.parametrize("model", ["schnell", "dev"])
+@pytest.mark.parametrize("side", [512, 1024, 1536, 2048])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_whoever_does_as_told_gets_a_picture(gib: int, model: str, side: int, dtype: str) -> None:
+    keys: dict[str, Any] = {"height": side, "width": side, "dtype": dtype}
+    for remedy in planned(gib, model, **keys).remedies:
+        more: dict[str, Any] = {}
+        if remedy.bits:
+            more["bits"] = remedy.bits
+        if remedy.low_memory:
+            more["low_memory"] = True
+        if remedy.side:
+            more |= {"height": remedy.side, "width": remedy.side}
+        if not remedy.wired_mib:
+            won = planned(gib, model, **{**keys, **more}).winner
+            assert won is not None and won.memory[0].needed == remedy.needed
+            continue
+        request = ask(model=model, **keys)
+        raised = a_mac(gib, memory_bytes=remedy.wired_mib << 20)
+        assert plan(request, MeshView((raised,)), published(model)).winner is not None
+        assert remedy.wired_mib << 20 <= (gib - 4) * GIB, "macOS itself needs some"
+
+
+def test_what_no_option_makes_fit_is_told_without_advice() -> None:
+    found = planned(4, "dev")
+    assert found.winner is None and found.remedies == () and told(found.remedies) == ""
+
+
+def test_other_programs_are_named_where_they_hold_what_is_missing() -> None:
+    view = MeshView((a_mac(64, free_bytes=20 * GIB),))
+    found = plan(ask(), view, FLUX)
+    assert told(found.remedies) == (
+        "It fits with --quantize --bits 8 (17.0 GB). "
+        "It fits as it is once other programs there give memory back."
+    )
+
+
+def test_a_checkpoint_of_4_bits_is_not_quantized_again() -> None:
+    found = plan(ask(height=1024, width=1024), MeshView((a_mac(8),)), replace(FLUX, bits=4))
+    assert told(found.remedies) == "It fits with --low-memory (5.6 GB)."
+
+
+def test_what_was_asked_for_at_once_is_done_one_by_one_before_anything_is_lost() -> None:
+    batch = planned(36, "dev", n_images=4, decoding_batch_size=4)
+    assert told(batch.remedies).startswith(
+        "It fits with neither --preload-models nor --decoding-batch-size (28.1 GB)."
+    )
+    assert told(planned(36, "dev", preload=True).remedies).startswith(
+        "It fits with neither --preload-models nor --decoding-batch-size (28.1 GB)."
+    )
+
+
+def test_a_smaller_picture_is_the_last_thing_to_ask_for() -> None:
+    assert told(planned(8, "dev", height=1536, width=1536).remedies) == (
+        f"{BITS4} --low-memory --image-size 1024x1024 (5.6 GB)."
+    )
+
+
+def test_a_placement_that_was_asked_for_is_kept() -> None:
+    view = full(a_mac(16), a_mac(16, 1))
+    found = plan(ask(), view, FLUX, placement="sequence")
+    assert found.winner is None
+    assert told(found.remedies) == f"{BITS8} --low-memory (9.7 GB)."
+    nowhere = plan(ask(), MeshView((a_mac(16),)), FLUX, placement="tensor")
+    assert nowhere.remedies == (), "what is missing is a second host, not memory"
+
+
+def test_a_mac_needs_more_for_a_decode_than_a_gpu_with_memory_of_its_own() -> None:
+    work = Work.of(ask(low_memory=True), FLUX)
+    decodes = [work.memory("data", 1, 1, kind).decode for kind in ("metal", "cuda", "cpu")]
+    largest = 1024 * 1024 * 256 * 2
+    assert decodes[0] - decodes[1] == pytest.approx(3.7 * largest, abs=1)
+    assert decodes[1] == decodes[2]
+    mixed = full(a_mac(16), mac(1, holds=None, platform="cuda"))
+    (metal, cuda) = plan(ask(), mixed, FLUX, placement="sequence").options[-1].memory or (0, 0)
+    assert metal.needed == cuda.needed, "the most that a platform of the mesh takes"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_plan_ends_with_what_helps(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in ("FLUX_DEV", "FLUX_SCHNELL"):
+        monkeypatch.delenv(name, raising=False)
+    files = ["--hostfile", str(HOSTFILES / "local-1.json")]
+    files += ["--assume", str(HOSTFILES / "assume" / "mac-16gb.json")]
+    asked = ["-m", "dev", "--image-size", "1024x1024", *files]
+    done = CliRunner().invoke(plan_command, [*asked, *(["--json"] if as_json else [])])
+    assert done.exit_code == 4
+    if as_json:
+        said = json.loads(done.output)
+        assert said["reason"] == REASON
+        assert said["remedies"] == f"{BITS8} --low-memory (9.9 GB)."
+    else:
+        assert done.output.splitlines()[-2:] == [REASON, f"{BITS8} --low-memory (9.9 GB)."]
