@@ -67,12 +67,15 @@ class Models:
     ) -> None:
         """Options as in `FluxPipeline`. Reads headers only; raises what a wrong one deserves."""
         if dtype not in DTYPES:
-            raise UsageError(f"dtype is {dtype!r}; choose bfloat16 or float32.")
+            raise UsageError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
         if bits is not None and bits not in BITS:
             raise UsageError(f"bits is {bits}; choose 3, 4, 5, 6 or 8.")
         tf32.require(dtype)
         self.name = name
         self.dtype: mx.Dtype = getattr(mx, dtype)
+        # T5's tokens and the autoencoder's go far beyond float16, and run once a prompt or picture:
+        # float16 is for the steps.
+        self.dtype_beside = mx.bfloat16 if self.dtype == mx.float16 else self.dtype
         self.bits = bits
         self.adapters = tuple(
             AdapterRef(adapter) if isinstance(adapter, str) else adapter for adapter in adapters
@@ -90,13 +93,13 @@ class Models:
     def t5(self) -> Any:
         """The T5 encoder: a prompt's features, one vector a token."""
         tell = self._tell("text encoders", "t5", before="clip")
-        return loading.load_t5(self.checkpoint, self.dtype, self.bits, tell)
+        return loading.load_t5(self.checkpoint, self.dtype_beside, self.bits, tell)
 
     @Lazy
     def clip(self) -> Any:
         """The CLIP text encoder: a prompt's pooled vector."""
         tell = self._tell("text encoders", "clip", after="t5")
-        return loading.load_clip(self.checkpoint, self.dtype, self.bits, tell)
+        return loading.load_clip(self.checkpoint, self.dtype_beside, self.bits, tell)
 
     @Lazy
     def flow(self) -> Any:
@@ -112,7 +115,7 @@ class Models:
     def ae(self) -> Any:
         """The autoencoder: latents to pictures and back."""
         return loading.load_autoencoder(
-            self.checkpoint, self.dtype, self._tell("autoencoder", "ae")
+            self.checkpoint, self.dtype_beside, self._tell("autoencoder", "ae")
         )
 
     @Lazy

@@ -57,7 +57,8 @@ class FluxPipeline(Models):
         """Finds the checkpoint and checks its files' headers; weights load when they are used.
 
         `name` is an alias, a Hub repository, a folder or a BFL file (`hub.resolve`). `t5_padding`
-        pads prompts to the checkpoint's own length, as FLUX was trained. `bits` (3|4|5|6|8)
+        pads prompts to the checkpoint's own length, as FLUX was trained. `dtype` is "bfloat16",
+        "float32", or "float16" for the transformer with all else in bfloat16. `bits` (3|4|5|6|8)
         quantizes transformer and text encoders as they load. `adapters` are LoRA files, fused
         into the weights with `fuse_adapters`. `low_memory` drops the modulation weights (27% of
         the transformer) once a request's modulations are computed, and loads the rest only then.

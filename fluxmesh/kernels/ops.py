@@ -7,6 +7,11 @@ call these and know of no device. The plain forms (`plain_*`) say what is comput
 and rounds once; on Metal MLX compiles the plain form into one kernel where it can; the CPU runs it
 as it stands.
 
+In float16, which has no number above 65504, tokens are float32 between the blocks, and what leads
+into a linear that ends a branch is divided by `HEADROOM`: so are then the linear's products, and
+the sum that takes them up multiplies again. FLUX's text tokens go beyond 65504, and so do single
+products; a power of two costs no accuracy. `Flux.make_room` does the same to those linears' biases.
+
 Gradients are those of the plain forms, which are computed again from the inputs on the way back,
 when their turn comes: nothing between the inputs and the result is kept.
 
@@ -27,6 +32,7 @@ from fluxmesh.cluster.snapshot import Platform
 from fluxmesh.kernels import cuda_group_norm, cuda_transformer
 
 EPS = 1e-6
+HEADROOM = 64.0
 
 Stream = tuple[mx.array, Sequence[mx.array]]
 """Projected tokens [B, S, W] of one stream, and a norm's scale [hd] for each group to be normed."""
@@ -40,21 +46,39 @@ def device() -> Platform:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def tokens_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Of tokens between the blocks of a model with weights of `dtype`."""
+    return mx.float32 if dtype == mx.float16 else dtype
+
+
+def with_room(x: mx.array) -> mx.array:
+    """What leads into a linear that ends a branch, as that linear takes it."""
+    return x / HEADROOM if x.dtype == mx.float16 else x
+
+
+def _suits(x: mx.array, *widths: int) -> bool:
+    """Whether a CUDA kernel takes rows of these widths and of the dtype of x: not of float16."""
+    return x.dtype != mx.float16 and cuda_transformer.suits(*widths)
+
+
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """Layer norm without weights of its own, then a scale and shift that depend on t and prompt."""
-    return _chosen("modulated_norm", cuda_transformer.suits(x.shape[-1]))(x, shift, scale)
+    """Layer norm without weights of its own, then a scale and shift that depend on t and prompt.
+
+    In the dtype of `shift`, that of the branch which it begins.
+    """
+    return _chosen("modulated_norm", _suits(shift, x.shape[-1]))(x, shift, scale)
 
 
 def gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """What a branch has computed, y [B, S, D], gated and added to what it came from."""
-    return _chosen("gated_sum", cuda_transformer.suits(x.shape[-1]))(x, gate, y)
+    return _chosen("gated_sum", _suits(y, x.shape[-1]))(x, gate, y)
 
 
 def gated_norm(
     x: mx.array, gate: mx.array, y: mx.array, shift: mx.array, scale: mx.array
 ) -> tuple[mx.array, mx.array]:
     """`gated_sum`, and `modulated_norm` of the sum: both are needed, and one pass gives both."""
-    return _chosen("gated_norm", cuda_transformer.suits(x.shape[-1]))(x, gate, y, shift, scale)
+    return _chosen("gated_norm", _suits(y, x.shape[-1]))(x, gate, y, shift, scale)
 
 
 def turned(streams: Sequence[Stream], pe: mx.array, heads: int, groups: int) -> mx.array:
@@ -89,8 +113,8 @@ def _turn_kernel(streams: Sequence[Stream], heads: int, groups: int) -> Callable
     if device() != "cuda":
         return None
     hd, normed = streams[0][1][0].shape[0], len(streams[0][1])
-    fits = cuda_transformer.suits_heads(hd) and cuda_transformer.suits(
-        *(x.shape[-1] for x, _ in streams)
+    fits = cuda_transformer.suits_heads(hd) and _suits(
+        streams[0][0], *(x.shape[-1] for x, _ in streams)
     )
     if not fits:
         return None
@@ -103,13 +127,13 @@ def _flat(streams: Sequence[Stream]) -> list[mx.array]:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """GELU, the tanh form."""
-    return _chosen("gelu", cuda_transformer.suits(x.shape[-1]))(x)
+    """GELU, the tanh form; with room for the linear that follows."""
+    return _chosen("gelu", _suits(x, x.shape[-1]))(x)
 
 
 def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
-    """attn [B, S, D], and beside it GELU (the tanh form) of the columns of x from `start` on."""
-    fits = cuda_transformer.suits(attn.shape[-1], x.shape[-1], start)
+    """attn [B, S, D], and beside it `gelu` of the columns of x from `start` on."""
+    fits = _suits(x, attn.shape[-1], x.shape[-1], start)
     return _chosen("gelu_beside", fits, start=start)(attn, x)
 
 
@@ -134,10 +158,13 @@ def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
 
 
 def plain_modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    return (1 + scale) * mx.fast.layer_norm(x, None, None, EPS) + shift
+    normed = (1 + scale) * mx.fast.layer_norm(x, None, None, EPS) + shift
+    return normed.astype(shift.dtype)
 
 
 def plain_gated_sum(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    if y.dtype == mx.float16:
+        return x + HEADROOM * gate.astype(x.dtype) * y.astype(x.dtype)
     return x + gate * y
 
 
@@ -199,8 +226,14 @@ def _rotated(x: mx.array, pe: mx.array) -> mx.array:
     return (pairs[..., 0] * pe + pairs[..., 1] * across).reshape(x.shape).astype(x.dtype)
 
 
+def plain_gelu(x: mx.array) -> mx.array:
+    if x.dtype == mx.float16:  # whose cube is soon beyond float16, too
+        return (nn.gelu_approx(x.astype(mx.float32)) / HEADROOM).astype(x.dtype)
+    return nn.gelu_approx(x)
+
+
 def plain_gelu_beside(attn: mx.array, x: mx.array, *, start: int) -> mx.array:
-    return mx.concatenate([attn, nn.gelu_approx(x[..., start:])], axis=-1)
+    return mx.concatenate([attn, plain_gelu(x[..., start:])], axis=-1)
 
 
 def plain_group_norm(
@@ -270,7 +303,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "gated_norm": plain_gated_norm,
     "turned": plain_turned,
     "turned_heads": plain_turned_heads,
-    "gelu": nn.gelu_approx,
+    "gelu": plain_gelu,
     "gelu_beside": plain_gelu_beside,
     "group_norm": plain_group_norm,
     "offset_sum": plain_offset_sum,

@@ -12,7 +12,7 @@ from fluxmesh.cluster.snapshot import Platform
 
 STATES = 24  # hidden states that a step holds at once, at most
 SPLIT_STATES = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
-WIDE_STATES = 6  # more of them where float32 tokens run beside float16 branches (`flux/halves.py`)
+WIDE_STATES = 6  # more of them where tokens are float32 beside branches of float16
 DECODE_ARRAYS = 4  # of the largest size that a decode holds at once
 # On Metal a 3x3 convolution is Winograd's (https://arxiv.org/abs/1509.09308): beside its input and
 # output it holds 3.7 times its input, as mlx#4102 measured.

@@ -96,6 +96,10 @@ class TrainRequest:
         """Raises `UsageError` naming the option and what is allowed."""
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"--seed is {self.seed}; it must be 0 to 2^63 - 1.")
+        if self.dtype == "float16":
+            raise UsageError(
+                "--dtype is float16, in which small gradients are lost; train in bfloat16."
+            )
         self._choose("--dtype", self.dtype, DTYPES)
         self._choose("--optimizer", self.optimizer, OPTIMIZERS)
         self._choose("--lr-schedule", self.lr_schedule, SCHEDULES)

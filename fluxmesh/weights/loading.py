@@ -72,6 +72,8 @@ def load_transformer(
     if part == "blocks":
         flux.release_modulation()
     hold_shard(flux, shard)
+    if dtype == mx.float16 and part != "modulation":
+        flux.make_room()
     return flux
 
 
@@ -207,7 +209,8 @@ def tensors(
 
     Each is evaluated when it comes. A quantized matrix comes as `weight`, `scales` and `biases`.
     Of the linears in `parts`, only the part comes; where inputs are cut, `bias` as `sum_bias`.
-    `on_bytes` is told of those that are `wanted`.
+    `on_bytes` is told of those that are `wanted`. Raises `WeightsError` for numbers that float16
+    can't hold, where that is asked for.
     """
     names = [name for name in reader.targets if wanted(name)]
     done, total = 0, reader.nbytes
@@ -219,6 +222,11 @@ def tensors(
             array = read_rows(reader, name, dtype)
         else:
             array = read_part(reader, name, cut, dtype)
+        if array.dtype == mx.float16 and not mx.isfinite(array).all().item():
+            raise WeightsError(
+                f"{reader.checkpoint.name}: {name} holds numbers that are too large for float16; "
+                "use bfloat16 or float32."
+            )
         group = group_size(reader.component, name, reader.targets[name].shape)
         if bits is None or reader.checkpoint.bits or group is None:
             is_late = cut is not None and cut.axis == 1 and name.endswith(".bias")

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="builds with g++ on Linux"
 )
 SHAPES = (fusing.Shape(2, 11, 4, 3, 16), fusing.Shape(1, 5, 2, 9, 128))  # 6 and 144 packs a row
+TRANSFORMERS = [name for name in fusing.NAMES if name not in fusing.AUTOENCODERS]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,14 @@ def test_a_kernel_computes_what_the_plain_form_does(name, shape, emulated):
     assert not emulated
     assert fusing.worst(fusing.values_and_gradients(case.fused, case), wanted) < 3e-6
     assert emulated
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_float16_runs_the_plain_forms(name, emulated):
+    case = fusing.make(name, SHAPES[0], mx.float16)
+    found = fusing.values_and_gradients(case.fused, case)
+    assert fusing.worst(found, fusing.values_and_gradients(case.plain, case)) == 0
+    assert not emulated
 
 
 @pytest.mark.parametrize(("places", "channels"), [(700, 64), (33, 256), (5, 2048)])

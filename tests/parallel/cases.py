@@ -108,6 +108,8 @@ def cases(size: int, checkpoint: Path) -> list[Case]:
             Case("odd", placement),
             Case("shallow", placement, **small),
             Case("bfloat16", placement, dtype="bfloat16"),
+            Case("float16", placement, dtype="float16"),
+            Case("float16, 4 bits", placement, **groups, adapter="beside", dtype="float16"),
             Case("quantized", placement, **groups),
             Case("adapted", placement, **small, adapter="beside"),
             Case("fused", placement, **small, adapter="fused"),
@@ -146,6 +148,8 @@ def random_flux(case: Case) -> Flux:
             return {"group_size": group, "bits": case.bits} if group else False
 
         nn.quantize(flux, class_predicate=chosen)
+    flux.set_dtype(getattr(mx, case.dtype))
+    flux.make_room()
     for name in cuts(case.config, Shard(0, 2)) if case.adapter else ():
         linear = module_at(flux, name)
         bias = linear.bias.shape[0]
@@ -161,8 +165,7 @@ def random_flux(case: Case) -> Flux:
         if case.adapter == "fused":
             fused(linear, low)
         else:
-            replace_module(flux, name, beside(linear, low, mx.float32))
-    flux.set_dtype(getattr(mx, case.dtype))
+            replace_module(flux, name, beside(linear, low, flux.dtype))
     return flux
 
 

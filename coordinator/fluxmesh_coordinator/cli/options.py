@@ -145,7 +145,9 @@ _OPTIONS = [
     ),
     click.option("--fuse-adapter", is_flag=True, help="Merge adapters into the weights: faster."),
     click.option(
-        "--dtype", type=click.Choice(["bfloat16", "float32"]), help="Of weights.  [bfloat16]"
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        help="Of weights.  [bfloat16]",
     ),
     click.option("-q", "--quantize", is_flag=True, help="Quantize the weights: less memory."),
     click.option(

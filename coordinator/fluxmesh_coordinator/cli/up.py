@@ -20,7 +20,7 @@ THIS = -1  # what stands for this machine among the ranks
 @click.option("-m", "--model", metavar="MODEL", help="What to load.  [FLUX if it is here, or tiny]")
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
+    type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
     help="Of weights.",

@@ -5,8 +5,9 @@ those of black-forest-labs/flux (`src/flux/modules/layers.py`), so that its weig
 without renaming; `img`, `txt`, `vec` and `pe` mean here what they mean there.
 
 Shapes: B images, S tokens (L of text, then those of the image), D hidden size, H heads,
-hd = D / H. Activations keep the dtype of the weights; the statistics of norms, rotary embedding
-and time embedding are computed in float32 and rounded once.
+hd = D / H. Activations keep the dtype of the weights, but tokens between the blocks of a float16
+model, which are float32 (`ops.py`); the statistics of norms, rotary embedding and time embedding
+are computed in float32 and rounded once.
 
 Sources: adaptive layer norm with gates (adaLN-Zero), Peebles & Xie 2023
 (https://arxiv.org/abs/2212.09748); two streams joined in attention, Esser et al. 2024
@@ -31,6 +32,7 @@ from fluxmesh.kernels.ops import (
     gelu_beside,
     modulated_norm,
     turned_heads,
+    with_room,
 )
 
 TIME_CHANNELS = 256  # sinusoids that stand for a time step or a guidance strength
@@ -63,8 +65,11 @@ def rope_tables(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> mx.
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Full attention over all tokens: three [B, H, S, hd] in, [B, S, H * hd] out."""
-    x = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    """Full attention over all tokens: three [B, H, S, hd] in, [B, S, H * hd] out.
+
+    With room for the linear that follows (`fused.with_room`).
+    """
+    x = with_room(mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5))
     B, _, S, _ = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, S, -1)
 

@@ -326,9 +326,9 @@ class SequenceFlux(SpreadFlux):
 
         streams: Streams = {}  # without one that has no token on this rank
         if txt.shape[1]:
-            streams["txt"] = self.flux.txt_in(txt.astype(self.dtype))
+            streams["txt"] = self.flux.tokens_of(txt, self.flux.txt_in)
         if img.shape[1]:
-            streams["img"] = self.flux.img_in(img.astype(self.dtype))
+            streams["img"] = self.flux.tokens_of(img, self.flux.img_in)
         attend = _Attend(self.ranks, S, pe)
         entered = streams
         img_mod, txt_mod = modulation.double[0]

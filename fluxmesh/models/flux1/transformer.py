@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.kernels.ops import tokens_dtype, with_room
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import (
     TIME_CHANNELS,
@@ -71,6 +72,13 @@ def call(block: Callable[..., Any], *arrays: mx.array) -> Any:
     return block(*arrays)
 
 
+def _make_room(linear: Any) -> None:
+    for name in ("bias", "sum_bias"):  # the latter in a shard
+        if name in linear:
+            linear[name] = with_room(linear[name])
+            mx.eval(linear[name])
+
+
 class Flux(nn.Module):
     """The transformer. Call it once a step: `flux(img, txt, pe, modulations.at(step))`."""
 
@@ -110,6 +118,20 @@ class Flux(nn.Module):
     def dtype(self) -> mx.Dtype:
         """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
         return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+
+    def make_room(self) -> None:
+        """Divides the biases of the linears that end branches by `fused.HEADROOM`, in place.
+
+        Once, after the weights have come, and in float16 alone: `ops.py` says why.
+        """
+        for double in self.double_blocks:
+            for linear in (
+                *(double.img_attn.proj, double.txt_attn.proj),
+                *(double.img_mlp[2], double.txt_mlp[2]),
+            ):
+                _make_room(linear)
+        for single in self.single_blocks:
+            _make_room(single.linear2)
 
     # Once a request
 
@@ -162,13 +184,17 @@ class Flux(nn.Module):
         `pe` from `rope`, `modulation` one step's (`Modulations.at`). `cache` may skip all blocks
         but the first.
         """
-        img = self.img_in(img.astype(self.dtype))  # [B, S - L, D]
-        txt = self.txt_in(txt.astype(self.dtype))  # [B, L, D]
+        img = self.tokens_of(img, self.img_in)  # [B, S - L, D]
+        txt = self.tokens_of(txt, self.txt_in)  # [B, L, D]
         entered = img
         img, txt = self.call(self.double_blocks[0], img, txt, pe, *modulation.double[0])
         rest = functools.partial(self._rest, img, txt, pe, modulation)
         img = rest() if cache is None else cache.rest(img - entered, img, rest)
         return self.final_layer(img, modulation.final)
+
+    def tokens_of(self, x: mx.array, linear: nn.Module) -> mx.array:
+        """What enters by `img_in` or `txt_in`, as the blocks pass it on: [B, tokens, D]."""
+        return linear(x.astype(self.dtype)).astype(tokens_dtype(self.dtype))
 
     def _rest(
         self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
