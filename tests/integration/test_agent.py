@@ -111,6 +111,7 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: Agent) -> 
             assert status.flops_per_second > 1e8
             assert abs(status.clock - time.time()) < 5
             assert status.kind != "unknown"
+            assert status.platform == "cpu" and status.machine_bytes > status.free_bytes
             assert status.pid == host.process.pid
 
     play(scene())

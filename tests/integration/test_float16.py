@@ -20,6 +20,9 @@ from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.kernels import ops
 from fluxmesh.models.flux1 import layers, transformer
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
+from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
@@ -219,6 +222,41 @@ def test_weights_are_rounded_once_and_the_biases_that_end_branches_have_room(sto
             else mx.array_equal(found[name], wanted)
         )
         assert close.item() and found[name].dtype == mx.float16, name
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_shard_from_files_has_the_room_that_a_slice_of_the_whole_has(
+    bits: int | None, tmp_path: Path
+) -> None:
+    wide = FluxConfig(
+        in_channels=64,
+        vec_in_dim=32,
+        context_in_dim=32,
+        hidden_size=128,
+        num_heads=4,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=(4, 14, 14),
+    )
+    checkpoint = hub.resolve(str(make_checkpoint(tmp_path, transformer=wide).path))
+    whole = loading.load_transformer(checkpoint, mx.float16, bits)
+    for rank in range(2):
+        part = loading.load_transformer(checkpoint, mx.float16, bits, shard=Shard(rank, 2))
+        mine = dict(tree_flatten(part.parameters()))
+        theirs = dict(tree_flatten(shard_of(whole, Shard(rank, 2)).parameters()))
+        assert mine.keys() == theirs.keys() and "single_blocks.0.linear2.sum_bias" in mine
+        for name, value in theirs.items():
+            assert mx.array_equal(mine[name], value).item(), name
+
+
+def test_metals_compiled_forms_paint_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = painted(grown("float32", GROWS))
+    monkeypatch.setattr(ops, "device", lambda: "metal")
+    ops._chosen.cache_clear()
+    try:
+        assert error(painted(grown("float16", GROWS)), wanted) < 2e-3
+    finally:
+        ops._chosen.cache_clear()
 
 
 def test_a_number_beyond_float16_is_refused_by_name(

@@ -74,6 +74,24 @@ def test_a_picture_is_made_again_from_itself(
     assert (recipe.steps, recipe.prompt, recipe.dtype) == (2, 'a "猫" & dog', "float32")
 
 
+def test_float16_paints_nearly_the_same_and_is_written_into_the_picture(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = ("generate", "a dog", "--model", checkpoint, *SIZE, "--seed", "4")
+    for dtype in ("float32", "float16"):
+        done = fluxmesh(*asked, "--dtype", dtype, "-o", f"{dtype}.png")
+        assert done.code == 0, done.err
+    assert read_recipe(tmp_path / "float16.png").dtype == "float16"
+    exact, half = (
+        np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        for name in ("float32", "float16")
+    )
+    assert 0 < np.abs(exact - half).mean() < 2
+    again = fluxmesh("generate", "--from", "float16.png", "-o", "again.png")
+    assert again.code == 0, again.err
+    assert (tmp_path / "float16.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
 def test_an_outpainted_picture_is_made_again_and_keeps_what_was_there(
     fluxmesh: Run, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ def test_numbers_out_of_range_are_refused(
 
 
 def test_an_unknown_dtype_or_number_of_bits_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="float16"):
-        FluxPipeline(str(checkpoint), dtype="float16")
+    with pytest.raises(UsageError, match="float8.*choose bfloat16, float16, float32"):
+        FluxPipeline(str(checkpoint), dtype="float8")
     with pytest.raises(UsageError, match="bits is 7"):
         FluxPipeline(str(checkpoint), bits=7)

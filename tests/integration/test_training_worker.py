@@ -6,9 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from fluxmesh.engine import device_memory
 from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.training import worker as workers
@@ -91,6 +93,17 @@ class Host:
         for part in self.do(training.GiveVectors(*HEAD)):
             parts.setdefault(part.vector, []).append(part.numbers)
         return {name: np.concatenate(found).tobytes() for name, found in parts.items()}
+
+
+def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
+    limits = []
+    monkeypatch.setattr(device_memory, "device", lambda: "metal")
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    host = Host(job)
+    host.open()
+    assert limits == [device_memory.memory_of_device()]
+    host.do(training.CloseTraining(*HEAD))
+    assert len(limits) == 2 and limits[1] <= device_memory.CACHE_BYTES
 
 
 def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):

@@ -94,6 +94,23 @@ def test_whoever_does_as_told_gets_a_picture(gib: int, model: str, side: int, dt
         assert remedy.wired_mib << 20 <= (gib - 4) * GIB, "macOS itself needs some"
 
 
+def test_the_table_of_the_docs_is_what_the_planner_says() -> None:
+    page = (HOSTFILES.parent / "docs" / "macos.md").read_text(encoding="utf-8")
+    table = page.partition("| options | needs |")[2].partition("\n\n")[0]
+    first, _, *rows = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+    sizes = [int(cell.split()[0]) for cell in first if cell]
+    assert sizes == [8, 16, 24, 32, 36] and len(rows) == 6
+    for _, options, needs, *fits, _ in rows:
+        keys: dict[str, Any] = {"low_memory": "--low-memory" in options}
+        keys["bits"] = next((int(bits) for bits in "48" if f"--bits {bits}" in options), None)
+        for dtype in ("bfloat16", "float16") if "float16" in options else ("bfloat16",):
+            for gib, told_to_fit in zip(sizes, fits, strict=True):
+                found = planned(gib, "dev", dtype=dtype, **keys)
+                assert (found.winner is not None) == (told_to_fit == "fits"), (options, gib)
+                most = max(need.needed for need in found.options[0].memory)
+                assert f"{most / 1e9:.1f}" == needs, options
+
+
 def test_what_no_option_makes_fit_is_told_without_advice() -> None:
     found = planned(4, "dev")
     assert found.winner is None and found.remedies == () and told(found.remedies) == ""

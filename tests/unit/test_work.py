@@ -83,6 +83,14 @@ def test_low_memory_and_preload_change_what_is_held_when() -> None:
     assert loaded.denoise > plain.denoise
 
 
+def test_float16_holds_as_many_weights_as_bfloat16_and_wider_tokens() -> None:
+    half, other = (Work.of(ask(dtype=name), FLUX) for name in ("float16", "bfloat16"))
+    assert half.transformer == other.transformer and half.text_bytes == other.text_bytes
+    (denoise, decode), (least, same) = (work.memory("data", 1, 1) for work in (half, other))
+    assert decode == same and denoise - least == 6 * 4608 * 3072 * 2
+    assert half.sent_a_step("tensor", 2) == other.sent_a_step("tensor", 2)
+
+
 def test_decoding_in_tiles_takes_no_more_memory_than_a_tile() -> None:
     large, larger = (
         Work.of(ask(height=side, width=side), FLUX).memory("data", 1, 1).decode
