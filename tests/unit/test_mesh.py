@@ -35,7 +35,7 @@ from fluxmesh_coordinator.runtime.mesh import Mesh
 from fluxmesh_coordinator.session import Session
 from tests.broken_transport import BrokenDialer, Faults
 from tests.fakes import FakeMesh, FakeSupervisor, expected
-from tests.unit.meshes import ask, small
+from tests.unit.meshes import FLUX, ask, mac, small
 
 SIZES = small()
 
@@ -222,6 +222,26 @@ def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
         with pytest.raises(DoesNotFitError, match="which needs two hosts") as caught:
             await Conductor(driver, Session(job(placement="tensor")), {}, Heard()).run()
         assert caught.value.exit_code == 4
+
+    play(tmp_path, 1, body)
+
+
+def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        gib = 1 << 30
+        small_mac = mac(0, memory_bytes=11 * gib, free_bytes=15 * gib, platform="metal", holds=None)
+
+        async def infos() -> dict[int, Any]:
+            return {0: small_mac}
+
+        driver.infos = infos  # type: ignore[method-assign]
+        asked = dataclasses.replace(job(height=1024, width=1024), sizes=FLUX)
+        with pytest.raises(DoesNotFitError) as caught:
+            await Conductor(driver, Session(asked), {}, Heard()).run()
+        assert str(caught.value) == (
+            "No placement can be done: host 0 needs 28.1 GB and may use 11.8 GB. "
+            "It fits with --quantize --bits 8 --low-memory (9.9 GB)."
+        )
 
     play(tmp_path, 1, body)
 
