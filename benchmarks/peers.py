@@ -102,6 +102,7 @@ class Fluxmesh(OnMlx):
 
         flow = Flux(self.config)
         fill(flow, self.dtype, is_quantized, self.bits)
+        flow.make_room()
         return flow
 
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:

@@ -22,6 +22,7 @@ from benchmarks import harness
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
 from benchmarks.sizes import FULL, SMALL
 from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.request import DTYPES
 
 WHAT = (
     "sum",
@@ -45,7 +46,7 @@ def main() -> None:
         "--sizes", type=int, nargs="+", help="pixels a side; 512 1024 unless --small"
     )
     parser.add_argument("--what", nargs="+", choices=WHAT, help="all but diffusers-blocks")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
         "--bits", type=int, nargs="*", default=[], help="quantized as well: 3 4 5 6 8"
     )
