@@ -41,6 +41,10 @@ class HostUnreachableError(FluxmeshError):
     exit_code = 3
 
 
+class LocalNetworkError(FluxmeshError):
+    """macOS keeps a process out of the local network, or no cable leads to the other host."""
+
+
 class DoesNotFitError(FluxmeshError):
     """The model does not fit in the memory of the hosts that are left."""
 

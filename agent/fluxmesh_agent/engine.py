@@ -57,6 +57,7 @@ from fluxmesh.wire.messages import (
     Timed,
     Work,
 )
+from fluxmesh.wire.transport import local_network
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent.model_paths import Roots
@@ -216,6 +217,7 @@ class Engine:
     def _give_up(self, epoch: int, job: str, doing: str, error: Exception) -> NoReturn:
         """Ends the process: what raised such a thing may have left anything behind."""
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = local_network.explained(said)
         text = f"The engine failed {doing}: {said.rstrip('.')}."
         self._end(Failed(epoch, job, "Raised", text, fatal=True), error)
 

@@ -15,8 +15,9 @@ import socket
 import struct
 import time
 
-from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.wire.messages import LinkRate
+from fluxmesh.wire.transport import local_network
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,18 @@ _running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
 
 async def probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
-    """What a link carries. Raises `FluxmeshError` where nobody listens, or stops listening."""
+    """What a link carries. Raises `FluxmeshError` where nobody listens, or stops listening.
+
+    That is a `LocalNetworkError` where macOS may have forbidden the connection.
+    """
     if not 0 < nbytes <= LIMIT:
         raise UsageError(f"A probe sends 1 to {LIMIT} bytes, not {nbytes}.")
     try:
         return await asyncio.to_thread(_probe, ip, port, token, nbytes)
     except OSError as error:
-        reason = error.strerror or str(error) or "it took too long"
-        raise FluxmeshError(f"The link to {ip} can't be measured: {reason}.") from None
+        kind = LocalNetworkError if local_network.is_kept_out(error) else FluxmeshError
+        reason = local_network.reason(error)
+        raise kind(f"The link to {ip} can't be measured: {reason}.") from None
 
 
 def free_ports(ip: str, count: int) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fluxmesh.version import __version__
+
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.keys import Allowlist, load_keys
@@ -74,7 +76,8 @@ async def _serve(settings: Settings, home: AgentHome) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it outlives the session that started it
     pid = os.getpid()
     told = {"endpoint": listener.address, "pid": pid, "boot": service.boot}
-    write_private(home.agent, json.dumps({**told, "start": started_at(pid)}))
+    known = {**told, "start": started_at(pid), "version": __version__}
+    write_private(home.agent, json.dumps(known))
     log.info("listens at %s", listener.address)
     if settings.ephemeral:
         threading.Thread(target=_watch_stdin, args=(loop, service), daemon=True).start()

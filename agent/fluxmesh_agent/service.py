@@ -18,7 +18,7 @@ import time
 from collections.abc import Coroutine, Sequence
 
 from fluxmesh.cluster.snapshot import Measured
-from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
@@ -149,6 +149,8 @@ class Service:
             answer = Refused(error.code, str(error))
         except UsageError as error:
             answer = Refused("usage", str(error))
+        except LocalNetworkError as error:
+            answer = Refused("network", str(error))
         except ConnectionClosed:
             raise
         except FluxmeshError as error:

@@ -18,6 +18,7 @@ REFUSALS = {
     "model": "ModelNotFoundError",
     "memory": "DoesNotFitError",
     "version": "UsageError",
+    "network": "LocalNetworkError",
 }
 LATE = PEER_LATE  # nobody's fault; a ring of the same hosts would end so again
 DIED = "Died"  # an engine's end, for which its own host is to blame even in a ring

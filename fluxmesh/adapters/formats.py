@@ -28,6 +28,7 @@ import numpy as np
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError, WeightsError
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers, transformer_tensors
+from fluxmesh.storage import apple_double
 from fluxmesh.storage.safetensors import Entry, Header, read_header, read_tensor, write_tensors
 
 FORMATS = ("diffusers", "kohya", "bfl", "apple")
@@ -79,7 +80,7 @@ def find_adapter(path: str | Path) -> Path:
     if os.path.isdir(file):
         names = ("final_adapters.safetensors", "pytorch_lora_weights.safetensors")
         found = [file / name for name in names if (file / name).is_file()]
-        found = found or list(file.glob("*.safetensors"))
+        found = found or list(apple_double.without(file.glob("*.safetensors")))
         if len(found) != 1 and not (found and found[0].name in names):
             raise ModelNotFoundError(
                 f"The folder {path} holds {len(found)} .safetensors files; name the adapter's file."

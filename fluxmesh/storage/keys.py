@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fluxmesh.storage import apple_double
 from fluxmesh.storage.homes import (
     HomeError,
     create_private,
@@ -102,7 +103,7 @@ class Allowlist:
     def users(self) -> dict[str, str]:
         """Public key to name, as the files say now. A file that holds no key lets nobody in."""
         found: dict[str, str] = {}
-        for path in sorted(self.folder.glob("*.pub")):
+        for path in sorted(apple_double.without(self.folder.glob("*.pub"))):
             try:
                 key = read_own(path).strip()
             except FileNotFoundError:  # removed at this moment

@@ -24,6 +24,7 @@ from fluxmesh.models.flux1.config import (
     T5Config,
 )
 from fluxmesh.models.flux1.single_file import autoencoder_config_of, flux_config_of
+from fluxmesh.storage import apple_double
 from fluxmesh.storage.safetensors import read_index, read_json
 
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
@@ -132,7 +133,9 @@ def from_folder(folder: Path, name: str, revision: str | None = None) -> Checkpo
     components = {part: Component(weight_files(folder / part), layout) for part in COMPONENTS}
     tokenizers = _tokenizer_folders(folder)
     if revision is None:
-        revision = fingerprint([*_parts(components), *folder.glob("*/*.json")])
+        revision = fingerprint(
+            [*_parts(components), *apple_double.without(folder.glob("*/*.json"))]
+        )
     return Checkpoint(
         name=name,
         revision=revision,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,9 +125,11 @@ def _check_space(repo: str, cache: Path, needed: int) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if needed > free:
+        # What macOS would clear by itself, such as local snapshots, only Finder counts as free.
+        more = " (not what macOS would clear)" if platform.system() == "Darwin" else ""
         raise OutputError(
-            f"{repo} needs {needed / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free; "
-            "free some, or set HF_HUB_CACHE to a folder on a larger disk."
+            f"{repo} needs {needed / 1e9:.1f} GB more and {cache} has {free / 1e9:.1f} GB free"
+            f"{more}; free some, or set HF_HUB_CACHE to a folder on a larger disk."
         )
 
 

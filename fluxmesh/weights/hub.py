@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, WeightsError
+from fluxmesh.storage import apple_double
 from fluxmesh.weights.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -238,7 +239,8 @@ def _in_snapshot(
     """The checkpoint in a cached snapshot, whose folder is named by the commit."""
     if (snapshot / "model_index.json").is_file():
         return from_folder(snapshot, name, revision=snapshot.name)
-    files = [file for file in snapshot.glob("*.safetensors") if file.name != "ae.safetensors"]
+    found = apple_double.without(snapshot.glob("*.safetensors"))
+    files = [file for file in found if file.name != "ae.safetensors"]
     if len(files) == 1:
         return _single_file(files[0], name, download, progress, revision=snapshot.name)
     raise ModelNotFoundError(

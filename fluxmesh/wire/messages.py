@@ -278,7 +278,9 @@ class Done(Message):
 class Refused(Message):
     """What was asked for can't be done; `text` is the sentence that the user reads."""
 
-    code: Literal["version", "malformed", "fence", "usage", "model", "memory", "busy", "internal"]
+    code: Literal[
+        "version", "malformed", "fence", "usage", "model", "memory", "busy", "network", "internal"
+    ]
     text: str
 
 

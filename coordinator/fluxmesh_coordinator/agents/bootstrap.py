@@ -10,6 +10,7 @@ ssh and the command line; what it says first (`READY`) is read through a pipe an
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,14 +29,17 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.storage.homes import AgentHome, private_folder, read_private, write_private
+from fluxmesh.storage.homes import AgentHome, private_folder, read_own, read_private, write_private
 from fluxmesh.storage.keys import Allowlist
 from fluxmesh.storage.processes import end_process, kill_recorded, started_at
 from fluxmesh.version import __version__
+from fluxmesh_coordinator.agents import addresses, macos, tcc
 
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed
 TAIL = 64 << 10  # bytes of a log that are looked at
+KEPT = 2.0  # seconds between two looks at an agent for which a connection is kept
+SOMEBODY = "whoever started it there"  # neither of `up`'s users: launchd, or a person by hand
 
 Spec = dict[str, Any]  # address, port, models, memory, envs, roots: what an agent is started with
 
@@ -73,13 +77,25 @@ class Agent:
         try:
             told: dict[str, Any] = json.loads(read_private(self._running))
         except (FileNotFoundError, ValueError):
-            return None
-        return told if started_at(told["pid"]) == told["start"] else None
+            return self._found()
+        return told if started_at(told["pid"]) == told["start"] else self._found()
 
-    def start(self, spec: Spec, authorized: dict[str, str]) -> dict[str, Any]:
+    def _found(self) -> dict[str, Any] | None:
+        """One that somebody else has started here, such as launchd after a restart, as it says."""
+        try:
+            told: dict[str, Any] = json.loads(read_private(self.home.agent))
+            key = read_own(self.state / "agent.pub").strip()
+        except (FileNotFoundError, ValueError):
+            return None
+        if started_at(told["pid"]) != told["start"]:
+            return None
+        return {"version": "", **told, "public_key": key, "spec": None, "by": [SOMEBODY]}
+
+    def start(self, spec: Spec, authorized: dict[str, str], *, kept: bool) -> dict[str, Any]:
         """Starts it for the users `authorized` (names to keys), who may change how from now on.
 
-        Waits until it listens. Raises `FluxmeshError` with what it said last."""
+        `kept` says that this process goes on as long as the agent lives. Waits until it listens.
+        Raises `FluxmeshError` with what it said last."""
         private_folder(self.home.authorized)
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "ab") as log:
@@ -102,8 +118,13 @@ class Agent:
         told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
         told |= {"start": started_at(process.pid), "spec": spec, "version": __version__}
         told["by"] = list(authorized)
-        write_private(self._running, json.dumps(told))
+        if kept:
+            told["kept_by"] = {"pid": os.getpid(), "start": started_at(os.getpid())}
         return told
+
+    def remember(self, told: dict[str, Any]) -> None:
+        """Keeps what `start` or `running` told, for every starter to come."""
+        write_private(self._running, json.dumps(told))
 
     def stop(self) -> bool:
         """Ends it, by force where it does not go; False where none ran."""
@@ -204,14 +225,37 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         running = Agent(request["port"]).running()
         found["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
         if "spec" in request:
-            found["ends"] = running is not None and not _fits(running, request)
-        address = request["address"]
+            spec = settled(request["spec"], running)
+            found["ends"] = running is not None and not _fits(running, {**request, "spec": spec})
+        address = settled(request, running)["address"]
         found["control"] = {
             "endpoint": f"{address}:{request['port']}",
             "free": can_bind(address, request["port"]),
         }
     found["ips"] = {ip: can_bind(ip, 0) for ip in request.get("ips", ())}
+    if platform.system() == "Darwin":
+        found["mac"] = macos.collect(request.get("models"))
     return found
+
+
+def settled(spec: Spec, running: dict[str, Any] | None) -> Spec:
+    """What an agent is started with, once it is known at which address it listens.
+
+    One that runs keeps its own, where that is still one of this machine's. Raises `FluxmeshError`
+    where nothing tells an address.
+    """
+    spec = dict(spec)
+    known = spec.pop("addresses", [])
+    if spec["address"]:
+        return spec
+    now = running["endpoint"].rpartition(":")[0].strip("[]") if running else ""
+    if not (now and can_bind(now, 0)):
+        now = addresses.choose(
+            addresses.reached_at(os.environ), known, lambda address: can_bind(address, 0)
+        )
+    if not now:
+        raise FluxmeshError('Nothing tells its address; give it as "control" in the hostfile.')
+    return {**spec, "address": now}
 
 
 def can_bind(address: str, port: int) -> bool:
@@ -243,8 +287,8 @@ def _model(name: str, folder: str | None) -> dict[str, Any]:
 
 def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Starts the agent, or lets the user in at the one that runs as asked already."""
-    spec, authorized = request["spec"], request["authorized"]
-    agent = Agent(spec["port"])
+    authorized = request["authorized"]
+    agent = Agent(request["spec"]["port"])
     with agent.alone():
         if request.get("again") and agent.was_stopped:
             raise FluxmeshError("Its agent was ended by `fluxmesh down`; `fluxmesh up` starts it.")
@@ -259,15 +303,17 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
         if told is not None and told["boot"] == request.get("again"):
             agent.kill()  # it runs, and does not answer
             told = None
-        fits = told is not None and _fits(told, request)
+        spec = settled(request["spec"], told)
+        fits = told is not None and _fits(told, {**request, "spec": spec})
         if not fits:
             agent.stop()
             if request.get("rotate"):
                 for name in ("agent.key", "agent.pub"):
                     (agent.state / name).unlink(missing_ok=True)
-            told = agent.start(spec, authorized)
+            told = agent.start(spec, authorized, kept=bool(request.get("kept")))
         assert told is not None
-        answer = {name: told[name] for name in ("endpoint", "public_key", "boot")}
+        agent.remember(told)
+        answer = {name: told[name] for name in ("endpoint", "public_key", "boot", "pid")}
         answer |= {"state": str(agent.state), "python": sys.executable}
         return {**answer, "fresh": not fits, "kept": told["by"] if told["spec"] != spec else []}
 
@@ -278,7 +324,19 @@ def _fits(told: dict[str, Any], request: dict[str, Any]) -> bool:
     # Another user's agent keeps its settings: to change them would end what runs there.
     if set(told["by"]) & set(request["authorized"]):
         fits = fits and told["spec"] == request["spec"]
+    if request.get("kept") and told["by"] != [SOMEBODY]:  # launchd's need no connection
+        keeper = told.get("kept_by")  # one that comes later is of no use: macOS asks who started it
+        fits = fits and bool(keeper) and started_at(keeper["pid"]) == keeper["start"]
     return fits
+
+
+def dial(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Whether this process reaches a port, as the agent of this host may not (`reach.py`)."""
+    try:
+        socket.create_connection((request["ip"], request["port"]), timeout=5.0).close()
+    except OSError:
+        return {"reached": False}
+    return {"reached": True}
 
 
 def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -308,7 +366,23 @@ def pull(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     return {"revision": checkpoint.revision}
 
 
-ACTIONS = {"look": look, "start": start, "stop": stop, "logs": logs, "pull": pull}
+def keep(pid: int) -> None:
+    """Stays while the agent lives that this process has started, and somebody holds its stdin.
+
+    So an ssh connection lasts as long as the agent, which is what macOS wants of a process that it
+    lets into the local network for having come over ssh. The agent outlives the connection.
+    """
+    while True:
+        if select.select([0], [], [], KEPT)[0] and not os.read(0, 4096):
+            return  # whoever held the connection is gone
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return
+        except ChildProcessError:
+            return  # it is not ours: another connection is kept for it
+
+
+ACTIONS = {"look": look, "start": start, "stop": stop, "logs": logs, "pull": pull, "dial": dial}
 
 
 def main() -> None:
@@ -326,12 +400,19 @@ def main() -> None:
         tell({"error": text, "version": __version__})
         return
     try:
-        tell({"result": ACTIONS[request["action"]](request, tell)})
+        result = ACTIONS[request["action"]](request, tell)
     except FluxmeshError as error:
         tell({"error": str(error)})
     except OSError as error:
+        if error.errno == errno.EPERM and error.filename and platform.system() == "Darwin":
+            tell({"error": tcc.denied(str(error.filename))})
+            return
         where = f"{error.filename}: " if error.filename else ""
         tell({"error": f"{where}{error.strerror or error}."})
+    else:
+        tell({"result": result})
+        if request["keep_ssh"]:
+            keep(result["pid"])
 
 
 if __name__ == "__main__":

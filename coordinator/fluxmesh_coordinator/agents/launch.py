@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from fluxmesh.cluster.hostfile import Host, Hostfile
-from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import kill_recorded
+from fluxmesh_coordinator.agents.addresses import is_address
 from fluxmesh_coordinator.agents.bootstrap import agent_command, hand_over
 from fluxmesh_coordinator.agents.mesh_file import THIS_MACHINE, THIS_NAME, Member, MeshRecord
-from fluxmesh_coordinator.agents.remote import ask, ssh_name, title
+from fluxmesh_coordinator.agents.remote import ask, ssh_name
 
 
 def user_name(public_key: str) -> str:
@@ -42,12 +43,11 @@ def agent_spec(
     hostfile: Hostfile, rank: int, envs: Sequence[tuple[str, str]], roots: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the agent of a rank is started with, as `starter` reads it. Raises `FluxmeshError`."""
-    host, control = hostfile.hosts[rank], hostfile.control(rank)
+    host = hostfile.hosts[rank]
     if hostfile.backend == "nccl":  # each agent of a machine has a GPU of its own
         envs = [("CUDA_VISIBLE_DEVICES", str(hostfile.local_index(rank))), *envs]
     return {
-        "address": address_of(host, control.address),
-        "port": control.port,
+        **place_of(hostfile, rank),
         "models": host.models,
         "memory": host.memory,
         "envs": [list(pair) for pair in envs],
@@ -55,23 +55,26 @@ def agent_spec(
     }
 
 
-def address_of(host: Host, name: str) -> str:
-    """The IP address at which an agent listens, where the hostfile has a name or ssh an alias."""
-    try:
-        return str(ipaddress.ip_address(name))
-    except ValueError:
-        pass  # a name
+def place_of(hostfile: Hostfile, rank: int) -> dict[str, Any]:
+    """Where the agent of a rank shall listen, as `starter` reads it: address, addresses, port.
+
+    `address` is "" where the hostfile has a name or ssh an alias: the host itself knows by which
+    address ssh came. `addresses` are then those that this machine knows for the name.
+    """
+    host, control = hostfile.hosts[rank], hostfile.control(rank)
+    if is_address(control.address):
+        address = str(ipaddress.ip_address(control.address))
+        return {"address": address, "addresses": [], "port": control.port}
+    name = control.address
     if not host.is_local and name == host.name:
         name = ssh_name(host) or name
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise HostUnreachableError(
-            f"{title(host)}: nothing knows the address of {name} ({error.strerror or error}); "
-            'give it as "control" in the hostfile.'
-        ) from None
+    except OSError:
+        found = []  # ssh may reach it all the same, by way of another host
     found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    return str(found[0][4][0])
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    return {"address": "", "addresses": addresses, "port": control.port}
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ class Started:
     kept: tuple[str, ...] = ()  # users whose settings it has, where they differ from ours
 
 
-def wanted(spec: dict[str, Any], keys: Keys, *, rotate: bool) -> dict[str, Any]:
+def wanted(
+    spec: dict[str, Any], keys: Keys, *, rotate: bool, keep_ssh: bool = False
+) -> dict[str, Any]:
     """How an agent shall run: what `starter` compares with how it does."""
     authorized = {user_name(keys.public): keys.public}
-    return {"spec": spec, "authorized": authorized, "rotate": rotate}
+    return {"spec": spec, "authorized": authorized, "rotate": rotate, "kept": keep_ssh}
 
 
 def start(
@@ -97,9 +102,11 @@ def start(
     rotate: bool = False,
     forget: Sequence[str] = (),
     again: str = "",
+    keep_ssh: bool = False,
 ) -> Started:
     """The agent of a host, which listens and lets this user in.
 
+    With `keep_ssh` the connection that starts it stays open as long as it lives.
     `rotate` gives it new keys; the public keys `forget` are let in no more; `again` is
     the boot of an agent that does not answer, and does nothing for one that was ended on purpose.
     Raises `FluxmeshError` naming the host.
@@ -107,7 +114,8 @@ def start(
     told = ask(
         host,
         "start",
-        **wanted(spec, keys, rotate=rotate),
+        keep_ssh=keep_ssh,
+        **wanted(spec, keys, rotate=rotate, keep_ssh=keep_ssh),
         forget=list(forget),
         again=again,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -19,34 +20,39 @@ from typing import Any, TypeVar
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.version import __version__
+from fluxmesh_coordinator.agents import find_python, tcc
 
 SECONDS = {"look": 60.0, "start": 120.0, "stop": 60.0, "logs": 30.0, "pull": 86400.0}
+SECONDS["dial"] = 30.0
 SSH_FAILED = 255  # ssh's own exit code for what went wrong before the command ran
 NOT_FOUND = (126, 127)  # a shell's
 MANY = 32  # hosts that are asked at once
 MODULE = "fluxmesh_coordinator.agents.bootstrap"
+KEEPER = "fluxmesh_coordinator.agents.keeper"
 
-# Finds a Python that has fluxmesh: this machine's own path, then that of the user's login shell.
-FIND = """\
-found=$("${{SHELL:-/bin/sh}}" -lc 'command -v fluxmesh' </dev/null 2>/dev/null | tail -n 1)
-for python in {own} "${{found%/*}}/python" python3; do
-"$python" -c 'import {module}' </dev/null 2>/dev/null && exec "$python" -m {module}
-done
-exit 127"""
+# A connection that is kept may be silent while a Mac sleeps: it is held for ten minutes, and is
+# no other command's to share or to end.
+KEPT = ("ServerAliveInterval=30", "ServerAliveCountMax=20", "ControlMaster=no", "ControlPath=none")
 
 T = TypeVar("T")
 Tell = Callable[[dict[str, Any]], None]
 
 
-def ask(host: Host, action: str, tell: Tell | None = None, **fields: Any) -> dict[str, Any]:
+def ask(
+    host: Host, action: str, tell: Tell | None = None, *, keep_ssh: bool = False, **fields: Any
+) -> dict[str, Any]:
     """What the starter on `host` answers; `tell` hears of its progress.
 
-    Raises `HostUnreachableError` where ssh does not reach it, `FluxmeshError` where it can't do
-    what is asked; both name the host.
+    With `keep_ssh` the connection stays open for as long as the agent that was started lives, also
+    after this process. Raises `HostUnreachableError` where ssh does not reach it, `FluxmeshError`
+    where it can't do what is asked; both name the host.
     """
-    command = _command(host)
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        _command(host, keep_ssh),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=keep_ssh,  # no Ctrl-C and no closing window ends it
     )
     assert process.stdin and process.stdout and process.stderr
     late = threading.Timer(SECONDS[action], process.kill)
@@ -57,7 +63,7 @@ def ask(host: Host, action: str, tell: Tell | None = None, **fields: Any) -> dic
     listener.start()
     answer: dict[str, Any] = {}
     try:
-        request = {"action": action, "version": __version__, **fields}
+        request = {"action": action, "version": __version__, "keep_ssh": keep_ssh, **fields}
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.close()
@@ -121,26 +127,27 @@ def ssh_name(host: Host) -> str | None:
     return None
 
 
-def _command(host: Host) -> list[str]:
+def _command(host: Host, keep_ssh: bool) -> list[str]:
     if host.is_local:
         return [host.python or sys.executable, "-m", MODULE]
     if host.python:
         there = f"exec {shlex.quote(host.python)} -m {MODULE}"
     else:
-        there = (
-            f"exec sh -c {shlex.quote(FIND.format(own=shlex.quote(sys.executable), module=MODULE))}"
-        )
+        there = f"exec sh -c {shlex.quote(find_python.script(sys.executable, MODULE))}"
+    if keep_ssh:
+        keeper = [sys.executable, "-m", KEEPER]
+        return [*keeper, *_ssh(KEPT), "-T", "--", host.ssh, there]
     return [*_ssh(), "-T", "--", host.ssh, there]
 
 
-def _ssh() -> list[str]:
+def _ssh(more: Sequence[str] = ("ServerAliveInterval=5",)) -> list[str]:
     """ssh, or what FLUXMESH_SSH says, that asks no questions and notices a host that is gone."""
     told = os.environ.get("FLUXMESH_SSH")
     options = (
         "BatchMode=yes",
         "ConnectTimeout=10",
-        "ServerAliveInterval=5",
         "ClearAllForwardings=yes",
+        *more,
     )
     return [*(shlex.split(told) if told else ["ssh"]), *(f"-o{option}" for option in options)]
 
@@ -157,19 +164,27 @@ def _failure(host: Host, code: int, errors: Sequence[str]) -> FluxmeshError:
     """Why a starter gave no answer."""
     last = errors[-1].rstrip(".") if errors else f"exit code {code}"
     if not host.is_local and code == SSH_FAILED:
-        return HostUnreachableError(
-            f"{title(host)}: ssh says {last!r}; make `ssh {host.ssh}` work without a password "
-            f"(ssh-copy-id {host.ssh}), and try again."
+        remedy = (
+            f"make `ssh {host.ssh}` work without a password (ssh-copy-id {host.ssh}), and try again"
         )
+        if "refused" in last and platform.system() == "Darwin":
+            remedy = "switch on Remote Login there (System Settings > General > Sharing)"
+            if host.name.partition(".")[0] == platform.node().partition(".")[0]:
+                remedy += ', or name this Mac "127.0.0.1" in the hostfile, which needs no ssh'
+        return HostUnreachableError(f"{title(host)}: ssh says {last!r}; {remedy}.")
     if code < 0:
         return HostUnreachableError(f"{title(host)}: it does not answer; see whether it hangs.")
+    for line in errors:
+        if code in NOT_FOUND and "Operation not permitted" in line:
+            where = host.python or line.partition(":")[0]
+            return FluxmeshError(f"{title(host)}: {tcc.denied(where)}")
     if code in NOT_FOUND and host.python:
         return FluxmeshError(
             f"{title(host)}, python: there is no {host.python}; mend the hostfile."
         )
     if code in NOT_FOUND or any("No module named" in line for line in errors):
         return FluxmeshError(
-            f"{title(host)}: no Python there has fluxmesh {__version__}; install it, and name "
-            'the interpreter as "python" in the hostfile.'
+            f"{title(host)}: no Python there has fluxmesh {__version__}; install it, or name the "
+            'interpreter that has it as "python" in the hostfile.'
         )
     return FluxmeshError(f"{title(host)}: fluxmesh fails there: {last}.")

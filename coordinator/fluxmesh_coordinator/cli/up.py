@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ THIS = -1  # what stands for this machine among the ranks
 @click.option("--allow-partial", is_flag=True, help="Go on without hosts that fail.")
 @click.option("--pull", is_flag=True, help="Fetch the model where it is missing, without asking.")
 @click.option("--force", is_flag=True, help="Also where that ends agents that a job holds.")
+@click.option(
+    "--keep-ssh",
+    is_flag=True,
+    help="Keep one ssh connection to each host while its agent lives (macOS's Local Network).",
+)
 @click.option("--rotate-keys", is_flag=True, help="New keys for you and for every agent.")
 @click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")
 def up(
@@ -47,6 +53,7 @@ def up(
     allow_partial: bool,
     pull: bool,
     force: bool,
+    keep_ssh: bool,
     rotate_keys: bool,
     as_json: bool,
 ) -> None:
@@ -79,7 +86,10 @@ def up(
             bits=int(bits) if bits else 4 if quantize else None,
         )
         work = Work.of(request, ModelSizes.of(checkpoint))
-        wish = _wish(hostfile, work.weights, envs, allow_partial, rotate_keys, force)
+        wish = replace(
+            _wish(hostfile, work.weights, envs, allow_partial, rotate_keys, force),
+            keep_ssh=keep_ssh,
+        )
         mesh = Bringup(wish, watch).run()
         warming = Warming(
             mesh, work, watch, allow_partial=allow_partial, content=checkpoint.content

@@ -23,7 +23,7 @@ from fluxmesh.storage.keys import Keys, load_keys, store_keys
 from fluxmesh_coordinator.agents import bootstrap, launch, mesh_file, remote
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.agents.status import in_use, survey, with_agents
-from fluxmesh_coordinator.deploy import checks
+from fluxmesh_coordinator.deploy import checks, macos_checks
 from fluxmesh_coordinator.deploy.checks import Finding
 
 PORTS = 100  # that are tried for an agent of this machine, which others may use too
@@ -61,6 +61,7 @@ class Wish:
     allow_partial: bool = False
     rotate_keys: bool = False
     force: bool = False  # also where agents must be ended that somebody's job holds
+    keep_ssh: bool = False  # of each host that ssh reaches, a connection as long as its agent
 
 
 @dataclass
@@ -91,7 +92,14 @@ class Bringup:
 
         def start(host: Host) -> launch.Started:
             spec = self._spec(host)
-            return launch.start(host, spec, keys, rotate=wish.rotate_keys, forget=forget)
+            return launch.start(
+                host,
+                spec,
+                keys,
+                rotate=wish.rotate_keys,
+                forget=forget,
+                keep_ssh=self._keeps(host),
+            )
 
         started, errors = remote.each(hosts, start)
         if wish.rotate_keys and started:  # every agent that could be reached has the new key by now
@@ -115,6 +123,9 @@ class Bringup:
         wish = self.wish
         return launch.agent_spec(wish.hostfile, host.rank, wish.envs, wish.roots)
 
+    def _keeps(self, host: Host) -> bool:
+        return self.wish.keep_ssh and not host.is_local
+
     def _check(self, hosts: Sequence[Host], keys: Keys) -> tuple[list[Host], list[str]]:
         """The hosts that can take part, and the addresses of agents there that can stay.
 
@@ -122,7 +133,8 @@ class Bringup:
         """
 
         def wanted(host: Host) -> dict[str, Any]:
-            return launch.wanted(self._spec(host), keys, rotate=self.wish.rotate_keys)
+            spec, rotate = self._spec(host), self.wish.rotate_keys
+            return launch.wanted(spec, keys, rotate=rotate, keep_ssh=self._keeps(host))
 
         self.watcher.stage("Looking at the hosts")
         looks, errors = look_at(self.wish.hostfile, self.wish.weights.model, wanted)
@@ -137,7 +149,10 @@ class Bringup:
         bad: dict[int, FluxmeshError] = {}
         model = checks.reference(here[0], {rank: look for rank, (look, _) in looks.items()})
         for rank, (look, now) in looks.items():
-            for finding in checks.findings(hosts[rank], look, here[0], now, model):
+            for finding in [
+                *checks.findings(hosts[rank], look, here[0], now, model),
+                *macos_checks.findings(hosts[rank], look, self.wish.hostfile.backend),
+            ]:
                 text = f"{remote.title(hosts[rank])}, {finding.check}: {finding.text}"
                 if finding.level == "fail":
                     bad.setdefault(rank, FluxmeshError(text))
@@ -239,9 +254,8 @@ def look_at(
     def look(host: Host) -> tuple[dict[str, Any], float]:
         fields: dict[str, Any] = {"model": model, "models": host.models}
         if host.rank >= 0:
-            control = hostfile.control(host.rank)
-            fields["address"] = launch.address_of(host, control.address)
-            fields |= {"port": control.port, "ips": list(host.ips), **wanted(host)}
+            fields |= {**launch.place_of(hostfile, host.rank), "ips": list(host.ips)}
+            fields |= wanted(host)
         begin = time.time()
         return remote.ask(host, "look", **fields), (begin + time.time()) / 2
 
@@ -260,6 +274,7 @@ def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
         way = "this machine" if hostfile.hosts[rank].is_local else "over ssh"
         found.append(Finding(rank, "reached", "ok", f"{way}, {look['system']}"))
         found += checks.findings(hostfile.hosts[rank], look, here, now, one)
+        found += macos_checks.findings(hostfile.hosts[rank], look, hostfile.backend)
     return sorted(found, key=lambda finding: finding.rank)
 
 

@@ -89,7 +89,9 @@ def _mlx(look: Look, here: Look) -> tuple[str, Level, str]:
 def _disk(look: Look) -> tuple[str, Level, str]:
     free = int(look["disk_free_bytes"])
     if free < DISK:
-        return "disk", "warn", f"{free / 1e9:.1f} GB left; make room, adapters are kept there."
+        more = " (Finder counts space that macOS would clear, too)" if "mac" in look else ""
+        text = f"{free / 1e9:.1f} GB left{more}; make room, adapters are kept there."
+        return "disk", "warn", text
     return "disk", "ok", f"{free / 1e9:.0f} GB left"
 
 

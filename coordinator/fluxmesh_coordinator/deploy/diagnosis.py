@@ -10,6 +10,7 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.wire.messages import Status
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import survey, user_keys
+from fluxmesh_coordinator.deploy import reach
 from fluxmesh_coordinator.deploy.checks import SKEW, Finding
 from fluxmesh_coordinator.sameness import difference
 
@@ -44,6 +45,7 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
     for link in mesh.links:
         rate = f"to host {link.target}: {link.rate / 1e9:.2f} GB/s, {link.latency * 1e6:.0f} us"
         found.append(Finding(link.source, "link", "ok", rate))
+    found += reach.findings(mesh)
     ranks = [member.rank for member in mesh.members]
     linked = {(link.source, link.target) for link in mesh.links}
     for a, b in zip(ranks, ranks[1:] + ranks[:1], strict=True):

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, MeshView, Placement
-from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
+from fluxmesh.errors import (
+    DoesNotFitError,
+    FluxmeshError,
+    HostUnreachableError,
+    LocalNetworkError,
+    WeightsError,
+)
 from fluxmesh.planning.capacity import Memory, shortage
 from fluxmesh.planning.remedies import for_weights
 from fluxmesh.planning.workload import Work, tensor_problem
@@ -110,6 +116,7 @@ class Warming:
     allow_partial: bool = False
     content: str = ""  # `Checkpoint.content` of what shall be held; "" is whatever the hosts have
     clients: dict[int, Client] = field(default_factory=dict)
+    kept_out: dict[int, str] = field(default_factory=dict)  # by macOS, and in whose words
 
     def run(self) -> MeshRecord:
         """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
@@ -165,6 +172,8 @@ class Warming:
         for each in pairs(list(self.clients)):
             links = await asyncio.gather(*(self._link(*pair) for pair in each))
             found += [link for link in links if link is not None]
+        for source in {*self.kept_out} - {link.source for link in found}:
+            self.watcher.note(self.kept_out[source])
         return tuple(sorted(found, key=lambda link: (link.source, link.target)))
 
     async def _link(self, source: int, target: int) -> LinkInfo | None:
@@ -180,7 +189,9 @@ class Warming:
                 rates.append(await self.clients[source].ask(probe, messages.LinkRate, LINK))
             except HostUnreachableError:
                 raise
-            except FluxmeshError:
+            except FluxmeshError as error:
+                if isinstance(error, LocalNetworkError):
+                    self.kept_out[source] = str(error)
                 return None  # no cable between these two
         if not rates:
             return None

@@ -22,6 +22,7 @@ import numpy as np
 
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.images import decode_picture
+from fluxmesh.storage import apple_double
 from fluxmesh.training.data.bucketing import Size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -163,7 +164,7 @@ def _rows(name: str, report: Report, split: str, image: str, caption: str) -> It
         return _lines(folder / "train.jsonl", report)
     if (folder / "index.json").is_file():
         return _index(folder / "index.json")
-    if any(folder.rglob("*.parquet")):
+    if any(apple_double.without(folder.rglob("*.parquet"))):
         return _hub(str(folder), split, image, caption)
     return _captioned(folder)
 

@@ -4,6 +4,7 @@
     listener  the agent's side of the real one: `await CurveListener.open(address, keys, allowlist)`
     dialer    the coordinator's: `await CurveDialer(keys).connect(address, server_key)`
     gate      who is let in; `options` and `mailbox` serve both sides
+    local_network  what macOS does to who dials without permission, and the sentence about it
     inproc    a twin inside of one process: `Network().listen()`, `.dialer()`
     broken    a wrapper that loses, repeats, delays and cuts, for tests
 

@@ -15,7 +15,7 @@ import zmq.asyncio
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.protocol import decode, encode
-from fluxmesh.wire.transport import sockets
+from fluxmesh.wire.transport import local_network, sockets
 from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
 from fluxmesh.wire.transport.mailbox import Mailbox
 
@@ -116,9 +116,14 @@ class CurveDialer:
                 await _handshake(monitor, address)
         except BaseException as error:
             sockets.close_watched(sock, monitor)
+            reached = isinstance(error, NotAllowed) or not isinstance(error, Exception)
+            if not reached and await asyncio.to_thread(local_network.keeps_out, host, port):
+                told = f"Can't connect to {address}: {local_network.SENTENCE}."
+                raise ConnectionClosed(told) from None
             if isinstance(error, TimeoutError):
                 raise ConnectionClosed(
-                    f"No agent answers at {address} within {seconds:.0f} s."
+                    f"No agent answers at {address} within {seconds:.0f} s: it hangs, or a "
+                    "firewall drops what comes; see `fluxmesh doctor`."
                 ) from None
             if isinstance(error, zmq.ZMQError):
                 raise ConnectionClosed(f"Can't connect to {address}: {error.strerror}.") from None

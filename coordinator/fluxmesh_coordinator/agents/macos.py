@@ -1,0 +1,129 @@
+"""Looks at a Mac for `starter.look`, with the tools that come with macOS.
+
+What comes out is JSON, judged by `deploy/macos_checks.py` on the coordinator. A tool that is not
+there, fails or hangs leaves its value out.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fluxmesh
+from fluxmesh_coordinator.agents import macos_tools as tools
+
+SECONDS = 5.0  # that a tool may take
+PROBING = 30.0  # loading MLX, from a cold disk
+
+# MLX loads in a process of its own, which is over before an engine needs the memory.
+PROBE = """\
+import json, mlx.core as mx
+from mlx.core import distributed
+print(json.dumps({**mx.device_info(), "jaccl": distributed.is_available("jaccl")}))"""
+START = "from fluxmesh.storage.processes import started_at; print(started_at({pid}))"
+PLACES = ({"LC_ALL": "C", "TZ": "UTC0"}, {"LC_ALL": "de_DE.UTF-8", "TZ": "Asia/Tokyo"})
+
+Run = Callable[..., str | None]  # run(command, *arguments, seconds=, env=)
+T = TypeVar("T")
+
+
+def run(
+    *command: str, seconds: float = SECONDS, env: Mapping[str, str] | None = None
+) -> str | None:
+    """What a command prints; None where it is not there, fails, or takes longer."""
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "LC_ALL": "C", **(env or {})},
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def collect(models: str | None, run: Run = run) -> dict[str, Any]:
+    """All that a program can look at; `models` is the folder that the hostfile names."""
+
+    def told(parse: Callable[[str], T], *command: str, **more: Any) -> T | None:
+        text = run(*command, **more)
+        return None if text is None else parse(text)
+
+    def sysctl(name: str) -> int | None:
+        return told(tools.number, "/usr/sbin/sysctl", "-n", name)
+
+    firewall = "/usr/libexec/ApplicationFirewall/socketfilterfw"
+    return {
+        "version": told(tools.version, "/usr/bin/sw_vers", "-productVersion"),
+        "wheel": wheel(),
+        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=PROBING),
+        "is_translated": sysctl("sysctl.proc_translated") == 1,
+        "rdma_devices": told(tools.rdma_devices, "/usr/bin/ibv_devices"),
+        "rdma_state": told(tools.rdma_state, "/usr/bin/rdma_ctl", "status"),
+        "firewall": told(tools.firewall, firewall, "--getglobalstate"),
+        "low_power": told(tools.low_power, "/usr/bin/pmset", "-g"),
+        "battery": told(tools.battery, "/usr/bin/pmset", "-g", "batt"),
+        "bridge": told(tools.bridge, "/sbin/ifconfig", "bridge0"),
+        "thunderbolt": told(
+            tools.thunderbolt_ports, "/usr/sbin/networksetup", "-listallhardwareports"
+        ),
+        "wired_limit_mb": sysctl("iogpu.wired_limit_mb"),
+        "pressure": sysctl("kern.memorystatus_vm_pressure_level"),
+        "has_tools": run("/usr/bin/xcode-select", "-p") is not None,
+        "has_remote_login": run("/usr/bin/nc", "-z", "-G", "1", "127.0.0.1", "22") is not None,
+        "home": str(Path.home()),
+        "paths": paths(models),
+        "hidden": hidden_files(Path(sysconfig.get_path("purelib"))),
+        "identities": identities(run),
+    }
+
+
+def wheel() -> int | None:
+    """The macOS that the installed MLX was built for; its Metal half is a distribution apart."""
+    for name in ("mlx-metal", "mlx"):
+        try:
+            text = metadata.distribution(name).read_text("WHEEL")
+        except metadata.PackageNotFoundError:
+            continue
+        return tools.wheel_target(text or "")
+    return None
+
+
+def paths(models: str | None) -> dict[str, str]:
+    """What an agent has to read, and where it lies."""
+    cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    found = {
+        "fluxmesh": str(Path(fluxmesh.__file__).parent),
+        "Python": sys.prefix,
+        "the Hub's cache": os.path.expanduser(cache),
+    }
+    if models:
+        found["models"] = os.path.expanduser(models)
+    return {what: os.path.realpath(path) for what, path in found.items()}
+
+
+def hidden_files(folder: Path) -> list[str]:
+    """The `.pth` files that Python skips there, since they have the flag of hidden files."""
+    return sorted(
+        str(path)
+        for path in folder.glob("*.pth")
+        if getattr(path.stat(), "st_flags", 0) & stat.UF_HIDDEN
+    )
+
+
+def identities(run: Run) -> list[str | None]:
+    """What names this process, as programs of two languages and time zones take it."""
+    code = START.format(pid=os.getpid())
+    return [run(sys.executable, "-c", code, seconds=PROBING, env=place) for place in PLACES]

@@ -1,0 +1,93 @@
+"""What macOS's own tools say, as values: text in, value out. Pure.
+
+Each function takes the output of one command, run with LC_ALL=C by `macos.py`, and gives None (or
+nothing of a kind) where the text is not what it expects: a tool that changes is a finding less,
+never an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+
+def version(text: str) -> str | None:
+    """`sw_vers -productVersion`: "26.2"."""
+    found = re.fullmatch(r"\d+(\.\d+)*", text.strip())
+    return found[0] if found else None
+
+
+def wheel_target(text: str) -> int | None:
+    """The macOS that a wheel was built for, from its WHEEL file: 14, 15, 26."""
+    found = re.search(r"^Tag: \S+-macosx_(\d+)_\d+_\w+\s*$", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def gpu(text: str) -> dict[str, Any] | None:
+    """The JSON line of `macos.PROBE`: {"generation", "name", "recommended_bytes", "jaccl"}."""
+    try:
+        told = json.loads(text.strip().splitlines()[-1])
+        generation = re.match(r"applegpu_g(\d+)", told["architecture"])
+        return {
+            "generation": int(generation[1]) if generation else None,
+            "name": str(told["device_name"]),
+            "recommended_bytes": int(told["max_recommended_working_set_size"]),
+            "jaccl": bool(told["jaccl"]),
+        }
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def rdma_devices(text: str) -> list[str]:
+    """`ibv_devices`: the names of its table, below two lines of heading."""
+    return re.findall(r"^\s*(rdma_\w+)\s", text, re.MULTILINE)
+
+
+def rdma_state(text: str) -> str | None:
+    """`rdma_ctl status`: "enabled" or "disabled"."""
+    found = re.search(r"\b(enabled|disabled)\b", text.lower())
+    return found[1] if found else None
+
+
+def firewall(text: str) -> int | None:
+    """`socketfilterfw --getglobalstate`: 0 off, 1 on, 2 all incoming connections are blocked."""
+    found = re.search(r"State = (\d)", text)
+    return int(found[1]) if found else None
+
+
+def low_power(text: str) -> bool | None:
+    """`pmset -g`: whether the mode that saves energy holds now; older ones say `powermode`."""
+    found = re.search(r"^\s*lowpowermode\s+(\d)", text, re.MULTILINE)
+    found = found or re.search(r"^\s*powermode\s+(\d)", text, re.MULTILINE)
+    return found[1] == "1" if found else None
+
+
+def battery(text: str) -> dict[str, Any] | None:
+    """`pmset -g batt`: {"in_use", "percent"}; None for a Mac that has none."""
+    percent = re.search(r"InternalBattery\S*.*?(\d+)%", text)
+    if not percent:
+        return None
+    return {"in_use": "'Battery Power'" in text, "percent": int(percent[1])}
+
+
+def bridge(text: str) -> dict[str, list[str]]:
+    """`ifconfig bridge0`: its {"members", "addresses"}."""
+    return {
+        "members": re.findall(r"^\s*member: (\w+)", text, re.MULTILINE),
+        "addresses": re.findall(r"^\s*inet (\d+(?:\.\d+){3})", text, re.MULTILINE),
+    }
+
+
+def thunderbolt_ports(text: str) -> list[str]:
+    """`networksetup -listallhardwareports`: the interfaces of single thunderbolt ports.
+
+    The bridge of them, "Thunderbolt Bridge", is none; its interface is no `en`.
+    """
+    pairs = re.findall(r"Hardware Port: (.+)\nDevice: (\w+)", text)
+    return [name for port, name in pairs if port.startswith("Thunderbolt") and name[:2] == "en"]
+
+
+def number(text: str) -> int | None:
+    """`sysctl -n`, of a number."""
+    return int(text) if text.strip().isdigit() else None

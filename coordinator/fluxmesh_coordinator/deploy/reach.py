@@ -1,0 +1,92 @@
+"""Whether macOS lets each agent dial its neighbours at the addresses that a ring would use.
+
+Asked of the agents themselves, since macOS allows a connection or not by how a process was started.
+Where an agent says that it can't, the starter on the same Mac tries the same connection from ssh,
+which macOS lets through: if that succeeds, it is the permission and not the cable that is missing.
+On other systems agents never say so, and there is nothing to find.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import AsyncExitStack
+
+from fluxmesh.errors import FluxmeshError, LocalNetworkError
+from fluxmesh.wire import messages
+from fluxmesh.wire.transport import local_network
+from fluxmesh.wire.transport.base import Dialer
+from fluxmesh_coordinator.agents import remote
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+from fluxmesh_coordinator.agents.status import run, user_keys
+from fluxmesh_coordinator.deploy.checks import Finding
+
+SECONDS = 10.0  # for one byte over one cable
+
+Denied = tuple[int, int, str, int]  # source and target by rank, the target's address and port
+
+
+def findings(mesh: MeshRecord) -> list[Finding]:
+    """One for each agent that macOS keeps out of the local network, or may."""
+    denied = run(user_keys(), lambda dialer: _denied(mesh, dialer))
+    found: dict[int, Finding] = {}
+    for source, target, ip, port in denied:
+        host = mesh.hostfile.hosts[source]
+        try:
+            reached = remote.ask(host, "dial", ip=ip, port=port)["reached"]
+        except FluxmeshError:
+            reached = False
+        if reached:
+            text = (
+                f"macOS keeps its agent out of the local network: over ssh this Mac reaches host "
+                f"{target} at {ip}, and its agent does not; {local_network.REMEDY}."
+            )
+            found[source] = Finding(source, "local network", "fail", text)
+        else:
+            text = f"its agent does not reach host {target} at {ip}. {local_network.SENTENCE}."
+            found.setdefault(source, Finding(source, "local network", "warn", text))
+    return list(found.values())
+
+
+async def _denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
+    """The connections between neighbours that macOS may have forbidden."""
+    names = {host.rank: host.name for host in mesh.hosts}
+    async with AsyncExitStack() as stack:
+        clients: dict[int, Client] = {}
+        for member in mesh.members:
+            client = Client(dialer, member, names[member.rank])
+            try:
+                clients[member.rank] = await stack.enter_async_context(client)
+            except FluxmeshError:
+                continue  # another finding tells of it
+
+        async def dial(source: int, target: int, ip: str) -> Denied | None:
+            token = secrets.token_bytes(32)
+            try:
+                listen = messages.ListenForLink(ip, token)
+                (port,) = (await clients[target].ask(listen, messages.Ports, SECONDS)).ports
+            except FluxmeshError:
+                return None
+            try:
+                probe = messages.ProbeLink(ip, port, token, 1)
+                await clients[source].ask(probe, messages.LinkRate, SECONDS)
+            except LocalNetworkError:
+                return source, target, ip, port
+            except FluxmeshError:
+                return None
+            return None
+
+        ranks = list(clients)
+        pairs = {*zip(ranks, ranks[1:] + ranks[:1], strict=True)}
+        pairs |= {(target, source) for source, target in pairs}
+        hosts = mesh.hostfile.hosts
+        ended = await asyncio.gather(
+            *(
+                dial(source, target, ip)
+                for source, target in sorted(pairs)
+                if source != target
+                for ip in hosts[target].ips
+            )
+        )
+    return [one for one in ended if one is not None]
