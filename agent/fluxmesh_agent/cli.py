@@ -73,6 +73,37 @@ def run(
         sys.exit(error.exit_code)
 
 
+@main.command()
+@click.option("--address", required=True, help="IP address to listen at: the hostfile's control.")
+@click.option("--port", type=click.IntRange(1, 65535), default=47100, show_default=True)
+@click.option("--models", type=click.Path(path_type=Path), help="Folder of checkpoints.")
+@click.option("--memory", type=click.IntRange(min=1), help="Bytes that it may use at most.")
+def launchd(address: str, port: int, models: Path | None, memory: int | None) -> None:
+    """Print the LaunchDaemon that runs this user's agent from the start of this Mac on.
+
+    It lets in whom `fluxmesh up` has let in before, or will; docs/macos.md tells where it goes.
+    """
+    import getpass
+    import os
+
+    from fluxmesh_agent.launchd import daemon
+
+    arguments = ["--address", address, "--port", str(port)]
+    if models is not None:
+        arguments += ["--models", str(models.expanduser().absolute())]
+    if memory is not None:
+        arguments += ["--memory", str(memory)]
+    text = daemon(
+        python=sys.executable,
+        arguments=arguments,
+        port=port,
+        user=getpass.getuser(),
+        home=Path.home(),
+        environment=os.environ,
+    )
+    click.echo(text.decode(), nl=False)
+
+
 def _read_told() -> dict[str, Any]:
     """The JSON object on stdin. Raises `FluxmeshError` where there is none."""
     line = sys.stdin.buffer.readline(MAX_KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import sys
 from pathlib import Path
@@ -57,6 +58,11 @@ def test_no_key_and_no_path_of_the_user_is_part_of_a_command_line(
         ("echo 'No module named fluxmesh_coordinator' >&2; exit 1", FluxmeshError, "install it"),
         ("echo Boom. >&2; exit 1", FluxmeshError, "fluxmesh fails there: Boom."),
         ('echo \'{"error": "The disk is full."}\'', FluxmeshError, "The disk is full."),
+        (
+            "echo '/Users/me/Documents/venv/bin/python: Operation not permitted' >&2; exit 127",
+            FluxmeshError,
+            "macOS does not let who comes over ssh read /Users/me/Documents/venv/bin/python",
+        ),
     ],
 )
 def test_a_host_that_fails_is_named_with_its_reason(
@@ -72,6 +78,20 @@ def test_a_host_that_fails_is_named_with_its_reason(
     assert type(caught.value) is kind
     assert str(caught.value).startswith("host 1 (mac1): ") and text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mac1", "mac1.local"])
+def test_a_mac_that_refuses_ssh_is_told_with_remote_login(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    line = "ssh: connect to host mac1 port 22: Connection refused"
+    fake_ssh(tmp_path, f"cat >/dev/null; echo '{line}' >&2; exit 255", monkeypatch)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    for here, is_own in (("mac9.local", False), ("mac1.local", True)):
+        monkeypatch.setattr(platform, "node", lambda here=here: here)
+        with pytest.raises(HostUnreachableError, match="switch on Remote Login") as caught:
+            remote.ask(Host(1, f"me@{name}"), "look")
+        assert ('"127.0.0.1"' in str(caught.value)) == is_own
 
 
 def test_what_a_login_script_prints_is_no_answer(
@@ -127,15 +147,17 @@ def test_hosts_are_asked_side_by_side_and_each_has_its_own_end() -> None:
     assert {rank: str(error) for rank, error in errors.items()} == {1: "host 1 fails."}
 
 
-def test_an_agent_binds_an_address_and_not_a_name(
+def test_a_name_goes_to_its_host_with_the_addresses_that_are_known_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_ssh(tmp_path, "echo user me; echo hostname 127.0.0.9", monkeypatch)
     hosts = parse('[{"ssh": "mac1", "ips": ["192.168.0.1"]}]')
-    assert launch.agent_spec(hosts, 0, ())["address"] == "127.0.0.9"
+    spec = launch.agent_spec(hosts, 0, ())
+    assert (spec["address"], spec["addresses"], spec["port"]) == ("", ["127.0.0.9"], 47100)
     fake_ssh(tmp_path, "echo hostname no-such-host.invalid", monkeypatch)
-    with pytest.raises(HostUnreachableError, match='give it as "control"'):
-        launch.agent_spec(hosts, 0, ())
+    assert launch.agent_spec(hosts, 0, ())["addresses"] == []
+    given = parse('[{"ssh": "mac1", "ips": ["192.168.0.1"], "control": "10.0.0.9:5"}]')
+    assert launch.place_of(given, 0) == {"address": "10.0.0.9", "addresses": [], "port": 5}
 
 
 def test_agents_of_one_machine_have_a_gpu_each_where_they_talk_by_nccl() -> None:

@@ -116,11 +116,12 @@ def paths(models: str | None) -> dict[str, str]:
 
 def hidden_files(folder: Path) -> list[str]:
     """The `.pth` files that Python skips there, since they have the flag of hidden files."""
-    return sorted(
-        str(path)
-        for path in folder.glob("*.pth")
-        if getattr(path.stat(), "st_flags", 0) & stat.UF_HIDDEN
-    )
+    return sorted(str(path) for path in folder.glob("*.pth") if flags(path) & stat.UF_HIDDEN)
+
+
+def flags(path: Path) -> int:
+    """BSD's flags of a file, which other systems don't have."""
+    return getattr(os.lstat(path), "st_flags", 0)
 
 
 def identities(run: Run) -> list[str | None]:
