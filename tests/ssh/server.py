@@ -58,6 +58,14 @@ class Server:
                     found.append(words)
         return found
 
+    def cut(self) -> None:
+        """Ends every connection from the server's side, as a network that is gone would."""
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                stat = (path / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == self.process.pid:
+                    os.kill(int(path.name), signal.SIGKILL)
+
     def close(self) -> None:
         self.process.terminate()
         self.process.wait(10)

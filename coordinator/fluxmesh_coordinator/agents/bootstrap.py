@@ -38,7 +38,7 @@ from fluxmesh_coordinator.agents import addresses, macos, tcc
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed
 TAIL = 64 << 10  # bytes of a log that are looked at
-KEPT = 2.0  # seconds between two looks at an agent for which a connection is kept
+KEPT = 1.0  # seconds between two looks at an agent for which a connection is kept
 SOMEBODY = "whoever started it there"  # neither of `up`'s users: launchd, or a person by hand
 
 Spec = dict[str, Any]  # address, port, models, memory, envs, roots: what an agent is started with

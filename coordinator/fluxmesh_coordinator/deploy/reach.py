@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from fluxmesh.errors import FluxmeshError, LocalNetworkError
@@ -29,9 +30,13 @@ Denied = tuple[int, int, str, int]  # source and target by rank, the target's ad
 
 def findings(mesh: MeshRecord) -> list[Finding]:
     """One for each agent that macOS keeps out of the local network, or may."""
-    denied = run(user_keys(), lambda dialer: _denied(mesh, dialer))
+    return judged(mesh, run(user_keys(), lambda dialer: denied(mesh, dialer)))
+
+
+def judged(mesh: MeshRecord, connections: Sequence[Denied]) -> list[Finding]:
+    """What is told of connections that agents could not make, once ssh has tried them too."""
     found: dict[int, Finding] = {}
-    for source, target, ip, port in denied:
+    for source, target, ip, port in connections:
         host = mesh.hostfile.hosts[source]
         try:
             reached = remote.ask(host, "dial", ip=ip, port=port)["reached"]
@@ -49,7 +54,7 @@ def findings(mesh: MeshRecord) -> list[Finding]:
     return list(found.values())
 
 
-async def _denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
+async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
     """The connections between neighbours that macOS may have forbidden."""
     names = {host.rank: host.name for host in mesh.hosts}
     async with AsyncExitStack() as stack:
