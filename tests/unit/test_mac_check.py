@@ -1,0 +1,87 @@
+"""`tools/mac_check.sh` where there is no Mac: it runs, leaves out what it lacks, masks names."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tools" / "mac_check.sh"
+
+
+def script(*options: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, options)],
+        env={**os.environ, **env},
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+def test_it_tells_its_options_and_refuses_others() -> None:
+    told = script("--help")
+    assert told.returncode == 0 and "--no-tests" in told.stdout and "#" not in told.stdout
+    wrong = script("--no-such-thing")
+    assert wrong.returncode == 2 and "--no-such-thing" in wrong.stderr
+
+
+def function(name: str, text: str, **env: str) -> str:
+    """What one of the script's functions makes of a text."""
+    source = SCRIPT.read_text()
+    functions = ""
+    for each in ("mask", "literal", "limit"):
+        begin = source.index(f"\n{each}() {{")
+        functions += source[begin : source.index("\n}\n", begin) + 3]
+    done = subprocess.run(
+        ["bash", "-uc", f"{functions}\n{name}"],
+        input=text,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_who_and_where_is_masked_and_nothing_else(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    said = {"hostname": "Annas-Mac.local", "scutil": "Anna's Mac [2]", "id": "anna"}
+    for name, answer in said.items():
+        (tools / name).write_text(f'#!/bin/sh\necho "{answer}"\n')
+        (tools / name).chmod(0o755)
+    text = (
+        "/Users/anna/x Anna's Mac [2] Annas-Mac.local Annas-Mac /tmp/w/a anna annalena\n"
+        "10.0.0.5:47100 192.168.1.17 127.0.0.1 26.2.0.1 0.32.4 36:5a:1b:0e:8c:40\n"
+    )
+    env = {"HOME": "/Users/anna", "PATH": f"{tools}:{os.environ['PATH']}", "work": "/tmp/w"}
+    assert function("mask", text, **env) == (
+        "HOME/x MACHINE MACHINE MACHINE TMP/a USER annalena\n"
+        "ADDRESS:47100 ADDRESS 127.0.0.1 26.2.0.1 0.32.4 ADDRESS\n"
+    )
+
+
+def test_what_takes_too_long_is_ended_and_what_ends_has_its_own_code() -> None:
+    assert function("limit 1 sleep 60; echo $?", "").endswith("124\n")
+    assert function("limit 30 sh -c 'exit 3'; echo $?", "") == "3\n"
+
+
+def test_a_report_of_this_machine_has_no_name_in_it(tmp_path: Path) -> None:
+    out = tmp_path / "report.txt"
+    short = ("--no-tests", "--no-demo", "--no-mesh", "--no-measure")
+
+    done = script(*short, "--out", out)
+
+    assert done.returncode == 0, done.stderr
+    report = out.read_text()
+    assert report == done.stdout
+    for title in ("This machine", "fluxmesh doctor", "One process under two languages"):
+        assert f"### {title}" in report
+    assert "(exit 0" in report and "Traceback" not in report
+    for private in (platform.node(), str(Path.home()) + "/", str(ROOT)):
+        assert private not in report
