@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh_coordinator.agents import bootstrap
-from fluxmesh_coordinator.agents.addresses import choose, reached_at
+from fluxmesh_coordinator.agents.addresses import choose, reached_at, settled
 
 OWN = {"192.168.1.5", "10.0.0.5", "169.254.7.7", "fe80::1", "fd00::5"}
 SSH = {"SSH_CONNECTION": "192.168.1.2 50000 192.168.1.5 22"}
@@ -36,26 +35,27 @@ def test_addresses_of_one_cable_alone_come_last_and_those_of_others_never() -> N
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "can_bind", lambda address, port: address in OWN)
     monkeypatch.setenv("SSH_CONNECTION", SSH["SSH_CONNECTION"])
 
 
-def running(endpoint: str) -> dict[str, Any]:
-    return {"endpoint": endpoint}
+def address(spec: dict[str, Any], running: str = "") -> Any:
+    """Where an agent of `spec` listens on that host, where one at `running` may run."""
+    told = {"endpoint": running} if running else None
+    return settled(spec, told, OWN.__contains__)["address"]
 
 
 def test_an_agent_that_runs_keeps_its_address_while_its_host_has_it(host: None) -> None:
     spec = {"address": "", "addresses": ["10.0.0.5"], "port": 47100, "memory": None}
-    settled = {"address": "192.168.1.5", "port": 47100, "memory": None}
-    assert bootstrap.settled(spec, None) == settled
-    assert bootstrap.settled(spec, running("10.0.0.5:47100"))["address"] == "10.0.0.5"
-    assert bootstrap.settled(spec, running("[fd00::5]:47100"))["address"] == "fd00::5"
-    assert bootstrap.settled(spec, running("10.0.0.9:47100"))["address"] == "192.168.1.5"
+    wanted = {"address": "192.168.1.5", "port": 47100, "memory": None}
+    assert settled(spec, None, OWN.__contains__) == wanted
+    assert address(spec, "10.0.0.5:47100") == "10.0.0.5"
+    assert address(spec, "[fd00::5]:47100") == "fd00::5"
+    assert address(spec, "10.0.0.9:47100") == "192.168.1.5"
 
 
 def test_an_address_that_the_hostfile_names_is_that(host: None) -> None:
     spec = {"address": "10.0.0.9", "addresses": [], "port": 47100}
-    assert bootstrap.settled(spec, running("10.0.0.5:47100"))["address"] == "10.0.0.9"
+    assert address(spec, "10.0.0.5:47100") == "10.0.0.9"
 
 
 def test_where_nothing_tells_an_address_the_hostfile_has_to(
@@ -63,4 +63,4 @@ def test_where_nothing_tells_an_address_the_hostfile_has_to(
 ) -> None:
     monkeypatch.delenv("SSH_CONNECTION")
     with pytest.raises(FluxmeshError, match='give it as "control" in the hostfile'):
-        bootstrap.settled({"address": "", "addresses": ["8.8.8.8"], "port": 47100}, None)
+        address({"address": "", "addresses": ["8.8.8.8"], "port": 47100})

@@ -8,7 +8,11 @@ already keeps its own. Pure, but for the environment that ssh sets.
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fluxmesh.errors import FluxmeshError
 
 
 def reached_at(environment: Mapping[str, str]) -> str:
@@ -41,3 +45,23 @@ def choose(reached: str, known: Iterable[str], is_own: Callable[[str], bool]) ->
     """
     own = [one for one in (reached, *known) if is_address(one) and is_own(one)]
     return next((one for one in own if not is_link_local(one)), own[0] if own else "")
+
+
+def settled(
+    spec: Mapping[str, Any], running: Mapping[str, Any] | None, is_own: Callable[[str], bool]
+) -> dict[str, Any]:
+    """What an agent is started with, once it is known at which address it listens.
+
+    `running` is what is known of one that runs: it keeps its address, where that is still its
+    host's. Raises `FluxmeshError` where nothing tells an address.
+    """
+    spec = dict(spec)
+    known = spec.pop("addresses", [])
+    if spec["address"]:
+        return spec
+    now = running["endpoint"].rpartition(":")[0].strip("[]") if running else ""
+    if not (now and is_own(now)):
+        now = choose(reached_at(os.environ), known, is_own)
+    if not now:
+        raise FluxmeshError('Nothing tells its address; give it as "control" in the hostfile.')
+    return {**spec, "address": now}

@@ -225,37 +225,17 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         running = Agent(request["port"]).running()
         found["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
         if "spec" in request:
-            spec = settled(request["spec"], running)
+            spec = addresses.settled(request["spec"], running, is_own)
             found["ends"] = running is not None and not _fits(running, {**request, "spec": spec})
-        address = settled(request, running)["address"]
+        address = addresses.settled(request, running, is_own)["address"]
         found["control"] = {
             "endpoint": f"{address}:{request['port']}",
             "free": can_bind(address, request["port"]),
         }
-    found["ips"] = {ip: can_bind(ip, 0) for ip in request.get("ips", ())}
+    found["ips"] = {ip: is_own(ip) for ip in request.get("ips", ())}
     if platform.system() == "Darwin":
         found["mac"] = macos.collect(request.get("models"))
     return found
-
-
-def settled(spec: Spec, running: dict[str, Any] | None) -> Spec:
-    """What an agent is started with, once it is known at which address it listens.
-
-    One that runs keeps its own, where that is still one of this machine's. Raises `FluxmeshError`
-    where nothing tells an address.
-    """
-    spec = dict(spec)
-    known = spec.pop("addresses", [])
-    if spec["address"]:
-        return spec
-    now = running["endpoint"].rpartition(":")[0].strip("[]") if running else ""
-    if not (now and can_bind(now, 0)):
-        now = addresses.choose(
-            addresses.reached_at(os.environ), known, lambda address: can_bind(address, 0)
-        )
-    if not now:
-        raise FluxmeshError('Nothing tells its address; give it as "control" in the hostfile.')
-    return {**spec, "address": now}
 
 
 def can_bind(address: str, port: int) -> bool:
@@ -268,6 +248,11 @@ def can_bind(address: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_own(address: str) -> bool:
+    """Whether this host has that address."""
+    return can_bind(address, 0)
 
 
 def _model(name: str, folder: str | None) -> dict[str, Any]:
@@ -303,7 +288,7 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
         if told is not None and told["boot"] == request.get("again"):
             agent.kill()  # it runs, and does not answer
             told = None
-        spec = settled(request["spec"], told)
+        spec = addresses.settled(request["spec"], told, is_own)
         fits = told is not None and _fits(told, {**request, "spec": spec})
         if not fits:
             agent.stop()
@@ -326,7 +311,7 @@ def _fits(told: dict[str, Any], request: dict[str, Any]) -> bool:
         fits = fits and told["spec"] == request["spec"]
     if request.get("kept") and told["by"] != [SOMEBODY]:  # launchd's need no connection
         keeper = told.get("kept_by")  # one that comes later is of no use: macOS asks who started it
-        fits = fits and bool(keeper) and started_at(keeper["pid"]) == keeper["start"]
+        fits = bool(fits and keeper and started_at(keeper["pid"]) == keeper["start"])
     return fits
 
 
