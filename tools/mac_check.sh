@@ -11,7 +11,6 @@
 # For macOS's own bash (3.2) and BSD tools. A step that fails is part of the report, not its end.
 
 set -u
-export LC_ALL=C
 cd "$(dirname "$0")/.." || exit 1
 
 tests=yes demo=yes mesh=yes measure=yes small="" out=mac-report.txt
@@ -33,7 +32,7 @@ done
 python=.venv/bin/python
 work="$(mktemp -d "${TMPDIR:-/tmp}/fluxmesh-check.XXXXXX")" || exit 1
 report="$work/report"
-# Short, and of this run alone: a mesh of yours that is up is not touched.
+# Of this run alone, with ports of its own: a mesh of yours that is up is not touched.
 export FLUXMESH_HOME="$work/home" FLUXMESH_STATE="$work/state"
 
 running=""
@@ -52,7 +51,7 @@ mask() {
   host="$(hostname)"
   short="${host%%.*}"
   name="$(scutil --get ComputerName 2>/dev/null || echo "$short")"
-  sed -E -e "s#$(literal "$PWD")#CLONE#g" -e "s#$(literal "$work")#TMP#g" \
+  LC_ALL=C sed -E -e "s#$(literal "$PWD")#CLONE#g" -e "s#$(literal "$work")#TMP#g" \
     -e "s#$(literal "$HOME")#HOME#g" -e "s#$(literal "$name")#MACHINE#g" \
     -e "s#$(literal "$host")#MACHINE#g" -e "s#$(literal "$short")#MACHINE#g" \
     -e "s#(^|[^[:alnum:]])$(literal "$(id -un)")([^[:alnum:]]|\$)#\1USER\2#g" \
@@ -211,7 +210,9 @@ step "fluxmesh doctor" 120 60 doctor
 step "One process under two languages and time zones" 60 5 identity
 [ "$tests" = yes ] && step "make test" 3600 25 make test
 if [ "$mesh" = yes ]; then
-  step "Two agents: up" 300 30 cli up hostfiles/local-2.json --model tiny
+  agent='{"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": "127.0.0.1:'
+  echo "[${agent}47190\"}, ${agent}47191\"}]" >"$work/two.json"
+  step "Two agents: up" 300 30 cli up "$work/two.json" --model tiny
   for placement in data sequence tensor; do
     step "Two agents: $placement" 180 6 paint "$placement"
   done

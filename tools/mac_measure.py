@@ -27,7 +27,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("times", "decode"))
-    parser.add_argument("--small", action="store_true", help="a sixteenth, to try this program")
+    parser.add_argument("--small", action="store_true", help="little, to try this program")
     options = parser.parse_args()
     measure = times if options.what == "times" else decode
     measure(options.small)
@@ -59,7 +59,9 @@ def milliseconds(compute: Callable[[], mx.array]) -> float:
 
 def decode(small: bool) -> None:
     """Peak bytes beside the weights, as MLX counts them: as it comes, and bounded."""
-    config, side = AutoencoderConfig(), 64 if small else 1024
+    config, side = AutoencoderConfig(), 1024
+    if small:
+        config, side = AutoencoderConfig(widths=(32, 64)), 32
     model = AutoEncoder(config)
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
