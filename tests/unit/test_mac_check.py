@@ -7,6 +7,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "mac_check.sh"
 
@@ -34,7 +36,7 @@ def function(name: str, text: str, **env: str) -> str:
     """What one of the script's functions makes of a text."""
     source = SCRIPT.read_text()
     functions = ""
-    for each in ("mask", "literal", "limit"):
+    for each in ("mask", "literal", "limit", "awake"):
         begin = source.index(f"\n{each}() {{")
         functions += source[begin : source.index("\n}\n", begin) + 3]
     done = subprocess.run(
@@ -69,6 +71,24 @@ def test_who_and_where_is_masked_and_nothing_else(tmp_path: Path) -> None:
 def test_what_takes_too_long_is_ended_and_what_ends_has_its_own_code() -> None:
     assert function("limit 1 sleep 60; echo $?", "").endswith("124\n")
     assert function("limit 30 sh -c 'exit 3'; echo $?", "") == "3\n"
+
+
+@pytest.mark.parametrize("is_awake", [True, False])
+def test_whether_anything_keeps_the_mac_awake_during_a_job(tmp_path: Path, is_awake: bool) -> None:
+    assertion = (
+        "   pid 501(caffeinate): [0x0001] 00:00:07 PreventUserIdleSystemSleep named: "
+        '"caffeinate command-line tool"'
+    )
+    said = f"   PreventUserIdleSystemSleep    {int(is_awake)}\n" + assertion * is_awake
+    pmset = tmp_path / "pmset"
+    pmset.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    pmset.chmod(0o755)
+    job = "cli() { exec sleep 3; }; "
+
+    told = function(f"{job}awake", "", PATH=f"{tmp_path}:{os.environ['PATH']}", work=str(tmp_path))
+
+    assert told.count("caffeinate command-line tool") == is_awake
+    assert f"PreventUserIdleSystemSleep    {int(is_awake)}" in told
 
 
 def test_a_report_of_this_machine_has_no_name_in_it(tmp_path: Path) -> None:
