@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.storage.homes import AgentHome, private_folder, read_own, read_private, write_private
+from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
 from fluxmesh.storage.keys import Allowlist
-from fluxmesh.storage.processes import end_process, kill_recorded, started_at
+from fluxmesh.storage.processes import end_process, kill_recorded, read_record, started_at
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import addresses, macos, tcc
 
@@ -74,20 +74,17 @@ class Agent:
 
     def running(self) -> dict[str, Any] | None:
         """What was written when it was started; None where that process is gone."""
-        try:
-            told: dict[str, Any] = json.loads(read_private(self._running))
-        except (FileNotFoundError, ValueError):
-            return self._found()
-        return told if started_at(told["pid"]) == told["start"] else self._found()
+        told = read_record(self._running)
+        return told if told and started_at(told["pid"]) == told["start"] else self._found()
 
     def _found(self) -> dict[str, Any] | None:
         """One that somebody else has started here, such as launchd after a restart, as it says."""
+        told = read_record(self.home.agent)
+        if told is None or started_at(told["pid"]) != told["start"]:
+            return None
         try:
-            told: dict[str, Any] = json.loads(read_private(self.home.agent))
             key = read_own(self.state / "agent.pub").strip()
         except (FileNotFoundError, ValueError):
-            return None
-        if started_at(told["pid"]) != told["start"]:
             return None
         return {"version": "", **told, "public_key": key, "spec": None, "by": [SOMEBODY]}
 
