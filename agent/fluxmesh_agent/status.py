@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 from fluxmesh.cluster.snapshot import Measured
+from fluxmesh.machine import identity
+from fluxmesh.machine import memory as ram
+from fluxmesh.machine.tools import is_mac
 from fluxmesh.wire.messages import Status
-from fluxmesh_agent import machine
 from fluxmesh_agent.lifecycle import Lifecycle
 
 LOAD_RATE = 1e9  # bytes/s, until a load was timed
@@ -30,20 +32,20 @@ def status_of(
 ) -> Status:
     """The answer to `AskStatus`; `memory` is the most that the host's owner allows, in bytes."""
     device = life.device
-    total = device.memory_bytes if device else machine.memory_bytes()
+    total = device.memory_bytes if device else ram.total_bytes()
     held = life.holds.nbytes if life.holds else 0
     # A graphics card beside the processor has memory of its own; on a Mac it is the machine's.
-    is_apart = device is not None and device.name.startswith("Device(gpu") and not machine.is_mac()
-    free = max(0, total - held) if is_apart else machine.free_bytes()
+    is_apart = device is not None and device.name.startswith("Device(gpu") and not is_mac()
+    free = max(0, total - held) if is_apart else ram.free_bytes()
     ring, rank, size = life.ring
     return Status(
         state=life.state,
         epoch=life.epoch,
         pid=os.getpid(),
         engine_pid=engine_pid,
-        name=machine.machine_name(),
+        name=identity.machine_name(),
         kind=device.kind if device else "unknown",
-        device=f"{machine.machine_id()}/{device.name if device else 'unknown'}",
+        device=f"{identity.machine_id()}/{device.name if device else 'unknown'}",
         mlx_version=device.mlx_version if device else "unknown",
         python_version=platform.python_version(),
         memory_bytes=total if memory is None else min(total, memory),
@@ -61,8 +63,9 @@ def status_of(
         ring=ring,
         ring_rank=rank,
         ring_size=size,
-        platform=device.platform if device else "metal" if machine.is_mac() else "cpu",
-        machine_bytes=machine.memory_bytes(),
+        platform=device.platform if device else "metal" if is_mac() else "cpu",
+        machine_bytes=ram.total_bytes(),
+        pressure=ram.pressure(),
     )
 
 

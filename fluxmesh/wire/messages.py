@@ -341,6 +341,7 @@ class Status(Message):
     ring_size: int = 1
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
+    pressure: str = ""  # "warning" or "critical": the machine is short of memory
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from typing import Any
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
+from fluxmesh.machine.memory import total_bytes
+from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.keys import Allowlist
 from fluxmesh.storage.processes import end_process, kill_recorded, read_record, started_at
 from fluxmesh.version import __version__
@@ -212,7 +214,7 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         "mlx_version": mlx,
         "machine": platform.node(),
         "system": f"{platform.system()} {platform.machine()}",
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": total_bytes(),
         "disk_free_bytes": shutil.disk_usage(Path.home()).free,
         "clock": time.time(),
     }

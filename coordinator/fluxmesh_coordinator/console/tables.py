@@ -51,7 +51,8 @@ def row(found: Survey, host: Host) -> list[str]:
 
 
 def state(status: Status) -> str:
-    return f"{status.state}, {status.job}" if status.job else status.state
+    said = f"{status.state}, {status.job}" if status.job else status.state
+    return f"{said}, short of memory" if status.pressure else said
 
 
 def holds(status: Status) -> str:

@@ -38,6 +38,9 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
             found.append(Finding(rank, "agent", "warn", text))
         else:
             found.append(Finding(rank, "agent", "ok", text))
+        if status.pressure:
+            short = f"{status.pressure}: macOS is short of it; quit other programs there."
+            found.append(Finding(rank, "memory", "warn", short))
         if abs(told.clock_skews[rank]) > SKEW:
             skew = f"{told.clock_skews[rank]:+.0f} s; switch on network time there."
             found.append(Finding(rank, "agent's clock", "warn", skew))
