@@ -51,8 +51,13 @@ def run(
     ephemeral: bool,
 ) -> None:
     """Run in the foreground."""
+    from fluxmesh_agent.ending import Ending
+
+    ending = Ending()
+    from fluxmesh.machine.open_files import allow_many_files
     from fluxmesh_agent.process import Settings, serve
 
+    allow_many_files()
     try:
         told = _read_told() if keys_stdin else {}
         serve(
@@ -66,7 +71,8 @@ def run(
                 authorized=_texts(told, "authorized"),
                 envs=tuple(_texts(told, "envs").items()),
                 ephemeral=ephemeral,
-            )
+            ),
+            ending,
         )
     except FluxmeshError as error:
         click.echo(f"Error: {error}", err=True)

@@ -32,6 +32,7 @@ from fluxmesh.engine.residency import Options
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.kernels import ops
+from fluxmesh.machine.open_files import allow_many_files
 from fluxmesh.models.flux1.parallel import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
@@ -322,6 +323,7 @@ def _pauses(text: str) -> Any:
 def main() -> None:
     """Runs the engine on the socket that the agent has opened."""
     logging.basicConfig(format="%(asctime)s engine %(levelname)s %(message)s", level=logging.INFO)
+    allow_many_files()
     config = Config(**json.loads(sys.argv[1]))
     os.set_inheritable(config.fd, False)  # a compiler that mlx calls must not keep it open
     channel = Channel(socket.socket(fileno=config.fd))

@@ -18,6 +18,7 @@ import time
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.wire.messages import LinkRate
 from fluxmesh.wire.transport import local_network
+from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def listen(ip: str, token: bytes) -> int:
     except (OSError, ValueError) as error:
         raise _no_address(ip, error) from None
     port: int = server.getsockname()[1]
-    task = asyncio.create_task(asyncio.to_thread(_serve, server, token))
+    task = asyncio.create_task(in_thread(lambda: _serve(server, token)))
     _running.add(task)
     task.add_done_callback(_running.discard)
     return port
@@ -56,7 +57,7 @@ async def probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
     if not 0 < nbytes <= LIMIT:
         raise UsageError(f"A probe sends 1 to {LIMIT} bytes, not {nbytes}.")
     try:
-        return await asyncio.to_thread(_probe, ip, port, token, nbytes)
+        return await in_thread(lambda: _probe(ip, port, token, nbytes))
     except OSError as error:
         kind = LocalNetworkError if local_network.is_kept_out(error) else FluxmeshError
         reason = local_network.reason(error)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.keys import Allowlist, load_keys
 from fluxmesh.storage.processes import started_at
+from fluxmesh_agent.ending import Ending
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions
 
@@ -46,7 +46,7 @@ class Settings:
     ephemeral: bool = False
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, ending: Ending) -> None:
     """Runs an agent until it is told to end. Raises `FluxmeshError` where it can't start."""
     if settings.state is None:
         home = AgentHome.default(settings.port)
@@ -54,14 +54,19 @@ def serve(settings: Settings) -> None:
         home = AgentHome(private_folder(settings.state))
     with _alone(home):
         _log_to(home.log)
-        asyncio.run(_serve(settings, home))
+        try:
+            asyncio.run(_serve(settings, home, ending))
+        finally:
+            ending.is_under_way()
         if settings.ephemeral:
             shutil.rmtree(home.folder, ignore_errors=True)
 
 
-async def _serve(settings: Settings, home: AgentHome) -> None:
+async def _serve(settings: Settings, home: AgentHome, ending: Ending) -> None:
     from fluxmesh.wire.transport.listener import CurveListener
 
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    ending.becomes(lambda: _stop(loop, stopping))
     keys = load_keys(home.folder, "agent")
     allowlist = Allowlist(home.authorized)
     for name, key in settings.authorized.items():
@@ -69,23 +74,25 @@ async def _serve(settings: Settings, home: AgentHome) -> None:
     where = f"[{settings.address}]" if ":" in settings.address else settings.address
     listener = await CurveListener.open(f"{where}:{settings.port}", keys, allowlist)
     options = EngineOptions(settings.models, settings.roots, settings.memory, settings.envs)
-    service = Service(listener, home, options)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stopping.set)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it outlives the session that started it
+    service = Service(listener, home, options, stopping)
     pid = os.getpid()
     told = {"endpoint": listener.address, "pid": pid, "boot": service.boot}
     known = {**told, "start": started_at(pid), "version": __version__}
     write_private(home.agent, json.dumps(known))
     log.info("listens at %s", listener.address)
     if settings.ephemeral:
-        threading.Thread(target=_watch_stdin, args=(loop, service), daemon=True).start()
+        threading.Thread(target=_watch_stdin, args=(loop, stopping), daemon=True).start()
     _say({**told, "public_key": keys.public})
     try:
         await service.run()
     finally:
         home.agent.unlink(missing_ok=True)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
+    """From any thread, and from between two lines of the loop's own."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the agent has ended
+        loop.call_soon_threadsafe(stopping.set)
 
 
 @contextmanager
@@ -121,8 +128,13 @@ def _say(told: Mapping[str, object]) -> None:
         sys.stdout.flush()
 
 
-def _watch_stdin(loop: asyncio.AbstractEventLoop, service: Service) -> None:
-    """Ends the agent when whoever started it has ended."""
-    while sys.stdin.buffer.read(4096):
-        pass  # nothing more is expected
-    loop.call_soon_threadsafe(service.stopping.set)
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
+    """Ends the agent when whoever started it has ended.
+
+    Past Python's own buffer: a thread that waits in there holds a lock, for want of which an
+    interpreter that ends aborts.
+    """
+    with contextlib.suppress(OSError):
+        while sys.stdin is not None and os.read(sys.stdin.fileno(), 4096):
+            pass  # nothing more is expected
+    _stop(loop, stopping)

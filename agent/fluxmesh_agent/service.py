@@ -19,6 +19,8 @@ from collections.abc import Coroutine, Sequence
 
 from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
@@ -51,7 +53,14 @@ FIRST_WORD = 20.0  # seconds that a newcomer waits for an engine that has just b
 class Service:
     """One agent."""
 
-    def __init__(self, listener: Listener, home: AgentHome, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        home: AgentHome,
+        options: EngineOptions,
+        stopping: asyncio.Event | None = None,
+    ) -> None:
+        """It ends when `stopping` is set, from then on or before."""
         self.boot = secrets.token_hex(8)
         self.listener, self.home = listener, home
         self.lifecycle = Lifecycle(options.envs)
@@ -60,12 +69,13 @@ class Service:
         self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
         self.adapters = Adapters(home.adapters)
         self.measured: dict[tuple[object, ...], Measured] = {}
-        self.stopping = asyncio.Event()
+        self.stopping = stopping or asyncio.Event()
         self._clients: dict[str, Client] = {}
         self._order = asyncio.Lock()  # of what is done to the engine
         self._engine_known = asyncio.Event()  # it has told what it computes on, or has failed
         self._late: float | None = None  # when an abandoned engine is ended
         self._tasks: set[asyncio.Task[None]] = set()
+        self._wakefulness = Wakefulness()
 
     async def run(self) -> None:
         """Serves until `stopping` is set, or a coordinator says `ShutDown`; ends the engine."""
@@ -82,6 +92,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self.supervisor.kill()
+            self._wakefulness.let_go()
             await self.listener.close()
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
@@ -113,6 +124,10 @@ class Service:
             if self._late is not None and now >= self._late:
                 self._late = None
                 self._spawn(self._give_up())
+            if self.leases.holder or not self.lifecycle.is_free:
+                self._wakefulness.hold()
+            else:
+                self._wakefulness.let_go()
             await asyncio.sleep(TICK)
 
     # Conversations

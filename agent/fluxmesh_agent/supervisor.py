@@ -24,6 +24,7 @@ from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import AsyncChannel
+from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Supervisor:
         life.is_wanted = False
         life.process.kill()
         try:
-            await asyncio.wait_for(asyncio.to_thread(life.process.wait), GONE_SECONDS)
+            await asyncio.wait_for(in_thread(life.process.wait), GONE_SECONDS)
         except TimeoutError:
             log.error("engine %d does not end", life.process.pid)
         log.info("engine %d was ended", life.process.pid)
@@ -170,7 +171,7 @@ class Supervisor:
         finally:
             writer.cancel()
             await channel.close()
-        code = await asyncio.to_thread(life.process.wait)
+        code = await in_thread(life.process.wait)
         if life.is_wanted:
             self._life = None
             text = _ending(life.process.pid, code)

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
@@ -59,7 +59,7 @@ def ask(
     late.daemon = True
     late.start()
     heard: list[bytes] = []
-    listener = threading.Thread(target=lambda: heard.extend(process.stderr or ()), daemon=True)
+    listener = threading.Thread(target=_hear, args=(process.stderr, heard), daemon=True)
     listener.start()
     answer: dict[str, Any] = {}
     try:
@@ -94,6 +94,15 @@ def ask(
     raise _failure(host, process.returncode, [line.strip() for line in errors if line.strip()])
 
 
+def _hear(errors: IO[bytes], heard: list[bytes]) -> None:
+    """What is said on stderr, piece by piece.
+
+    Past Python's own buffer: a thread that waits in there when the interpreter ends aborts it.
+    """
+    while piece := os.read(errors.fileno(), 4096):
+        heard.append(piece)
+
+
 def each(
     hosts: Iterable[Host], do: Callable[[Host], T]
 ) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
@@ -118,7 +127,11 @@ def title(host: Host) -> str:
 def ssh_name(host: Host) -> str | None:
     """What ~/.ssh/config means by a host's name."""
     done = subprocess.run(
-        [*_ssh(), "-G", "--", host.ssh], capture_output=True, text=True, check=False
+        [*_ssh(), "-G", "--", host.ssh],
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
     )
     for line in done.stdout.splitlines():
         key, _, value = line.partition(" ")
