@@ -20,6 +20,7 @@ from fluxmesh.errors import (
     HostUnreachableError,
 )
 from fluxmesh.events import Loading, Queued
+from fluxmesh.machine.awake import kept_awake
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents.client import Client
@@ -97,11 +98,12 @@ class Conductor:
 
         `wait` is how many seconds hosts may take to return.
         """
-        await self._unless_stopped(self.driver.one_job.acquire())
-        try:
-            await self._run(wait)
-        finally:
-            self.driver.one_job.release()
+        with kept_awake():
+            await self._unless_stopped(self.driver.one_job.acquire())
+            try:
+                await self._run(wait)
+            finally:
+                self.driver.one_job.release()
 
     async def _run(self, wait: float | None) -> None:
         stopping = asyncio.create_task(self._watch_stop())

@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxmesh.adapters.lora import Adapter, Paths, find_adapter, join_adapters
 from fluxmesh.errors import UsageError
+from fluxmesh.machine.awake import kept_awake
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
 from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage.safetensors import write_tensors
@@ -32,6 +33,7 @@ OnBytes = Callable[[int, int], None]  # bytes done, and in all
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 
 
+@kept_awake()
 def fuse_checkpoint(
     source: Checkpoint, folder: Path, adapters: Paths, on_bytes: OnBytes | None = None
 ) -> None:

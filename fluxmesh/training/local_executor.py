@@ -10,6 +10,7 @@ import numpy as np
 
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.events import Loading
+from fluxmesh.machine.awake import kept_awake
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.encoding import Encoder
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
@@ -29,12 +30,13 @@ def train(
     Raises `DatasetError`, `UsageError`, `OutputError`, `ModelNotFoundError`, `WeightsError`,
     `DivergedError`, and `CancelledError` on Ctrl-C.
     """
-    examples = read_examples(request)
-    pipeline = FluxPipeline(
-        request.model, dtype=request.dtype, bits=request.bits, on_loading=on_loading
-    )
-    plan = prepare(request, examples, pipeline.checkpoint)
-    yield from Run(plan, pipeline.checkpoint, Alone(pipeline, plan)).events()
+    with kept_awake():
+        examples = read_examples(request)
+        pipeline = FluxPipeline(
+            request.model, dtype=request.dtype, bits=request.bits, on_loading=on_loading
+        )
+        plan = prepare(request, examples, pipeline.checkpoint)
+        yield from Run(plan, pipeline.checkpoint, Alone(pipeline, plan)).events()
 
 
 class Alone:

@@ -18,6 +18,7 @@ from typing import Any
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, OutputError, WeightsError
 from fluxmesh.storage.hashing import sha256_of
+from fluxmesh.machine.awake import kept_awake
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -80,6 +81,7 @@ def needed_files(files: list[str]) -> list[str]:
     return chosen + weights
 
 
+@kept_awake()
 def _download(
     repo: str, cache: Path, progress: Progress | None, choose: Callable[[list[str]], list[str]]
 ) -> Path:

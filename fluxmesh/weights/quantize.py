@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.errors import UsageError
+from fluxmesh.machine.awake import kept_awake
 from fluxmesh.request import BITS
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
@@ -30,6 +31,7 @@ from fluxmesh.weights.writer import (
 NAMES = {mx.bfloat16: "BF16", mx.float32: "F32", mx.uint32: "U32"}
 
 
+@kept_awake()
 def quantize_checkpoint(
     source: Checkpoint,
     folder: Path,

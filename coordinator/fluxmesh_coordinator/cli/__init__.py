@@ -16,6 +16,7 @@ import click
 
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.version import __version__
+from fluxmesh.machine.open_files import allow_many_files
 
 COMMANDS = {
     "generate": "fluxmesh_coordinator.cli.generate:generate",
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Every error becomes one sentence on stderr; with `--json` also one line on stdout.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    allow_many_files()
     try:
         code = cli.main(arguments, prog_name="fluxmesh", standalone_mode=False)
     except click.UsageError as error:

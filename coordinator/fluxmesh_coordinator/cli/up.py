@@ -62,6 +62,7 @@ def up(
     Without HOSTFILE, on this machine alone. Again, it only looks, and does what is missing; with
     another hostfile, it changes the mesh. `fluxmesh down` ends it.
     """
+    from fluxmesh.machine.awake import kept_awake
     from fluxmesh.planning.workload import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights import hub
@@ -71,7 +72,7 @@ def up(
     from fluxmesh_coordinator.deploy.bringup import Bringup
     from fluxmesh_coordinator.deploy.warmup import Warming
 
-    with watcher(as_json=as_json, pull=pull) as watch:
+    with kept_awake(), watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()
         checkpoint = _checkpoint(name, watch)
         defaults = checkpoint.defaults
