@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -156,7 +157,7 @@ class FakeSupervisor:
         self.content = "same"  # of the files that engines read
         self._goes = asyncio.Event()  # not while it is stopped
         self._line: asyncio.Queue[messages.Message] = asyncio.Queue()
-        self._cancelled: set[str] = set()
+        self._cancelled: Counter[str] = Counter()  # `Cancel`s of each job that are in line
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -175,13 +176,13 @@ class FakeSupervisor:
         self.engine = FakeEngine()
         self.engine.content = self.content
         self.starts += 1
-        self._line, self._cancelled = asyncio.Queue(), set()
+        self._line, self._cancelled = asyncio.Queue(), Counter()
         self._goes.set()
         self._task = asyncio.create_task(self._run(self.engine))
 
     def send(self, message: messages.Message) -> None:
         if isinstance(message, messages.Cancel):
-            self._cancelled.add(message.job)
+            self._cancelled[message.job] += 1
         self._line.put_nowait(message)
 
     async def kill(self) -> None:
@@ -207,6 +208,7 @@ class FakeSupervisor:
         while True:
             unit = await self._line.get()
             if isinstance(unit, messages.Cancel):
+                self._cancelled -= Counter([unit.job])  # what comes after it is new work
                 self.on_message(messages.Cancelled(unit.job, 0))
                 continue
             if isinstance(unit, messages.Work | messages.Join):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +66,47 @@ class Mac:
         (self.folder / f"{name}.de").write_text(GERMAN)
         self.script(name, '[ "$LC_ALL $TZ" = "C UTC0" ] && exec cat "$0.txt"\ncat "$0.de"')
 
+    def caffeinate(self) -> None:
+        """One that waits for the process that it is named, as macOS's does."""
+        self.script(
+            "caffeinate",
+            'echo "$$ $@" >>"$0.log"; while kill -0 "$3" 2>/dev/null; do sleep 0.02; done',
+        )
+
+    def caffeinated(self) -> list[str]:
+        """How `caffeinate` was called, each time, by the order of its starts."""
+        return [words for _, words in self._started()]
+
+    def is_awake(self) -> bool:
+        """Whether one of them runs now."""
+        return any(_runs(pid) for pid, _ in self._started())
+
+    def _started(self) -> list[tuple[int, str]]:
+        log = self.folder / "caffeinate.log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [(int(pid), words) for pid, _, words in (line.partition(" ") for line in lines)]
+
     def script(self, name: str, lines: str) -> Path:
         path = self.folder / name
         path.write_text(f"#!/bin/sh\n{lines}\n")
         path.chmod(0o755)
         return path
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for what must come."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def mac(folder: Path, patch: pytest.MonkeyPatch) -> Mac:

@@ -133,6 +133,13 @@ class Lifecycle:
         return not self._pending
 
     @property
+    def seconds_to_load(self) -> float:
+        """What it would take to load again what the engine holds, as far as is known."""
+        if self.holds is None or not self.load_rate:
+            return 0.0
+        return self.holds.nbytes / self.load_rate
+
+    @property
     def ring(self) -> tuple[str, int, int]:
         """(name, rank, size) of the ring that the engine is in."""
         if self._ring is None:

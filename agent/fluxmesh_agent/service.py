@@ -21,6 +21,7 @@ from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.machine.awake import Wakefulness
+from fluxmesh.machine.clock import RunningClock
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
@@ -46,8 +47,17 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 1.0  # seconds
 TICK = 0.25  # seconds between two looks at the leases
-LETTING_GO = 3.0  # seconds that an engine has to stop for a coordinator that is gone
+# Seconds that an engine has at least to stop for a coordinator that is gone. It has as many as
+# loading its weights again would take: to wait longer than that costs more than to end it.
+LETTING_GO = 3.0
 FIRST_WORD = 20.0  # seconds that a newcomer waits for an engine that has just been started
+
+
+class AgentClock(RunningClock):
+    """Silences and graces of coordinators are counted by it: they begin again when we wake."""
+
+    def woke(self, now: float, seconds: float) -> None:
+        log.info("%.0f s passed unseen: this machine slept, or its clock was set", seconds)
 
 
 class Service:
@@ -73,7 +83,8 @@ class Service:
         self._clients: dict[str, Client] = {}
         self._order = asyncio.Lock()  # of what is done to the engine
         self._engine_known = asyncio.Event()  # it has told what it computes on, or has failed
-        self._late: float | None = None  # when an abandoned engine is ended
+        self._clock = AgentClock()
+        self._late: float | None = None  # when an abandoned engine is ended, by that clock
         self._tasks: set[asyncio.Task[None]] = set()
         self._wakefulness = Wakefulness()
 
@@ -113,7 +124,7 @@ class Service:
     async def _keep_time(self) -> None:
         beat = 0.0
         while True:
-            now = time.monotonic()
+            now = self._clock.tick()
             if now - beat >= HEARTBEAT:
                 beat = now
                 for client in self._clients.values():
@@ -138,7 +149,7 @@ class Service:
             while True:
                 seq, message = await connection.receive()
                 if client.name:
-                    self.leases.hear(client.name, time.monotonic())
+                    self.leases.hear(client.name, self._clock.tick())
                 if isinstance(message, Heartbeat):
                     continue
                 if client.repeats(seq):
@@ -180,7 +191,7 @@ class Service:
         client.answer(seq, answer)
 
     async def _do(self, client: Client, message: Message) -> Message:
-        now = time.monotonic()
+        now = self._clock.tick()
         if isinstance(message, Hello):
             return await self._welcome(client, message)
         if not client.name:
@@ -245,7 +256,7 @@ class Service:
             del self._clients[client.name]
         client.name = f"{client.user}/{hello.client}"
         self._clients[client.name] = client
-        self.leases.hear(client.name, time.monotonic())
+        self.leases.hear(client.name, self._clock.tick())
         log.info("%s says hello", client.label)
         return messages.Welcome(self.boot, __version__, self.status())
 
@@ -265,7 +276,7 @@ class Service:
     # Leases
 
     def _tick(self, now: float | None = None) -> None:
-        now = time.monotonic() if now is None else now
+        now = self._clock.tick() if now is None else now
         self._notify(self.leases.tick(now, self.lifecycle.is_free))
 
     def _notify(self, notices: Sequence[Notice]) -> None:
@@ -291,7 +302,7 @@ class Service:
         """The lease was given up: what is left of the work stops, by force if need be."""
         if self.lifecycle.is_free:
             return
-        self._late = time.monotonic() + LETTING_GO
+        self._late = self._clock.tick() + max(LETTING_GO, self.lifecycle.seconds_to_load)
         self._send_all(self.lifecycle.abandon())
 
     # The engine

@@ -146,12 +146,14 @@ class Conductor:
                     return hosts
                 continue
             if deadline is None:
-                deadline = self._now + (self._patience() if wait is None else wait)
+                deadline = self._now + (self._patience(infos) if wait is None else wait)
             await self._await_change(deadline, plan, infos)
 
-    def _patience(self) -> float:
+    def _patience(self, infos: dict[int, HostInfo]) -> float:
         """How long a mesh that can't do the work may take to change, where nobody said."""
         missing = self.driver.reasons
+        if set(self.driver.clients) - set(infos):
+            return RETURN  # one came back while the others were asked
         if set(self.driver.hosts) - set(self.driver.clients) - set(missing):
             return RETURN  # one has neither answered nor failed yet: its machine is busy
         if self._was_lost or any(self.driver.can_restart(rank) for rank in missing):

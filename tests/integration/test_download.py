@@ -18,6 +18,7 @@ import pytest
 from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
 from fluxmesh.weights import download, hub
 from tests.checkpoints import make_checkpoint
+from tests.mac import mac, until
 
 COMMITS = ("a" * 40, "b" * 40)
 CUT = "transformer/diffusion_pytorch_model.safetensors"
@@ -339,3 +340,10 @@ def test_a_defect_is_not_told_as_a_broken_network(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", defective)
     with pytest.raises(TypeError, match="unexpected keyword"):
         hub.pull("someone/flux")
+
+
+def test_a_mac_stays_awake_while_a_model_is_fetched(server, tmp_path, monkeypatch):
+    a_mac = mac(tmp_path / "mac", monkeypatch)
+    a_mac.caffeinate()
+    hub.pull("schnell", lambda done, total: until(a_mac.is_awake))
+    assert not a_mac.is_awake() and len(a_mac.caffeinated()) == 1

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from fluxmesh import events
+from fluxmesh.machine.clock import RunningClock
 from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.jobs import Gone
 from tests.unit.simulation import Simulation
@@ -51,6 +52,15 @@ def test_a_sleep_that_the_clock_sleeps_through_is_seen_too(times: Times) -> None
     times.sleep(600, stops=True)
     clock.tick()
     assert clock.now == begin and clock.has_just_woken
+
+
+def test_a_standstill_is_noticed_by_whoever_looks_first_and_counted_once(times: Times) -> None:
+    clock = RunningClock()
+    before = clock.tick()
+    times.sleep(600)
+    assert clock.tick() == clock.tick() == clock.now == before
+    times.sleep(1)
+    assert clock.tick() == before + 1
 
 
 def test_hosts_that_gave_a_sleeper_up_have_not_failed() -> None:

@@ -236,3 +236,15 @@ def test_what_a_lost_coordinator_leaves_behind_is_cancelled_and_then_ended() -> 
     assert life.give_up() == [KillEngine()]
     assert (life.epoch, life.is_free) == (1, True)
     assert life.give_up() == []
+
+
+def test_an_engine_is_worth_as_long_a_wait_as_loading_again_takes() -> None:
+    life = Lifecycle()
+    assert life.seconds_to_load == 0.0
+    life.work(load())
+    life.engine_said(Account(False, HOLDING, Counters(), 0.0))
+    assert life.seconds_to_load == 0.0  # nothing was timed yet
+    life.engine_said(Account(True, HOLDING, Counters(), 20.0))
+    assert life.seconds_to_load == 100 / 20.0
+    life.kill(Kill(1, 1))
+    assert life.seconds_to_load == 0.0  # nothing is held

@@ -9,9 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,7 @@ from fluxmesh.machine.awake import Wakefulness, kept_awake
 from fluxmesh_agent.lifecycle import Lifecycle
 from fluxmesh_agent.status import status_of
 from fluxmesh_coordinator.console import tables
-from tests.mac import VM_STAT, Mac, mac
-
-# Holds out until whoever it waits for is gone, and says so; as caffeinate does.
-WAITS = 'echo "$@" >>"$0.log"; while kill -0 "$3" 2>/dev/null; do sleep 0.02; done'
+from tests.mac import VM_STAT, Mac, mac, until
 
 
 @pytest.fixture
@@ -39,13 +35,6 @@ def linux(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     identity.machine_id.cache_clear()
     yield
     identity.machine_id.cache_clear()
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 # Memory
@@ -184,46 +173,33 @@ def test_a_limit_that_can_not_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -
 # Awake
 
 
-def caffeinated(a_mac: Mac) -> list[str]:
-    log = a_mac.folder / "caffeinate.log"
-    return log.read_text().splitlines() if log.exists() else []
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_a_mac_is_kept_awake_while_it_works_and_not_after(a_mac: Mac) -> None:
-    a_mac.script("caffeinate", WAITS)
+    a_mac.caffeinate()
     held = Wakefulness()
     held.hold()
     held.hold()
-    assert held._caffeinate is not None
-    pid = held._caffeinate.pid
-    until(lambda: bool(caffeinated(a_mac)))
-    assert caffeinated(a_mac) == [f"-i -w {os.getpid()}"]
+    until(a_mac.is_awake)
+    assert a_mac.caffeinated() == [f"-i -w {os.getpid()}"]
     held.let_go()
     held.let_go()
-    assert not is_running(pid)
+    assert not a_mac.is_awake()
     held.hold()
-    until(lambda: len(caffeinated(a_mac)) == 2)
+    until(a_mac.is_awake)
+    assert len(a_mac.caffeinated()) == 2
     held.let_go()
+    assert not a_mac.is_awake()
 
 
 def test_a_mac_may_sleep_after_work_that_failed(a_mac: Mac) -> None:
-    a_mac.script("caffeinate", f'echo $$ >"$0.pid"\n{WAITS}')
+    a_mac.caffeinate()
     with pytest.raises(RuntimeError), kept_awake():
-        until(lambda: bool(caffeinated(a_mac)))
+        until(a_mac.is_awake)
         raise RuntimeError
-    assert not is_running(int((a_mac.folder / "caffeinate.pid").read_text()))
+    assert not a_mac.is_awake()
 
 
 def test_what_keeps_a_mac_awake_ends_with_the_process_that_is_killed(a_mac: Mac) -> None:
-    a_mac.script("caffeinate", f'echo $$ >"$0.pid"\n{WAITS}')
+    a_mac.caffeinate()
     code = (
         "import platform, sys, time\n"
         "platform.system = lambda: 'Darwin'\n"
@@ -234,10 +210,9 @@ def test_what_keeps_a_mac_awake_ends_with_the_process_that_is_killed(a_mac: Mac)
     )
     path = str(a_mac.folder / "caffeinate")
     with subprocess.Popen([sys.executable, "-c", code, path]) as worker:
-        until(lambda: bool(caffeinated(a_mac)))
-        pid = int((a_mac.folder / "caffeinate.pid").read_text())
+        until(a_mac.is_awake)
         worker.send_signal(signal.SIGKILL)
-    until(lambda: not is_running(pid))
+    until(lambda: not a_mac.is_awake())
 
 
 def test_a_mac_without_caffeinate_works_and_says_so_once(

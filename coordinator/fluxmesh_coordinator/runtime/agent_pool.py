@@ -21,6 +21,7 @@ from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.agents.status import host_info
+from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.jobs import Links
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 OTHERS = 1.0  # seconds that the first host that answers waits for the others
 RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
 AGAIN = 3.0  # seconds that an agent that answered before may take to do so again
+TICK = 0.25  # seconds between two looks at the clock
 RESTARTS = 3  # of one agent, in the life of a driver
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
@@ -49,9 +51,12 @@ class Driver:
         self._restarts: dict[int, int] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._clock = OwnClock()
+        self._ticking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Connects to all that answer; raises nothing where none does."""
+        self._ticking = asyncio.create_task(self._tick())
         for rank in self._members:
             self._tasks[rank] = asyncio.create_task(self._reach(rank))
         while len(self.clients) + len(self.reasons) < len(self._members):
@@ -60,9 +65,10 @@ class Driver:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        for task in self._tasks.values():
+        tasks = [*self._tasks.values(), *([self._ticking] if self._ticking else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self.clients.values()))
         await self._dialer.close()
 
@@ -118,6 +124,12 @@ class Driver:
         why = next(iter(self.reasons.values()), "it has no host.")
         return HostUnreachableError(f"No host of {self.record.name} answers: {why}")
 
+    async def _tick(self) -> None:
+        """Several times a second, so that a standstill is noticed also between two jobs."""
+        while True:
+            await asyncio.sleep(TICK)
+            self._clock.tick()
+
     async def _reach(self, rank: int, old: Client | None = None) -> None:
         """Until the member answers: connects, or has it started again."""
         if old is not None:
@@ -126,6 +138,7 @@ class Driver:
         while True:
             member = self._members[rank]
             client = Client(self._dialer, member, self.hosts[rank].name, self._client)
+            hangs = False
             try:
                 async with asyncio.timeout(AGAIN if old is not None else None):
                     await client.__aenter__()
@@ -134,6 +147,7 @@ class Driver:
                         # more would be ours for as long as we live.
                         await client.ask(messages.LeaveQueue(), messages.Done)
             except TimeoutError:
+                hangs = True
                 self.reasons[rank] = f"{client.title}: its agent does not answer."
                 await client.close()
             except FluxmeshError as error:
@@ -144,7 +158,8 @@ class Driver:
                 self.reasons.pop(rank, None)
                 self._changed.set()
                 return
-            if self.can_restart(rank):
+            # An agent that has just woken with us, from swap maybe, is not ended with its weights.
+            if self.can_restart(rank) and not (hangs and self._clock.has_just_woken):
                 await self._start_again(rank)
             self._changed.set()
             await asyncio.sleep(pause)

@@ -1,0 +1,195 @@
+"""A machine that slept loses no weights by it: neither the coordinator's nor an agent's.
+
+What a sleep does is put in by hand: clocks that went on while nobody ran, and conversations that
+ZeroMQ has ended because of that. Agents and coordinators are real, engines count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxmesh import events
+from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.machine import clock
+from fluxmesh.wire import messages
+from fluxmesh_agent import leases, service
+from fluxmesh_coordinator import clock as coordinators_clock
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.mesh_file import Member
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.runtime import agent_pool
+from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.session import Session
+from tests.fakes import FakeMesh, expected
+from tests.unit.meshes import ask, small
+
+SIZES = small()
+
+
+class Sleeper:
+    """The clocks of this process, which can jump as they do for one that stood still."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.slept
+
+    def time(self) -> float:
+        return time.time() + self.slept
+
+
+@pytest.fixture
+def sleeper(monkeypatch: pytest.MonkeyPatch) -> Sleeper:
+    made = Sleeper()
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=made.monotonic, time=made.time))
+    return made
+
+
+def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]], hosts: int = 1) -> None:
+    async def run() -> None:
+        async with FakeMesh(folder, hosts) as mesh:
+            await asyncio.wait_for(body(mesh), 60)
+
+    asyncio.run(run())
+
+
+async def leased(mesh: FakeMesh) -> tuple[Client, messages.Load]:
+    client = Client(mesh.network.dialer("user"), mesh.record.members[0])
+    await client.__aenter__()
+    granted = await client.lease("job", 1.0, lambda _: None)
+    return client, messages.Load(granted.fence, "job", granted.epoch, Weights("tiny"))
+
+
+async def loaded(client: Client, load: messages.Load) -> None:
+    await client.ask(load, messages.Done)
+    while not isinstance(await client.report(), messages.Loaded):
+        continue
+
+
+@pytest.mark.parametrize("placement", ["data", "sequence"])
+def test_a_job_whose_conversations_broke_in_a_sleep_goes_on_with_the_weights_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any
+) -> None:
+    """A step takes longer than an engine has to let go; to load the weights again, longer still."""
+    monkeypatch.setattr(service, "LETTING_GO", 0.2)
+    request = ask(height=32, width=32, steps=4)
+    heard: list[events.Event] = []
+
+    async def body(mesh: FakeMesh) -> None:
+        async with Driver(mesh.record, mesh.network.dialer()) as held:
+
+            def tell(event: events.Event) -> None:
+                heard.append(event)
+                steps = [one.step for one in heard if isinstance(one, events.Step)]
+                if isinstance(event, events.Step) and steps == [1]:
+                    slow(0.5)
+                elif isinstance(event, events.Step) and steps == [1, 2]:
+                    for rank, client in list(held.clients.items()):
+                        held.lost(rank, client, "It is silent for too long.")
+                elif isinstance(event, events.HostLost):
+                    slow(0.002)  # from the next report on
+
+            def slow(pause: float) -> None:
+                for rank in range(2):
+                    mesh.engine(rank).pause = pause
+
+            asked = Job("job", request, SIZES, b"secret", placement, placement != "data")
+            await Conductor(held, Session(asked), {}, tell).run()
+            assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
+
+    play(tmp_path, body, hosts=2)
+    (picture,) = [event for event in heard if isinstance(event, events.Picture)]
+    assert np.array_equal(picture.pixels, expected(request, SIZES, 0))
+
+
+def test_an_agent_that_slept_has_not_heard_its_coordinators_silence(
+    tmp_path: Path, sleeper: Sleeper
+) -> None:
+    async def body(mesh: FakeMesh) -> None:
+        client, _ = await leased(mesh)
+        holder = mesh.services[0].leases.holder
+        sleeper.slept += 600.0
+        await asyncio.sleep(1.0)
+        assert mesh.services[0].leases.holder == holder
+        await client.close()
+
+    play(tmp_path, body)
+
+
+def test_the_silence_of_a_coordinator_that_did_not_wake_counts_from_then(
+    tmp_path: Path, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "SILENCE", 1.5)
+
+    async def body(mesh: FakeMesh) -> None:
+        client, _ = await leased(mesh)
+        sleeper.slept += 600.0
+        for task in client._tasks:  # it says nothing any more
+            task.cancel()
+        await asyncio.sleep(0.5)
+        assert mesh.services[0].leases.holder
+        async with asyncio.timeout(4):
+            while mesh.services[0].leases.holder:
+                await asyncio.sleep(0.05)
+        await client.close()
+
+    play(tmp_path, body)
+
+
+def test_an_engine_that_slept_with_its_agent_is_given_its_time_after_that(
+    tmp_path: Path, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "LETTING_GO", 2.5)
+
+    async def body(mesh: FakeMesh) -> None:
+        client, load = await leased(mesh)
+        await loaded(client, load)
+        mesh.engine(0).stop()
+        await client.ask(load, messages.Done)
+        await client.ask(messages.LeaveQueue(), messages.Done)
+        sleeper.slept += 600.0
+        await asyncio.sleep(1.0)
+        assert mesh.engine(0).engine is not None
+        async with asyncio.timeout(10):  # one that hangs is still ended
+            while mesh.engine(0).engine is not None:
+                await asyncio.sleep(0.05)
+        await client.close()
+
+    play(tmp_path, body)
+
+
+def test_an_agent_that_is_slow_to_wake_is_not_started_again_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_pool, "AGAIN", 0.2)
+    monkeypatch.setattr(coordinators_clock, "WAKING", 1.5)
+    restarts: list[float] = []
+
+    async def body(mesh: FakeMesh) -> None:
+        async def hang(*_: Any) -> None:
+            await asyncio.sleep(60)
+
+        def restart(rank: int) -> Member:
+            restarts.append(time.monotonic())
+            return mesh.record.members[rank]
+
+        async with Driver(mesh.record, mesh.network.dialer(), restart) as held:
+            mesh.services[0]._welcome = hang  # type: ignore[method-assign, assignment]
+            woke = held._clock._woke = time.monotonic()
+            held.lost(0, held.clients[0], "It is silent for too long.")
+            async with asyncio.timeout(10):
+                while not restarts:  # one that still hangs then is
+                    await asyncio.sleep(0.05)
+            assert restarts[0] - woke >= 1.5
+
+    play(tmp_path, body)
