@@ -23,7 +23,7 @@ from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.base import ConnectionClosed
-from fluxmesh.wire.transport.stream import AsyncChannel
+from fluxmesh.wire.transport.stream import AsyncChannel, pair
 from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Supervisor:
     def start(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
         """Starts an engine; messages may be sent at once. Raises `FluxmeshError`."""
         assert self._life is None, "end the engine first"
-        near, far = socket.socketpair()
+        near, far = pair()
         scratch = private_folder(self.home.folder / "engine")
         config = {
             "fd": far.fileno(),

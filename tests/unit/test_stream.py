@@ -14,6 +14,7 @@ import pytest
 
 from fluxmesh.wire.messages import Beat, Message, Stepped
 from fluxmesh.wire.protocol import ProtocolError, encode
+from fluxmesh.wire.transport import stream
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import AsyncChannel, Channel
 from tests.messages import same, samples
@@ -21,9 +22,12 @@ from tests.messages import same, samples
 Pair = tuple[socket.socket, socket.socket]
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    ends = socket.socketpair()
+@pytest.fixture(params=[stream.ROOM, 8192], ids=["roomy", "as-on-macos"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    ends = stream.pair()
+    for end in ends:
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, buffer, request.param)
     yield ends
     for end in ends:
         end.close()
@@ -195,3 +199,33 @@ def test_nonsense_is_refused_on_both_sides_before_memory_is_taken(
         left.sendall(nonsense)
         with pytest.raises(ProtocolError):
             Channel(right).receive()
+
+
+def test_the_ends_of_a_stream_are_given_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, roomy = socket.socketpair(), stream.pair()
+    for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        before = plain[0].getsockopt(socket.SOL_SOCKET, buffer)
+        for end in roomy:
+            # Linux grants at most net.core.?mem_max, and counts its own book-keeping twice.
+            assert end.getsockopt(socket.SOL_SOCKET, buffer) > before
+    for end in (*plain, *roomy):
+        end.close()
+
+
+def test_a_system_that_gives_no_more_room_gives_a_stream_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Tight(socket.socket):
+        def setsockopt(self, *_: object) -> None:  # type: ignore[override]
+            raise OSError(55, "No buffer space available")
+
+    def ends() -> tuple[socket.socket, socket.socket]:
+        return tuple(Tight(fileno=end.detach()) for end in whole())  # type: ignore[return-value]
+
+    whole = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", ends)
+    near, far = stream.pair()
+    near.sendall(b"x")
+    assert far.recv(1) == b"x"
+    near.close()
+    far.close()

@@ -39,6 +39,7 @@ from fluxmesh_coordinator.agents import addresses, macos, tcc
 
 READY = 60.0  # seconds within which an agent must listen
 GONE = 8.0  # seconds within which it must end when asked to, before it is killed
+ANSWERS = 1.0  # seconds within which whoever listens on this machine takes a connection
 TAIL = 64 << 10  # bytes of a log that are looked at
 KEPT = 1.0  # seconds between two looks at an agent for which a connection is kept
 SOMEBODY = "whoever started it there"  # neither of `up`'s users: launchd, or a person by hand
@@ -241,12 +242,19 @@ def can_bind(address: str, port: int) -> bool:
     """Whether this host has that address, and the port is free."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
+        # What connections leave behind for a minute must not count as taken.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((address, port))
         except OSError:
             return False
-    return True
+    if not port:
+        return True
+    # On macOS that lets us in beside whoever listens at all addresses: nobody may answer, either.
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.settimeout(ANSWERS)
+        is_answered = sock.connect_ex((address, port)) == 0
+        return not is_answered or sock.getsockname() == sock.getpeername()  # our own echo
 
 
 def is_own(address: str) -> bool:

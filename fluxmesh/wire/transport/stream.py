@@ -22,6 +22,17 @@ from fluxmesh.wire.protocol import Frame, ProtocolError, decode, encode
 from fluxmesh.wire.transport.base import ConnectionClosed
 
 _COUNT = struct.Struct(">I")
+ROOM = 1 << 20  # bytes on their way; macOS gives 8 KiB, through which latents go in 128 pieces
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a stream, with as much room of `ROOM` as the system allows."""
+    ends = socket.socketpair()
+    for end in ends:
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, buffer, ROOM)
+    return ends
 
 
 def _prefix(frames: list[Frame]) -> bytes:
