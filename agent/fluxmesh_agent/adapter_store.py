@@ -14,6 +14,7 @@ import numpy as np
 
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.storage.hashing import sha256_of
+from fluxmesh.storage import durable
 from fluxmesh.storage.homes import private_folder
 
 MAX_BYTES = 8 << 30  # of one
@@ -57,7 +58,7 @@ class Adapters:
                 file.write(data.tobytes())
                 file.flush()
                 if offset + data.nbytes == total:
-                    os.fsync(file.fileno())
+                    durable.sync(file.fileno())
             if offset + data.nbytes == total:
                 self._check(part, sha256)
         except OSError as error:
@@ -68,6 +69,7 @@ class Adapters:
             part.unlink()
             raise UsageError("The adapter arrived with another hash than it was announced with.")
         os.replace(part, self._path(sha256))
+        durable.sync_path(self.folder)
         self._make_room(self._path(sha256))
 
     def _make_room(self, newest: Path) -> None:

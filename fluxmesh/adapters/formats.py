@@ -29,6 +29,7 @@ from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError, Weight
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers, transformer_tensors
 from fluxmesh.storage import apple_double
+from fluxmesh.storage.atomic import Opens, new_file
 from fluxmesh.storage.safetensors import Entry, Header, read_header, read_tensor, write_tensors
 
 FORMATS = ("diffusers", "kohya", "bfl", "apple")
@@ -269,8 +270,9 @@ def write_adapter(
     config: FluxConfig,
     file_format: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
+    opened: Opens = new_file,
 ) -> None:
-    """Writes a LoRA in one of FORMATS, float32, never over another file.
+    """Writes a LoRA in one of FORMATS, float32, whole or not at all; `opened` as `write_tensors`.
 
     The scale is folded into B, so that every reader agrees on scale 1 (kohya's `alpha` is the
     rank). A fused matrix becomes several in diffusers' format: A is copied, B's rows are split,
@@ -302,7 +304,7 @@ def write_adapter(
     entries: dict[str, Any] = {
         key: (np.ascontiguousarray(array, dtype=np.float32), "F32") for key, array in arrays.items()
     }
-    write_tensors(path, entries, {"format": "pt", **(metadata or {})})
+    write_tensors(path, entries, {"format": "pt", **(metadata or {})}, opened)
 
 
 def _diffusers_modules(config: FluxConfig, name: str) -> list[tuple[str, tuple[Rows, ...]]]:

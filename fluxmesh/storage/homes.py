@@ -10,13 +10,12 @@ others could have read or changed is refused, for a key in it may no longer be a
 from __future__ import annotations
 
 import os
-import secrets
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.storage import atomic
 
 
 class HomeError(FluxmeshError):
@@ -103,30 +102,23 @@ def write_private(path: Path, text: str) -> None:
 
     Raises `HomeError` where it can't be written.
     """
-    _place(path, text, os.replace)
+    _write(path, text, atomic.replaced_file)
 
 
 def create_private(path: Path, text: str) -> bool:
     """As `write_private`, but a file that is there stays as it is: then False."""
     try:
-        _place(path, text, os.link)
+        _write(path, text, atomic.new_file)
     except FileExistsError:
         return False
     return True
 
 
-def _place(path: Path, text: str, place: Callable[[Path, Path], None]) -> None:
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+def _write(path: Path, text: str, opened: atomic.Opens) -> None:
+    data = text.encode()
     try:
-        try:
-            handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            place(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+        with opened(path, 0o600) as file:
+            file.write(data)
     except FileExistsError:
         raise
     except OSError as error:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
+from fluxmesh.storage.atomic import Opens, new_file
 
 PIECE = 4 << 20  # bytes that one thread reads at once
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -251,12 +252,15 @@ def read_tensor(entry: Entry) -> np.ndarray:
 
 
 def write_tensors(
-    path: Path, arrays: Mapping[str, tuple[np.ndarray, str]], metadata: Mapping[str, str]
+    path: Path,
+    arrays: Mapping[str, tuple[np.ndarray, str]],
+    metadata: Mapping[str, str],
+    opened: Opens = new_file,
 ) -> None:
-    """Writes a new safetensors file, flushed to the disk. Each array comes with its dtype's name.
+    """Writes a whole safetensors file, or none. Each array comes with its dtype's name.
 
-    bfloat16 is given as uint16 of the same bits. Nothing is left behind where it can't be written,
-    which raises `OutputError`, as does a file of that name.
+    bfloat16 is given as uint16 of the same bits. `opened` is `new_file`, which leaves a file of
+    that name as it is, or `replaced_file`. Raises `OutputError`.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -267,21 +271,20 @@ def write_tensors(
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin aligned
     try:
-        file = open(path, "xb")  # noqa: SIM115 (closed below; what exists is not ours to remove)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    try:
-        with file:
+        with opened(path) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for array, _ in arrays.values():
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise cannot_write(path, error) from error
-        raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, unless it is there. Raises `OutputError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:

@@ -8,10 +8,8 @@ float32, and in its header the counters, the request and the data's fingerprint.
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import OutputError, UsageError, WeightsError
-from fluxmesh.storage.safetensors import cannot_write, read_header, read_tensor, write_tensors
+from fluxmesh.storage.atomic import replaced_file
+from fluxmesh.storage.safetensors import make_folder, read_header, read_tensor, write_tensors
 
 FORMAT = 1
 STATE = re.compile(r"(\d{7,})_state\.safetensors")
 ADAPTERS = re.compile(r"(\d{7,})_adapters\.safetensors")
-PARTIAL = re.compile(r"\.(\d{7,}_state|\d{7,}_adapters|final_adapters)\.safetensors\.\w+\.partial")
 RECORD = "fluxmesh_training"  # JSON in the file's header
 FINAL = "final_adapters.safetensors"
 
@@ -71,26 +69,9 @@ def save(folder: Path, saved: Saved) -> Path:
     }
     arrays = {name: (vector, "F32") for name, vector in saved.vectors.items()}
     path = state_path(folder, saved.counters.iteration)
-    written(path, lambda partial: write_tensors(partial, arrays, {RECORD: json.dumps(record)}))
+    make_folder(folder)
+    write_tensors(path, arrays, {RECORD: json.dumps(record)}, replaced_file)
     return path
-
-
-def written(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a file of another name that then takes the name `path`, whole."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def iterations(folder: Path) -> list[int]:
@@ -152,12 +133,9 @@ def check_new(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the last `keep` and the one of iteration `best`.
-
-    What a run that was killed had begun to write goes too.
-    """
+    """Removes all checkpoints but the last `keep` and the one of iteration `best`."""
     kept = {*iterations(folder)[-keep:], best}
     for path in folder.iterdir():
         match = STATE.fullmatch(path.name) or ADAPTERS.fullmatch(path.name)
-        if PARTIAL.fullmatch(path.name) or (match and int(match[1]) not in kept):
+        if match and int(match[1]) not in kept:
             path.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ import numpy as np
 
 from fluxmesh.adapters.formats import write_adapter
 from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.storage.atomic import replaced_file
+from fluxmesh.storage.safetensors import make_folder
 from fluxmesh.training import checkpoint
 from fluxmesh.training.checkpoint import Counters
 from fluxmesh.training.compute.lr_schedule import warmup_updates
@@ -277,6 +279,5 @@ class Run:
             "lora_blocks": str(self.request.lora_blocks),
         }
         config = self.base.transformer
-        checkpoint.written(
-            path, lambda partial: write_adapter(partial, adapter, config, metadata=metadata)
-        )
+        make_folder(self.folder)
+        write_adapter(path, adapter, config, metadata=metadata, opened=replaced_file)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import OutputError
+from fluxmesh.storage.atomic import whole_folder
 from fluxmesh.storage.safetensors import cannot_write
 from fluxmesh.version import __version__
 from fluxmesh.weights.checkpoint import FORMAT, MANIFEST, Checkpoint
@@ -46,16 +45,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise OutputError(f"{folder} exists already; name another folder, or remove it.")
     if not folder.absolute().parent.is_dir():
         raise OutputError(f"The folder {folder.absolute().parent} does not exist; make it first.")
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir()
-        yield partial
-        _flush_folders(partial)
-        os.rename(partial, folder)
+        with whole_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already when all went well
 
 
 def write_surroundings(source: Checkpoint, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -124,18 +118,6 @@ def config_of(source: Checkpoint, component: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A new file, flushed to the disk."""
+    """A new file."""
     with open(path, "x", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folders(root: Path) -> None:
-    """So that the names of the files survive a power cut as well as their bytes."""
-    for folder in (root, *(path for path in root.iterdir() if path.is_dir())):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -21,10 +21,11 @@ from tests.faults.strike import STEPS, Moment, request_of
 # The command on a disk that takes a second to sync: a file is being written for long enough. It
 # hears Ctrl-C also where its parent was started by a shell that runs it in the background.
 SLOW_DISK = """\
-import os, signal, sys, time
+import signal, sys, time
+from fluxmesh.storage import durable
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sync = os.fsync
-os.fsync = lambda handle: (time.sleep(1.0), sync(handle))[1]
+sync = durable.sync
+durable.sync = lambda handle: (time.sleep(1.0), sync(handle))[1]
 from fluxmesh_coordinator.cli import main
 main(sys.argv[1:])
 """

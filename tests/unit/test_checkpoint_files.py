@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.errors import OutputError, UsageError, WeightsError
+from fluxmesh.storage import durable
 from fluxmesh.training import checkpoint
 from fluxmesh.training.checkpoint import Counters, Saved
 from fluxmesh.training.data.feature_cache import FeatureCache, key
@@ -29,28 +30,39 @@ def test_what_was_saved_comes_back(tmp_path):
     assert checkpoint.iterations(tmp_path) == [4, 8]
 
 
-def test_a_checkpoint_that_could_not_be_written_whole_is_not_there(tmp_path):
+def test_a_checkpoint_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, saved(4))
 
-    def half(partial):
-        partial.write_bytes(b"half")
+    def full(_descriptor):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(durable, "sync", full)
     with pytest.raises(OutputError, match="disk is full"):
-        checkpoint.written(checkpoint.state_path(tmp_path, 8), half)
+        checkpoint.save(tmp_path, saved(8))
     assert [path.name for path in tmp_path.iterdir()] == ["0000004_state.safetensors"]
 
 
-def test_pruning_keeps_the_last_ones_and_the_best_and_clears_what_was_half_written(tmp_path):
+def test_a_checkpoint_that_is_written_again_takes_the_place_of_the_old_one(tmp_path):
+    checkpoint.save(tmp_path, saved(4))
+    checkpoint.save(tmp_path, saved(4))
+    assert checkpoint.iterations(tmp_path) == [4]
+
+
+def test_pruning_keeps_the_last_ones_and_the_best(tmp_path):
     for iteration in range(10, 70, 10):
         checkpoint.save(tmp_path, saved(iteration))
         checkpoint.adapters_path(tmp_path, iteration).write_bytes(b"")
-    (tmp_path / ".0000070_state.safetensors.ab12.partial").write_bytes(b"half")
     (tmp_path / "final_adapters.safetensors").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("mine")
     checkpoint.prune(tmp_path, 2, best=20)
     assert checkpoint.iterations(tmp_path) == [20, 50, 60]
     assert len(list(tmp_path.iterdir())) == 2 * 3 + 2
+
+
+def test_what_a_run_that_was_killed_had_begun_to_write_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / ".0000070_state.safetensors.ab12cd34.tmp").write_bytes(b"half")
+    checkpoint.save(tmp_path, saved(60))
+    assert [path.name for path in tmp_path.iterdir()] == ["0000060_state.safetensors"]
 
 
 @pytest.mark.parametrize(

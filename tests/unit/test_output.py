@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fluxmesh.errors import OutputError, UsageError
-from fluxmesh.storage import atomic as files
+from fluxmesh.storage import atomic, durable
 from fluxmesh_coordinator.artifacts.pictures import (
     GAP,
     PictureFiles,
@@ -130,9 +130,9 @@ def test_file_systems_without_hard_links_keep_the_same_promises(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", no_link)
-    files.write_file(tmp_path / "a.png", b"whole")
+    atomic.write_file(tmp_path / "a.png", b"whole")
     with pytest.raises(FileExistsError):
-        files.write_file(tmp_path / "a.png", b"other")
+        atomic.write_file(tmp_path / "a.png", b"other")
     assert (tmp_path / "a.png").read_bytes() == b"whole"
     assert names(tmp_path) == ["a.png"]
 
@@ -143,24 +143,24 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(durable, "sync", full)
     with pytest.raises(OutputError, match=r"Could not write .*a\.png: No space left on device"):
-        files.write_file(tmp_path / "a.png", b"data")
+        atomic.write_file(tmp_path / "a.png", b"data")
     assert names(tmp_path) == []
 
 
 def test_ctrl_c_while_writing_waits_for_the_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsync = os.fsync
+    sync = durable.sync
 
     def interrupted(descriptor: int) -> None:
         signal.raise_signal(signal.SIGINT)
-        fsync(descriptor)
+        sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", interrupted)
+    monkeypatch.setattr(durable, "sync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        files.write_file(tmp_path / "a.png", b"whole")
+        atomic.write_file(tmp_path / "a.png", b"whole")
     assert names(tmp_path) == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == b"whole"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -170,10 +170,11 @@ def test_what_a_writer_that_was_killed_has_left_goes_and_what_is_being_written_s
     tmp_path: Path,
 ) -> None:
     code = (
-        "import os, sys, time\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
+        "from fluxmesh.storage import durable\n"
         "from fluxmesh.storage.atomic import write_file\n"
-        "os.fsync = lambda handle: (print(flush=True), time.sleep(60))\n"
+        "durable.sync = lambda handle: (print(flush=True), time.sleep(60))\n"
         "write_file(Path(sys.argv[1]), b'half')\n"
     )
     with subprocess.Popen(
@@ -181,12 +182,12 @@ def test_what_a_writer_that_was_killed_has_left_goes_and_what_is_being_written_s
     ) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        files.write_file(tmp_path / "b.png", b"whole")
+        atomic.write_file(tmp_path / "b.png", b"whole")
         assert len(names(tmp_path)) == 2  # it is still at it
         writer.kill()
         writer.wait()
     (tmp_path / ".theirs.tmp").write_bytes(b"of somebody else")
-    files.write_file(tmp_path / "c.png", b"whole")
+    atomic.write_file(tmp_path / "c.png", b"whole")
     assert names(tmp_path) == [".theirs.tmp", "b.png", "c.png"]
 
 
@@ -199,7 +200,7 @@ def test_ctrl_c_counts_where_the_name_was_taken_meanwhile(
 
     monkeypatch.setattr(os, "link", taken)
     with pytest.raises(KeyboardInterrupt):
-        files.write_file(tmp_path / "a.png", b"data")
+        atomic.write_file(tmp_path / "a.png", b"data")
     assert names(tmp_path) == []
 
 

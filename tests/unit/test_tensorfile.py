@@ -2,13 +2,12 @@
 
 import errno
 import json
-import os
 
 import numpy as np
 import pytest
 
 from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
-from fluxmesh.storage import safetensors
+from fluxmesh.storage import durable, safetensors
 from tests.checkpoints import write_json, write_safetensors
 
 ARRAY = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -187,7 +186,7 @@ def test_a_file_that_can_not_be_finished_is_removed(tmp_path, monkeypatch, error
     def fail(_handle):
         raise error
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(durable, "sync", fail)
     with pytest.raises(expected) as caught:
         safetensors.write_tensors(tmp_path / "out.safetensors", {"x": (ARRAY, "F32")}, {})
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
 """Pictures become files: PNG with its recipe, grids, names that are free.
 
-Below `generate.py`; `atomic.py` writes them, whole or not at all.
+Below `generate.py`; `files.py` writes them, whole or not at all.
 """
 
 from __future__ import annotations

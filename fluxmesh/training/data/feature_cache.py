@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.storage.safetensors import cannot_write, read_header, read_tensor, write_tensors
+from fluxmesh.storage.atomic import replaced_file
+from fluxmesh.storage.safetensors import make_folder, read_header, read_tensor, write_tensors
 
 FORMAT = 1  # raise it when what is stored, or how it is computed, changes
 Arrays = dict[str, tuple[np.ndarray, str]]  # with the dtype's name; bfloat16 as uint16
@@ -70,12 +70,5 @@ class FeatureCache:
     def put(self, name: str, arrays: Mapping[str, tuple[np.ndarray, str]]) -> None:
         """Stores an entry; raises `OutputError` where the disk refuses."""
         path = self.path(name)
-        partial = path.with_name(f".{name[:16]}.{secrets.token_hex(4)}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(partial, arrays, {})
-            os.replace(partial, path)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        make_folder(path.parent)
+        write_tensors(path, arrays, {}, replaced_file)
