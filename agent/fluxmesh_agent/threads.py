@@ -8,6 +8,7 @@ ever.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,21 +21,23 @@ async def in_thread(block: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def tell(set_it: Callable[[], None]) -> None:
+    def give(result: T) -> None:
         if not future.done():
-            set_it()
+            future.set_result(result)
+
+    def fail(error: BaseException) -> None:
+        if not future.done():
+            future.set_exception(error)
 
     def run() -> None:
-        try:
-            result = block()
-        except BaseException as error:
-            say, told = future.set_exception, error
-        else:
-            say, told = future.set_result, result
-        try:
-            loop.call_soon_threadsafe(tell, lambda: say(told))
-        except RuntimeError:
-            return  # the loop is closed: the agent has ended meanwhile
+        # Where the loop is closed, the agent has ended meanwhile, and nobody wants to know.
+        with contextlib.suppress(RuntimeError):
+            try:
+                result = block()
+            except BaseException as error:
+                loop.call_soon_threadsafe(fail, error)
+            else:
+                loop.call_soon_threadsafe(give, result)
 
     threading.Thread(target=run, daemon=True).start()
     return await future
