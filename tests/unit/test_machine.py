@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,9 @@ from fluxmesh.machine import awake, identity, memory, open_files, tools
 from fluxmesh.machine.awake import Wakefulness, kept_awake
 from fluxmesh_agent.lifecycle import Lifecycle
 from fluxmesh_agent.status import status_of
+from fluxmesh_coordinator.agents.mesh_file import THIS_MACHINE, THIS_NAME, Member, MeshRecord
 from fluxmesh_coordinator.console import tables
+from fluxmesh_coordinator.deploy import diagnosis
 from tests.mac import VM_STAT, Mac, mac, until
 
 
@@ -82,13 +85,22 @@ def test_a_tool_that_fails_or_hangs_says_nothing(
 @pytest.mark.parametrize(
     ("level", "told"), [("1", ""), ("2", "warning"), ("4", "critical"), ("?", "")]
 )
-def test_an_agent_says_that_its_mac_is_short_of_memory(a_mac: Mac, level: str, told: str) -> None:
+def test_an_agent_says_that_its_mac_is_short_of_memory(
+    a_mac: Mac, level: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a_mac.tool("sysctl", f"{level}\n")
     status = status_of(
         Lifecycle(), engine_pid=None, measured=(), memory=None, holder="", job="", waiting=0
     )
     assert status.pressure == told
     assert tables.state(status) == ("idle, short of memory" if told else "idle")
+    survey = SimpleNamespace(errors={}, statuses={0: status}, clock_skews={0: 0.0})
+    monkeypatch.setattr(diagnosis, "survey", lambda _mesh: survey)
+    mesh = MeshRecord(THIS_NAME, THIS_MACHINE, (Member(0, "127.0.0.1:1", "", "", "", ""),))
+    found = [(one.level, one.text) for one in diagnosis.of_agents(mesh) if one.check == "memory"]
+    assert found == (
+        [("warn", f"{told}: macOS is short of it; quit other programs there.")] if told else []
+    )
 
 
 def test_linux_says_itself_what_is_available(
