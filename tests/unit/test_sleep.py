@@ -18,10 +18,12 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.errors import HostUnreachableError
 from fluxmesh.machine import clock
 from fluxmesh.wire import messages
 from fluxmesh_agent import leases, service
 from fluxmesh_coordinator import clock as coordinators_clock
+from fluxmesh_coordinator.agents import client as coordinators_client
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.conduct import Conductor
@@ -191,5 +193,25 @@ def test_an_agent_that_is_slow_to_wake_is_not_started_again_with_its_weights(
                 while not restarts:  # one that still hangs then is
                     await asyncio.sleep(0.05)
             assert restarts[0] - woke >= 1.5
+
+    play(tmp_path, body)
+
+
+def test_a_coordinator_that_slept_has_not_heard_its_agents_silence(
+    tmp_path: Path, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(mesh: FakeMesh) -> None:
+        client, _ = await leased(mesh)
+        told = mesh.services[0]._clients[mesh.services[0].leases.holder]
+        monkeypatch.setattr(told, "tell", lambda _report: None)  # its agent wakes later
+        sleeper.slept += 600.0
+        await asyncio.sleep(2.5)
+        await client.ask(messages.AskStatus(), messages.Status)
+        monkeypatch.setattr(coordinators_client, "SILENT", 1.5)
+        with pytest.raises(HostUnreachableError, match="silent"):
+            async with asyncio.timeout(10):
+                while True:
+                    await client.report()
+        await client.close()
 
     play(tmp_path, body)

@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.version import __version__
+from fluxmesh.machine.clock import RunningClock
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.agents.mesh_file import Member
@@ -44,6 +45,7 @@ class Client:
         self._reports: asyncio.Queue[messages.Report | None] = asyncio.Queue()  # None is the end
         self._tasks: list[asyncio.Task[None]] = []
         self._seq = 0
+        self._clock = RunningClock()  # an agent is not silent while we sleep
         self._heard = 0.0
         self._over: FluxmeshError | None = None
         self.welcome: messages.Welcome | None = None
@@ -53,7 +55,8 @@ class Client:
             self._connection = await self._dialer.connect(self.member.address, self.member.key)
         except ConnectionClosed as error:
             raise HostUnreachableError(f"{self.title}: {error}") from None
-        self._heard = asyncio.get_running_loop().time()
+        self._clock.begin()
+        self._heard = self._clock.tick()
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._beat())]
         try:
             hello = messages.Hello(self._client, __version__)
@@ -157,7 +160,7 @@ class Client:
         try:
             while True:
                 seq, message = await self._connection.receive()
-                self._heard = asyncio.get_running_loop().time()
+                self._heard = self._clock.tick()
                 if isinstance(message, messages.Report):
                     self._reports.put_nowait(message)
                 elif seq in self._answers and not self._answers[seq].done():
@@ -170,11 +173,12 @@ class Client:
         with contextlib.suppress(ConnectionClosed):
             while True:
                 await asyncio.sleep(BEAT)
+                now = self._clock.tick()
                 self._seq += 1
                 await self._connection.send(messages.Heartbeat(), self._seq)
                 if self.welcome is None:
                     continue  # a new agent answers when its engine has said what it is
-                if asyncio.get_running_loop().time() - self._heard > SILENT:
+                if now - self._heard > SILENT:
                     self._end(f"{self.title}: its agent is silent; see whether the host hangs.")
                     return
 
