@@ -29,7 +29,7 @@ ROOMS = {
     "fluxmesh_agent": ("·",),
     "fluxmesh": (
         *("training", "engine", "planning", "sampling", "adapters", "weights", "models"),
-        *("kernels", "wire", "cluster", "storage", "·"),
+        *("kernels", "wire", "cluster", "machine", "storage", "·"),
     ),
 }
 # Entrances, which name what they open: the package's face, and `python -m`.

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage import durable
+from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage.homes import private_folder
 
 MAX_BYTES = 8 << 30  # of one

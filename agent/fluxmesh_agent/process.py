@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxmesh.version import __version__
-
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.keys import Allowlist, load_keys
 from fluxmesh.storage.processes import started_at
+from fluxmesh.version import __version__
 from fluxmesh_agent.ending import Ending
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions

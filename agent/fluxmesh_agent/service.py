@@ -19,7 +19,6 @@ from collections.abc import Coroutine, Sequence
 
 from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
-from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh.storage.homes import AgentHome

@@ -1,9 +1,9 @@
 """What a step and a decode hold beside the weights, in bytes, on each platform. Pure.
 
-Below `workload.py`, which counts with it what a host must have, and `flux/memory.py`, which bounds with
-it how far MLX runs ahead of the device: planned and allowed are figures of one place. A hidden
-state is S tokens by D channels; "the largest array" of a decode is what comes in at the finest
-level, H x W pixels of its channels.
+Below `workload.py`, which counts with it what a host must have, and `engine/device_memory.py`,
+which bounds with it how far MLX runs ahead of the device: planned and allowed are figures of one
+place. A hidden state is S tokens by D channels; "the largest array" of a decode is what comes in at
+the finest level, H x W pixels of its channels.
 """
 
 from __future__ import annotations

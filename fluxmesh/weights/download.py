@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, OutputError, WeightsError
-from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.machine.awake import kept_awake
+from fluxmesh.storage.hashing import sha256_of
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

@@ -171,7 +171,7 @@ def test_a_coordinator_that_is_killed_is_gone_at_once(tmp_path: Path) -> None:
 import asyncio
 from fluxmesh.keys import Keys
 from fluxmesh.messages import Heartbeat
-from fluxmesh.transport.dialer import CurveDialer
+from fluxmesh.wire.transport.dialer import CurveDialer
 async def main():
     keys = Keys.of(input())
     near = await CurveDialer(keys).connect({made.listener.address!r}, {made.keys.public!r})

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fluxmesh.version import __version__
 
 from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.hostfile import Host
@@ -20,6 +19,7 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys
+from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import bootstrap, macos, remote
 from fluxmesh_coordinator.deploy import bringup
 from fluxmesh_coordinator.deploy.bringup import Bringup, Wish

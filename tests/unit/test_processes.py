@@ -80,7 +80,10 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_process_is_the_same_in_every_language_and_zone(
     sleeper: subprocess.Popen[bytes],
 ) -> None:
-    code = "import sys; from fluxmesh.storage.processes import started_at; print(started_at(int(sys.argv[1])))"
+    code = (
+        "import sys; from fluxmesh.storage.processes import started_at; "
+        "print(started_at(int(sys.argv[1])))"
+    )
     told = [
         subprocess.run(
             [sys.executable, "-c", code, str(sleeper.pid)],

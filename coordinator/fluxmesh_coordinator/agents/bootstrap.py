@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
 from fluxmesh.machine.memory import total_bytes
-from fluxmesh.storage.homes import AgentHome, private_folder, write_private
+from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
 from fluxmesh.storage.keys import Allowlist
 from fluxmesh.storage.processes import end_process, kill_recorded, read_record, started_at
 from fluxmesh.version import __version__

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.version import __version__
 from fluxmesh.machine.clock import RunningClock
+from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.agents.mesh_file import Member

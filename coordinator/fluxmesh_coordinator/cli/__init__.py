@@ -15,8 +15,8 @@ from typing import NoReturn
 import click
 
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.version import __version__
 from fluxmesh.machine.open_files import allow_many_files
+from fluxmesh.version import __version__
 
 COMMANDS = {
     "generate": "fluxmesh_coordinator.cli.generate:generate",
