@@ -2,7 +2,7 @@
 
 Importing this package loads no mlx and no zmq: `FluxPipeline` (in this process) and `Mesh` (on many
 hosts) are looked up when they are first used (PEP 562), so that the command line and the agents
-start at once.
+start at once. What it does do is to turn tf32 off for an MLX that is loaded later (`tf32.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fluxmesh.version import __version__
+from fluxmesh.engine import tf32
 
 if TYPE_CHECKING:
     from fluxmesh.engine.pipeline import FluxPipeline
 
 __all__ = ["FluxPipeline", "Mesh", "__version__"]
+
+tf32.prefer_float32()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from pathlib import Path
 
 # Whoever runs the tests in the background may have them ignore Ctrl-C, and so would every command
 # that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# float32 means float32: MLX reads this when it is loaded, before any test module. The GPU of an M5,
+# as CUDA, would compute tf32.
+os.environ["MLX_ENABLE_TF32"] = "0"
+
+# `EMULATE=mac make test`, on Linux: this process and all Pythons that it starts are as on a Mac.
+if os.environ.get("EMULATE"):
+    MAC = str(Path(__file__).parent / "mac")
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [MAC, *paths])))
+    sys.path.insert(0, MAC)
+    import as_on_a_mac
+
+    as_on_a_mac.install()

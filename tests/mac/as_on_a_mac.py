@@ -1,0 +1,222 @@
+"""What differs on a Mac, emulated in one Python process on Linux.
+
+    EMULATE=gpu,no-proc,pages,files,sockets python -m pytest tests/unit      # or EMULATE=mac: all
+
+`tests/conftest.py` installs it in the tests' own process and puts this folder on PYTHONPATH, where
+`sitecustomize.py` installs it in every Python that they start: agents, engines, command lines. It
+stands alone, for such a Python knows nothing of `tests`; and it imports mlx and psutil never, but
+changes them when somebody else has imported them.
+
+| word | what is emulated |
+|---|---|
+| gpu | MLX's default device is the GPU of an M5 on Metal; arithmetic stays on the CPU, uncompiled |
+| no-proc | there is no /proc; psutil, which asks the kernel otherwise on a Mac, still finds it |
+| pages | MLX's allocator rounds what is above a page up to pages of 16 KiB (`pages.cpp`) |
+| files | 256 open files, what Terminal and launchd give |
+| sockets | socket pairs have buffers of 8 KiB |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import hashlib
+import importlib.util
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+VARIABLE = "EMULATE"
+WORDS = ("gpu", "no-proc", "pages", "files", "sockets")
+HERE = Path(__file__).parent
+OPEN_FILES = 256
+SOCKET_BUFFER = 8192  # net.local.stream.sendspace and recvspace
+ARCHITECTURE = "applegpu_g17s"  # an M5's, which has tf32
+
+
+def words() -> set[str]:
+    """What the environment asks for. Raises `ValueError` for a word that means nothing."""
+    asked = {word for word in os.environ.get(VARIABLE, "").replace(",", " ").split()}
+    if unknown := asked - {"mac", *WORDS}:
+        raise ValueError(f"{VARIABLE}: {sorted(unknown)} is none of mac, {', '.join(WORDS)}.")
+    return set(WORDS) if "mac" in asked else asked
+
+
+@functools.cache  # once a process
+def install() -> None:
+    """Does what the environment asks for, to this process."""
+    asked = words()
+    after: dict[str, list[Callable[[ModuleType], None]]] = {}
+    if "gpu" in asked:
+        os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # the CPU would call a C++ compiler
+        after.setdefault("mlx.core", []).append(compute_on_metal)
+    if "pages" in asked:
+        load_allocator()
+    if "no-proc" in asked:
+        after.setdefault("psutil", []).append(show_proc_to)
+        hide_proc()
+    if "files" in asked:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
+    if "sockets" in asked:
+        shrink_socket_pairs()
+    if after:
+        sys.meta_path.insert(0, Finder(after))
+
+
+class Finder(MetaPathFinder):
+    """Calls functions with a module when it has been imported."""
+
+    def __init__(self, after: dict[str, list[Callable[[ModuleType], None]]]) -> None:
+        self.after = after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        functions = self.after.pop(name, [])
+        spec = importlib.util.find_spec(name) if functions else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            with proc_in_sight():
+                execute(module)
+            for function in functions:
+                function(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+# gpu
+
+
+def compute_on_metal(mx: Any) -> None:
+    """MLX says that it computes on Metal."""
+    gpu = mx.Device(mx.gpu)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told = {
+        "architecture": ARCHITECTURE,
+        "device_name": "Apple M5 Max",
+        "memory_size": pages,
+        "max_recommended_working_set_size": pages * 3 // 4,
+        "max_buffer_length": pages // 2,
+        "resource_limit": 499000,
+    }
+    mx.default_device = lambda: gpu
+    mx.device_info = lambda device=None: dict(told)
+    mx.metal.is_available = lambda: True
+
+
+# no-proc
+
+_proc_is_hidden = False
+
+
+def hide_proc() -> None:
+    """Whatever this process looks for under /proc isn't there."""
+    global _proc_is_hidden
+    _proc_is_hidden = True
+    sys.addaudithook(_audit)
+    for name in ("stat", "lstat", "access", "readlink"):  # these have no event
+        setattr(os, name, _without_proc(getattr(os, name)))
+
+
+@contextlib.contextmanager
+def proc_in_sight() -> Iterator[None]:
+    """For what reads the system while it is imported, as psutil does."""
+    global _proc_is_hidden
+    before, _proc_is_hidden = _proc_is_hidden, False
+    try:
+        yield
+    finally:
+        _proc_is_hidden = before
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _proc_is_hidden and event in ("open", "os.listdir", "os.scandir"):
+        _refuse_proc(arguments[0])
+
+
+def _refuse_proc(path: object) -> None:
+    if isinstance(path, (str, bytes, os.PathLike)):
+        text = os.fsdecode(path)
+        if text == "/proc" or text.startswith("/proc/"):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
+
+
+def _without_proc(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(path: Any, *arguments: Any, **keys: Any) -> Any:
+        if _proc_is_hidden:
+            with contextlib.suppress(FileNotFoundError):
+                _refuse_proc(path)
+                return function(path, *arguments, **keys)
+            if function.__name__ == "access":
+                return False
+            _refuse_proc(path)
+        return function(path, *arguments, **keys)
+
+    return call
+
+
+def show_proc_to(psutil: Any) -> None:
+    """psutil finds /proc by another name, as on a Mac it needs none."""
+    link = Path(tempfile.gettempdir(), f"as-on-a-mac-{os.getuid()}-proc")
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to("/proc")
+    psutil.PROCFS_PATH = str(link)
+
+
+# pages
+
+
+def load_allocator() -> None:
+    """Puts `pages.cpp` before MLX's allocator, in a process that has not loaded MLX."""
+    assert "mlx.core" not in sys.modules, "mlx is loaded already"
+    ctypes.CDLL(str(built_allocator()), ctypes.RTLD_GLOBAL)
+
+
+def built_allocator() -> Path:
+    """The library of `pages.cpp` for the MLX of this Python; built where it isn't yet."""
+    (mlx,) = importlib.util.find_spec("mlx").submodule_search_locations  # type: ignore[union-attr]
+    source = HERE / "pages.cpp"
+    headers = Path(mlx, "include")
+    known = source.read_bytes() + Path(headers, "mlx", "allocator.h").read_bytes()
+    name = f"as-on-a-mac-{os.getuid()}-{hashlib.sha256(known).hexdigest()[:16]}.so"
+    library = Path(tempfile.gettempdir(), name)
+    if not library.exists():
+        part = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{headers}", "-o", str(part)]
+        subprocess.run([*command, str(source), "-ldl"], check=True)
+        part.rename(library)
+    return library
+
+
+# sockets
+
+
+def shrink_socket_pairs() -> None:
+    """New socket pairs have a Mac's buffers; whoever wants larger ones may say so."""
+    make = socket.socketpair
+
+    def small(*arguments: Any, **keys: Any) -> tuple[socket.socket, socket.socket]:
+        pair = make(*arguments, **keys)
+        for end in pair:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER // 2)  # Linux doubles it
+        return pair
+
+    socket.socketpair = small
