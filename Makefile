@@ -9,12 +9,13 @@
 #   make parity    against diffusers      } torch and diffusers
 #   make gpu       kernels against the plain forms, on a machine with a GPU
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
+#   make mac       the tests once more, on Linux, with what differs on a Mac emulated
 #
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv,
 # WORKERS how many tests run at once (half the cores, at least 3).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test learn faults chaos lint parity gpu ssh format clean
+.PHONY: help demo test mac learn faults chaos lint parity gpu ssh format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +40,7 @@ find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 p
 	echo $$python; exit; fi; done
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@python="$$($(find_python))"; \
@@ -51,20 +52,29 @@ $(BIN)/python:
 		echo "Could not make $(VENV): on Debian and Ubuntu, 'apt install python3-venv'." >&2; \
 		exit 1; }
 
+# Installs this checkout with extras $(1), and shows Python the .pth file that leads to it: macOS
+# hides files in the folders that iCloud keeps, and Python skips a .pth file that is hidden.
+ifeq ($(shell uname -s),Darwin)
+show_pth := chflags nohidden $(VENV)/lib/python*/site-packages/*.pth
+else
+show_pth := true
+endif
+install = $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(1)" && $(show_pth)
+
 # Each stamp is one set of extras, installed; a change of pyproject.toml installs anew.
 $(VENV)/.run: $(BIN)/python pyproject.toml
 	@echo "Installing fluxmesh$(call extras) (the first time takes a minute)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(call extras)"
+	@$(call install,$(call extras))
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(call extras,test)"
+	@$(call install,$(call extras,test))
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
 	@echo "Installing the checkers and the oracles (torch, diffusers, transformers)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(call extras,dev)"
+	@$(call install,$(call extras,dev))
 	@touch $@
 
 DEMO_PROMPT := a red apple to the left of a dog on a yellow background
@@ -82,6 +92,10 @@ WORKERS ?= $(shell n=$$(($(CORES) / 2)); [ $$n -gt 3 ] && echo $$n || echo 3)
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
 	@$(BIN)/python -m pytest -m alone
+
+# Which of a Mac's ways: tests/mac/as_on_a_mac.py has their names.
+mac:
+	@EMULATE="$${EMULATE:-mac}" $(MAKE) --no-print-directory test
 
 learn: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/learn

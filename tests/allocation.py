@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -19,6 +20,18 @@ def page_size() -> int:
     array = mx.zeros((BYTES + 1,), mx.uint8)
     mx.eval(array)
     return mx.get_active_memory() - before - BYTES
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Inside, no array takes a piece that was freed, which may be a page larger than it needs."""
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
 
 
 def allocated(arrays: Iterable[mx.array]) -> int:

@@ -4,13 +4,12 @@ costs to control. `chaos.py --clean` prints it, `tests/faults/test_long_life.py`
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.table import Table
 
 from fluxmesh.wire.messages import Counters, Status
@@ -101,8 +100,9 @@ def run(up: Up, jobs: int, seed: int) -> Report:
             for rank in range(len(up.ports)):
                 for kind in ("agent", "engine"):
                     pid, name = up.pid(kind, rank), f"{kind} {rank}"
-                    report.memory.setdefault(name, []).append(resident(pid))
-                    report.files.setdefault(name, []).append(len(os.listdir(f"/proc/{pid}/fd")))
+                    process = psutil.Process(pid)
+                    report.memory.setdefault(name, []).append(process.memory_info().rss)
+                    report.files.setdefault(name, []).append(process.num_fds())
     return report
 
 
@@ -126,9 +126,3 @@ def computing(
         return max(busy)
     agreed = [after[rank].agree_seconds - before[rank].agree_seconds for rank in before]
     return max(busy) - min([each for each in agreed if each > 0], default=0.0)
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process occupies."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

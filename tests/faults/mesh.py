@@ -33,22 +33,22 @@ from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.runtime import agent_pool
 from fluxmesh_coordinator.runtime.mesh import Mesh
+from tests.paths import python_path
+from tests.processes import commands_of
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120.0  # seconds that anything here may take
 
 
 def environment(folder: Path, delays: str = "") -> dict[str, str]:
     """Of a user whose home is `folder`; engines pause as `delays` says ("step=0.3")."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("FLUXMESH_")}
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "agent", ROOT / "coordinator")))
     return {
         **keep,
         "HOME": str(folder),
         "FLUXMESH_HOME": str(folder / "config"),
         "HF_HOME": str(folder / "hub"),
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": paths,
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         **({"FLUXMESH_DELAYS": delays} if delays else {}),
@@ -129,16 +129,8 @@ class Up:
 
     def processes(self) -> list[int]:
         """Agents and engines of this mesh that run now."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            with contextlib.suppress(OSError):
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                words = (entry / "cmdline").read_bytes()
-                if f"HOME={self.folder}".encode() in variables and b"fluxmesh_agent" in words:
-                    found.append(int(entry.name))
-        return found
+        commands = commands_of(self.folder)
+        return [pid for pid, words in commands.items() if "fluxmesh_agent" in " ".join(words)]
 
 
 def local(port: int) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh_coordinator import conduct
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.runtime import agent_pool
+from tests.paths import python_path
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds that a test waits for anything
 
 M = TypeVar("M", bound=Message)
@@ -68,10 +68,9 @@ def agent(
 ) -> Iterator[Agent]:
     """An agent at a free port of loopback, gone at the end."""
     user = user or Keys.new()
-    paths = (ROOT, ROOT / "agent", ROOT / "coordinator")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fluxmesh.storage.processes import started_at
 from fluxmesh_coordinator.agents.launch import start_ephemeral
 from fluxmesh_coordinator.agents.status import survey
 from tests.integration.conftest import Finished, environment
+from tests.processes import wait_until_gone
 
 
 class Machine:
@@ -81,13 +83,6 @@ def free_ports(count: int) -> list[int]:
 
 def processes(hosts: list[dict[str, Any]]) -> list[int]:
     return [host[key] for host in hosts for key in ("pid", "engine_pid")]
-
-
-def wait_until_gone(pids: list[int], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while left := [pid for pid in pids if started_at(pid) is not None]:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.02)
 
 
 def test_a_mesh_comes_up_is_found_changed_and_goes_down_without_a_trace(machine: Machine) -> None:
@@ -344,9 +339,7 @@ def test_no_host_that_answers_is_exit_code_3(machine: Machine) -> None:
 def test_envs_of_the_command_line_reach_the_engines(machine: Machine) -> None:
     path = machine.hostfile(1)
     (host,) = machine.up(path, "--env", "FLUXMESH_TEST=5").of("up")[0]["hosts"]
-    environ = Path(f"/proc/{host['engine_pid']}/environ")
-    if sys.platform == "linux":
-        assert b"FLUXMESH_TEST=5" in environ.read_bytes().split(b"\0")
+    assert psutil.Process(host["engine_pid"]).environ()["FLUXMESH_TEST"] == "5"
     wrong = machine("up", path, "--env", "nonsense")
     assert wrong.code == 2 and "--env nonsense: expected KEY=VALUE" in wrong.err
 

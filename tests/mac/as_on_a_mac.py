@@ -47,7 +47,9 @@ ARCHITECTURE = "applegpu_g17s"  # an M5's, which has tf32
 
 def words() -> set[str]:
     """What the environment asks for. Raises `ValueError` for a word that means nothing."""
-    asked = {word for word in os.environ.get(VARIABLE, "").replace(",", " ").split()}
+    asked = set(os.environ.get(VARIABLE, "").replace(",", " ").split())
+    if asked and sys.platform != "linux":
+        raise ValueError(f"{VARIABLE} is for Linux: unset it.")
     if unknown := asked - {"mac", *WORDS}:
         raise ValueError(f"{VARIABLE}: {sorted(unknown)} is none of mac, {', '.join(WORDS)}.")
     return set(WORDS) if "mac" in asked else asked

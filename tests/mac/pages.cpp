@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <set>
 
@@ -48,7 +49,7 @@ class AsOnMetal : public Allocator {
 
   // What is kept here is how large the pieces are that a cache holds.
   void free(Buffer buffer) override {
-    if (buffer.ptr() != nullptr) {
+    if (buffer.ptr() != nullptr && has_cache) {
       std::lock_guard<std::mutex> guard(mutex_);
       cached_.insert(plain().size(buffer));
     }
@@ -58,6 +59,8 @@ class AsOnMetal : public Allocator {
   size_t size(Buffer buffer) const override { return plain().size(buffer); }
   Buffer make_buffer(void* ptr, size_t size) override { return plain().make_buffer(ptr, size); }
   void release(Buffer buffer) override { plain().release(buffer); }
+
+  std::atomic<bool> has_cache{true};
 
   void clear() {
     std::lock_guard<std::mutex> guard(mutex_);
@@ -83,6 +86,11 @@ Allocator& allocator() { return own(); }
 void clear_cache() {
   allocator::own().clear();
   allocator::original<void()>("_ZN3mlx4core11clear_cacheEv")();
+}
+
+size_t set_cache_limit(size_t limit) {
+  allocator::own().has_cache = limit > 0;
+  return allocator::original<size_t(size_t)>("_ZN3mlx4core15set_cache_limitEm")(limit);
 }
 
 }  // namespace mlx::core

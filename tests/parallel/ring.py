@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT, python_path
 
 
 def free_ports(count: int) -> list[int]:
@@ -33,7 +33,6 @@ def run_ranks(
     hostfile = folder / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     outs = [folder / f"rank{rank}" for rank in range(size)]
-    paths = (ROOT, ROOT / "agent", ROOT / "coordinator")
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank, out in enumerate(outs):
@@ -41,7 +40,7 @@ def run_ranks(
                 **os.environ,
                 "MLX_RANK": str(rank),
                 "MLX_HOSTFILE": str(hostfile),
-                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "PYTHONPATH": python_path(),
                 "OMP_NUM_THREADS": "1",
             }
             command = [sys.executable, "-m", f"tests.parallel.{program}", *arguments, str(out)]

@@ -20,7 +20,7 @@ from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer
 from fluxmesh.weights.quantize import quantize_checkpoint
-from tests.allocation import allocated
+from tests.allocation import allocated, without_cache
 from tests.checkpoints import make_checkpoint
 from tests.parallel.cases import ON_DISK, Case, flow_of, noise_of, plan_of, quantizable
 from tests.parallel.worker import held
@@ -82,12 +82,12 @@ def test_loading_a_shard_never_holds_more_than_it_and_one_tensor(tmp_path, size,
     del whole
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    part = load_transformer(checkpoint, mx.float32, bits, shard=Shard(1, size))
+    with without_cache():
+        part = load_transformer(checkpoint, mx.float32, bits, shard=Shard(1, size))
     peak, now = mx.get_peak_memory() - before, mx.get_active_memory() - before
     arrays = parameters(part)
     assert held(part) <= (1 / size + 0.01) * all_of_it
-    # What was freed while it loaded is used again for what is a page smaller: 1.7% on Metal.
-    assert now <= 1.03 * allocated(arrays.values())
+    assert now <= 1.02 * allocated(arrays.values())
     largest = 7 * LARGE.hidden_size**2 * 4  # a single block's matrix in, float32
     assert peak <= 1.1 * (now + largest)
 

@@ -1,7 +1,8 @@
 """An ssh server of this test's own on loopback, and a user with a home of its own to log in as.
 
-`Server` needs root, and openssh-server installed: `.ci/run` sees to both. Everything that it makes
-is in the folder that it is given, but for the user, whom `close` removes with all its processes.
+`Server` needs Linux, root, and openssh-server, which `.ci/run` installs. Everything that it
+makes is in the folder that it is given, but for the user, whom `close` removes with all its
+processes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.processes import commands_of
 
 USER = "fluxmesh-ssh-test"
 ADDRESS = "127.0.0.2"  # of this machine too, but not what a hostfile takes for it
@@ -49,14 +52,7 @@ class Server:
 
     def processes(self) -> list[list[str]]:
         """The command lines of all that the user runs."""
-        found: list[list[str]] = []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (path / "cmdline").read_bytes().decode().split("\0")
-                home = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-                if f"HOME={self.home}" in home and words != [""]:
-                    found.append(words)
-        return found
+        return [words for words in commands_of(self.home).values() if words]
 
     def cut(self) -> None:
         """Ends every connection from the server's side, as a network that is gone would."""
