@@ -93,7 +93,7 @@ test: $(VENV)/.test
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
 	@$(BIN)/python -m pytest -m alone
 
-# Which of a Mac's ways: tests/mac/as_on_a_mac.py has their names.
+# Which of a Mac's ways: tests/as_on_a_mac/as_on_a_mac.py has their names.
 mac:
 	@EMULATE="$${EMULATE:-mac}" $(MAKE) --no-print-directory test
 

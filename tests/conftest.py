@@ -17,7 +17,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 
 # `EMULATE=mac make test`, on Linux: this process and all Pythons that it starts are as on a Mac.
 if os.environ.get("EMULATE"):
-    MAC = str(Path(__file__).parent / "mac")
+    MAC = str(Path(__file__).parent / "as_on_a_mac")
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, [MAC, *paths])))
     sys.path.insert(0, MAC)

@@ -69,6 +69,41 @@ def test_messages_of_every_type_pass_in_order_both_ways(pair: Pair) -> None:
     assert answers == [True] * (len(sent) + 1)
 
 
+def test_megabytes_pass_both_ways_at_once(pair: Pair) -> None:
+    count, arrived = 3, []
+    engine = Channel(pair[1])
+
+    def send() -> None:
+        for number in range(count):
+            engine.send(large(), number)
+
+    def receive() -> None:
+        for _ in range(count):
+            arrived.append(engine.receive())
+
+    async def agent() -> list[tuple[int, Message]]:
+        channel = await AsyncChannel.open(pair[0])
+
+        async def send_all() -> None:
+            for number in range(count):
+                await channel.send(large(), number)
+
+        sending = asyncio.create_task(send_all())
+        found = [await channel.receive() for _ in range(count)]
+        await sending
+        return found
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (send, receive)]
+    for thread in threads:
+        thread.start()
+    found = asyncio.run(asyncio.wait_for(agent(), 30))
+    for thread in threads:
+        thread.join(30)
+    for told in (found, arrived):
+        assert [number for number, _ in told] == list(range(count))
+        assert all(same(message, large()) for _, message in told)
+
+
 def test_threads_that_send_at_once_mix_no_bytes(pair: Pair) -> None:
     channel, found = Channel(pair[1]), []
 

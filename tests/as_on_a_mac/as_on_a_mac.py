@@ -10,7 +10,7 @@ changes them when somebody else has imported them.
 | word | what is emulated |
 |---|---|
 | gpu | MLX's default device is the GPU of an M5 on Metal; arithmetic stays on the CPU, uncompiled |
-| no-proc | there is no /proc; psutil, which asks the kernel otherwise on a Mac, still finds it |
+| no-proc | there is no /proc; who has a Mac's kernel to ask for processes still finds it |
 | pages | MLX's allocator rounds what is above a page up to pages of 16 KiB (`pages.cpp`) |
 | files | 256 open files, what Terminal and launchd give |
 | sockets | socket pairs have buffers of 8 KiB |
@@ -30,6 +30,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -43,6 +44,8 @@ HERE = Path(__file__).parent
 OPEN_FILES = 256
 SOCKET_BUFFER = 8192  # net.local.stream.sendspace and recvspace
 ARCHITECTURE = "applegpu_g17s"  # an M5's, which has tf32
+# Where `started_at` is, which on a Mac asks the kernel by a call that Linux lacks.
+PROCESSES = ("fluxmesh.storage.processes", "fluxmesh.storage.processes")
 
 
 def words() -> set[str]:
@@ -62,11 +65,12 @@ def install() -> None:
     after: dict[str, list[Callable[[ModuleType], None]]] = {}
     if "gpu" in asked:
         os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # the CPU would call a C++ compiler
-        after.setdefault("mlx.core", []).append(compute_on_metal)
+        after["mlx.core"] = [compute_on_metal]
     if "pages" in asked:
         load_allocator()
     if "no-proc" in asked:
-        after.setdefault("psutil", []).append(show_proc_to)
+        after["psutil"] = [show_proc_to]
+        after |= dict.fromkeys(PROCESSES, [let_ask])
         hide_proc()
     if "files" in asked:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -124,13 +128,11 @@ def compute_on_metal(mx: Any) -> None:
 
 # no-proc
 
-_proc_is_hidden = False
+_this_thread = threading.local()  # .sees_proc: whether /proc is there for it now
 
 
 def hide_proc() -> None:
     """Whatever this process looks for under /proc isn't there."""
-    global _proc_is_hidden
-    _proc_is_hidden = True
     sys.addaudithook(_audit)
     for name in ("stat", "lstat", "access", "readlink"):  # these have no event
         setattr(os, name, _without_proc(getattr(os, name)))
@@ -139,39 +141,52 @@ def hide_proc() -> None:
 @contextlib.contextmanager
 def proc_in_sight() -> Iterator[None]:
     """For what reads the system while it is imported, as psutil does."""
-    global _proc_is_hidden
-    before, _proc_is_hidden = _proc_is_hidden, False
+    before = getattr(_this_thread, "sees_proc", False)
+    _this_thread.sees_proc = True
     try:
         yield
     finally:
-        _proc_is_hidden = before
+        _this_thread.sees_proc = before
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _proc_is_hidden and event in ("open", "os.listdir", "os.scandir"):
-        _refuse_proc(arguments[0])
+    if event in ("open", "os.listdir", "os.scandir") and _is_hidden(arguments[0]):
+        raise _absence(arguments[0])
 
 
-def _refuse_proc(path: object) -> None:
-    if isinstance(path, (str, bytes, os.PathLike)):
-        text = os.fsdecode(path)
-        if text == "/proc" or text.startswith("/proc/"):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
+def _is_hidden(path: object) -> bool:
+    if getattr(_this_thread, "sees_proc", False) or not isinstance(path, (str, bytes, os.PathLike)):
+        return False
+    text = os.fsdecode(path)
+    return text == "/proc" or text.startswith("/proc/")
+
+
+def _absence(path: Any) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
 
 
 def _without_proc(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(path: Any, *arguments: Any, **keys: Any) -> Any:
-        if _proc_is_hidden:
-            with contextlib.suppress(FileNotFoundError):
-                _refuse_proc(path)
-                return function(path, *arguments, **keys)
-            if function.__name__ == "access":
-                return False
-            _refuse_proc(path)
-        return function(path, *arguments, **keys)
+        if not _is_hidden(path):
+            return function(path, *arguments, **keys)
+        if function.__name__ == "access":
+            return False
+        raise _absence(path)
 
     return call
+
+
+def let_ask(processes: Any) -> None:
+    """Which process is which is known without /proc, as on a Mac."""
+    started_at = processes.started_at
+
+    @functools.wraps(started_at)
+    def ask(pid: int) -> Any:
+        with proc_in_sight():
+            return started_at(pid)
+
+    processes.started_at = ask
 
 
 def show_proc_to(psutil: Any) -> None:

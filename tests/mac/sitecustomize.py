@@ -1,5 +1,0 @@
-"""Python runs this at its start where `tests/mac` is on PYTHONPATH: see `as_on_a_mac`."""
-
-import as_on_a_mac
-
-as_on_a_mac.install()
