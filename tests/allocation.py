@@ -19,7 +19,10 @@ def page_size() -> int:
     before = mx.get_active_memory()
     array = mx.zeros((BYTES + 1,), mx.uint8)
     mx.eval(array)
-    return mx.get_active_memory() - before - BYTES
+    rounded = mx.get_active_memory() - before - BYTES
+    del array
+    mx.clear_cache()
+    return rounded
 
 
 @contextmanager

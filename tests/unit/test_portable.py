@@ -20,8 +20,12 @@ from tests.portable import (
 )
 
 FOLDERS = ("fluxmesh", "agent", "coordinator", "tests", "tools", "benchmarks", "examples")
-# These run on Linux alone, as root, and skip elsewhere; or are about what they refuse.
-LINUX = ("tests/faults/test_namespaces.py", "tests/ssh/server.py")
+# These run on Linux alone, and skip elsewhere; or are about what they refuse.
+LINUX = (
+    "tests/faults/test_namespaces.py",
+    "tests/ssh/server.py",
+    "tests/integration/test_as_on_a_mac.py",
+)
 RULES = ("tests/portable.py", "tests/unit/test_portable.py", "tests/as_on_a_mac/as_on_a_mac.py")
 
 NOT_IN_MAKE = [

@@ -1,0 +1,84 @@
+"""A supervisor and a process that answers as an engine does, through a Mac's small socket pairs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fluxmesh.storage.homes import AgentHome
+from fluxmesh.wire.messages import Message, Stepped
+from fluxmesh_agent.supervisor import EngineOptions, Supervisor
+from tests.messages import same
+from tests.paths import python_path
+
+ECHO = """\
+import json, socket, sys
+sys.path[:0] = {paths!r}
+from fluxmesh.stream import Channel
+sock = socket.socket(fileno=json.loads(sys.argv[1])["fd"])
+print("buffer", sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), file=sys.stderr)
+channel = Channel(sock)
+while True:
+    seq, message = channel.receive()
+    channel.send(message, seq)
+"""
+BUFFER = 8192  # bytes: net.local.stream.sendspace of macOS
+PAIRS = socket.socketpair
+
+
+class Small(socket.socket):
+    """A socket whose buffers stay as small as they are, whatever is asked."""
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        if (level, option) not in {
+            (socket.SOL_SOCKET, socket.SO_SNDBUF),
+            (socket.SOL_SOCKET, socket.SO_RCVBUF),
+        }:
+            super().setsockopt(level, option, *value)
+
+
+def small_pair(*arguments: Any) -> tuple[Small, Small]:
+    ends = PAIRS(*arguments)
+    for end in ends:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, BUFFER // 2)  # Linux doubles it
+    one, other = (Small(fileno=end.detach()) for end in ends)
+    return one, other
+
+
+def test_latents_of_megabytes_pass_to_an_engine_and_back_eight_kilobytes_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo, python = tmp_path / "echo.py", tmp_path / "python"
+    echo.write_text(ECHO.format(paths=python_path().split(":")))
+    # Called as Python is, with "-m", the engine's module and its options.
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{echo}" "$3"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(socket, "socketpair", small_pair)
+    home = AgentHome(tmp_path / "agent")
+    home.folder.mkdir(mode=0o700)
+    values = np.random.default_rng(1).standard_normal((1, 4096, 256), np.float32)  # 4 MB
+    sent = [Stepped("job", 1, 0, step, 0.5, 0, values + step) for step in (1, 2, 3)]
+
+    async def main() -> tuple[list[Message], list[str]]:
+        came, ended = asyncio.Queue[Message](), list[str]()
+        supervisor = Supervisor(home, EngineOptions(), came.put_nowait, ended.append)
+        supervisor.start()
+        for message in sent:
+            supervisor.send(message)
+        try:
+            return [await asyncio.wait_for(came.get(), 60) for _ in sent], ended
+        finally:
+            await supervisor.kill()
+
+    found, ended = asyncio.run(main())
+    assert all(same(one, other) for one, other in zip(sent, found, strict=True))
+    assert ended == []
+    assert f"buffer {BUFFER}\n" in home.log.read_text()
