@@ -66,6 +66,7 @@ def install() -> None:
     if "gpu" in asked:
         os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # the CPU would call a C++ compiler
         after["mlx.core"] = [compute_on_metal]
+        after["fluxmesh_agent.status"] = [share_memory]
     if "pages" in asked:
         load_allocator()
     if "no-proc" in asked:
@@ -124,6 +125,11 @@ def compute_on_metal(mx: Any) -> None:
     mx.default_device = lambda: gpu
     mx.device_info = lambda device=None: dict(told)
     mx.metal.is_available = lambda: True
+
+
+def share_memory(status: Any) -> None:
+    """An agent counts the machine's memory as its GPU's; it would take one on Linux for a card."""
+    status.is_mac = lambda: True
 
 
 # no-proc
