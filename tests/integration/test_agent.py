@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from fluxmesh.cluster.snapshot import Weights
@@ -107,7 +108,9 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: Agent) -> 
             status = await one.status()
             assert status.state == "idle"
             assert status.holds is None
-            assert status.memory_bytes > status.free_bytes > 1 << 20
+            # What Metal recommends is less than an idle Mac has free.
+            whole = psutil.virtual_memory().total
+            assert 1 << 20 < status.memory_bytes <= whole and 1 << 20 < status.free_bytes < whole
             assert status.flops_per_second > 1e8
             assert abs(status.clock - time.time()) < 5
             assert status.kind != "unknown"
