@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fluxmesh.version import __version__
 from fluxmesh.engine import tf32
+from fluxmesh.version import __version__
 
 if TYPE_CHECKING:
     from fluxmesh.engine.pipeline import FluxPipeline

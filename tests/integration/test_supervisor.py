@@ -20,7 +20,7 @@ from tests.paths import python_path
 ECHO = """\
 import json, socket, sys
 sys.path[:0] = {paths!r}
-from fluxmesh.stream import Channel
+from fluxmesh.wire.transport.stream import Channel
 sock = socket.socket(fileno=json.loads(sys.argv[1])["fd"])
 print("buffer", sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), file=sys.stderr)
 channel = Channel(sock)
