@@ -56,6 +56,8 @@ from fluxmesh.wire.messages import (
     Report,
     SourceEncoded,
     Timed,
+    Warm,
+    Warmed,
     Work,
 )
 from fluxmesh.wire.transport import local_network
@@ -69,7 +71,7 @@ BEAT_SECONDS = 1.0
 IDLE_SECONDS = 1.0  # without work, until freed memory is given back
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
 LAST = (  # after the last of these, a unit is over
-    *(Loaded, Encoded, SourceEncoded, Pictured, Timed, training.Opened, training.Moved),
+    *(Loaded, Encoded, SourceEncoded, Pictured, Timed, Warmed, training.Opened, training.Moved),
     *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
 )
 BROKEN = 70  # exit code: the engine told why, or could not
@@ -153,14 +155,23 @@ class Engine:
 
     def _account(self, *, is_over: bool) -> None:
         worker = self.worker
-        self.channel.send(Account(is_over, worker.holding, worker.counters, worker.load_rate))
+        self.channel.send(
+            Account(
+                is_over,
+                worker.holding,
+                worker.counters,
+                worker.load_rate,
+                worker.components,
+                worker.compiled,
+            )
+        )
 
     # Work
 
     def _do(self, work: Work) -> Report | None:
         """Does a unit and sends its reports, but for the last one, which is returned."""
         # In a ring even what is cancelled begins: the ranks must agree that they stop.
-        together = (isinstance(work, Paint) and work.placement != "data") or (
+        together = (isinstance(work, Paint | Warm) and work.placement != "data") or (
             isinstance(work, training.Update) and work.together
         )
         if work.job in self._cancelled and not together:

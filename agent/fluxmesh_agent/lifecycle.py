@@ -8,6 +8,10 @@ which epoch it is, which ring the engine is in, and what it holds:
 
 An epoch begins with `Kill`, or with a `Join` or work of a higher number; what the engine still
 tells of an older one is dropped here.
+
+Between jobs the agent gives its engine work of its own (`upkeep.py` says which). Nobody waits for
+it: to others the engine is free meanwhile, and what a job asks for goes before it, unless it is the
+very load that the job needs too.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxmesh.cluster.snapshot import Holding
+from fluxmesh.cluster.snapshot import Holding, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
@@ -24,23 +28,32 @@ from fluxmesh.wire.messages import (
     Beat,
     Cancel,
     Cancelled,
+    Compiled,
     Counters,
+    Decode,
     Device,
+    Encode,
     Encoded,
+    EncodeSource,
     Failed,
     Join,
     Joined,
     Kill,
     Load,
     Loaded,
+    Measure,
     Message,
+    Paint,
     Pictured,
     Progress,
+    Reading,
     Report,
     SourceEncoded,
     State,
     Stepped,
     Timed,
+    Warm,
+    Warmed,
     Work,
     ring_name,
 )
@@ -54,10 +67,12 @@ RING_ENVS = frozenset(
 )
 RING_FILES = frozenset({"MLX_HOSTFILE", "MLX_IBV_DEVICES"})
 START_ENVS = frozenset({"CUDA_VISIBLE_DEVICES"})  # read when the engine's process starts
+OWN = "own"  # the job of what the agent gives its engine by itself; no coordinator's
+PAINTING = (Load, Encode, EncodeSource, Paint, Decode, Measure, Warm)  # what uses a model as it is
 
 _OF_EPOCH = (
     *(Joined, Failed, Progress, Beat, Loaded, Encoded, SourceEncoded, Stepped, Pictured),
-    *(Timed, Cancelled, training.Opened, training.Computed, training.Moved),
+    *(Timed, Warmed, Cancelled, training.Opened, training.Computed, training.Moved),
     *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
 )
 
@@ -108,6 +123,11 @@ class Lifecycle:
         self.counters = Counters()
         self.load_rate = 0.0
         self.device: Device | None = None
+        self.components: tuple[str, ...] = ()  # that are in memory
+        self.compiled: tuple[Compiled, ...] = ()
+        self.loading: Reading | None = None
+        self.served: Weights | None = None  # what the last work for others painted with
+        self.is_bare = True  # an engine has ended, or never was, and nobody asked for it since
         self._runs = False
         self._own_envs = _of_start(envs)
         self._start_envs = self._own_envs
@@ -118,19 +138,32 @@ class Lifecycle:
     def state(self) -> State:
         if not self._runs and self.reason:
             return "failed"
-        if self._pending:
-            return "loading" if isinstance(self._pending[0], Load) else "busy"
+        if self._pending and isinstance(self._pending[0], Load):
+            return "loading"
+        if not self.is_free:
+            return "busy"
         return "ready" if self.holds else "idle"
 
     @property
     def job(self) -> str:
         """The job that the engine works for, or ""."""
-        return next((work.job for work in self._pending if isinstance(work, Work)), "")
+        return next((work.job for work in self._asked if isinstance(work, Work)), "")
 
     @property
     def is_free(self) -> bool:
-        """Whether the engine has ended all that it was given."""
-        return not self._pending
+        """Whether the engine has ended all that it was asked for."""
+        return not self._asked
+
+    @property
+    def own(self) -> Work | None:
+        """What the engine has of the agent's own work; it is always the first."""
+        first = self._pending[0] if self._pending else None
+        return first if isinstance(first, Work) and first.job == OWN else None
+
+    @property
+    def _asked(self) -> list[Work | Join]:
+        """What others have asked for, and the engine has not ended."""
+        return [one for one in self._pending if one is not self.own]
 
     @property
     def seconds_to_load(self) -> float:
@@ -147,6 +180,10 @@ class Lifecycle:
         return ring_name(self._ring.nonce), self._ring.rank, self._ring.size
 
     # Requests
+
+    def lease(self) -> None:
+        """Another coordinator holds the host, and has asked for nothing yet."""
+        self.served = None
 
     def start(self) -> list[Instruction]:
         """An engine, before anybody asks for one: it tells what it computes on."""
@@ -172,7 +209,8 @@ class Lifecycle:
                 return [Tell(Joined(join.epoch, join.rank))]
         if join.size == 1 and old is None:
             return [*self.start(), Tell(Joined(join.epoch, join.rank))]
-        envs = _of_start(join.envs) or self._own_envs
+        # The device that the agent was given; the coordinator counts only the ring's members.
+        envs = self._own_envs or _of_start(join.envs)
         done: list[Instruction] = []
         if self._runs and (old is not None or (join.size > 1 and envs != self._start_envs)):
             done += self._end()
@@ -181,24 +219,43 @@ class Lifecycle:
         if join.size == 1:
             return [*done, Tell(Joined(join.epoch, join.rank))]
         self._ring = join
+        done += self._make_way(join)
         self._pending.append(join)
+        self.is_bare = False
         return [*done, Send(join)]
 
     def work(self, work: Work) -> list[Instruction]:
         """Raises `Refusal` for an old epoch."""
         self._enter(work.epoch)
+        done = [*self.start(), *self._make_way(work)]
+        self._pending.append(work)
+        self.served = work.weights if isinstance(work, PAINTING) else None
+        self.is_bare = False
+        return [*done, Send(work)]
+
+    def upkeep(self, work: Load | Warm) -> list[Instruction]:
+        """The agent's own work, for an engine that is free."""
+        assert not self._pending and work.job == OWN, "others go before it"
         done = self.start()
         self._pending.append(work)
         return [*done, Send(work)]
 
+    def _make_way(self, work: Work | Join) -> list[Instruction]:
+        """The agent's own work stops for `work`, unless that would have to do it again."""
+        own = self.own
+        if own is None or _goes_on(own, work):
+            return []
+        return [Send(Cancel(0, OWN))]
+
     def cancel(self, cancel: Cancel) -> list[Instruction]:
-        if self._runs and self._pending:
-            return [Send(cancel)]
+        if self._runs and not self.is_free:
+            own = [] if self.own is None else [Send(Cancel(0, OWN))]
+            return [*own, Send(cancel)]
         return [Tell(Cancelled(cancel.job, self.epoch))]
 
     def abandon(self) -> list[Instruction]:
         """The holder has lost its lease: what it left in line is cancelled."""
-        jobs = dict.fromkeys(work.job for work in self._pending if isinstance(work, Work))
+        jobs = dict.fromkeys(work.job for work in self._asked if isinstance(work, Work))
         return [Send(Cancel(0, job)) for job in jobs]
 
     def give_up(self) -> list[Instruction]:
@@ -214,16 +271,25 @@ class Lifecycle:
         if isinstance(message, Device):
             self.device = message
             return []
+        if not self._runs:
+            return []  # it has told its end, and holds nothing
         if isinstance(message, Account):
             self.holds, self.load_rate = message.holds, message.load_rate or self.load_rate
             self.counters = message.counters
+            self.components, self.compiled = message.components, message.compiled
             if message.is_over and self._pending:
                 self._pending.popleft()
+                self.loading = None
             return []
         if isinstance(message, Loaded):
             self.holds = message.holding
+        if isinstance(message, Progress):
+            told = (message.component, message.done_bytes, message.total_bytes)
+            self.loading = Reading(*told)
         if isinstance(message, Cancelled):
             return [Tell(replace(message, epoch=self.epoch))]
+        if getattr(message, "job", "") == OWN:
+            return self._own_told(message)
         if isinstance(message, Failed) and message.fatal:
             # The process may take a while to end, or hang while it does.
             return [*self._died(message.text), *self._told(message)]
@@ -233,8 +299,22 @@ class Lifecycle:
         """The engine's process is gone, and nobody here ended it."""
         if not self._runs:
             return []
-        failed = Failed(self.epoch, self.job, "Died", text, fatal=True)
-        return [*self._died(text), Tell(failed)]
+        return self._lost("Died", text)
+
+    def _lost(self, kind: str, text: str) -> list[Instruction]:
+        """The engine is gone. Where nobody had asked it for anything, nobody has lost anything."""
+        is_own = self.own is not None and self.is_free
+        failed = Failed(self.epoch, self.job, kind, text, fatal=True)
+        died = self._died(text)
+        return died if is_own else [*died, Tell(failed)]
+
+    def _own_told(self, message: Message) -> list[Instruction]:
+        """Of the agent's own work, who waits behind it hears that it moves, and no more."""
+        if isinstance(message, Failed) and message.fatal:
+            return self._lost(message.kind, message.text)
+        if isinstance(message, Progress | Beat) and not self.is_free:
+            return [Tell(replace(message, job=self.job, epoch=self.epoch))]
+        return []
 
     def _told(self, message: Message) -> list[Instruction]:
         if isinstance(message, _OF_EPOCH) and message.epoch >= self.epoch:
@@ -259,8 +339,20 @@ class Lifecycle:
         was, self._runs = self._runs, False
         self._ring, self.holds, self.reason = None, None, ""
         self.counters = Counters()
+        self.components, self.compiled, self.loading = (), (), None
         self._pending.clear()
+        self.is_bare = True
         return [KillEngine()] if was else []
+
+
+def _goes_on(own: Work, work: Work | Join) -> bool:
+    """Whether `work` needs what the agent loads by itself, and would load it otherwise."""
+    if not isinstance(own, Load) or not isinstance(work, PAINTING) or work.weights != own.weights:
+        return False
+    if isinstance(work, Load):
+        part = (work.shards, work.shard)
+        return part == (own.shards, own.shard) and not work.low_memory
+    return True
 
 
 def _of_start(envs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

@@ -72,7 +72,13 @@ async def _serve(settings: Settings, home: AgentHome, ending: Ending) -> None:
         allowlist.add(name, key)
     where = f"[{settings.address}]" if ":" in settings.address else settings.address
     listener = await CurveListener.open(f"{where}:{settings.port}", keys, allowlist)
-    options = EngineOptions(settings.models, settings.roots, settings.memory, settings.envs)
+    options = EngineOptions(
+        settings.models,
+        settings.roots,
+        settings.memory,
+        settings.envs,
+        keeps_kernels=not settings.ephemeral,
+    )
     service = Service(listener, home, options, stopping)
     pid = os.getpid()
     told = {"endpoint": listener.address, "pid": pid, "boot": service.boot}

@@ -2,6 +2,7 @@
 
     coordinator ◄──► Client ──► Service ──► leases.py      who may change the host
                                     ├─────► lifecycle.py   what is to be done, as instructions
+                                    ├─────► upkeep.py      what is done when nobody asks
                                     └─────► supervisor.py  the engine's process
 
 Every request is answered once: one that is repeated under the same `seq` gets the same answer, and
@@ -23,14 +24,17 @@ from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.version import __version__
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.storage.homes import AgentHome, read_private, write_private
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
-from fluxmesh_agent import links
+from fluxmesh_agent import links, upkeep
 from fluxmesh_agent.adapter_store import Adapters
 from fluxmesh_agent.conversation import Client
 from fluxmesh_agent.leases import Holds, InLine, Leases, Loses, Notice
 from fluxmesh_agent.lifecycle import (
+    OWN,
     Instruction,
     KillEngine,
     Lifecycle,
@@ -41,6 +45,7 @@ from fluxmesh_agent.lifecycle import (
 )
 from fluxmesh_agent.status import last_lines, status_of
 from fluxmesh_agent.supervisor import EngineOptions, Supervisor
+from fluxmesh_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +82,7 @@ class Service:
         self.leases = Leases(first_fence=int(time.time() * 1000))
         self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
         self.adapters = Adapters(home.adapters)
+        self.upkeep = Upkeep(_kept(home))
         self.measured: dict[tuple[object, ...], Measured] = {}
         self.stopping = stopping or asyncio.Event()
         self._clients: dict[str, Client] = {}
@@ -97,6 +103,7 @@ class Service:
         try:
             await self.stopping.wait()
             log.info("the agent ends")
+            self.home.keep.unlink(missing_ok=True)  # on purpose: the mesh is no more
         finally:
             for task in list(self._tasks):
                 task.cancel()
@@ -131,6 +138,8 @@ class Service:
                     if client.waits:  # its heartbeats stand in line behind what it asked for
                         self.leases.hear(client.name, now)
             self._tick(now)
+            if not self._order.locked() and self._due(now) is not None:
+                self._spawn(self._look_after())
             if self._late is not None and now >= self._late:
                 self._late = None
                 self._spawn(self._give_up())
@@ -216,6 +225,13 @@ class Service:
             return messages.Ports((links.listen(message.ip, message.token),))
         if isinstance(message, messages.ProbeLink):
             return await links.probe(message.ip, message.port, message.token, message.nbytes)
+        if isinstance(message, messages.Keep):
+            self.upkeep.want(message)
+            write_private(self.home.keep, upkeep.to_json(message))
+            return Done()
+        if isinstance(message, messages.NoteSize):
+            self.upkeep.note(message)
+            return Done()
         if isinstance(message, messages.ShutDown):
             log.info("%s shuts the agent down", client.label)
             asyncio.get_running_loop().call_later(0.1, self.stopping.set)
@@ -224,6 +240,7 @@ class Service:
 
     async def _change(self, message: messages.Changing) -> Message:
         """What only the holder of the lease may ask for."""
+        self.upkeep.used(time.monotonic())
         if isinstance(message, messages.HasFile):
             return messages.Found(self.adapters.has(message.sha256))
         if isinstance(message, messages.PutFile):
@@ -282,6 +299,8 @@ class Service:
         for notice in notices:
             client = self._clients.get(notice.client)
             if isinstance(notice, Holds):
+                self.lifecycle.lease()
+                self.upkeep.used(time.monotonic())
                 report: Message = messages.Granted(
                     notice.fence, self.lifecycle.epoch, self.status()
                 )
@@ -299,10 +318,38 @@ class Service:
 
     def _abandon(self) -> None:
         """The lease was given up: what is left of the work stops, by force if need be."""
+        self.upkeep.used(time.monotonic())
         if self.lifecycle.is_free:
             return
         self._late = self._clock.tick() + max(LETTING_GO, self.lifecycle.seconds_to_load)
         self._send_all(self.lifecycle.abandon())
+
+    def _due(self, now: float) -> messages.Load | messages.Warm | None:
+        """What the engine shall do although nobody asks for it."""
+        leased = bool(self.leases.holder or self.leases.waiting)
+        return self.upkeep.due(self.lifecycle, leased=leased, now=now)
+
+    async def _look_after(self) -> None:
+        """Gives the engine what is due, if that is still so."""
+        async with self._order:
+            work = self._due(time.monotonic())
+            if work is None:
+                return
+            what = "compiles" if isinstance(work, messages.Warm) else "loads"
+            log.info("nobody asks for the engine: it %s for %s", what, work.weights.model)
+            try:
+                await self._carry_out(self.lifecycle.upkeep(work))
+            except FluxmeshError as error:  # the engine does not start
+                log.warning("%s", error)
+
+    def _own_ended(self, message: Message) -> None:
+        """The agent's own work is done, or failed; in silence, where something went before it."""
+        now = time.monotonic()
+        if isinstance(message, messages.Failed):
+            log.warning("what the engine did by itself failed: %s", message.text)
+            self.upkeep.failed(now)
+        elif isinstance(message, messages.Loaded | messages.Warmed):
+            self.upkeep.worked()
 
     # The engine
 
@@ -335,9 +382,12 @@ class Service:
             what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
             self.measured[what] = m
         instructions = self.lifecycle.engine_said(message)
+        if getattr(message, "job", "") == OWN:
+            self._own_ended(message)
         self._engine_known.set()
         self._send_all(instructions)
         if any(isinstance(one, KillEngine) for one in instructions):
+            self.upkeep.used(time.monotonic())
             self._spawn(self._end_engine())
         if self.lifecycle.is_free:
             self._late = None  # what runs from now on is the next holder's
@@ -357,6 +407,20 @@ class Service:
 
     def _engine_ended(self, text: str) -> None:
         self._engine_known.set()
+        self.upkeep.used(time.monotonic())
+        if self.lifecycle.own is not None:
+            self.upkeep.failed(time.monotonic())
         self._send_all(self.lifecycle.engine_ended(text))
         self._late = None
         self._tick()
+
+
+def _kept(home: AgentHome) -> messages.Keep | None:
+    """What the agent before this one, which was killed, was to hold."""
+    try:
+        return upkeep.from_json(read_private(home.keep))
+    except FileNotFoundError:
+        return None
+    except FluxmeshError as error:
+        log.warning("%s: %s", home.keep, error)
+        return None

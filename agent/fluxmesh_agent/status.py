@@ -34,9 +34,11 @@ def status_of(
     device = life.device
     total = device.memory_bytes if device else ram.total_bytes()
     held = life.holds.nbytes if life.holds else 0
+    # What the agent has read by itself so far goes where somebody asks for other weights: free.
+    gone = life.loading.done_bytes if life.own and life.loading and not life.holds else 0
     # A graphics card beside the processor has memory of its own; on a Mac it is the machine's.
     is_apart = device is not None and device.name.startswith("Device(gpu") and not is_mac()
-    free = max(0, total - held) if is_apart else ram.free_bytes()
+    free = max(0, total - held) if is_apart else ram.free_bytes() + gone
     ring, rank, size = life.ring
     return Status(
         state=life.state,
@@ -66,6 +68,9 @@ def status_of(
         platform=device.platform if device else "metal" if is_mac() else "cpu",
         machine_bytes=ram.total_bytes(),
         pressure=ram.pressure(),
+        loading=life.loading,
+        components=life.components,
+        compiled=life.compiled,
     )
 
 

@@ -8,6 +8,7 @@ an agent that is started again can end an engine that its predecessor left behin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -25,6 +26,8 @@ from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import AsyncChannel, pair
 from fluxmesh_agent.threads import in_thread
+from fluxmesh.wire.transport.stream import AsyncChannel
+from fluxmesh_agent import kernels
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class EngineOptions:
     roots: tuple[Path, ...] = ()
     memory: int | None = None  # bytes
     envs: tuple[tuple[str, str], ...] = ()
+    keeps_kernels: bool = True  # that were compiled; not where the agent's folder goes with it
 
 
 class _Life:
@@ -78,6 +82,8 @@ class Supervisor:
 
     def end_orphan(self) -> None:
         """Ends the engine of an agent that was killed, if it is still there."""
+        with contextlib.suppress(OSError):  # nobody saw when it ended
+            kernels.drop_written_since(self.home, self.home.engine.stat().st_mtime)
         pid = kill_recorded(self.home.engine)
         if pid is not None:
             log.warning("ended engine %d, which an agent before this one has left", pid)
@@ -96,7 +102,9 @@ class Supervisor:
             "roots": [str(root) for root in self.options.roots],
             "memory": self.options.memory,
         }
+        compiled = kernels.folder_for(self.home) if self.options.keeps_kernels else None
         environment = {
+            **({} if compiled is None else {kernels.VARIABLE: str(compiled)}),
             # MLX computes on one GPU; with two in sight and float32, it was seen to abort.
             "CUDA_VISIBLE_DEVICES": "0",
             **(ON_DARWIN if sys.platform == "darwin" else {}),
@@ -152,6 +160,7 @@ class Supervisor:
         except TimeoutError:
             log.error("engine %d does not end", life.process.pid)
         log.info("engine %d was ended", life.process.pid)
+        kernels.drop_half_written(self.home)
         life.task.cancel()
         await asyncio.gather(life.task, return_exceptions=True)
         self.home.engine.unlink(missing_ok=True)
@@ -174,6 +183,7 @@ class Supervisor:
         code = await in_thread(life.process.wait)
         if life.is_wanted:
             self._life = None
+            kernels.drop_half_written(self.home)
             text = _ending(life.process.pid, code)
             log.error("%s", text)
             self.on_end(text)

@@ -22,10 +22,11 @@ from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import Shard
-from fluxmesh.wire.messages import Counters, Measure, Paint
+from fluxmesh.wire.messages import Compiled, Counters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
 PARTS = {**COMPONENTS, "modulation": ("modulation",)}  # that one is of the transformer
+COMPILED = 32  # ways of making a step that are remembered
 BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
 
 
@@ -57,6 +58,7 @@ class Held:
         self.load_rate = 0.0  # bytes/s of the last load; 0 before one
         self.done = Counters()  # what was done since the start
         self.weights: Weights | None = None  # under the names that they were asked for
+        self.compiled: tuple[Compiled, ...] = ()  # with these weights, the latest one last
         self._content = ""
         self._spread: dict[str, TensorFlux | SequenceFlux] = {}
         self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
@@ -97,6 +99,20 @@ class Held:
         nbytes = sum(self._bytes_of(name) for name in names if pipeline.is_loaded(name))
         shard = pipeline.shard
         return Holding(self.weights, nbytes, shard.size, shard.rank, self.content)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What is in memory, whole."""
+        if self.pipeline is None:
+            return ()
+        return tuple(name for name in COMPONENTS if not self.missing(name))
+
+    def has_compiled(self, work: Paint) -> None:
+        """Keeps in mind that a step was made in this way."""
+        hosts = 1 if work.placement == "data" else self.ring().size
+        way = Compiled(work.placement, hosts, work.height, work.width)
+        others = tuple(other for other in self.compiled if other != way)
+        self.compiled = (*others, way)[-COMPILED:]
 
     def count(self, **more: float) -> None:
         """Adds to the counters."""
@@ -145,6 +161,7 @@ class Held:
     def release(self) -> None:
         """Lets every model leave memory."""
         self.pipeline, self.weights = None, None
+        self.compiled = ()
         self._spread.clear()
         mx.clear_cache()
 

@@ -1,4 +1,4 @@
-"""The units of work of one engine: load, encode, paint, decode, measure. Holds no socket.
+"""The units of work of one engine: load, encode, paint, decode, measure, warm. Holds no socket.
 
 A unit goes in as a message (`messages.Work`), reports come out, one after another, from a
 generator: whoever asks (the engine of a mesh, or `reference.py` on one machine) sends them on, and
@@ -35,12 +35,13 @@ from fluxmesh.engine.residency import Held, Options, Stopped
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.request import SourceImage
+from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
+from fluxmesh.sampling.latents import PATCH, initial_noise
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
+from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report, Warm
 
 MEASURED_STEPS = 2
 GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the greatest
@@ -104,6 +105,7 @@ class Worker(Held):
             Paint: self._paint,
             Decode: self._decode,
             Measure: self._measure,
+            Warm: self._warm_up,
         }
 
     def end_job(self) -> None:
@@ -211,6 +213,8 @@ class Worker(Held):
             pace = self._walked(work, walk, plan.steps - work.first, ahead=not work.cache)
             for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
+                if number == work.first + 1:
+                    self.has_compiled(work)
                 done = int(number == plan.steps)
                 self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
@@ -288,6 +292,50 @@ class Worker(Held):
             hosts=1 if work.placement == "data" else self.ring().size,
         )
         yield messages.Timed(work.job, work.epoch, measured)
+
+    def _warm_up(self, work: Warm) -> Reports:
+        """The first step of a picture and a decode, as a job would have them, thrown away."""
+        start, before = time.perf_counter(), self.done
+        pipeline = self.open(work.weights)
+        config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
+        tokens = pipeline.checkpoint.defaults.t5_max_length
+        size = (work.height, work.width)
+        noise = initial_noise(0, *size, ae.z_channels, ae.downsampling)
+        t5 = to_wire(mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype))
+        clip = to_wire(mx.zeros((1, config.vec_in_dim), pipeline.dtype))
+        head = (work.fence, work.job, work.epoch, work.weights)
+        paint = Paint(
+            *head,
+            work.placement,
+            0,
+            *size,
+            steps=1,
+            first=0,
+            guidance=GenerateRequest.guidance,
+            low_memory=False,
+            preview=False,
+            strength=1.0,
+            latents=noise,
+            noise=noise,
+            t5=t5,
+            clip=clip,
+        )
+        for unit in (self._paint(paint), self._decode(Decode(*head, (0,), *size, noise))):
+            is_done = False
+            with contextlib.closing(unit) as reports:
+                for report in reports:
+                    is_done = isinstance(report, messages.Stepped | messages.Pictured)
+                    if not is_done:
+                        yield report
+            if not is_done:  # it was told to stop
+                return
+        self.done = replace(  # what jobs asked for is counted, and nobody asked for this
+            self.done,
+            images=before.images,
+            steps=before.steps,
+            decodes=before.decodes,
+        )
+        yield messages.Warmed(work.job, work.epoch, time.perf_counter() - start)
 
     # Parts of them
 

@@ -70,6 +70,16 @@ class AgentHome:
         return self.folder / "engine.json"
 
     @property
+    def keep(self) -> Path:
+        """What the host is to hold, for as long as the mesh is up."""
+        return self.folder / "keep.json"
+
+    @property
+    def kernels(self) -> Path:
+        """The folder of kernels that engines have compiled, in a folder a version of MLX."""
+        return self.folder / "kernels"
+
+    @property
     def log(self) -> Path:
         return self.folder / "agent.log"
 

@@ -105,6 +105,32 @@ class ProbeLink(Message):
     nbytes: int = 64 << 20
 
 
+@dataclass(frozen=True)
+class Keep(Message):
+    """What a host is to hold whenever nobody has a use for its engine. Answered by `Done`.
+
+    The agent remembers it, and loads what is missing of it by itself: after the engine was ended
+    with a broken ring, or died. None: nothing.
+    """
+
+    weights: Weights | None
+    shards: int = 1
+    shard: int = 0
+    components: tuple[str, ...] = ()  # as in `Load`
+
+
+@dataclass(frozen=True)
+class NoteSize(Message):
+    """Pictures of this size were asked for in the mesh, and this host could make them too.
+
+    One that holds the weights gets ready for them once it has nothing to do. Answered by `Done`.
+    """
+
+    weights: Weights
+    height: int  # pixels
+    width: int
+
+
 def ring_name(nonce: bytes) -> str:
     """What `Status` calls a ring: who knows the name does not know the nonce."""
     return hashlib.sha256(nonce).hexdigest()[:16]
@@ -266,6 +292,19 @@ class Measure(Work):
     placement: Literal["data", "sequence", "tensor"] = "data"
 
 
+@dataclass(frozen=True)
+class Warm(Work):
+    """Makes a step of one picture of noise, alone or with the ring, and a decode; keeps neither.
+
+    What is compiled or allocated at the first picture of a size then is. Reported by `Warmed`.
+    """
+
+    weights: Weights
+    height: int  # pixels
+    width: int
+    placement: Literal["data", "sequence", "tensor"] = "data"
+
+
 # Answers
 
 
@@ -312,6 +351,26 @@ class Counters(Message):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A component of a model that an engine reads now."""
+
+    component: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """How an engine has made a step since it holds its weights: the next such one finds its kernels
+    compiled."""
+
+    placement: Literal["data", "sequence", "tensor"]
+    hosts: int  # of the ring; 1 for `data`
+    height: int  # pixels
+    width: int
+
+
+@dataclass(frozen=True)
 class Status(Message):
     """One host at one moment."""
 
@@ -342,6 +401,9 @@ class Status(Message):
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
     pressure: str = ""  # "warning" or "critical": the machine is short of memory
+    loading: Reading | None = None  # what its engine reads now
+    components: tuple[str, ...] = ()  # that are in memory: `holds` tells of which weights
+    compiled: tuple[Compiled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -503,6 +565,13 @@ class Timed(Report):
 
 
 @dataclass(frozen=True)
+class Warmed(Report):
+    job: str
+    epoch: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Cancelled(Report):
     """The engine has let go of a job's work, and is ready for more."""
 
@@ -536,3 +605,5 @@ class Account(Message):
     holds: Holding | None
     counters: Counters
     load_rate: float  # bytes/s of the last load; 0 before one
+    components: tuple[str, ...] = ()
+    compiled: tuple[Compiled, ...] = ()

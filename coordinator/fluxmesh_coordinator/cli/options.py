@@ -53,6 +53,21 @@ class ImageSize(Resolution):
         return height, width
 
 
+class Resolutions(Resolution):
+    """HEIGHTxWIDTH[,HEIGHTxWIDTH...], each in multiples of 16."""
+
+    name = "SIZE[,SIZE...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        sizes = tuple(super(Resolutions, self).convert(v, param, ctx) for v in value.split(","))
+        for size in sizes:
+            if not all(size) or any(side % MULTIPLE for side in size):
+                self.fail(f"{size[0]}x{size[1]}: sides are multiples of {MULTIPLE}.", param, ctx)
+        return tuple(dict.fromkeys(sizes))
+
+
 class Adapter(click.ParamType):
     """PATH or PATH:SCALE; a file that exists wins over a scale."""
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluxmesh_coordinator.cli.options import Resolutions
+
 if TYPE_CHECKING:
     from fluxmesh.weights.checkpoint import Checkpoint
     from fluxmesh_coordinator.deploy.bringup import Watcher, Wish
@@ -32,6 +34,13 @@ THIS = -1  # what stands for this machine among the ranks
     type=click.Choice(["3", "4", "5", "6", "8"]),
     help="Of a quantized weight; implies --quantize.  [4]",
 )
+@click.option(
+    "--warm",
+    type=Resolutions(),
+    metavar="SIZE[,SIZE...]",
+    help="Get ready for pictures of these sizes, HEIGHTxWIDTH.  [the model's own]",
+)
+@click.option("--no-warm", is_flag=True, help="Load the weights, and no more.")
 @click.option("--env", "envs", multiple=True, metavar="KEY=VALUE", help="For the engines.")
 @click.option("--allow-partial", is_flag=True, help="Go on without hosts that fail.")
 @click.option("--pull", is_flag=True, help="Fetch the model where it is missing, without asking.")
@@ -49,6 +58,8 @@ def up(
     dtype: str,
     quantize: bool,
     bits: str | None,
+    warm: tuple[tuple[int, int], ...] | None,
+    no_warm: bool,
     envs: tuple[str, ...],
     allow_partial: bool,
     pull: bool,
@@ -62,6 +73,7 @@ def up(
     Without HOSTFILE, on this machine alone. Again, it only looks, and does what is missing; with
     another hostfile, it changes the mesh. `fluxmesh down` ends it.
     """
+    from fluxmesh.errors import UsageError
     from fluxmesh.machine.awake import kept_awake
     from fluxmesh.planning.workload import ModelSizes, Work
     from fluxmesh.request import GenerateRequest
@@ -72,6 +84,8 @@ def up(
     from fluxmesh_coordinator.deploy.bringup import Bringup
     from fluxmesh_coordinator.deploy.warmup import Warming
 
+    if warm and no_warm:
+        raise UsageError("--warm and --no-warm exclude each other; choose one.")
     with kept_awake(), watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()
         checkpoint = _checkpoint(name, watch)
@@ -92,8 +106,14 @@ def up(
             keep_ssh=keep_ssh,
         )
         mesh = Bringup(wish, watch).run()
+        own = (work.height, work.width)
         warming = Warming(
-            mesh, work, watch, allow_partial=allow_partial, content=checkpoint.content
+            mesh,
+            work,
+            watch,
+            allow_partial=allow_partial,
+            content=checkpoint.content,
+            sizes=() if no_warm else warm or (own,),
         )
         mesh = warming.run()
         found = survey(mesh)

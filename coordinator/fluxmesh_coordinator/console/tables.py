@@ -56,9 +56,12 @@ def state(status: Status) -> str:
 
 
 def holds(status: Status) -> str:
-    """Which weights an engine has, and how much of them."""
+    """What an engine has in memory now: which weights, how much of them, or what it reads."""
+    if status.loading is not None:
+        done, total = status.loading.done_bytes / 1e9, status.loading.total_bytes / 1e9
+        return f"{status.loading.component}, {done:.1f} of {total:.1f} GB"
     if status.holds is None:
-        return "-"
+        return "nothing"
     weights, part = status.holds.weights, status.holds
     precision = f"{weights.bits}-bit" if weights.bits else weights.dtype
     shard = f", shard {part.shard + 1} of {part.shards}" if part.shards > 1 else ""

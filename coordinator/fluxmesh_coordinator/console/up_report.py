@@ -71,6 +71,12 @@ class TerminalWatcher:
             self.tasks[key] = self.bars.add_task(_title(rank, what), total=total)
         self.bars.update(self.tasks[key], completed=done, total=total)
 
+    def warmed(
+        self, placement: str, ranks: Sequence[int], size: tuple[int, int], seconds: float
+    ) -> None:
+        hosts = "1 host" if len(ranks) == 1 else f"{len(ranks)} hosts"
+        self.note(f"Ready for {size[0]}x{size[1]} by {placement} on {hosts} ({seconds:.1f} s).")
+
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         if self.pull or not (sys.stdin.isatty() and self.console.is_terminal):
             return self.pull
@@ -113,6 +119,12 @@ class JsonWatcher:
     def progress(self, rank: int, what: str, done: int, total: int) -> None:
         values = {"host": rank, "what": what, "done_bytes": done, "total_bytes": total}
         self._line("progress", values)
+
+    def warmed(
+        self, placement: str, ranks: Sequence[int], size: tuple[int, int], seconds: float
+    ) -> None:
+        values = {"placement": placement, "hosts": list(ranks), "height": size[0]}
+        self._line("warmed", {**values, "width": size[1], "seconds": round(seconds, 3)})
 
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         return self.pull

@@ -44,6 +44,11 @@ class Watcher(Protocol):
     def progress(self, rank: int, what: str, done: int, total: int) -> None:
         """Bytes, on one host."""
 
+    def warmed(
+        self, placement: str, ranks: Sequence[int], size: tuple[int, int], seconds: float
+    ) -> None:
+        """Pictures of this height and width find these hosts ready; it took `seconds`."""
+
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         """Whether these hosts may fetch a model that they lack."""
 

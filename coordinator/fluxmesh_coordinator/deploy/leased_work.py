@@ -23,6 +23,9 @@ from fluxmesh_coordinator.hosts import START, Worker
 from fluxmesh_coordinator.jobs import LeasedHost
 from fluxmesh_coordinator.rings import Orders, Ring
 
+# What ends a unit of work that is given out here.
+LAST = (messages.Loaded, messages.Timed, messages.Encoded, messages.Warmed)
+
 
 class Errand:
     """Work on one leased host."""
@@ -51,7 +54,7 @@ class Errand:
         while True:
             report = await self._report(silence)
             yield report
-            if isinstance(report, messages.Loaded | messages.Timed):
+            if isinstance(report, LAST):
                 return
 
     async def join(self, join: messages.Join) -> None:

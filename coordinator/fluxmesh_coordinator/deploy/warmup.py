@@ -1,8 +1,8 @@
 """A mesh whose agents run becomes warm: links measured, weights loaded, steps timed.
 
-The second half of `fluxmesh up`, after `bringup.py`. Weights are replicated where they fit on every
-host, else each holds its shard; `layout` decides, purely. What a host holds, and what was measured
-before, is not done again, and needs no lease.
+The second part of `fluxmesh up`, after `bringup.py`; then `deploy/trial_run.py` makes pictures.
+Weights are replicated where they fit on every host, else each holds its shard; `layout` decides,
+purely. What a host holds, and what was measured before, is not done again, and needs no lease.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
 from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
+from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.sameness import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
@@ -115,8 +116,10 @@ class Warming:
     home: Home = field(default_factory=Home.default)
     allow_partial: bool = False
     content: str = ""  # `Checkpoint.content` of what shall be held; "" is whatever the hosts have
+    sizes: tuple[Size, ...] = ()  # of pictures that the mesh shall be ready for
     clients: dict[int, Client] = field(default_factory=dict)
     kept_out: dict[int, str] = field(default_factory=dict)  # by macOS, and in whose words
+    _place: Layout = field(default=Layout((), 1), init=False)
 
     def run(self) -> MeshRecord:
         """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
@@ -138,7 +141,39 @@ class Warming:
                 mesh_file.save(self.mesh, self.home)
             while not await self._fill():
                 continue  # with the hosts that are left
+            reader = await self._try() if self.sizes else None
+            await self._keep(reader)
         return self.mesh
+
+    async def _try(self) -> int | None:
+        """Makes the mesh ready for `sizes`; returns who has the text encoders in memory.
+
+        What an engine loses on the way is loaded again.
+        """
+        hosts, shards = self._place.ranks, self._place.shards
+        trial = TrialRun(
+            self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
+        )
+        try:
+            if await trial.run():
+                return trial.reader
+        except HostUnreachableError as error:
+            if not self.allow_partial:
+                raise
+            self.watcher.note(f"The mesh is not made ready: {error}")
+        while not await self._fill():
+            continue
+        return trial.reader
+
+    async def _keep(self, reader: int | None) -> None:
+        """Every host is told what it shall hold from now on."""
+        place = self._place
+        keep = keeps(self.work, place.ranks, place.shards, reader, place.idle)
+
+        async def tell(rank: int) -> messages.Done:
+            return await self.clients[rank].ask(keep[rank], messages.Done)
+
+        await self._each(tell, [rank for rank in keep if rank in self.clients])
 
     async def _each(
         self, do: Callable[[int], Coroutine[Any, Any, T]], ranks: Iterable[int]
@@ -212,7 +247,7 @@ class Warming:
         statuses = await self._each(ask, self.clients)
         infos = tuple(host_info(rank, status) for rank, status in statuses.items())
         view = MeshView(infos, self.mesh.links, self.mesh.hostfile.backend)
-        place = layout(self.work, view)
+        place = self._place = layout(self.work, view)
         for rank in place.idle:
             self.watcher.note(f"Host {rank} holds no weights: {place.why}.")
         cold = [rank for rank in place.ranks if not self._holds(statuses[rank], place, rank)]

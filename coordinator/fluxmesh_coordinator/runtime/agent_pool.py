@@ -8,9 +8,10 @@ again first, if the driver knows how.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 from fluxmesh.cluster.hostfile import Host
@@ -30,6 +31,7 @@ OTHERS = 1.0  # seconds that the first host that answers waits for the others
 RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
 AGAIN = 3.0  # seconds that an agent that answered before may take to do so again
 TICK = 0.25  # seconds between two looks at the clock
+NOTE = 2.0  # seconds that an agent may take to hear what needs no answer
 RESTARTS = 3  # of one agent, in the life of a driver
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
@@ -118,6 +120,17 @@ class Driver:
     async def infos(self) -> dict[int, HostInfo]:
         """The hosts that answer, as the planner sees them."""
         return {rank: host_info(rank, told) for rank, told in (await self.statuses()).items()}
+
+    async def tell(self, notes: Mapping[int, messages.Message]) -> None:
+        """Says something to the hosts that answer; who does not hear it has lost nothing."""
+
+        async def one(rank: int, note: messages.Message) -> None:
+            client = self.clients.get(rank)
+            if client is not None:
+                with contextlib.suppress(FluxmeshError):
+                    await client.ask(note, messages.Done, NOTE)
+
+        await asyncio.gather(*(one(rank, note) for rank, note in notes.items()))
 
     def unreachable(self) -> HostUnreachableError:
         """Why no host answers, in a sentence."""

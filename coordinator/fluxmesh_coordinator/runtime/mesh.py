@@ -22,9 +22,10 @@ from typing import Any, Self, TypeVar
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event
+from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan
 from fluxmesh.planning.plan import plan as find_plan
-from fluxmesh.planning.workload import ModelSizes
+from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
@@ -154,6 +155,8 @@ class Mesh:
             yield from running.events()
         finally:
             running.stop()
+        if self.keeps_warm:
+            self._note_size(job)
 
     def train(
         self, request: TrainRequest, tell: Callable[[Any], None] = lambda _: None
@@ -240,6 +243,19 @@ class Mesh:
         self.close()
 
     # Within
+
+    def _note_size(self, job: Job) -> None:
+        """Hosts that can make such a picture alone get ready for the next one, once they are idle.
+
+        By `data`: a ring that is up has made it already, or the plan has no use for one.
+        """
+        work, view = Work.of(job.request, job.sizes), self.view
+        memory = Memory(work, view)
+        needed = [memory.needed("data", 1, 1)]
+        note = messages.NoteSize(work.weights, work.height, work.width)
+        fitting = [rank for rank in view.ranks if memory.needs((rank,), needed)[0].fits]
+        if len(view.ranks) > 1 and not work.low_memory:
+            self._run(self._driver.tell(dict.fromkeys(fitting, note)))
 
     def _prepare(
         self,

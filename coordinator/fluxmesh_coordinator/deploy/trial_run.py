@@ -1,0 +1,271 @@
+"""Pictures that nobody sees, so that the first one that somebody asks for comes as fast as others.
+
+The last part of `fluxmesh up`, after `warmup.py`. For each size it takes the placements that plans
+there would choose, for one picture and for one a host, and has the hosts make a step and a decode
+in that way: the text encoders load, the ring forms, kernels are compiled. It stays so: the next job
+finds that ring. What was done before is not done again, and needs no lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fluxmesh.cluster.snapshot import Placement
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.planning.plan import Plan, plan
+from fluxmesh.planning.workload import Work
+from fluxmesh.request import GenerateRequest
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Compiled
+from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+from fluxmesh_coordinator.agents.status import Survey
+from fluxmesh_coordinator.deploy.bringup import Watcher
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
+
+SILENCE = 60.0  # seconds without a sign from an engine, which beats each second
+FIRST_STEP = 600.0  # seconds that a step and a decode may take: kernels compile
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Way:
+    """How pictures of a size are made: by each of `ranks` alone, or by their ring."""
+
+    size: Size
+    placement: Placement
+    ranks: tuple[int, ...]
+
+    @property
+    def compiled(self) -> Compiled:
+        """What an engine tells that has made a step in this way."""
+        hosts = 1 if self.placement == "data" else len(self.ranks)
+        return Compiled(self.placement, hosts, *self.size)
+
+
+@dataclass(frozen=True)
+class Programme:
+    """What is to be tried, in this order."""
+
+    ways: tuple[Way, ...]
+    ring: tuple[int, ...]  # whose engines one ring is; () where no plan wants one
+    reader: int | None  # who reads prompts, if the text encoders may stay in its memory
+    left_out: tuple[Way, ...]  # rings of other members: an engine is in one at a time
+
+
+def programme(
+    work: Work, found: Survey, sizes: Iterable[Size], hosts: Sequence[int], shards: int
+) -> Programme:
+    """What plans for `work`'s model would choose at these sizes, on `hosts`, which hold it. Pure.
+
+    `shards` is in how many parts. Its ring is the one of the first size whose plan wants one.
+    """
+    ways: list[Way] = []
+    reader: int | None = None
+    for size in sizes:
+        for images in dict.fromkeys((1, len(hosts))):
+            option = _plan(work, found, size, images).winner
+            if option is None:
+                continue
+            if reader is None and option.text_stays:
+                reader = option.text_rank
+            for phase in option.phases:
+                # Whoever holds the weights is given whole images when there are more of them.
+                apart = phase.placement == "data"
+                if apart and shards > 1:
+                    continue
+                ways.append(Way(size, phase.placement, tuple(hosts) if apart else phase.ranks))
+    rings = [way.ranks for way in ways if way.placement != "data"]
+    ring = rings[0] if rings else ()
+    wanted = dict.fromkeys(ways)
+    kept = [way for way in wanted if way.placement == "data" or way.ranks == ring]
+    left_out = tuple(way for way in wanted if way not in kept)
+    kept.sort(key=lambda way: way.placement != "data")  # a ring may fail, and end its engines
+    return Programme(tuple(kept), ring, reader, left_out)
+
+
+def _plan(work: Work, found: Survey, size: Size, images: int) -> Plan:
+    weights = work.weights
+    request = GenerateRequest(
+        prompt="",
+        seed=0,
+        model=weights.model,
+        n_images=images,
+        height=size[0],
+        width=size[1],
+        steps=work.steps,
+        dtype=weights.dtype,
+        bits=weights.bits,
+    )
+    return plan(request, found.view, work.model)
+
+
+@dataclass
+class TrialRun:
+    """One for each `fluxmesh up`: the agents of `clients`, of which `hosts` hold the weights."""
+
+    mesh: MeshRecord
+    work: Work
+    watcher: Watcher
+    clients: Mapping[int, Client]
+    hosts: Sequence[int]
+    shards: int  # in how many parts
+    sizes: Sequence[Size]
+    reader: int | None = None  # who has the text encoders in memory afterwards
+    _errands: dict[int, Errand] = field(default_factory=dict)
+
+    async def run(self) -> bool:
+        """Whether all hosts still hold what they held: a ring that fails takes its engines along.
+
+        Raises `HostUnreachableError` where an agent is gone.
+        """
+        statuses = await self._statuses()
+        found = Survey(self.mesh, statuses, {}, {})
+        todo = programme(self.work, found, self.sizes, self.hosts, self.shards)
+        self.reader = todo.reader
+        for way in todo.left_out:
+            self.watcher.note(
+                f"{_title(way)} is not made ready: its ring has other members than the one for "
+                f"{'x'.join(map(str, self.sizes[0]))}."
+            )
+        has_ring = not todo.ring or _is_ring(statuses, todo.ring)
+        reads = todo.reader is not None and (
+            "text encoders" not in statuses[todo.reader].components
+        )
+        cold = [way for way in todo.ways if not _is_ready(way, statuses, has_ring)]
+        ranks = {rank for way in cold for rank in way.ranks}
+        if reads and todo.reader is not None:
+            ranks.add(todo.reader)
+        try:
+            for rank in sorted(ranks):  # in rank order, so that no two can deadlock
+                self._errands[rank] = await self._lease(rank)
+            if reads and todo.reader is not None:
+                await self._read(todo.reader)
+            return await self._try(cold, () if has_ring else todo.ring)
+        finally:
+            for errand in self._errands.values():
+                with contextlib.suppress(FluxmeshError):
+                    await errand.client.ask(messages.LeaveQueue(), messages.Done)
+
+    async def _statuses(self) -> dict[int, messages.Status]:
+        async def ask(rank: int) -> messages.Status:
+            return await self.clients[rank].ask(messages.AskStatus(), messages.Status)
+
+        told = await asyncio.gather(*map(ask, self.clients))
+        return dict(sorted(zip(self.clients, told, strict=True)))
+
+    async def _lease(self, rank: int) -> Errand:
+        def waiting(queued: messages.Queued) -> None:
+            self.watcher.note(f"Host {rank} is busy; this `up` is number {queued.place} in line.")
+
+        client = self.clients[rank]
+        granted = await client.lease("up, trial pictures", 60.0, waiting)
+        return Errand(client, granted, self.work)
+
+    async def _read(self, rank: int) -> None:
+        """Loads the text encoders and runs them once."""
+        self.watcher.stage("Loading the text encoders")
+        errand = self._errands[rank]
+        await self._do(rank, messages.Encode(*errand.common, prompt=""))
+
+    async def _try(self, ways: Sequence[Way], ring: tuple[int, ...]) -> bool:
+        """Makes a picture in each way; forms `ring` before the first that needs it."""
+        stage = ""
+        for way in ways:
+            size = "x".join(map(str, way.size))
+            if stage != size:
+                stage = size
+                self.watcher.stage(f"Getting ready for pictures of {size}")
+            start = time.monotonic()
+            try:
+                if way.placement != "data" and ring:
+                    await self._form(ring)
+                    ring = ()
+                await together(self._warm(rank, way) for rank in way.ranks)
+            except HostUnreachableError:
+                raise
+            except FluxmeshError as error:
+                self.watcher.note(f"{_title(way)} could not be made ready: {error}")
+                if way.placement != "data":
+                    await self._end_engines(way.ranks)
+                    return False
+                continue
+            seconds = time.monotonic() - start
+            self.watcher.warmed(way.placement, way.ranks, way.size, seconds)
+        return True
+
+    async def _form(self, ring: tuple[int, ...]) -> None:
+        infos = {
+            host.rank: host for host in Survey(self.mesh, await self._statuses(), {}, {}).view.hosts
+        }
+        members = {rank: self._errands[rank] for rank in ring}
+        await form_ring(members, self.mesh.hostfile.hosts, infos, self.mesh.hostfile.backend)
+
+    async def _end_engines(self, ranks: Iterable[int]) -> None:
+        """A survivor of a broken ring can hang."""
+        for rank in ranks:
+            with contextlib.suppress(FluxmeshError):
+                await self._errands[rank].begin_anew()
+
+    async def _warm(self, rank: int, way: Way) -> None:
+        errand = self._errands[rank]
+        await self._do(rank, messages.Warm(*errand.common, *way.size, way.placement))
+
+    async def _do(self, rank: int, work: messages.Work) -> None:
+        """Raises what the engine failed with."""
+        errand = self._errands[rank]
+        try:
+            async with asyncio.timeout(FIRST_STEP):
+                async for report in errand.do(work, SILENCE):
+                    if isinstance(report, messages.Progress):
+                        told = (report.component, report.done_bytes, report.total_bytes)
+                        self.watcher.progress(rank, *told)
+        except TimeoutError:
+            raise FluxmeshError(
+                f"{errand.client.title}: a first step is not done after {FIRST_STEP:.0f} s; look "
+                "at `fluxmesh logs`."
+            ) from None
+
+
+def _title(way: Way) -> str:
+    hosts = ", ".join(map(str, way.ranks))
+    return f"{way.placement} at {'x'.join(map(str, way.size))} on hosts {hosts}"
+
+
+def _is_ring(statuses: Mapping[int, messages.Status], ranks: tuple[int, ...]) -> bool:
+    """Whether the engines of these hosts are one ring already, in this order."""
+    first = statuses[ranks[0]]
+    return bool(first.ring) and all(
+        (statuses[rank].ring, statuses[rank].ring_rank, statuses[rank].ring_size)
+        == (first.ring, place, len(ranks))
+        and statuses[rank].epoch == first.epoch
+        for place, rank in enumerate(ranks)
+    )
+
+
+def _is_ready(way: Way, statuses: Mapping[int, messages.Status], has_ring: bool) -> bool:
+    """Whether every host of it has made such a picture, in the ring that it is in."""
+    if way.placement != "data" and not has_ring:
+        return False
+    return all(way.compiled in statuses[rank].compiled for rank in way.ranks)
+
+
+def keeps(
+    work: Work, hosts: Sequence[int], shards: int, reader: int | None, idle: Iterable[int] = ()
+) -> dict[int, messages.Keep]:
+    """What each host is to hold, whatever happens to its engine; `idle` ones nothing."""
+    found = {rank: messages.Keep(None) for rank in idle}
+    for place, rank in enumerate(hosts):
+        components: tuple[str, ...] = ("transformer", "autoencoder")
+        if rank == reader:
+            components = (*components, "text encoders")
+        shard = place if shards > 1 else 0
+        found[rank] = messages.Keep(work.weights, shards, shard, components)
+    if reader is not None and reader not in hosts:  # it reads for the others
+        found[reader] = messages.Keep(work.weights, 1, 0, ("text encoders",))
+    return found
