@@ -81,6 +81,8 @@ class FakeEngine:
         self.holding: Holding | None = None
         self.counters = messages.Counters()
         self.content = "same"  # of the files that it reads
+        self.components: tuple[str, ...] = ()
+        self.compiled: tuple[messages.Compiled, ...] = ()
 
     def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
@@ -92,10 +94,12 @@ class FakeEngine:
                 for component in unit.components:
                     yield messages.Progress(unit.job, unit.epoch, component, 0, 8)
                     yield messages.Progress(unit.job, unit.epoch, component, 8, 8)
+                    self._has(component)
                 self.holding = Holding(unit.weights, GB, unit.shards, unit.shard, self.content)
                 yield messages.Loaded(unit.job, unit.epoch, self.holding, 0.1)
             case messages.Encode():
                 self._count(encodes=1)
+                self._has("text encoders")
                 t5, clip = np.zeros((1, 4, 8), np.uint16), np.zeros((1, 8), np.uint16)
                 yield messages.Encoded(unit.job, unit.epoch, 0.1, False, 3, self.content, t5, clip)
             case messages.EncodeSource():
@@ -107,6 +111,12 @@ class FakeEngine:
                 ring = (unit.placement, 1 if unit.placement == "data" else self.size)
                 timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
                 yield messages.Timed(unit.job, unit.epoch, timed)
+            case messages.Warm():
+                hosts = 1 if unit.placement == "data" else self.size
+                way = messages.Compiled(unit.placement, hosts, unit.height, unit.width)
+                self.compiled = (*self.compiled, way)
+                yield messages.Beat(unit.job, unit.epoch, "first step")
+                yield messages.Warmed(unit.job, unit.epoch, 0.1)
             case messages.Decode():
                 for place, image in enumerate(unit.images):
                     self._count(decodes=1)
@@ -132,6 +142,9 @@ class FakeEngine:
             told = latents if unit.placement == "data" or self.rank == 0 else None
             head = (unit.job, unit.epoch, unit.image, step)
             yield messages.Stepped(*head, 0.1, 4, told, reused=reused)
+
+    def _has(self, component: str) -> None:
+        self.components = tuple(dict.fromkeys((*self.components, component)))
 
     def _count(self, **more: int) -> None:
         for name, value in more.items():
@@ -218,8 +231,8 @@ class FakeSupervisor:
                     if getattr(unit, "job", "") in self._cancelled:
                         break
                     self.on_message(report)
-                account = messages.Account(True, engine.holding, engine.counters, 1e9)
-                self.on_message(account)
+                told = (engine.holding, engine.counters, 1e9, engine.components, engine.compiled)
+                self.on_message(messages.Account(True, *told))
 
 
 class FakeMesh:

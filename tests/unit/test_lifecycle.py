@@ -22,9 +22,22 @@ from fluxmesh.wire.messages import (
     Load,
     Loaded,
     Message,
+    Progress,
+    Reading,
+    Warm,
+    Warmed,
     ring_name,
 )
-from fluxmesh_agent.lifecycle import KillEngine, Lifecycle, Refusal, Send, StartEngine, Tell
+from fluxmesh.wire.training_messages import CloseTraining
+from fluxmesh_agent.lifecycle import (
+    OWN,
+    KillEngine,
+    Lifecycle,
+    Refusal,
+    Send,
+    StartEngine,
+    Tell,
+)
 
 WEIGHTS = Weights("tiny")
 HOLDING = Holding(WEIGHTS, 100)
@@ -248,3 +261,137 @@ def test_an_engine_is_worth_as_long_a_wait_as_loading_again_takes() -> None:
     assert life.seconds_to_load == 100 / 20.0
     life.kill(Kill(1, 1))
     assert life.seconds_to_load == 0.0  # nothing is held
+
+
+# The agent's own work
+
+
+def own_load(epoch: int = 0, shards: int = 1) -> Load:
+    return Load(0, OWN, epoch, WEIGHTS, shards, 0, ("transformer",))
+
+
+WARM = Warm(0, OWN, 0, WEIGHTS, 64, 64)
+STOP = Send(Cancel(0, OWN))
+
+
+def test_the_agents_own_work_leaves_the_engine_free_and_is_told_to_nobody() -> None:
+    life = Lifecycle()
+    assert life.upkeep(own_load()) == [StartEngine(), Send(own_load())]
+    assert (life.state, life.job, life.is_free) == ("loading", "", True)
+    assert life.engine_said(Progress(OWN, 0, "transformer", 5, 9)) == []
+    assert life.loading == Reading("transformer", 5, 9)
+    assert life.engine_said(over(HOLDING)) == []
+    assert life.engine_said(Loaded(OWN, 0, HOLDING, 1.0)) == []
+    assert (life.state, life.holds, life.loading, life.own) == ("ready", HOLDING, None, None)
+    life.upkeep(WARM)
+    assert (life.state, life.is_free) == ("ready", True)
+    assert life.engine_said(Warmed(OWN, 0, 1.0)) == []
+
+
+def test_a_job_that_needs_what_is_loading_waits_for_it_and_hears_that_it_moves() -> None:
+    life = started()
+    life.upkeep(own_load())
+    assert life.work(load(3)) == [Send(load(3))]
+    assert life.work(encode(3)) == [Send(encode(3))]
+    assert (life.state, life.job, life.is_free) == ("loading", "job", False)
+    moved = Progress(OWN, 0, "transformer", 5, 9)
+    assert life.engine_said(moved) == [Tell(Progress("job", 3, "transformer", 5, 9))]
+    assert life.engine_said(Beat(OWN, 0, "loading")) == [Tell(Beat("job", 3, "loading"))]
+    life.engine_said(over(HOLDING))
+    assert life.engine_said(Loaded(OWN, 0, HOLDING, 1.0)) == []  # the job's own is to come
+    loaded = Loaded("job", 3, HOLDING, 0.0)
+    assert life.engine_said(loaded) == [Tell(loaded)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Load(1, "job", 0, Weights("dev")),
+        Load(1, "job", 0, WEIGHTS, 2, 1),
+        Load(1, "job", 0, WEIGHTS, low_memory=True),
+        Encode(1, "job", 0, Weights("dev"), "a cat"),
+        CloseTraining(1, "job", 0),
+    ],
+)
+def test_a_job_that_needs_anything_else_goes_before_the_agents_own_load(work: Any) -> None:
+    life = started()
+    life.upkeep(own_load())
+    assert life.work(work) == [STOP, Send(work)]
+
+
+def test_everything_goes_before_a_size_that_is_made_ready() -> None:
+    for work in (load(), encode()):
+        life = started()
+        life.upkeep(WARM)
+        assert life.work(work) == [STOP, Send(work)]
+
+
+def test_a_ring_does_not_wait_for_a_load_for_its_other_members_would() -> None:
+    life = started()
+    life.upkeep(own_load())
+    assert life.join(join(1)) == [STOP, Send(join(1))]
+    life.engine_said(over())
+    assert life.engine_said(Joined(1, 0)) == [Tell(Joined(1, 0))]
+
+
+def test_to_cancel_a_job_is_not_to_wait_for_the_agents_own_load() -> None:
+    life = started()
+    life.upkeep(own_load())
+    cancel = Cancel(1, "job")
+    assert life.cancel(cancel) == [Tell(Cancelled("job", 0))]  # it has nothing here
+    life.work(load())
+    assert life.cancel(cancel) == [STOP, Send(cancel)]
+
+
+def test_a_lost_coordinator_leaves_the_agents_own_work_alone() -> None:
+    life = started()
+    life.upkeep(own_load())
+    assert life.abandon() == [] and life.give_up() == []
+    life.work(load())
+    assert life.abandon() == [Send(Cancel(0, "job"))]
+
+
+def test_an_engine_that_dies_at_the_agents_own_work_is_lost_to_nobody() -> None:
+    for said in (True, False):
+        life = started()
+        life.upkeep(own_load())
+        if said:
+            failed = Failed(0, OWN, "Raised", "no memory", fatal=True)
+            assert life.engine_said(failed) == [KillEngine()]
+        else:
+            assert life.engine_ended("no memory") == [KillEngine()]
+        assert (life.state, life.reason) == ("failed", "no memory")
+
+
+def test_a_job_that_waits_behind_the_agents_own_work_hears_that_the_engine_died() -> None:
+    for said in (True, False):
+        life = started()
+        life.upkeep(own_load())
+        life.work(load(3))
+        if said:
+            told = life.engine_said(Failed(0, OWN, "Raised", "no memory", fatal=True))
+            kind = "Raised"
+        else:
+            told, kind = life.engine_ended("no memory"), "Died"
+        assert told == [KillEngine(), Tell(Failed(3, "job", kind, "no memory", fatal=True))]
+
+
+def test_what_an_engine_still_says_after_its_end_is_no_news() -> None:
+    """Else a host that holds nothing would go on saying that it holds a model."""
+    life = started()
+    life.work(load())
+    life.engine_said(Failed(0, "job", "Raised", "a peer is gone", fatal=True))
+    assert life.engine_said(over(HOLDING)) == []
+    assert life.engine_said(Loaded("job", 0, HOLDING, 1.0)) == []
+    life.kill(Kill(1, 1))
+    assert (life.state, life.holds, life.components) == ("idle", None, ())
+
+
+def test_the_device_that_an_agent_was_given_is_its_engines_in_every_ring() -> None:
+    """A ring of some of a machine's hosts counts GPUs without the others."""
+    own, asked = (("CUDA_VISIBLE_DEVICES", "2"),), (("CUDA_VISIBLE_DEVICES", "1"),)
+    life = Lifecycle(own)
+    life.start()
+    assert life.join(join(1, envs=asked)) == [Send(join(1, envs=asked))]
+    other = join(2, envs=asked, nonce=b"x" * 32)
+    assert life.join(other) == [KillEngine(), StartEngine(own), Send(other)]

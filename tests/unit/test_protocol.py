@@ -66,7 +66,7 @@ def test_every_array_of_the_contract_has_its_dtypes_and_shape() -> None:
 
 
 def test_every_limit_is_that_of_a_field() -> None:
-    kinds = [*TYPES.values(), Weights, Holding, messages.Counters]
+    kinds = [*TYPES.values(), Weights, Holding, messages.Counters, messages.Compiled]
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     known |= {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
     for table in (limits.INTEGERS, limits.TEXTS, limits.PATTERNS, limits.COUNTS, limits.ARRAYS):

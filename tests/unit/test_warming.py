@@ -90,13 +90,21 @@ class Told:
     def __init__(self) -> None:
         self.left_out: dict[int, str] = {}
         self.notes: list[str] = []
+        self.stages: list[str] = []
+        self.ready: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
 
-    def stage(self, text: str) -> None: ...
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     def progress(self, rank: int, what: str, done: int, total: int) -> None: ...
+
+    def warmed(
+        self, placement: str, ranks: Sequence[int], size: tuple[int, int], seconds: float
+    ) -> None:
+        self.ready.append((placement, tuple(ranks), size))
 
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         return False

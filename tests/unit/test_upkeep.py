@@ -1,0 +1,213 @@
+"""What an agent has its engine do by itself, and when: nothing that somebody could be waiting for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.request import AdapterRef
+from fluxmesh.wire.messages import (
+    Account,
+    Compiled,
+    Counters,
+    Device,
+    Keep,
+    Kill,
+    Load,
+    NoteSize,
+    Warm,
+)
+from fluxmesh.wire.training_messages import CloseTraining
+from fluxmesh_agent.lifecycle import OWN, Lifecycle
+from fluxmesh_agent.upkeep import AGAIN, IDLE, LEFT_OUT, Upkeep, from_json, to_json
+
+WEIGHTS = Weights("tiny")
+PARTS = ("transformer", "autoencoder", "text encoders")
+KEEP = Keep(WEIGHTS, 1, 0, PARTS)
+WHOLE = Holding(WEIGHTS, 100)
+
+
+def started(*components: str, holds: Holding | None = None, compiled: Any = ()) -> Lifecycle:
+    """An engine that holds this."""
+    life = Lifecycle()
+    life.start()
+    life.engine_said(Device("chip", "gpu", "1", 100, 1e9))
+    life.engine_said(Account(False, holds, Counters(), 0.0, components, compiled))
+    return life
+
+
+def due(upkeep: Upkeep, life: Lifecycle, now: float = 100.0, **more: Any) -> Load | Warm | None:
+    return upkeep.due(life, leased=more.get("leased", False), now=now)
+
+
+def load(*components: str, shards: int = 1, shard: int = 0, epoch: int = 0) -> Load:
+    return Load(0, OWN, epoch, WEIGHTS, shards, shard, components)
+
+
+def test_an_engine_that_holds_nothing_loads_all_that_it_is_to_hold() -> None:
+    assert due(Upkeep(KEEP), started()) == load(*PARTS)
+    assert due(Upkeep(KEEP), Lifecycle()) == load(*PARTS)  # no engine runs
+    assert due(Upkeep(), started()) is None
+    assert due(Upkeep(Keep(None)), started()) is None
+
+
+def test_of_what_it_holds_only_the_rest_is_loaded() -> None:
+    life = started("transformer", holds=WHOLE)
+    assert due(Upkeep(KEEP), life) == load("autoencoder", "text encoders")
+    assert due(Upkeep(KEEP), started(*PARTS, holds=WHOLE)) is None
+
+
+def test_a_shard_is_loaded_where_the_mesh_holds_shards_and_whole_weights_serve_as_well() -> None:
+    keep = Keep(WEIGHTS, 4, 2, PARTS)
+    assert due(Upkeep(keep), started()) == load(*PARTS, shards=4, shard=2)
+    part = Holding(WEIGHTS, 50, 4, 2)
+    assert due(Upkeep(keep), started(*PARTS, holds=part)) is None
+    assert due(Upkeep(keep), started(*PARTS, holds=WHOLE)) is None
+    missing = started("transformer", "autoencoder", holds=WHOLE)
+    assert due(Upkeep(keep), missing) == load("text encoders")  # and the rest stays whole
+
+
+def test_weights_that_somebody_chose_meanwhile_stay() -> None:
+    other = Holding(Weights("dev"), 100)
+    assert due(Upkeep(KEEP), started("transformer", holds=other)) is None
+    shard = Holding(WEIGHTS, 50, 4, 1)  # left by a job with --placement tensor
+    assert due(Upkeep(KEEP), started("transformer", holds=shard)) is None
+
+
+def test_a_host_that_was_used_a_moment_ago_is_left_alone() -> None:
+    upkeep = Upkeep(KEEP)
+    upkeep.used(100.0)
+    assert due(upkeep, started(), 100.0 + IDLE - 0.1) is None
+    assert due(upkeep, started(), 100.0 + IDLE) is not None
+
+
+def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> None:
+    upkeep, life = Upkeep(KEEP), started()
+    life.work(Load(1, "job", 0, Weights("dev")))
+    assert due(upkeep, life, 100.0) is None
+    life.engine_said(Account(True, None, Counters(), 0.0))
+    assert due(upkeep, life, 100.5) is None
+    assert due(upkeep, life, 100.0 + IDLE) is not None
+
+
+def test_what_is_under_way_is_not_begun_again() -> None:
+    upkeep, life = Upkeep(KEEP), started()
+    work = due(upkeep, life)
+    assert work is not None
+    life.upkeep(work)
+    assert due(upkeep, life, 200.0) is None
+
+
+def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> None:
+    upkeep, life = Upkeep(KEEP), started()
+    life.lease()
+    life.work(Load(1, "job", 0, WEIGHTS))
+    life.kill(Kill(1, 5))
+    upkeep.used(100.0)
+    assert due(upkeep, life, 100.0 + LEFT_OUT - 0.1, leased=True) is None
+    found = due(upkeep, life, 100.0 + LEFT_OUT, leased=True)
+    assert found == load("transformer", "autoencoder", epoch=5)  # encoders may have no room now
+
+
+def leased_lives() -> dict[str, Lifecycle]:
+    new, other, trains, alive = started(), started(), started(), started()
+    new.kill(Kill(1, 5))
+    new.lease()  # a job that has asked for nothing yet
+    other.work(Load(1, "job", 0, Weights("dev")))
+    other.kill(Kill(1, 5))
+    trains.work(CloseTraining(1, "job", 0))
+    trains.kill(Kill(1, 5))
+    alive.work(Load(1, "job", 0, WEIGHTS))
+    alive.engine_said(Account(True, None, Counters(), 0.0))  # with low memory, it holds nothing
+    return {"new": new, "other weights": other, "training": trains, "engine lives": alive}
+
+
+@pytest.mark.parametrize("name", leased_lives())
+def test_nothing_is_loaded_beside_a_job_whose_memory_it_might_need(name: str) -> None:
+    life = leased_lives()[name]
+    assert due(Upkeep(KEEP), life, leased=True) is None
+    assert due(Upkeep(KEEP), life) is not None
+
+
+def test_what_fails_is_tried_again_later_and_ever_later() -> None:
+    upkeep, life, now = Upkeep(KEEP), started(), 100.0
+    pauses = []
+    for _ in range(9):
+        assert due(upkeep, life, now) is not None
+        upkeep.failed(now)
+        begun = now
+        while due(upkeep, life, now) is None:
+            now += 1.0
+        pauses.append(now - begun)
+    assert pauses[:3] == [AGAIN[0], 2 * AGAIN[0], 4 * AGAIN[0]]
+    assert pauses[-1] == AGAIN[1]
+    upkeep.worked()
+    upkeep.failed(now)
+    assert due(upkeep, life, now + AGAIN[0]) is not None
+
+
+def test_a_host_that_is_told_anew_what_to_hold_tries_at_once() -> None:
+    upkeep, life = Upkeep(KEEP), started()
+    due(upkeep, life)
+    upkeep.failed(100.0)
+    upkeep.want(KEEP)  # the same as before: nothing has changed
+    assert due(upkeep, life, 101.0) is None
+    upkeep.want(Keep(Weights("dev"), 1, 0, PARTS))
+    assert due(upkeep, life, 101.0) is not None
+
+
+def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
+    upkeep = Upkeep(KEEP)
+    for side in (64, 128, 64):
+        upkeep.note(NoteSize(WEIGHTS, side, 32))
+    way = Compiled("data", 1, 64, 32)
+    assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(0, OWN, 0, WEIGHTS, 64, 32)
+    second = due(upkeep, started(*PARTS, holds=WHOLE, compiled=(way,)))
+    assert second == Warm(0, OWN, 0, WEIGHTS, 128, 32)
+    both = (way, Compiled("data", 1, 128, 32))
+    assert due(upkeep, started(*PARTS, holds=WHOLE, compiled=both)) is None
+
+
+def test_sizes_wait_for_the_weights_and_for_the_end_of_every_lease() -> None:
+    upkeep = Upkeep(KEEP)
+    upkeep.note(NoteSize(WEIGHTS, 64, 64))
+    assert isinstance(due(upkeep, started()), Load)
+    assert due(upkeep, started(*PARTS, holds=WHOLE), leased=True) is None
+    other = Holding(Weights("dev"), 100)
+    assert due(upkeep, started(*PARTS, holds=other)) is None
+    assert due(Upkeep(), started("transformer", holds=Holding(WEIGHTS, 50, 2, 0))) is None
+
+
+def test_only_the_latest_sizes_are_remembered() -> None:
+    upkeep = Upkeep()
+    for side in range(16, 16 * 20, 16):
+        upkeep.note(NoteSize(WEIGHTS, side, 16))
+    made: list[Compiled] = []
+    while isinstance(work := due(upkeep, started(holds=WHOLE, compiled=tuple(made))), Warm):
+        made.append(Compiled("data", 1, work.height, 16))
+    assert [way.height for way in made] == [304, 288, 272, 256, 240, 224, 208, 192]
+
+
+def test_a_size_that_fails_is_forgotten() -> None:
+    upkeep = Upkeep()
+    for side in (64, 128):
+        upkeep.note(NoteSize(WEIGHTS, side, 64))
+    life = started(holds=WHOLE)
+    assert due(upkeep, life) == Warm(0, OWN, 0, WEIGHTS, 128, 64)
+    upkeep.failed(100.0)
+    assert due(upkeep, life) == Warm(0, OWN, 0, WEIGHTS, 64, 64)
+
+
+def test_what_to_hold_outlives_the_agent() -> None:
+    adapted = Weights("dev", "bfloat16", 4, (AdapterRef("a" * 64, 0.5),), True)
+    for keep in (KEEP, Keep(None), Keep(adapted, 4, 3, ("transformer",))):
+        assert from_json(to_json(keep)) == keep
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weights": 3}', '{"weights": {"model": "x"}}'])
+def test_a_file_that_is_damaged_is_told_apart(text: str) -> None:
+    with pytest.raises(FluxmeshError, match="does not say what this host is to hold"):
+        from_json(text)
