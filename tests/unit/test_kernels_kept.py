@@ -1,4 +1,4 @@
-"""The folder of compiled kernels: a version's own, bounded, private, and with nothing half-written."""
+"""The folder of compiled kernels: of one version, bounded, private, with nothing half-written."""
 
 from __future__ import annotations
 

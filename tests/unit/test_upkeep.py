@@ -1,4 +1,4 @@
-"""What an agent has its engine do by itself, and when: nothing that somebody could be waiting for."""
+"""What an agent has its engine do by itself, and when: nothing that delays anybody."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fluxmesh.cluster.snapshot import Placement
+from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
 from fluxmesh.planning.workload import Work
@@ -59,17 +59,24 @@ class Programme:
 
 
 def programme(
-    work: Work, found: Survey, sizes: Iterable[Size], hosts: Sequence[int], shards: int
+    work: Work,
+    view: MeshView,
+    sizes: Iterable[Size],
+    hosts: Sequence[int],
+    shards: int,
+    *,
+    rings: bool = True,
 ) -> Programme:
     """What plans for `work`'s model would choose at these sizes, on `hosts`, which hold it. Pure.
 
-    `shards` is in how many parts. Its ring is the one of the first size whose plan wants one.
+    `shards` is in how many parts. Its ring is the one of the first size whose plan wants one;
+    without `rings` there is none.
     """
     ways: list[Way] = []
     reader: int | None = None
     for size in sizes:
         for images in dict.fromkeys((1, len(hosts))):
-            option = _plan(work, found, size, images).winner
+            option = _plan(work, view, size, images).winner
             if option is None:
                 continue
             if reader is None and option.text_stays:
@@ -79,17 +86,18 @@ def programme(
                 apart = phase.placement == "data"
                 if apart and shards > 1:
                     continue
-                ways.append(Way(size, phase.placement, tuple(hosts) if apart else phase.ranks))
-    rings = [way.ranks for way in ways if way.placement != "data"]
-    ring = rings[0] if rings else ()
+                if apart or rings:
+                    ranks = tuple(hosts) if apart else phase.ranks
+                    ways.append(Way(size, phase.placement, ranks))
+    ring = next((way.ranks for way in ways if way.placement != "data"), ())
     wanted = dict.fromkeys(ways)
     kept = [way for way in wanted if way.placement == "data" or way.ranks == ring]
     left_out = tuple(way for way in wanted if way not in kept)
-    kept.sort(key=lambda way: way.placement != "data")  # a ring may fail, and end its engines
+    kept.sort(key=lambda way: way.placement != "data")
     return Programme(tuple(kept), ring, reader, left_out)
 
 
-def _plan(work: Work, found: Survey, size: Size, images: int) -> Plan:
+def _plan(work: Work, view: MeshView, size: Size, images: int) -> Plan:
     weights = work.weights
     request = GenerateRequest(
         prompt="",
@@ -102,7 +110,7 @@ def _plan(work: Work, found: Survey, size: Size, images: int) -> Plan:
         dtype=weights.dtype,
         bits=weights.bits,
     )
-    return plan(request, found.view, work.model)
+    return plan(request, view, work.model)
 
 
 @dataclass
@@ -119,14 +127,15 @@ class TrialRun:
     reader: int | None = None  # who has the text encoders in memory afterwards
     _errands: dict[int, Errand] = field(default_factory=dict)
 
-    async def run(self) -> bool:
+    async def run(self, *, rings: bool = True) -> bool:
         """Whether all hosts still hold what they held: a ring that fails takes its engines along.
 
-        Raises `HostUnreachableError` where an agent is gone.
+        Then it can be tried again without `rings`, once the weights are loaded again. Raises
+        `HostUnreachableError` where an agent is gone.
         """
         statuses = await self._statuses()
-        found = Survey(self.mesh, statuses, {}, {})
-        todo = programme(self.work, found, self.sizes, self.hosts, self.shards)
+        view = Survey(self.mesh, statuses, {}, {}).view
+        todo = programme(self.work, view, self.sizes, self.hosts, self.shards, rings=rings)
         self.reader = todo.reader
         for way in todo.left_out:
             self.watcher.note(

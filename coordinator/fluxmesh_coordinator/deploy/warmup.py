@@ -150,20 +150,25 @@ class Warming:
 
         What an engine loses on the way is loaded again.
         """
-        hosts, shards = self._place.ranks, self._place.shards
-        trial = TrialRun(
-            self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
-        )
-        try:
-            if await trial.run():
-                return trial.reader
-        except HostUnreachableError as error:
-            if not self.allow_partial:
-                raise
-            self.watcher.note(f"The mesh is not made ready: {error}")
-        while not await self._fill():
-            continue
-        return trial.reader
+        reader: int | None = None
+        for rings in (True, False):
+            hosts, shards = self._place.ranks, self._place.shards
+            trial = TrialRun(
+                self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
+            )
+            try:
+                is_done = await trial.run(rings=rings)
+            except HostUnreachableError as error:
+                if not self.allow_partial:
+                    raise
+                self.watcher.note(f"The mesh is not made ready: {error}")
+                is_done = False
+            reader = trial.reader
+            if is_done:
+                break
+            while not await self._fill():
+                continue
+        return reader
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
