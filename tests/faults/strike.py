@@ -224,6 +224,8 @@ def heal(up: Up, mesh: Mesh, placement: Placement, *, cold: bool = False) -> Non
         warm = paint(mesh, request_of(up.model, steps=1, n_images=hosts), placement)
         assert warm.error is None, warm.error
         return
+    # Nothing is to be loaded before the job asks for it.
+    mesh._run(mesh._driver.tell({rank: messages.Keep(None) for rank in range(hosts)}))
     for rank in range(hosts):
         pid = up.status(mesh, rank).engine_pid
         if pid is not None:

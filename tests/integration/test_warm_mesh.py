@@ -1,0 +1,138 @@
+"""A mesh that is up is warm, and after an engine's death it becomes so again by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fluxmesh.events import Event, Step
+from fluxmesh.request import GenerateRequest
+from fluxmesh_agent.kernels import VARIABLE
+from tests.faults.mesh import LIMIT, Up, paint, up
+from tests.integration.test_mesh_commands import Machine, machine
+
+__all__ = ["machine"]  # a fixture
+
+SOON = 60.0  # seconds in which every host holds its weights again
+
+
+def test_the_first_request_after_up_loads_nothing(machine: Machine) -> None:
+    path = machine.hostfile(2)
+    bare = machine.up(path, "--no-warm")
+    assert bare.of("warmed") == []
+    for host in bare.of("up")[0]["hosts"]:
+        assert (host["components"], host["compiled"]) == (["transformer", "autoencoder"], [])
+
+    done = machine.up(path, "--warm", "32x32,32x48")
+    assert [(one["placement"], one["height"], one["width"]) for one in done.of("warmed")] == [
+        ("data", 32, 32),
+        ("data", 32, 48),
+    ]
+    assert {line["what"] for line in done.of("progress")} == {"text encoders"}
+    hosts = done.of("up")[0]["hosts"]
+    assert sorted("text encoders" in host["components"] for host in hosts) == [False, True]
+    sizes = {(one["height"], one["width"]) for host in hosts for one in host["compiled"]}
+    assert sizes == {(32, 32), (32, 48)}
+    assert {host["counters"]["images"] for host in hosts} == {0}  # nobody asked for these
+
+    asked = ("generate", "a red apple", "--model", machine.model, "--json", "-n", 2)
+    first = machine(*asked)
+    assert first.code == 0 and len(first.of("picture")) == 2, first.err
+    assert first.of("loading") == []
+    known = machine("status").out
+    assert known.count("bfloat16") == 2 and "nothing" not in known
+
+    alone = {one["height"] for host in machine.hosts() for one in host["compiled"]}
+    assert alone == {32}
+    asked = machine(*asked[:-2], "--image-size", "48x48")
+    assert asked.code == 0, asked.err
+    wait(machine.hosts, lambda host: {"placement": "data", "hosts": 1, "height": 48, "width": 48}
+         in host["compiled"])  # fmt: skip
+
+
+def test_sizes_that_no_picture_has_are_refused(machine: Machine) -> None:
+    for size in ("40x32", "0x32", "big", "32x32,"):
+        done = machine("up", "--model", machine.model, "--warm", size)
+        assert done.code == 2 and size.split(",")[-1] in done.err, done.err
+    both = machine("up", "--model", machine.model, "--warm", "32x32", "--no-warm")
+    assert both.code == 2 and "exclude each other" in both.err
+
+
+def test_engines_of_a_mesh_keep_their_kernels_and_one_for_a_call_does_not(
+    machine: Machine,
+) -> None:
+    (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
+    (folder,) = (machine.folder / "fluxmesh_state").glob("agent-*/kernels/*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if sys.platform == "linux":
+        told = Path(f"/proc/{host['engine_pid']}/environ").read_bytes().split(b"\0")
+        assert f"{VARIABLE}={folder}".encode() in told
+
+
+def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path: Path) -> None:
+    """One whose engine is killed twice is left out by its job, and loads beside it."""
+    with up(tmp_path, 3, dtype="bfloat16", delays="step=0.4") as mesh_up:
+        with mesh_up.connect() as mesh:
+            kills: list[int] = []
+            seen: list[tuple[int, bool, str]] = []
+
+            def hurt(event: Event) -> None:
+                if not isinstance(event, Step):
+                    return
+                if event.step in (2, 4) and len(kills) < event.step // 2:
+                    kills.append(mesh_up.pid("engine", 2))
+                    os.kill(kills[-1], signal.SIGKILL)
+                elif event.step > 6:
+                    status = mesh_up.status(mesh, 2)
+                    seen.append((event.step, status.holds is not None, status.job))
+
+            request = GenerateRequest("a red apple", seed=7, steps=30)
+            outcome = paint(mesh, request, "sequence", hurt)
+            assert outcome.error is None and len(kills) == 2
+            assert [plan.hosts for plan in outcome.planned] == [(0, 1, 2), (0, 1, 2), (0, 1)]
+            assert len(outcome.steps) == len(set(outcome.steps)) == 30
+            # Beside the job, which has the lease and goes on without it.
+            assert any(holds and job for _, holds, job in seen), seen
+        wait(lambda: hosts_of(mesh_up), is_whole)
+        done = mesh_up.fluxmesh("generate", "a red apple", "-n", 3, "--steps", 1, "--json")
+        events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
+        assert "picture" in events and "loading" not in events
+
+
+def test_what_dies_while_nobody_asks_is_there_again_soon(tmp_path: Path) -> None:
+    with up(tmp_path, 3, dtype="bfloat16") as mesh_up:
+        before = hosts_of(mesh_up)
+        assert all(map(is_whole, before))
+        os.kill(before[1]["engine_pid"], signal.SIGKILL)
+        wait(lambda: hosts_of(mesh_up)[1:2], lambda host: host["engine_pid"] is None)
+        table = mesh_up.fluxmesh("status").stdout.splitlines()
+        assert "bfloat16" in table[1] and "bfloat16" in table[3]
+        wait(lambda: hosts_of(mesh_up), is_whole)
+        after = hosts_of(mesh_up)
+        assert after[1]["engine_pid"] not in (None, before[1]["engine_pid"])
+        assert [host["pid"] for host in after] == [host["pid"] for host in before]
+
+
+def hosts_of(mesh_up: Up) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(mesh_up.fluxmesh("status", "--json").stdout)["hosts"]
+    return found
+
+
+def is_whole(host: dict[str, Any]) -> bool:
+    """Whether it holds what `up` had it hold, and nothing is under way."""
+    has_both = {"transformer", "autoencoder"} <= set(host["components"])
+    return bool(host["state"] == "ready" and host["holds"] and has_both)
+
+
+def wait(look: Callable[[], list[dict[str, Any]]], is_so: Callable[[dict[str, Any]], bool]) -> None:
+    """Until it is so of all hosts."""
+    end = time.monotonic() + min(SOON, LIMIT)
+    while not all(map(is_so, hosts := look())):
+        assert time.monotonic() < end, hosts
+        time.sleep(0.2)
