@@ -150,6 +150,8 @@ def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: Machine) -
     whole = machine("plan", "--json").of("plan")[0]
     winner = whole["options"][whole["winner"]]
     assert (winner["name"], winner["phases"][0]["layout"]) == ("tensor", "sharded")
+    assert [(one["placement"], one["hosts"]) for one in done.of("warmed")] == [("tensor", [0, 1])]
+    assert {one["hosts"] for host in hosts for one in host["compiled"]} == {2}
 
     timed = [one for host in hosts for one in host["measured"]]
     assert [(one["placement"], one["hosts"]) for one in timed] == [("tensor", 2)] * 2

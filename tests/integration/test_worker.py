@@ -17,7 +17,17 @@ from fluxmesh.engine.worker import Worker, from_wire, to_wire
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report
+from fluxmesh.wire.messages import (
+    Compiled,
+    Decode,
+    Encode,
+    EncodeSource,
+    Load,
+    Measure,
+    Paint,
+    Report,
+    Warm,
+)
 from tests.checkpoints import TRANSFORMER, make_checkpoint
 
 HEAD = (0, "job", 0)
@@ -390,3 +400,52 @@ def test_every_unit_ticks_while_it_finds_its_weights(weights: Weights) -> None:
         doing.clear()
         list(one.do(unit))
         assert doing == ["loading"] and one.quiet == "", unit
+
+
+def test_a_trial_picture_loads_and_compiles_and_counts_as_nothing(
+    worker: Worker, weights: Weights
+) -> None:
+    reports = list(worker.do(Warm(*HEAD, weights, 32, 48)))
+    assert {r.component for r in reports if isinstance(r, messages.Progress)} == {
+        "transformer",
+        "autoencoder",
+    }
+    assert isinstance(reports[-1], messages.Warmed) and reports[-1].seconds > 0
+    assert not any(isinstance(r, messages.Stepped | messages.Pictured) for r in reports)
+    assert worker.components == ("transformer", "autoencoder")
+    assert worker.compiled == (Compiled("data", 1, 32, 48),)
+    counters = worker.counters
+    assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
+    assert counters.busy_seconds > 0
+
+
+def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: Weights) -> None:
+    paint = painting(worker, weights)
+    alone = only(worker, paint, messages.Stepped)[-1].latents
+    other = Worker()
+    only(other, Warm(*HEAD, weights, 32, 48), messages.Warmed)
+    for report in other.do(painting(other, weights)):
+        if isinstance(report, messages.Stepped):
+            latents = report.latents
+    assert np.array_equal(alone, latents)
+    assert other.compiled == (Compiled("data", 1, 32, 48),)
+
+
+def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: Weights) -> None:
+    stops: list[bool] = []
+    stopped = Worker(Options(stopping=lambda: bool(stops)))
+    for component in ("transformer", "autoencoder"):
+        only(stopped, Load(*HEAD, weights, components=(component,)), messages.Loaded)
+    stops.append(True)
+    assert list(stopped.do(Warm(*HEAD, weights, 32, 48))) == []
+    assert stopped.compiled == () and stopped.counters.steps == 0
+
+
+def test_what_was_compiled_is_of_the_weights_at_hand_and_the_latest_ones(
+    worker: Worker, weights: Weights
+) -> None:
+    for side in (32, 48, 32):
+        only(worker, Warm(*HEAD, weights, side, 32), messages.Warmed)
+    assert [way.height for way in worker.compiled] == [48, 32]
+    only(worker, Warm(*HEAD, replace(weights, dtype="bfloat16"), 16, 16), messages.Warmed)
+    assert worker.compiled == (Compiled("data", 1, 16, 16),)

@@ -114,6 +114,7 @@ def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> 
 
 def leased_lives() -> dict[str, Lifecycle]:
     new, other, trains, alive = started(), started(), started(), started()
+    new.work(Load(1, "before", 0, WEIGHTS))
     new.kill(Kill(1, 5))
     new.lease()  # a job that has asked for nothing yet
     other.work(Load(1, "job", 0, Weights("dev")))
@@ -178,7 +179,9 @@ def test_sizes_wait_for_the_weights_and_for_the_end_of_every_lease() -> None:
     assert due(upkeep, started(*PARTS, holds=WHOLE), leased=True) is None
     other = Holding(Weights("dev"), 100)
     assert due(upkeep, started(*PARTS, holds=other)) is None
-    assert due(Upkeep(), started("transformer", holds=Holding(WEIGHTS, 50, 2, 0))) is None
+    upkeep.want(Keep(WEIGHTS, 2, 0, ("transformer",)))
+    part = Holding(WEIGHTS, 50, 2, 0)  # no picture is made alone with it
+    assert due(upkeep, started("transformer", holds=part)) is None
 
 
 def test_only_the_latest_sizes_are_remembered() -> None:
