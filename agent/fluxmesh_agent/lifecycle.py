@@ -240,6 +240,10 @@ class Lifecycle:
         self._pending.append(work)
         return [*done, Send(work)]
 
+    def renew(self, work: Load) -> list[Instruction]:
+        """The agent's own work, for an engine that takes the place of one that is in a ring."""
+        return [*self._end(), *self.upkeep(work)]
+
     def _make_way(self, work: Work | Join) -> list[Instruction]:
         """The agent's own work stops for `work`, unless that would have to do it again."""
         own = self.own

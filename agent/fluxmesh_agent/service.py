@@ -229,6 +229,9 @@ class Service:
             self.upkeep.want(message)
             write_private(self.home.keep, upkeep.to_json(message))
             return Done()
+        if isinstance(message, messages.LeaveRing):
+            self.upkeep.leave(self.lifecycle.ring[0])
+            return Done()
         if isinstance(message, messages.NoteSize):
             self.upkeep.note(message)
             return Done()
@@ -338,7 +341,9 @@ class Service:
             what = "compiles" if isinstance(work, messages.Warm) else "loads"
             log.info("nobody asks for the engine: it %s for %s", what, work.weights.model)
             try:
-                await self._carry_out(self.lifecycle.upkeep(work))
+                renews = isinstance(work, messages.Load) and self.upkeep.is_leaving(self.lifecycle)
+                does = self.lifecycle.renew if renews else self.lifecycle.upkeep
+                await self._carry_out(does(work))
             except FluxmeshError as error:  # the engine does not start
                 log.warning("%s", error)
 

@@ -37,6 +37,7 @@ class Upkeep:
         self._not_before = float("-inf")
         self._pause = AGAIN[0]
         self._tries: Load | Warm | None = None
+        self._leaves = ""  # the name of a ring that is of no more use
 
     # What is told
 
@@ -51,6 +52,10 @@ class Upkeep:
         if size in self._sizes:
             self._sizes.remove(size)
         self._sizes.append(size)
+
+    def leave(self, ring: str) -> None:
+        """The ring of this name was made of what a loss had left."""
+        self._leaves = ring
 
     def used(self, now: float) -> None:
         """A job had a use for the host, or its engine ended."""
@@ -73,6 +78,15 @@ class Upkeep:
         self._pause, self._not_before = AGAIN[0], float("-inf")
 
     # What follows
+
+    def is_leaving(self, life: Lifecycle) -> bool:
+        """Whether the engine is in a ring that is of no more use, and would load again what it has.
+
+        To leave a ring is to be another process.
+        """
+        keep, name = self.keep, life.ring[0]
+        is_ours = keep is not None and (life.holds is None or _is_kept(life.holds, keep))
+        return name != "" and name == self._leaves and is_ours
 
     def due(self, life: Lifecycle, *, leased: bool, now: float) -> Load | Warm | None:
         """What the engine shall do now; None where it is asked for, or nothing is missing."""
@@ -104,9 +118,8 @@ class Upkeep:
         keep = self.keep
         if keep is None or (life.holds is not None and not _is_kept(life.holds, keep)):
             return None
-        return self._load(
-            life, tuple(name for name in keep.components if name not in life.components)
-        )
+        has = () if self.is_leaving(life) else life.components
+        return self._load(life, tuple(name for name in keep.components if name not in has))
 
     def _load(self, life: Lifecycle, components: tuple[str, ...]) -> Load | None:
         keep = self.keep

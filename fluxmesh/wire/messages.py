@@ -131,6 +131,15 @@ class NoteSize(Message):
     width: int
 
 
+@dataclass(frozen=True)
+class LeaveRing(Message):
+    """The ring that the engine is in was made of what a loss had left of another.
+
+    The next job will want the whole one, whose engines are in no ring or in that one: so this one
+    makes place for a new one that loads again, once the host is idle. Answered by `Done`.
+    """
+
+
 def ring_name(nonce: bytes) -> str:
     """What `Status` calls a ring: who knows the name does not know the nonce."""
     return hashlib.sha256(nonce).hexdigest()[:16]

@@ -146,11 +146,13 @@ def up(
     dtype: str = "float32",
     delays: str = "",
     host: Callable[[int, int], dict[str, Any]] = lambda rank, port: local(port),
+    options: tuple[str, ...] = ("--no-warm",),  # trial pictures take time, and nobody paints here
     **env: str,
 ) -> Iterator[Up]:
     """`hosts` agents with `model` in memory; nothing of them is left at the end.
 
-    `host` gives a rank's line of the hostfile; `env` is for the user's environment.
+    `host` gives a rank's line of the hostfile, `options` are more of `up`'s; `env` is for the
+    user's environment.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ports = free_ports(hosts)
@@ -158,7 +160,7 @@ def up(
     path.write_text(json.dumps([host(rank, port) for rank, port in enumerate(ports)]))
     mesh = Up(folder, ports, environment(folder, delays) | env, model)
     try:
-        mesh.fluxmesh("up", path, "--model", model, "--dtype", dtype)
+        mesh.fluxmesh("up", path, "--model", model, "--dtype", dtype, *options)
         yield mesh
     finally:
         mesh.fluxmesh("down", check=False)

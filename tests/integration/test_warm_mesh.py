@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fluxmesh.events import Event, Step
-from fluxmesh.request import GenerateRequest
+from fluxmesh.events import Event, Loading, Step
 from fluxmesh_agent.kernels import VARIABLE
 from tests.faults.mesh import LIMIT, Up, paint, up
+from tests.faults.strike import make_model, request_of
 from tests.integration.test_mesh_commands import Machine, machine
 
 __all__ = ["machine"]  # a fixture
@@ -77,7 +77,8 @@ def test_engines_of_a_mesh_keep_their_kernels_and_one_for_a_call_does_not(
 
 def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path: Path) -> None:
     """One whose engine is killed twice is left out by its job, and loads beside it."""
-    with up(tmp_path, 3, dtype="bfloat16", delays="step=0.4") as mesh_up:
+    model = make_model(tmp_path / "model")
+    with up(tmp_path / "mesh", 3, model, delays="step=0.4") as mesh_up:
         with mesh_up.connect() as mesh:
             kills: list[int] = []
             seen: list[tuple[int, bool, str]] = []
@@ -92,27 +93,34 @@ def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path:
                     status = mesh_up.status(mesh, 2)
                     seen.append((event.step, status.holds is not None, status.job))
 
-            request = GenerateRequest("a red apple", seed=7, steps=30)
+            request = request_of(model, steps=24)
             outcome = paint(mesh, request, "sequence", hurt)
             assert outcome.error is None and len(kills) == 2
             assert [plan.hosts for plan in outcome.planned] == [(0, 1, 2), (0, 1, 2), (0, 1)]
-            assert len(outcome.steps) == len(set(outcome.steps)) == 30
+            assert len(outcome.steps) == len(set(outcome.steps)) == 24
             # Beside the job, which has the lease and goes on without it.
             assert any(holds and job for _, holds, job in seen), seen
-        wait(lambda: hosts_of(mesh_up), is_whole)
-        done = mesh_up.fluxmesh("generate", "a red apple", "-n", 3, "--steps", 1, "--json")
-        events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
-        assert "picture" in events and "loading" not in events
+        wait(lambda: hosts_of(mesh_up), lambda host: is_whole(host) and host["ring_size"] == 1)
+        with mesh_up.connect() as mesh:
+            loads: list[Event] = []
+
+            def look(event: Event) -> None:
+                loads.extend([event] if isinstance(event, Loading) else [])
+
+            request = request_of(model, steps=2)
+            outcome = paint(mesh, request, "sequence", look)
+            assert [plan.hosts for plan in outcome.planned] == [(0, 1, 2)]
+            assert outcome.error is None and loads == []
 
 
 def test_what_dies_while_nobody_asks_is_there_again_soon(tmp_path: Path) -> None:
-    with up(tmp_path, 3, dtype="bfloat16") as mesh_up:
+    with up(tmp_path / "mesh", 3, make_model(tmp_path / "model")) as mesh_up:
         before = hosts_of(mesh_up)
         assert all(map(is_whole, before))
         os.kill(before[1]["engine_pid"], signal.SIGKILL)
         wait(lambda: hosts_of(mesh_up)[1:2], lambda host: host["engine_pid"] is None)
         table = mesh_up.fluxmesh("status").stdout.splitlines()
-        assert "bfloat16" in table[1] and "bfloat16" in table[3]
+        assert "float32" in table[1] and "float32" in table[3]
         wait(lambda: hosts_of(mesh_up), is_whole)
         after = hosts_of(mesh_up)
         assert after[1]["engine_pid"] not in (None, before[1]["engine_pid"])

@@ -14,6 +14,7 @@ from fluxmesh.wire.messages import (
     Compiled,
     Counters,
     Device,
+    Join,
     Keep,
     Kill,
     Load,
@@ -21,7 +22,7 @@ from fluxmesh.wire.messages import (
     Warm,
 )
 from fluxmesh.wire.training_messages import CloseTraining
-from fluxmesh_agent.lifecycle import OWN, Lifecycle
+from fluxmesh_agent.lifecycle import OWN, KillEngine, Lifecycle, Send, StartEngine
 from fluxmesh_agent.upkeep import AGAIN, IDLE, LEFT_OUT, Upkeep, from_json, to_json
 
 WEIGHTS = Weights("tiny")
@@ -131,6 +132,37 @@ def test_nothing_is_loaded_beside_a_job_whose_memory_it_might_need(name: str) ->
     life = leased_lives()[name]
     assert due(Upkeep(KEEP), life, leased=True) is None
     assert due(Upkeep(KEEP), life) is not None
+
+
+def in_ring(nonce: bytes = b"n" * 32, holds: Holding | None = WHOLE) -> Lifecycle:
+    life = started(*PARTS, holds=holds)
+    life.join(Join(1, 3, 0, 2, nonce=nonce))
+    life.engine_said(Account(True, holds, Counters(), 0.0, PARTS))
+    return life
+
+
+def test_an_engine_leaves_a_ring_that_a_loss_had_left_and_loads_all_again() -> None:
+    upkeep, life = Upkeep(KEEP), in_ring()
+    assert due(upkeep, life) is None and not upkeep.is_leaving(life)
+    upkeep.leave(life.ring[0])
+    assert due(upkeep, life) == load(*PARTS, epoch=3) and upkeep.is_leaving(life)
+    assert life.renew(load(*PARTS, epoch=3)) == [
+        KillEngine(),
+        StartEngine(),
+        Send(load(*PARTS, epoch=3)),
+    ]
+    assert (life.ring, life.holds) == (("", 0, 1), None) and not upkeep.is_leaving(life)
+
+
+def test_a_ring_that_another_job_formed_since_is_not_left() -> None:
+    upkeep = Upkeep(KEEP)
+    upkeep.leave(in_ring().ring[0])
+    assert due(upkeep, in_ring(b"x" * 32)) is None
+    other = in_ring(holds=Holding(Weights("dev"), 100))
+    assert due(upkeep, other) is None and not upkeep.is_leaving(other)
+    nowhere = started(*PARTS, holds=WHOLE)
+    upkeep.leave("")
+    assert due(upkeep, nowhere) is None
 
 
 def test_what_fails_is_tried_again_later_and_ever_later() -> None:

@@ -14,14 +14,14 @@ import asyncio
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.errors import HostUnreachableError
-from fluxmesh.events import Event
+from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan
 from fluxmesh.planning.plan import plan as find_plan
@@ -151,12 +151,17 @@ class Mesh:
         """
         job, files = self._prepare(request, placement, force_shard, keep_warm)
         running = self.start(Session(job), files, wait)
+        plans: list[Planned] = []
         try:
-            yield from running.events()
+            for event in running.events():
+                if isinstance(event, Planned):
+                    plans.append(event)
+                yield event
         finally:
             running.stop()
         if self.keeps_warm:
             self._note_size(job)
+            self._leave_makeshift(plans)
 
     def train(
         self, request: TrainRequest, tell: Callable[[Any], None] = lambda _: None
@@ -256,6 +261,11 @@ class Mesh:
         fitting = [rank for rank in view.ranks if memory.needs((rank,), needed)[0].fits]
         if len(view.ranks) > 1 and not work.low_memory:
             self._run(self._driver.tell(dict.fromkeys(fitting, note)))
+
+    def _leave_makeshift(self, plans: Sequence[Planned]) -> None:
+        """A ring that was made of what a loss had left is of no use to the job that comes next."""
+        if plans and plans[0].hosts != plans[-1].hosts:
+            self._run(self._driver.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
 
     def _prepare(
         self,
