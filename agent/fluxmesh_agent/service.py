@@ -341,9 +341,10 @@ class Service:
             what = "compiles" if isinstance(work, messages.Warm) else "loads"
             log.info("nobody asks for the engine: it %s for %s", what, work.weights.model)
             try:
-                renews = isinstance(work, messages.Load) and self.upkeep.is_leaving(self.lifecycle)
-                does = self.lifecycle.renew if renews else self.lifecycle.upkeep
-                await self._carry_out(does(work))
+                if isinstance(work, messages.Load) and self.upkeep.is_leaving(self.lifecycle):
+                    await self._carry_out(self.lifecycle.renew(work))
+                else:
+                    await self._carry_out(self.lifecycle.upkeep(work))
             except FluxmeshError as error:  # the engine does not start
                 log.warning("%s", error)
 

@@ -157,3 +157,14 @@ def test_the_full_size_is_that_of_flux() -> None:
     shapes = file_shapes(tensors)
     assert shapes["transformer_blocks.18.attn.to_q.weight"] == (3072, 3072)
     assert shapes["norm_out.linear.weight"] == (6144, 3072)
+
+
+def test_warm_compares_the_first_request_after_up_with_the_next(tmp_path: Path) -> None:
+    options = ("--hosts", "1", "--placements", "data", "--requests", "2", "--steps", "1")
+    printed, results = run(tmp_path, "warm", *options, "--no-kill", "--size", "32x32")
+    up, first, second = results
+    assert [(one["placement"], one["height"]) for one in up["ready"]] == [("data", 32)]
+    assert (first["number"], second["number"]) == (1, 2)
+    assert first["loads"] == [] and first["how"] == "data" and first["ranks"] == [0]
+    ratio = f"{first['seconds'] / second['seconds']:.2f}"
+    assert f"| data | data on 1 | {first['seconds']:.2f} |" in printed and ratio in printed

@@ -13,6 +13,8 @@ from typing import Any
 
 from fluxmesh.events import Event, Loading, Step
 from fluxmesh_agent.kernels import VARIABLE
+from fluxmesh_coordinator.agents.launch import start_ephemeral
+from fluxmesh_coordinator.agents.status import survey
 from tests.faults.mesh import LIMIT, Up, paint, up
 from tests.faults.strike import make_model, request_of
 from tests.integration.test_mesh_commands import Machine, machine
@@ -73,12 +75,16 @@ def test_engines_of_a_mesh_keep_their_kernels_and_one_for_a_call_does_not(
     if sys.platform == "linux":
         told = Path(f"/proc/{host['engine_pid']}/environ").read_bytes().split(b"\0")
         assert f"{VARIABLE}={folder}".encode() in told
+    with start_ephemeral() as one:
+        found = survey(one.record, one.keys)
+        assert found.statuses[0].engine_pid is not None
+        assert not (Path(one.record.members[0].state) / "kernels").exists()
 
 
 def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path: Path) -> None:
     """One whose engine is killed twice is left out by its job, and loads beside it."""
     model = make_model(tmp_path / "model")
-    with up(tmp_path / "mesh", 3, model, delays="step=0.4") as mesh_up:
+    with up(tmp_path / "mesh", 3, model, delays="step=0.4", options=()) as mesh_up:
         with mesh_up.connect() as mesh:
             kills: list[int] = []
             seen: list[tuple[int, bool, str]] = []
@@ -93,7 +99,7 @@ def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path:
                     status = mesh_up.status(mesh, 2)
                     seen.append((event.step, status.holds is not None, status.job))
 
-            request = request_of(model, steps=24)
+            request = request_of(model, steps=24, n_images=1)
             outcome = paint(mesh, request, "sequence", hurt)
             assert outcome.error is None and len(kills) == 2
             assert [plan.hosts for plan in outcome.planned] == [(0, 1, 2), (0, 1, 2), (0, 1)]
@@ -107,7 +113,7 @@ def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path:
             def look(event: Event) -> None:
                 loads.extend([event] if isinstance(event, Loading) else [])
 
-            request = request_of(model, steps=2)
+            request = request_of(model, steps=2, n_images=1)
             outcome = paint(mesh, request, "sequence", look)
             assert [plan.hosts for plan in outcome.planned] == [(0, 1, 2)]
             assert outcome.error is None and loads == []

@@ -17,6 +17,7 @@ from fluxmesh_coordinator.cli.options import (
     Adapter,
     ImageSize,
     Margins,
+    Resolutions,
     chosen,
     settings_options,
 )
@@ -171,3 +172,11 @@ def test_prompts_that_are_none_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(UsageError, match=sentence):
             read_prompts(prompt, file, None)
+
+
+def test_several_sizes_are_read_each_once_and_in_their_order() -> None:
+    sizes = Resolutions()
+    assert sizes.convert("512x768,1024,512X768", None, None) == ((512, 768), (1024, 1024))
+    for wrong in ("", "512x768,", "0x512", "500x512", "512x", "a,b"):
+        with pytest.raises(click.BadParameter):
+            sizes.convert(wrong, None, None)

@@ -1,0 +1,95 @@
+"""What a job leaves with the agents for the time after it, through `Mesh` and with fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmesh import events
+from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.wire import messages
+from fluxmesh_agent import upkeep
+from fluxmesh_coordinator.runtime.mesh import Mesh
+from tests.fakes import FakeMesh
+from tests.unit.meshes import ask
+
+KEEP = messages.Keep(Weights("tiny"), 1, 0, ("transformer", "autoencoder"))
+REQUEST = ask(model="tiny", height=32, width=48, steps=20, n_images=1)
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "IDLE", 0.2)
+
+
+@contextmanager
+def mesh_of(folder: Path, hosts: int) -> Iterator[tuple[Mesh, FakeMesh]]:
+    """A mesh whose agents know what to hold; they run in its own loop."""
+    fake = FakeMesh(folder, hosts)
+
+    def dialer() -> Any:
+        for rank in range(hosts):
+            fake.start(rank)
+        return fake.network.dialer()
+
+    with Mesh(fake.record, dialer) as mesh:
+        try:
+            mesh._run(mesh._driver.tell(dict.fromkeys(range(hosts), KEEP)))
+            yield mesh, fake
+        finally:
+            asyncio.run_coroutine_threadsafe(fake.__aexit__(), mesh._loop).result()
+
+
+def wait(mesh: Mesh, is_so: Callable[[messages.Status], bool]) -> None:
+    """Until it is so of every host."""
+    end = time.monotonic() + 20.0
+    while not all(isinstance(s, messages.Status) and is_so(s) for s in mesh.status().values()):
+        assert time.monotonic() < end, mesh.status()
+        time.sleep(0.05)
+
+
+def test_hosts_that_did_not_make_a_picture_get_ready_for_its_size(tmp_path: Path) -> None:
+    with mesh_of(tmp_path, 2) as (mesh, _):
+        wait(mesh, lambda status: status.holds is not None)
+        told = list(mesh.generate(REQUEST, "data"))
+        assert any(isinstance(event, events.Picture) for event in told)
+        way = messages.Compiled("data", 1, 32, 48)
+        wait(mesh, lambda status: way in status.compiled)
+
+
+def test_a_mesh_that_ends_with_the_program_is_told_nothing(tmp_path: Path) -> None:
+    with mesh_of(tmp_path, 2) as (mesh, _):
+        mesh.keeps_warm = False
+        list(mesh.generate(REQUEST, "data"))
+        time.sleep(1.0)
+        told = mesh.status().values()
+        assert [one.compiled for one in told if isinstance(one, messages.Status)] == [(), ()]
+
+
+@pytest.mark.parametrize("deaths", [0, 2])
+def test_a_ring_is_left_where_it_was_made_of_what_a_loss_had_left(
+    tmp_path: Path, deaths: int
+) -> None:
+    """Of two deaths host 2 is to blame, and the job goes on without it."""
+    with mesh_of(tmp_path, 3) as (mesh, fake):
+        left, plans = deaths, []
+        for event in mesh.generate(REQUEST, "sequence"):
+            if isinstance(event, events.Planned):
+                plans.append(event.hosts)
+            if isinstance(event, events.Step) and left and event.step % 5 == 0:
+                left -= 1
+                mesh._loop.call_soon_threadsafe(fake.engine(2).die)
+        if deaths:
+            assert plans[0] == (0, 1, 2) and plans[-1] == (0, 1)
+            wait(mesh, lambda status: status.ring_size == 1 and status.holds is not None)
+        else:
+            assert plans == [(0, 1, 2)]
+            time.sleep(1.0)
+            wait(mesh, lambda status: status.ring_size == 3 and status.holds is not None)
+            assert [fake.engine(rank).starts for rank in range(3)] == [1, 1, 1]
