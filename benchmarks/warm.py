@@ -2,8 +2,8 @@
 
     python -m benchmarks.warm --hosts 4 --backend nccl       # 4 GPUs, 34 GB of disk or memory
     python -m benchmarks.warm --hosts 4 --backend nccl --no-warm   # the same, with weights alone
-    python -m benchmarks.warm --hosts 3 --model tiny         # with a model that you have
-    python -m benchmarks.warm --hosts 2 --small              # tiny models, to try this program
+    python -m benchmarks.warm --hosts 4 --model schnell      # with a model that you have
+    python -m benchmarks.warm --hosts 3 --small              # with `tiny`, to try this program
 
 FLUX.1-dev at full size with random weights, on agents of this machine, all through the command
 line. For each placement a mesh is brought up anew, and requests with a prompt of their own follow
@@ -34,7 +34,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.folders import scratch, write_models
 from benchmarks.harness import ROOT, Result, say
-from benchmarks.sizes import FULL, SMALL
+from benchmarks.sizes import FULL
 from fluxmesh.errors import FluxmeshError
 
 PLACEMENTS = ("chosen", "data", "sequence", "tensor")  # "chosen" is whichever the plan prefers
@@ -63,9 +63,10 @@ def main() -> None:
     parser.add_argument(
         "--after", type=float, default=60.0, help="seconds until the hosts are told"
     )
-    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
+    parser.add_argument("--small", action="store_true", help="`tiny`, to try this program")
     parser.add_argument("--json", type=Path, help="write everything measured into this file")
     options = parser.parse_args()
+    options.model = options.model or ("tiny" if options.small else None)
     say(f"{harness.machine()}\n")
     folder = Path(tempfile.mkdtemp(prefix="fluxmesh-warm-", dir=options.folder))
     results: list[Result] = []
@@ -77,7 +78,7 @@ def main() -> None:
 
     try:
         if options.model is None:
-            written = write_models(folder, SMALL if options.small else FULL)
+            written = write_models(folder, FULL)
             say(f"wrote {written / 1e9:.1f} GB")
         mesh = LocalMesh(folder, options)
         for placement in options.placements:

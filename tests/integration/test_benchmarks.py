@@ -159,9 +159,11 @@ def test_the_full_size_is_that_of_flux() -> None:
     assert shapes["norm_out.linear.weight"] == (6144, 3072)
 
 
-def test_warm_compares_the_first_request_after_up_with_the_next(tmp_path: Path) -> None:
+def test_warm_compares_the_first_request_after_up_with_the_next(
+    tmp_path: Path, checkpoint: Path
+) -> None:
     options = ("--hosts", "1", "--placements", "data", "--requests", "2", "--steps", "1")
-    printed, results = run(tmp_path, "warm", *options, "--no-kill", "--size", "32x32")
+    printed, results = run(tmp_path, "warm", *options, "--no-kill", "--model", str(checkpoint))
     up, first, second = results
     assert [(one["placement"], one["height"]) for one in up["ready"]] == [("data", 32)]
     assert (first["number"], second["number"]) == (1, 2)
