@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--no-kill", action="store_true", help="leave the second part out")
     parser.add_argument("--kill-by", choices=PLACEMENTS[1:], default="sequence")
     parser.add_argument("--kill-steps", type=int, default=120, help="of the job that is hurt")
-    parser.add_argument("--kills", type=int, default=1, help="of the same host's engine")
+    parser.add_argument("--kills", type=int, default=1, help="one after another")
     parser.add_argument(
         "--after", type=float, default=60.0, help="seconds until the hosts are told"
     )
@@ -202,6 +202,11 @@ class Job:
         for line in self.process.stdout:
             self.events.append(json.loads(line))
 
+    def last_of_ring(self) -> int:
+        """The host whose rank is the last one in the plan that is followed now."""
+        plans: list[list[int]] = [e["hosts"] for e in list(self.events) if e["event"] == "planned"]
+        return plans[-1][-1]
+
     def step(self) -> int:
         """The last one that was acknowledged."""
         return max((e["step"] for e in list(self.events) if e["event"] == "step"), default=0)
@@ -210,7 +215,6 @@ class Job:
 def measure_loss(mesh: LocalMesh, tell: Callable[[Result], None]) -> None:
     """SIGKILL of an engine in a job; what the hosts hold, until they hold all and some time on."""
     options = mesh.options
-    victim = options.hosts - 1
     command = [sys.executable, "-m", "fluxmesh_coordinator"]
     with subprocess.Popen(
         [*command, *mesh.request(options.kill_by, options.kill_steps)],
@@ -229,6 +233,7 @@ def measure_loss(mesh: LocalMesh, tell: Callable[[Result], None]) -> None:
                     tell({"what": "loss", "skipped": f"the job ended at step {job.step()}"})
                     return
                 time.sleep(0.02)
+            victim = job.last_of_ring()
             os.kill(mesh.hosts()[victim]["engine_pid"], signal.SIGKILL)
             struck = time.perf_counter()
             tell({"what": "kill", "host": victim, "step": job.step()})
