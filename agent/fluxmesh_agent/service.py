@@ -22,10 +22,8 @@ from fluxmesh.cluster.snapshot import Measured
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.machine.clock import RunningClock
-from fluxmesh.storage.homes import AgentHome
-from fluxmesh.version import __version__
-from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.storage.homes import AgentHome, read_private, write_private
+from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener

@@ -25,9 +25,8 @@ from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import AsyncChannel, pair
-from fluxmesh_agent.threads import in_thread
-from fluxmesh.wire.transport.stream import AsyncChannel
 from fluxmesh_agent import kernels
+from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
-from fluxmesh.sampling.latents import PATCH, initial_noise
+from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report, Warm
 
