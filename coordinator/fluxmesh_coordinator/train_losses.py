@@ -119,17 +119,20 @@ class Losses:
             if not course.hands:
                 self.end(failures.error_of(kind, f"{hand.worker.info.name}: {text}"))
 
-    def gone(self, rank: int, reason: str, now: float) -> None:
-        """A host is out of reach."""
+    def gone(self, rank: int, reason: str, now: float, *, counts: bool = True) -> None:
+        """A host is out of reach; `counts` where that is a failure of its own."""
         course, hand = self.course, self.course.hands.pop(rank, None)
         if hand is None or course.is_ending:
             return
         self.tell(HostLost(rank, hand.worker.info.name, reason))
-        if hand.worker.killed is None:  # else it hung, and that was counted
+        if counts and hand.worker.killed is None:  # else it hung, and that was counted
             self._blame.failed(rank, now)
         course.give_back(rank)
         if course.ring is not None and rank in course.ring.ranks:
-            self._broken(reason, now)
+            if counts:
+                self._broken(reason, now)
+            else:
+                self.part(now)
 
     def part(self, now: float) -> None:
         """Ends the ring: all its engines, and with them what they hold."""

@@ -98,7 +98,7 @@ class TrainSession:
             case Reported():
                 self._reported(event)
             case Gone():
-                self._losses.gone(event.rank, event.reason, now)
+                self._losses.gone(event.rank, event.reason, now, counts=event.counts)
             case Back():
                 if self._losses.takes(event.host.rank) and event.host.rank not in self.course.hands:
                     self.course.hands[event.host.rank] = self._hand(event.host)

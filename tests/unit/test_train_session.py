@@ -18,6 +18,7 @@ from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator import train_hands, train_jobs
 from fluxmesh_coordinator.jobs import (
     Back,
+    Gone,
     Links,
     Reported,
 )
@@ -436,3 +437,22 @@ def test_deaths_of_a_host_that_lie_far_apart_are_forgiven(apart: float, stays: b
             sim.kill(1)
         assert sim.ask(train_jobs.Advance(update)).loss == 1 / (update + 1)
     assert (1 in sim.session.course.hands) == stays
+
+
+@pytest.mark.parametrize("sleeps", [2, 6])
+def test_a_coordinator_that_stood_still_blames_no_host(sleeps: int) -> None:
+    """It wakes, and every host has given it up: neither they nor their ring have failed."""
+    sim = Simulation(2, iterations=64).opened()
+    sim.ask(train_jobs.Advance(0))
+    for fence in range(2, 2 + sleeps):
+        for rank in list(sim.machines):
+            del sim.machines[rank]
+            sim.feed(Gone(rank, "It is silent.", counts=False))
+        assert not sim.session.has_given_up([0]) and not sim.session.has_given_up([1])
+        for rank in range(2):
+            sim.machines[rank] = sim.machine(rank, fence)
+        leased = [machine.leased for machine in sim.machines.values()]
+        sim._do(sim.session.begin(leased, Links(), sim.now))
+        sim.turn()
+    assert sim.ask(train_jobs.Advance(1)).loss == 1 / 2
+    assert list(sim.of(Dealt)[-1].shares) == [0, 1]
