@@ -28,10 +28,11 @@ from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import AgentHome, Home
 from fluxmesh.storage.keys import load_keys
 from fluxmesh.wire.messages import Status
-from fluxmesh_coordinator import conduct, course
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.status import host_info
+from fluxmesh_coordinator.jobs.generation import state as course
 from fluxmesh_coordinator.runtime import agent_pool
+from fluxmesh_coordinator.runtime import job_runner as conduct
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.paths import python_path
 from tests.processes import commands_of

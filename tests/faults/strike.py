@@ -28,7 +28,7 @@ from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.album import Album
+from fluxmesh_coordinator.jobs.generation.images import Album
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.checkpoints import make_checkpoint
 from tests.faults.mesh import LIMIT, Outcome, Up, paint

@@ -27,10 +27,10 @@ from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
-from fluxmesh_coordinator import conduct
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.runtime import agent_pool
 from tests.paths import python_path
+from fluxmesh_coordinator.runtime import job_runner as conduct
 
 PATIENCE = 60.0  # seconds that a test waits for anything
 

@@ -15,7 +15,7 @@ from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
-from fluxmesh_coordinator.album import Album
+from fluxmesh_coordinator.jobs.generation.images import Album
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.test_mesh import counters, pictures, record_of

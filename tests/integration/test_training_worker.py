@@ -21,8 +21,8 @@ from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import Report
+from fluxmesh_coordinator.jobs.training.tasks import Names, TrainJob
 from fluxmesh_coordinator.runtime.mesh_executor import job_of
-from fluxmesh_coordinator.train_jobs import Names, TrainJob
 from tests.trainings import asked, learner, make_place
 
 HEAD = (0, "job", 0)

@@ -11,7 +11,8 @@ from fluxmesh import events
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.jobs import (
+from fluxmesh_coordinator.jobs.generation.session import Session
+from fluxmesh_coordinator.jobs.types import (
     Answered,
     Finished,
     Gone,
@@ -25,7 +26,6 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.session import Session
 from tests.fakes import FakeEngine
 from tests.unit.meshes import ask, full, mac, small
 

@@ -10,6 +10,8 @@ from fluxmesh import events
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.jobs import Gone
+from fluxmesh_coordinator.jobs.types import Gone
+from fluxmesh_coordinator.runtime.clock import OwnClock
 from tests.unit.simulation import Simulation
 
 

@@ -23,16 +23,17 @@ from fluxmesh.errors import (
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
 from fluxmesh_agent.adapter_store import Adapters
-from fluxmesh_coordinator import conduct, hosts
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.agents.mesh_file import Member
-from fluxmesh_coordinator.conduct import Conductor
-from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.jobs import host as hosts
+from fluxmesh_coordinator.jobs.generation.session import Session
+from fluxmesh_coordinator.jobs.types import Job
 from fluxmesh_coordinator.runtime import adapter_upload
+from fluxmesh_coordinator.runtime import job_runner as conduct
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
 from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.job_runner import Conductor
 from fluxmesh_coordinator.runtime.mesh import Mesh
-from fluxmesh_coordinator.session import Session
 from tests.broken_transport import BrokenDialer, Faults
 from tests.fakes import FakeMesh, FakeSupervisor, expected
 from tests.unit.meshes import FLUX, ask, mac, small

@@ -12,7 +12,7 @@ from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import survey, user_keys
 from fluxmesh_coordinator.deploy import reach
 from fluxmesh_coordinator.deploy.checks import SKEW, Finding
-from fluxmesh_coordinator.sameness import difference
+from fluxmesh_coordinator.jobs.model_check import difference
 
 
 def keys_of_this_user() -> Finding:

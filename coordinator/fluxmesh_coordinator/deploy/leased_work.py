@@ -19,9 +19,9 @@ from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.failures import error_of
-from fluxmesh_coordinator.hosts import START, Worker
-from fluxmesh_coordinator.jobs import LeasedHost
-from fluxmesh_coordinator.rings import Orders, Ring
+from fluxmesh_coordinator.jobs.host import START, Worker
+from fluxmesh_coordinator.jobs.ring import Orders, Ring
+from fluxmesh_coordinator.jobs.types import LeasedHost
 
 # What ends a unit of work that is given out here.
 LAST = (messages.Loaded, messages.Timed, messages.Encoded, messages.Warmed)

@@ -24,6 +24,7 @@ from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.jobs import Links
+from fluxmesh_coordinator.jobs.types import Links
 
 log = logging.getLogger(__name__)
 

@@ -35,12 +35,12 @@ from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, load, save
 from fluxmesh_coordinator.agents.status import user_keys
-from fluxmesh_coordinator.conduct import Conductor, Served
 from fluxmesh_coordinator.deploy import what_if
-from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.jobs.generation.session import Session
+from fluxmesh_coordinator.jobs.types import Job
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
-from fluxmesh_coordinator.session import Session
+from fluxmesh_coordinator.runtime.job_runner import Conductor, Served
 
 T = TypeVar("T")
 

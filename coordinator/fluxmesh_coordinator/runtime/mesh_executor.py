@@ -27,9 +27,9 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Moved, Run, read_examples
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
-from fluxmesh_coordinator import train_jobs
-from fluxmesh_coordinator.train_jobs import TrainJob, UnitEncoded, Wanted
-from fluxmesh_coordinator.train_session import TrainSession
+from fluxmesh_coordinator.jobs.training import tasks as train_jobs
+from fluxmesh_coordinator.jobs.training.session import TrainSession
+from fluxmesh_coordinator.jobs.training.tasks import TrainJob, UnitEncoded, Wanted
 
 if TYPE_CHECKING:
     from fluxmesh_coordinator.runtime.mesh import Mesh

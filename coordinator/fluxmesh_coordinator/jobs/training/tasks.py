@@ -20,7 +20,7 @@ from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_nam
 from fluxmesh.training.plan import NO_CAPTION, Plan
 from fluxmesh.training.run import Moved
 from fluxmesh.wire.training_messages import PutFeatures
-from fluxmesh_coordinator.jobs import Links, Result
+from fluxmesh_coordinator.jobs.types import Links, Result
 
 Vectors = Mapping[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]

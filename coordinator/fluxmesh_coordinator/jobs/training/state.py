@@ -13,13 +13,13 @@ import numpy as np
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.training.data.encode_units import Unit
 from fluxmesh.training.run import Moved
-from fluxmesh_coordinator import train_jobs
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import Links
-from fluxmesh_coordinator.rings import Ring
-from fluxmesh_coordinator.sameness import Contents
-from fluxmesh_coordinator.train_hands import Hand
-from fluxmesh_coordinator.train_jobs import Choice, Names, TrainJob, Vectors, Wanted
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.model_check import Contents
+from fluxmesh_coordinator.jobs.ring import Ring
+from fluxmesh_coordinator.jobs.training import tasks as train_jobs
+from fluxmesh_coordinator.jobs.training.host import Hand
+from fluxmesh_coordinator.jobs.training.tasks import Choice, Names, TrainJob, Vectors, Wanted
+from fluxmesh_coordinator.jobs.types import Links
 
 
 class TrainCourse:

@@ -14,8 +14,8 @@ from fluxmesh import events
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import Answered, Back, Gone, Reported, Stop
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.types import Answered, Back, Gone, Reported, Stop
 from tests.fakes import FakeEngine, expected
 from tests.unit.simulation import SIZES, Simulation
 

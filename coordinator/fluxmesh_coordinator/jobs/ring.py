@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
-from fluxmesh_coordinator.hosts import Worker
+from fluxmesh_coordinator.jobs.host import Worker
 
 Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)
 

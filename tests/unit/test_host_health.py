@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxmesh_coordinator.blame import APART, ENOUGH, Blame
+from fluxmesh_coordinator.jobs.health import APART, ENOUGH, Blame
 
 
 def failing(*times: float) -> Blame:

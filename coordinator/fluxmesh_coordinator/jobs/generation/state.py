@@ -15,11 +15,11 @@ from fluxmesh.cluster.snapshot import Holding, HostInfo, MeshView
 from fluxmesh.planning.plan import Option, Phase, Plan, plan
 from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.album import Album
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import Job, Links
-from fluxmesh_coordinator.rings import Ring
-from fluxmesh_coordinator.sameness import Contents
+from fluxmesh_coordinator.jobs.generation.images import Album
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.model_check import Contents
+from fluxmesh_coordinator.jobs.ring import Ring
+from fluxmesh_coordinator.jobs.types import Job, Links
 
 Send = Callable[[Worker, messages.Changing], None]
 

@@ -8,8 +8,8 @@ import pytest
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import LeasedHost
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.types import LeasedHost
 from tests.unit.meshes import mac
 
 COMMON = (1, "job", 0, Weights("dev"))

@@ -15,10 +15,10 @@ from fluxmesh.training.events import Dealt
 from fluxmesh.training.micro_batches import deal
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator import train_jobs
-from fluxmesh_coordinator.rings import Ring
-from fluxmesh_coordinator.train_course import TrainCourse
-from fluxmesh_coordinator.train_hands import Send
+from fluxmesh_coordinator.jobs.ring import Ring
+from fluxmesh_coordinator.jobs.training import tasks as train_jobs
+from fluxmesh_coordinator.jobs.training.host import Send
+from fluxmesh_coordinator.jobs.training.state import TrainCourse
 
 AHEAD = 2  # units of encoding in a host's line: one that it is at, and one that comes next
 UNEQUAL = 1.3  # times as fast, from where on a host is dealt more

@@ -13,9 +13,9 @@ import numpy as np
 
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import LeasedHost
-from fluxmesh_coordinator.train_jobs import Names, Opening, TrainJob, Vectors
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainJob, Vectors
+from fluxmesh_coordinator.jobs.types import LeasedHost
 
 WINDOW = 16 << 20  # bytes on their way to a host that it has not answered yet
 PIECE = 1 << 20  # numbers of a vector in a message

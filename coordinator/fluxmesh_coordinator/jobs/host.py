@@ -37,7 +37,7 @@ from fluxmesh.wire.training_messages import (
     Update,
     Validate,
 )
-from fluxmesh_coordinator.jobs import LeasedHost
+from fluxmesh_coordinator.jobs.types import LeasedHost
 
 SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
 SLACK = 4.0  # times what a step took before

@@ -17,6 +17,10 @@ from fluxmesh_coordinator.blame import ENOUGH, Blame
 from fluxmesh_coordinator.hosts import SILENCE
 from fluxmesh_coordinator.train_course import TrainCourse
 from fluxmesh_coordinator.train_hands import Hand
+from fluxmesh_coordinator.jobs.health import Blame
+from fluxmesh_coordinator.jobs.host import SILENCE
+from fluxmesh_coordinator.jobs.training.host import Hand
+from fluxmesh_coordinator.jobs.training.state import TrainCourse
 
 MAX_ATTEMPTS = 5  # rings that fail one after another without an update in between
 FIRST = 300.0  # seconds in which a new ring's first micro-batch is done

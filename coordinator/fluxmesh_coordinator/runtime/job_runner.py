@@ -25,8 +25,7 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.status import host_info
-from fluxmesh_coordinator.clock import OwnClock
-from fluxmesh_coordinator.jobs import (
+from fluxmesh_coordinator.jobs.types import (
     Answered,
     Back,
     Finished,
@@ -43,6 +42,7 @@ from fluxmesh_coordinator.jobs import (
 )
 from fluxmesh_coordinator.runtime import adapter_upload
 from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.clock import OwnClock
 
 TICK = 0.25  # seconds
 ANSWER = 15.0  # seconds in which an agent answers whatever it is asked

@@ -19,8 +19,10 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator import train_jobs
-from fluxmesh_coordinator.jobs import (
+from fluxmesh_coordinator.jobs.training import tasks as train_jobs
+from fluxmesh_coordinator.jobs.training.session import TrainSession
+from fluxmesh_coordinator.jobs.training.tasks import TrainJob, Wanted
+from fluxmesh_coordinator.jobs.types import (
     Answered,
     Finished,
     Gone,
@@ -32,8 +34,6 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.train_jobs import TrainJob, Wanted
-from fluxmesh_coordinator.train_session import TrainSession
 from tests.unit.meshes import GB, mac
 
 SIZE = 100  # numbers that are trained

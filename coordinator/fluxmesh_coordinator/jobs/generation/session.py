@@ -20,10 +20,11 @@ from fluxmesh.images import composite
 from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
-from fluxmesh_coordinator.course import Course
-from fluxmesh_coordinator.dispatch import Dispatch
-from fluxmesh_coordinator.hosts import SILENCE, Worker
-from fluxmesh_coordinator.jobs import (
+from fluxmesh_coordinator.jobs.generation.dispatch import Dispatch
+from fluxmesh_coordinator.jobs.generation.state import Course
+from fluxmesh_coordinator.jobs.host import SILENCE, Worker
+from fluxmesh_coordinator.jobs.recovery import Recovery
+from fluxmesh_coordinator.jobs.types import (
     Answered,
     Back,
     Finished,
@@ -40,7 +41,6 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.recovery import Recovery
 
 
 class Session:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from fluxmesh.planning.plan import Phase
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.album import Group, Image
-from fluxmesh_coordinator.course import Course, Send
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.rings import Ring
+from fluxmesh_coordinator.jobs.generation.images import Group, Image
+from fluxmesh_coordinator.jobs.generation.state import Course, Send
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.ring import Ring
 
 
 class Dispatch:

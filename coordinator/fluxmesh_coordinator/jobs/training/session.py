@@ -23,9 +23,15 @@ from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.run import Moved
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator import failures, train_jobs
-from fluxmesh_coordinator.hosts import Worker
-from fluxmesh_coordinator.jobs import (
+from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.training import tasks as train_jobs
+from fluxmesh_coordinator.jobs.training.dispatch import TrainDispatch
+from fluxmesh_coordinator.jobs.training.host import Hand
+from fluxmesh_coordinator.jobs.training.losses import Losses
+from fluxmesh_coordinator.jobs.training.state import TrainCourse
+from fluxmesh_coordinator.jobs.training.tasks import Choice, TrainJob, UnitEncoded, Wanted
+from fluxmesh_coordinator.jobs.types import (
     Answered,
     Back,
     Finished,
@@ -42,11 +48,6 @@ from fluxmesh_coordinator.jobs import (
     Tell,
     Tick,
 )
-from fluxmesh_coordinator.train_course import TrainCourse
-from fluxmesh_coordinator.train_dispatch import TrainDispatch
-from fluxmesh_coordinator.train_hands import Hand
-from fluxmesh_coordinator.train_jobs import Choice, TrainJob, UnitEncoded, Wanted
-from fluxmesh_coordinator.train_losses import Losses
 
 
 class TrainSession:

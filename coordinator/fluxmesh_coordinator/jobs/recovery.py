@@ -14,9 +14,9 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Event, HostLost
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
-from fluxmesh_coordinator.blame import Blame
-from fluxmesh_coordinator.course import Course, Send
-from fluxmesh_coordinator.hosts import Worker
+from fluxmesh_coordinator.jobs.generation.state import Course, Send
+from fluxmesh_coordinator.jobs.health import Blame
+from fluxmesh_coordinator.jobs.host import Worker
 
 MAX_ATTEMPTS = 5  # rings that fail one after another without a step in between
 

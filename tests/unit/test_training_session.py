@@ -15,16 +15,17 @@ from fluxmesh.training.data.encode_units import Caption, Crop
 from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator import train_hands, train_jobs
-from fluxmesh_coordinator.jobs import (
+from fluxmesh_coordinator.jobs.training import host as train_hands
+from fluxmesh_coordinator.jobs.training import tasks as train_jobs
+from fluxmesh_coordinator.jobs.training.tasks import UnitEncoded, Wanted
+from fluxmesh_coordinator.jobs.types import (
     Back,
     Gone,
     Links,
     Reported,
 )
-from fluxmesh_coordinator.train_jobs import UnitEncoded, Wanted
 from tests.unit.meshes import GB, mac
-from tests.unit.train_simulation import LOSSES, SIZE, Simulation, job, once, train
+from tests.unit.simulated_jobs import LOSSES, SIZE, Simulation, job, once, train
 
 # --- without harm --------------------------------------------------------------------------------
 
