@@ -1,4 +1,4 @@
-"""Engines and agents that count instead of painting: for tests of whoever gives them work.
+"""Engines and agents that count instead of computing: for tests of whoever gives them work.
 
 `FakeEngine` is pure: a unit of work goes in, the reports of a real engine come out, and the
 latents after a step depend on what they were before it and on nothing else, so that a picture
@@ -28,8 +28,10 @@ from fluxmesh.wire.transport.inproc import Network
 from fluxmesh_agent.service import Service
 from fluxmesh_agent.supervisor import EngineOptions
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from tests.fake_training import FakeTraining
 
 GB = 10**9
+_TEXT = ((1, 4, 8), (1, 8))  # shapes of a prompt's features, which hold its length
 
 
 def one_step(latents: np.ndarray, step: int) -> np.ndarray:
@@ -83,6 +85,7 @@ class FakeEngine:
         self.content = "same"  # of the files that it reads
         self.components: tuple[str, ...] = ()
         self.compiled: tuple[messages.Compiled, ...] = ()
+        self.training = FakeTraining()
 
     def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
@@ -100,7 +103,7 @@ class FakeEngine:
             case messages.Encode():
                 self._count(encodes=1)
                 self._has("text encoders")
-                t5, clip = np.zeros((1, 4, 8), np.uint16), np.zeros((1, 8), np.uint16)
+                t5, clip = (np.full(size, len(unit.prompt), np.uint16) for size in _TEXT)
                 yield messages.Encoded(unit.job, unit.epoch, 0.1, False, 3, self.content, t5, clip)
             case messages.EncodeSource():
                 yield messages.SourceEncoded(unit.job, unit.epoch, np.zeros((1, 4, 16), np.float32))
@@ -123,6 +126,8 @@ class FakeEngine:
                     latents = unit.latents[place : place + 1]
                     pixels = developed(latents, unit.height, unit.width)
                     yield messages.Pictured(unit.job, unit.epoch, image, 0.1, 5, pixels)
+            case _:
+                yield from self.training.work(unit, self.content)
 
     def _paint(self, unit: messages.Paint) -> Iterator[messages.Report]:
         latents = unit.latents

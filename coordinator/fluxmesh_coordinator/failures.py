@@ -21,7 +21,8 @@ REFUSALS = {
     "network": "LocalNetworkError",
 }
 LATE = PEER_LATE  # nobody's fault; a ring of the same hosts would end so again
-DIED = "Died"  # an engine's end, for which its own host is to blame even in a ring
+# How the engines of a ring end when one of them does: in a ring no host is to blame for it.
+OF_RING = {"Raised", LATE}
 
 
 def error_of(kind: str, text: str) -> errors.FluxmeshError:

@@ -30,9 +30,8 @@ from fluxmesh.storage.keys import load_keys
 from fluxmesh.wire.messages import Status
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.status import host_info
-from fluxmesh_coordinator.jobs.generation import state as course
-from fluxmesh_coordinator.runtime import agent_pool
-from fluxmesh_coordinator.runtime import job_runner as conduct
+from fluxmesh_coordinator.jobs.generation import state as generation_state
+from fluxmesh_coordinator.runtime import agent_pool, job_runner
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.paths import python_path
 from tests.processes import commands_of
@@ -197,8 +196,8 @@ def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any
     error = None
     try:
         with (
-            mock.patch.object(course, "plan", _widest),
-            mock.patch.object(conduct, "host_info", _apart),
+            mock.patch.object(generation_state, "plan", _widest),
+            mock.patch.object(job_runner, "host_info", _apart),
             mock.patch.object(agent_pool, "host_info", _apart),
         ):
             for event in mesh.generate(request, placement):

@@ -28,7 +28,7 @@ from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.jobs.generation.images import Album
+from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.checkpoints import make_checkpoint
 from tests.faults.mesh import LIMIT, Outcome, Up, paint
@@ -146,9 +146,9 @@ class Log:
 def watched() -> Iterator[Log]:
     """Looks on while coordinators of this process work."""
     log = Log()
-    acknowledge, post = Album.acknowledge, Client.post
+    acknowledge, post = ImageTable.acknowledge, Client.post
 
-    def acknowledged(self: Album, index: int, step: int, *rest: Any, **more: Any) -> bool:
+    def acknowledged(self: ImageTable, index: int, step: int, *rest: Any, **more: Any) -> bool:
         is_news = acknowledge(self, index, step, *rest, **more)
         if not is_news:
             log.twice.append(f"step {step} of image {index}")
@@ -163,7 +163,7 @@ def watched() -> Iterator[Log]:
         return await post(self, message)
 
     with (
-        mock.patch.object(Album, "acknowledge", acknowledged),
+        mock.patch.object(ImageTable, "acknowledge", acknowledged),
         mock.patch.object(Client, "post", posted),
     ):
         yield log

@@ -31,6 +31,7 @@ from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.runtime import agent_pool
 from tests.paths import python_path
 from fluxmesh_coordinator.runtime import job_runner as conduct
+from fluxmesh_coordinator.runtime import agent_pool, job_runner
 
 PATIENCE = 60.0  # seconds that a test waits for anything
 
@@ -209,7 +210,7 @@ def play(scene: Coroutine[Any, Any, T], seconds: float = 100.0) -> T:
 
 def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner takes the agents, which share two cores, for slow machines of their own."""
-    for module in (conduct, agent_pool):
+    for module in (agent_pool, job_runner):
 
         def apart(rank: int, told: messages.Status) -> HostInfo:
             info = host_info(rank, told)

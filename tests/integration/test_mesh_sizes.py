@@ -15,7 +15,7 @@ from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
-from fluxmesh_coordinator.jobs.generation.images import Album
+from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.test_mesh import counters, pictures, record_of
@@ -53,16 +53,16 @@ class Latents:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: dict[int, np.ndarray] = {}
-        acknowledge = Album.acknowledge
+        acknowledge = ImageTable.acknowledge
 
         def spy(
-            album: Album, index: int, step: int, latents: np.ndarray, *rest: Any, **more: Any
+            images: ImageTable, index: int, step: int, latents: np.ndarray, *rest: Any, **more: Any
         ) -> bool:
-            if step == album.steps:
+            if step == images.steps:
                 self.found[index] = np.array(latents)
-            return acknowledge(album, index, step, latents, *rest, **more)
+            return acknowledge(images, index, step, latents, *rest, **more)
 
-        monkeypatch.setattr(Album, "acknowledge", spy)
+        monkeypatch.setattr(ImageTable, "acknowledge", spy)
 
     def take(self) -> np.ndarray:
         taken = np.concatenate([self.found[k] for k in sorted(self.found)])

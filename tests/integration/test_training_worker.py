@@ -21,7 +21,7 @@ from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import Report
-from fluxmesh_coordinator.jobs.training.tasks import Names, TrainJob
+from fluxmesh_coordinator.jobs.training.tasks import Names, TrainingJob
 from fluxmesh_coordinator.runtime.mesh_executor import job_of
 from tests.trainings import asked, learner, make_place
 
@@ -34,7 +34,7 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job(place) -> TrainJob:
+def job(place) -> TrainingJob:
     """3 micro-batches an update, everything random on; its features are encoded."""
     request = asked(
         place,
@@ -61,7 +61,7 @@ def job(place) -> TrainJob:
 class Host:
     """A worker that is handed a run."""
 
-    def __init__(self, job: TrainJob, **options: Any) -> None:
+    def __init__(self, job: TrainingJob, **options: Any) -> None:
         self.job, self.names = job, Names(job)
         self.worker = TrainingWorker(Options(**options))
 

@@ -1,23 +1,28 @@
-"""A mesh in which time is a number: a session, and fake engines whose reports arrive in turn."""
+"""A mesh in which time is a number: a session, and fake engines whose reports arrive in turn.
+
+`simulated_jobs.py` stands on it: what is asked of the mesh, for a generation and for a training.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, Self, TypeVar
 
 from fluxmesh import events
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.jobs.generation.session import Session
+from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
     Answered,
+    Back,
     Finished,
     Gone,
     Input,
-    Job,
+    Instruction,
+    Leased,
     LeasedHost,
     Links,
     Reported,
@@ -27,9 +32,16 @@ from fluxmesh_coordinator.jobs.types import (
     Tick,
 )
 from tests.fakes import FakeEngine
-from tests.unit.meshes import ask, full, mac, small
+from tests.unit.meshes import mac
 
-SIZES = small()
+SILENT_AGENT = "Its agent is silent."
+Unit = messages.Work | messages.Join
+S = TypeVar("S", bound=JobSession[Any])
+
+
+def leased(rank: int, fence: int = 1) -> LeasedHost:
+    host = Host(rank, "127.0.0.1", ("127.0.0.1",))
+    return LeasedHost(info=mac(rank, holds=None), host=host, fence=fence, epoch=0, is_up=False)
 
 
 @dataclass
@@ -37,43 +49,56 @@ class Machine:
     """An agent and its engine, as far as a session can see them."""
 
     leased: LeasedHost
-    engine: FakeEngine | None = None
-    line: deque[messages.Work | messages.Join] = field(default_factory=deque)
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    line: deque[Unit] = field(default_factory=deque)
     running: Iterator[messages.Report] | None = None
     is_stopped: bool = False  # SIGSTOP of the engine
     made: list[tuple[int, int]] = field(default_factory=list)  # (image, step), of all its engines
+    computed: list[int] = field(default_factory=list)  # micro-batches, the same
 
     @property
-    def at(self) -> messages.Work | messages.Join | None:
+    def at(self) -> Unit | None:
         return self.line[0] if self.line else None
 
+    def empty(self) -> None:
+        """Its engine is gone."""
+        self.engine, self.is_stopped = FakeEngine(), False
+        self.break_off()
 
-class Simulation:
-    """Plays a job through; `faults` may break something before each report."""
+    def break_off(self) -> None:
+        self.line.clear()
+        self.running = None
 
-    def __init__(self, hosts: int = 1, *, faults: Any = None, **keys: Any) -> None:
-        placement = keys.pop("placement", None)
-        force_shard = keys.pop("force_shard", False)
-        self.request = ask(**{"height": 32, "width": 32, "steps": 3, **keys})
-        self.faults: Callable[[Simulation], None] = faults or (lambda _: None)
-        # Links so fast that more hosts are always faster.
-        view = full(*[mac(rank, holds=None) for rank in range(hosts)], rate=1e18)
-        self.links = Links(tuple(replace(link, latency=0.0) for link in view.links))
-        self.machines = {host.rank: self.machine(host.rank) for host in view.hosts}
-        job = Job("job", self.request, SIZES, b"secret", placement, force_shard)
-        self.session = Session(job)
+
+class Simulation(Generic[S]):
+    """Plays a job through; `faults` and `before` may break something before each report."""
+
+    def __init__(self, session: S, hosts: int, links: Links) -> None:
+        self.session, self.links = session, links
+        self.machines = {rank: Machine(leased(rank)) for rank in range(hosts)}
+        self.ranks = tuple(self.machines)
+        self.faults: Callable[[Any], None] = lambda _: None
+        self.before: Callable[[messages.Report, int], None] = lambda report, rank: None
         self.now = 0.0
-        self.sent: list[Send] = []
-        self.told: list[events.Event] = []
-        self.acknowledged: dict[int, int] = {}
-        self.repeated: list[tuple[int, int]] = []  # steps made after they were acknowledged
-        self.end: Finished | None = None
-        self.stuck: list[str] = []
         self.reports = 0
+        self.sent: list[Send] = []
+        self.told: list[Any] = []
+        self.heard: list[tuple[float, Input]] = []  # by the session
+        self.out: list[list[Instruction]] = []  # what it said to each of these
+        self.stuck: list[str] = []
+        self.end: Finished | None = None
 
-    def machine(self, rank: int, fence: int = 1) -> Machine:
-        host = Host(rank, "127.0.0.1", ("127.0.0.1",))
-        return Machine(LeasedHost(mac(rank, holds=None), host, fence, 0, is_up=False))
+    # What a kind of job is
+
+    def can_begin(self, machine: Machine) -> bool:
+        """Whether the engine begins with what is first in its line."""
+        return True
+
+    def stepped(self, machine: Machine, image: int, step: int) -> None:
+        """An engine has made a step, whoever hears of it."""
+
+    def reports_now(self, machine: Machine, report: messages.Report) -> None:
+        """The session is about to hear a report."""
 
     def give(self, nbytes: int) -> None:
         """Each host has so much memory, before it begins."""
@@ -88,17 +113,11 @@ class Simulation:
 
     # Running
 
-    def begin(self) -> Simulation:
-        hosts = [machine.leased for machine in self.machines.values()]
-        self._do(self.session.begin(hosts, self.links, self.now))
-        return self
-
-    def run(self, limit: int = 5000) -> Simulation:
-        """Until the end, or until nothing is left that could happen."""
-        self.begin()
-        for _ in range(limit):
-            if self.end is not None or not self.turn():
-                break
+    def begin(self) -> Self:
+        """With the machines that are there now."""
+        self.stuck.clear()
+        hosts = tuple(machine.leased for machine in self.machines.values())
+        self.feed(Leased(hosts, self.links))
         return self
 
     def turn(self) -> bool:
@@ -110,10 +129,10 @@ class Simulation:
         self.now += 0.1
         if not moved:
             self.now += 1.0
-            self.feed(Tick())
+            self.tick()
         return self.end is None and not (self.stuck and not moved) and self.now < 3000
 
-    def turn_clock(self) -> None:
+    def tick(self) -> None:
         """Lets the session look at its clock."""
         self.feed(Tick())
 
@@ -121,45 +140,51 @@ class Simulation:
         machine = self.machines.get(rank)
         if machine is None or machine.is_stopped or machine.at is None:
             return False
-        if machine.engine is None:
-            machine.engine = FakeEngine()
         if machine.running is None:
+            if not self.can_begin(machine):
+                return False
             machine.running = machine.engine.work(machine.line[0])
-        before = len(machine.engine.steps)
-        report = next(machine.running, None)
-        for image, step in machine.engine.steps[before:]:
+        running, steps = machine.running, machine.engine.steps
+        before = len(steps)
+        report = next(running, None)
+        for image, step in steps[before:]:
             machine.made.append((image, step))
-            if step <= self.acknowledged.get(image, 0) and machine.engine.rank == 0:
-                self.repeated.append((image, step))
+            self.stepped(machine, image, step)
         if report is None:
             machine.line.popleft()
             machine.running = None
             return True
-        if isinstance(report, messages.Stepped) and report.latents is not None:
-            known = self.acknowledged.get(report.image, 0)
-            self.acknowledged[report.image] = max(known, report.step)
         self.reports += 1
-        self.feed(Reported(rank, report))
+        self.before(report, rank)
+        if self.machines.get(rank) is machine and machine.running is running:
+            if machine.is_stopped:  # in the middle of it: the report comes when it goes on
+                machine.running = _after(report, running)
+                return False
+            self.reports_now(machine, report)
+            self.feed(Reported(rank, report))
         return True
 
     def feed(self, event: Input) -> None:
+        self.heard.append((self.now, event))
         self._do(self.session.handle(event, self.now))
 
-    def _do(self, instructions: Any) -> None:
+    def _do(self, instructions: list[Instruction]) -> None:
+        self.out.append(instructions)
         for instruction in instructions:
             match instruction:
                 case Send():
                     self.sent.append(instruction)
-                    self._sent(instruction)
+                    self._sent(instruction.rank, instruction.message)
                 case Tell():
                     self.told.append(instruction.event)
                 case Stuck():
                     self.stuck.append(instruction.reason)
                 case Finished():
+                    assert self.end is None
                     self.end = instruction
 
-    def _sent(self, send: Send) -> None:
-        machine, message = self.machines.get(send.rank), send.message
+    def _sent(self, rank: int, message: messages.Message) -> None:
+        machine = self.machines.get(rank)
         if machine is None:
             return
         answer: messages.Message = messages.Done()
@@ -167,47 +192,76 @@ class Simulation:
             case messages.AskPorts():
                 answer = messages.Ports((40000 + len(self.sent),))
             case messages.Kill():
-                self._empty(machine)
+                machine.empty()
             case messages.Cancel():
                 if not machine.is_stopped:
-                    machine.line.clear()
-                    machine.running = None
-                    epoch = self.session.course.workers[send.rank].epoch
-                    self.feed(Reported(send.rank, messages.Cancelled(message.job, epoch)))
+                    machine.break_off()
+                    epoch = self.session.state.hosts[rank].epoch
+                    self.feed(Reported(rank, messages.Cancelled(message.job, epoch)))
             case messages.Work() | messages.Join():
                 machine.line.append(message)
-        self.feed(Answered(send.rank, message, answer))
+        self.feed(Answered(rank, message, answer))
 
     # Faults
 
-    def kill_engine(self, rank: int) -> None:
+    def kill_engine(self, rank: int, late: int = 0) -> None:
+        """An engine dies; another is given the last `late` messages: they were on their way."""
         machine = self.machines[rank]
-        epoch = self.session.course.workers[rank].epoch
-        self._empty(machine)
-        self.feed(Reported(rank, messages.Failed(epoch, "job", "Died", "It was killed.", True)))
+        on_their_way = list(machine.line)[len(machine.line) - late :]
+        machine.empty()
+        machine.line.extend(on_their_way)
+        self._failed(rank, "Died", "It was killed.", fatal=True)
 
     def stop_engine(self, rank: int) -> None:
         self.machines[rank].is_stopped = True
 
-    def fail(self, rank: int, kind: str, text: str = "x.", *, fatal: bool = False) -> None:
-        machine = self.machines[rank]
-        machine.line.clear()
-        machine.running = None
-        epoch = self.session.course.workers[rank].epoch
-        self.feed(Reported(rank, messages.Failed(epoch, "job", kind, text, fatal)))
+    def fail(self, rank: int, kind: str, text: str = "No.") -> None:
+        """An engine can't do its work, and says so."""
+        self.machines[rank].break_off()
+        self._failed(rank, kind, text, fatal=False)
 
-    def lose(self, rank: int) -> None:
+    def break_ring(self, rank: int, text: str) -> None:
+        """An engine ends over what a neighbour did."""
+        self.machines[rank].empty()
+        self._failed(rank, "Raised", text, fatal=True)
+
+    def _failed(self, rank: int, kind: str, text: str, *, fatal: bool) -> None:
+        host = self.session.state.hosts.get(rank)
+        if host is not None:
+            self.feed(Reported(rank, messages.Failed(host.epoch, "job", kind, text, fatal)))
+
+    def lose(self, rank: int, *, counts: bool = True) -> None:
+        """An agent is out of reach."""
         del self.machines[rank]
-        self.feed(Gone(rank, "Its agent is silent."))
+        self.feed(Gone(rank, SILENT_AGENT, counts))
 
-    def _empty(self, machine: Machine) -> None:
-        machine.engine, machine.running, machine.is_stopped = None, None, False
-        machine.line.clear()
+    def start_agent(self, rank: int, fence: int = 2) -> Machine:
+        """It is there again, leased anew, and the session does not know of it."""
+        self.machines[rank] = Machine(leased(rank, fence))
+        return self.machines[rank]
+
+    def bring_back(self, rank: int, fence: int = 2) -> None:
+        self.feed(Back(self.start_agent(rank, fence).leased))
 
     # What came of it
 
+    @property
+    def error(self) -> Exception | None:
+        """How the job failed: by itself, or because no host of the mesh is left."""
+        if self.end is not None:
+            return self.end.error
+        return self.session.given_up(self.ranks) if self.stuck else None
+
+    @property
+    def is_idle(self) -> bool:
+        return all(host.is_free for host in self.session.state.hosts.values())
+
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.told if isinstance(event, kind)]
+
+    @property
+    def lost(self) -> list[int]:
+        return [event.host for event in self.of(events.HostLost)]
 
     def messages(self, kind: type[Any], rank: int | None = None) -> list[Any]:
         return [
@@ -215,3 +269,22 @@ class Simulation:
             for send in self.sent
             if isinstance(send.message, kind) and rank in (None, send.rank)
         ]
+
+
+def _after(
+    report: messages.Report, running: Iterator[messages.Report]
+) -> Iterator[messages.Report]:
+    yield report
+    yield from running
+
+
+def once(sim: Simulation[Any], when: Callable[[Any, int], bool], hurt: Callable[[], None]) -> None:
+    """Does harm before the first report that `when` is true of."""
+    done: list[bool] = []
+
+    def before(report: Any, rank: int) -> None:
+        if not done and when(report, rank):
+            done.append(True)
+            hurt()
+
+    sim.before = before

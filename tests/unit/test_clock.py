@@ -12,7 +12,6 @@ from fluxmesh_coordinator.clock import OwnClock
 from fluxmesh_coordinator.jobs import Gone
 from fluxmesh_coordinator.jobs.types import Gone
 from fluxmesh_coordinator.runtime.clock import OwnClock
-from tests.unit.simulation import Simulation
 
 
 class Times:
@@ -63,13 +62,3 @@ def test_a_standstill_is_noticed_by_whoever_looks_first_and_counted_once(times: 
     assert clock.tick() == clock.tick() == clock.now == before
     times.sleep(1)
     assert clock.tick() == before + 1
-
-
-def test_hosts_that_gave_a_sleeper_up_have_not_failed() -> None:
-    mesh = Simulation(2, n_images=4, placement="data").begin()
-    while not mesh.of(events.Step):
-        mesh.turn()
-    for _ in range(3):
-        mesh.feed(Gone(1, "It is silent.", counts=False))
-    assert not mesh.session.has_given_up([1])
-    assert [event.host for event in mesh.of(events.HostLost)] == [1]

@@ -14,31 +14,18 @@ from fluxmesh import events
 from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.jobs.host import Worker
-from fluxmesh_coordinator.jobs.types import Answered, Back, Gone, Reported, Stop
-from tests.fakes import FakeEngine, expected
-from tests.unit.simulation import SIZES, Simulation
+from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.types import Answered, Gone, Reported, Stop
+from tests.unit.simulated_jobs import GenerationSimulation
 
 PLACEMENTS = ["data", "sequence", "tensor"]
-
-
-def check(done: Simulation) -> None:
-    """The job ended well: every picture once, right, and no acknowledged step made again."""
-    assert done.end is not None, done.stuck
-    assert done.end.error is None, done.end.error
-    pictures = {event.image: event for event in done.of(events.Picture)}
-    assert len(done.of(events.Picture)) == len(pictures) == done.request.n_images
-    for image, event in pictures.items():
-        assert np.array_equal(event.pixels, expected(done.request, SIZES, image)), image
-        assert event.seed == done.request.seed + image
-    assert done.repeated == []
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4])
 @pytest.mark.parametrize("images", [1, 5])
 def test_images_are_shared_out_and_each_is_the_one_of_its_seed(hosts: int, images: int) -> None:
-    done = Simulation(hosts, n_images=images, placement="data").run()
-    check(done)
+    done = GenerationSimulation(hosts, n_images=images, placement="data").run()
+    done.check()
     made = [len(machine.made) // 3 for machine in done.machines.values()]
     assert sum(made) == images
     assert max(made) - min(made) <= 1 or images < hosts
@@ -49,8 +36,8 @@ def test_images_are_shared_out_and_each_is_the_one_of_its_seed(hosts: int, image
 @pytest.mark.parametrize("placement", ["sequence", "tensor"])
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_a_ring_makes_every_step_together(placement: Any, hosts: int) -> None:
-    done = Simulation(hosts, n_images=2, placement=placement).run()
-    check(done)
+    done = GenerationSimulation(hosts, n_images=2, placement=placement).run()
+    done.check()
     for machine in done.machines.values():
         assert machine.made == [(image, step) for image in (0, 1) for step in (1, 2, 3)]
     joins = done.messages(messages.Join)
@@ -60,7 +47,7 @@ def test_a_ring_makes_every_step_together(placement: Any, hosts: int) -> None:
 
 
 def test_nothing_moves_before_the_ring_has_proved_itself() -> None:
-    done = Simulation(2, placement="sequence").run()
+    done = GenerationSimulation(2, placement="sequence").run()
     kinds = [type(send.message) for send in done.sent]
     assert max(i for i, kind in enumerate(kinds) if kind is messages.Join) < min(
         i for i, kind in enumerate(kinds) if kind in (messages.Load, messages.Encode)
@@ -68,22 +55,27 @@ def test_nothing_moves_before_the_ring_has_proved_itself() -> None:
 
 
 def test_a_ring_that_stands_is_used_again() -> None:
-    first = Simulation(2, placement="sequence").run()
-    second = Simulation(2, placement="sequence")
+    first = GenerationSimulation(2, placement="sequence").run()
+    second = GenerationSimulation(2, placement="sequence")
     for rank, machine in second.machines.items():
         nonce = first.messages(messages.Join)[rank].nonce
-        leased = machine.leased
-        machine.leased = type(leased)(
-            leased.info, leased.host, 2, 1, True, messages.ring_name(nonce), rank, 2
+        machine.leased = replace(
+            machine.leased,
+            fence=2,
+            epoch=1,
+            is_up=True,
+            ring=messages.ring_name(nonce),
+            ring_rank=rank,
+            ring_size=2,
         )
         machine.engine = first.machines[rank].engine
-    check(second.run())
+    second.run().check()
     assert second.messages(messages.Join) == []
     assert {message.epoch for message in second.messages(messages.Paint)} == {1}
 
 
 def test_events_come_in_the_order_of_the_work() -> None:
-    done = Simulation(1, n_images=2).run()
+    done = GenerationSimulation(1, n_images=2).run()
     kinds = [type(event) for event in done.told if not isinstance(event, events.Loading)]
     image = [*[events.Step] * 3, events.Picture]
     assert kinds[:3] == [events.Planned, events.Encoded, events.Peak]
@@ -97,15 +89,17 @@ def test_events_come_in_the_order_of_the_work() -> None:
 
 def test_images_are_decoded_in_groups_that_do_not_depend_on_the_hosts() -> None:
     for hosts in (1, 3):
-        done = Simulation(hosts, n_images=5, decoding_batch_size=2, placement="data").run()
-        check(done)
+        done = GenerationSimulation(
+            hosts, n_images=5, decoding_batch_size=2, placement="data"
+        ).run()
+        done.check()
         groups = {decode.images for decode in done.messages(messages.Decode)}
         assert groups == {(0, 1), (2, 3), (4,)}
 
 
 def test_with_low_memory_nothing_is_decoded_before_all_is_painted() -> None:
-    done = Simulation(2, n_images=4, low_memory=True).run()
-    check(done)
+    done = GenerationSimulation(2, n_images=4, low_memory=True).run()
+    done.check()
     kinds = [type(event) for event in done.told]
     assert kinds.index(events.Picture) > max(
         i for i, kind in enumerate(kinds) if kind is events.Step
@@ -118,14 +112,14 @@ def test_with_low_memory_nothing_is_decoded_before_all_is_painted() -> None:
 def test_a_death_at_any_moment_costs_no_picture_and_no_step(
     placement: Any, after: int, fault: str
 ) -> None:
-    def break_one(mesh: Simulation) -> None:
+    def break_one(mesh: GenerationSimulation) -> None:
         if mesh.reports == after and not struck:
             struck.append(True)
             getattr(mesh, fault)(1)
 
     struck: list[bool] = []
-    done = Simulation(3, n_images=3, placement=placement, faults=break_one).run()
-    check(done)
+    done = GenerationSimulation(3, n_images=3, placement=placement, faults=break_one).run()
+    done.check()
     if struck and fault == "kill_engine":
         (lost,) = done.of(events.HostLost)
         assert (lost.host, lost.reason) == (1, "It was killed.")
@@ -139,15 +133,15 @@ def test_a_death_changes_no_picture_that_a_cache_approximates(
 ) -> None:
     """A lost cache is made again from what the last computed step began from."""
 
-    def break_one(mesh: Simulation) -> None:
+    def break_one(mesh: GenerationSimulation) -> None:
         if mesh.reports == after and not struck:
             struck.append(True)
             getattr(mesh, fault)(1)
 
     struck: list[bool] = []
     keys = {"n_images": 2, "steps": 9, "cache": 0.1, "placement": placement}
-    done = Simulation(3, **keys, faults=break_one).run()
-    check(done)
+    done = GenerationSimulation(3, **keys, faults=break_one).run()
+    done.check()
     assert struck
     for event in done.of(events.Picture):
         assert (event.steps, event.reused) == (9, 5)
@@ -158,12 +152,12 @@ def test_a_death_changes_no_picture_that_a_cache_approximates(
 
 
 def test_without_a_cache_no_latents_travel_for_one() -> None:
-    def break_one(mesh: Simulation) -> None:
+    def break_one(mesh: GenerationSimulation) -> None:
         if mesh.reports == 12 and not mesh.of(events.HostLost):
             mesh.kill_engine(0)
 
-    done = Simulation(1, steps=9, faults=break_one).run()
-    check(done)
+    done = GenerationSimulation(1, steps=9, faults=break_one).run()
+    done.check()
     assert {(event.steps, event.reused) for event in done.of(events.Picture)} == {(9, 0)}
     paints = done.messages(messages.Paint)
     assert [paint.first > 1 for paint in paints] == [False, True]
@@ -188,35 +182,35 @@ def test_any_three_faults_on_four_hosts_lose_nothing(
 ) -> None:
     left = list(faults)
 
-    def break_some(mesh: Simulation) -> None:
+    def break_some(mesh: GenerationSimulation) -> None:
         for fault in [fault for fault in left if fault[0] <= mesh.reports]:
             left.remove(fault)
-            if fault[2] in mesh.machines and fault[2] in mesh.session.course.workers:
+            if fault[2] in mesh.machines and fault[2] in mesh.session.state.hosts:
                 getattr(mesh, fault[1])(fault[2])
 
-    check(Simulation(4, n_images=images, placement=placement, faults=break_some).run())
+    GenerationSimulation(4, n_images=images, placement=placement, faults=break_some).run().check()
 
 
 def test_a_first_step_is_waited_for_as_the_plan_reckons(monkeypatch: pytest.MonkeyPatch) -> None:
     expected: list[tuple[str, float, bool]] = []
 
-    def expect(worker: Worker, paint: messages.Paint, seconds: float, *, measured: bool) -> None:
+    def expect(host: HostState, paint: messages.Paint, seconds: float, *, measured: bool) -> None:
         expected.append((paint.placement, seconds, measured))
 
-    monkeypatch.setattr(Worker, "expect", expect)
-    done = Simulation(2, placement="sequence").run()
-    option = done.session.course.option
+    monkeypatch.setattr(HostState, "expect", expect)
+    done = GenerationSimulation(2, placement="sequence").run()
+    option = done.session.state.option
     assert option is not None
     assert expected == [("sequence", option.phases[0].step_seconds, option.measured)] * 2
 
 
 def test_a_death_outside_of_a_ring_touches_nobody_else() -> None:
-    def break_one(mesh: Simulation) -> None:
+    def break_one(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
             mesh.kill_engine(0)
 
-    done = Simulation(2, n_images=4, placement="data", faults=break_one).run()
-    check(done)
+    done = GenerationSimulation(2, n_images=4, placement="data", faults=break_one).run()
+    done.check()
     assert len(done.messages(messages.Kill, 0)) == 1, "what was on its way is not done twice"
     assert not done.messages(messages.Kill, 1)
     assert len(done.messages(messages.Load, 0)) == 2
@@ -224,12 +218,12 @@ def test_a_death_outside_of_a_ring_touches_nobody_else() -> None:
 
 
 def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None:
-    def break_one(mesh: Simulation) -> None:
+    def break_one(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
             mesh.kill_engine(1)
 
-    done = Simulation(2, placement="sequence", steps=6, faults=break_one).run()
-    check(done)
+    done = GenerationSimulation(2, placement="sequence", steps=6, faults=break_one).run()
+    done.check()
     assert [kill.epoch for kill in done.messages(messages.Kill)] == [2, 2]
     joins = done.messages(messages.Join)
     assert [join.epoch for join in joins] == [1, 1, 3, 3]
@@ -276,22 +270,22 @@ def test_a_model_that_no_host_holds_goes_on_in_a_ring_after_a_late_host() -> Non
 
 
 def test_a_host_that_failed_twice_is_left_out() -> None:
-    def break_it(mesh: Simulation) -> None:
-        if len(mesh.machines[1].made) > len(deaths) and 1 in mesh.session.course.workers:
+    def break_it(mesh: GenerationSimulation) -> None:
+        if len(mesh.machines[1].made) > len(deaths) and 1 in mesh.session.state.hosts:
             deaths.append(len(mesh.machines[1].made))
             mesh.kill_engine(1)
 
     deaths: list[int] = []
-    done = Simulation(2, n_images=4, placement="data", faults=break_it).run()
-    check(done)
+    done = GenerationSimulation(2, n_images=4, placement="data", faults=break_it).run()
+    done.check()
     assert [lost.host for lost in done.of(events.HostLost)] == [1, 1]
-    assert list(done.session.course.workers) == [0]
+    assert list(done.session.state.hosts) == [0]
     assert len(done.machines[1].made) == 2
 
 
 def test_an_agent_that_hangs_has_failed_once() -> None:
     """Its engine's deadline passes first, then the agent itself is found to be silent."""
-    mesh = Simulation(1, steps=5).begin()
+    mesh = GenerationSimulation(1, steps=5).begin()
     while len(mesh.of(events.Step)) < 2:
         mesh.turn()
     mesh.stop_engine(0)
@@ -300,66 +294,64 @@ def test_an_agent_that_hangs_has_failed_once() -> None:
         mesh.turn()
     mesh.feed(Gone(0, "Its agent is silent."))
     assert mesh.stuck
-    mesh.machines[0] = mesh.machine(0, fence=2)
-    mesh.stuck.clear()
-    mesh.begin()
-    while mesh.turn():
-        pass
-    check(mesh)
+    mesh.start_agent(0)
+    mesh.begin().go_on()
+    mesh.check()
     assert agent.made + mesh.machines[0].made == [(0, step) for step in range(1, 6)]
 
 
 def test_one_host_that_fails_twice_fails_the_job_in_a_sentence() -> None:
-    def break_it(mesh: Simulation) -> None:
-        if mesh.of(events.Step) and mesh.session.course.workers:
+    def break_it(mesh: GenerationSimulation) -> None:
+        if mesh.of(events.Step) and mesh.session.state.hosts:
             mesh.kill_engine(0)
 
-    done = Simulation(1, faults=break_it).run()
-    assert done.end is not None and isinstance(done.end.error, FluxmeshError)
-    assert "mac0 failed twice: It was killed." in str(done.end.error)
+    done = GenerationSimulation(1, faults=break_it).run()
+    assert type(done.error) is FluxmeshError
+    assert str(done.error) == "mac0 failed twice: It was killed."
 
 
 def test_rings_that_never_work_are_given_up() -> None:
-    def break_it(mesh: Simulation) -> None:
+    def break_it(mesh: GenerationSimulation) -> None:
         if mesh.messages(messages.Join) and isinstance(mesh.machines[0].at, messages.Join):
-            mesh.fail(0, "RingError", "A stranger is in the ring.")
+            mesh.break_ring(0, "A stranger is in the ring.")
 
-    done = Simulation(2, placement="tensor", faults=break_it).run()
+    done = GenerationSimulation(2, placement="tensor", faults=break_it).run()
     assert done.end is not None and "5 rings failed" in str(done.end.error)
     assert len({join.epoch for join in done.messages(messages.Join)}) == 5
 
 
 def test_what_the_request_is_to_blame_for_fails_it_at_once() -> None:
-    def break_it(mesh: Simulation) -> None:
+    def break_it(mesh: GenerationSimulation) -> None:
         if mesh.messages(messages.Load) and mesh.end is None:
             mesh.fail(0, "AdapterError", "The adapter fits no key.")
 
-    done = Simulation(2, n_images=2, placement="data", faults=break_it).run()
+    done = GenerationSimulation(2, n_images=2, placement="data", faults=break_it).run()
     assert done.end is not None and isinstance(done.end.error, AdapterError)
     assert done.messages(messages.Cancel, 1)
     assert done.of(events.Step) == []
 
 
 def test_a_host_whose_files_are_broken_is_left_out_while_another_has_them() -> None:
-    def break_it(mesh: Simulation) -> None:
+    def break_it(mesh: GenerationSimulation) -> None:
         for rank in bad:
-            if rank in mesh.session.course.workers and isinstance(
+            if rank in mesh.session.state.hosts and isinstance(
                 mesh.machines[rank].at, messages.Load
             ):
                 mesh.fail(rank, "WeightsError", "model.safetensors is truncated.")
 
     bad = [1]
-    done = Simulation(2, n_images=2, placement="data", faults=break_it).run()
-    check(done)
+    done = GenerationSimulation(2, n_images=2, placement="data", faults=break_it).run()
+    done.check()
     assert done.machines[1].made == []
     bad = [0, 1]
-    done = Simulation(2, n_images=2, placement="data", faults=break_it).run()
-    assert done.end is not None and isinstance(done.end.error, WeightsError)
-    assert "truncated" in str(done.end.error)
+    done = GenerationSimulation(2, n_images=2, placement="data", faults=break_it).run()
+    assert isinstance(done.error, WeightsError)
+    assert "mac0: model.safetensors is truncated." in str(done.error)
+    assert "mac1: model.safetensors is truncated." in str(done.error)
 
 
 def test_a_step_is_late_after_four_times_what_the_last_took_and_then_patience_doubles() -> None:
-    def break_one(mesh: Simulation) -> None:
+    def break_one(mesh: GenerationSimulation) -> None:
         if not stopped:
             mesh.now += 3.9
         if len(mesh.of(events.Step)) == 3 and not stopped:
@@ -367,25 +359,25 @@ def test_a_step_is_late_after_four_times_what_the_last_took_and_then_patience_do
             mesh.stop_engine(0)
 
     stopped: list[float] = []
-    done = Simulation(1, steps=6, faults=break_one).run()
-    check(done)
+    done = GenerationSimulation(1, steps=6, faults=break_one).run()
+    done.check()
     (lost,) = done.of(events.HostLost)
     assert "a step did not come within 16 s" in lost.reason
-    assert done.session.course.workers[0].patience == 2
+    assert done.session.state.hosts[0].patience == 2
 
 
 def test_an_engine_that_ticks_is_not_taken_for_dead() -> None:
-    mesh = Simulation(1).begin()
+    mesh = GenerationSimulation(1).begin()
     while not isinstance(mesh.machines[0].at, messages.Encode):
         mesh.report(0)
-    epoch = mesh.session.course.workers[0].epoch
+    epoch = mesh.session.state.hosts[0].epoch
     for _ in range(20):
         mesh.now += 3.0
         mesh.feed(Reported(0, messages.Beat("job", epoch, "encoding")))
-        mesh.turn_clock()
+        mesh.tick()
     assert mesh.of(events.HostLost) == []
     mesh.now += 6.0
-    mesh.turn_clock()
+    mesh.tick()
     assert "no sign for 6 s" in mesh.of(events.HostLost)[0].reason
 
 
@@ -394,23 +386,23 @@ def test_an_engine_that_ticks_is_not_taken_for_dead() -> None:
     [(0.0, 6, "no sign for 6 s while loading"), (1.0, 61, "not one byte was loaded for 60 s")],
 )
 def test_a_load_must_tick_and_its_bytes_must_come(every: float, seconds: int, reason: str) -> None:
-    mesh = Simulation(1).begin()
+    mesh = GenerationSimulation(1).begin()
     while not isinstance(mesh.machines[0].at, messages.Load):
         mesh.report(0)
-    epoch = mesh.session.course.workers[0].epoch
+    epoch = mesh.session.state.hosts[0].epoch
     mesh.feed(Reported(0, messages.Progress("job", epoch, "transformer", 1, 100)))
     for _ in range(seconds):
         assert mesh.of(events.HostLost) == []
         mesh.now += 1.0
         if every:
             mesh.feed(Reported(0, messages.Beat("job", epoch, "loading")))
-        mesh.turn_clock()
+        mesh.tick()
     assert reason in mesh.of(events.HostLost)[0].reason
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_cancel_stops_everyone_and_leaves_them_idle(placement: Any) -> None:
-    mesh = Simulation(2, n_images=4, placement=placement).begin()
+    mesh = GenerationSimulation(2, n_images=4, placement=placement).begin()
     while not mesh.of(events.Step):
         mesh.turn()
     made = [len(machine.made) for machine in mesh.machines.values()]
@@ -419,65 +411,58 @@ def test_cancel_stops_everyone_and_leaves_them_idle(placement: Any) -> None:
     assert mesh.end.error.exit_code == 130
     assert [len(machine.made) for machine in mesh.machines.values()] == made
     assert mesh.messages(messages.Kill) == []
-    assert all(worker.is_free for worker in mesh.session.course.workers.values())
+    assert mesh.is_idle
 
 
 def test_an_engine_that_hears_of_no_cancel_is_killed() -> None:
-    mesh = Simulation(1).begin()
+    mesh = GenerationSimulation(1).begin()
     while not mesh.of(events.Step):
         mesh.turn()
     mesh.stop_engine(0)
     mesh.feed(Stop())
     assert mesh.messages(messages.Kill) == []
     mesh.now += 60
-    mesh.turn_clock()
+    mesh.tick()
     assert len(mesh.messages(messages.Kill)) == 1
     assert mesh.end is not None and isinstance(mesh.end.error, CancelledError)
 
 
 def test_a_lost_mesh_goes_on_where_it_stopped_when_a_host_is_back() -> None:
-    def break_it(mesh: Simulation) -> None:
+    def break_it(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
             mesh.lose(0)
 
-    done = Simulation(1, steps=5, faults=break_it).run()
+    done = GenerationSimulation(1, steps=5, faults=break_it).run()
     assert done.stuck == ["The mesh has no host."] and done.end is None
-    done.stuck.clear()
-    done.machines[0] = done.machine(0, fence=2)
-    done.begin()
-    while done.turn():
-        pass
-    check(done)
+    done.start_agent(0)
+    done.begin().go_on()
+    done.check()
     assert done.machines[0].made == [(0, 3), (0, 4), (0, 5)]
 
 
 def test_a_host_that_returns_helps_with_whole_images() -> None:
-    mesh = Simulation(2, n_images=8, placement="data").begin()
+    mesh = GenerationSimulation(2, n_images=8, placement="data").begin()
     while len(mesh.of(events.Step)) < 4:
         mesh.turn()
     mesh.lose(1)
-    mesh.machines[1] = mesh.machine(1, fence=2)
-    mesh.feed(Back(mesh.machines[1].leased))
-    while mesh.turn():
-        pass
-    check(mesh)
+    mesh.bring_back(1)
+    mesh.go_on()
+    mesh.check()
     assert mesh.machines[1].made
 
 
 def test_what_is_left_over_from_another_epoch_or_job_is_dropped() -> None:
-    mesh = Simulation(1).begin()
+    mesh = GenerationSimulation(1).begin()
     while not mesh.of(events.Step):
         mesh.turn()
     latents = np.full((1, 4, 16), 9.0, np.float32)
     mesh.feed(Reported(0, messages.Stepped("job", 7, 0, 3, 0.1, 1, latents)))
     mesh.feed(Reported(0, messages.Stepped("other", 0, 0, 3, 0.1, 1, latents)))
-    while mesh.turn():
-        pass
-    check(mesh)
+    mesh.go_on().check()
 
 
 def test_an_old_fence_means_that_the_host_is_lost() -> None:
-    mesh = Simulation(1).begin()
+    mesh = GenerationSimulation(1).begin()
     load = mesh.messages(messages.Load)[0]
     mesh.feed(Answered(0, load, messages.Refused("fence", "Another coordinator holds it.")))
     assert mesh.stuck and mesh.of(events.HostLost)[0].reason == "Another coordinator holds it."
@@ -487,7 +472,7 @@ def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
     pixels = np.full((32, 32, 3), 77, np.uint8)
     mask = np.zeros((32, 32), np.uint8)
     mask[:16] = 255
-    done = Simulation(1, source=SourceImage(pixels, 1.0, mask)).run()
+    done = GenerationSimulation(1, source=SourceImage(pixels, 1.0, mask)).run()
     (picture,) = done.of(events.Picture)
     assert (picture.pixels[16:] == 77).all()
     assert not (picture.pixels[:16] == 77).all()
@@ -497,9 +482,8 @@ def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_hosts_that_hold_different_files_are_named_before_a_ring_computes(placement: Any) -> None:
-    mesh = Simulation(3, n_images=4, placement=placement)
+    mesh = GenerationSimulation(3, n_images=4, placement=placement)
     for rank, machine in mesh.machines.items():
-        machine.engine = FakeEngine()
         machine.engine.content = "newer" if rank == 1 else "older"
     mesh.run()
     assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
@@ -507,17 +491,16 @@ def test_hosts_that_hold_different_files_are_named_before_a_ring_computes(placem
     assert told in str(mesh.end.error) and "fluxmesh models pull" in str(mesh.end.error)
     if placement != "data":
         assert mesh.messages(messages.Paint) == []
-    assert all(worker.is_free for worker in mesh.session.course.workers.values())
+    assert mesh.is_idle
 
 
 def test_encoders_that_came_from_other_files_are_refused_too() -> None:
-    def swap(mesh: Simulation) -> None:
+    def swap(mesh: GenerationSimulation) -> None:
         for machine in mesh.machines.values():
-            machine.engine = machine.engine or FakeEngine()
             is_reading = isinstance(machine.at, messages.Encode)
             machine.engine.content = "newer" if is_reading else "older"
 
-    mesh = Simulation(2, n_images=2, placement="sequence", faults=swap).run()
+    mesh = GenerationSimulation(2, n_images=2, placement="sequence", faults=swap).run()
     assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
     assert "newer" in str(mesh.end.error) and "older" in str(mesh.end.error)
     assert mesh.messages(messages.Paint) == []
@@ -531,31 +514,28 @@ def test_losses_far_apart_or_with_good_work_between_them_are_forgiven(
     placement: Any, apart: float, steps: int, stays: bool
 ) -> None:
     """Host 1 loses its connection four times in one job, and comes back each time."""
-    mesh = Simulation(2, n_images=6, steps=60, placement=placement).begin()
+    mesh = GenerationSimulation(2, n_images=6, steps=60, placement=placement).begin()
     for fence in range(2, 6):
         before = len(mesh.machines[1].made)
         while len(mesh.machines[1].made) < before + steps:
             assert mesh.turn()
         mesh.now += apart
         mesh.lose(1)
-        mesh.machines[1] = mesh.machine(1, fence)
-        mesh.feed(Back(mesh.machines[1].leased))
-        if 1 not in mesh.session.course.workers:
+        mesh.bring_back(1, fence)
+        if 1 not in mesh.session.state.hosts:
             break
-    assert (1 in mesh.session.course.workers) == stays
-    while mesh.turn():
-        pass
-    check(mesh)
+    assert (1 in mesh.session.state.hosts) == stays
+    mesh.go_on().check()
     assert (fence == 5) == stays
 
 
 def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
-    mesh = Simulation(1, steps=9, cache=0.1).begin()
+    mesh = GenerationSimulation(1, steps=9, cache=0.1).begin()
     while not mesh.messages(messages.Paint):
         mesh.turn()
     (paint,) = mesh.messages(messages.Paint)
-    worker = mesh.session.course.workers[0]
+    host = mesh.session.state.hosts[0]
     for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
-        told = messages.Stepped("job", worker.epoch, 0, step, seconds, 1, paint.latents)
+        told = messages.Stepped("job", host.epoch, 0, step, seconds, 1, paint.latents)
         mesh.feed(Reported(0, replace(told, reused=reused)))
-        assert worker.step_deadline(paint) == 80.0
+        assert host.step_deadline(paint) == 80.0

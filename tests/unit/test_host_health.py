@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fluxmesh_coordinator.jobs.health import APART, ENOUGH, Blame
+from fluxmesh_coordinator.jobs.health import APART, ENOUGH, HostHealth
 
 
-def failing(*times: float) -> Blame:
-    blame = Blame()
+def failing(*times: float) -> HostHealth:
+    health = HostHealth()
     for now in times:
-        blame.failed(0, now)
-    return blame
+        health.failed(0, now)
+    return health
 
 
 def test_two_failures_soon_after_one_another_are_too_many() -> None:
@@ -20,20 +20,20 @@ def test_two_failures_soon_after_one_another_are_too_many() -> None:
 
 
 def test_work_done_since_forgives_one_failure_and_not_the_next() -> None:
-    blame = Blame()
-    blame.failed(0, 1.0)
+    health = HostHealth()
+    health.failed(0, 1.0)
     for _ in range(ENOUGH):
-        blame.worked(0)
-    blame.failed(0, 2.0)
-    assert blame.takes(0)
-    blame.failed(0, 3.0)
-    assert not blame.takes(0), "it has done nothing in between"
+        health.worked(0)
+    health.failed(0, 2.0)
+    assert health.takes(0)
+    health.failed(0, 3.0)
+    assert not health.takes(0), "it has done nothing in between"
 
 
 def test_who_is_left_out_stays_out() -> None:
-    blame = Blame()
-    blame.leave_out(0)
+    health = HostHealth()
+    health.leave_out(0)
     for _ in range(ENOUGH):
-        blame.worked(0)
-    blame.failed(0, APART)
-    assert not blame.takes(0)
+        health.worked(0)
+    health.failed(0, APART)
+    assert not health.takes(0)

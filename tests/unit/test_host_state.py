@@ -8,7 +8,7 @@ import pytest
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.types import LeasedHost
 from tests.unit.meshes import mac
 
@@ -17,8 +17,9 @@ LATENTS = np.zeros((1, 4, 64), np.float32)
 TEXT = np.zeros((1, 4, 8), np.uint16), np.zeros((1, 8), np.uint16)
 
 
-def worker() -> Worker:
-    return Worker(LeasedHost(mac(0), Host(0, "127.0.0.1", ("127.0.0.1",)), 1, 0), 0.0)
+def host() -> HostState:
+    entry = Host(0, "127.0.0.1", ("127.0.0.1",))
+    return HostState(LeasedHost(info=mac(0), host=entry, fence=1, epoch=0), 0.0)
 
 
 def paint(side: int) -> messages.Paint:
@@ -32,7 +33,7 @@ def decode(side: int, images: int) -> messages.Decode:
     return messages.Decode(*COMMON, tuple(range(images)), side, side, latents)
 
 
-def ticks(one: Worker, seconds: int) -> str:
+def ticks(one: HostState, seconds: int) -> str:
     """What is overdue after so many seconds in which the engine ticks."""
     for now in range(1, seconds + 1):
         one.heard(messages.Beat("job", 0, "at work"), float(now))
@@ -42,8 +43,8 @@ def ticks(one: Worker, seconds: int) -> str:
 
 
 def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -> None:
-    one = worker()
-    one.put(messages.Encode(*COMMON, "a dog"), 0.0)
+    one = host()
+    one.sent(messages.Encode(*COMMON, "a dog"), 0.0)
     for now in range(0, 300, 10):
         one.heard(messages.Progress("job", 0, "text encoders", now, 300), float(now))
         assert one.overdue(float(now)) == ""
@@ -59,16 +60,16 @@ def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -
 def test_a_decode_may_take_longer_for_more_and_larger_pictures(
     side: int, images: int, budget: int
 ) -> None:
-    one = worker()
-    one.put(decode(side, images), 0.0)
+    one = host()
+    one.sent(decode(side, images), 0.0)
     assert ticks(one, budget) == ""
     one.heard(messages.Beat("job", 0, "decoding"), budget + 1.0)
     assert f"decoding took more than {budget} s" in one.overdue(budget + 1.0)
 
 
 def test_a_large_first_step_may_take_longer() -> None:
-    one = worker()
-    one.put(paint(2048), 0.0)
+    one = host()
+    one.sent(paint(2048), 0.0)
     assert ticks(one, 1200) == ""
     one.heard(messages.Beat("job", 0, "first step"), 1201.0)
     assert "a first step took more than 1200 s" in one.overdue(1201.0)
@@ -81,10 +82,10 @@ def test_a_first_step_whose_kernels_are_compiled_has_four_times_what_was_reckone
     measured: dict[bool, float], limit: float
 ) -> None:
     """A second job of the same size, maybe on a slow machine: a ring that hangs ticks too."""
-    one = worker()
+    one = host()
     for is_measured, seconds in measured.items():
         one.expect(paint(1024), seconds, measured=is_measured)
-    one.put(paint(1024), 0.0)
+    one.sent(paint(1024), 0.0)
     for now in range(1, int(limit) + 1):
         one.heard(messages.Beat("job", 0, messages.WARM_STEP), float(now))
         assert one.overdue(float(now)) == ""
@@ -92,17 +93,17 @@ def test_a_first_step_whose_kernels_are_compiled_has_four_times_what_was_reckone
 
 
 def test_an_engine_that_hangs_in_a_first_step_is_found_by_its_silence() -> None:
-    one = worker()
+    one = host()
     one.heard(messages.Beat("other", 0, "decoding"), 0.0)
     one.expect(paint(1024), 50.0, measured=False)
-    one.put(paint(1024), 1.0)
+    one.sent(paint(1024), 1.0)
     assert one.overdue(6.0) == ""
     assert "no sign for 6 s" in one.overdue(7.0)
 
 
 def test_a_step_that_a_cache_made_cheap_does_not_shorten_the_deadline_of_the_next() -> None:
-    one = worker()
-    one.put(paint(1024), 0.0)
+    one = host()
+    one.sent(paint(1024), 0.0)
     one.stepped(paint(1024), 20.0, 20.0)
     one.stepped(paint(1024), 1.0, 21.0, reused=True)
     assert one.step_deadline(paint(1024)) == 80.0

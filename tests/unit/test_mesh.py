@@ -25,14 +25,13 @@ from fluxmesh.wire import messages
 from fluxmesh_agent.adapter_store import Adapters
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.agents.mesh_file import Member
-from fluxmesh_coordinator.jobs import host as hosts
-from fluxmesh_coordinator.jobs.generation.session import Session
-from fluxmesh_coordinator.jobs.types import Job
-from fluxmesh_coordinator.runtime import adapter_upload
-from fluxmesh_coordinator.runtime import job_runner as conduct
+from fluxmesh_coordinator.jobs import host
+from fluxmesh_coordinator.jobs.generation.session import GenerationSession
+from fluxmesh_coordinator.jobs.generation.state import GenerationJob
+from fluxmesh_coordinator.runtime import adapter_upload, job_runner
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
 from fluxmesh_coordinator.runtime.agent_pool import Driver
-from fluxmesh_coordinator.runtime.job_runner import Conductor
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.broken_transport import BrokenDialer, Faults
 from tests.fakes import FakeMesh, FakeSupervisor, expected
@@ -41,10 +40,17 @@ from tests.unit.meshes import FLUX, ask, mac, small
 SIZES = small()
 
 
-def job(name: str = "job", **keys: Any) -> Job:
+def job(name: str = "job", **keys: Any) -> GenerationJob:
     placement, force = keys.pop("placement", None), keys.pop("force_shard", False)
     request = ask(**{"height": 32, "width": 32, "steps": 3, **keys})
-    return Job(name, request, SIZES, b"secret", placement, force)
+    return GenerationJob(
+        id=name,
+        secret=b"secret",
+        request=request,
+        sizes=SIZES,
+        placement=placement,
+        force_shard=force,
+    )
 
 
 class Heard(list[events.Event]):
@@ -64,7 +70,7 @@ class Heard(list[events.Event]):
         return [event for event in self if isinstance(event, kind)]
 
 
-def check(heard: Heard, done: Job) -> None:
+def check(heard: Heard, done: GenerationJob) -> None:
     """Every picture came once, and is right."""
     pictures = {event.image: event.pixels for event in heard.of(events.Picture)}
     assert len(heard.of(events.Picture)) == len(pictures) == done.request.n_images
@@ -102,7 +108,7 @@ _TASKS: list[Any] = []
 def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked, heard = job(n_images=4, placement=placement), Heard()
-        await Conductor(driver, Session(asked), {}, heard).run()
+        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
         counts = [len(mesh.engine(rank).made) for rank in range(4)]
         assert counts == ([3] * 4 if placement == "data" else [12] * 4)
@@ -117,7 +123,7 @@ def test_the_next_job_goes_on_in_the_ring_of_the_last(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         for name in ("one", "two"):
             asked, heard = job(name, placement="tensor"), Heard()
-            await Conductor(driver, Session(asked), {}, heard).run()
+            await JobRunner(driver, GenerationSession(asked), {}, heard).run()
             check(heard, asked)
         statuses = await driver.statuses()
         assert {status.epoch for status in statuses.values()} == {1}
@@ -131,10 +137,11 @@ def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) ->
         async with Driver(mesh.record, mesh.network.dialer("other")) as other:
             asked = [job("one", n_images=6, steps=8), job("two", n_images=2)]
             heard = [Heard(), Heard()]
-            first = asyncio.create_task(Conductor(driver, Session(asked[0]), {}, heard[0]).run())
+            session = GenerationSession(asked[0])
+            first = asyncio.create_task(JobRunner(driver, session, {}, heard[0]).run())
             while not heard[0].of(events.Step):
                 await asyncio.sleep(0.01)
-            await Conductor(other, Session(asked[1]), {}, heard[1]).run()
+            await JobRunner(other, GenerationSession(asked[1]), {}, heard[1]).run()
             assert first.done()
             for one, two in zip(heard, asked, strict=True):
                 check(one, two)
@@ -149,7 +156,7 @@ def test_an_engine_that_dies_costs_no_acknowledged_step(tmp_path: Path, placemen
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job(n_images=2, steps=6, placement=placement)
         heard = Heard(events.Step, lambda: mesh.engine(1).die())
-        await Conductor(driver, Session(asked), {}, heard).run()
+        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
         assert [lost.host for lost in heard.of(events.HostLost)] == [1]
         steps = [(event.image, event.step) for event in heard.of(events.Step)]
@@ -171,7 +178,7 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job(steps=8)
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(0)))
-        await Conductor(driver, Session(asked), {}, heard).run()
+        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
         (lost,) = heard.of(events.HostLost)
         assert lost.host == 0
@@ -185,7 +192,7 @@ def test_the_others_go_on_when_an_agent_is_gone_for_good(tmp_path: Path) -> None
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job(n_images=6, placement="data")
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(1)))
-        await Conductor(driver, Session(asked), {}, heard).run()
+        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -199,7 +206,7 @@ def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
                 driver.lost(rank, known, "gone")
             await asyncio.sleep(0.05)
         with pytest.raises(HostUnreachableError, match="No host of mesh.json answers") as caught:
-            await Conductor(driver, Session(job()), {}, Heard()).run()
+            await JobRunner(driver, GenerationSession(job()), {}, Heard()).run()
         assert caught.value.exit_code == 3
 
     play(tmp_path, 1, body)
@@ -212,7 +219,7 @@ def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
             driver.lost(rank, known, "gone")
         asyncio.get_running_loop().call_later(1.0, mesh.start, 0)
         asked, heard = job(), Heard()
-        await Conductor(driver, Session(asked), {}, heard).run(wait=20)
+        await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
         check(heard, asked)
 
     play(tmp_path, 1, body)
@@ -221,7 +228,7 @@ def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
 def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         with pytest.raises(DoesNotFitError, match="which needs two hosts") as caught:
-            await Conductor(driver, Session(job(placement="tensor")), {}, Heard()).run()
+            await JobRunner(driver, GenerationSession(job(placement="tensor")), {}, Heard()).run()
         assert caught.value.exit_code == 4
 
     play(tmp_path, 1, body)
@@ -251,15 +258,15 @@ def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None
 def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement: Any) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         asked = job("one", n_images=2, steps=100, placement=placement)
-        heard = Heard(events.Step, lambda: conductor.stop.set())
-        conductor = Conductor(driver, Session(asked), {}, heard)
+        heard = Heard(events.Step, lambda: runner.stop.set())
+        runner = JobRunner(driver, GenerationSession(asked), {}, heard)
         with pytest.raises(CancelledError):
-            await conductor.run()
+            await runner.run()
         assert len(heard.of(events.Step)) < 10
         assert all(service.lifecycle.is_free for service in mesh.services.values())
         assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
         again, heard = job("two", placement=placement), Heard()
-        await Conductor(driver, Session(again), {}, heard).run()
+        await JobRunner(driver, GenerationSession(again), {}, heard).run()
         check(heard, again)
 
     play(tmp_path, 2, body)
@@ -269,11 +276,12 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         async with Driver(mesh.record, mesh.network.dialer("other")) as other:
             asked, heard = job("one", n_images=3, steps=20), Heard()
-            first = asyncio.create_task(Conductor(driver, Session(asked), {}, heard).run())
+            session = GenerationSession(asked)
+            first = asyncio.create_task(JobRunner(driver, session, {}, heard).run())
             while not heard.of(events.Step):
                 await asyncio.sleep(0.01)
             waiting = Heard(events.Queued, lambda: second.stop.set())
-            second = Conductor(other, Session(job("two")), {}, waiting)
+            second = JobRunner(other, GenerationSession(job("two")), {}, waiting)
             with pytest.raises(CancelledError):
                 await second.run()
             assert mesh.services[0].leases.waiting == 0
@@ -285,19 +293,19 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
 
 def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
-        session = Session(job(n_images=40, steps=500, placement="data"))
-        conductor = Conductor(driver, session, {}, Heard())
-        running = asyncio.create_task(conductor.run())
-        while not session.has_given_up([1]):
-            if 1 in conductor._leased:
-                conductor._gone(1, conductor._leased[1], "The cable was pulled.")
+        session = GenerationSession(job(n_images=40, steps=500, placement="data"))
+        runner = JobRunner(driver, session, {}, Heard())
+        running = asyncio.create_task(runner.run())
+        while session.given_up([1]) is None:
+            if 1 in runner._leased:
+                runner._gone(1, runner._leased[1], "The cable was pulled.")
             await asyncio.sleep(0.01)
         while 1 not in driver.clients:
             await driver.change(1.0)
         await asyncio.sleep(1.5)
         assert not running.done() and mesh.services[0].leases.holder
         assert mesh.services[1].leases.holder == ""
-        conductor.stop.set()
+        runner.stop.set()
         with pytest.raises(CancelledError):
             await running
 
@@ -312,12 +320,14 @@ def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
 
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         heard = Heard()
-        await Conductor(driver, Session(asked), files, heard).run()
+        await JobRunner(driver, GenerationSession(asked), files, heard).run()
         check(heard, asked)
         stored = tmp_path / "agent-0" / "adapters" / f"{named[0].path}.safetensors"
         assert stored.read_bytes() == path.read_bytes()
         path.unlink()  # the host has it: nothing is read again
-        await Conductor(driver, Session(dataclasses.replace(asked, id="two")), files, Heard()).run()
+        await JobRunner(
+            driver, GenerationSession(dataclasses.replace(asked, id="two")), files, Heard()
+        ).run()
 
     play(tmp_path, 1, body)
 
@@ -329,7 +339,7 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     path.write_bytes(bytes(600))
     named, files = by_hash([AdapterRef(str(path))])
     monkeypatch.setattr(adapter_upload, "PIECE", 100)
-    monkeypatch.setattr(hosts, "SILENCE", 0.5)
+    monkeypatch.setattr(host, "SILENCE", 0.5)
     put = Adapters.put
 
     def slowly(self: Adapters, *piece: Any) -> None:
@@ -340,7 +350,7 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     asked, heard = job(adapters=named), Heard()
 
     async def body(mesh: FakeMesh, driver: Driver) -> None:
-        await Conductor(driver, Session(asked), files, heard).run()
+        await JobRunner(driver, GenerationSession(asked), files, heard).run()
         check(heard, asked)
         assert heard.of(events.HostLost) == []
         told = [event for event in heard.of(events.Loading) if event.component == "adapter"]
@@ -370,7 +380,7 @@ def test_messages_that_come_twice_or_late_or_break_off_change_no_picture(
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
         async with Driver(mesh.record, dialer) as driver:
             asked, heard = job(n_images=6, placement=placement), Heard()
-            await Conductor(driver, Session(asked), {}, heard).run(wait=20)
+            await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -380,14 +390,14 @@ def test_a_word_that_is_lost_is_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "NO_NEWS", 0.3)
-    monkeypatch.setattr(conduct, "ANSWER", 0.5)
+    monkeypatch.setattr(job_runner, "ANSWER", 0.5)
     faults = Faults(seed=1, drop=0.4, only=(messages.Granted, messages.Ports))
 
     async def body(mesh: FakeMesh, _: Driver) -> None:
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
         async with Driver(mesh.record, dialer) as driver:
             asked, heard = job(placement="sequence"), Heard()
-            await Conductor(driver, Session(asked), {}, heard).run(wait=20)
+            await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -459,9 +469,13 @@ def test_a_warm_job_asks_each_host_for_its_work_and_little_else(
         return await post(self, message)
 
     async def body(mesh: FakeMesh, driver: Driver) -> None:
-        await Conductor(driver, Session(job("cold", placement=placement)), {}, Heard()).run()
+        await JobRunner(
+            driver, GenerationSession(job("cold", placement=placement)), {}, Heard()
+        ).run()
         monkeypatch.setattr(client.Client, "post", posted)
-        await Conductor(driver, Session(job("warm", placement=placement)), {}, Heard()).run()
+        await JobRunner(
+            driver, GenerationSession(job("warm", placement=placement)), {}, Heard()
+        ).run()
         first = ["AskStatus", "AskLease", "Encode", "Load", "Paint", "Decode", "LeaveQueue"]
         other = ["AskStatus", "AskLease", "Load", "Paint", "LeaveQueue"]
         assert asked == {0: first, 1: ["AskStatus"] if placement == "data" else other}
@@ -494,7 +508,7 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         assert list(driver.clients) == [0] and driver.reasons == {}
         asked, heard = job(placement="sequence"), Heard()
-        await Conductor(driver, Session(asked), {}, heard).run()
+        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
 
     play(tmp_path, 2, body)

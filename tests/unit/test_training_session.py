@@ -15,25 +15,24 @@ from fluxmesh.training.data.encode_units import Caption, Crop
 from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator.jobs.training import host as train_hands
-from fluxmesh_coordinator.jobs.training import tasks as train_jobs
-from fluxmesh_coordinator.jobs.training.tasks import UnitEncoded, Wanted
-from fluxmesh_coordinator.jobs.types import (
-    Back,
-    Gone,
-    Links,
-    Reported,
-)
+from fluxmesh_coordinator.jobs.training import host as training_host
+from fluxmesh_coordinator.jobs.training import tasks
+from fluxmesh_coordinator.jobs.training.tasks import UnitEncoded
+from fluxmesh_coordinator.jobs.types import Links, Reported
+from tests.fake_training import SIZE
 from tests.unit.meshes import GB, mac
-from tests.unit.simulated_jobs import LOSSES, SIZE, Simulation, job, once, train
+from tests.unit.simulated_jobs import TrainingSimulation, training_job
+from tests.unit.simulation import once
+
+LOSSES = [1.0, 1 / 2, 1 / 3]
 
 # --- without harm --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 5])
 def test_every_micro_batch_is_computed_once_by_a_host_that_has_its_features(hosts: int) -> None:
-    sim = Simulation(hosts).opened()
-    assert train(sim) == LOSSES
+    sim = TrainingSimulation(hosts).opened()
+    assert sim.train() == LOSSES
     computed = [number for machine in sim.machines.values() for number in machine.computed]
     assert sorted(computed) == list(range(24))
     assert [len(m.computed) for m in sim.machines.values()] == [
@@ -42,38 +41,38 @@ def test_every_micro_batch_is_computed_once_by_a_host_that_has_its_features(host
 
 
 def test_a_host_is_sent_each_feature_once() -> None:
-    sim = Simulation(2).opened()
-    train(sim)
+    sim = TrainingSimulation(2).opened()
+    sim.train()
     names = [(s.rank, s.message.name) for s in sim.sent if hasattr(s.message, "latents")]
     assert len(names) == len(set(names))
 
 
 def test_features_leave_that_were_not_used_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_hands, "KEPT", 5000)  # one crop is 4096 bytes
-    sim = Simulation(1, grad_accumulate=1, iterations=8).opened()
-    once_more = sim.machines[0].engine.features
+    monkeypatch.setattr(training_host, "KEPT", 5000)  # one crop is 4096 bytes
+    sim = TrainingSimulation(1, grad_accumulate=1, iterations=8).opened()
+    once_more = sim.machines[0].engine.training.features
     for update in range(8):
-        sim.ask(train_jobs.Advance(update))
-        needed = sim.session.course.names.of_micro_batches([update])
+        sim.ask(tasks.AdvanceTask(update))
+        needed = sim.session.state.names.of_micro_batches([update])
         assert set(needed) <= once_more
         assert sum(name.startswith("crop") for name in once_more) == 1
     assert sim.messages(training.DropFeatures)
 
 
 def test_looking_asks_the_first_host_alone() -> None:
-    sim = Simulation(3).opened()
-    assert sim.ask(train_jobs.Validate()) == 0.5
-    assert sim.ask(train_jobs.Paint()).shape == (8, 8, 3)
+    sim = TrainingSimulation(3).opened()
+    assert sim.ask(tasks.ValidateTask()) == 0.5
+    assert sim.ask(tasks.PaintTask()).shape == (8, 8, 3)
     ranks = {s.rank for s in sim.sent if isinstance(s.message, training.Validate)}
     assert ranks == {0}
-    assert set(sim.session.course.names.held_out()) <= sim.machines[0].engine.features
+    assert set(sim.session.state.names.held_out()) <= sim.machines[0].engine.training.features
 
 
 def test_hosts_share_out_what_is_encoded() -> None:
-    sim = Simulation(3)
+    sim = TrainingSimulation(3)
     units = (*(Caption(str(i)) for i in range(9)), *(Crop(0, i) for i in range(9)))
-    sim.ask(train_jobs.Encode(units))
-    assert sorted(map(repr, (e.unit for e in sim.of(train_jobs.UnitEncoded)))) == sorted(
+    sim.ask(tasks.EncodeTask(units))
+    assert sorted(map(repr, (e.unit for e in sim.of(tasks.UnitEncoded)))) == sorted(
         map(repr, units)
     )
     shares = [
@@ -84,9 +83,9 @@ def test_hosts_share_out_what_is_encoded() -> None:
 
 
 def test_a_state_is_sent_a_few_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_hands, "PIECE", 10)
-    monkeypatch.setattr(train_hands, "WINDOW", 80)
-    sim = Simulation(2)
+    monkeypatch.setattr(training_host, "PIECE", 10)
+    monkeypatch.setattr(training_host, "WINDOW", 80)
+    sim = TrainingSimulation(2)
     batches: list[int] = []
     do = sim._do
 
@@ -99,14 +98,14 @@ def test_a_state_is_sent_a_few_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
     sim._do = count  # type: ignore[method-assign]
     weights = np.full(SIZE, 2, np.float32)
-    sim.ask(train_jobs.Open(2, {"weights": weights, "first": weights, "second": weights}))
-    assert [m.engine.update for m in sim.machines.values()] == [2, 2]
+    sim.ask(tasks.OpenTask(2, {"weights": weights, "first": weights, "second": weights}))
+    assert [m.engine.training.update for m in sim.machines.values()] == [2, 2]
     assert len(sim.messages(training.PutVector)) == 60
     assert sum(batches) == 3 * SIZE * 4 and max(batches) <= 80
 
 
 def test_a_slow_host_is_dealt_less() -> None:
-    sim = Simulation(2, iterations=64).opened()
+    sim = TrainingSimulation(2, iterations=64).opened()
     before = sim.feed
 
     def feed(event: Any) -> None:
@@ -117,25 +116,24 @@ def test_a_slow_host_is_dealt_less() -> None:
         before(event)
 
     sim.feed = feed  # type: ignore[method-assign]
-    train(sim, 4)
+    sim.train(4)
     last = {s.rank: s.message.numbers for s in sim.sent if isinstance(s.message, training.Update)}
     assert len(last[0]) == 2 and len(last[1]) == 6
 
 
 def test_the_deal_is_told_in_images() -> None:
-    (even,) = Simulation(4, batch_size=2).opened().of(Dealt)
+    (even,) = TrainingSimulation(4, batch_size=2).opened().of(Dealt)
     assert str(even) == "3 updates of 16 images: 4 a host on 4 hosts"
-    (uneven,) = Simulation(3).opened().of(Dealt)
+    (uneven,) = TrainingSimulation(3).opened().of(Dealt)
     assert str(uneven) == "3 updates of 8 images: 3, 3 and 2 on 3 hosts"
-    (alone,) = Simulation(1).opened().of(Dealt)
+    (alone,) = TrainingSimulation(1).opened().of(Dealt)
     assert str(alone) == "3 updates of 8 images: 8 a host on 1 host"
 
 
 def test_the_end_closes_the_training_on_every_host() -> None:
-    sim = Simulation(3).opened()
-    train(sim)
-    sim.number += 1
-    sim.feed(Wanted(sim.number, train_jobs.Finish()))
+    sim = TrainingSimulation(3).opened()
+    sim.train()
+    sim.want(tasks.FinishTask())
     while sim.end is None:
         sim.turn()
     assert sim.end.error is None
@@ -147,9 +145,9 @@ def test_the_end_closes_the_training_on_every_host() -> None:
 
 def test_hosts_without_the_memory_are_left_out() -> None:
     small = [mac(0), mac(1, memory_bytes=16 * GB), mac(2)]
-    found = train_jobs.choose(job(), small, Links())
+    found = tasks.choose(training_job(), small, Links())
     assert found.winner is not None and found.winner.ranks == (0, 2)
-    none = train_jobs.choose(job(), [small[1]], Links())
+    none = tasks.choose(training_job(), [small[1]], Links())
     assert none.winner is None and "--quantize" in none.reason
 
 
@@ -164,7 +162,7 @@ def test_agents_of_one_device_share_its_memory() -> None:
         )
         for rank in range(2)
     ]
-    found = train_jobs.choose(job(), both, Links())
+    found = tasks.choose(training_job(), both, Links())
     assert found.winner is not None and found.winner.ranks == (0,)
 
 
@@ -173,9 +171,9 @@ def test_a_ring_takes_hosts_that_are_joined_by_cables() -> None:
     pairs = [*ring, *((b, a) for a, b in ring)]
     links = Links(tuple(LinkInfo(a, b, 1e9) for a, b in pairs))
     hosts = [mac(rank) for rank in range(4)]
-    every = train_jobs.choose(job(), hosts, links).winner
+    every = tasks.choose(training_job(), hosts, links).winner
     assert every is not None and every.ranks == (0, 1, 2, 3)
-    left = train_jobs.choose(job(), hosts[:1] + hosts[2:], links).winner
+    left = tasks.choose(training_job(), hosts[:1] + hosts[2:], links).winner
     assert left is not None and left.ranks in ((2, 3), (0, 3))
 
 
@@ -197,19 +195,19 @@ MOMENTS: dict[str, Callable[[Any], bool]] = {
 def test_a_death_at_any_moment_costs_time_and_nothing_else(
     moment: str, victim: int, how: str, checkpoint: int
 ) -> None:
-    sim = Simulation(3)
+    sim = TrainingSimulation(3)
 
     def hurt() -> None:
         if how == "killed":
-            sim.kill(victim)
+            sim.kill_engine(victim)
         elif how == "lost":
             sim.lose(victim)
         else:
-            sim.machines[victim].is_stopped = True
+            sim.stop_engine(victim)
 
     once(sim, lambda report, rank: MOMENTS[moment](report), hurt)
     sim.opened()
-    assert train(sim, checkpoint=checkpoint) == LOSSES
+    assert sim.train(checkpoint=checkpoint) == LOSSES
     if moment == "giving" and checkpoint > 1:
         return  # it never came
     lost = sim.of(events.HostLost)
@@ -219,21 +217,21 @@ def test_a_death_at_any_moment_costs_time_and_nothing_else(
 
 
 def test_updates_since_the_last_checkpoint_are_done_again_and_no_others() -> None:
-    sim = Simulation(2, iterations=80).opened()
-    train(sim, 6, checkpoint=4)
-    sim.kill(1)
-    sim.ask(train_jobs.Advance(6))
+    sim = TrainingSimulation(2, iterations=80).opened()
+    sim.train(6, checkpoint=4)
+    sim.kill_engine(1)
+    sim.ask(tasks.AdvanceTask(6))
     done = [s.message.update for s in sim.sent if isinstance(s.message, training.Update)][::2]
     assert done == [0, 1, 2, 3, 4, 5, 4, 5, 6]
 
 
 def test_an_alarm_that_may_be_a_false_one_makes_later_ones_patient() -> None:
-    sim = Simulation(2).opened()
-    once(sim, lambda report, rank: rank == 1, lambda: setattr(sim.machines[1], "is_stopped", True))
-    sim.ask(train_jobs.Advance(0))
+    sim = TrainingSimulation(2).opened()
+    once(sim, lambda report, rank: rank == 1, lambda: sim.stop_engine(1))
+    sim.ask(tasks.AdvanceTask(0))
     (lost,) = sim.of(events.HostLost)
     assert "no sign" in lost.reason
-    assert [hand.worker.patience for hand in sim.session.course.hands.values()] == [2, 2]
+    assert [host.patience for host in sim.session.state.hosts.values()] == [2, 2]
 
 
 def test_patience_ends_when_there_was_no_alarm_for_long() -> None:
@@ -252,39 +250,39 @@ def test_patience_ends_when_there_was_no_alarm_for_long() -> None:
 
 
 def test_what_an_engine_of_an_older_epoch_says_is_dropped() -> None:
-    sim = Simulation(2).opened()
-    epoch = sim.session.course.hands[0].worker.epoch
-    sim.kill(1)
+    sim = TrainingSimulation(2).opened()
+    epoch = sim.session.state.hosts[0].epoch
+    sim.kill_engine(1)
     sim.number = 9
-    sim.feed(Wanted(9, train_jobs.Advance(0)))
+    sim.want(tasks.AdvanceTask(0))
     while not sim.messages(training.Update):
         sim.turn()
     late = training.Moved("job", epoch, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
     for rank in range(2):
         sim.feed(Reported(rank, late))
-    assert not [answer for answer in sim.of(train_jobs.Answer) if answer.number == 9]
+    assert not [answer for answer in sim.of(tasks.Answer) if answer.number == 9]
     other = training.Moved("another", epoch + 5, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
     sim.feed(Reported(0, other))
-    assert sim.session.course.hands[0].moved is None
+    assert sim.session.state.hosts[0].moved is None
 
 
 def test_a_host_that_dies_twice_is_left_out() -> None:
-    sim = Simulation(2, iterations=40).opened()
+    sim = TrainingSimulation(2, iterations=40).opened()
     for update in range(3):
-        sim.ask(train_jobs.Advance(update))
-        if 1 in sim.session.course.hands:
-            sim.kill(1)
+        sim.ask(tasks.AdvanceTask(update))
+        if 1 in sim.session.state.hosts:
+            sim.kill_engine(1)
     assert list(sim.of(Dealt)[-1].shares) == [0]
-    assert sim.session.has_given_up([1]) and not sim.session.has_given_up([0, 1])
+    assert sim.session.given_up([1]) is not None and sim.session.given_up([0, 1]) is None
 
 
 def test_when_every_ring_fails_the_run_ends() -> None:
-    sim = Simulation(6)
+    sim = TrainingSimulation(6)
     victims = iter(range(6))
     sim.before = lambda report, rank: (
         sim.lose(next(victims)) if isinstance(report, messages.Joined) else None
     )
-    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    sim.want(tasks.OpenTask(0, {}))
     for _ in range(300):
         if sim.end is not None:
             break
@@ -293,51 +291,48 @@ def test_when_every_ring_fails_the_run_ends() -> None:
 
 
 def test_when_no_host_is_left_others_are_asked_for_and_the_run_goes_on() -> None:
-    sim = Simulation(1).opened()
-    sim.ask(train_jobs.Advance(0))
-    sim.ask(train_jobs.Give())
-    sim.number += 1
-    sim.feed(Wanted(sim.number, train_jobs.Advance(1)))
+    sim = TrainingSimulation(1).opened()
+    sim.ask(tasks.AdvanceTask(0))
+    sim.ask(tasks.GiveTask())
+    number = sim.want(tasks.AdvanceTask(1))
     sim.lose(0)
     assert sim.stuck == ["No host is left."]
-    sim.stuck.clear()
-    sim.machines[1] = sim.machine(1)
-    sim._do(sim.session.begin([sim.machines[1].leased], Links(), sim.now))
-    while not [a for a in sim.of(train_jobs.Answer) if a.number == sim.number]:
+    sim.start_agent(1, fence=1)
+    sim.begin()
+    while not sim.answers(number):
         sim.turn()
-    assert sim.ask(train_jobs.Give())["weights"][0] == 2
+    assert sim.ask(tasks.GiveTask())["weights"][0] == 2
 
 
 def test_a_host_that_comes_back_joins_in_at_the_next_checkpoint() -> None:
-    sim = Simulation(3, iterations=40).opened()
-    sim.ask(train_jobs.Advance(0))
+    sim = TrainingSimulation(3, iterations=40).opened()
+    sim.ask(tasks.AdvanceTask(0))
     sim.lose(2)
-    sim.ask(train_jobs.Advance(1))
-    sim.machines[2] = sim.machine(2, fence=2)
-    sim.feed(Back(sim.machines[2].leased))
-    sim.ask(train_jobs.Advance(2))
+    sim.ask(tasks.AdvanceTask(1))
+    sim.bring_back(2)
+    sim.ask(tasks.AdvanceTask(2))
     assert list(sim.of(Dealt)[-1].shares) == [0, 1], "not in the middle"
-    sim.ask(train_jobs.Give())
-    assert sim.ask(train_jobs.Advance(3)).loss == 1 / 4
+    sim.ask(tasks.GiveTask())
+    assert sim.ask(tasks.AdvanceTask(3)).loss == 1 / 4
     assert list(sim.of(Dealt)[-1].shares) == [0, 1, 2]
     assert not [e for e in sim.of(events.HostLost) if e.host != 2]
 
 
 def test_a_host_without_the_memory_after_all_is_left_out() -> None:
-    sim = Simulation(2)
+    sim = TrainingSimulation(2)
     once(
         sim,
         lambda r, rank: isinstance(r, training.Opened) and rank == 1,
         lambda: sim.fail(1, "DoesNotFitError"),
     )
     sim.opened()
-    assert train(sim) == LOSSES
+    assert sim.train() == LOSSES
     assert list(sim.of(Dealt)[-1].shares) == [0]
 
 
 def test_a_mistake_of_the_request_ends_the_run() -> None:
-    sim = Simulation(2)
-    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    sim = TrainingSimulation(2)
+    sim.want(tasks.OpenTask(0, {}))
     while not sim.messages(training.OpenTraining):
         sim.turn()
     sim.fail(0, "UsageError")
@@ -348,10 +343,10 @@ def test_a_mistake_of_the_request_ends_the_run() -> None:
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_host_that_dies_while_it_encodes_gives_its_units_back(late: int) -> None:
-    sim = Simulation(2)
-    once(sim, lambda report, rank: rank == 1, lambda: sim.kill(1, late))
+    sim = TrainingSimulation(2)
+    once(sim, lambda report, rank: rank == 1, lambda: sim.kill_engine(1, late))
     units = tuple(Caption("x" * i) for i in range(8))
-    sim.ask(train_jobs.Encode(units))
+    sim.ask(tasks.EncodeTask(units))
     found = [(event.unit, event.arrays["t5"][0, 0, 0]) for event in sim.of(UnitEncoded)]
     assert sorted(found, key=lambda pair: pair[1]) == [(unit, i) for i, unit in enumerate(units)]
 
@@ -360,35 +355,34 @@ def test_a_host_that_dies_while_it_encodes_gives_its_units_back(late: int) -> No
 
 
 def test_a_halt_in_an_update_leaves_the_state_before_it() -> None:
-    sim = Simulation(2).opened()
-    sim.ask(train_jobs.Advance(0))
-    sim.number += 1
-    sim.feed(Wanted(sim.number, train_jobs.Advance(1)))
+    sim = TrainingSimulation(2).opened()
+    sim.ask(tasks.AdvanceTask(0))
+    sim.want(tasks.AdvanceTask(1))
     while not any(m.computed and m.computed[-1] >= 8 for m in sim.machines.values()):
         sim.turn()
-    halted = sim.ask(train_jobs.Halt())
+    halted = sim.ask(tasks.HaltTask())
     assert halted.update == 1 and halted.moved.loss == 1.0
-    assert sim.ask(train_jobs.Give())["weights"][0] == 1
+    assert sim.ask(tasks.GiveTask())["weights"][0] == 1
 
 
 def test_a_halt_that_comes_too_late_tells_what_the_update_did() -> None:
-    sim = Simulation(2).opened()
-    sim.ask(train_jobs.Advance(0))
-    sim.ask(train_jobs.Advance(1))
-    halted = sim.ask(train_jobs.Halt())
+    sim = TrainingSimulation(2).opened()
+    sim.ask(tasks.AdvanceTask(0))
+    sim.ask(tasks.AdvanceTask(1))
+    halted = sim.ask(tasks.HaltTask())
     assert halted.update == 2 and halted.moved.loss == 1 / 2
 
 
 def test_a_halt_before_there_is_a_state_says_so() -> None:
-    sim = Simulation(3)
-    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    sim = TrainingSimulation(3)
+    sim.want(tasks.OpenTask(0, {}))
     sim.number = 1
-    halted = sim.ask(train_jobs.Halt())
+    halted = sim.ask(tasks.HaltTask())
     assert halted.update is None
 
 
 def test_an_update_without_a_usable_gradient_is_told_and_not_counted() -> None:
-    sim = Simulation(2).opened()
+    sim = TrainingSimulation(2).opened()
     before = sim.feed
 
     def feed(event: Any) -> None:
@@ -397,12 +391,12 @@ def test_an_update_without_a_usable_gradient_is_told_and_not_counted() -> None:
         before(event)
 
     sim.feed = feed  # type: ignore[method-assign]
-    assert sim.ask(train_jobs.Advance(0)).bad == 2
-    assert sim.ask(train_jobs.Halt()).update == 0
+    assert sim.ask(tasks.AdvanceTask(0)).bad == 2
+    assert sim.ask(tasks.HaltTask()).update == 0
 
 
 def test_hosts_whose_moves_differ_end_the_run() -> None:
-    sim = Simulation(2).opened()
+    sim = TrainingSimulation(2).opened()
     before = sim.feed
 
     def feed(event: Any) -> None:
@@ -412,16 +406,16 @@ def test_hosts_whose_moves_differ_end_the_run() -> None:
         before(event)
 
     sim.feed = feed  # type: ignore[method-assign]
-    sim.feed(Wanted(9, train_jobs.Advance(0)))
+    sim.want(tasks.AdvanceTask(0))
     while sim.end is None:
         sim.turn()
     assert "differ" in str(sim.end.error)
 
 
 def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:
-    sim = Simulation(2)
+    sim = TrainingSimulation(2)
     sim.machines[1].engine.content = "newer"
-    sim.feed(Wanted(1, train_jobs.Open(0, {})))
+    sim.want(tasks.OpenTask(0, {}))
     while sim.end is None:
         sim.turn()
     assert sim.end is not None and isinstance(sim.end.error, WeightsError)
@@ -431,29 +425,26 @@ def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:
 
 @pytest.mark.parametrize(("apart", "stays"), [(1.0, False), (400.0, True)])
 def test_deaths_of_a_host_that_lie_far_apart_are_forgiven(apart: float, stays: bool) -> None:
-    sim = Simulation(2, iterations=64).opened()
+    sim = TrainingSimulation(2, iterations=64).opened()
     for update in range(4):
         sim.now += apart
-        if 1 in sim.session.course.hands:
-            sim.kill(1)
-        assert sim.ask(train_jobs.Advance(update)).loss == 1 / (update + 1)
-    assert (1 in sim.session.course.hands) == stays
+        if 1 in sim.session.state.hosts:
+            sim.kill_engine(1)
+        assert sim.ask(tasks.AdvanceTask(update)).loss == 1 / (update + 1)
+    assert (1 in sim.session.state.hosts) == stays
 
 
 @pytest.mark.parametrize("sleeps", [2, 6])
 def test_a_coordinator_that_stood_still_blames_no_host(sleeps: int) -> None:
     """It wakes, and every host has given it up: neither they nor their ring have failed."""
-    sim = Simulation(2, iterations=64).opened()
-    sim.ask(train_jobs.Advance(0))
+    sim = TrainingSimulation(2, iterations=64).opened()
+    sim.ask(tasks.AdvanceTask(0))
     for fence in range(2, 2 + sleeps):
-        for rank in list(sim.machines):
-            del sim.machines[rank]
-            sim.feed(Gone(rank, "It is silent.", counts=False))
-        assert not sim.session.has_given_up([0]) and not sim.session.has_given_up([1])
         for rank in range(2):
-            sim.machines[rank] = sim.machine(rank, fence)
-        leased = [machine.leased for machine in sim.machines.values()]
-        sim._do(sim.session.begin(leased, Links(), sim.now))
-        sim.turn()
-    assert sim.ask(train_jobs.Advance(1)).loss == 1 / 2
+            sim.lose(rank, counts=False)
+            assert sim.session.given_up([rank]) is None
+        for rank in range(2):
+            sim.start_agent(rank, fence)
+        sim.begin().turn()
+    assert sim.ask(tasks.AdvanceTask(1)).loss == 1 / 2
     assert list(sim.of(Dealt)[-1].shares) == [0, 1]

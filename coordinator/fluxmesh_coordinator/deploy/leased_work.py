@@ -19,7 +19,7 @@ from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.failures import error_of
-from fluxmesh_coordinator.jobs.host import START, Worker
+from fluxmesh_coordinator.jobs.host import START, HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
@@ -100,19 +100,21 @@ async def form_ring(
 
     `hosts` are those of the hostfile, by rank. Raises `FluxmeshError` naming a host.
     """
-    workers = {
-        rank: Worker(LeasedHost(infos[rank], hosts[rank], one.fence, one.epoch), 0.0)
+    states = {
+        rank: HostState(
+            LeasedHost(info=infos[rank], host=hosts[rank], fence=one.fence, epoch=one.epoch), 0.0
+        )
         for rank, one in errands.items()
     }
     ring = Ring(tuple(sorted(errands)), 1 + max(one.epoch for one in errands.values()))
-    orders = ring.ask(workers, backend)
+    orders = ring.ask(states, backend)
     while orders:
         asked, orders = orders, []
         for rank, message in asked:
             assert isinstance(message, messages.AskPorts)
             told = await errands[rank].client.ask(message, messages.Ports)
-            orders += ring.answered(rank, message.ip, told.ports, workers)
-    joins: Orders = ring.join(workers, _Secret(), backend)
+            orders += ring.answered(rank, message.ip, told.ports, states)
+    joins: Orders = ring.join(states, _Secret(), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )

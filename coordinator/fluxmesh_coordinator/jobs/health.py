@@ -1,6 +1,6 @@
 """How often the hosts of a job have failed, and which of them are used no more. Pure.
 
-Below `recovery.py` and `train_losses.py`. A host that fails again soon is left out: each time costs
+Below `recovery.py`. A host that fails again soon is left out: each time costs
 the others a load. What lies far back is forgiven, and so is a host that has worked well since: in
 a job of hours, two lost connections are no sign of a bad host.
 """
@@ -15,18 +15,18 @@ ENOUGH = 20  # steps or micro-batches that a host has done since: it is forgiven
 
 
 @dataclass
-class _Host:
+class _Record:
     failures: int = 0
     last: float = 0.0  # when it failed last
     done: int = 0  # steps or micro-batches since
     is_out: bool = False
 
 
-class Blame:
+class HostHealth:
     """Of one job, by rank."""
 
     def __init__(self) -> None:
-        self._hosts: dict[int, _Host] = {}
+        self._hosts: dict[int, _Record] = {}
 
     def takes(self, rank: int) -> bool:
         """Whether a host may take part (again)."""
@@ -49,5 +49,5 @@ class Blame:
         """A host can't do the job, however often it is asked."""
         self._of(rank).is_out = True
 
-    def _of(self, rank: int) -> _Host:
-        return self._hosts.setdefault(rank, _Host())
+    def _of(self, rank: int) -> _Record:
+        return self._hosts.setdefault(rank, _Record())

@@ -1,8 +1,8 @@
 """One host of a running job: what its engine has in line, and when its silence means death. Pure.
 
 Below `session.py`. An engine does its units of work one after another; the first in line is the
-one that it is at. Each kind of work has its own sign of life (DESIGN §5): a step that was timed
-before must come again in time; what takes long by itself (loading, encoding, a first step, a
+one that it is at. Each kind of work has its own sign of life: a step that was timed before must
+come again in time; what takes long by itself (loading, encoding, a first step, a
 decode) ticks meanwhile, and may not take for ever.
 """
 
@@ -31,9 +31,13 @@ from fluxmesh.wire.messages import (
 )
 from fluxmesh.wire.training_messages import (
     CloseTraining,
+    DropFeatures,
     GiveVectors,
+    MakeRoom,
     OpenTraining,
     PaintProgress,
+    PutFeatures,
+    PutVector,
     Update,
     Validate,
 )
@@ -48,28 +52,30 @@ FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are c
 BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
 AREA = 1 << 20  # pixels, up to which a picture is not large
 KILLING = 10.0  # seconds that an agent may take to end its engine
+# Work that is no part of the line: it is done at once, and nothing is told of it.
+SILENT = (PutVector, PutFeatures, DropFeatures, MakeRoom)
 
 T = TypeVar("T", bound=Message)
 
 
 @dataclass
-class Unit:
+class QueuedWork:
     """Work in line, or a ring to join."""
 
     message: Work | Join
     since: float | None = None  # when it became the first in line
 
 
-class Worker:
+class HostState:
     """One host, its engine, and what it was given."""
 
     def __init__(self, leased: LeasedHost, now: float) -> None:
-        self.host: hostfile.Host = leased.host
+        self.entry: hostfile.Host = leased.host
         self.info: HostInfo = leased.info
         self.fence = leased.fence
         self.epoch = leased.epoch
         self.ring = (leased.ring, leased.ring_rank, leased.ring_size)
-        self.line: deque[Unit] = deque()
+        self.line: deque[QueuedWork] = deque()
         self.is_loaded = False  # with what the phase needs
         self.killed: float | None = None  # since when its engine is being ended
         self.patience = 1.0  # deadlines are this many times as long: each alarm may be a false one
@@ -88,15 +94,20 @@ class Worker:
 
     @property
     def is_free(self) -> bool:
+        """Whether it has nothing to do."""
         return not self.line and self.killed is None
 
     def has(self, *kinds: type[Message]) -> bool:
         """Whether something of these kinds is in line."""
         return any(isinstance(unit.message, kinds) for unit in self.line)
 
-    def put(self, message: Work | Join, now: float) -> None:
-        """The last in line."""
-        self.line.append(Unit(message, None if self.line else now))
+    def sent(self, message: Message, now: float) -> None:
+        """It is on its way: work is the last in line from now on."""
+        if isinstance(message, Work | Join) and not isinstance(message, SILENT):
+            self.line.append(QueuedWork(message, None if self.line else now))
+
+    def answered(self, request: Message) -> None:
+        """The agent has taken a message of this epoch in."""
 
     def find(self, kind: type[T], image: int | None = None) -> T | None:
         """The first in line of this kind (and with this image), None where there is none."""
@@ -142,6 +153,22 @@ class Worker:
         known = self._step_seconds if measured else self._guesses
         known.setdefault(_shape(paint), seconds)
 
+    def cancel_deadline(self) -> float:
+        """Seconds in which it lets go of what it does: it hears of a cancel between two steps."""
+        paints = [unit.message for unit in self.line if isinstance(unit.message, Paint)]
+        return max([SILENCE, *map(self.step_deadline, paints)])
+
+    def let_go(self) -> None:
+        """The engine does nothing more of what it had in line."""
+        self.line.clear()
+
+    def cancelled(self, now: float) -> None:
+        """The engine has let go of what it had in line when it was told to."""
+        self.line.clear()
+
+    def forget_unsent(self) -> None:
+        """What waits here to be sent is not sent."""
+
     def kill(self, epoch: int, now: float) -> None:
         """The engine is being ended, with all that it held, knew and had in line; `epoch` begins.
 
@@ -184,7 +211,7 @@ class Worker:
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
         return f"{what} took more than {budget:.0f} s" if spent > budget else ""
 
-    def _silence(self, unit: Unit) -> float:
+    def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""
         return START if self._is_new or isinstance(unit.message, Join) else SILENCE
 

@@ -1,6 +1,6 @@
 """Whether the hosts of a job hold one and the same model under its name. Pure.
 
-Below `session.py` and `train_session.py`. A checkpoint is known by its name, which may mean another
+Below `session.py`. A checkpoint is known by its name, which may mean another
 revision on another host: their pictures would differ, and a ring of both would paint neither.
 """
 
@@ -11,29 +11,29 @@ from collections.abc import Mapping
 from fluxmesh.errors import WeightsError
 
 
-class Contents:
+class ModelCheck:
     """`Checkpoint.content` of each host that has worked on a job, as its engine told it."""
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self._told: dict[int, tuple[str, str]] = {}  # rank -> host's name, content
+        self._contents: dict[int, tuple[str, str]] = {}  # rank -> host's name, content
 
     def hear(self, rank: int, name: str, content: str) -> WeightsError | None:
         """Keeps what a host told; an error that names the hosts if it differs from the others.
 
         A host that is gone still counts: what it made is part of the job.
         """
-        self._told[rank] = (name, content)
-        problem = difference(self.model, self._told)
+        self._contents[rank] = (name, content)
+        problem = difference(self.model, self._contents)
         return WeightsError(problem) if problem else None
 
 
-def difference(model: str, told: Mapping[int, tuple[str, str]]) -> str:
+def difference(model: str, contents: Mapping[int, tuple[str, str]]) -> str:
     """A sentence where hosts (rank -> name, content) hold different files; "" where all agree."""
-    if len({content for _, content in told.values()}) < 2:
+    if len({content for _, content in contents.values()}) < 2:
         return ""
     hosts = ", ".join(
-        f"host {rank} ({name}) {content[:8]}" for rank, (name, content) in sorted(told.items())
+        f"host {rank} ({name}) {content[:8]}" for rank, (name, content) in sorted(contents.items())
     )
     return f"Hosts hold different files under the name {model}: {hosts}. {remedy(model)}"
 

@@ -1,145 +1,165 @@
-"""What is done when an engine dies, a host is gone or nothing moves. Pure.
+"""What is done when an engine dies, a host is gone or nothing moves; of any kind of job. Pure.
 
 Below `session.py`. Outside of a ring a death is one host's affair: what it had in line is given
 back, and its engine starts anew. In a ring the survivors may hang for ever, so all its engines are
-ended, and then what is left is planned with the hosts that are left.
+ended, and then what is left is dealt out to the hosts that are left. A host that has failed too
+often (`health.py`), or that can't do the job at all, takes part no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from typing import Generic
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.events import Event, HostLost
+from fluxmesh.events import HostLost
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
-from fluxmesh_coordinator.jobs.generation.state import Course, Send
-from fluxmesh_coordinator.jobs.health import Blame
-from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.health import HostHealth
+from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.state import H, JobState, Sender
 
-MAX_ATTEMPTS = 5  # rings that fail one after another without a step in between
+MAX_ATTEMPTS = 5  # rings that fail one after another, and nothing is done in between
 
 
-class Recovery:
+class Recovery(Generic[H]):
     """Takes losses; `end` is called where the job can't go on at all."""
 
     def __init__(
         self,
-        course: Course,
-        send: Send,
-        tell: Callable[[Event], None],
+        state: JobState[H],
+        send: Sender,
+        tell: Callable[[HostLost], None],
         end: Callable[[FluxmeshError], None],
     ) -> None:
-        self.course, self.send, self.tell, self.end = course, send, tell, end
-        self._blame = Blame()
+        self.state, self.send, self.tell, self.end = state, send, tell, end
+        self._health = HostHealth()
+        self._reasons: dict[int, FluxmeshError] = {}  # why hosts take part no more
         self._attempts = 0
 
     def takes(self, rank: int) -> bool:
         """Whether a host may take part (again)."""
-        return self._blame.takes(rank)
+        return self._health.takes(rank)
+
+    def given_up(self, ranks: Iterable[int]) -> FluxmeshError | None:
+        """Why none of these hosts may take part any more; None where one may."""
+        ranks = list(ranks)
+        if any(self.takes(rank) for rank in ranks):
+            return None
+        reasons = [self._reasons[rank] for rank in ranks if rank in self._reasons]
+        if len(reasons) == 1:
+            return reasons[0]
+        last = type(reasons[-1]) if reasons else FluxmeshError
+        return last(" ".join(["No host can go on.", *map(str, reasons)]))
+
+    # What moves
 
     def worked(self, rank: int) -> None:
-        """A host made a step."""
-        self._blame.worked(rank)
+        """A host has done a step, or a micro-batch."""
+        self._health.worked(rank)
 
-    def moved(self) -> None:
-        """A step was acknowledged: whatever failed before, the ring works."""
+    def advanced(self) -> None:
+        """The job has something behind it that it had not before: its ring works."""
         self._attempts = 0
 
-    def failed(self, worker: Worker, kind: str, text: str, fatal: bool, now: float) -> None:
+    # What is lost
+
+    def failed(self, host: H, kind: str, text: str, *, fatal: bool, now: float) -> None:
         """An engine died (`fatal`), or could not do its work; `kind` is the error's class."""
-        name = worker.info.name
         if not fatal and kind in failures.FINAL:
             self.end(failures.error_of(kind, text))
             return
-        # A survivor of a broken ring fails too; the one to blame is the one that died.
-        blamed = kind == failures.DIED or not self.course.has_ring_with(worker.rank)
-        if kind == failures.LATE:
-            blamed, self.course.shuns_rings = False, True
-        self.engine_lost(worker, text, now, blamed=blamed)
+        # A survivor of a broken ring fails too; the one to blame is the one that died, or that
+        # says itself what it could not do.
+        blamed = kind not in failures.OF_RING or not self.state.shares_ring(host.rank)
+        self._engine_lost(host, text, now, blamed=blamed)
         if not fatal and kind in failures.OF_HOST:
-            self._drop(worker.rank)
-            if not self.course.workers:
-                self.end(failures.error_of(kind, f"{name}: {text}"))
+            self._health.leave_out(host.rank)
+            self._leave_out(host, failures.error_of(kind, f"{host.info.name}: {text}"))
 
-    def overdue(self, worker: Worker, reason: str, now: float) -> None:
+    def overdue(self, host: H, reason: str, now: float) -> None:
         """An engine gave no sign in time. It may have been slow: deadlines are longer now."""
-        ring = self.course.ring
-        in_ring = ring is not None and self.course.has_ring_with(worker.rank)
-        for rank in ring.ranks if ring is not None and in_ring else (worker.rank,):
-            if rank in self.course.workers:
-                self.course.workers[rank].patience *= 2
+        ring, together = self.state.ring, self.state.shares_ring(host.rank)
+        for rank in ring.ranks if ring is not None and together else (host.rank,):
+            if rank in self.state.hosts:
+                self.state.hosts[rank].patience *= 2
         # In a ring all wait for the one that hangs, and nobody knows which one that is.
-        self.engine_lost(worker, reason, now, blamed=not in_ring)
+        self._engine_lost(host, reason, now, blamed=not together)
 
-    def engine_lost(self, worker: Worker, reason: str, now: float, *, blamed: bool) -> None:
-        """What an engine had in line goes to others; in a ring, all engines end."""
-        course, rank = self.course, worker.rank
-        self.tell(HostLost(rank, worker.info.name, reason))
-        course.losses += 1
-        if blamed:
-            self._blame.failed(rank, now)
-        if course.has_ring_with(rank):
-            self._end_ring(reason, now)
-        else:
-            course.give_back(worker)
-            # Also if it is dead: what is on its way would start another, and be told twice.
-            self.kill(worker, worker.epoch + 1, now)
-        if not self.takes(rank):
-            self._drop(rank)
-            if not course.workers:
-                self.end(FluxmeshError(f"{worker.info.name} failed twice: {reason}"))
-
-    def gone(self, rank: int, reason: str, now: float, *, counts: bool = True) -> None:
-        """A host is out of reach; `counts` where that is a failure of its own."""
-        course, worker = self.course, self.course.workers.get(rank)
-        if worker is None:
+    def gone(self, rank: int, reason: str, now: float, *, counts: bool) -> None:
+        """A host is out of reach; `counts` where that is a failure, not this side's absence."""
+        host = self.state.hosts.get(rank)
+        if host is None:
             return
-        self.tell(HostLost(rank, worker.info.name, reason))
-        course.losses += 1
-        if counts and worker.killed is None:  # else it hung, and that was counted
-            self._blame.failed(rank, now)
-        broke_ring = course.has_ring_with(rank)
+        broke_ring = self.state.has_ring_with(rank)
+        self._lost(host, reason)
+        if counts and host.killed is None:  # else it hung, and that was counted
+            self._health.failed(rank, now)
         self._drop(rank)
         if broke_ring:
-            self._end_ring(reason, now)
+            self._ring_broke(reason, now, counts=counts)
+        if not self.takes(rank):
+            self._leave_out(host, _twice(host, reason))
 
-    def kill(self, worker: Worker, epoch: int, now: float) -> None:
+    def end_ring(self, now: float) -> None:
+        """Ends the engines of all members, and with them what they hold."""
+        ring, hosts = self.state.ring, self.state.hosts
+        if ring is None:
+            return
+        members = [hosts[rank] for rank in ring.ranks if rank in hosts]
+        epoch = 1 + max([ring.epoch, *(member.epoch for member in members)])
+        self.state.ring_ends()
+        for member in members:
+            self.state.give_back(member)
+            self.kill(member, epoch, now)
+
+    def kill(self, host: HostState, epoch: int, now: float) -> None:
         """Ends a host's engine, whatever it does; `epoch` begins there."""
-        worker.kill(epoch, now)
-        self.send(worker, messages.Kill(worker.fence, epoch))
+        host.kill(epoch, now)
+        self.send(host, messages.Kill(host.fence, epoch))
+
+    # Within
+
+    def _engine_lost(self, host: H, reason: str, now: float, *, blamed: bool) -> None:
+        """What an engine had in line goes to others; in a ring, all engines end."""
+        self._lost(host, reason)
+        if blamed:
+            self._health.failed(host.rank, now)
+        if self.state.has_ring_with(host.rank):
+            self._ring_broke(reason, now, counts=True)
+        else:
+            self.state.give_back(host)
+            # Also if it is dead: what is on its way would start another, and be told twice.
+            self.kill(host, host.epoch + 1, now)
+        if not self.takes(host.rank):
+            self._leave_out(host, _twice(host, reason))
+
+    def _lost(self, host: H, reason: str) -> None:
+        self.tell(HostLost(host.rank, host.info.name, reason))
+        self.state.losses += 1
+
+    def _leave_out(self, host: H, why: FluxmeshError) -> None:
+        """Goes on without a host for good. Others of the mesh may help where none is left."""
+        self._reasons[host.rank] = why
+        self._drop(host.rank)
 
     def _drop(self, rank: int) -> None:
-        """Goes on without a host."""
-        course, worker = self.course, self.course.workers.pop(rank, None)
-        if worker is None:
-            return
-        course.give_back(worker)
-        if not course.phases:
-            course.needs_plan = course.needs_plan or not course.workers
-            return
-        left = tuple(other for other in course.phases[0].ranks if other in course.workers)
-        if any(set(phase.ranks) - set(course.workers) for phase in course.phases[1:]):
-            course.needs_plan = True  # a ring that was to work later
-        elif course.in_ring:
-            course.needs_plan = course.needs_plan or rank in course.phases[0].ranks
-        elif left:
-            course.phases[0] = replace(course.phases[0], ranks=left)
-        else:
-            course.needs_plan = True
+        host = self.state.hosts.pop(rank, None)
+        if host is not None:
+            self.state.give_back(host)
+            self.state.goes_on_without(rank)
 
-    def _end_ring(self, reason: str, now: float) -> None:
-        """Ends the engines of all members; once they are gone, what is left is planned."""
-        course, ring = self.course, self.course.ring
-        assert ring is not None
-        members = [course.workers[rank] for rank in ring.ranks if rank in course.workers]
-        course.album.give_back(ring.ranks[0])
-        epoch = 1 + max([ring.epoch, *(worker.epoch for worker in members)])
-        course.ring, course.phases, course.needs_plan = None, [], True
-        for worker in members:
-            course.give_back(worker)
-            self.kill(worker, epoch, now)
-        self._attempts += 1
+    def _ring_broke(self, reason: str, now: float, *, counts: bool) -> None:
+        self.end_ring(now)
+        self._attempts += counts
         if self._attempts >= MAX_ATTEMPTS:
-            self.end(FluxmeshError(f"{MAX_ATTEMPTS} rings failed one after another: {reason}"))
+            text = f"{MAX_ATTEMPTS} rings failed one after another: {_sentence(reason)}"
+            self.end(FluxmeshError(f"{text} {self.state.remedy}".rstrip()))
+
+
+def _twice(host: HostState, reason: str) -> FluxmeshError:
+    return FluxmeshError(f"{host.info.name} failed twice: {_sentence(reason)}")
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason.rstrip('.')}."

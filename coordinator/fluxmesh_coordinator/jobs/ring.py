@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
-from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.host import HostState
 
 Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)
 
@@ -37,86 +37,84 @@ class Ring:
     def is_up(self) -> bool:
         return self.joined == set(self.ranks)
 
+    @property
+    def has_ports(self) -> bool:
+        return None not in self.ports.values()
+
     @classmethod
-    def of(cls, ranks: tuple[int, ...], workers: Mapping[int, Worker]) -> Ring:
+    def of(cls, ranks: tuple[int, ...], hosts: Mapping[int, HostState]) -> Ring:
         """The ring that these engines are in already, in this order; else a new one."""
-        members = [workers[rank] for rank in ranks]
+        members = [hosts[rank] for rank in ranks]
         name = members[0].ring[0]
         fits = all(
-            worker.ring == (name, place, len(ranks)) and worker.epoch == members[0].epoch
-            for place, worker in enumerate(members)
+            member.ring == (name, place, len(ranks)) and member.epoch == members[0].epoch
+            for place, member in enumerate(members)
         )
         if not (name and fits):
-            return cls(ranks, 1 + max(worker.epoch for worker in members))
+            return cls(ranks, 1 + max(member.epoch for member in members))
         ring = cls(ranks, members[0].epoch)
         ring.is_asked = ring.is_told = True
         ring.joined = set(ranks)
         return ring
 
-    def ask(self, workers: Mapping[int, Worker], backend: str) -> Orders:
+    def advance(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
+        """What brings it one step nearer, if anything does now. Raises as `join`."""
+        orders = [] if self.is_asked else self.ask(hosts, backend)
+        if self.has_ports and not self.is_told:
+            orders += self.join(hosts, job, backend)
+        return orders
+
+    def ask(self, hosts: Mapping[int, HostState], backend: str) -> Orders:
         """A port at each address of each member; backends but `ring` meet at the first one's."""
         self.is_asked = True
         for rank in self.ranks if backend == "ring" else self.ranks[:1]:
-            ips = workers[rank].host.ips
+            ips = hosts[rank].entry.ips
             for ip in ips if backend == "ring" else ips[:1]:
                 self.ports[rank, ip] = None
-        return self._missing(workers)
+        return [
+            (rank, AskPorts(hosts[rank].fence, ip))
+            for (rank, ip), port in self.ports.items()
+            if port is None
+        ]
 
     def answered(
-        self, rank: int, ip: str, ports: Sequence[int], workers: Mapping[int, Worker]
+        self, rank: int, ip: str, ports: Sequence[int], hosts: Mapping[int, HostState]
     ) -> Orders:
         """Keeps a port; asks for another where two agents of a machine were given the same."""
         self.ports[rank, ip] = ports[0]
         taken = {
-            (workers[other].host.machine, port)
+            (hosts[other].entry.machine, port)
             for (other, _), port in self.ports.items()
             if other != rank
         }
-        if (workers[rank].host.machine, ports[0]) in taken:
+        if (hosts[rank].entry.machine, ports[0]) in taken:
             self.ports[rank, ip] = None
-            return [(rank, AskPorts(workers[rank].fence, ip))]
+            return [(rank, AskPorts(hosts[rank].fence, ip))]
         return []
 
-    @property
-    def has_ports(self) -> bool:
-        return None not in self.ports.values()
-
-    def join(self, workers: Mapping[int, Worker], job: Secret, backend: str) -> Orders:
+    def join(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
         """What each member is told. Raises `UsageError` where addresses don't match."""
         self.is_told = True
-        hosts = [workers[rank].host for rank in self.ranks]
+        entries = [hosts[rank].entry for rank in self.ranks]
         ports = [
-            [self.ports[host.rank, ip] or 0 for ip in host.ips if (host.rank, ip) in self.ports]
-            for host in hosts
+            [self.ports[entry.rank, ip] or 0 for ip in entry.ips if (entry.rank, ip) in self.ports]
+            for entry in entries
         ]
         nonce = job.nonce(self.epoch)
         orders: Orders = []
-        for place, (rank, told) in enumerate(
-            zip(self.ranks, joining(backend, hosts, ports), strict=True)
-        ):
-            worker = workers[rank]
-            worker.epoch = self.epoch
-            worker.ring = (ring_name(nonce), place, len(self.ranks))
-            orders.append(
-                (
-                    rank,
-                    Join(
-                        worker.fence,
-                        self.epoch,
-                        place,
-                        len(self.ranks),
-                        backend,
-                        told.envs,
-                        told.files,
-                        nonce,
-                    ),
-                )
+        for place, joins in enumerate(joining(backend, entries, ports)):
+            host = hosts[self.ranks[place]]
+            host.epoch = self.epoch
+            host.ring = (ring_name(nonce), place, len(self.ranks))
+            join = Join(
+                host.fence,
+                epoch=self.epoch,
+                rank=place,
+                size=len(self.ranks),
+                backend=backend,
+                envs=joins.envs,
+                files=joins.files,
+                nonce=nonce,
             )
+            orders.append((host.rank, join))
         return orders
-
-    def _missing(self, workers: Mapping[int, Worker]) -> Orders:
-        return [
-            (rank, AskPorts(workers[rank].fence, ip))
-            for (rank, ip), port in self.ports.items()
-            if port is None
-        ]

@@ -1,7 +1,7 @@
-"""One job as a session sees it: what is asked, which hosts it holds, what happens, what is to do.
+"""One job as its session sees it: which hosts it holds, what happens, what is to be done.
 
-The vocabulary of `session.py`: an `Input` goes in, an `Instruction` comes out. Pure, as all that a
-session imports: no socket, no clock, no chance.
+The vocabulary of `session.py` and all below it: an `Input` goes in, an `Instruction` comes out.
+Pure, as the whole folder: no socket, no clock, no chance.
 """
 
 from __future__ import annotations
@@ -11,32 +11,25 @@ from dataclasses import dataclass, field
 
 from fluxmesh import events
 from fluxmesh.cluster import hostfile
-from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Placement
+from fluxmesh.cluster.snapshot import HostInfo, LinkInfo
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.planning.workload import ModelSizes
-from fluxmesh.request import GenerateRequest
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire.messages import Message, Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request, ready for a mesh: size and steps are filled in, adapters are named by hash."""
+    """Base of what a mesh is asked to do."""
 
     id: str
-    request: GenerateRequest
-    sizes: ModelSizes
     secret: bytes = field(repr=False)  # random; what rings prove themselves with comes from it
-    placement: Placement | None = None
-    force_shard: bool = False
-    warm: bool = True  # encoders and autoencoder may stay in memory for the next job
 
     def nonce(self, epoch: int) -> bytes:
         """What the ring of `epoch` gathers: nobody else can know it."""
         return hashlib.sha256(self.secret + epoch.to_bytes(8, "big")).digest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeasedHost:
     """A host whose lease the job holds, as it stood when the lease was granted."""
 
@@ -67,6 +60,14 @@ class Result:
 
 
 # What happens
+
+
+@dataclass(frozen=True)
+class Leased:
+    """The job begins, or goes on, with these hosts and no others."""
+
+    hosts: tuple[LeasedHost, ...]
+    links: Links
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,14 @@ class Tick:
 
 @dataclass(frozen=True)
 class Stop:
-    """The user cancels, or nobody wants the pictures any more."""
+    """The user cancels, or nobody wants the result any more."""
 
 
-Input = Answered | Reported | Gone | Back | Tick | Stop
+class Asked:
+    """Base of what the program above the session asks for while the job runs."""
+
+
+Input = Leased | Answered | Reported | Gone | Back | Tick | Stop | Asked
 
 
 # What is to be done
@@ -135,7 +140,7 @@ class Tell:
 
 @dataclass(frozen=True)
 class Stuck:
-    """The hosts that are left can't do what is left: `Session.begin` goes on with others."""
+    """The hosts that are left can't do what is left: `JobSession.begin` goes on with others."""
 
     reason: str
 

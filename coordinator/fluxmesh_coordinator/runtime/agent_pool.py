@@ -1,8 +1,8 @@
 """The agents of a mesh in one event loop: connected, told apart, and connected again when lost.
 
-Between `client.py` (one agent) and `conduct.py` (one job on them). A member that is lost is tried
-again for as long as the driver is open; one on this machine whose process has ended is started
-again first, if the driver knows how.
+Between `client.py` (one agent) and `runtime/job_runner.py` (one job on them). A member that is lost
+is tried again for as long as the driver is open; one on this machine whose process has ended is
+started again first, if the driver knows how.
 """
 
 from __future__ import annotations

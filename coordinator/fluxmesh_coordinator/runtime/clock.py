@@ -1,7 +1,7 @@
 """The coordinator's clock: what did not happen while it stood still is no host's fault.
 
 A laptop sleeps, or somebody presses Ctrl-Z: to whoever wakes, every host is late, and most have
-given the connection up. Used by `conduct.py` and `agent_pool.py`.
+given the connection up. Used by `job_runner.py` and `agent_pool.py`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""One job on a driver's agents: leases, then `session.py` until its end; again when it is stuck.
+"""One job on a driver's agents: leases, then its session until its end; again when it is stuck.
 
-The I/O around the pure session: takes the leases of the hosts that the plan needs, in rank order
-(so that two coordinators never wait for each other), hands it what agents say, does what it says,
-and brings back hosts that return. Below `mesh.py`.
+The I/O around the pure sessions of `jobs/`: takes the leases of the hosts that the plan needs, in
+rank order (so that two coordinators never wait for each other), hands the session what agents say,
+does what it says, and brings back hosts that return. Below `mesh.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import (
@@ -25,14 +25,16 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.status import host_info
+from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
     Answered,
     Back,
     Finished,
     Gone,
+    Input,
     Instruction,
+    Leased,
     LeasedHost,
-    Links,
     Reported,
     Send,
     Stop,
@@ -50,41 +52,22 @@ LOOK = 1.0  # seconds between two looks at who is there
 RETURN = 15.0  # seconds in which a host that was lost may come back, if none else can do the work
 
 
-class Served(Protocol):
-    """A job's decisions: `session.Session` paints, `train_session.TrainSession` trains."""
-
-    @property
-    def id(self) -> str:
-        """The job's."""
-
-    @property
-    def grows(self) -> bool:
-        """Whether hosts that answer late are wanted too, and not just those it began with."""
-
-    def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]: ...
-
-    def handle(self, event: Any, now: float) -> list[Instruction]: ...
-
-    def find(self, hosts: Sequence[HostInfo], links: Links) -> Any:
-        """A plan: `winner` with `ranks`, `text_rank` and `seconds`, or None for a `reason`, and
-        `remedies`."""
-
-    def has_given_up(self, ranks: Iterable[int]) -> bool: ...
+T = TypeVar("T")
 
 
-class Conductor:
+class JobRunner:
     """Does one job. `tell` hears its events; `stop` cancels it."""
 
     def __init__(
         self,
         driver: Driver,
-        session: Served,
+        session: JobSession[Any],
         files: adapter_upload.Files,
         tell: Callable[[Any], None],
     ) -> None:
         self.driver, self.session, self.files, self.tell = driver, session, files, tell
         self.stop = asyncio.Event()
-        self._inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._outboxes: dict[int, asyncio.Queue[messages.Changing]] = {}
         self._leased: dict[int, Client] = {}
         self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
@@ -109,21 +92,24 @@ class Conductor:
         stopping = asyncio.create_task(self._watch_stop())
         try:
             while True:
-                out = self.session.begin(await self._lease(wait), self.driver.links, self._now)
+                leased = Leased(tuple(await self._lease(wait)), self.driver.links)
                 self._returning = asyncio.create_task(self._bring_back())
-                end = await self._serve(out)
+                end = await self._serve(leased)
                 await self._release()
                 if isinstance(end, Finished):
                     if end.error is not None:
-                        said = adapter_upload.with_names(str(end.error), self.files)
-                        raise type(end.error)(said)
+                        raise self._named(end.error)
                     return
                 self._was_lost = True
         finally:
             stopping.cancel()
             await self._release()
 
-    def feed(self, event: object) -> None:
+    def _named(self, error: FluxmeshError) -> FluxmeshError:
+        """An error as the user reads it."""
+        return type(error)(adapter_upload.with_names(str(error), self.files))
+
+    def feed(self, event: Input) -> None:
         """Gives the session an input that comes from no agent."""
         self._inbox.put_nowait(event)
 
@@ -141,7 +127,8 @@ class Conductor:
             plan = self.session.find(list(infos.values()), self.driver.links)
             if plan.winner is not None:
                 ranks = {*plan.winner.ranks, plan.winner.text_rank}
-                hosts = await self._take(sorted(r for r in ranks if r is not None), plan.winner)
+                wanted = sorted(rank for rank in ranks if rank is not None)
+                hosts = await self._take(wanted, plan.winner.seconds)
                 if hosts is not None:
                     return hosts
                 continue
@@ -162,8 +149,9 @@ class Conductor:
 
     async def _await_change(self, deadline: float, plan: Any, infos: dict[int, HostInfo]) -> None:
         """Until a host comes or goes. Raises where that takes too long."""
-        if self.session.has_given_up(self.driver.hosts):
-            raise FluxmeshError("Every host has failed twice in this job; see `fluxmesh logs`.")
+        error = self.session.given_up(self.driver.hosts)
+        if error is not None:
+            raise self._named(error)
         left = deadline - self._now
         if left <= 0:
             if not infos:
@@ -174,7 +162,7 @@ class Conductor:
             raise DoesNotFitError(f"{plan.reason}{helps and f' {helps}'}{also}")
         await self._unless_stopped(self.driver.change(min(left, LOOK)))
 
-    async def _take(self, ranks: list[int], option: Any) -> list[LeasedHost] | None:
+    async def _take(self, ranks: list[int], seconds: float) -> list[LeasedHost] | None:
         """The leases of these hosts, in rank order; None where one of them was lost meanwhile."""
         granted: dict[int, messages.Granted] = {}
         for rank in ranks:
@@ -182,7 +170,7 @@ class Conductor:
             try:
                 if client is None:
                     raise HostUnreachableError(self.driver.reasons.get(rank, "It is gone."))
-                lease = self._line_up(rank, client, option.seconds, self._teller(rank))
+                lease = self._line_up(rank, client, seconds, self._teller(rank))
                 granted[rank] = await self._unless_stopped(lease)
                 self._leased[rank] = client
                 await self._unless_stopped(self._give_files(rank, client, granted[rank].fence))
@@ -213,21 +201,21 @@ class Conductor:
 
     def _open(self, rank: int, granted: messages.Granted) -> LeasedHost:
         """A host whose lease is ours: from now on its reports come in, and messages go out."""
-        client, told = self._leased[rank], granted.status
+        client, status = self._leased[rank], granted.status
         self._outboxes[rank] = asyncio.Queue()
         self._tasks[rank] = [
             asyncio.create_task(self._listen(rank, client)),
             asyncio.create_task(self._deliver(rank, client, self._outboxes[rank])),
         ]
         return LeasedHost(
-            host_info(rank, told),
-            self.driver.hosts[rank],
-            granted.fence,
-            max(granted.epoch, told.epoch),
-            told.engine_pid is not None,
-            told.ring,
-            told.ring_rank,
-            told.ring_size,
+            info=host_info(rank, status),
+            host=self.driver.hosts[rank],
+            fence=granted.fence,
+            epoch=max(granted.epoch, status.epoch),
+            is_up=status.engine_pid is not None,
+            ring=status.ring,
+            ring_rank=status.ring_rank,
+            ring_size=status.ring_size,
         )
 
     async def _release(self) -> None:
@@ -265,7 +253,7 @@ class Conductor:
         while True:
             for rank in wanted - set(self._leased):
                 client = self.driver.clients.get(rank)
-                if client is None or self.session.has_given_up([rank]):
+                if client is None or self.session.given_up([rank]) is not None:
                     continue
                 try:
                     granted = await self._line_up(rank, client, 0.0, lambda _: None)
@@ -279,26 +267,29 @@ class Conductor:
 
     # The session
 
-    async def _serve(self, out: list[Instruction]) -> Finished | Stuck:
+    async def _serve(self, leased: Leased) -> Finished | Stuck:
         """Does what the session says until it ends, or is stuck."""
         ticked = self._now
         self._clock.begin()
-        end = self._carry_out(out)
+        end = self._handle(leased)
         while end is None:
             try:
                 async with asyncio.timeout(TICK):
-                    event = await self._inbox.get()
+                    event: Input = await self._inbox.get()
             except TimeoutError:
                 event = Tick()
             self._clock.tick()
             if isinstance(event, Gone):
                 event = replace(event, counts=not self._clock.has_just_woken)
                 await self._close(event.rank)
-            end = self._carry_out(self.session.handle(event, self._now))
+            end = self._handle(event)
             if end is None and self._now - ticked >= TICK:
                 ticked = self._now
-                end = self._carry_out(self.session.handle(Tick(), self._now))
+                end = self._handle(Tick())
         return end
+
+    def _handle(self, event: Input) -> Finished | Stuck | None:
+        return self._carry_out(self.session.handle(event, self._now))
 
     def _carry_out(self, out: list[Instruction]) -> Finished | Stuck | None:
         end: Finished | Stuck | None = None
@@ -370,7 +361,7 @@ class Conductor:
         await self.stop.wait()
         self._inbox.put_nowait(Stop())
 
-    async def _unless_stopped(self, waiting: Any) -> Any:
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that waits for others. Raises `CancelledError` on a stop."""
         task = asyncio.ensure_future(waiting)
         stopped = asyncio.ensure_future(self.stop.wait())
@@ -380,6 +371,6 @@ class Conductor:
                 return task.result()
             raise CancelledError("Cancelled.")
         finally:
-            for one in (task, stopped):
-                one.cancel()
+            task.cancel()
+            stopped.cancel()
             await asyncio.gather(task, stopped, return_exceptions=True)

@@ -5,7 +5,7 @@
             ...
 
 The command line stands on this, and so can any program (`fluxmesh.Mesh`). An event loop in a
-thread of its own drives the agents (`agent_pool.py`, `conduct.py`); everything here blocks.
+thread of its own drives the agents (`agent_pool.py`, `runtime/job_runner.py`); everything here blocks.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, load, save
 from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.deploy import what_if
-from fluxmesh_coordinator.jobs.generation.session import Session
-from fluxmesh_coordinator.jobs.types import Job
+from fluxmesh_coordinator.jobs.generation.session import GenerationSession
+from fluxmesh_coordinator.jobs.generation.state import GenerationJob
+from fluxmesh_coordinator.jobs.session import JobSession
+from fluxmesh_coordinator.jobs.types import Input
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
-from fluxmesh_coordinator.runtime.job_runner import Conductor, Served
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
 
 T = TypeVar("T")
 
@@ -150,7 +152,7 @@ class Mesh:
         `HostUnreachableError` or `DoesNotFitError`.
         """
         job, files = self._prepare(request, placement, force_shard, keep_warm)
-        running = self.start(Session(job), files, wait)
+        running = self.start(GenerationSession(job), files, wait)
         plans: list[Planned] = []
         try:
             for event in running.events():
@@ -176,16 +178,16 @@ class Mesh:
 
         yield from train_on(self, request, tell)
 
-    def start(self, session: Served, files: Files, wait: float | None = None) -> Running:
+    def start(self, session: JobSession[Any], files: Files, wait: float | None = None) -> Running:
         """Begins a job in the background."""
         box: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-        async def begin() -> Conductor:
-            return Conductor(self._driver, session, files, box.put)
+        async def begin() -> JobRunner:
+            return JobRunner(self._driver, session, files, box.put)
 
-        conductor = self._run(begin())
-        done = asyncio.run_coroutine_threadsafe(conductor.run(wait), self._loop)
-        running = Running(self._loop, conductor, done, box)
+        runner = self._run(begin())
+        done = asyncio.run_coroutine_threadsafe(runner.run(wait), self._loop)
+        running = Running(self._loop, runner, done, box)
         self._jobs.add(running)
 
         def ended(_: object) -> None:
@@ -273,20 +275,20 @@ class Mesh:
         asked: Placement | None,
         force_shard: bool,
         keep_warm: bool,
-    ) -> tuple[Job, Files]:
+    ) -> tuple[GenerationJob, Files]:
         """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
         from fluxmesh.weights import hub
 
         sizes, name = self._sizes(request.model), hub.full_name(request.model)
         named, files = by_hash(request.adapters)
-        job = Job(
-            secrets.token_hex(8),
-            replace(request, model=name, adapters=named),
-            sizes,
-            secrets.token_bytes(32),
-            asked,
-            force_shard,
-            self.keeps_warm or keep_warm,
+        job = GenerationJob(
+            id=secrets.token_hex(8),
+            secret=secrets.token_bytes(32),
+            request=replace(request, model=name, adapters=named),
+            sizes=sizes,
+            placement=asked,
+            force_shard=force_shard,
+            warm=self.keeps_warm or keep_warm,
         )
         return job, files
 
@@ -320,15 +322,15 @@ class Running:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        conductor: Conductor,
+        runner: JobRunner,
         done: Future[None],
         box: queue.SimpleQueue[Any],
     ) -> None:
-        self._loop, self._conductor, self._done, self._box = loop, conductor, done, box
+        self._loop, self._runner, self._done, self._box = loop, runner, done, box
 
-    def feed(self, event: object) -> None:
+    def feed(self, event: Input) -> None:
         """Gives the job's session an input."""
-        self._loop.call_soon_threadsafe(self._conductor.feed, event)
+        self._loop.call_soon_threadsafe(self._runner.feed, event)
 
     def events(self) -> Iterator[Any]:
         """What it tells, as it happens, to its end. Raises how it failed."""
@@ -340,7 +342,7 @@ class Running:
     def stop(self) -> None:
         """Cancels it, unless it has ended, and waits for the hosts to let go."""
         if not self._done.done():
-            self._loop.call_soon_threadsafe(self._conductor.stop.set)
+            self._loop.call_soon_threadsafe(self._runner.stop.set)
             self._done.exception()  # we were told to stop
 
     def wait(self) -> None:
@@ -348,7 +350,7 @@ class Running:
         self._done.result()
 
 
-def plan_of(job: Job, view: MeshView) -> Plan:
+def plan_of(job: GenerationJob, view: MeshView) -> Plan:
     """How a job would be done on these hosts."""
     return find_plan(
         job.request, view, job.sizes, placement=job.placement, force_shard=job.force_shard

@@ -1,4 +1,4 @@
-"""A mesh as the crew of a training: what the run asks for becomes tasks of a `TrainSession`.
+"""A mesh as the crew of a training: what the run asks for becomes tasks of a `TrainingSession`.
 
 The run (`fluxmesh/training/run.py`) reads the data set, keeps the cache and writes the files, here;
 hosts need no disk of ours. Every call blocks until the mesh has done it, whoever died meanwhile.
@@ -27,9 +27,9 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Moved, Run, read_examples
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
-from fluxmesh_coordinator.jobs.training import tasks as train_jobs
-from fluxmesh_coordinator.jobs.training.session import TrainSession
-from fluxmesh_coordinator.jobs.training.tasks import TrainJob, UnitEncoded, Wanted
+from fluxmesh_coordinator.jobs.training import tasks
+from fluxmesh_coordinator.jobs.training.session import TrainingSession
+from fluxmesh_coordinator.jobs.training.tasks import TrainingJob, UnitEncoded, Wanted
 
 if TYPE_CHECKING:
     from fluxmesh_coordinator.runtime.mesh import Mesh
@@ -67,7 +67,7 @@ class Crew:
         self._update: int | None = None
         self._given: tuple[int, Mapping[str, np.ndarray]] | None = None  # by the hosts, last
         job = job_of(plan, base, self._features, self._units.pixels)
-        self._running = mesh.start(TrainSession(job), {})
+        self._running = mesh.start(TrainingSession(job), {})
 
     def __enter__(self) -> Crew:
         return self
@@ -77,7 +77,7 @@ class Crew:
 
     def finish(self) -> None:
         """Hosts let go of the training. Raises how the job failed."""
-        self._want(train_jobs.Finish())
+        self._want(tasks.FinishTask())
         self._running.wait()
 
     # What a run asks for
@@ -89,7 +89,7 @@ class Crew:
             if not todo:
                 continue
             done = 0
-            for event in self._events(train_jobs.Encode(tuple(todo))):
+            for event in self._events(tasks.EncodeTask(tuple(todo))):
                 if not isinstance(event, UnitEncoded):
                     self.tell(event)
                 else:
@@ -99,17 +99,17 @@ class Crew:
                     yield Encoding(what, done, len(todo))
 
     def open(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
-        self._ask(train_jobs.Open(update, vectors))
+        self._ask(tasks.OpenTask(update, vectors))
         self._update = update
 
     def advance(self, update: int) -> Moved:
         self._update = None  # until it is known
-        moved: Moved = self._ask(train_jobs.Advance(update))
+        moved: Moved = self._ask(tasks.AdvanceTask(update))
         self._update = update + 1
         return moved
 
     def halt(self) -> Moved | None:
-        halted: train_jobs.Halted = self._ask(train_jobs.Halt())
+        halted: tasks.Halted = self._ask(tasks.HaltTask())
         self._update = halted.update
         return halted.moved
 
@@ -118,38 +118,38 @@ class Crew:
         return self._update
 
     def validate(self) -> float:
-        loss: float = self._ask(train_jobs.Validate())
+        loss: float = self._ask(tasks.ValidateTask())
         return loss
 
     def paint(self) -> np.ndarray:
-        pixels: np.ndarray = self._ask(train_jobs.Paint())
+        pixels: np.ndarray = self._ask(tasks.PaintTask())
         return pixels
 
     def vectors(self) -> Mapping[str, np.ndarray]:
         if self._given is None or self._given[0] != self._update:
             assert self._update is not None, "no host has a state"
-            self._given = (self._update, self._ask(train_jobs.Give()))
+            self._given = (self._update, self._ask(tasks.GiveTask()))
         return self._given[1]
 
     # Within
 
-    def _want(self, task: train_jobs.Task) -> int:
+    def _want(self, task: tasks.Task) -> int:
         self._number += 1
         self._running.feed(Wanted(self._number, task))
         return self._number
 
-    def _events(self, task: train_jobs.Task) -> Generator[object, None, object]:
+    def _events(self, task: tasks.Task) -> Generator[object, None, object]:
         """What is told until the task is done; returns what it gave."""
         number = self._want(task)
         for event in self._running.events():
-            if isinstance(event, train_jobs.Answer):
+            if isinstance(event, tasks.Answer):
                 if event.number == number:  # else of one that was broken off
                     return event.value
             else:
                 yield event
         raise FluxmeshError("The training ended on its hosts before it was done.")
 
-    def _ask(self, task: train_jobs.Task) -> Any:
+    def _ask(self, task: tasks.Task) -> Any:
         events = self._events(task)
         while True:
             try:
@@ -177,21 +177,21 @@ def job_of(
     base: Checkpoint,
     features: Callable[[Unit], Mapping[str, np.ndarray]],
     pixels: Callable[[Crop], np.ndarray],
-) -> TrainJob:
+) -> TrainingJob:
     """The run as it travels."""
     request = plan.request
     name = hub.full_name(request.model)
     asked = GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
     sizes = ModelSizes.of(base)
-    return TrainJob(
-        secrets.token_hex(8),
-        plan,
-        Weights.of(asked, base.bits),
-        Work.of(asked, sizes).transformer.on_each_of(1),
-        Layout(base.transformer, request).size,
-        secrets.token_bytes(32),
-        features,
-        pixels,
+    return TrainingJob(
+        id=secrets.token_hex(8),
+        secret=secrets.token_bytes(32),
+        plan=plan,
+        weights=Weights.of(asked, base.bits),
+        base_bytes=Work.of(asked, sizes).transformer.on_each_of(1),
+        size=Layout(base.transformer, request).size,
+        features=features,
+        pixels=pixels,
     )
 
 

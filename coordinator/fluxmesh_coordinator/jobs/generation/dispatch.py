@@ -1,8 +1,8 @@
 """What every host is given next: rings, weights, prompt, images, decodes. Pure.
 
-Between `course.py` (where the job stands) and `session.py`, which calls `Dispatch.go_on` after all
-that happens. It looks at nothing but the state, so that after a loss the same code sends again
-whatever is missing.
+Between `state.py` (where the job stands) and `session.py`, which calls `GenerationDispatch.go_on`
+after all that happens. It looks at nothing but the state, so that after a loss the same code sends
+again whatever is missing.
 """
 
 from __future__ import annotations
@@ -10,182 +10,207 @@ from __future__ import annotations
 from fluxmesh.planning.plan import Phase
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.jobs.generation.images import Group, Image
-from fluxmesh_coordinator.jobs.generation.state import Course, Send
-from fluxmesh_coordinator.jobs.host import Worker
+from fluxmesh_coordinator.jobs.generation.images import DecodeGroup, ImageProgress
+from fluxmesh_coordinator.jobs.generation.state import GenerationState
+from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Ring
+from fluxmesh_coordinator.jobs.state import Sender
 
 
-class Dispatch:
+class GenerationDispatch:
     """Gives out work, through `send`."""
 
-    def __init__(self, course: Course, send: Send) -> None:
-        self.course, self.send = course, send
+    def __init__(self, state: GenerationState, send: Sender) -> None:
+        self.state, self.send = state, send
 
     def go_on(self) -> None:
         """Sends all that can be sent now."""
-        course = self.course
+        state = self.state
         self._next_phase()
-        if course.in_ring and not self._form_ring():
+        if state.in_ring and not self._form_ring():
             return
-        if course.job.request.preload:
+        if state.job.request.preload:
             self._load()
             self._encode()
         else:  # where memory is short, the encoders have it first and leave
             self._encode()
             self._load()
-        if course.in_ring:
+        if state.in_ring:
             self._paint_together()
         else:
             self._paint_apart()
 
-    def decode(self, worker: Worker, group: Group) -> None:
+    def decode(self, host: HostState, group: DecodeGroup) -> None:
         """Has a host decode images that are painted."""
-        course = self.course
-        group.decoder = worker.rank
-        latents = course.album.latents_of(group)
-        size = (course.work.height, course.work.width)
-        self.send(worker, messages.Decode(*self._common(worker), group.images, *size, latents))
-
-    def _common(self, worker: Worker) -> tuple[int, str, int, messages.Weights]:
-        return worker.fence, self.course.job.id, worker.epoch, self.course.work.weights
+        state = self.state
+        group.decoder = host.rank
+        self.send(
+            host,
+            messages.Decode(
+                fence=host.fence,
+                job=state.job.id,
+                epoch=host.epoch,
+                weights=state.work.weights,
+                images=group.images,
+                height=state.work.height,
+                width=state.work.width,
+                latents=state.images.latents_of(group),
+            ),
+        )
 
     def _next_phase(self) -> None:
         """Leaves phases whose images are all painted, once nobody is at one any more."""
-        course = self.course
-        while course.phases and not set(course.phases[0].images) & set(course.album.unpainted):
+        state = self.state
+        while state.phases and not set(state.phases[0].images) & set(state.images.unpainted):
             if self._anyone_has(messages.Paint):
                 return
-            course.phases.pop(0)
-            if course.phases:
-                course.enter()
+            state.phases.pop(0)
+            if state.phases:
+                state.enter()
 
     def _form_ring(self) -> bool:
         """Whether the ring of this phase is up; takes the next step towards it if not."""
-        course, backend = self.course, self.course.links.backend
-        ranks, workers = course.phases[0].ranks, course.workers
-        if course.ring is None:
-            if not all(workers[rank].is_free for rank in ranks):
+        state, ranks, hosts = self.state, self.state.phases[0].ranks, self.state.hosts
+        if state.ring is None:
+            if not all(hosts[rank].is_free for rank in ranks):
                 return False
-            course.ring = Ring.of(ranks, workers)
-        ring = course.ring
-        orders = []
-        if not ring.is_asked:
-            orders += ring.ask(workers, backend)
-        if ring.has_ports and not ring.is_told:
-            orders += ring.join(workers, course.job, backend)
-        for rank, message in orders:
-            self.send(workers[rank], message)
-        return ring.is_up
+            state.ring = Ring.of(ranks, hosts)
+        for rank, message in state.ring.advance(hosts, state.job, state.links.backend):
+            self.send(hosts[rank], message)
+        return state.ring.is_up
 
     def _load(self) -> None:
         """Everyone who works in this phase loads its transformer, whole or in shards."""
-        course = self.course
-        if not course.phases:
+        state = self.state
+        if not state.phases:
             return
-        phase, request = course.phases[0], course.job.request
+        phase, request = state.phases[0], state.job.request
         shards = len(phase.ranks) if phase.layout == "sharded" else 1
         for place, rank in enumerate(phase.ranks):
-            worker = course.workers[rank]
-            if worker.is_loaded or worker.killed is not None or worker.has(messages.Load):
+            host = state.hosts[rank]
+            if host.is_loaded or host.killed is not None or host.has(messages.Load):
                 continue
             components = ["transformer"]
-            if request.preload or (course.job.warm and not request.low_memory):
+            if request.preload or (state.job.warm and not request.low_memory):
                 components.append("autoencoder")
-            if request.preload and worker is course.reader:
+            if request.preload and host is state.reader:
                 components.insert(0, "text encoders")
-            shard = place if shards > 1 else 0
             self.send(
-                worker,
+                host,
                 messages.Load(
-                    *self._common(worker), shards, shard, tuple(components), request.low_memory
+                    fence=host.fence,
+                    job=state.job.id,
+                    epoch=host.epoch,
+                    weights=state.work.weights,
+                    shards=shards,
+                    shard=place if shards > 1 else 0,
+                    components=tuple(components),
+                    low_memory=request.low_memory,
                 ),
             )
 
     def _encode(self) -> None:
         """Somebody reads the prompt, and the picture to begin from."""
-        course, request, reader = self.course, self.course.job.request, self.course.reader
+        state, request, reader = self.state, self.state.job.request, self.state.reader
         if reader is None or reader.killed is not None:
             return
-        if course.features is None and not self._anyone_has(messages.Encode):
-            padding, stay = request.t5_padding, course.encoders_stay
-            encode = messages.Encode(*self._common(reader), request.prompt, padding, stay)
-            self.send(reader, encode)
+        if state.features is None and not self._anyone_has(messages.Encode):
+            self.send(
+                reader,
+                messages.Encode(
+                    fence=reader.fence,
+                    job=state.job.id,
+                    epoch=reader.epoch,
+                    weights=state.work.weights,
+                    prompt=request.prompt,
+                    t5_padding=request.t5_padding,
+                    stay=state.encoders_stay,
+                ),
+            )
         source = request.source
-        if source is None or course.source is not None:
+        if source is None or state.source is not None:
             return
         if not self._anyone_has(messages.EncodeSource):
-            self.send(reader, messages.EncodeSource(*self._common(reader), source.pixels))
+            self.send(
+                reader,
+                messages.EncodeSource(
+                    fence=reader.fence,
+                    job=state.job.id,
+                    epoch=reader.epoch,
+                    weights=state.work.weights,
+                    pixels=source.pixels,
+                ),
+            )
 
     def _anyone_has(self, kind: type[messages.Message]) -> bool:
-        return any(worker.has(kind) for worker in self.course.workers.values())
+        return any(host.has(kind) for host in self.state.hosts.values())
 
     def _paint_apart(self) -> None:
         """`data`: every host that is free takes what nobody decodes, or else an image."""
-        course = self.course
-        for worker in course.members:
-            if worker.killed is not None:
+        state = self.state
+        for host in state.members:
+            if host.killed is not None:
                 continue
-            group = next(course.album.ready(), None) if worker.is_free else None
+            group = next(state.images.ready(), None) if host.is_free else None
             if group is not None:
-                self.decode(worker, group)
+                self.decode(host, group)
                 continue
-            if not (course.phases and course.can_paint and worker.is_loaded):
+            if not (state.phases and state.can_paint and host.is_loaded):
                 continue
-            if worker.has(messages.Paint, messages.Load):
+            if host.has(messages.Paint, messages.Load):
                 continue
-            image = course.album.take(worker.rank, course.phases[0].images)
+            image = state.images.take(host.rank, state.phases[0].images)
             if image is not None:
-                self._paint(worker, image, course.phases[0])
+                self._paint(host, image, state.phases[0])
 
     def _paint_together(self) -> None:
         """A ring: one image after another; when each member has one to decode, all decode."""
-        course, phase, members = self.course, self.course.phases[0], self.course.members
-        if not (course.can_paint and all(one.is_free and one.is_loaded for one in members)):
+        state, phase, members = self.state, self.state.phases[0], self.state.members
+        if not (state.can_paint and all(member.is_free and member.is_loaded for member in members)):
             return
-        groups = list(course.album.ready())
+        groups = list(state.images.ready())
         if len(groups) >= len(members):
-            for worker, group in zip(members, groups, strict=False):
-                self.decode(worker, group)
+            for host, group in zip(members, groups, strict=False):
+                self.decode(host, group)
             return
-        image = course.album.take(members[0].rank, phase.images)
+        image = state.images.take(members[0].rank, phase.images)
         if image is not None:
-            for worker in members:
-                self._paint(worker, image, phase)
+            for host in members:
+                self._paint(host, image, phase)
 
-    def _paint(self, worker: Worker, image: Image, phase: Phase) -> None:
+    def _paint(self, host: HostState, image: ImageProgress, phase: Phase) -> None:
         """From the last acknowledged step on, or from noise."""
-        course, request = self.course, self.course.job.request
-        features, source, sizes = course.features, request.source, course.job.sizes
+        state, request, sizes = self.state, self.state.job.request, self.state.job.sizes
+        features, source = state.features, request.source
         assert features is not None
-        size = (course.work.height, course.work.width)
-        noise = initial_noise(
-            request.seed_of(image.index),
-            *size,
-            sizes.autoencoder.z_channels,
-            sizes.autoencoder.downsampling,
-        )
+        height, width = state.work.height, state.work.width
+        seed, encoder = request.seed_of(image.index), sizes.autoencoder
+        noise = initial_noise(seed, height, width, encoder.z_channels, encoder.downsampling)
         paint = messages.Paint(
-            *self._common(worker),
-            phase.placement,
-            image.index,
-            *size,
-            request.steps or sizes.defaults.steps,
-            image.step,
-            request.guidance,
-            request.low_memory,
-            request.stepwise,
-            1.0 if source is None else source.strength,
-            noise if image.latents is None else image.latents,
-            noise,
-            features.t5,
-            features.clip,
-            course.source,
-            None if source is None else source.mask,
-            request.cache,
-            image.basis,
-            image.basis_latents if request.cache else None,
+            fence=host.fence,
+            job=state.job.id,
+            epoch=host.epoch,
+            weights=state.work.weights,
+            placement=phase.placement,
+            image=image.index,
+            height=height,
+            width=width,
+            steps=request.steps or sizes.defaults.steps,
+            first=image.step,
+            guidance=request.guidance,
+            low_memory=request.low_memory,
+            preview=request.stepwise,
+            strength=1.0 if source is None else source.strength,
+            latents=noise if image.latents is None else image.latents,
+            noise=noise,
+            t5=features.t5,
+            clip=features.clip,
+            source=state.source,
+            mask=None if source is None else source.mask,
+            cache=request.cache,
+            basis=image.basis,
+            basis_latents=image.basis_latents if request.cache else None,
         )
-        if course.option is not None:
-            worker.expect(paint, phase.step_seconds, measured=course.option.measured)
-        self.send(worker, paint)
+        if state.option is not None:
+            host.expect(paint, phase.step_seconds, measured=state.option.measured)
+        self.send(host, paint)

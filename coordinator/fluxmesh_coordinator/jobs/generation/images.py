@@ -1,6 +1,6 @@
 """The images of a job: which steps are done, who paints which, what can be decoded together. Pure.
 
-Below `session.py`. An image's latents after its last acknowledged step are kept here, so that
+Below `state.py`. An image's latents after its last acknowledged step are kept here, so that
 whoever loses it, another goes on from there. Groups that are decoded together are fixed by the
 images' numbers, never by who paints them: the same pictures on any mesh.
 """
@@ -14,8 +14,8 @@ import numpy as np
 
 
 @dataclass
-class Image:
-    """One image's progress."""
+class ImageProgress:
+    """One image: which of its steps are done, and by whom."""
 
     index: int
     step: int = 0  # steps acknowledged
@@ -28,7 +28,7 @@ class Image:
     seconds: float = 0.0  # denoising
     placements: set[str] = field(default_factory=set)  # by which its steps were made
     painter: int | None = None  # rank that works at it now (the first one of a ring)
-    is_told: bool = False  # the picture is out
+    is_out: bool = False  # its picture was told
 
     @property
     def placement(self) -> str:
@@ -36,23 +36,23 @@ class Image:
 
 
 @dataclass
-class Group:
+class DecodeGroup:
     """Images that are decoded in one batch."""
 
     images: tuple[int, ...]
     decoder: int | None = None  # rank that decodes it now
 
 
-class Album:
+class ImageTable:
     """All images of a job."""
 
     def __init__(self, images: int, steps: int, batch: int, *, decode_last: bool = False) -> None:
         """`batch` images are decoded at once; `decode_last`: none before all are painted."""
         self.steps = steps
         self.decode_last = decode_last
-        self.images = [Image(k) for k in range(images)]
+        self.images = [ImageProgress(k) for k in range(images)]
         starts = range(0, images, batch)
-        self.groups = [Group(tuple(range(k, min(k + batch, images)))) for k in starts]
+        self.groups = [DecodeGroup(tuple(range(k, min(k + batch, images)))) for k in starts]
 
     @property
     def unpainted(self) -> tuple[int, ...]:
@@ -61,9 +61,9 @@ class Album:
 
     @property
     def is_complete(self) -> bool:
-        return all(image.is_told for image in self.images)
+        return all(image.is_out for image in self.images)
 
-    def take(self, rank: int, among: Collection[int]) -> Image | None:
+    def take(self, rank: int, among: Collection[int]) -> ImageProgress | None:
         """The next image for `rank` to paint: those that somebody has begun go first."""
         free = [
             image
@@ -103,30 +103,30 @@ class Album:
             image.painter = image.basis_latents = None
         return True
 
-    def ready(self) -> Iterator[Group]:
+    def ready(self) -> Iterator[DecodeGroup]:
         """Groups that can be decoded, and that nobody decodes."""
         if self.decode_last and self.unpainted:
             return
         for group in self.groups:
             members = [self.images[k] for k in group.images]
-            is_open = group.decoder is None and not all(image.is_told for image in members)
+            is_open = group.decoder is None and not all(image.is_out for image in members)
             if is_open and all(image.step == self.steps for image in members):
                 yield group
 
-    def latents_of(self, group: Group) -> np.ndarray:
+    def latents_of(self, group: DecodeGroup) -> np.ndarray:
         """float32 [images, L, 4C]"""
-        found = [self.images[k].latents for k in group.images]
-        return np.concatenate([latents for latents in found if latents is not None])
+        members = [self.images[k].latents for k in group.images]
+        return np.concatenate([latents for latents in members if latents is not None])
 
     def pictured(self, index: int) -> bool:
         """Marks a picture as out, and lets its latents go with the last of its group; False where
         it was out before."""
         image = self.images[index]
-        if image.is_told:
+        if image.is_out:
             return False
-        image.is_told = True
+        image.is_out = True
         group = self._group(index)
-        if all(self.images[k].is_told for k in group.images):
+        if all(self.images[k].is_out for k in group.images):
             group.decoder = None
             for k in group.images:
                 self.images[k].latents = None
@@ -141,5 +141,5 @@ class Album:
             if group.decoder == rank:
                 group.decoder = None
 
-    def _group(self, index: int) -> Group:
+    def _group(self, index: int) -> DecodeGroup:
         return next(group for group in self.groups if index in group.images)

@@ -1,62 +1,58 @@
-"""Where a job stands: its plan, its hosts, its images, and what every unit of work needs. Pure.
+"""Where a generation stands: its plan, its images, and what every unit of work needs. Pure.
 
-Shared by `session.py` (what happens), `dispatch.py` (what is to be done next) and `recovery.py`
-(what is lost and given back).
+Shared by `session.py` (what happens) and `dispatch.py` (what is to be done next); what all kinds of
+job have stands in `jobs/state.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, HostInfo, MeshView
+from fluxmesh.cluster.snapshot import Holding, HostInfo, MeshView, Placement
 from fluxmesh.planning.plan import Option, Phase, Plan, plan
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.jobs.generation.images import Album
-from fluxmesh_coordinator.jobs.host import Worker
-from fluxmesh_coordinator.jobs.model_check import Contents
-from fluxmesh_coordinator.jobs.ring import Ring
-from fluxmesh_coordinator.jobs.types import Job, Links
-
-Send = Callable[[Worker, messages.Changing], None]
+from fluxmesh_coordinator.jobs.generation.images import ImageTable
+from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.state import JobState
+from fluxmesh_coordinator.jobs.types import Job
 
 
-@dataclass
-class Course:
+@dataclass(frozen=True, kw_only=True)
+class GenerationJob(Job):
+    """A request, ready for a mesh: size and steps are filled in, adapters are named by hash."""
+
+    request: GenerateRequest
+    sizes: ModelSizes
+    placement: Placement | None = None
+    force_shard: bool = False
+    warm: bool = True  # encoders and autoencoder may stay in memory for the next job
+
+
+class GenerationState(JobState[HostState]):
     """One job's state. A `Phase` of the plan is under way while images of it are unpainted."""
 
-    job: Job
-    work: Work
-    album: Album
-    contents: Contents
-    workers: dict[int, Worker] = field(default_factory=dict)  # by rank; those that can be used
-    links: Links = field(default_factory=Links)
-    option: Option | None = None  # how what is left is done; None while nothing can do it
-    phases: list[Phase] = field(default_factory=list)  # the first is under way
-    ring: Ring | None = None  # of the phase, or kept from an earlier one
-    features: messages.Encoded | None = None  # of the prompt
-    source: np.ndarray | None = None  # of the picture to begin from, float32 [1, L, 4C]
-    needs_plan: bool = False  # once all engines that are being ended have ended
-    losses: int = 0
-    shuns_rings: bool = False  # once one was lost for a host that came late
+    job: GenerationJob
 
-    @classmethod
-    def of(cls, job: Job) -> Course:
-        work, request = Work.of(job.request, job.sizes), job.request
-        return cls(
-            job,
-            work,
-            Album(
-                request.n_images,
-                work.steps,
-                request.decoding_batch_size,
-                decode_last=request.low_memory,
-            ),
-            Contents(request.model),
+    def __init__(self, job: GenerationJob) -> None:
+        super().__init__(job, job.request.model)
+        request = job.request
+        self.work = Work.of(request, job.sizes)
+        self.images = ImageTable(
+            request.n_images,
+            self.work.steps,
+            request.decoding_batch_size,
+            decode_last=request.low_memory,
         )
+        self.option: Option | None = None  # how what is left is done; None: nothing can do it
+        self.phases: list[Phase] = []  # the first is under way
+        self.features: messages.Encoded | None = None  # of the prompt
+        self.source: np.ndarray | None = None  # of the picture to begin from, float32 [1, L, 4C]
+        self.needs_plan = False  # once all engines that are being ended have ended
 
     @property
     def in_ring(self) -> bool:
@@ -64,24 +60,20 @@ class Course:
         return bool(self.phases) and self.phases[0].placement != "data"
 
     @property
-    def is_killing(self) -> bool:
-        return any(worker.killed is not None for worker in self.workers.values())
-
-    @property
-    def members(self) -> list[Worker]:
+    def members(self) -> list[HostState]:
         """Who works in this phase, or decodes after the last one; in the order of its ring."""
         ranks = self.phases[0].ranks if self.phases else ()
         if not ranks and self.option is not None:
             ranks = self.option.ranks
-        found = [self.workers[rank] for rank in ranks if rank in self.workers]
-        return found or list(self.workers.values())
+        members = [self.hosts[rank] for rank in ranks if rank in self.hosts]
+        return members or list(self.hosts.values())
 
     @property
-    def reader(self) -> Worker | None:
+    def reader(self) -> HostState | None:
         """Who runs the text encoders."""
         chosen = None if self.option is None else self.option.text_rank
-        if chosen is not None and chosen in self.workers:
-            return self.workers[chosen]
+        if chosen is not None and chosen in self.hosts:
+            return self.hosts[chosen]
         return next(iter(self.members), None)
 
     @property
@@ -97,43 +89,34 @@ class Course:
         has_source = self.job.request.source is None or self.source is not None
         return self.features is not None and has_source
 
-    def has_ring_with(self, rank: int) -> bool:
-        """Whether a host's death is the death of the ring that works now, or forms."""
-        return self.ring is not None and self.in_ring and rank in self.ring.ranks
+    # The plan
 
     def find(self, hosts: Sequence[HostInfo]) -> Plan:
-        """How what is left is best done by these hosts, as a request of that many images.
-
-        After a ring was lost for a late host, by `data` where any host can, whatever was asked for.
-        """
-        left = max(1, len(self.album.unpainted))
+        """How what is left is best done by these hosts, as a request of that many images."""
+        left = max(1, len(self.images.unpainted))
         request = replace(self.job.request, n_images=left)
         ordered = tuple(sorted(hosts, key=lambda host: host.rank))
         view = MeshView(ordered, self.links.links, self.links.backend)
         placement, force = self.job.placement, self.job.force_shard
-        if self.shuns_rings:
-            found = plan(request, view, self.job.sizes, placement="data")
-            if found.winner is not None:
-                return found
-        found = plan(request, view, self.job.sizes, placement=placement, force_shard=force)
-        if found.winner is None and self.losses and hosts:
+        proposal = plan(request, view, self.job.sizes, placement=placement, force_shard=force)
+        if proposal.winner is None and self.losses and hosts:
             # A picture that is finished in another way is better than none.
-            found = plan(request, view, self.job.sizes)
-        return found
+            proposal = plan(request, view, self.job.sizes)
+        return proposal
 
     def plan(self) -> Plan:
         """Settles how what is left is done by the hosts that are left: `option` and `phases`."""
-        left = self.album.unpainted
-        found = self.find([worker.info for worker in self.workers.values()])
+        left = self.images.unpainted
+        settled = self.find([host.info for host in self.hosts.values()])
         self.needs_plan = False
-        self.option, self.phases, self.ring = found.winner, [], None
-        if found.winner is not None and left:
+        self.option, self.phases, self.ring = settled.winner, [], None
+        if settled.winner is not None and left:
             self.phases = [
                 replace(phase, images=tuple(left[k] for k in phase.images))
-                for phase in found.winner.phases
+                for phase in settled.winner.phases
             ]
         self.enter()
-        return found
+        return settled
 
     def join_phase(self, rank: int) -> None:
         """A host that returned takes part in the phase under way, which is one of `data`."""
@@ -142,19 +125,42 @@ class Course:
 
     def enter(self) -> None:
         """A phase begins: every engine is told what it must hold."""
-        for worker in self.workers.values():
-            worker.is_loaded = False
+        for host in self.hosts.values():
+            host.is_loaded = False
 
-    def holds(self, worker: Worker, holding: Holding | None) -> None:
+    def holds(self, host: HostState, holding: Holding | None) -> None:
         """Keeps the view true: agents on one device share what is free there."""
-        more = worker.hold(holding)
-        for other in self.workers.values():
-            if other.info.device_key == worker.info.device_key:
+        more = host.hold(holding)
+        for other in self.hosts.values():
+            if other.info.device_key == host.info.device_key:
                 free = max(0, other.info.free_bytes - more)
                 other.info = replace(other.info, free_bytes=free)
 
-    def give_back(self, worker: Worker) -> None:
-        """What its engine had in line is for others, and what it held is gone."""
-        worker.line.clear()
-        self.album.give_back(worker.rank)
-        self.holds(worker, None)
+    # Losses
+
+    def has_ring_with(self, rank: int) -> bool:
+        return self.in_ring and super().has_ring_with(rank)
+
+    def give_back(self, host: HostState) -> None:
+        host.let_go()
+        self.images.give_back(host.rank)
+        self.holds(host, None)
+
+    def goes_on_without(self, rank: int) -> None:
+        if not self.phases:
+            self.needs_plan = self.needs_plan or not self.hosts
+            return
+        left = tuple(other for other in self.phases[0].ranks if other in self.hosts)
+        if any(set(phase.ranks) - set(self.hosts) for phase in self.phases[1:]):
+            self.needs_plan = True  # a ring that was to work later
+        elif self.in_ring:
+            self.needs_plan = self.needs_plan or rank in self.phases[0].ranks
+        elif left:
+            self.phases[0] = replace(self.phases[0], ranks=left)
+        else:
+            self.needs_plan = True
+
+    def ring_ends(self) -> None:
+        if self.ring is not None:
+            self.images.give_back(self.ring.ranks[0])
+        self.ring, self.phases, self.needs_plan = None, [], True

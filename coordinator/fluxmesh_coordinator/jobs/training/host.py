@@ -1,38 +1,74 @@
 """One host of a training: what its engine holds of it, and what waits to be sent there. Pure.
 
-Below `train_session.py`, on `hosts.py` (deadlines). States and features are large: they are sent a
-few at a time, so that no agent's answer waits behind a queue of gigabytes.
+Below `state.py`, on `jobs/host.py` (deadlines). States and features are large: they are sent a few
+at a time, so that no agent's answer waits behind a queue of gigabytes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator.jobs.host import Worker
-from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainJob, Vectors
+from fluxmesh_coordinator.jobs.host import SILENCE, SLACK, HostState
+from fluxmesh_coordinator.jobs.state import Sender
+from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainingJob, Vectors
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
 WINDOW = 16 << 20  # bytes on their way to a host that it has not answered yet
 PIECE = 1 << 20  # numbers of a vector in a message
 KEPT = 1 << 30  # bytes of features that a host keeps
 SMOOTH = 0.3  # of the running mean of a micro-batch's seconds
-# Work that ends with no report.
-SILENT = (training.PutVector, training.PutFeatures, training.DropFeatures, training.MakeRoom)
+FIRST = 300.0  # seconds in which a new ring's first micro-batch is done
+LEAST = 30.0  # seconds in which a later one is, at least
+LATE = 8.0  # times the longest that nothing was done before: then the ring hangs
 
-Send = Callable[[Worker, messages.Changing], None]
+
+@dataclass
+class Pace:
+    """How fast the micro-batches of a ring come."""
+
+    since: float = 0.0  # when something was done last
+    longest: float | None = None  # seconds in which nothing was done, in this ring
+
+    def begins(self, now: float) -> None:
+        """An update does."""
+        self.since = now
+
+    def moves(self, now: float) -> None:
+        """A micro-batch, or an update, is done."""
+        self.longest = max(self.longest or 0.0, now - self.since)
+        self.since = now
+
+    def ring_ends(self) -> None:
+        """The next ring has kernels to compile."""
+        self.longest = None
+
+    @property
+    def limit(self) -> float:
+        """Seconds in which something is done, if nothing hangs."""
+        return FIRST if self.longest is None else max(LEAST, LATE * self.longest)
 
 
-class Hand:
+class TrainingHost(HostState):
     """A host, its engine, and its part in the training."""
 
-    def __init__(self, leased: LeasedHost, job: TrainJob, names: Names, send: Send, now: float):
-        self.worker = Worker(leased, now)
-        self.job, self.names, self._send = job, names, send
+    def __init__(
+        self,
+        leased: LeasedHost,
+        job: TrainingJob,
+        names: Names,
+        pace: Pace,
+        send: Sender,
+        now: float,
+    ) -> None:
+        """`pace` is that of the ring that it is in, `send` puts a message on its way."""
+        super().__init__(leased, now)
+        self.job, self.names, self.pace, self._send = job, names, pace, send
         self.is_open = False
         self.has_room = False  # it was told to make room for encoders
         self.moved: training.Moved | None = None  # what it said of the update under way
@@ -43,25 +79,30 @@ class Hand:
         self._features: OrderedDict[str, int] = OrderedDict()  # bytes of each that it holds
 
     @property
-    def rank(self) -> int:
-        return self.worker.rank
-
-    @property
     def is_free(self) -> bool:
-        return self.worker.is_free and not self._backlog
+        return super().is_free and not self._backlog
 
-    def head(self) -> tuple[int, str, int]:
-        """What all work begins with."""
-        return self.worker.fence, self.job.id, self.worker.epoch
+    # Deadlines
+
+    def overdue(self, now: float) -> str:
+        late = super().overdue(now)
+        limit = self.pace.limit * self.patience
+        if not late and self.has(training.Update) and now - self.pace.since > limit:
+            return f"no micro-batch was done for {limit:.0f} s"
+        return late
+
+    def cancel_deadline(self) -> float:
+        """An update hears of a cancel between two micro-batches."""
+        return max(SILENCE, SLACK * (self.pace.longest or 0.0)) * self.patience
 
     # Sending
 
-    def put(self, message: messages.Changing, now: float) -> None:
+    def put(self, message: messages.Changing) -> None:
         """Sends it after all that was put before."""
         self._backlog.append(message)
-        self.pump(now)
+        self._pump()
 
-    def pump(self, now: float) -> None:
+    def _pump(self) -> None:
         """Sends what the window allows."""
         while self._backlog:
             size = _bytes(self._backlog[0])
@@ -69,31 +110,30 @@ class Hand:
                 return
             message = self._backlog.popleft()
             self._under_way += size
-            if isinstance(message, messages.Work) and not isinstance(message, SILENT):
-                self.worker.put(message, now)
-            self._send(self.worker, message)
+            self._send(self, message)
 
-    def answered(self, request: messages.Message, now: float) -> None:
-        """The agent has taken a message in."""
+    def answered(self, request: messages.Message) -> None:
         self._under_way = max(0, self._under_way - _bytes(request))
-        self.pump(now)
+        self._pump()
 
     def forget_unsent(self) -> None:
-        """What waits is not sent."""
         for message in self._backlog:
             if isinstance(message, training.PutFeatures):
                 self._features.pop(message.name, None)
         self._backlog.clear()
 
+    def let_go(self) -> None:
+        super().let_go()
+        self.forget_unsent()
+
     def cancelled(self, now: float) -> None:
-        """The engine has let go of all that it had in line before it was told to."""
-        after = [u for u in self.worker.line if isinstance(u.message, training.CloseTraining)]
-        self.worker.line = deque(after)
+        after = [u for u in self.line if isinstance(u.message, training.CloseTraining)]
+        self.line = deque(after)
         for unit in after:
             unit.since = now
 
-    def lost(self) -> None:
-        """The engine is gone, or is being ended, with all that it held."""
+    def kill(self, epoch: int, now: float) -> None:
+        super().kill(epoch, now)
         self._backlog.clear()
         self._under_way = 0
         self._features.clear()
@@ -103,36 +143,51 @@ class Hand:
 
     # Its part
 
-    def open(self, opening: Opening, update: int, vectors: Vectors, now: float) -> None:
+    def make_room(self) -> None:
+        """Has the transformer leave where it and the encoders don't fit together."""
+        if not self.has_room:
+            self.put(training.MakeRoom(self.fence, self.job.id, self.epoch, self.job.weights))
+            self.has_room = True
+
+    def open(self, opening: Opening, update: int, vectors: Vectors) -> None:
         """Hands it the run, at a state."""
-        fence, job, epoch = self.head()
+        fence, job, epoch = self.fence, self.job.id, self.epoch
         for name, vector in vectors.items() if update else ():
             for offset in range(0, len(vector), PIECE):
-                piece, total = vector[offset : offset + PIECE], len(vector)
-                self.put(training.PutVector(fence, job, epoch, name, offset, total, piece), now)
+                self.put(
+                    training.PutVector(
+                        fence=fence,
+                        job=job,
+                        epoch=epoch,
+                        vector=name,
+                        offset=offset,
+                        total=len(vector),
+                        numbers=vector[offset : offset + PIECE],
+                    )
+                )
         self.put(
             training.OpenTraining(
-                fence,
-                job,
-                epoch,
-                self.job.weights,
-                opening.request,
-                update,
-                opening.sizes,
-                opening.captions,
-                opening.priors,
-            ),
-            now,
+                fence=fence,
+                job=job,
+                epoch=epoch,
+                weights=self.job.weights,
+                request=opening.request,
+                update=update,
+                sizes=opening.sizes,
+                captions=opening.captions,
+                priors=opening.priors,
+            )
         )
 
-    def bring(self, needed: Sequence[str], now: float) -> None:
+    def bring(self, needed: Sequence[str]) -> None:
         """Sends the features that it lacks; what was not used for longest makes room for them."""
         for name in needed:
             if name in self._features:
                 self._features.move_to_end(name)
-        fence, _, epoch = self.head()
         lacks = [
-            self.names.put(name, fence, epoch) for name in needed if name not in self._features
+            self.names.put(name, self.fence, self.epoch)
+            for name in needed
+            if name not in self._features
         ]
         for features in lacks:
             self._features[features.name] = _bytes(features)
@@ -140,9 +195,44 @@ class Hand:
         while sum(self._features.values()) > KEPT and next(iter(self._features)) not in needed:
             dropped.append(self._features.popitem(last=False)[0])
         if dropped:
-            self.put(training.DropFeatures(*self.head(), tuple(dropped)), now)
+            drop = training.DropFeatures(self.fence, self.job.id, self.epoch, tuple(dropped))
+            self.put(drop)
         for features in lacks:
-            self.put(features, now)
+            self.put(features)
+
+    def update(self, update: int, numbers: Sequence[int], parts: int, *, together: bool) -> None:
+        """Has it compute these micro-batches of the `parts` of an update, and make the move."""
+        self.moved = None
+        self.bring(self.names.of_micro_batches(numbers))
+        self.put(
+            training.Update(
+                fence=self.fence,
+                job=self.job.id,
+                epoch=self.epoch,
+                update=update,
+                numbers=tuple(numbers),
+                parts=parts,
+                together=together,
+            )
+        )
+
+    def validate(self) -> None:
+        """Has it measure on what was held out."""
+        self.bring(self.names.held_out())
+        self.put(training.Validate(self.fence, self.job.id, self.epoch))
+
+    def paint(self) -> None:
+        """Has it paint the progress prompt."""
+        self.bring(self.names.prompt())
+        self.put(training.PaintProgress(self.fence, self.job.id, self.epoch))
+
+    def give(self) -> None:
+        """Has it send its state."""
+        self.put(training.GiveVectors(self.fence, self.job.id, self.epoch))
+
+    def close(self) -> None:
+        """Has it leave the transformer as it was."""
+        self.put(training.CloseTraining(self.fence, self.job.id, self.epoch))
 
     def computed(self, seconds: float) -> None:
         """A micro-batch is done; the first one of an engine compiles, and tells nothing."""

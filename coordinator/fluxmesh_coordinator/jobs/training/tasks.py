@@ -1,13 +1,12 @@
 """One training as its session sees it: what it is, what the run asks for, what comes of it. Pure.
 
-The vocabulary of `train_session.py`, beside that of `jobs.py`. A run (`fluxmesh/training/run.py`)
+The vocabulary of `session.py`, beside that of `jobs/types.py`. A run (`fluxmesh/training/run.py`)
 asks for one `Task` after another; each is answered by one `Result`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,29 +19,23 @@ from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_nam
 from fluxmesh.training.plan import NO_CAPTION, Plan
 from fluxmesh.training.run import Moved
 from fluxmesh.wire.training_messages import PutFeatures
-from fluxmesh_coordinator.jobs.types import Links, Result
+from fluxmesh_coordinator.jobs.types import Asked, Job, Links, Result
 
 Vectors = Mapping[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
 NUMBER_BYTES = 64  # that a trained number costs an engine: its state, the sums, an update of them
 
 
-@dataclass(frozen=True)
-class TrainJob:
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob(Job):
     """A run, ready for a mesh."""
 
-    id: str
     plan: Plan
     weights: Weights
     base_bytes: int  # of the transformer in memory
     size: int  # numbers that are trained
-    secret: bytes = field(repr=False)
     features: Callable[[Unit], Arrays] = field(repr=False)  # what a unit was encoded to
     pixels: Callable[[Crop], np.ndarray] = field(repr=False)  # uint8 [height, width, 3]
-
-    def nonce(self, epoch: int) -> bytes:
-        """What the ring of `epoch` gathers: nobody else can know it."""
-        return hashlib.sha256(self.secret + epoch.to_bytes(8, "big")).digest()
 
     @property
     def needed_bytes(self) -> int:
@@ -54,14 +47,14 @@ class TrainJob:
 
 
 @dataclass(frozen=True)
-class Encode:
+class EncodeTask:
     """Every unit becomes an `UnitEncoded`, in any order."""
 
     units: tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenTask:
     """The hosts get ready, at a state that `update` updates have led to."""
 
     update: int
@@ -69,43 +62,52 @@ class Open:
 
 
 @dataclass(frozen=True)
-class Advance:
+class AdvanceTask:
     """Gives a `Moved`."""
 
     update: int  # counted from 0
 
 
 @dataclass(frozen=True)
-class Validate:
+class ValidateTask:
     """Gives the loss."""
 
 
 @dataclass(frozen=True)
-class Paint:
+class PaintTask:
     """Gives the pixels."""
 
 
 @dataclass(frozen=True)
-class Give:
+class GiveTask:
     """Gives the state's vectors. What a host that dies later costs is counted from here."""
 
 
 @dataclass(frozen=True)
-class Halt:
+class HaltTask:
     """Breaks off whatever runs. Gives a `Halted`."""
 
 
 @dataclass(frozen=True)
-class Finish:
+class FinishTask:
     """The end: hosts let go of the training."""
 
 
-Task = Encode | Open | Advance | Validate | Paint | Give | Halt | Finish
+Task = (
+    EncodeTask
+    | OpenTask
+    | AdvanceTask
+    | ValidateTask
+    | PaintTask
+    | GiveTask
+    | HaltTask
+    | FinishTask
+)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An input of the session: the run asks for something."""
+class Wanted(Asked):
+    """The run asks for something."""
 
     number: int  # of the task, so that an answer that comes late is known for one
     task: Task
@@ -139,7 +141,7 @@ class Halted:
 # What engines are told of the run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Opening:
     """`OpenTraining`'s account of a run."""
 
@@ -152,7 +154,7 @@ class Opening:
 class Names:
     """Captions by number, and which features a piece of work needs."""
 
-    def __init__(self, job: TrainJob) -> None:
+    def __init__(self, job: TrainingJob) -> None:
         self.job, self.plan = job, job.plan
         self._texts = self.plan.captions
         self._numbers = {text: str(number) for number, text in enumerate(self._texts)}
@@ -172,11 +174,12 @@ class Names:
             resume=False,
             progress_prompt=self._numbers[prompt] if prompt else "",
         )
+        captions = [int(self._numbers[example.caption]) for example in plan.examples]
         return Opening(
-            json.dumps(dataclasses.asdict(request)),
-            np.array([example.size for example in plan.examples], np.int32),
-            np.array([int(self._numbers[one.caption]) for one in plan.examples], np.int32),
-            len(plan.priors),
+            request=json.dumps(dataclasses.asdict(request)),
+            sizes=np.array([example.size for example in plan.examples], np.int32),
+            captions=np.array(captions, np.int32),
+            priors=len(plan.priors),
         )
 
     def of_micro_batches(self, numbers: Iterable[int]) -> list[str]:
@@ -185,7 +188,8 @@ class Names:
         for number in numbers:
             for part in self.plan.parts(number):
                 for item, caption in zip(part.items, part.captions, strict=True):
-                    names += [crop_name(*item), caption_name(self._numbers[caption])]
+                    image, crop = item
+                    names += [crop_name(image, crop), caption_name(self._numbers[caption])]
         return list(dict.fromkeys(names))
 
     def held_out(self) -> list[str]:
@@ -200,16 +204,17 @@ class Names:
         """Features that the progress picture needs."""
         return [caption_name(self._numbers[self.plan.request.progress_prompt])]
 
-    def put(self, name: str, fence: int, epoch: int) -> PutFeatures:
-        """The message that brings features to a host."""
+    def unit(self, name: str) -> Unit:
+        """What features of this name were encoded from."""
         kind, _, rest = name.partition(" ")
-        unit: Unit
         if kind == "crop":
             image, crop = rest.split()
-            unit = Crop(int(image), int(crop))
-        else:
-            unit = Caption(self._texts[int(rest)] if rest else NO_CAPTION)
-        return PutFeatures(fence, self.job.id, epoch, name, **self.job.features(unit))
+            return Crop(int(image), int(crop))
+        return Caption(self._texts[int(rest)] if rest else NO_CAPTION)
+
+    def put(self, name: str, fence: int, epoch: int) -> PutFeatures:
+        """The message that brings features to a host."""
+        return PutFeatures(fence, self.job.id, epoch, name, **self.job.features(self.unit(name)))
 
 
 # Who takes part
@@ -217,7 +222,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The hosts of a training, in the order of their ring; shaped as a plan's option."""
+    """The hosts of a training, in the order of their ring."""
 
     ranks: tuple[int, ...]
     seconds: float = 0.0  # nobody can say how long it takes
@@ -233,7 +238,7 @@ class Choice:
     remedies: tuple[Remedy, ...] = ()  # as a plan has them; the reason says it all
 
 
-def choose(job: TrainJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
+def choose(job: TrainingJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
     """As many hosts as have the memory and can form a ring."""
     if not hosts:
         return Choice(None, "The mesh has no host.")

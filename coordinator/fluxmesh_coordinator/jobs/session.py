@@ -1,0 +1,315 @@
+"""One job's life on a mesh, of any kind: leased hosts, what they say, who is lost, and its end.
+
+PURE: inputs go in (`types.Input`), instructions come out (`types.Instruction`), time is an
+argument. `runtime/job_runner.py` stands above it and does what it says. What a kind of job does
+with its hosts stands in `generation/session.py` and `training/session.py`: subclasses that fill in
+the hooks. `recovery.py` takes losses, `state.py` says where the job stands.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol
+
+from fluxmesh import events
+from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.training.events import TrainEvent
+from fluxmesh.wire import messages
+from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.recovery import Recovery
+from fluxmesh_coordinator.jobs.state import H, JobState
+from fluxmesh_coordinator.jobs.types import (
+    Answered,
+    Asked,
+    Back,
+    Finished,
+    Gone,
+    Input,
+    Instruction,
+    Leased,
+    LeasedHost,
+    Links,
+    Reported,
+    Result,
+    Send,
+    Stop,
+    Stuck,
+    Tell,
+    Tick,
+)
+
+
+class WayToDo(Protocol):
+    """Hosts that a job would lease."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
+
+    @property
+    def text_rank(self) -> int | None:
+        """Who reads the prompt, if it is one of these or another."""
+
+    @property
+    def seconds(self) -> float:
+        """Until the job is done, as far as anybody can say."""
+
+
+class Proposal(Protocol):
+    """How a job would be done. `winner` is None where the hosts can't, for `reason`."""
+
+    @property
+    def winner(self) -> WayToDo | None: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+class JobSession(ABC, Generic[H]):
+    """One job: `begin` it with leased hosts, then `handle` what happens until `Finished`."""
+
+    grows = False  # whether hosts that answer late are wanted too, not just those it began with
+
+    def __init__(self, state: JobState[H]) -> None:
+        self.state = state
+        self.recovery: Recovery[H] = Recovery(state, self.send, self.tell, self.end)
+        self.now = 0.0
+        self._out: list[Instruction] = []
+        self._error: FluxmeshError | None = None  # how it ends
+        self._cancel_by = 0.0  # then engines that do not let go are killed
+        self._is_over = False
+
+    # Hooks
+
+    @abstractmethod
+    def new_host(self, leased: LeasedHost) -> H:
+        """A host whose lease was granted."""
+
+    @abstractmethod
+    def propose(self, hosts: Sequence[HostInfo]) -> Proposal:
+        """How what is left would be done by these hosts."""
+
+    @abstractmethod
+    def begun(self) -> None:
+        """`state.hosts` are new: nothing that others held or did is known there."""
+
+    @abstractmethod
+    def reported(self, host: H, report: messages.Report) -> None:
+        """An engine tells of this job's work."""
+
+    @abstractmethod
+    def returned(self, host: H) -> None:
+        """A host is back: it stands in `state.hosts` again."""
+
+    @abstractmethod
+    def go_on(self) -> None:
+        """Sends all that can be sent now; called after everything that happens, but for the end."""
+
+    def asked(self, asked: Asked) -> None:
+        """The program above wants something."""
+
+    def closing(self) -> None:
+        """The end has begun, and hosts let go of what they do: a last word to them."""
+
+    # In
+
+    @property
+    def id(self) -> str:
+        """The job's."""
+        return self.state.job.id
+
+    def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]:
+        """Starts, or goes on after `Stuck`, with these hosts and no others."""
+        return self.handle(Leased(tuple(hosts), links), now)
+
+    def handle(self, event: Input, now: float) -> list[Instruction]:
+        """What is to be done about `event`; nothing more comes after `Finished`."""
+        if self._is_over:
+            return []
+        self.now = now
+        match event:
+            case Leased():
+                self._leased(event)
+            case Asked():
+                self.asked(event)
+            case Answered():
+                self._answered(event)
+            case Reported():
+                self._reported(event)
+            case Gone():
+                self._gone(event.rank, event.reason, counts=event.counts)
+            case Back():
+                self._back(event.host)
+            case Stop():
+                self.end(CancelledError("Cancelled."))
+            case Tick():
+                self._tick()
+        if self.state.is_ending:
+            self._wind_down()
+        else:
+            self.go_on()
+        out, self._out = self._out, []
+        return out
+
+    def find(self, hosts: Sequence[HostInfo], links: Links) -> Proposal:
+        """How what is left would be done by these hosts, without those that take part no more."""
+        self.state.links = links
+        return self.propose([host for host in hosts if self.recovery.takes(host.rank)])
+
+    def given_up(self, ranks: Iterable[int]) -> FluxmeshError | None:
+        """Why none of these hosts is used again in this job; None where one may be."""
+        return self.recovery.given_up(ranks)
+
+    # Out
+
+    def send(self, host: HostState, message: messages.Changing) -> None:
+        """Work is in the host's line from now on."""
+        host.sent(message, self.now)
+        self._out.append(Send(host.rank, message))
+
+    def tell(self, event: events.Event | TrainEvent | Result) -> None:
+        self._out.append(Tell(event))
+
+    def stuck(self, reason: str) -> None:
+        """The hosts at hand can't go on."""
+        self._out.append(Stuck(reason))
+
+    def finish(self) -> None:
+        """The hosts are idle, and there is nothing left to do."""
+        self._is_over = True
+        self._out.append(Finished(self._error))
+
+    # What happens
+
+    def _leased(self, leased: Leased) -> None:
+        state = self.state
+        for host in state.hosts.values():  # of a lease that is over
+            state.give_back(host)
+        state.links = leased.links
+        state.hosts = {
+            host.rank: self.new_host(host)
+            for host in leased.hosts
+            if self.recovery.takes(host.rank)
+        }
+        self.begun()
+
+    def _answered(self, event: Answered) -> None:
+        host, request, answer = self.state.hosts.get(event.rank), event.request, event.answer
+        if host is None or getattr(request, "fence", None) != host.fence:
+            return
+        if isinstance(request, messages.Kill):
+            if request.epoch != host.epoch:
+                return
+            host.killed = None
+            if isinstance(answer, messages.Refused):
+                self._gone(event.rank, answer.text)
+            return
+        if getattr(request, "epoch", host.epoch) != host.epoch:
+            return
+        host.answered(request)
+        if isinstance(answer, messages.Refused):
+            if answer.code == "fence":
+                self._gone(event.rank, answer.text)
+            else:
+                kind = failures.REFUSALS.get(answer.code, "")
+                self._failed(host, kind, answer.text, fatal=False)
+        elif isinstance(request, messages.AskPorts) and isinstance(answer, messages.Ports):
+            ring, hosts = self.state.ring, self.state.hosts
+            if ring is not None and not ring.is_told and host.rank in ring.ranks:
+                for rank, message in ring.answered(host.rank, request.ip, answer.ports, hosts):
+                    self.send(hosts[rank], message)
+
+    def _reported(self, event: Reported) -> None:
+        host, report = self.state.hosts.get(event.rank), event.report
+        if host is None:
+            return
+        if isinstance(report, messages.Lost):
+            self._gone(event.rank, report.reason)
+            return
+        if getattr(report, "epoch", host.epoch) != host.epoch:
+            return  # left over from an engine that is gone
+        if getattr(report, "job", "") not in ("", self.id):
+            return
+        host.heard(report, self.now)
+        match report:
+            case messages.Joined():
+                host.done(messages.Join, self.now)
+                if self.state.ring is not None:
+                    self.state.ring.joined.add(host.rank)
+            case messages.Progress():
+                part, done, total = report.component, report.done_bytes, report.total_bytes
+                self.tell(events.Loading(part, done, total, host.rank))
+            case messages.Cancelled():
+                host.cancelled(self.now)
+            case messages.Failed():
+                self._failed(host, report.kind, report.text, fatal=report.fatal)
+            case _:
+                self.reported(host, report)
+
+    def check_model(self, host: HostState, content: str) -> None:
+        """Ends the job where hosts hold different files: a ring must not compute with them."""
+        error = self.state.model_check.hear(host.rank, host.info.name, content)
+        if error is not None:
+            self.end(error)
+
+    def _back(self, leased: LeasedHost) -> None:
+        state, rank = self.state, leased.rank
+        if not state.is_ending and rank not in state.hosts and self.recovery.takes(rank):
+            state.hosts[rank] = self.new_host(leased)
+            self.returned(state.hosts[rank])
+
+    def _failed(self, host: H, kind: str, text: str, *, fatal: bool) -> None:
+        if self.state.is_ending:
+            host.let_go()
+        else:
+            self.recovery.failed(host, kind, text, fatal=fatal, now=self.now)
+
+    def _gone(self, rank: int, reason: str, *, counts: bool = True) -> None:
+        if self.state.is_ending:
+            self.state.hosts.pop(rank, None)
+        else:
+            self.recovery.gone(rank, reason, self.now, counts=counts)
+
+    def _tick(self) -> None:
+        """Finds who is overdue."""
+        for rank, host in list(self.state.hosts.items()):
+            reason = host.overdue(self.now) if rank in self.state.hosts else ""
+            if reason and host.killed is not None:
+                self._gone(rank, reason)
+            elif reason and not self.state.is_ending:
+                self.recovery.overdue(host, reason, self.now)
+
+    # The end
+
+    def break_off(self) -> None:
+        """Cancels what runs; hosts are free when they have let go of it."""
+        for host in list(self.state.hosts.values()):
+            host.forget_unsent()
+            if host.killed is not None or not host.line:
+                continue
+            if host.has(messages.Join):  # a ring that forms hears of no cancel
+                self.recovery.end_ring(self.now)
+            else:
+                self.send(host, messages.Cancel(host.fence, self.id))
+
+    def end(self, error: FluxmeshError | None) -> None:
+        """Hosts let go of the job; `Finished` with `error` when all have."""
+        state = self.state
+        if state.is_ending:
+            return
+        state.is_ending, self._error = True, error
+        self._cancel_by = self.now + max(
+            (host.cancel_deadline() for host in state.hosts.values()), default=0.0
+        )
+        self.break_off()
+        self.closing()
+
+    def _wind_down(self) -> None:
+        hosts = list(self.state.hosts.values())
+        for host in hosts:
+            if not host.is_free and host.killed is None and self.now >= self._cancel_by:
+                self.recovery.kill(host, host.epoch + 1, self.now)
+        if all(host.is_free for host in hosts):
+            self.finish()
