@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -12,9 +13,10 @@ from fluxmesh import events
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig, ScheduleConfig
 from fluxmesh.training.data.dataset import Example
-from fluxmesh.training.data.encode_units import Crop, Unit
+from fluxmesh.training.data.encode_units import Caption, Crop, Unit
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.run import Moved
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
@@ -30,6 +32,7 @@ from tests.unit.meshes import GB, ask, full, mac, small
 from tests.unit.simulation import Machine, Simulation
 
 SIZES = small()
+UNITS = (Caption("a cat"), Caption("two dogs"), Crop(0, 0), Crop(1, 0), Crop(2, 1))
 
 
 class GenerationSimulation(Simulation[GenerationSession]):
@@ -75,16 +78,8 @@ class GenerationSimulation(Simulation[GenerationSession]):
                 break
         return self
 
-    def play(self) -> None:
-        """The whole job, in which machines may come back where it is stuck."""
-        self.begin()
-        while self.end is None:
-            self.go_on()
-            if self.end is None:
-                self.begin()
-
     def check(self) -> None:
-        """It ended well: every picture once, right, and no acknowledged step made again."""
+        """Every picture once, right, and no acknowledged step made again."""
         assert self.end is not None, self.stuck
         assert self.end.error is None, self.end.error
         pictures = {event.image: event for event in self.of(events.Picture)}
@@ -105,6 +100,7 @@ class Base:
     defaults: ModelDefaults = field(default_factory=lambda: ModelDefaults(4, 4.0, 64, 64, 16))
 
 
+@functools.cache
 def training_job(**changed: Any) -> TrainingJob:
     fields: dict[str, Any] = {
         "dataset": "data",
@@ -146,7 +142,6 @@ class TrainingSimulation(Simulation[TrainingSession]):
     def __init__(self, hosts: int, **changed: Any) -> None:
         super().__init__(TrainingSession(training_job(**changed)), hosts, Links())
         self.number = 0  # of the task
-        self.losses: list[float] = []
         self.begin()
 
     def can_begin(self, machine: Machine) -> bool:
@@ -212,10 +207,30 @@ class TrainingSimulation(Simulation[TrainingSession]):
                 assert vectors["weights"][0] == update + 1
         return losses
 
-    def until_over(self) -> Self:
-        """Whatever runs, to the end of the job."""
-        for _ in range(10_000):
-            if self.end is not None:
-                break
-            self.turn()
-        return self
+    def drive(self) -> None:
+        """A run that checkpoints after each update."""
+        if self.number and not self.answers(self.number):
+            return
+        if not self.number:
+            self.todo: list[tasks.Task] = [tasks.EncodeTask(UNITS), tasks.OpenTask(0, {})]
+            for update in range(self.session.state.job.plan.request.updates):
+                self.todo += [tasks.AdvanceTask(update), tasks.GiveTask()]
+            self.todo.append(tasks.FinishTask())
+        self.want(self.todo.pop(0))
+
+    def check(self) -> None:
+        """Every unit was encoded once, and every update made once, as far as the run knows."""
+        assert self.end is not None, self.stuck
+        assert self.end.error is None, self.end.error
+        assert sorted(repr(told.unit) for told in self.of(tasks.UnitEncoded)) == sorted(
+            map(repr, UNITS)
+        )
+        for told in self.of(tasks.UnitEncoded):
+            if isinstance(told.unit, Caption):
+                assert told.arrays["t5"].flat[0] == len(told.unit.text)
+        values = [answer.value for answer in self.of(tasks.Answer)]
+        moves = [value for value in values if isinstance(value, Moved)]
+        updates = self.session.state.job.plan.request.updates
+        assert [moved.loss for moved in moves] == [1 / (k + 1) for k in range(updates)]
+        given = [value["weights"][0] for value in values if isinstance(value, dict)]
+        assert given == [k + 1 for k in range(updates)]

@@ -60,6 +60,11 @@ class Machine:
     def at(self) -> Unit | None:
         return self.line[0] if self.line else None
 
+    @property
+    def done(self) -> int:
+        """Steps and micro-batches."""
+        return len(self.made) + len(self.computed)
+
     def empty(self) -> None:
         """Its engine is gone."""
         self.engine, self.is_stopped = FakeEngine(), False
@@ -89,6 +94,13 @@ class Simulation(Generic[S]):
         self.end: Finished | None = None
 
     # What a kind of job is
+
+    def drive(self) -> None:
+        """Whoever stands above the session asks for more, if it has what it asked for."""
+
+    def check(self) -> None:
+        """It came to a good end."""
+        raise NotImplementedError
 
     def can_begin(self, machine: Machine) -> bool:
         """Whether the engine begins with what is first in its line."""
@@ -120,17 +132,38 @@ class Simulation(Generic[S]):
         self.feed(Leased(hosts, self.links))
         return self
 
-    def turn(self) -> bool:
-        """The next report of each machine; where none comes, time passes. False when over."""
+    def turn(self, until: Callable[[], object] = lambda: False) -> bool:
+        """The next report of each machine; where none comes, time passes. False when over.
+
+        Breaks off before the first report at which `until`.
+        """
         moved = False
         for rank in list(self.machines):
             self.faults(self)
+            if until():
+                return True
             moved = self.report(rank) or moved
         self.now += 0.1
         if not moved:
             self.now += 1.0
             self.tick()
         return self.end is None and not (self.stuck and not moved) and self.now < 3000
+
+    def play(self, until: Callable[[], object] = lambda: False) -> Self:
+        """To the end, as whoever runs jobs: where it is stuck, hosts are leased anew.
+
+        Or to the moment before the first report at which `until`.
+        """
+        if not self.heard:
+            self.begin()
+        for _ in range(3000):
+            if self.end is not None or self.error is not None or until():
+                return self
+            self.drive()
+            if self.stuck:
+                self.begin()
+            self.turn(until)
+        raise AssertionError("nothing ends this job")
 
     def tick(self) -> None:
         """Lets the session look at its clock."""
@@ -194,7 +227,7 @@ class Simulation(Generic[S]):
             case messages.Kill():
                 machine.empty()
             case messages.Cancel():
-                if not machine.is_stopped:
+                if not (machine.is_stopped or isinstance(machine.at, messages.Join)):
                     machine.break_off()
                     epoch = self.session.state.hosts[rank].epoch
                     self.feed(Reported(rank, messages.Cancelled(message.job, epoch)))

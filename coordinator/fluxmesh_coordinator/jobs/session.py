@@ -177,7 +177,7 @@ class JobSession(ABC, Generic[H]):
         self._out.append(Stuck(reason))
 
     def finish(self) -> None:
-        """The hosts are idle, and there is nothing left to do."""
+        """There is nothing left to do."""
         self._is_over = True
         self._out.append(Finished(self._error))
 

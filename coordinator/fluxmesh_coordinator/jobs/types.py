@@ -147,7 +147,7 @@ class Stuck:
 
 @dataclass(frozen=True)
 class Finished:
-    """The hosts are idle again. With an error where the job failed or was cancelled."""
+    """The job is over: hosts are idle, or load for the next one. With an error where it failed."""
 
     error: FluxmeshError | None = None
 
