@@ -107,12 +107,12 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that only its owner may read, in one piece: the old text stays or the new is.
+def write_private(path: Path, content: str | bytes) -> None:
+    """Writes a file that only its owner may read, in one piece: the old one stays or the new is.
 
     Raises `HomeError` where it can't be written.
     """
-    _write(path, text, atomic.replaced_file)
+    _write(path, content, atomic.replaced_file)
 
 
 def create_private(path: Path, text: str) -> bool:
@@ -124,8 +124,8 @@ def create_private(path: Path, text: str) -> bool:
     return True
 
 
-def _write(path: Path, text: str, opened: atomic.Opens) -> None:
-    data = text.encode()
+def _write(path: Path, content: str | bytes, opened: atomic.Opens) -> None:
+    data = content.encode() if isinstance(content, str) else content
     try:
         with opened(path, 0o600) as file:
             file.write(data)

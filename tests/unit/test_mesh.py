@@ -19,6 +19,7 @@ from fluxmesh.errors import (
     FluxmeshError,
     HostUnreachableError,
     ModelNotFoundError,
+    WeightsError,
 )
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
@@ -28,9 +29,12 @@ from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs import host
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
+from fluxmesh_coordinator.jobs.replay import from_bytes
+from fluxmesh_coordinator.jobs.types import Reported
 from fluxmesh_coordinator.runtime import adapter_upload, job_runner
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
 from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.broken_transport import BrokenDialer, Faults
@@ -401,6 +405,48 @@ def test_a_word_that_is_lost_is_asked_for_again(
             check(heard, asked)
 
     play(tmp_path, 3, body)
+
+
+def test_what_led_to_a_failure_is_written_down_and_replays(tmp_path: Path) -> None:
+    """With real agents: what a session heard of them is enough to hear it again."""
+    folder = tmp_path / "failed"
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        engine = mesh.engine(1).engine
+        assert engine is not None
+        engine.content = "newer"
+        asked = job(prompt="my aunt Matilda", n_images=4, placement="sequence")
+        runner = JobRunner(driver, GenerationSession(asked), {}, Heard(), FailedJobs(folder))
+        with pytest.raises(WeightsError, match="different files") as caught:
+            await runner.run()
+        assert str(folder) in caught.value.__notes__[0]
+
+    play(tmp_path, 3, body)
+    (path,) = folder.iterdir()
+    assert b"Matilda" not in path.read_bytes()
+    replay = from_bytes(path.read_bytes())
+    assert "different files" in replay.error and len(replay.log.noted) > 10
+    assert replay.differences() == []
+
+
+def test_a_mistake_of_a_session_is_written_down_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "failed"
+
+    def wrong(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        session = GenerationSession(job())
+        monkeypatch.setattr(session, "reported", wrong)
+        with pytest.raises(ZeroDivisionError) as caught:
+            await JobRunner(driver, session, {}, Heard(), FailedJobs(folder)).run()
+        assert str(folder) in caught.value.__notes__[0]
+
+    play(tmp_path, 1, body)
+    (path,) = folder.iterdir()
+    assert isinstance(from_bytes(path.read_bytes()).log.noted[-1].event, Reported)
 
 
 def test_a_program_holds_a_mesh_and_streams_a_job(tmp_path: Path) -> None:

@@ -74,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         sys.exit(_fail(arguments, error.format_message(), error.exit_code))
     except FluxmeshError as error:
-        sys.exit(_fail(arguments, str(error), error.exit_code))
+        code = _fail(arguments, str(error), error.exit_code)
+        if {"-v", "--verbose"} & set(arguments):
+            for note in getattr(error, "__notes__", ()):
+                click.echo(note, err=True)
+        sys.exit(code)
     except OSError as error:  # of a path that no command looked at more closely
         what = error.strerror or type(error).__name__
         where = "" if error.filename is None else f"{error.filename}: "

@@ -7,7 +7,11 @@ Pure, as the whole folder: no socket, no clock, no chance.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
 
 from fluxmesh import events
 from fluxmesh.cluster import hostfile
@@ -115,6 +119,10 @@ class Stop:
 
 class Asked:
     """Base of what the program above the session asks for while the job runs."""
+
+    def with_arrays(self, change: Callable[[np.ndarray], np.ndarray]) -> Self:
+        """The same, in which `change` has been made to all arrays."""
+        return self
 
 
 Input = Leased | Answered | Reported | Gone | Back | Tick | Stop | Asked

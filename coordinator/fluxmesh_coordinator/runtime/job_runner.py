@@ -25,6 +25,7 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.status import host_info
+from fluxmesh_coordinator.jobs.input_log import InputLog
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
     Answered,
@@ -45,6 +46,7 @@ from fluxmesh_coordinator.jobs.types import (
 from fluxmesh_coordinator.runtime import adapter_upload
 from fluxmesh_coordinator.runtime.agent_pool import Driver
 from fluxmesh_coordinator.runtime.clock import OwnClock
+from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 
 TICK = 0.25  # seconds
 ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
@@ -64,8 +66,12 @@ class JobRunner:
         session: JobSession[Any],
         files: adapter_upload.Files,
         tell: Callable[[Any], None],
+        failed_jobs: FailedJobs | None = None,
     ) -> None:
+        """`failed_jobs` keeps what led to a failure, if anybody is to."""
         self.driver, self.session, self.files, self.tell = driver, session, files, tell
+        self._failed_jobs = failed_jobs
+        self._inputs = InputLog()
         self.stop = asyncio.Event()
         self._inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._outboxes: dict[int, asyncio.Queue[messages.Changing]] = {}
@@ -101,6 +107,10 @@ class JobRunner:
                         raise self._named(end.error)
                     return
                 self._was_lost = True
+        except Exception as error:
+            if self._failed_jobs is not None:
+                self._failed_jobs.keep(self.session, self._inputs, error)
+            raise
         finally:
             stopping.cancel()
             await self._release()
@@ -289,7 +299,12 @@ class JobRunner:
         return end
 
     def _handle(self, event: Input) -> Finished | Stuck | None:
-        return self._carry_out(self.session.handle(event, self._now))
+        now, out = self._now, []
+        try:
+            out = self.session.handle(event, now)
+        finally:
+            self._inputs.note(now, event, out)
+        return self._carry_out(out)
 
     def _carry_out(self, out: list[Instruction]) -> Finished | Stuck | None:
         end: Finished | Stuck | None = None

@@ -42,6 +42,7 @@ from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import Input
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
+from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ class Mesh:
         box: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         async def begin() -> JobRunner:
-            return JobRunner(self._driver, session, files, box.put)
+            return JobRunner(self._driver, session, files, box.put, FailedJobs())
 
         runner = self._run(begin())
         done = asyncio.run_coroutine_threadsafe(runner.run(wait), self._loop)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
@@ -112,6 +113,12 @@ class Wanted(Asked):
     number: int  # of the task, so that an answer that comes late is known for one
     task: Task
 
+    def with_arrays(self, change: Callable[[np.ndarray], np.ndarray]) -> Self:
+        if not isinstance(self.task, OpenTask):
+            return self
+        vectors = {name: change(vector) for name, vector in self.task.vectors.items()}
+        return replace(self, task=replace(self.task, vectors=vectors))
+
 
 # What comes of it
 
@@ -211,6 +218,12 @@ class Names:
             image, crop = rest.split()
             return Crop(int(image), int(crop))
         return Caption(self._texts[int(rest)] if rest else NO_CAPTION)
+
+    def name_of(self, unit: Unit) -> str:
+        """The other way round."""
+        if isinstance(unit, Crop):
+            return crop_name(unit.image, unit.crop)
+        return caption_name(self._numbers[unit.text])
 
     def put(self, name: str, fence: int, epoch: int) -> PutFeatures:
         """The message that brings features to a host."""

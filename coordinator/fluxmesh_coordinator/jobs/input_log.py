@@ -1,0 +1,110 @@
+"""The last inputs of a job's session: a session is pure, so these are all that a bug needs. Pure.
+
+`runtime/job_runner.py` notes every input here, `replay.py` turns what was noted into bytes and
+back into a session that goes through it again. Arrays are noted by dtype and shape alone: a session
+passes them on, and decides nothing by what is in them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from fluxmesh.wire.messages import Message
+from fluxmesh.wire.training_messages import PutFeatures
+from fluxmesh_coordinator.jobs.types import (
+    Answered,
+    Asked,
+    Finished,
+    Input,
+    Instruction,
+    Reported,
+    Send,
+    Stuck,
+    Tell,
+    Tick,
+)
+
+# Inputs that are kept. A job that had no more is gone through again from its beginning: that is
+# every generation but the very long ones. Of others the last ones can be read, and not replayed.
+KEPT = 5000
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of a message's arrays: field -> dtype, shape
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """One input, when it came, and what was done about it, in a word each."""
+
+    now: float
+    event: Input
+    said: tuple[str, ...]
+
+
+class InputLog:
+    """What a session has heard. Its size does not depend on what the arrays are."""
+
+    def __init__(self) -> None:
+        self.noted: deque[Noted] = deque(maxlen=KEPT)
+        self.missing = 0  # inputs before these
+        # Of the features that hosts were sent, by name: not from a session's inputs, but from
+        # the program above it.
+        self.features: dict[str, Shapes] = {}
+
+    def note(self, now: float, event: Input, instructions: Sequence[Instruction]) -> None:
+        """Keeps an input. A tick about which nothing was done has changed nothing: it isn't."""
+        if isinstance(event, Tick) and not instructions:
+            return
+        self.missing += len(self.noted) == KEPT
+        self.noted.append(Noted(now, hollow(event), tuple(map(brief, instructions))))
+        for instruction in instructions:
+            if isinstance(instruction, Send) and isinstance(instruction.message, PutFeatures):
+                self.features[instruction.message.name] = shapes_of(instruction.message)
+
+
+def brief(instruction: Instruction) -> str:
+    """An instruction in a word or two, without what a user wrote."""
+    match instruction:
+        case Send():
+            return f"{type(instruction.message).__name__} to {instruction.rank}"
+        case Tell():
+            return f"tell {type(instruction.event).__name__}"
+        case Stuck():
+            return "stuck"
+        case Finished():
+            error = instruction.error
+            return "finished" if error is None else f"finished with {type(error).__name__}"
+
+
+def hollow(event: Input) -> Input:
+    """The same input with arrays that take no memory."""
+    match event:
+        case Reported():
+            return Reported(event.rank, _hollow_message(event.report))
+        case Answered():
+            request, answer = _hollow_message(event.request), _hollow_message(event.answer)
+            return Answered(event.rank, request, answer)
+        case Asked():
+            return event.with_arrays(hollow_array)
+    return event
+
+
+def hollow_array(array: np.ndarray) -> np.ndarray:
+    """Zeros of the same dtype and shape, in the memory of one."""
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+
+
+def shapes_of(message: Message) -> Shapes:
+    """Of its arrays."""
+    arrays = {k: v for k, v in vars(message).items() if isinstance(v, np.ndarray)}
+    return {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+
+
+def _hollow_message(message: M) -> M:
+    arrays = {k: hollow_array(v) for k, v in vars(message).items() if isinstance(v, np.ndarray)}
+    return replace(message, **arrays) if arrays else message
