@@ -139,8 +139,10 @@ def training_job(**changed: Any) -> TrainingJob:
 class TrainingSimulation(Simulation[TrainingSession]):
     """A training, and what its run hears."""
 
-    def __init__(self, hosts: int, **changed: Any) -> None:
+    def __init__(self, hosts: int, *, checkpoint: int = 1, **changed: Any) -> None:
+        """`checkpoint`: updates, after each so many of which the run asks for the state."""
         super().__init__(TrainingSession(training_job(**changed)), hosts, Links())
+        self.checkpoint = checkpoint
         self.number = 0  # of the task
         self.begin()
 
@@ -208,13 +210,15 @@ class TrainingSimulation(Simulation[TrainingSession]):
         return losses
 
     def drive(self) -> None:
-        """A run that checkpoints after each update."""
+        """As a run does."""
         if self.number and not self.answers(self.number):
             return
         if not self.number:
             self.todo: list[tasks.Task] = [tasks.EncodeTask(UNITS), tasks.OpenTask(0, {})]
             for update in range(self.session.state.job.plan.request.updates):
-                self.todo += [tasks.AdvanceTask(update), tasks.GiveTask()]
+                self.todo.append(tasks.AdvanceTask(update))
+                if (update + 1) % self.checkpoint == 0:
+                    self.todo.append(tasks.GiveTask())
             self.todo.append(tasks.FinishTask())
         self.want(self.todo.pop(0))
 
@@ -233,4 +237,4 @@ class TrainingSimulation(Simulation[TrainingSession]):
         updates = self.session.state.job.plan.request.updates
         assert [moved.loss for moved in moves] == [1 / (k + 1) for k in range(updates)]
         given = [value["weights"][0] for value in values if isinstance(value, dict)]
-        assert given == [k + 1 for k in range(updates)]
+        assert given == list(range(self.checkpoint, updates + 1, self.checkpoint))

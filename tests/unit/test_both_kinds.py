@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from fluxmesh import events
 from fluxmesh.errors import (
     AdapterError,
     CancelledError,
     DoesNotFitError,
     FluxmeshError,
+    UsageError,
     WeightsError,
 )
+from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator.jobs.types import Reported, Stop
@@ -43,6 +46,11 @@ def of_training(hosts: int = 3, *, long: bool = False) -> Sim:
     if long:
         return TrainingSimulation(hosts, iterations=120, grad_accumulate=12)
     return TrainingSimulation(hosts, iterations=10, grad_accumulate=5)
+
+
+def without_checkpoints(hosts: int = 3) -> Sim:
+    """A death costs all updates since the begin."""
+    return TrainingSimulation(hosts, checkpoint=1000, iterations=9, grad_accumulate=3)
 
 
 RINGS = [
@@ -136,7 +144,9 @@ def at_every_report(
             raise
 
 
-@KIND
+@pytest.mark.parametrize(
+    "kind", [*KINDS, pytest.param(without_checkpoints, id="training without checkpoints")]
+)
 @pytest.mark.parametrize(
     ("harm", "victim"),
     [
@@ -151,8 +161,17 @@ def test_harm_at_every_report_costs_time_and_nothing_else(
         sim.check()
         assert not any(host.has(*COMPUTING) for host in sim.session.state.hosts.values())
         assert all(sim.session.given_up([rank]) is None for rank in sim.ranks)
-        if harm in (killed, slept) and not was_over:
-            assert sim.lost, "nobody was told"
+        if was_over:
+            assert not sim.lost
+            return
+        if harm is killed:
+            (event,) = sim.of(events.HostLost)
+            assert event.reason == "It was killed."
+        elif harm is slept:
+            assert sorted(sim.lost) == [0, 1, 2]
+        if dealt := sim.of(Dealt):
+            shares = list(dealt[-1].shares)
+            assert shares == [0, 1, 2] or (harm in (lost, lost_and_back) and len(shares) == 2)
 
     at_every_report(kind, victim, harm, judge)
 
@@ -172,6 +191,7 @@ def test_a_stop_at_every_report_leaves_the_hosts_idle(kind: Begin, how: str) -> 
         assert sim.end is not None and sim.is_idle
         assert was_over == (sim.end.error is None)
         assert was_over or isinstance(sim.end.error, CancelledError)
+        assert was_over or sim.end.error.exit_code == 130
         assert len(pieces(sim)) == computed[0], "nothing was computed after it"
         assert sim.session.handle(Stop(), sim.now) == [], "nothing comes after the end"
         if how == "they run" and pieces(sim):
@@ -291,12 +311,15 @@ def test_an_engine_alone_is_to_blame_for_whatever_it_ends_over(kind: Begin) -> N
 
 
 @KIND
-def test_a_request_that_is_wrong_ends_the_job_at_once(kind: Begin) -> None:
+@pytest.mark.parametrize("error", [AdapterError, UsageError])
+def test_a_request_that_is_wrong_ends_the_job_at_once(
+    kind: Begin, error: type[FluxmeshError]
+) -> None:
     sim = kind()
     sim.play(lambda: isinstance(sim.machines[0].at, LOADING))
-    sim.fail(0, "AdapterError", "The adapter fits no key.")
+    sim.fail(0, error.__name__, "The adapter fits no key.")
     sim.play()
-    assert sim.end is not None and type(sim.end.error) is AdapterError
+    assert sim.end is not None and type(sim.end.error) is error
     assert pieces(sim) == [] and sim.is_idle
 
 

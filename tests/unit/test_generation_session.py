@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxmesh import events
-from fluxmesh.errors import AdapterError, CancelledError, FluxmeshError, WeightsError
+from fluxmesh.errors import FluxmeshError, WeightsError
 from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.host import HostState
-from fluxmesh_coordinator.jobs.types import Answered, Gone, Reported, Stop
+from fluxmesh_coordinator.jobs.types import Answered, Gone, Reported
 from tests.unit.simulated_jobs import GenerationSimulation
 
 PLACEMENTS = ["data", "sequence", "tensor"]
@@ -104,25 +104,6 @@ def test_with_low_memory_nothing_is_decoded_before_all_is_painted() -> None:
     assert kinds.index(events.Picture) > max(
         i for i, kind in enumerate(kinds) if kind is events.Step
     )
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("after", range(0, 40, 3))
-@pytest.mark.parametrize("fault", ["kill_engine", "stop_engine", "lose"])
-def test_a_death_at_any_moment_costs_no_picture_and_no_step(
-    placement: Any, after: int, fault: str
-) -> None:
-    def break_one(mesh: GenerationSimulation) -> None:
-        if mesh.reports == after and not struck:
-            struck.append(True)
-            getattr(mesh, fault)(1)
-
-    struck: list[bool] = []
-    done = GenerationSimulation(3, n_images=3, placement=placement, faults=break_one).run()
-    done.check()
-    if struck and fault == "kill_engine":
-        (lost,) = done.of(events.HostLost)
-        assert (lost.host, lost.reason) == (1, "It was killed.")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -269,20 +250,6 @@ def test_a_model_that_no_host_holds_goes_on_in_a_ring_after_a_late_host() -> Non
     assert [plan.placement for plan in mesh.of(events.Planned)] == ["tensor", "tensor"]
 
 
-def test_a_host_that_failed_twice_is_left_out() -> None:
-    def break_it(mesh: GenerationSimulation) -> None:
-        if len(mesh.machines[1].made) > len(deaths) and 1 in mesh.session.state.hosts:
-            deaths.append(len(mesh.machines[1].made))
-            mesh.kill_engine(1)
-
-    deaths: list[int] = []
-    done = GenerationSimulation(2, n_images=4, placement="data", faults=break_it).run()
-    done.check()
-    assert [lost.host for lost in done.of(events.HostLost)] == [1, 1]
-    assert list(done.session.state.hosts) == [0]
-    assert len(done.machines[1].made) == 2
-
-
 def test_an_agent_that_hangs_has_failed_once() -> None:
     """Its engine's deadline passes first, then the agent itself is found to be silent."""
     mesh = GenerationSimulation(1, steps=5).begin()
@@ -308,27 +275,6 @@ def test_one_host_that_fails_twice_fails_the_job_in_a_sentence() -> None:
     done = GenerationSimulation(1, faults=break_it).run()
     assert type(done.error) is FluxmeshError
     assert str(done.error) == "mac0 failed twice: It was killed."
-
-
-def test_rings_that_never_work_are_given_up() -> None:
-    def break_it(mesh: GenerationSimulation) -> None:
-        if mesh.messages(messages.Join) and isinstance(mesh.machines[0].at, messages.Join):
-            mesh.break_ring(0, "A stranger is in the ring.")
-
-    done = GenerationSimulation(2, placement="tensor", faults=break_it).run()
-    assert done.end is not None and "5 rings failed" in str(done.end.error)
-    assert len({join.epoch for join in done.messages(messages.Join)}) == 5
-
-
-def test_what_the_request_is_to_blame_for_fails_it_at_once() -> None:
-    def break_it(mesh: GenerationSimulation) -> None:
-        if mesh.messages(messages.Load) and mesh.end is None:
-            mesh.fail(0, "AdapterError", "The adapter fits no key.")
-
-    done = GenerationSimulation(2, n_images=2, placement="data", faults=break_it).run()
-    assert done.end is not None and isinstance(done.end.error, AdapterError)
-    assert done.messages(messages.Cancel, 1)
-    assert done.of(events.Step) == []
 
 
 def test_a_host_whose_files_are_broken_is_left_out_while_another_has_them() -> None:
@@ -398,33 +344,6 @@ def test_a_load_must_tick_and_its_bytes_must_come(every: float, seconds: int, re
             mesh.feed(Reported(0, messages.Beat("job", epoch, "loading")))
         mesh.tick()
     assert reason in mesh.of(events.HostLost)[0].reason
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_cancel_stops_everyone_and_leaves_them_idle(placement: Any) -> None:
-    mesh = GenerationSimulation(2, n_images=4, placement=placement).begin()
-    while not mesh.of(events.Step):
-        mesh.turn()
-    made = [len(machine.made) for machine in mesh.machines.values()]
-    mesh.feed(Stop())
-    assert mesh.end is not None and isinstance(mesh.end.error, CancelledError)
-    assert mesh.end.error.exit_code == 130
-    assert [len(machine.made) for machine in mesh.machines.values()] == made
-    assert mesh.messages(messages.Kill) == []
-    assert mesh.is_idle
-
-
-def test_an_engine_that_hears_of_no_cancel_is_killed() -> None:
-    mesh = GenerationSimulation(1).begin()
-    while not mesh.of(events.Step):
-        mesh.turn()
-    mesh.stop_engine(0)
-    mesh.feed(Stop())
-    assert mesh.messages(messages.Kill) == []
-    mesh.now += 60
-    mesh.tick()
-    assert len(mesh.messages(messages.Kill)) == 1
-    assert mesh.end is not None and isinstance(mesh.end.error, CancelledError)
 
 
 def test_a_lost_mesh_goes_on_where_it_stopped_when_a_host_is_back() -> None:
@@ -504,29 +423,6 @@ def test_encoders_that_came_from_other_files_are_refused_too() -> None:
     assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
     assert "newer" in str(mesh.end.error) and "older" in str(mesh.end.error)
     assert mesh.messages(messages.Paint) == []
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize(
-    ("apart", "steps", "stays"), [(1.0, 1, False), (400.0, 1, True), (1.0, 30, True)]
-)
-def test_losses_far_apart_or_with_good_work_between_them_are_forgiven(
-    placement: Any, apart: float, steps: int, stays: bool
-) -> None:
-    """Host 1 loses its connection four times in one job, and comes back each time."""
-    mesh = GenerationSimulation(2, n_images=6, steps=60, placement=placement).begin()
-    for fence in range(2, 6):
-        before = len(mesh.machines[1].made)
-        while len(mesh.machines[1].made) < before + steps:
-            assert mesh.turn()
-        mesh.now += apart
-        mesh.lose(1)
-        mesh.bring_back(1, fence)
-        if 1 not in mesh.session.state.hosts:
-            break
-    assert (1 in mesh.session.state.hosts) == stays
-    mesh.go_on().check()
-    assert (fence == 5) == stays
 
 
 def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -179,42 +178,6 @@ def test_a_ring_takes_hosts_that_are_joined_by_cables() -> None:
 
 # --- harm ----------------------------------------------------------------------------------------
 
-MOMENTS: dict[str, Callable[[Any], bool]] = {
-    "joining": lambda report: isinstance(report, messages.Joined),
-    "opening": lambda report: isinstance(report, training.Opened),
-    "computing": lambda report: isinstance(report, training.Computed) and report.number > 8,
-    "moving": lambda report: isinstance(report, training.Moved) and report.update == 2,
-    "giving": lambda report: isinstance(report, training.VectorPart) and report.update == 2,
-}
-
-
-@pytest.mark.parametrize("checkpoint", [1, 1000])
-@pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("how", ["killed", "lost", "hangs"])
-def test_a_death_at_any_moment_costs_time_and_nothing_else(
-    moment: str, victim: int, how: str, checkpoint: int
-) -> None:
-    sim = TrainingSimulation(3)
-
-    def hurt() -> None:
-        if how == "killed":
-            sim.kill_engine(victim)
-        elif how == "lost":
-            sim.lose(victim)
-        else:
-            sim.stop_engine(victim)
-
-    once(sim, lambda report, rank: MOMENTS[moment](report), hurt)
-    sim.opened()
-    assert sim.train(checkpoint=checkpoint) == LOSSES
-    if moment == "giving" and checkpoint > 1:
-        return  # it never came
-    lost = sim.of(events.HostLost)
-    assert lost and (how == "hangs" or lost[0].host == victim)
-    shares = list(sim.of(Dealt)[-1].shares)
-    assert shares == [rank for rank in range(3) if how != "lost" or rank != victim]
-
 
 def test_updates_since_the_last_checkpoint_are_done_again_and_no_others() -> None:
     sim = TrainingSimulation(2, iterations=80).opened()
@@ -266,16 +229,6 @@ def test_what_an_engine_of_an_older_epoch_says_is_dropped() -> None:
     assert sim.session.state.hosts[0].moved is None
 
 
-def test_a_host_that_dies_twice_is_left_out() -> None:
-    sim = TrainingSimulation(2, iterations=40).opened()
-    for update in range(3):
-        sim.ask(tasks.AdvanceTask(update))
-        if 1 in sim.session.state.hosts:
-            sim.kill_engine(1)
-    assert list(sim.of(Dealt)[-1].shares) == [0]
-    assert sim.session.given_up([1]) is not None and sim.session.given_up([0, 1]) is None
-
-
 def test_when_every_ring_fails_the_run_ends() -> None:
     sim = TrainingSimulation(6)
     victims = iter(range(6))
@@ -316,29 +269,6 @@ def test_a_host_that_comes_back_joins_in_at_the_next_checkpoint() -> None:
     assert sim.ask(tasks.AdvanceTask(3)).loss == 1 / 4
     assert list(sim.of(Dealt)[-1].shares) == [0, 1, 2]
     assert not [e for e in sim.of(events.HostLost) if e.host != 2]
-
-
-def test_a_host_without_the_memory_after_all_is_left_out() -> None:
-    sim = TrainingSimulation(2)
-    once(
-        sim,
-        lambda r, rank: isinstance(r, training.Opened) and rank == 1,
-        lambda: sim.fail(1, "DoesNotFitError"),
-    )
-    sim.opened()
-    assert sim.train() == LOSSES
-    assert list(sim.of(Dealt)[-1].shares) == [0]
-
-
-def test_a_mistake_of_the_request_ends_the_run() -> None:
-    sim = TrainingSimulation(2)
-    sim.want(tasks.OpenTask(0, {}))
-    while not sim.messages(training.OpenTraining):
-        sim.turn()
-    sim.fail(0, "UsageError")
-    while sim.end is None:
-        sim.turn()
-    assert type(sim.end.error).__name__ == "UsageError"
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -421,30 +351,3 @@ def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:
     assert sim.end is not None and isinstance(sim.end.error, WeightsError)
     assert "host 0 (mac0) same, host 1 (mac1) newer" in str(sim.end.error)
     assert sim.messages(training.Update) == []
-
-
-@pytest.mark.parametrize(("apart", "stays"), [(1.0, False), (400.0, True)])
-def test_deaths_of_a_host_that_lie_far_apart_are_forgiven(apart: float, stays: bool) -> None:
-    sim = TrainingSimulation(2, iterations=64).opened()
-    for update in range(4):
-        sim.now += apart
-        if 1 in sim.session.state.hosts:
-            sim.kill_engine(1)
-        assert sim.ask(tasks.AdvanceTask(update)).loss == 1 / (update + 1)
-    assert (1 in sim.session.state.hosts) == stays
-
-
-@pytest.mark.parametrize("sleeps", [2, 6])
-def test_a_coordinator_that_stood_still_blames_no_host(sleeps: int) -> None:
-    """It wakes, and every host has given it up: neither they nor their ring have failed."""
-    sim = TrainingSimulation(2, iterations=64).opened()
-    sim.ask(tasks.AdvanceTask(0))
-    for fence in range(2, 2 + sleeps):
-        for rank in range(2):
-            sim.lose(rank, counts=False)
-            assert sim.session.given_up([rank]) is None
-        for rank in range(2):
-            sim.start_agent(rank, fence)
-        sim.begin().turn()
-    assert sim.ask(tasks.AdvanceTask(1)).loss == 1 / 2
-    assert list(sim.of(Dealt)[-1].shares) == [0, 1]
