@@ -1,6 +1,6 @@
 """What an agent's report of a failure means: an error for the user, or a host to go on without.
 
-Pure; below `session.py`. An engine names the class of `fluxmesh.errors` that it raised.
+Pure; below `jobs/recovery.py`. An engine names the class of `fluxmesh.errors` that it raised.
 """
 
 from __future__ import annotations

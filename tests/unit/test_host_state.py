@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,9 +14,8 @@ from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.types import LeasedHost
 from tests.unit.meshes import mac
 
-COMMON = (1, "job", 0, Weights("dev"))
+COMMON: dict[str, Any] = {"fence": 1, "job": "job", "epoch": 0, "weights": Weights("dev")}
 LATENTS = np.zeros((1, 4, 64), np.float32)
-TEXT = np.zeros((1, 4, 8), np.uint16), np.zeros((1, 8), np.uint16)
 
 
 def host() -> HostState:
@@ -24,13 +25,29 @@ def host() -> HostState:
 
 def paint(side: int) -> messages.Paint:
     return messages.Paint(
-        *COMMON, "data", 0, side, side, 4, 0, 3.5, False, False, 1.0, LATENTS, LATENTS, *TEXT
+        **COMMON,
+        placement="data",
+        image=0,
+        height=side,
+        width=side,
+        steps=4,
+        first=0,
+        guidance=3.5,
+        low_memory=False,
+        preview=False,
+        strength=1.0,
+        latents=LATENTS,
+        noise=LATENTS,
+        t5=np.zeros((1, 4, 8), np.uint16),
+        clip=np.zeros((1, 8), np.uint16),
     )
 
 
 def decode(side: int, images: int) -> messages.Decode:
     latents = np.zeros((images, 4, 64), np.float32)
-    return messages.Decode(*COMMON, tuple(range(images)), side, side, latents)
+    return messages.Decode(
+        **COMMON, images=tuple(range(images)), height=side, width=side, latents=latents
+    )
 
 
 def ticks(one: HostState, seconds: int) -> str:
@@ -44,7 +61,7 @@ def ticks(one: HostState, seconds: int) -> str:
 
 def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -> None:
     one = host()
-    one.sent(messages.Encode(*COMMON, "a dog"), 0.0)
+    one.sent(messages.Encode(**COMMON, prompt="a dog"), 0.0)
     for now in range(0, 300, 10):
         one.heard(messages.Progress("job", 0, "text encoders", now, 300), float(now))
         assert one.overdue(float(now)) == ""

@@ -31,7 +31,7 @@ from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.replay import from_bytes
 from fluxmesh_coordinator.jobs.types import Reported
-from fluxmesh_coordinator.runtime import adapter_upload, job_runner
+from fluxmesh_coordinator.runtime import adapter_upload, host_link
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
 from fluxmesh_coordinator.runtime.agent_pool import Driver
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
@@ -394,7 +394,7 @@ def test_a_word_that_is_lost_is_asked_for_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "NO_NEWS", 0.3)
-    monkeypatch.setattr(job_runner, "ANSWER", 0.5)
+    monkeypatch.setattr(host_link, "ANSWER", 0.5)
     faults = Faults(seed=1, drop=0.4, only=(messages.Granted, messages.Ports))
 
     async def body(mesh: FakeMesh, _: Driver) -> None:

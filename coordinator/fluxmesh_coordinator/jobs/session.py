@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Generic, Protocol
+from typing import Generic
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo
@@ -32,6 +32,7 @@ from fluxmesh_coordinator.jobs.types import (
     Leased,
     LeasedHost,
     Links,
+    Proposal,
     Reported,
     Result,
     Send,
@@ -40,31 +41,6 @@ from fluxmesh_coordinator.jobs.types import (
     Tell,
     Tick,
 )
-
-
-class WayToDo(Protocol):
-    """Hosts that a job would lease."""
-
-    @property
-    def ranks(self) -> tuple[int, ...]: ...
-
-    @property
-    def text_rank(self) -> int | None:
-        """Who reads the prompt, if it is one of these or another."""
-
-    @property
-    def seconds(self) -> float:
-        """Until the job is done, as far as anybody can say."""
-
-
-class Proposal(Protocol):
-    """How a job would be done. `winner` is None where the hosts can't, for `reason`."""
-
-    @property
-    def winner(self) -> WayToDo | None: ...
-
-    @property
-    def reason(self) -> str: ...
 
 
 class JobSession(ABC, Generic[H]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.training.events import TrainEvent
-from fluxmesh.wire.messages import Message, Report
+from fluxmesh.wire.messages import Changing, Message, Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,31 @@ class Links:
 
     links: tuple[LinkInfo, ...] = ()
     backend: str = "ring"
+
+
+class WayToDo(Protocol):
+    """Hosts that a job would lease."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
+
+    @property
+    def text_rank(self) -> int | None:
+        """Who reads the prompt, if it is one of these or another."""
+
+    @property
+    def seconds(self) -> float:
+        """Until the job is done, as far as anybody can say."""
+
+
+class Proposal(Protocol):
+    """How a job would be done. `winner` is None where the hosts can't, for `reason`."""
+
+    @property
+    def winner(self) -> WayToDo | None: ...
+
+    @property
+    def reason(self) -> str: ...
 
 
 class Result:
@@ -136,7 +161,7 @@ class Send:
     """A request for an agent."""
 
     rank: int
-    message: Message
+    message: Changing
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A user's adapters on a mesh: named by their hash, and sent to the hosts that lack them.
 
-Below `mesh.py` (which names them) and `conduct.py` (which sends them once a host is leased).
+Below `mesh.py` (which names them) and `job_runner.py` (which sends them once a host is leased).
 """
 
 from __future__ import annotations

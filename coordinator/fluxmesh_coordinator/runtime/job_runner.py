@@ -28,7 +28,6 @@ from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs.input_log import InputLog
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
-    Answered,
     Back,
     Finished,
     Gone,
@@ -36,7 +35,6 @@ from fluxmesh_coordinator.jobs.types import (
     Instruction,
     Leased,
     LeasedHost,
-    Reported,
     Send,
     Stop,
     Stuck,
@@ -47,12 +45,11 @@ from fluxmesh_coordinator.runtime import adapter_upload
 from fluxmesh_coordinator.runtime.agent_pool import Driver
 from fluxmesh_coordinator.runtime.clock import OwnClock
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
+from fluxmesh_coordinator.runtime.host_link import HostLink
 
 TICK = 0.25  # seconds
-ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
 LOOK = 1.0  # seconds between two looks at who is there
 RETURN = 15.0  # seconds in which a host that was lost may come back, if none else can do the work
-
 
 T = TypeVar("T")
 
@@ -74,10 +71,9 @@ class JobRunner:
         self._inputs = InputLog()
         self.stop = asyncio.Event()
         self._inbox: asyncio.Queue[Input] = asyncio.Queue()
-        self._outboxes: dict[int, asyncio.Queue[messages.Changing]] = {}
+        self._links: dict[int, HostLink] = {}  # to those whose lease is ours
         self._leased: dict[int, Client] = {}
         self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
-        self._tasks: dict[int, list[asyncio.Task[None]]] = {}
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
         self._clock = OwnClock()
@@ -212,11 +208,7 @@ class JobRunner:
     def _open(self, rank: int, granted: messages.Granted) -> LeasedHost:
         """A host whose lease is ours: from now on its reports come in, and messages go out."""
         client, status = self._leased[rank], granted.status
-        self._outboxes[rank] = asyncio.Queue()
-        self._tasks[rank] = [
-            asyncio.create_task(self._listen(rank, client)),
-            asyncio.create_task(self._deliver(rank, client, self._outboxes[rank])),
-        ]
+        self._links[rank] = HostLink(rank, client, self._inbox, self._gone)
         return LeasedHost(
             info=host_info(rank, status),
             host=self.driver.hosts[rank],
@@ -236,8 +228,8 @@ class JobRunner:
             self._returning = None
         asked, self._asked = self._asked, {}
         self._leased = {}
-        for rank in list(self._tasks):
-            await self._close(rank)
+        for rank in list(self._links):
+            await self._links.pop(rank).close()
 
         async def leave(rank: int, client: Client) -> None:
             try:
@@ -246,13 +238,6 @@ class JobRunner:
                 self.driver.lost(rank, client, str(error))
 
         await asyncio.gather(*(leave(rank, client) for rank, client in asked.items()))
-
-    async def _close(self, rank: int) -> None:
-        self._outboxes.pop(rank, None)
-        tasks = self._tasks.pop(rank, [])
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _bring_back(self) -> None:
         """Leases hosts of the job that were lost, when they answer again and their line is short.
@@ -291,7 +276,8 @@ class JobRunner:
             self._clock.tick()
             if isinstance(event, Gone):
                 event = replace(event, counts=not self._clock.has_just_woken)
-                await self._close(event.rank)
+                if event.rank in self._links:
+                    await self._links.pop(event.rank).close()
             end = self._handle(event)
             if end is None and self._now - ticked >= TICK:
                 ticked = self._now
@@ -313,56 +299,12 @@ class JobRunner:
                 case Tell():
                     self.tell(instruction.event)
                 case Send():
-                    outbox = self._outboxes.get(instruction.rank)
-                    message = instruction.message
-                    if outbox is not None and isinstance(message, messages.Changing):
-                        outbox.put_nowait(message)
+                    link = self._links.get(instruction.rank)
+                    if link is not None:
+                        link.send(instruction.message)
                 case Finished() | Stuck():
                     end = instruction
         return end
-
-    async def _listen(self, rank: int, client: Client) -> None:
-        """Everything that an agent reports, until it is gone."""
-        try:
-            while True:
-                self._inbox.put_nowait(Reported(rank, await client.report()))
-        except FluxmeshError as error:
-            self._gone(rank, client, str(error))
-
-    async def _deliver(
-        self, rank: int, client: Client, outbox: asyncio.Queue[messages.Changing]
-    ) -> None:
-        """Sends in order what the session gives out."""
-        while True:
-            message = await outbox.get()
-            try:
-                answer = await client.post(message)
-            except HostUnreachableError as error:
-                self._gone(rank, client, str(error))
-                return
-            except FluxmeshError as error:
-                refused = messages.Refused("usage", str(error))
-                self._inbox.put_nowait(Answered(rank, message, refused))
-                continue
-            answer.add_done_callback(self._answerer(rank, message))
-            asyncio.get_running_loop().call_later(ANSWER, self._must_be_there, rank, client, answer)
-
-    def _answerer(
-        self, rank: int, message: messages.Changing
-    ) -> Callable[[asyncio.Future[messages.Message]], None]:
-        def heard(answer: asyncio.Future[messages.Message]) -> None:
-            # One that fails ends the conversation, which `_listen` tells.
-            if not answer.cancelled() and answer.exception() is None:
-                self._inbox.put_nowait(Answered(rank, message, answer.result()))
-
-        return heard
-
-    def _must_be_there(
-        self, rank: int, client: Client, answer: asyncio.Future[messages.Message]
-    ) -> None:
-        if not answer.done():
-            text = f"{client.title}: its agent does not answer within {ANSWER:.0f} s."
-            self._gone(rank, client, text)
 
     def _gone(self, rank: int, client: Client, reason: str) -> None:
         if self._leased.get(rank) is client:

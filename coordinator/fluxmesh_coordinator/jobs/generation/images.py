@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ImageProgress:
     """One image: which of its steps are done, and by whom."""
 
@@ -50,7 +50,7 @@ class ImageTable:
         """`batch` images are decoded at once; `decode_last`: none before all are painted."""
         self.steps = steps
         self.decode_last = decode_last
-        self.images = [ImageProgress(k) for k in range(images)]
+        self.images = [ImageProgress(index=k) for k in range(images)]
         starts = range(0, images, batch)
         self.groups = [DecodeGroup(tuple(range(k, min(k + batch, images)))) for k in starts]
 

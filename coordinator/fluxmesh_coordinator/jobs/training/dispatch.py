@@ -85,12 +85,21 @@ class TrainingDispatch:
                 line.append(unit)
                 work: messages.Work
                 if isinstance(unit, Crop):
-                    pixels = job.pixels(unit)
                     work = messages.EncodeSource(
-                        host.fence, job.id, host.epoch, job.weights, pixels
+                        fence=host.fence,
+                        job=job.id,
+                        epoch=host.epoch,
+                        weights=job.weights,
+                        pixels=job.pixels(unit),
                     )
                 else:
-                    work = messages.Encode(host.fence, job.id, host.epoch, job.weights, unit.text)
+                    work = messages.Encode(
+                        fence=host.fence,
+                        job=job.id,
+                        epoch=host.epoch,
+                        weights=job.weights,
+                        prompt=unit.text,
+                    )
                 host.put(work)
 
     def _is_ready(self) -> bool:
