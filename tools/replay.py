@@ -27,15 +27,15 @@ Put {name} beside this file.
 from pathlib import Path
 
 from fluxmesh_coordinator.jobs.replay import from_bytes
-from fluxmesh_coordinator.jobs.types import Finished, Stuck
+from fluxmesh_coordinator.jobs.types import JobFinished, JobStuck
 
 
 def test_job_{id}_comes_to_a_good_end() -> None:
     replay = from_bytes((Path(__file__).parent / "{name}").read_bytes())
     for now, event, instructions in replay:
         for instruction in instructions:
-            assert not isinstance(instruction, Stuck), (now, event, instruction)
-            if isinstance(instruction, Finished):
+            assert not isinstance(instruction, JobStuck), (now, event, instruction)
+            if isinstance(instruction, JobFinished):
                 assert instruction.error is None, (now, event, instruction.error)
 '''
 

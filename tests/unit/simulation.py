@@ -18,17 +18,17 @@ from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
     Answered,
     Back,
-    Finished,
     Gone,
     Input,
     Instruction,
+    JobFinished,
+    JobStuck,
     Leased,
     LeasedHost,
     Links,
     Reported,
-    Send,
-    Stuck,
-    Tell,
+    SendToAgent,
+    TellUser,
     Tick,
 )
 from tests.fakes import FakeEngine
@@ -86,12 +86,12 @@ class Simulation(Generic[S]):
         self.before: Callable[[messages.Report, int], None] = lambda report, rank: None
         self.now = 0.0
         self.reports = 0
-        self.sent: list[Send] = []
+        self.sent: list[SendToAgent] = []
         self.told: list[Any] = []
         self.heard: list[tuple[float, Input]] = []  # by the session
         self.out: list[list[Instruction]] = []  # what it said to each of these
         self.stuck: list[str] = []
-        self.end: Finished | None = None
+        self.end: JobFinished | None = None
 
     # What a kind of job is
 
@@ -205,14 +205,14 @@ class Simulation(Generic[S]):
         self.out.append(instructions)
         for instruction in instructions:
             match instruction:
-                case Send():
+                case SendToAgent():
                     self.sent.append(instruction)
                     self._sent(instruction.rank, instruction.message)
-                case Tell():
+                case TellUser():
                     self.told.append(instruction.event)
-                case Stuck():
+                case JobStuck():
                     self.stuck.append(instruction.reason)
-                case Finished():
+                case JobFinished():
                     assert self.end is None
                     self.end = instruction
 

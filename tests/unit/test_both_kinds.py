@@ -357,7 +357,7 @@ def test_when_the_whole_mesh_has_failed_every_reason_is_told(kind: Begin) -> Non
 
 @KIND
 def test_a_job_that_is_leased_anew_gives_out_again_what_was_being_done(kind: Begin) -> None:
-    """As after `Stuck`: those that worked before may not be there any more."""
+    """As after `JobStuck`: those that worked before may not be there any more."""
     sim = kind()
     work_on(sim)
     del sim.machines[2]

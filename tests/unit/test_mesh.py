@@ -316,6 +316,25 @@ def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> No
     play(tmp_path, 2, body)
 
 
+def test_a_host_whose_engine_failed_too_often_is_free_for_others(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        session = GenerationSession(job(n_images=40, steps=500, placement="data"))
+        runner = JobRunner(driver, session, {}, Heard())
+        running = asyncio.create_task(runner.run())
+        while session.given_up([1]) is None:
+            if mesh.engine(1).made:
+                mesh.engine(1).die()
+            await asyncio.sleep(0.01)
+        while mesh.services[1].leases.holder:
+            await asyncio.sleep(0.05)
+        assert not running.done() and mesh.services[0].leases.holder
+        runner.stop.set()
+        with pytest.raises(CancelledError):
+            await running
+
+    play(tmp_path, 2, body)
+
+
 def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
     path = tmp_path / "dog.safetensors"
     path.write_bytes(bytes(range(256)) * 40000)

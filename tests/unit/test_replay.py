@@ -21,7 +21,7 @@ from fluxmesh_coordinator.jobs import input_log
 from fluxmesh_coordinator.jobs.input_log import InputLog, brief, hollow
 from fluxmesh_coordinator.jobs.replay import Packer, from_bytes, to_bytes
 from fluxmesh_coordinator.jobs.training import tasks
-from fluxmesh_coordinator.jobs.types import Finished, Instruction, Reported, Tick
+from fluxmesh_coordinator.jobs.types import Instruction, JobFinished, Reported, Tick
 from fluxmesh_coordinator.runtime.failed_jobs import KEPT, FailedJobs
 from tests.unit.simulated_jobs import GenerationSimulation, TrainingSimulation
 from tests.unit.simulation import Simulation
@@ -93,7 +93,9 @@ def is_tick(event: object) -> bool:
 
 def in_full(instructions: list[Instruction], packer: Packer) -> list[Any]:
     """All that they say, but for what is in arrays and texts."""
-    return [brief(one) if isinstance(one, Finished) else packer.pack(one) for one in instructions]
+    return [
+        brief(said) if isinstance(said, JobFinished) else packer.pack(said) for said in instructions
+    ]
 
 
 @pytest.mark.parametrize("kind", JOBS)

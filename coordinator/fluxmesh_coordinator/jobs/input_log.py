@@ -19,13 +19,13 @@ from fluxmesh.wire.training_messages import PutFeatures
 from fluxmesh_coordinator.jobs.types import (
     Answered,
     Asked,
-    Finished,
     Input,
     Instruction,
+    JobFinished,
+    JobStuck,
     Reported,
-    Send,
-    Stuck,
-    Tell,
+    SendToAgent,
+    TellUser,
     Tick,
 )
 
@@ -63,20 +63,21 @@ class InputLog:
         self.missing += len(self.noted) == KEPT
         self.noted.append(Noted(now, hollow(event), tuple(map(brief, instructions))))
         for instruction in instructions:
-            if isinstance(instruction, Send) and isinstance(instruction.message, PutFeatures):
-                self.features[instruction.message.name] = shapes_of(instruction.message)
+            message = instruction.message if isinstance(instruction, SendToAgent) else None
+            if isinstance(message, PutFeatures):
+                self.features[message.name] = shapes_of(message)
 
 
 def brief(instruction: Instruction) -> str:
     """An instruction in a word or two, without what a user wrote."""
     match instruction:
-        case Send():
+        case SendToAgent():
             return f"{type(instruction.message).__name__} to {instruction.rank}"
-        case Tell():
+        case TellUser():
             return f"tell {type(instruction.event).__name__}"
-        case Stuck():
+        case JobStuck():
             return "stuck"
-        case Finished():
+        case JobFinished():
             error = instruction.error
             return "finished" if error is None else f"finished with {type(error).__name__}"
 

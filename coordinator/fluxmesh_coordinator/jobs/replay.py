@@ -42,7 +42,7 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
     kind.__name__: kind
     for kind in (
         *(types.Leased, types.LeasedHost, types.Links, types.Answered, types.Reported),
-        *(types.Gone, types.Back, types.Tick, types.Stop, types.Send, types.Tell),
+        *(types.Gone, types.Back, types.Tick, types.Stop),
         *(tasks.Wanted, tasks.EncodeTask, tasks.OpenTask, tasks.AdvanceTask, tasks.ValidateTask),
         *(tasks.PaintTask, tasks.GiveTask, tasks.HaltTask, tasks.FinishTask),
         *(
@@ -99,13 +99,13 @@ class Replay:
 
     def differences(self) -> list[str]:
         """Where the session does now what it didn't then, a sentence each."""
-        found = []
+        sentences = []
         for noted, (now, event, instructions) in zip(self.log.noted, self, strict=True):
             said = tuple(map(brief, instructions))
             if said != noted.said:
                 then = ", ".join(noted.said) or "nothing"
-                found.append(f"{now:.3f} {type(event).__name__}: {said} now, {then} then.")
-        return found
+                sentences.append(f"{now:.3f} {type(event).__name__}: {said} now, {then} then.")
+        return sentences
 
 
 def to_bytes(session: JobSession[Any], log: InputLog, error: str) -> bytes:

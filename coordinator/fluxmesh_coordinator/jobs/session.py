@@ -25,26 +25,26 @@ from fluxmesh_coordinator.jobs.types import (
     Answered,
     Asked,
     Back,
-    Finished,
     Gone,
     Input,
     Instruction,
+    JobFinished,
+    JobStuck,
     Leased,
     LeasedHost,
     Links,
     Proposal,
     Reported,
     Result,
-    Send,
+    SendToAgent,
     Stop,
-    Stuck,
-    Tell,
+    TellUser,
     Tick,
 )
 
 
 class JobSession(ABC, Generic[H]):
-    """One job: `begin` it with leased hosts, then `handle` what happens until `Finished`."""
+    """One job: `begin` it with leased hosts, then `handle` what happens until `JobFinished`."""
 
     grows = False  # whether hosts that answer late are wanted too, not just those it began with
 
@@ -97,11 +97,11 @@ class JobSession(ABC, Generic[H]):
         return self.state.job.id
 
     def begin(self, hosts: Sequence[LeasedHost], links: Links, now: float) -> list[Instruction]:
-        """Starts, or goes on after `Stuck`, with these hosts and no others."""
+        """Starts, or goes on after `JobStuck`, with these hosts and no others."""
         return self.handle(Leased(tuple(hosts), links), now)
 
     def handle(self, event: Input, now: float) -> list[Instruction]:
-        """What is to be done about `event`; nothing more comes after `Finished`."""
+        """What is to be done about `event`; nothing more comes after `JobFinished`."""
         if self._is_over:
             return []
         self.now = now
@@ -143,19 +143,19 @@ class JobSession(ABC, Generic[H]):
     def send(self, host: HostState, message: messages.Changing) -> None:
         """Work is in the host's line from now on."""
         host.sent(message, self.now)
-        self._out.append(Send(host.rank, message))
+        self._out.append(SendToAgent(host.rank, message))
 
     def tell(self, event: events.Event | TrainEvent | Result) -> None:
-        self._out.append(Tell(event))
+        self._out.append(TellUser(event))
 
     def stuck(self, reason: str) -> None:
         """The hosts at hand can't go on."""
-        self._out.append(Stuck(reason))
+        self._out.append(JobStuck(reason))
 
     def finish(self) -> None:
         """There is nothing left to do."""
         self._is_over = True
-        self._out.append(Finished(self._error))
+        self._out.append(JobFinished(self._error))
 
     # What happens
 
@@ -271,7 +271,7 @@ class JobSession(ABC, Generic[H]):
                 self.send(host, messages.Cancel(host.fence, self.id))
 
     def end(self, error: FluxmeshError | None) -> None:
-        """Hosts let go of the job; `Finished` with `error` when all have."""
+        """Hosts let go of the job; `JobFinished` with `error` when all have."""
         state = self.state
         if state.is_ending:
             return

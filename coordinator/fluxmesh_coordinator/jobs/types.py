@@ -157,7 +157,7 @@ Input = Leased | Answered | Reported | Gone | Back | Tick | Stop | Asked
 
 
 @dataclass(frozen=True)
-class Send:
+class SendToAgent:
     """A request for an agent."""
 
     rank: int
@@ -165,24 +165,24 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Tell:
+class TellUser:
     """An event for the user."""
 
     event: events.Event | TrainEvent | Result
 
 
 @dataclass(frozen=True)
-class Stuck:
+class JobStuck:
     """The hosts that are left can't do what is left: `JobSession.begin` goes on with others."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Finished:
+class JobFinished:
     """The job is over: hosts are idle, or load for the next one. With an error where it failed."""
 
     error: FluxmeshError | None = None
 
 
-Instruction = Send | Tell | Stuck | Finished
+Instruction = SendToAgent | TellUser | JobStuck | JobFinished

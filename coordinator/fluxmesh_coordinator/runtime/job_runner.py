@@ -29,16 +29,16 @@ from fluxmesh_coordinator.jobs.input_log import InputLog
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
     Back,
-    Finished,
     Gone,
     Input,
     Instruction,
+    JobFinished,
+    JobStuck,
     Leased,
     LeasedHost,
-    Send,
+    SendToAgent,
     Stop,
-    Stuck,
-    Tell,
+    TellUser,
     Tick,
 )
 from fluxmesh_coordinator.runtime import adapter_upload
@@ -98,7 +98,7 @@ class JobRunner:
                 self._returning = asyncio.create_task(self._bring_back())
                 end = await self._serve(leased)
                 await self._release()
-                if isinstance(end, Finished):
+                if isinstance(end, JobFinished):
                     if end.error is not None:
                         raise self._named(end.error)
                     return
@@ -230,14 +230,13 @@ class JobRunner:
         self._leased = {}
         for rank in list(self._links):
             await self._links.pop(rank).close()
+        await asyncio.gather(*(self._leave(rank, client) for rank, client in asked.items()))
 
-        async def leave(rank: int, client: Client) -> None:
-            try:
-                await client.ask(messages.LeaveQueue(), messages.Done)
-            except FluxmeshError as error:
-                self.driver.lost(rank, client, str(error))
-
-        await asyncio.gather(*(leave(rank, client) for rank, client in asked.items()))
+    async def _leave(self, rank: int, client: Client) -> None:
+        try:
+            await client.ask(messages.LeaveQueue(), messages.Done)
+        except FluxmeshError as error:
+            self.driver.lost(rank, client, str(error))
 
     async def _bring_back(self) -> None:
         """Leases hosts of the job that were lost, when they answer again and their line is short.
@@ -246,6 +245,7 @@ class JobRunner:
         """
         wanted = set(self.driver.hosts) if self.session.grows else set(self._leased)
         while True:
+            await self._let_go()
             for rank in wanted - set(self._leased):
                 client = self.driver.clients.get(rank)
                 if client is None or self.session.given_up([rank]) is not None:
@@ -260,9 +260,17 @@ class JobRunner:
                 self._inbox.put_nowait(Back(self._open(rank, granted)))
             await self.driver.change(LOOK)
 
+    async def _let_go(self) -> None:
+        """Gives back the leases of hosts that the job uses no more: others may."""
+        for rank in [rank for rank in self._leased if self.session.given_up([rank]) is not None]:
+            client = self._leased.pop(rank)
+            await self._links.pop(rank).close()
+            await self._leave(rank, client)
+            self._asked.pop(rank, None)  # only now: if this is broken off, `_release` does it
+
     # The session
 
-    async def _serve(self, leased: Leased) -> Finished | Stuck:
+    async def _serve(self, leased: Leased) -> JobFinished | JobStuck:
         """Does what the session says until it ends, or is stuck."""
         ticked = self._now
         self._clock.begin()
@@ -284,7 +292,7 @@ class JobRunner:
                 end = self._handle(Tick())
         return end
 
-    def _handle(self, event: Input) -> Finished | Stuck | None:
+    def _handle(self, event: Input) -> JobFinished | JobStuck | None:
         now, out = self._now, []
         try:
             out = self.session.handle(event, now)
@@ -292,17 +300,17 @@ class JobRunner:
             self._inputs.note(now, event, out)
         return self._carry_out(out)
 
-    def _carry_out(self, out: list[Instruction]) -> Finished | Stuck | None:
-        end: Finished | Stuck | None = None
+    def _carry_out(self, out: list[Instruction]) -> JobFinished | JobStuck | None:
+        end: JobFinished | JobStuck | None = None
         for instruction in out:
             match instruction:
-                case Tell():
+                case TellUser():
                     self.tell(instruction.event)
-                case Send():
+                case SendToAgent():
                     link = self._links.get(instruction.rank)
                     if link is not None:
                         link.send(instruction.message)
-                case Finished() | Stuck():
+                case JobFinished() | JobStuck():
                     end = instruction
         return end
 
