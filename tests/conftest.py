@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+from collections.abc import Iterator
+import pytest
 
 # Whoever runs the tests in the background may have them ignore Ctrl-C, and so would every command
 # that they start and interrupt.
@@ -24,3 +26,11 @@ if os.environ.get("EMULATE"):
     import as_on_a_mac
 
     as_on_a_mac.install()
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keys, and records of jobs that fail here, are not left in the home of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "FLUXMESH_HOME" not in os.environ:
+            patch.setenv("FLUXMESH_HOME", str(tmp_path_factory.mktemp("home") / "fluxmesh"))
+        yield
