@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 # Whoever runs the tests in the background may have them ignore Ctrl-C, and so would every command
@@ -26,6 +27,7 @@ if os.environ.get("EMULATE"):
     import as_on_a_mac
 
     as_on_a_mac.install()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -28,10 +28,8 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh_coordinator.agents.status import host_info
-from fluxmesh_coordinator.runtime import agent_pool
-from tests.paths import python_path
-from fluxmesh_coordinator.runtime import job_runner as conduct
 from fluxmesh_coordinator.runtime import agent_pool, job_runner
+from tests.paths import python_path
 
 PATIENCE = 60.0  # seconds that a test waits for anything
 

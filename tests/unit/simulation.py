@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
 from fluxmesh import events
@@ -253,10 +253,10 @@ class Simulation(Generic[S]):
         self.machines[rank].break_off()
         self._failed(rank, kind, text, fatal=False)
 
-    def break_ring(self, rank: int, text: str) -> None:
-        """An engine ends over what a neighbour did."""
+    def break_ring(self, rank: int, text: str, kind: str = "Raised") -> None:
+        """An engine ends over what a neighbour did, or did not do in time."""
         self.machines[rank].empty()
-        self._failed(rank, "Raised", text, fatal=True)
+        self._failed(rank, kind, text, fatal=True)
 
     def _failed(self, rank: int, kind: str, text: str, *, fatal: bool) -> None:
         host = self.session.state.hosts.get(rank)

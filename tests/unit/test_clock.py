@@ -6,11 +6,7 @@ import time
 
 import pytest
 
-from fluxmesh import events
 from fluxmesh.machine.clock import RunningClock
-from fluxmesh_coordinator.clock import OwnClock
-from fluxmesh_coordinator.jobs import Gone
-from fluxmesh_coordinator.jobs.types import Gone
 from fluxmesh_coordinator.runtime.clock import OwnClock
 
 

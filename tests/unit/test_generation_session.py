@@ -220,33 +220,35 @@ def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None
 def test_a_ring_lost_for_a_late_host_is_not_formed_again_and_nobody_is_blamed(
     asked: dict[str, Any],
 ) -> None:
-    def break_it(mesh: Simulation) -> None:  # as it would each time: the peer compiles again
-        ring = mesh.session.course.ring
+    def break_it(
+        mesh: GenerationSimulation,
+    ) -> None:  # as it would each time: the peer compiles again
+        ring = mesh.session.state.ring
         if ring is not None and ring.is_up and len(mesh.of(events.Step)) >= 2:
-            mesh.fail(0, messages.PEER_LATE, "The GPU waited for too long.", fatal=True)
+            mesh.break_ring(0, "The GPU waited for too long.", messages.PEER_LATE)
 
-    done = Simulation(3, steps=6, faults=break_it, **asked).run()
-    check(done)
+    done = GenerationSimulation(3, steps=6, faults=break_it, **asked).run()
+    done.check()
     assert [lost.host for lost in done.of(events.HostLost)] == [0]
     assert len({join.epoch for join in done.messages(messages.Join)}) == 1
     assert [plan.placement for plan in done.of(events.Planned)][1:] == ["data"]
     assert len(done.of(events.Step)) == 6  # what the ring had done stays done
-    assert sorted(done.session.course.workers) == [0, 1, 2]
-    assert all(done.session._recovery.takes(rank) for rank in range(3))
+    assert sorted(done.session.state.hosts) == [0, 1, 2]
+    assert all(done.session.given_up([rank]) is None for rank in range(3))
 
 
 def test_a_model_that_no_host_holds_goes_on_in_a_ring_after_a_late_host() -> None:
-    def break_it(mesh: Simulation) -> None:
+    def break_it(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
-            mesh.fail(0, messages.PEER_LATE, "The GPU waited for too long.", fatal=True)
+            mesh.break_ring(0, "The GPU waited for too long.", messages.PEER_LATE)
 
-    mesh = Simulation(2, placement="tensor", steps=6, faults=break_it)
+    mesh = GenerationSimulation(2, placement="tensor", steps=6, faults=break_it)
     size = 100_000
     mesh.give(size)
     while mesh.plan().winner is None:  # to the least with which one shard fits
         size += size // 10
         mesh.give(size)
-    check(mesh.run())
+    mesh.run().check()
     assert [plan.placement for plan in mesh.of(events.Planned)] == ["tensor", "tensor"]
 
 

@@ -249,7 +249,7 @@ def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None
         driver.infos = infos  # type: ignore[method-assign]
         asked = dataclasses.replace(job(height=1024, width=1024), sizes=FLUX)
         with pytest.raises(DoesNotFitError) as caught:
-            await Conductor(driver, Session(asked), {}, Heard()).run()
+            await JobRunner(driver, GenerationSession(asked), {}, Heard()).run()
         assert str(caught.value) == (
             "No placement can be done: host 0 needs 28.1 GB and may use 11.8 GB. "
             "It fits with --quantize --bits 8 --low-memory (9.9 GB)."

@@ -199,16 +199,16 @@ def test_an_alarm_that_may_be_a_false_one_makes_later_ones_patient() -> None:
 
 def test_patience_ends_when_there_was_no_alarm_for_long() -> None:
     """A ring's sum may hang once in some thirty updates, through a whole night."""
-    sim = Simulation(3, iterations=320).opened()  # 40 updates of 8 micro-batches
+    sim = TrainingSimulation(3, iterations=320).opened()  # 40 updates of 8 micro-batches
     for alarms, first in enumerate(range(0, 40, 10), start=1):
         sim.machines[1].is_stopped = True
-        sim.ask(train_jobs.Advance(first))
-        patience = [hand.worker.patience for hand in sim.session.course.hands.values()]
+        sim.ask(tasks.AdvanceTask(first))
+        patience = [host.patience for host in sim.session.state.hosts.values()]
         assert len(sim.of(events.HostLost)) == alarms and patience == [2, 2, 2]
         for update in range(first + 1, first + 10):
-            sim.ask(train_jobs.Advance(update))
-        sim.ask(train_jobs.Give())  # a checkpoint
-        patience = [hand.worker.patience for hand in sim.session.course.hands.values()]
+            sim.ask(tasks.AdvanceTask(update))
+        sim.ask(tasks.GiveTask())  # a checkpoint
+        patience = [host.patience for host in sim.session.state.hosts.values()]
         assert patience == [1, 1, 1]
 
 

@@ -37,7 +37,6 @@ from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
 from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
-from fluxmesh_coordinator.sameness import remedy
 from fluxmesh_coordinator.jobs.model_check import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured

@@ -15,7 +15,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import HostLost
 from fluxmesh.wire import messages
 from fluxmesh_coordinator import failures
-from fluxmesh_coordinator.jobs.health import HostHealth
+from fluxmesh_coordinator.jobs.health import ENOUGH, HostHealth
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.state import H, JobState, Sender
 
@@ -36,6 +36,7 @@ class Recovery(Generic[H]):
         self._health = HostHealth()
         self._reasons: dict[int, FluxmeshError] = {}  # why hosts take part no more
         self._attempts = 0
+        self._calm = 0  # steps or micro-batches since somebody was overdue
 
     def takes(self, rank: int) -> bool:
         """Whether a host may take part (again)."""
@@ -57,6 +58,10 @@ class Recovery(Generic[H]):
     def worked(self, rank: int) -> None:
         """A host has done a step, or a micro-batch."""
         self._health.worked(rank)
+        self._calm += 1
+        if self._calm == ENOUGH:  # else each of a day's alarms would double the wait for the next
+            for host in self.state.hosts.values():
+                host.patience = 1.0
 
     def advanced(self) -> None:
         """The job has something behind it that it had not before: its ring works."""
@@ -72,6 +77,8 @@ class Recovery(Generic[H]):
         # A survivor of a broken ring fails too; the one to blame is the one that died, or that
         # says itself what it could not do.
         blamed = kind not in failures.OF_RING or not self.state.shares_ring(host.rank)
+        if kind == failures.LATE:
+            self.state.shuns_rings = True
         self._engine_lost(host, text, now, blamed=blamed)
         if not fatal and kind in failures.OF_HOST:
             self._health.leave_out(host.rank)
@@ -79,6 +86,7 @@ class Recovery(Generic[H]):
 
     def overdue(self, host: H, reason: str, now: float) -> None:
         """An engine gave no sign in time. It may have been slow: deadlines are longer now."""
+        self._calm = 0
         ring, together = self.state.ring, self.state.shares_ring(host.rank)
         for rank in ring.ranks if ring is not None and together else (host.rank,):
             if rank in self.state.hosts:

@@ -32,6 +32,7 @@ class JobState(ABC, Generic[H]):
         self.links = Links()
         self.ring: Ring | None = None
         self.losses = 0  # of engines and hosts
+        self.shuns_rings = False  # once one was lost for a host that came late
         self.is_ending = False
 
     @property

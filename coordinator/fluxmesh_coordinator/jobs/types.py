@@ -17,6 +17,7 @@ from fluxmesh import events
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.planning.remedies import Remedy
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire.messages import Changing, Message, Report
 
@@ -82,6 +83,10 @@ class Proposal(Protocol):
 
     @property
     def reason(self) -> str: ...
+
+    @property
+    def remedies(self) -> tuple[Remedy, ...]:
+        """What would make it fit."""
 
 
 class Result:

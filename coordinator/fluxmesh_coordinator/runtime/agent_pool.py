@@ -22,9 +22,8 @@ from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.agents.status import host_info
-from fluxmesh_coordinator.clock import OwnClock
-from fluxmesh_coordinator.jobs import Links
 from fluxmesh_coordinator.jobs.types import Links
+from fluxmesh_coordinator.runtime.clock import OwnClock
 
 log = logging.getLogger(__name__)
 

@@ -36,6 +36,7 @@ from fluxmesh_coordinator.jobs.types import (
     JobStuck,
     Leased,
     LeasedHost,
+    Proposal,
     SendToAgent,
     Stop,
     TellUser,
@@ -153,7 +154,9 @@ class JobRunner:
             return RETURN if missing else 0.0
         return 0.0
 
-    async def _await_change(self, deadline: float, plan: Any, infos: dict[int, HostInfo]) -> None:
+    async def _await_change(
+        self, deadline: float, plan: Proposal, infos: dict[int, HostInfo]
+    ) -> None:
         """Until a host comes or goes. Raises where that takes too long."""
         error = self.session.given_up(self.driver.hosts)
         if error is not None:

@@ -5,7 +5,7 @@
             ...
 
 The command line stands on this, and so can any program (`fluxmesh.Mesh`). An event loop in a
-thread of its own drives the agents (`agent_pool.py`, `runtime/job_runner.py`); everything here blocks.
+thread of its own drives the agents (`agent_pool.py`, `job_runner.py`); everything here blocks.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class Mesh:
 
     # Within
 
-    def _note_size(self, job: Job) -> None:
+    def _note_size(self, job: GenerationJob) -> None:
         """Hosts that can make such a picture alone get ready for the next one, once they are idle.
 
         By `data`: a ring that is up has made it already, or the plan has no use for one.

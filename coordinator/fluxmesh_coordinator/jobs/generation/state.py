@@ -92,12 +92,19 @@ class GenerationState(JobState[HostState]):
     # The plan
 
     def find(self, hosts: Sequence[HostInfo]) -> Plan:
-        """How what is left is best done by these hosts, as a request of that many images."""
+        """How what is left is best done by these hosts, as a request of that many images.
+
+        After a ring was lost for a late host, by `data` where any host can, whatever was asked for.
+        """
         left = max(1, len(self.images.unpainted))
         request = replace(self.job.request, n_images=left)
         ordered = tuple(sorted(hosts, key=lambda host: host.rank))
         view = MeshView(ordered, self.links.links, self.links.backend)
         placement, force = self.job.placement, self.job.force_shard
+        if self.shuns_rings:
+            proposal = plan(request, view, self.job.sizes, placement="data")
+            if proposal.winner is not None:
+                return proposal
         proposal = plan(request, view, self.job.sizes, placement=placement, force_shard=force)
         if proposal.winner is None and self.losses and hosts:
             # A picture that is finished in another way is better than none.
