@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, LinkInfo, Measured
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, Measured
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
@@ -32,6 +32,7 @@ from tests.fake_training import FakeTraining
 
 GB = 10**9
 _TEXT = ((1, 4, 8), (1, 8))  # shapes of a prompt's features, which hold its length
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # of nobody: the in-process transport asks none
 
 
 def one_step(latents: np.ndarray, step: int) -> np.ndarray:
@@ -86,6 +87,8 @@ class FakeEngine:
         self.components: tuple[str, ...] = ()
         self.compiled: tuple[messages.Compiled, ...] = ()
         self.training = FakeTraining()
+        self.collective_rate = 1e18  # bytes/s of its ring
+        self.ring_step_seconds = 0.1  # that it tells of a step with others
 
     def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
@@ -120,6 +123,10 @@ class FakeEngine:
                 self.compiled = (*self.compiled, way)
                 yield messages.Beat(unit.job, unit.epoch, "first step")
                 yield messages.Warmed(unit.job, unit.epoch, 0.1)
+            case messages.MeasureRing():
+                rate = self.collective_rate
+                table = tuple(CollectiveTime(4 << k, (4 << k) / rate) for k in (10, 17, 23))
+                yield messages.RingTimed(unit.job, unit.epoch, table, table, 0.5)
             case messages.Decode():
                 for place, image in enumerate(unit.images):
                     self._count(decodes=1)
@@ -146,7 +153,8 @@ class FakeEngine:
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
             told = latents if unit.placement == "data" or self.rank == 0 else None
             head = (unit.job, unit.epoch, unit.image, step)
-            yield messages.Stepped(*head, 0.1, 4, told, reused=reused)
+            seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
+            yield messages.Stepped(*head, seconds, 4, told, reused=reused)
 
     def _has(self, component: str) -> None:
         self.components = tuple(dict.fromkeys((*self.components, component)))
@@ -252,7 +260,7 @@ class FakeMesh:
             {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{47100 + rank}"}
             for rank in range(hosts)
         ]
-        members = [Member(rank, f"host:{rank}", "", "", "", "") for rank in range(hosts)]
+        members = [Member(rank, f"host:{rank}", KEY, "", "", "") for rank in range(hosts)]
         pairs = [(a, b) for a in range(hosts) for b in range(hosts) if a != b]
         links = tuple(LinkInfo(a, b, 1e18) for a, b in pairs)
         self.record = MeshRecord("mesh.json", json.dumps(entries), tuple(members), links=links)

@@ -49,11 +49,13 @@ from fluxmesh.wire.messages import (
     Joined,
     Loaded,
     Measure,
+    MeasureRing,
     Message,
     Paint,
     Pictured,
     Progress,
     Report,
+    RingTimed,
     SourceEncoded,
     Timed,
     Warm,
@@ -71,7 +73,8 @@ BEAT_SECONDS = 1.0
 IDLE_SECONDS = 1.0  # without work, until freed memory is given back
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
 LAST = (  # after the last of these, a unit is over
-    *(Loaded, Encoded, SourceEncoded, Pictured, Timed, Warmed, training.Opened, training.Moved),
+    *(Loaded, Encoded, SourceEncoded, Pictured, Timed, RingTimed, Warmed),
+    *(training.Opened, training.Moved),
     *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
 )
 BROKEN = 70  # exit code: the engine told why, or could not
@@ -163,6 +166,7 @@ class Engine:
                 worker.load_rate,
                 worker.components,
                 worker.compiled,
+                worker.warm,
             )
         )
 
@@ -171,8 +175,10 @@ class Engine:
     def _do(self, work: Work) -> Report | None:
         """Does a unit and sends its reports, but for the last one, which is returned."""
         # In a ring even what is cancelled begins: the ranks must agree that they stop.
-        together = (isinstance(work, Paint | Warm) and work.placement != "data") or (
-            isinstance(work, training.Update) and work.together
+        together = (
+            isinstance(work, MeasureRing)
+            or (isinstance(work, Paint | Warm) and work.placement != "data")
+            or (isinstance(work, training.Update) and work.together)
         )
         if work.job in self._cancelled and not together:
             return None

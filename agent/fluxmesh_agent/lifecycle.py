@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, StepShape
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
@@ -48,6 +49,7 @@ from fluxmesh.wire.messages import (
     Progress,
     Reading,
     Report,
+    RingTimed,
     SourceEncoded,
     State,
     Stepped,
@@ -72,7 +74,7 @@ PAINTING = (Load, Encode, EncodeSource, Paint, Decode, Measure, Warm)  # what us
 
 _OF_EPOCH = (
     *(Joined, Failed, Progress, Beat, Loaded, Encoded, SourceEncoded, Stepped, Pictured),
-    *(Timed, Warmed, Cancelled, training.Opened, training.Computed, training.Moved),
+    *(Timed, RingTimed, Warmed, Cancelled, training.Opened, training.Computed, training.Moved),
     *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
 )
 
@@ -120,6 +122,7 @@ class Lifecycle:
         self.epoch = 0
         self.reason = ""  # of the last failure
         self.holds: Holding | None = None
+        self.warm: tuple[StepShape, ...] = ()  # steps that the engine has compiled its kernels for
         self.counters = Counters()
         self.load_rate = 0.0
         self.device: Device | None = None
@@ -279,7 +282,7 @@ class Lifecycle:
             return []  # it has told its end, and holds nothing
         if isinstance(message, Account):
             self.holds, self.load_rate = message.holds, message.load_rate or self.load_rate
-            self.counters = message.counters
+            self.counters, self.warm = message.counters, message.warm
             self.components, self.compiled = message.components, message.compiled
             if message.is_over and self._pending:
                 self._pending.popleft()
@@ -342,7 +345,7 @@ class Lifecycle:
     def _end(self) -> list[Instruction]:
         was, self._runs = self._runs, False
         self._ring, self.holds, self.reason = None, None, ""
-        self.counters = Counters()
+        self.counters, self.warm = Counters(), ()
         self.components, self.compiled, self.loading = (), (), None
         self._pending.clear()
         self.is_bare = True

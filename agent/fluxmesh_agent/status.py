@@ -71,6 +71,7 @@ def status_of(
         loading=life.loading,
         components=life.components,
         compiled=life.compiled,
+        warm=life.warm,
     )
 
 

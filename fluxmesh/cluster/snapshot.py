@@ -77,11 +77,94 @@ class Measured:
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
     hosts: int = 1  # of the ring
+    first_seconds: float | None = None  # by how much a first step, not yet compiled, took longer
+    when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)
         if self.decode_seconds is not None:
             _check("decode_seconds", self.decode_seconds)
+        if self.first_seconds is not None:
+            _check("first_seconds", self.first_seconds, 0)
+        _check("when", self.when, 0)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A kind of step for which an engine has compiled its kernels, with the weights it holds."""
+
+    placement: Placement
+    height: int  # pixels
+    width: int  # pixels
+
+
+@dataclass(frozen=True)
+class RingPlace:
+    """Where an engine stands in the ring that it is in; without a name in none."""
+
+    name: str = ""  # the same on all of its members, and nowhere else
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class CollectiveTime:
+    """One collective of one size: a gather along axis 0, or a sum."""
+
+    nbytes: int  # of the array that each rank gives
+    seconds: float  # until the slowest rank has its result
+
+    def __post_init__(self) -> None:
+        _check("nbytes", self.nbytes)
+        _check("seconds", self.seconds)
+
+
+@dataclass(frozen=True)
+class RingTiming:
+    """What collectives take the engines of some hosts, over the backend that runs them."""
+
+    backend: str
+    ranks: tuple[int, ...]  # of the mesh, in the order of the ring
+    gathers: tuple[CollectiveTime, ...]
+    sums: tuple[CollectiveTime, ...]
+    hidden: float  # part of a gather that passes while products run beside it, 0 to 1
+    forming_seconds: float = 0.0  # until all engines had joined; 0 is not known
+    when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
+
+    def __post_init__(self) -> None:
+        _check("hidden", self.hidden, 0)
+        _check("forming_seconds", self.forming_seconds, 0)
+        _check("when", self.when, 0)
+
+
+@dataclass(frozen=True)
+class JobTiming:
+    """What jobs took on some hosts, of which the latest counts most (`planning/learning.py`)."""
+
+    backend: str  # of the ring; "" for `data`
+    ranks: tuple[int, ...]  # of the ring in its order, or the one host
+    measured: Measured  # the average; `when` is the latest job
+    last_seconds: float  # a step of the latest job
+    begin_seconds: float | None = None  # before the first step, where all is loaded: text
+    gap_seconds: float | None = None  # of an image, beside steps and decode: what travels, waits
+
+    def __post_init__(self) -> None:
+        _check("last_seconds", self.last_seconds)
+        for name in ("begin_seconds", "gap_seconds"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, 0)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What a mesh has measured of itself beside what its agents tell."""
+
+    rings: tuple[RingTiming, ...] = ()
+    jobs: tuple[JobTiming, ...] = ()
+
+    def ring(self, backend: str, ranks: tuple[int, ...]) -> RingTiming | None:
+        """That of the ring of just these hosts, in this order."""
+        return next((r for r in self.rings if (r.backend, r.ranks) == (backend, ranks)), None)
 
 
 @dataclass(frozen=True)
@@ -100,6 +183,8 @@ class HostInfo:
     device: str = ""  # agents that name the same one share its memory and its time
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
+    warm: tuple[StepShape, ...] = ()  # that its engine has made a step of
+    ring: RingPlace = RingPlace()  # that its engine is in
 
     def __post_init__(self) -> None:
         _check("memory_bytes", self.memory_bytes, 0)
@@ -142,6 +227,7 @@ class MeshView:
     hosts: tuple[HostInfo, ...]
     links: tuple[LinkInfo, ...] = ()
     backend: str = "ring"
+    timings: Timings = Timings()
 
     def __post_init__(self) -> None:
         ranks = [host.rank for host in self.hosts]
@@ -166,21 +252,42 @@ class MeshView:
     def link(self, source: int, target: int) -> LinkInfo | None:
         return self._links.get((source, target))
 
+    def ring_timing(self, ranks: tuple[int, ...]) -> RingTiming | None:
+        """What the collectives of these hosts' ring took; None where nobody measured them."""
+        return self.timings.ring(self.backend, ranks)
+
     @cached_property
     def _timed(self) -> dict[int, HostInfo]:
         on: dict[str, list[Measured]] = {}
         for host in self.hosts:
-            on.setdefault(host.device_key, []).extend(host.measured)
+            alone = [job.measured for job in self.timings.jobs if job.ranks == (host.rank,)]
+            on.setdefault(host.device_key, []).extend((*host.measured, *alone))
+        latest = {key: sorted(own, key=lambda one: -one.when) for key, own in on.items()}
         return {
             host.rank: replace(
-                host, measured=tuple(dict.fromkeys((*host.measured, *on[host.device_key])))
+                host, measured=tuple(dict.fromkeys((*latest[host.device_key], *host.measured)))
             )
             for host in self.hosts
         }
 
     def timed(self, rank: int) -> HostInfo:
-        """The host with all that was measured on its device, also by other agents there."""
+        """The host with all that was measured on its device, also by jobs and other agents there.
+
+        The latest comes first.
+        """
         return self._timed[rank]
+
+    def like(self, rank: int) -> tuple[Measured, ...]:
+        """What hosts of the same kind measured alone, the latest first: a hint for this one."""
+        kind, own = self.host(rank).kind, self.host(rank).device_key
+        found = [
+            measured
+            for host in self.hosts
+            if host.kind == kind and host.device_key != own
+            for measured in self.timed(host.rank).measured
+            if measured.placement == "data"
+        ]
+        return tuple(sorted(found, key=lambda one: -one.when))
 
     def without(self, ranks: Iterable[int]) -> MeshView:
         """The mesh after these hosts are gone."""
@@ -189,7 +296,7 @@ class MeshView:
 
 
 def _check(name: str, value: float, least: float | None = None) -> None:
-    """Agents report these numbers, and the planner divides by them."""
+    """Agents report these numbers, and the planner divides by most of them."""
     if not math.isfinite(value) or value < 0 or (least is None and value == 0):
         bound = "above" if least is None else "at least"
         raise UsageError(f"A host reports {name} as {value}; it must be {bound} 0.")

@@ -29,6 +29,8 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, Measured
+from fluxmesh.cluster.snapshot import Holding, Measured, StepShape, Weights
+from fluxmesh.engine import device_memory, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import Held, Options, Stopped
@@ -42,6 +44,16 @@ from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report, Warm
+from fluxmesh.wire.messages import (
+    Decode,
+    Encode,
+    EncodeSource,
+    Load,
+    Measure,
+    MeasureRing,
+    Paint,
+    Report,
+)
 
 MEASURED_STEPS = 2
 GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the greatest
@@ -56,7 +68,8 @@ class Worker(Held):
         super().__init__(options)
         self.quiet = ""  # what it does, while it gives no other sign of life
         self._plans: dict[str, tuple[bytes, Plan]] = {}  # the latest of each placement
-        self._warm: set[Any] = set()  # what steps were run at: kernels are compiled for it
+        self._warm: set[Any] = set()  # what steps were run at since something was read
+        self._compiled: set[tuple[Weights, StepShape]] = set()  # what steps were ever run at
         self._job = ""
 
     def do(self, work: messages.Work) -> Iterator[Report]:
@@ -106,7 +119,14 @@ class Worker(Held):
             Decode: self._decode,
             Measure: self._measure,
             Warm: self._warm_up,
+            MeasureRing: self._measure_ring,
         }
+
+    @property
+    def warm(self) -> tuple[StepShape, ...]:
+        """Steps of the weights that it has in memory, and has made before."""
+        found = [shape for weights, shape in self._compiled if weights == self.weights]
+        return tuple(sorted(found, key=lambda one: (one.placement, one.height, one.width)))
 
     def end_job(self) -> None:
         """Lets go of what only the images of one job share."""
@@ -171,6 +191,7 @@ class Worker(Held):
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
         shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
+        compiled = (work.weights, StepShape(work.placement, work.height, work.width))
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         pipeline.low_memory = work.low_memory
         key = _plan_key(work)
@@ -215,6 +236,7 @@ class Worker(Held):
                 self._warm.add(shape)
                 if number == work.first + 1:
                     self.has_compiled(work)
+                self._compiled.add(compiled)
                 done = int(number == plan.steps)
                 self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
@@ -273,9 +295,14 @@ class Worker(Held):
         plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
+        shape = (work.placement, weights, work.height, work.width, tuple(text.t5.shape))
+        compiled = (weights, StepShape(work.placement, work.height, work.width))
+        is_new = compiled not in self._compiled
         spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
         if len(spent) < plan.steps:  # it was told to stop
             return
+        self._warm.add(shape)
+        self._compiled.add(compiled)
         with pipeline.bounded_pixels(work.height, work.width):
             mx.eval(pipeline.decode(x, size))
             start = time.perf_counter()
@@ -290,6 +317,8 @@ class Worker(Held):
             decode_seconds=time.perf_counter() - start,
             placement=work.placement,
             hosts=1 if work.placement == "data" else self.ring().size,
+            first_seconds=max(0.0, spent[0] - min(spent[1:])) if is_new else None,
+            when=time.time(),
         )
         yield messages.Timed(work.job, work.epoch, measured)
 
@@ -336,6 +365,15 @@ class Worker(Held):
             decodes=before.decodes,
         )
         yield messages.Warmed(work.job, work.epoch, time.perf_counter() - start)
+
+    def _measure_ring(self, work: MeasureRing) -> Reports:
+        """In a ring all are given it, and none stops on the way: it is short."""
+        self.doing = "measuring the ring"
+        self._begin("measuring")
+        limit = self.options.memory_bytes or device_memory.memory_of_device()
+        found = ring_probe.timed(self.ring(), work.seconds, limit)
+        self.quiet = ""
+        yield messages.RingTimed(work.job, work.epoch, *found)
 
     # Parts of them
 

@@ -8,16 +8,17 @@ is an `Option` too, with the reason in `problem`.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluxmesh.cluster.hostfile import JACCL_HOSTS
-from fluxmesh.cluster.snapshot import HostInfo, Layout, MeshView, Placement
+from fluxmesh.cluster.snapshot import HostInfo, JobTiming, Layout, MeshView, Placement
 from fluxmesh.planning.capacity import Memory, Need, shortage
-from fluxmesh.planning.cost import Estimate, decode_time, ring_time, step_time
+from fluxmesh.planning.cold import Cold
+from fluxmesh.planning.cost import Estimate, Figure, decode_time
 from fluxmesh.planning.list_schedule import Worker, share_out
+from fluxmesh.planning.step_times import StepTimes, neighbours
 from fluxmesh.planning.workload import Work, split_tokens, tensor_problem
 
 SAME = 1.02  # times that differ by less are the same, and more hosts are taken
@@ -36,6 +37,10 @@ class Phase:
     step_seconds: float  # of one image, on the slowest host that takes part
     tokens: tuple[int, ...] = ()  # of each rank, with `sequence`
     sent_a_step: int = 0  # bytes that each host sends
+    figure: Figure = "arithmetic"  # which figure `step_seconds` comes from
+    figure_when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
+    last_seconds: float | None = None  # a step of the last job by just these hosts at this size
+    last_when: float = 0.0  # that job was
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Option:
     memory: tuple[Need, ...] = ()
     seconds: float = math.inf  # from now to the last picture: loading, denoising, decoding
     load_seconds: float = 0.0  # of these, until the last host has its weights
+    cold_seconds: float = 0.0  # of these, what a second such request won't take: see `cold.py`
     measured: bool = False  # whether a step of this size was timed on each host
     text_rank: int | None = None  # who runs the text encoders
     text_stays: bool = False  # whether they fit there beside all that it holds
@@ -60,8 +66,12 @@ class Options:
     def __init__(self, work: Work, view: MeshView) -> None:
         self.work, self.view = work, view
         self.memory = Memory(work, view)
-        self.steps = {rank: step_time(view.timed(rank), work) for rank in view.ranks}
-        self.decodes = {rank: decode_time(view.timed(rank), work) for rank in view.ranks}
+        self.times = StepTimes(work, view)
+        self.steps = self.times.alone
+        self.decodes = {
+            rank: decode_time(view.timed(rank), work, view.like(rank)) for rank in view.ranks
+        }
+        self.cold = Cold(work, view)
 
     def data(self, images: Sequence[int]) -> Option:
         """Whole images, each to whoever is free; hosts that would only delay it are left out."""
@@ -85,9 +95,10 @@ class Options:
             key=lambda pair: (len(set(pair[0])), -pair[1]),
         )
         ranks = tuple(sorted(set(owners)))
-        slow = max(self.steps[rank].seconds * self._crowd(ranks)[rank] for rank in ranks)
-        phase = Phase("data", "replicated", tuple(images), ranks, owners, slow)
-        return self._option("data", (phase,), [needed] * len(ranks), end)
+        step = self.times.apart(ranks)
+        phase = self._phase("data", "replicated", tuple(images), ranks, owners, step)
+        cold = max(self.cold.first_seconds("data", (rank,)) for rank in ranks)
+        return self._option("data", (phase,), [needed] * len(ranks), end, cold=cold)
 
     def sharded(self, placement: Placement, hosts: int, images: Sequence[int]) -> Option:
         """`sequence` or `tensor` on the `hosts` hosts that are fastest at it together."""
@@ -106,11 +117,12 @@ class Options:
         problem = self._link_problem(ranks) or shortage(needs)
         if problem:
             return Option(placement, ranks, memory=needs, problem=problem)
-        step, is_timed = self._ring_step(placement, ranks)
-        rate, _ = self._slowest_link(ranks)
+        step = self.times.together(placement, ranks)
+        extras, cold = self.cold.extras(placement, ranks), self._ring_cold(placement, needs, shards)
         ready = max(self.memory.load_seconds(need) for need in needs)
-        ready += self.work.sent_a_request(placement, size) / rate
-        denoised = ready + len(images) * self.work.steps * step
+        ready += self.times.once(placement, ranks)
+        denoised = ready + cold + extras.begin
+        denoised += len(images) * (self.work.steps * step.seconds + extras.gap)
         owners, end = share_out(
             len(images),
             [
@@ -118,17 +130,9 @@ class Options:
                 for rank in ranks
             ],
         )
-        phase = Phase(
-            placement,
-            "replicated" if shards == 1 else "sharded",
-            tuple(images),
-            ranks,
-            owners,
-            step,
-            split_tokens(self.work.tokens, size) if placement == "sequence" else (),
-            self.work.sent_a_step(placement, size),
-        )
-        return self._option(placement, (phase,), needed, end, shards, is_timed=is_timed)
+        layout: Layout = "replicated" if shards == 1 else "sharded"
+        phase = self._phase(placement, layout, tuple(images), ranks, owners, step)
+        return self._option(placement, (phase,), needed, end, shards, cold=cold, step=step)
 
     def mixed(self, first: Option, last: Option) -> Option:
         """Images by `data`, and the rest on all hosts of a ring once those are done."""
@@ -139,8 +143,10 @@ class Options:
             max(side[rank].needed for side in (ring, alone) if rank in side) for rank in ranks
         ]
         begin = max([first.seconds, *(self.memory.load_seconds(need) for need in last.memory)])
-        end = begin + last.seconds - last.load_seconds
-        return self._option("mixed", (*first.phases, *last.phases), needed, end)
+        again = self.cold.extras(last.phases[0].placement, last.ranks).begin  # read once is enough
+        end = begin + last.seconds - last.load_seconds - again
+        cold = first.cold_seconds + last.cold_seconds
+        return self._option("mixed", (*first.phases, *last.phases), needed, end, cold=cold)
 
     def by_speed(self) -> list[int]:
         """Ranks, fastest first; the second agent on a device after the first ones of all."""
@@ -154,59 +160,61 @@ class Options:
     # Time
 
     def _hand_out(self, ranks: Sequence[int], images: int) -> tuple[tuple[int, ...], float]:
-        return share_out(
+        workers: list[Worker] = []
+        for need in self.memory.needs(ranks, [0] * len(ranks)):
+            rank, extras = need.rank, self.cold.extras("data", (need.rank,))
+            free = self.memory.load_seconds(need) + extras.begin
+            free += self.cold.first_seconds("data", (rank,))
+            image = self.work.steps * self.steps[rank].seconds + self.decodes[rank] + extras.gap
+            workers.append(Worker(free, image, rank, self.view.host(rank).device_key))
+        return share_out(images, workers)
+
+    def _ring_cold(self, placement: Placement, needs: Sequence[Need], shards: int) -> float:
+        """Seconds beside loading until a ring has made its first step, where it is not warm."""
+        ranks = tuple(need.rank for need in needs)
+        ending = self.cold.ending(ranks)
+        again = [
+            replace(need, load_bytes=self.memory.whole_load(shards))
+            if need.rank in ending and not need.load_bytes and self.view.host(need.rank).holds
+            else need
+            for need in needs
+        ]
+        load, reload = (
+            max(self.memory.load_seconds(need) for need in each) for each in (needs, again)
+        )
+        forming = self.cold.forming_seconds(ranks)
+        return forming + reload - load + self.cold.first_seconds(placement, ranks)
+
+    def _phase(
+        self,
+        placement: Placement,
+        layout: Layout,
+        images: tuple[int, ...],
+        ranks: tuple[int, ...],
+        owners: tuple[int, ...],
+        step: Estimate,
+    ) -> Phase:
+        size = len(ranks)
+        last = self.cold.last_job(placement, ranks) if placement != "data" else self._slowest(ranks)
+        return Phase(
+            placement,
+            layout,
             images,
-            [
-                Worker(
-                    self.memory.load_seconds(need),
-                    self.work.steps * self.steps[need.rank].seconds + self.decodes[need.rank],
-                    need.rank,
-                    self.view.host(need.rank).device_key,
-                )
-                for need in self.memory.needs(ranks, [0] * len(ranks))
-            ],
+            ranks,
+            owners,
+            step.seconds,
+            split_tokens(self.work.tokens, size) if placement == "sequence" else (),
+            self.work.sent_a_step(placement, size),
+            step.figure,
+            step.when,
+            None if last is None else last.last_seconds,
+            0.0 if last is None else last.measured.when,
         )
 
-    def _ring_step(self, placement: Placement, ranks: tuple[int, ...]) -> Estimate:
-        """One step of one image: as this ring was timed, or as it is reckoned.
-
-        One that was timed at another size is reckoned at both, and off by the same factor.
-        """
-        hosts = [self.view.timed(rank) for rank in ranks]
-        timed = ring_time(hosts, placement, self.work)
-        if timed is None:
-            return Estimate(self._reckoned_step(placement, ranks), False)
-        size = (timed.height, timed.width)
-        if size == (self.work.height, self.work.width):
-            return Estimate(timed.step_seconds, True)
-        then = Options(replace(self.work, height=size[0], width=size[1]), self.view)
-        factor = timed.step_seconds / then._reckoned_step(placement, ranks)
-        return Estimate(self._reckoned_step(placement, ranks) * factor, False)
-
-    def _reckoned_step(self, placement: Placement, ranks: tuple[int, ...]) -> float:
-        """The slowest host's share of the arithmetic, then the bytes on the slowest link."""
-        size, crowd = len(ranks), self._crowd(ranks)
-        share = 1 / size
-        if placement == "sequence":  # what fills up the last runs is computed like tokens
-            share = split_tokens(self.work.tokens, size)[0] / self.work.tokens
-        compute = max(self.steps[rank].seconds * crowd[rank] for rank in ranks) * share
-        rate, latency = self._slowest_link(ranks)
-        hops = (size - 1) * (1 if placement == "sequence" else 2)  # a reduction goes round twice
-        waits = self.work.collectives(placement) * hops * latency
-        return compute + self.work.sent_a_step(placement, size) / rate + waits
-
-    def _slowest_link(self, ranks: tuple[int, ...]) -> tuple[float, float]:
-        links = [self.view.link(a, b) for a, b in _neighbours(ranks)]
-        return (
-            min((link.rate for link in links if link), default=math.inf),
-            max((link.latency for link in links if link), default=0.0),
-        )
-
-    def _crowd(self, ranks: Iterable[int]) -> dict[int, int]:
-        """For each of `ranks`, how many of them compute on its device and so share its time."""
-        keys = {rank: self.view.host(rank).device_key for rank in ranks}
-        devices = Counter(keys.values())
-        return {rank: devices[key] for rank, key in keys.items()}
+    def _slowest(self, ranks: tuple[int, ...]) -> JobTiming | None:
+        """The last job by `data` of the host that was slowest at it."""
+        jobs = [self.cold.last_job("data", (rank,)) for rank in ranks]
+        return max((j for j in jobs if j), key=lambda job: job.last_seconds, default=None)
 
     # Who can, and how
 
@@ -233,7 +241,7 @@ class Options:
         return ""
 
     def _link_problem(self, ranks: tuple[int, ...]) -> str:
-        for a, b in _neighbours(ranks):
+        for a, b in neighbours(ranks):
             if self.view.link(a, b) is None:
                 return f"no link from host {a} to host {b}"
         return ""
@@ -262,7 +270,8 @@ class Options:
         end: float,
         shards: int = 1,
         *,
-        is_timed: bool = False,
+        cold: float = 0.0,
+        step: Estimate | None = None,
     ) -> Option:
         """The option in full: memory of each host, who encodes text, and whether all of it fits."""
         ranks = tuple(sorted({rank for phase in phases for rank in phase.ranks}))
@@ -287,13 +296,9 @@ class Options:
             needs,
             math.inf if problem else end,
             load,
-            is_timed or all(self.steps[rank].measured for rank in ranks),
+            cold,
+            step is not None and step.measured or all(self.steps[rank].measured for rank in ranks),
             None if where is None else where.rank,
             not crowded,
             problem,
         )
-
-
-def _neighbours(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(rank, the next one) all the way round."""
-    return list(zip(ranks, ranks[1:] + ranks[:1], strict=True))

@@ -82,8 +82,10 @@ class Memory:
         return need.load_bytes / self.view.host(need.rank).load_rate
 
     def _load(self, rank: int, shards: int, shard: int) -> int:
-        if self.holds(rank, shards, shard):
-            return 0
+        return 0 if self.holds(rank, shards, shard) else self.whole_load(shards)
+
+    def whole_load(self, shards: int) -> int:
+        """Bytes that a host reads which holds nothing yet."""
         return self.work.transformer_file.on_each_of(shards) + self.work.autoencoder_bytes
 
 

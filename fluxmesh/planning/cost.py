@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from fluxmesh.cluster.snapshot import HostInfo, Measured, Placement
+from fluxmesh.cluster.snapshot import HostInfo, Measured, MeshView, Placement
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning.workload import ModelSizes, Work
@@ -19,58 +19,92 @@ FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
 DECODE_RATE = 0.4  # of a step's FLOP/s: convolutions keep a GPU less busy (57 ms at 1024², H200)
 
 
+Figure = Literal[
+    "step", "step of a like host", "step of another size", "collectives", "links", "arithmetic"
+]
+
+
 class Estimate(NamedTuple):
-    """A predicted time, and whether it is one that was measured at this very size."""
+    """A predicted time, and which figure it comes from."""
 
     seconds: float
-    measured: bool
+    figure: Figure
+    when: float = 0.0  # that figure was measured: seconds since 1970; 0 is not known
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is a time that was measured at this very size."""
+        return self.figure == "step"
 
 
-def step_time(host: HostInfo, work: Work) -> Estimate:
+def step_time(host: HostInfo, work: Work, like: Sequence[Measured] = ()) -> Estimate:
     """Seconds of one step of one image on this host alone.
 
-    A step timed at this size; else the one nearest in size, by the ratio of their arithmetic;
-    else the arithmetic at the host's rate.
+    A step timed at this size, by the host or else by those of its kind (`like`); else the one
+    nearest in size, by the ratio of their arithmetic; else the arithmetic at the host's rate.
     """
     flops = step_flops(work.model, work.height, work.width)
-    like = [timed for timed in host.measured if timed.placement == "data" and _is_of(timed, work)]
-    ratios = [(flops / step_flops(work.model, timed.height, timed.width), timed) for timed in like]
-    if not ratios:
-        return Estimate(flops / _rate(host, work), False)
-    ratio, timed = min(ratios, key=lambda pair: abs(math.log(pair[0])))
-    exact = (timed.height, timed.width) == (work.height, work.width)
-    return Estimate(timed.step_seconds if exact else timed.step_seconds * ratio, exact)
+    found: list[tuple[float, bool, float, Measured]] = []
+    for is_other, told in ((False, host.measured), (True, like)):
+        for timed in told:
+            if timed.placement == "data" and is_of(timed, work):
+                ratio = flops / step_flops(work.model, timed.height, timed.width)
+                found.append((abs(math.log(ratio)), is_other, ratio, timed))
+    if not found:
+        return Estimate(flops / _rate(host, work), "arithmetic")
+    _, is_other, ratio, timed = min(found, key=lambda one: one[:2])
+    if (timed.height, timed.width) == (work.height, work.width):
+        figure: Figure = "step of a like host" if is_other else "step"
+        return Estimate(timed.step_seconds, figure, timed.when)
+    return Estimate(timed.step_seconds * ratio, "step of another size", timed.when)
 
 
-def ring_time(hosts: Sequence[HostInfo], placement: Placement, work: Work) -> Measured | None:
+def ring_time(
+    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Work
+) -> Measured | None:
     """What these hosts took for a step together, at the size nearest to the work's.
 
-    The slowest one's time, for all wait for it. None where one of them never timed such a step.
+    As jobs found on just this ring, or as the hosts timed it with so many; the later of two that
+    are equally near. None where neither did.
     """
-    size, pixels = len(hosts), work.height * work.width
-    slowest: dict[tuple[int, int], Measured] = {}
-    tellers: dict[tuple[int, int], set[int]] = {}
-    for host in hosts:
-        for timed in host.measured:
-            if (timed.placement, timed.hosts) != (placement, size) or not _is_of(timed, work):
-                continue
-            at = (timed.height, timed.width)
-            tellers.setdefault(at, set()).add(host.rank)
-            slowest[at] = max(timed, slowest.get(at, timed), key=lambda one: one.step_seconds)
-    found = [timed for at, timed in slowest.items() if len(tellers[at]) == size]
+    pixels, found = work.height * work.width, _timed_together(view, ranks, placement, work)
+    found += [
+        job.measured
+        for job in view.timings.jobs
+        if (job.backend, job.ranks) == (view.backend, ranks)
+        and job.measured.placement == placement
+        and is_of(job.measured, work)
+    ]
     return min(
         found,
-        key=lambda one: abs(math.log(pixels / (one.height * one.width))),
+        key=lambda one: (abs(math.log(pixels / (one.height * one.width))), -one.when),
         default=None,
     )
 
 
-def decode_time(host: HostInfo, work: Work) -> float:
-    """Seconds in which this host alone decodes one image."""
+def _timed_together(
+    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Work
+) -> list[Measured]:
+    """A step of so many hosts at each size that all of these timed: the slowest one's time."""
+    size = len(ranks)
+    slowest: dict[tuple[int, int], Measured] = {}
+    tellers: dict[tuple[int, int], set[int]] = {}
+    for rank in ranks:
+        for timed in view.timed(rank).measured:
+            if (timed.placement, timed.hosts) != (placement, size) or not is_of(timed, work):
+                continue
+            at = (timed.height, timed.width)
+            tellers.setdefault(at, set()).add(rank)
+            slowest[at] = max(timed, slowest.get(at, timed), key=lambda one: one.step_seconds)
+    return [timed for at, timed in slowest.items() if len(tellers[at]) == size]
+
+
+def decode_time(host: HostInfo, work: Work, like: Sequence[Measured] = ()) -> float:
+    """Seconds in which this host alone decodes one image; as `step_time`."""
     pixels = work.height * work.width
     timed = [
         (timed.decode_seconds, pixels / (timed.height * timed.width))
-        for timed in host.measured
+        for timed in (*host.measured, *like)
         if timed.decode_seconds is not None
         and (timed.model, timed.dtype) == (work.weights.model, work.weights.dtype)
     ]
@@ -110,7 +144,7 @@ def decode_flops(config: AutoencoderConfig, height: int, width: int) -> float:
     return total + (4 * places**2 * config.widths[-1] if config.mid_attention else 0)
 
 
-def _is_of(timed: Measured, work: Work) -> bool:
+def is_of(timed: Measured, work: Work) -> bool:
     """Whether it was measured on the weights that the work needs."""
     weights = work.weights
     return (timed.model, timed.dtype, timed.bits) == (weights.model, weights.dtype, weights.bits)

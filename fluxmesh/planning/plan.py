@@ -25,6 +25,8 @@ __all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Work", "p
 
 CLOSE = 1.05  # a faster way must be faster than this to be preferred to a more exact one
 EXACTNESS = ("data", "mixed", "sequence", "tensor")
+COLD = 0.5  # seconds that the first request takes longer, from which on it is told
+COLD_PART = 0.05  # of the whole time, from which on it is told
 SHARDED: tuple[Placement, ...] = ("sequence", "tensor")
 MAX_LAST = 8  # images that a mixed plan tries to leave for the ring
 MAX_RINGS = 4  # rings, the fastest ones, that it tries
@@ -39,6 +41,7 @@ class Plan:
     winner: Option | None  # None where nothing that was asked for can be done
     reason: str  # why the winner won, or why there is none
     remedies: tuple[Remedy, ...] = ()  # with which there would be one
+    warm: Option | None = None  # what would win, had all of them made such a request before
 
 
 def plan(
@@ -72,14 +75,18 @@ def plan(
     found = list(_options(Options(work, view)))
     found.sort(key=lambda option: (bool(option.problem), option.seconds))
     allowed = allowed_of(found)
-    winner = _best([option for option in allowed if not option.problem])
+    usable = [option for option in allowed if not option.problem]
+    winner, warm = _best(usable), _best(usable, warm=1.0)
     asked = placement or ("a sharded placement" if force_shard else "")
     if winner is None:
         reason = _why_none(view, allowed, asked)
     else:
         reason = _why(view, winner, allowed, asked)
+        if warm is not None and warm is not winner:
+            seconds = warm.seconds - warm.cold_seconds
+            reason += f" Once it is warm, {_title(warm)} would take {seconds:.3g} s."
     helping = remedies(work, view, fits) if winner is None and allowed else ()
-    return Plan(work, tuple(found), winner, reason, helping)
+    return Plan(work, tuple(found), winner, reason, helping, warm)
 
 
 def _options(options: Options) -> Iterator[Option]:
@@ -118,22 +125,26 @@ def _mixed(options: Options, rings: Sequence[Option]) -> Option | None:
     return min(found, key=lambda option: (bool(option.problem), option.seconds), default=None)
 
 
-def _best(options: Sequence[Option]) -> Option | None:
-    """The fastest, or a more exact one that is nearly as fast."""
+def _best(options: Sequence[Option], warm: float = 0.0) -> Option | None:
+    """The fastest, or a more exact one that is nearly as fast.
+
+    `warm` is the part of what is cold that isn't counted: 0 to choose for now, 1 for later.
+    """
     if not options:
         return None
-    limit = min(option.seconds for option in options) * CLOSE
-    close = [option for option in options if option.seconds <= limit]
-    return min(
-        close,
-        key=lambda option: (EXACTNESS.index(option.name), option.seconds, len(option.ranks)),
+    times = [option.seconds - warm * option.cold_seconds for option in options]
+    limit = min(times) * CLOSE
+    close = [pair for pair in zip(times, options, strict=True) if pair[0] <= limit]
+    _, best = min(
+        close, key=lambda pair: (EXACTNESS.index(pair[1].name), pair[0], len(pair[1].ranks))
     )
+    return best
 
 
 def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) -> str:
     """One or two sentences about an option that can be taken."""
     if len(view.hosts) == 1:
-        return "The mesh has one host."
+        return f"The mesh has one host.{_told_cold(winner)}"
     others = [option for option in allowed if not option.problem and option is not winner]
     told = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
     if not others:
@@ -147,6 +158,7 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
             reason = f"{told}; the next best, {than}."
     if asked:
         reason = f"You asked for {asked}. {reason}"
+    reason += _told_cold(winner)
     wider = [
         option
         for option in allowed
@@ -155,6 +167,18 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
     if wider and len(winner.ranks) < len(view.hosts):
         reason += f" It can't use more hosts: {wider[-1].problem}."
     return reason
+
+
+def _told_cold(winner: Option) -> str:
+    """What only the first such request takes, where it is worth a sentence."""
+    if winner.cold_seconds < COLD or winner.cold_seconds < COLD_PART * winner.seconds:
+        return ""
+    about = (
+        f"{winner.cold_seconds:.0f}"
+        if winner.cold_seconds >= 10
+        else (f"{winner.cold_seconds:.1f}")
+    )
+    return f" The first picture at this size takes about {about} s longer than the next."
 
 
 def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:

@@ -151,13 +151,35 @@ class Work:
         """Bytes that each host sends in a step: all-gathers of K and V, or ring reductions."""
         if placement == "data" or hosts < 2:
             return 0
-        config, size = self.model.transformer, BYTES[self.weights.dtype]
+        each = self.collective_bytes(placement, hosts)
+        if placement == "sequence":
+            return self.collectives(placement) * (hosts - 1) * each
+        return math.ceil(self.collectives(placement) * 2 * (hosts - 1) * each / hosts)
+
+    def collective_bytes(self, placement: Placement, hosts: int) -> int:
+        """Of the array that each host gives to one collective: its K and V, or a part of a sum."""
+        row = self.model.transformer.hidden_size * BYTES[self.weights.dtype]
+        if placement == "data":
+            return 0
         if placement == "sequence":
             # Gathers take equal shapes: every host's tokens are padded to those of the first.
-            padded = math.ceil(self.tokens / hosts) * config.hidden_size * size
-            return self.collectives(placement) * 2 * (hosts - 1) * padded
-        activation = self.tokens * config.hidden_size * size
-        return math.ceil(self.collectives(placement) * 2 * (hosts - 1) * activation / hosts)
+            return 2 * math.ceil(self.tokens / hosts) * row
+        return self.tokens * row
+
+    @cached_property
+    def beside_gathers(self) -> tuple[tuple[int, float], ...]:
+        """(blocks, the part of such a block's arithmetic that needs no keys of other hosts).
+
+        Double blocks compute their queries while keys and values travel, single blocks the inner
+        half of their MLP too.
+        """
+        config = self.model.transformer
+        hidden, mlp = config.hidden_size, config.mlp_hidden_dim
+        block = 4 * hidden**2 + 2 * hidden * mlp + 2 * self.tokens * hidden
+        return (
+            (config.depth, hidden**2 / block),
+            (config.depth_single_blocks, (hidden**2 + hidden * mlp) / block),
+        )
 
     def collectives(self, placement: Placement) -> int:
         """Collectives in a step, whatever the number of hosts."""

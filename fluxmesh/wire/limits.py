@@ -40,6 +40,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "Compiled.hosts": (1, 1024),
     "bits": (2, 16),
     "ProbeLink.nbytes": (1, 4 << 30),
+    "CollectiveTime.nbytes": (1, 1 << 40),
     "PutFile.total": (1, 16 << 30),
     "PutFile.offset": (0, 16 << 30),
     "total": (1, 1 << 40),

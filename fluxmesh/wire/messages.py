@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, Measured, Platform, Weights
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, Measured, StepShape, Weights
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
 
@@ -314,6 +315,17 @@ class Warm(Work):
     placement: Literal["data", "sequence", "tensor"] = "data"
 
 
+@dataclass(frozen=True)
+class MeasureRing(Work):
+    """Times the collectives of the engine's ring by size, within `seconds` or so.
+
+    All ranks of a ring are given it, and take part also where the job was cancelled. Needs no
+    weights. Reported by `RingTimed`.
+    """
+
+    seconds: float = 2.0
+
+
 # Answers
 
 
@@ -413,6 +425,7 @@ class Status(Message):
     loading: Reading | None = None  # what its engine reads now
     components: tuple[str, ...] = ()  # that are in memory: `holds` tells of which weights
     compiled: tuple[Compiled, ...] = ()
+    warm: tuple[StepShape, ...] = ()  # steps whose kernels its engine has compiled
 
 
 @dataclass(frozen=True)
@@ -581,6 +594,17 @@ class Warmed(Report):
 
 
 @dataclass(frozen=True)
+class RingTimed(Report):
+    """What `MeasureRing` found, the same on all ranks; times are those of the slowest one."""
+
+    job: str
+    epoch: int
+    gathers: tuple[CollectiveTime, ...]
+    sums: tuple[CollectiveTime, ...]
+    hidden: float  # part of a gather that passes while products run beside it, 0 to 1
+
+
+@dataclass(frozen=True)
 class Cancelled(Report):
     """The engine has let go of a job's work, and is ready for more."""
 
@@ -616,3 +640,4 @@ class Account(Message):
     load_rate: float  # bytes/s of the last load; 0 before one
     components: tuple[str, ...] = ()
     compiled: tuple[Compiled, ...] = ()
+    warm: tuple[StepShape, ...] = ()  # steps that it has made since its weights were read

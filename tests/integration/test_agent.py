@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import StepShape, Weights
 from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
 from fluxmesh.request import AdapterRef, GenerateRequest
@@ -162,6 +162,14 @@ def test_a_step_and_a_decode_are_measured(host: Agent, weights: Weights) -> None
             assert measured == (timed.measured,)
             assert measured[0].decode_seconds is not None
             assert 0 < measured[0].step_seconds < 10
+            assert measured[0].first_seconds is not None  # nothing was compiled before
+            assert abs(measured[0].when - time.time()) < 60
+            assert (await one.status()).warm == (StepShape("data", 32, 32),)
+            await one.done(Measure(*one.head(), weights, 32, 32))
+            again = (await one.until(messages.Timed)).measured
+            assert again.first_seconds is None and again.when > measured[0].when
+            await one.done(messages.Kill(one.fence, one.head()[2] + 1))
+            assert (await one.status()).warm == ()
 
     play(scene())
 

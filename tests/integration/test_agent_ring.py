@@ -323,3 +323,33 @@ async def knock(port: int) -> asyncio.StreamWriter:
         except OSError:
             await asyncio.sleep(0.01)
     raise AssertionError(f"nobody listens at {port}")
+
+
+def test_engines_time_their_ring_alike_within_the_time_they_have(
+    tmp_path: Path, weights: Weights
+) -> None:
+    """A cancelled one takes part too: the others would wait for it in a collective."""
+
+    async def scene() -> None:
+        async with mesh(tmp_path, weights, 3) as ones:
+            await join_ring(ones, 1)
+            epoch = ones[0].head()[2]
+            for one in reversed(ones):  # the first one comes last, and all others wait for it
+                for job in ("job", "cancelled"):
+                    await one.done(messages.MeasureRing(one.fence, job, epoch, seconds=0.5))
+                if one is ones[1]:
+                    await one.done(messages.Cancel(one.fence, "cancelled"))
+            for _ in range(2):
+                found = [await one.until(messages.RingTimed) for one in ones]
+                assert found[0] == found[1] == found[2]
+            timed = found[0]
+            assert (timed.job, timed.epoch) == ("cancelled", 1)
+            for table in (timed.gathers, timed.sums):
+                sizes = [point.nbytes for point in table]
+                assert sizes[0] == 4096 and sizes == sorted(sizes)
+                assert all(0 < point.seconds < 60 for point in table)
+            assert 0 <= timed.hidden <= 1
+            status = await ones[0].status()
+            assert status.state == "idle" and status.holds is None
+
+    play(scene())

@@ -13,6 +13,8 @@ from typing import Any, Generic, Self, TypeVar
 from fluxmesh import events
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.planning.plan import Plan
+from fluxmesh.cluster.snapshot import Timings
+from fluxmesh.planning.learning import learned
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
@@ -24,6 +26,8 @@ from fluxmesh_coordinator.jobs.types import (
     JobFinished,
     JobStuck,
     Leased,
+    Job,
+    Learn,
     LeasedHost,
     Links,
     Reported,
@@ -85,6 +89,7 @@ class Simulation(Generic[S]):
         self.faults: Callable[[Any], None] = lambda _: None
         self.before: Callable[[messages.Report, int], None] = lambda report, rank: None
         self.now = 0.0
+        self.learned = Timings()  # what the session measured
         self.reports = 0
         self.sent: list[SendToAgent] = []
         self.told: list[Any] = []
@@ -212,6 +217,8 @@ class Simulation(Generic[S]):
                     self.told.append(instruction.event)
                 case JobStuck():
                     self.stuck.append(instruction.reason)
+                case Learn():
+                    self.learned = learned(self.learned, instruction.news)
                 case JobFinished():
                     assert self.end is None
                     self.end = instruction

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster.snapshot import LinkInfo, Weights
+from fluxmesh.cluster.snapshot import (
+    CollectiveTime,
+    JobTiming,
+    LinkInfo,
+    Measured,
+    RingTiming,
+    Timings,
+    Weights,
+)
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.homes import Home
@@ -27,6 +36,22 @@ MESH = MeshRecord(
     roots=("/models",),
     links=(LinkInfo(0, 2, 1e9, 1e-4), LinkInfo(2, 0, 2e9)),
     weights=Weights("dev", "float32", 4, (AdapterRef("dog", 0.5),), True),
+    timings=Timings(
+        (
+            RingTiming(
+                "nccl", (0, 2), (CollectiveTime(4096, 1e-5),), (CollectiveTime(8192, 2e-5),), 0.5
+            ),
+        ),
+        (
+            JobTiming(
+                "",
+                (2,),
+                Measured("dev", 512, 1024, "float32", 4, 0.5, None, first_seconds=2.0, when=1e9),
+                0.4,
+                gap_seconds=0.1,
+            ),
+        ),
+    ),
 )
 
 
@@ -41,6 +66,14 @@ def test_a_mesh_is_read_as_it_was_written(home: Home) -> None:
     mesh_file.save(MESH, home)
     assert mesh_file.load(home) == MESH
     assert home.mesh.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_from_before_anything_was_timed_is_read(home: Home) -> None:
+    mesh_file.save(MESH, home)
+    data = json.loads(home.mesh.read_text())
+    del data["timings"]
+    home.mesh.write_text(json.dumps(data))
+    assert mesh_file.load(home) == replace(MESH, timings=Timings())
 
 
 def test_only_hosts_with_an_agent_count(home: Home) -> None:
@@ -64,6 +97,9 @@ def test_a_mesh_is_forgotten_once(home: Home) -> None:
         lambda data: data | {"members": [data["members"][0] | {"key": "short"}]},
         lambda data: data | {"links": [{"source": 0, "target": 1, "rate": -1.0}]},
         lambda data: data | {"surprise": 1},
+        lambda data: data | {"timings": {"rings": [{"backend": "ring"}]}},
+        lambda data: data | {"timings": {"jobs": [{"last_seconds": -1.0}]}},
+        lambda data: data | {"timings": []},
         lambda data: {key: value for key, value in data.items() if key != "text"},
         lambda data: [],
     ],

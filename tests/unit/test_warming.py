@@ -6,20 +6,24 @@ And what comes of it on agents whose engines only pretend.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster.snapshot import MeshView
+from fluxmesh.cluster.snapshot import MeshView, Timings
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.planning.workload import Work
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.deploy import warmup as warm
+from fluxmesh_coordinator.deploy.leased_work import Errand
 from fluxmesh_coordinator.deploy.warmup import Layout, Warming, layout, pairs
 from tests.fakes import FakeEngine, FakeMesh
-from tests.unit.meshes import FLUX, GB, ask, full, mac, small
+from tests.unit.meshes import FLUX, GB, ask, full, held, mac, small
 
 
 def work(**keys: object) -> Work:
@@ -118,8 +122,13 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
     tmp_path: Path, allowed: bool
 ) -> None:
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
+        if not isinstance(unit, messages.Load):
+            yield from FakeEngine.work(engine, unit)
+            return
         text = "transformer.safetensors is truncated."
         yield messages.Failed(unit.epoch, unit.job, "WeightsError", text, fatal=False)
+
+    engine = FakeEngine()
 
     async def scene() -> tuple[Told, list[bool], list[str]]:
         async with FakeMesh(tmp_path, 3) as mesh:
@@ -131,7 +140,8 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
             dialer = mesh.network.dialer()
             try:
                 if allowed:
-                    assert await warming._run(dialer) == mesh.record
+                    done = await warming._run(dialer)
+                    assert replace(done, timings=Timings()) == mesh.record
                 else:
                     with pytest.raises(FluxmeshError, match="truncated.*--allow-partial goes on"):
                         await warming._run(dialer)
@@ -165,9 +175,9 @@ def test_weights_whose_files_have_changed_since_are_loaded_anew_or_refused(
             wanted = Work.of(ask(height=32, width=32), small())
             dialer = mesh.network.dialer()
             try:
-                await Warming(mesh.record, wanted, Told(), Home(tmp_path))._run(dialer)
+                up = await Warming(mesh.record, wanted, Told(), Home(tmp_path))._run(dialer)
                 mesh.engine(1).content = "same" if is_here else "older"
-                again = Warming(mesh.record, wanted, Told(), Home(tmp_path), content="same")
+                again = Warming(up, wanted, Told(), Home(tmp_path), content="same")
                 if is_here:
                     await again._run(dialer)
                 else:
@@ -206,9 +216,9 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
             wanted, told = Work.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
-                await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+                up = await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
                 if not fails:  # again, it only looks
-                    await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+                    await Warming(up, wanted, told, Home(tmp_path))._run(dialer)
             finally:
                 await dialer.close()
             return told.notes, [service.status() for service in mesh.services.values()]
@@ -228,3 +238,80 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
         assert {one.epoch for one in statuses} == {1}
         (timed, also) = (measured for one in statuses for measured in one.measured)
         assert (timed.placement, timed.hosts) == (also.placement, also.hosts) == ("tensor", 2)
+
+
+@pytest.mark.parametrize("fails", ["", "for good", "and lives on"])
+def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
+    tmp_path: Path, fails: str
+) -> None:
+    def broken(unit: messages.Work) -> Iterator[messages.Report]:
+        if isinstance(unit, messages.MeasureRing):
+            is_gone = fails == "for good"
+            yield messages.Failed(unit.epoch, unit.job, "Raised", "A peer was lost.", is_gone)
+        else:
+            yield from FakeEngine.work(engine, unit)
+
+    engine = FakeEngine()
+
+    async def scene() -> tuple[Told, list[MeshRecord], list[messages.Status]]:
+        async with FakeMesh(tmp_path, 3) as mesh:
+            while any(mesh.engine(rank).engine is None for rank in range(3)):
+                await asyncio.sleep(0.01)
+            for rank in range(3):
+                mesh.engine(rank).engine.collective_rate = 5e9  # type: ignore[union-attr]
+            if fails:
+                mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
+            wanted, told = Work.of(ask(height=32, width=32), small()), Told()
+            dialer = mesh.network.dialer()
+            try:
+                up = await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+                again = up
+                if not fails:
+                    again = await Warming(up, wanted, told, Home(tmp_path))._run(dialer)
+            finally:
+                await dialer.close()
+            return told, [up, again], [one.status() for one in mesh.services.values()]
+
+    told, (up, again), statuses = asyncio.run(scene())
+    assert all(one.holds is not None and one.holder == "" for one in statuses)
+    if fails:
+        (note,) = told.notes
+        assert "ring could not be measured: host 1 " in note and "A peer was lost." in note
+        assert up.timings == Timings()
+        return
+    assert told.notes == []
+    (timing,) = up.timings.rings
+    assert (timing.backend, timing.ranks) == ("ring", (0, 1, 2))
+    assert timing.gathers[-1].seconds == pytest.approx(timing.gathers[-1].nbytes / 5e9)
+    assert timing.forming_seconds > 0 and timing.when > 1.7e9
+    assert again.timings == up.timings
+    kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]
+    assert kept["rings"][0]["ranks"] == [0, 1, 2]
+    assert [one.ring_rank for one in statuses] == [0, 1, 2]
+    assert {one.epoch for one in statuses} == {1}
+
+
+def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
+    class Agent:
+        title = "host 0"
+
+        def __init__(self) -> None:
+            left_over = messages.RingTimed("up", 1, (), (), 0.5)
+            self.reports = [left_over, messages.Failed(1, "", "Died", "It was killed.", True)]
+
+        async def ask(self, request: messages.Message, answer: type[messages.Message]) -> None:
+            if isinstance(request, messages.Load):
+                loaded = messages.Loaded(request.job, request.epoch, held(), 0.1)
+                self.reports.append(loaded)
+
+        async def report(self) -> messages.Report:
+            return self.reports.pop(0)
+
+    async def scene() -> list[messages.Report]:
+        granted = messages.Granted(7, 1, None)  # type: ignore[arg-type]
+        errand = Errand(Agent(), granted, work())  # type: ignore[arg-type]
+        await errand.begin_anew()
+        return [report async for report in errand.do(messages.Load(*errand.common), 1.0)]
+
+    (report,) = asyncio.run(scene())
+    assert isinstance(report, messages.Loaded) and report.epoch == 2

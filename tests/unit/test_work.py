@@ -155,21 +155,24 @@ def timed(*sizes: tuple[int, int, float], **keys: object) -> HostInfo:
 
 def test_a_step_takes_what_was_measured_at_its_size() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
-    assert step_time(host, Work.of(ask(), FLUX)) == (2.5, True)
+    found = step_time(host, Work.of(ask(), FLUX))
+    assert (found.seconds, found.figure, found.measured) == (2.5, "step", True)
 
 
 def test_a_step_of_another_size_is_scaled_from_the_nearest() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
-    seconds, measured = step_time(host, Work.of(ask(height=1024, width=768), FLUX))
+    found = step_time(host, Work.of(ask(height=1024, width=768), FLUX))
     ratio = step_flops(FLUX, 1024, 768) / step_flops(FLUX, 1024, 1024)
-    assert seconds == pytest.approx(2.5 * ratio) and not measured
+    assert found.seconds == pytest.approx(2.5 * ratio)
+    assert (found.figure, found.measured) == ("step of another size", False)
 
 
 @pytest.mark.parametrize("keys", [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}])
 def test_times_of_other_weights_tell_nothing(keys: dict[str, object]) -> None:
     host = timed((1024, 1024, 2.5), **keys)
-    seconds, measured = step_time(host, Work.of(ask(), FLUX))
-    assert seconds == pytest.approx(74.4e12 / 26e12, rel=1e-3) and not measured
+    found = step_time(host, Work.of(ask(), FLUX))
+    assert found.seconds == pytest.approx(74.4e12 / 26e12, rel=1e-3)
+    assert (found.figure, found.measured) == ("arithmetic", False)
 
 
 def test_a_decode_is_measured_scaled_or_counted() -> None:

@@ -15,8 +15,17 @@ from typing import Any
 
 from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.hostfile import Host, Hostfile
-from fluxmesh.cluster.snapshot import LinkInfo, Weights
+from fluxmesh.cluster.snapshot import (
+    CollectiveTime,
+    JobTiming,
+    LinkInfo,
+    Measured,
+    RingTiming,
+    Timings,
+    Weights,
+)
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.planning.learning import learned
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.homes import Home, read_private, write_private
 from fluxmesh.storage.keys import is_key
@@ -47,8 +56,9 @@ class MeshRecord:
     members: tuple[Member, ...]
     envs: tuple[tuple[str, str], ...] = ()  # of the engines: the hostfile's, and those of --env
     roots: tuple[str, ...] = ()  # folders beside each host's own in which models may lie
-    links: tuple[LinkInfo, ...] = ()  # as measured
+    links: tuple[LinkInfo, ...] = ()  # as plain sockets measured them
     weights: Weights | None = None  # that were loaded
+    timings: Timings = Timings()  # of its rings and jobs
 
     @property
     def hostfile(self) -> Hostfile:
@@ -93,6 +103,7 @@ class MeshRecord:
             roots=tuple(map(str, data.pop("roots"))),
             links=tuple(LinkInfo(**link) for link in data.pop("links")),
             weights=None if weights is None else _weights(weights),
+            timings=_timings(data.pop("timings", {})),
             **data,
         )
 
@@ -100,6 +111,27 @@ class MeshRecord:
 def _weights(data: dict[str, Any]) -> Weights:
     adapters = tuple(AdapterRef(**adapter) for adapter in data.pop("adapters"))
     return Weights(adapters=adapters, **data)
+
+
+def _timings(data: dict[str, Any]) -> Timings:
+    """None in what an older version wrote."""
+    if not isinstance(data, dict):
+        raise TypeError("timings that are no object")
+    return Timings(
+        tuple(_ring(ring) for ring in data.get("rings", ())),
+        tuple(_job(job) for job in data.get("jobs", ())),
+    )
+
+
+def _ring(data: dict[str, Any]) -> RingTiming:
+    ranks, gathers, sums = (data.pop(name) for name in ("ranks", "gathers", "sums"))
+    tables = [tuple(CollectiveTime(**one) for one in table) for table in (gathers, sums)]
+    return RingTiming(ranks=tuple(ranks), gathers=tables[0], sums=tables[1], **data)
+
+
+def _job(data: dict[str, Any]) -> JobTiming:
+    ranks, measured = data.pop("ranks"), Measured(**data.pop("measured"))
+    return JobTiming(ranks=tuple(ranks), measured=measured, **data)
 
 
 def load(home: Home | None = None) -> MeshRecord | None:
@@ -126,6 +158,16 @@ def save(record: MeshRecord, home: Home | None = None) -> Path:
     path = (home or Home.default()).mesh
     write_private(path, record.to_json())
     return path
+
+
+def learn(text: str, news: Timings, home: Home | None = None) -> None:
+    """Adds what was measured on the mesh of this hostfile to what is known of it.
+
+    Does nothing where another mesh is up by now. Raises as `load` and `save`.
+    """
+    known = load(home)
+    if known is not None and known.text == text:
+        save(replace(known, timings=learned(known.timings, news)), home)
 
 
 def remove(home: Home | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fluxmesh.cluster.snapshot import HostInfo, MeshView
+from fluxmesh.cluster.snapshot import HostInfo, MeshView, RingPlace
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys
@@ -41,7 +41,7 @@ class Survey:
             for link in self.record.links
             if link.source in self.statuses and link.target in self.statuses
         )
-        return MeshView(hosts, links, self.record.hostfile.backend)
+        return MeshView(hosts, links, self.record.hostfile.backend, self.record.timings)
 
 
 def host_info(rank: int, status: messages.Status) -> HostInfo:
@@ -59,6 +59,8 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         device=status.device,
         platform=status.platform,
         machine_bytes=status.machine_bytes,
+        warm=status.warm,
+        ring=RingPlace(status.ring, status.ring_rank, status.ring_size),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from fluxmesh_coordinator.cli.options import chosen, settings_options
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import MeshView
-    from fluxmesh.planning.plan import Option, Plan
     from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 
 _FILE = click.Path(path_type=Path)
@@ -48,6 +48,8 @@ def plan(
 ) -> None:
     """Tell how the mesh that is up would do `generate` with these options, and why.
 
+    Each way has its predicted time, beside the step that was measured last and how long ago.
+
     The mesh is the one of `fluxmesh up`, else this machine alone. With --assume it is one that
     isn't there: hostfiles/README.md shows how.
     """
@@ -57,6 +59,7 @@ def plan(
     from fluxmesh_coordinator import remedies
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.commands.settings import Settings
+    from fluxmesh_coordinator.console import plan_table
     from fluxmesh_coordinator.deploy import what_if
     from fluxmesh_coordinator.runtime.adapter_upload import by_hash
 
@@ -79,13 +82,15 @@ def plan(
     else:
         view = _measured(up)
     found = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
+    now = time.time()
     if as_json:
-        said = {**_as_json(found, view), "remedies": remedies.told(found.remedies)}
+        said = plan_table.as_json(found, view, now)
+        said["remedies"] = remedies.told(found.remedies)
         click.echo(json.dumps(said, ensure_ascii=False))
     else:
         if not here:
             click.echo(f"{name} is not on this machine: planned with its published sizes.")
-        _show(found, view)
+        plan_table.show(found, view, now)
         if found.remedies:
             click.echo(remedies.told(found.remedies))
     if found.winner is None:
@@ -111,80 +116,3 @@ def _measured(up: MeshRecord | None) -> MeshView:
         return answering(survey(up)).view
     with start_ephemeral() as one:
         return answering(survey(one.record, one.keys)).view
-
-
-def _show(found: Plan, view: MeshView) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    work = found.work
-    kinds = sorted({host.kind for host in view.hosts})
-    images = f"{work.images} image{'' if work.images == 1 else 's'}"
-    table = Table(
-        box=None,
-        pad_edge=False,
-        title_justify="left",
-        title=f"{images} of {work.height}x{work.width}, {work.steps} steps with "
-        f"{work.weights.model}, on {len(view.hosts)} x {', '.join(kinds)}",
-    )
-    headings = ("", "placement", "hosts", "time", "loading", "a step", "memory a host", "sends")
-    for heading in headings:
-        right = heading in ("time", "loading", "a step", "memory a host", "sends")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for option in found.options:
-        table.add_row(*_row(option, option is found.winner))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
-    click.echo(found.reason)
-
-
-def _row(option: Option, wins: bool) -> list[str]:
-    hosts = ",".join(map(str, option.ranks))
-    need = max(option.memory, key=lambda need: need.needed, default=None)
-    memory = "" if need is None else f"{need.needed / 1e9:.1f} of {need.available / 1e9:.1f} GB"
-    if option.problem:
-        return ["", option.name, hosts, "", "", "", memory, "", option.problem]
-    phases = option.phases
-    steps = " + ".join(_seconds(phase.step_seconds) for phase in phases)
-    sent = max(phase.sent_a_step for phase in phases)
-    shares = " + ".join(f"{len(phase.images)} by {phase.placement}" for phase in phases)
-    notes = [shares] if option.name == "mixed" else []
-    notes += ["sharded"] if phases[0].layout == "sharded" else []
-    notes += [] if option.measured else ["not measured at this size"]
-    return [
-        "*" if wins else "",
-        option.name,
-        hosts,
-        _seconds(option.seconds),
-        _seconds(option.load_seconds) if option.load_seconds else "",
-        steps,
-        memory,
-        f"{sent / 1e9:.2f} GB/step" if sent >= 1e7 else f"{sent / 1e6:.2f} MB/step" if sent else "",
-        ", ".join(notes),
-    ]
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _as_json(found: Plan, view: MeshView) -> dict[str, Any]:
-    work = found.work
-    return {
-        "event": "plan",
-        "model": work.weights.model,
-        "images": work.images,
-        "height": work.height,
-        "width": work.width,
-        "steps": work.steps,
-        "hosts": [{"rank": host.rank, "name": host.name, "kind": host.kind} for host in view.hosts],
-        "winner": None if found.winner is None else found.options.index(found.winner),
-        "reason": found.reason,
-        "options": [
-            {**asdict(option), "seconds": None if option.problem else option.seconds}
-            for option in found.options
-        ],
-    }

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fluxmesh.cluster.hostfile import CONTROL_PORT, Host, Hostfile
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import LinkInfo, Timings, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys, store_keys
@@ -117,8 +117,22 @@ class Bringup:
                 self.watcher.note(f"Host {rank} keeps the settings of {', '.join(each.kept)}.")
         if old is not None:
             self._retire(old, members)
-        links = old.links if old is not None and not fresh and _same(old.members, members) else ()
-        up = MeshRecord(wish.name, wish.text, members, wish.envs, wish.roots, links, wish.weights)
+        links: tuple[LinkInfo, ...] = ()
+        timings = Timings()
+        if old is not None and old.text == wish.text:
+            timings = Timings(jobs=old.timings.jobs)
+        if old is not None and not fresh and _same(old.members, members):
+            links, timings = old.links, old.timings
+        up = MeshRecord(
+            name=wish.name,
+            text=wish.text,
+            members=members,
+            envs=wish.envs,
+            roots=wish.roots,
+            links=links,
+            weights=wish.weights,
+            timings=timings,
+        )
         mesh_file.save(up, self.home)
         return up
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo, RingTiming
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
@@ -24,7 +25,12 @@ from fluxmesh_coordinator.jobs.ring import Orders, Ring
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
 # What ends a unit of work that is given out here.
-LAST = (messages.Loaded, messages.Timed, messages.Encoded, messages.Warmed)
+LAST = (
+    *(messages.Loaded, messages.Timed, messages.RingTimed),
+    *(messages.Encoded, messages.Warmed),
+)
+
+MEASURING = 60.0  # seconds without a sign from engines that measure their ring
 
 
 class Errand:
@@ -65,19 +71,22 @@ class Errand:
             continue
 
     async def _report(self, silence: float) -> messages.Report:
-        try:
-            async with asyncio.timeout(silence):
-                report = await self.client.report()
-        except TimeoutError:
-            raise HostUnreachableError(
-                f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
-                "`fluxmesh logs`."
-            ) from None
-        if isinstance(report, messages.Failed) and report.epoch >= self.epoch:
-            raise error_of(report.kind, f"{self.client.title}: {report.text}")
-        if isinstance(report, messages.Lost):
-            raise FluxmeshError(f"{self.client.title}: {report.reason}")
-        return report
+        while True:
+            try:
+                async with asyncio.timeout(silence):
+                    report = await self.client.report()
+            except TimeoutError:
+                raise HostUnreachableError(
+                    f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
+                    "`fluxmesh logs`."
+                ) from None
+            if getattr(report, "epoch", self.epoch) < self.epoch:
+                continue  # left over from an engine that was ended
+            if isinstance(report, messages.Failed):
+                raise error_of(report.kind, f"{self.client.title}: {report.text}")
+            if isinstance(report, messages.Lost):
+                raise FluxmeshError(f"{self.client.title}: {report.reason}")
+            return report
 
 
 class _Secret:
@@ -95,18 +104,29 @@ async def form_ring(
     hosts: Sequence[Host],
     infos: Mapping[int, HostInfo],
     backend: str,
-) -> None:
+) -> float:
     """The engines of all errands become one ring, in rank order; each begins a new epoch.
 
-    `hosts` are those of the hostfile, by rank. Raises `FluxmeshError` naming a host.
+    `hosts` are those of the hostfile, by rank. Returns how many seconds that took, 0 where they are
+    in that ring already. Raises `FluxmeshError` naming a host.
     """
-    states = {
-        rank: HostState(
-            LeasedHost(info=infos[rank], host=hosts[rank], fence=one.fence, epoch=one.epoch), 0.0
+    begun = time.monotonic()
+    states: dict[int, HostState] = {}
+    for rank, one in errands.items():
+        info = infos[rank]
+        leased = LeasedHost(
+            info=info,
+            host=hosts[rank],
+            fence=one.fence,
+            epoch=one.epoch,
+            ring=info.ring.name,
+            ring_rank=info.ring.rank,
+            ring_size=info.ring.size,
         )
-        for rank, one in errands.items()
-    }
-    ring = Ring(tuple(sorted(errands)), 1 + max(one.epoch for one in errands.values()))
+        states[rank] = HostState(leased, 0.0)
+    ring = Ring.of(tuple(sorted(errands)), states)
+    if ring.is_up:
+        return 0.0
     orders = ring.ask(states, backend)
     while orders:
         asked, orders = orders, []
@@ -117,6 +137,30 @@ async def form_ring(
     joins: Orders = ring.join(states, _Secret(), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
+    )
+    return time.monotonic() - begun
+
+
+async def measure_ring(
+    ring: Mapping[int, Errand], backend: str, forming_seconds: float
+) -> RingTiming:
+    """What the collectives of a ring that is up take its engines, which need hold nothing.
+
+    `forming_seconds` is what `form_ring` took. Raises `FluxmeshError` naming a host.
+    """
+    found: dict[int, messages.RingTimed] = {}
+
+    async def one(rank: int) -> None:
+        work = messages.MeasureRing(*ring[rank].common[:3])
+        async for report in ring[rank].do(work, MEASURING):
+            if isinstance(report, messages.RingTimed):
+                found[rank] = report
+
+    ranks = tuple(sorted(ring))
+    await together(one(rank) for rank in ranks)
+    told = found[ranks[0]]
+    return RingTiming(
+        backend, ranks, told.gathers, told.sums, told.hidden, forming_seconds, time.time()
     )
 
 

@@ -25,6 +25,11 @@ from fluxmesh.errors import (
 )
 from fluxmesh.planning.capacity import Memory, shortage
 from fluxmesh.planning.remedies import for_weights
+from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Placement, Timings
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
+from fluxmesh.planning.capacity import Memory, shortage
+from fluxmesh.planning.learning import learned
+from fluxmesh.planning.step_times import neighbours
 from fluxmesh.planning.workload import Work, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
@@ -38,6 +43,8 @@ from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
 from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs.model_check import remedy
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
+from fluxmesh_coordinator.sameness import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with
@@ -139,6 +146,7 @@ class Warming:
                 self.watcher.stage("Measuring the links")
                 self.mesh = replace(self.mesh, links=await self._links())
                 mesh_file.save(self.mesh, self.home)
+            await self._know_ring()
             while not await self._fill():
                 continue  # with the hosts that are left
             reader = await self._try() if self.sizes else None
@@ -238,6 +246,35 @@ class Warming:
         rate = sum(each.rate for each in rates)
         return LinkInfo(source, target, rate, max(each.latency for each in rates))
 
+    async def _know_ring(self) -> None:
+        """Forms the ring of all hosts and times its collectives, where nobody did before."""
+        ranks, backend = tuple(sorted(self.clients)), self.mesh.hostfile.backend
+        view = MeshView((), self.mesh.links)
+        is_joined = all(view.link(a, b) for a, b in neighbours(ranks))
+        if len(ranks) < 2 or not is_joined or self.mesh.timings.ring(backend, ranks):
+            return
+        self.watcher.stage("Measuring the ring")
+        jobs: dict[int, Errand] = {}
+        infos: dict[int, HostInfo] = {}
+        try:
+            for rank in ranks:
+                granted = await self._lease(rank)
+                jobs[rank] = Errand(self.clients[rank], granted, self.work)
+                infos[rank] = host_info(rank, granted.status)
+            seconds = await form_ring(jobs, self.mesh.hostfile.hosts, infos, backend)
+            news = Timings((await measure_ring(jobs, backend, seconds),))
+        except FluxmeshError as error:
+            self.watcher.note(f"The ring could not be measured: {error}")
+            for job in jobs.values():  # a survivor of a broken ring can hang
+                with contextlib.suppress(FluxmeshError):
+                    await job.begin_anew()
+        else:
+            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
+            mesh_file.save(self.mesh, self.home)
+        for job in jobs.values():
+            with contextlib.suppress(FluxmeshError):
+                await job.client.ask(messages.LeaveQueue(), messages.Done)
+
     # Weights and step times
 
     async def _fill(self) -> bool:
@@ -251,7 +288,7 @@ class Warming:
 
         statuses = await self._each(ask, self.clients)
         infos = tuple(host_info(rank, status) for rank, status in statuses.items())
-        view = MeshView(infos, self.mesh.links, self.mesh.hostfile.backend)
+        view = MeshView(infos, self.mesh.links, self.mesh.hostfile.backend, self.mesh.timings)
         place = self._place = layout(self.work, view)
         for rank in place.idle:
             self.watcher.note(f"Host {rank} holds no weights: {place.why}.")

@@ -14,9 +14,18 @@ from typing import Any
 
 from fluxmesh.cluster import hostfile_fields
 from fluxmesh.cluster.hostfile import Hostfile
-from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, Measured, MeshView, Weights
+from fluxmesh.cluster.snapshot import (
+    Holding,
+    HostInfo,
+    LinkInfo,
+    Measured,
+    MeshView,
+    RingPlace,
+    Weights,
+)
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
@@ -104,6 +113,9 @@ def assumed_view(
     for host in hostfile.hosts:
         crowd = sum(other.machine == host.machine for other in hostfile.hosts)
         warm = assumption["warm"] and nbytes * crowd <= memory
+        # Engines that end to form a ring would lose what is assumed to be loaded.
+        is_joined = warm and hostfile.backend in RESTARTING
+        ring = RingPlace("assumed", host.rank, len(hostfile.hosts)) if is_joined else RingPlace()
         hosts.append(
             HostInfo(
                 rank=host.rank,
@@ -118,6 +130,7 @@ def assumed_view(
                 device=host.machine,
                 platform=platform,
                 machine_bytes=machine,
+                ring=ring,
             )
         )
     return MeshView(tuple(hosts), _links(hostfile, assumption), hostfile.backend)

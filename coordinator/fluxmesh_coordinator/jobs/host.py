@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fluxmesh.cluster import hostfile
-from fluxmesh.cluster.snapshot import Holding, HostInfo
+from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
 from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
@@ -23,6 +23,7 @@ from fluxmesh.wire.messages import (
     EncodeSource,
     Join,
     Load,
+    MeasureRing,
     Message,
     Paint,
     Progress,
@@ -50,6 +51,7 @@ STALLED = 60.0  # seconds in which not one byte was loaded
 FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
 # Seconds that work may take once its weights are read; per picture, and more for large ones.
 BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
+BUDGETS |= {MeasureRing: 60.0}
 AREA = 1 << 20  # pixels, up to which a picture is not large
 KILLING = 10.0  # seconds that an agent may take to end its engine
 # Work that is no part of the line: it is done at once, and nothing is told of it.
@@ -80,9 +82,9 @@ class HostState:
         self.killed: float | None = None  # since when its engine is being ended
         self.patience = 1.0  # deadlines are this many times as long: each alarm may be a false one
         self._is_new = not leased.is_up  # the engine has given no sign yet
-        self._shapes: set[tuple[str, int, int]] = set()  # of which it has made a step
-        self._step_seconds: dict[tuple[str, int, int], float] = {}
-        self._guesses: dict[tuple[str, int, int], float] = {}  # where nothing was timed
+        self._shapes: set[tuple[Placement, int, int]] = set()  # of which it has made a step
+        self._step_seconds: dict[tuple[Placement, int, int], float] = {}
+        self._guesses: dict[tuple[Placement, int, int], float] = {}  # where nothing was timed
         self._heard = now  # when the engine last gave a sign
         self._read = now  # when it last told of bytes that it loaded
         self._at = ""  # what it told last, if it ticked
@@ -91,6 +93,11 @@ class HostState:
     @property
     def rank(self) -> int:
         return self.info.rank
+
+    @property
+    def now(self) -> HostInfo:
+        """The host as a plan sees it, in the ring in which its engine is now."""
+        return replace(self.info, ring=RingPlace(*self.ring))
 
     @property
     def is_free(self) -> bool:
@@ -124,6 +131,16 @@ class HostState:
         if self.line and self.line[0].since is None:
             self.line[0].since = now
 
+    def since(self, message: Message, now: float) -> float:
+        """When something in line became the first there; `now` where it did not yet."""
+        found = next((unit.since for unit in self.line if unit.message is message), None)
+        return now if found is None else found
+
+    def is_warm(self, paint: Paint) -> bool:
+        """Whether its engine has made such a step before, in this job or an earlier one."""
+        held, shape = self.info.holds, StepShape(paint.placement, paint.height, paint.width)
+        return held is not None and held.weights == paint.weights and shape in self.info.warm
+
     def heard(self, report: Report, now: float) -> None:
         """A sign from the engine."""
         self._heard, self._is_new = now, False
@@ -137,9 +154,11 @@ class HostState:
         `reused`: a cache made it cheap, which the next one need not be.
         """
         shape = _shape(paint)
-        begun = next((u.since for u in self.line if u.message is paint), None) or now
+        begun = self.since(paint, now)
         took = now - max(self._moved, begun) if shape in self._shapes else seconds
         self._shapes.add(shape)
+        if not self.is_warm(paint):
+            self.info = replace(self.info, warm=(*self.info.warm, StepShape(*shape)))
         known = self._step_seconds.get(shape, 0.0) if reused else 0.0
         self._step_seconds[shape] = max(seconds, took, known)
         self._moved = now
@@ -178,6 +197,7 @@ class HostState:
         self.line.clear()
         self.is_loaded = False
         self.ring = ("", 0, 1)
+        self.info = replace(self.info, warm=())
         self._shapes.clear()
         self._is_new = True
         self._at = ""
@@ -224,7 +244,7 @@ class HostState:
         return BUDGETS.get(type(message), math.inf) * _pictures(message)
 
 
-def _shape(paint: Paint) -> tuple[str, int, int]:
+def _shape(paint: Paint) -> tuple[Placement, int, int]:
     return paint.placement, paint.height, paint.width
 
 
@@ -256,6 +276,8 @@ def _doing(message: Message) -> str:
             return "decoding"
         case Join():
             return "joining its ring"
+        case MeasureRing():
+            return "measuring its ring"
         case OpenTraining():
             return "opening the training"
         case Update():

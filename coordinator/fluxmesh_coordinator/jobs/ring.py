@@ -7,9 +7,11 @@ them to join, wait until all have. A failure on the way ends the epoch; the next
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
+from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.jobs.host import HostState
 
@@ -32,6 +34,9 @@ class Ring:
         self.joined: set[int] = set()
         self.is_asked = False  # for ports
         self.is_told = False  # to join
+        self.begun: float | None = None  # when it began to form
+        self.formed = 0.0  # seconds until it was up; 0 where it was already
+        self.timed: set[int] | None = None  # who has measured its collectives, once asked
 
     @property
     def is_up(self) -> bool:
@@ -104,6 +109,8 @@ class Ring:
         orders: Orders = []
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
+            if host.ring[0] or backend in RESTARTING:  # the engine ends, and another one joins
+                host.info = replace(host.info, warm=())
             host.epoch = self.epoch
             host.ring = (ring_name(nonce), place, len(self.ranks))
             join = Join(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -16,6 +17,7 @@ import numpy as np
 from fluxmesh import events
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo
+from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, Placement, Timings
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.planning.remedies import Remedy
 from fluxmesh.training.events import TrainEvent
@@ -58,6 +60,12 @@ class Links:
 
     links: tuple[LinkInfo, ...] = ()
     backend: str = "ring"
+    timings: Timings = Timings()
+
+    def view(self, hosts: Iterable[HostInfo]) -> MeshView:
+        """These hosts as the planner sees them."""
+        ordered = tuple(sorted(hosts, key=lambda host: host.rank))
+        return MeshView(ordered, self.links, self.backend, self.timings)
 
 
 class WayToDo(Protocol):
@@ -177,6 +185,13 @@ class TellUser:
 
 
 @dataclass(frozen=True)
+class Learn:
+    """What the job measured on its mesh, not dated yet."""
+
+    news: Timings
+
+
+@dataclass(frozen=True)
 class JobStuck:
     """The hosts that are left can't do what is left: `JobSession.begin` goes on with others."""
 
@@ -190,4 +205,4 @@ class JobFinished:
     error: FluxmeshError | None = None
 
 
-Instruction = SendToAgent | TellUser | JobStuck | JobFinished
+Instruction = SendToAgent | TellUser | Learn | JobStuck | JobFinished

@@ -12,11 +12,15 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo, Timings
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.planning.learning import dated, learned
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import Client
@@ -35,15 +39,24 @@ NOTE = 2.0  # seconds that an agent may take to hear what needs no answer
 RESTARTS = 3  # of one agent, in the life of a driver
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
+Keep = Callable[[Timings], None]  # blocks; FluxmeshError
 
 
 class Driver:
     """A mesh, as one coordinator holds it. An async context manager."""
 
-    def __init__(self, record: MeshRecord, dialer: Dialer, restart: Restart | None = None) -> None:
+    def __init__(
+        self,
+        record: MeshRecord,
+        dialer: Dialer,
+        restart: Restart | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        """`keep` writes down what jobs measure, for other coordinators of the mesh."""
         self.record = record
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
-        self.links = Links(record.links, record.hostfile.backend)
+        self.links = Links(record.links, record.hostfile.backend, record.timings)
+        self._keep = keep
         self.clients: dict[int, Client] = {}  # those that answer
         self.reasons: dict[int, str] = {}  # why the others do not
         self._members = {member.rank: member for member in record.members}
@@ -91,6 +104,17 @@ class Driver:
         """Whether a host that is lost is started again from here."""
         tried = self._restarts.get(rank, 0)
         return self._restart is not None and self.hosts[rank].is_local and tried < RESTARTS
+
+    async def learn(self, news: Timings) -> None:
+        """Plans of later jobs know what this one measured."""
+        news = dated(news, time.time())
+        self.links = replace(self.links, timings=learned(self.links.timings, news))
+        if self._keep is None:
+            return
+        try:
+            await asyncio.to_thread(self._keep, news)
+        except FluxmeshError as error:  # the pictures are worth more than their times
+            log.warning("what was measured is not kept: %s", error)
 
     def lost(self, rank: int, client: Client, reason: str) -> None:
         """A client's conversation is over: another one is begun. Twice is harmless."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo, Timings
 from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,
@@ -35,6 +35,7 @@ from fluxmesh_coordinator.jobs.types import (
     JobFinished,
     JobStuck,
     Leased,
+    Learn,
     LeasedHost,
     Proposal,
     SendToAgent,
@@ -77,6 +78,7 @@ class JobRunner:
         self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
+        self._lessons: list[Timings] = []  # what it measured
         self._clock = OwnClock()
 
     async def run(self, wait: float | None = None) -> None:
@@ -99,6 +101,7 @@ class JobRunner:
                 self._returning = asyncio.create_task(self._bring_back())
                 end = await self._serve(leased)
                 await self._release()
+                await self._learn()
                 if isinstance(end, JobFinished):
                     if end.error is not None:
                         raise self._named(end.error)
@@ -115,6 +118,12 @@ class JobRunner:
     def _named(self, error: FluxmeshError) -> FluxmeshError:
         """An error as the user reads it."""
         return type(error)(adapter_upload.with_names(str(error), self.files))
+
+    async def _learn(self) -> None:
+        """Keeps what the session measured, once nobody waits for the hosts any more."""
+        news, self._lessons = self._lessons, []
+        for each in news:
+            await self.driver.learn(each)
 
     def feed(self, event: Input) -> None:
         """Gives the session an input that comes from no agent."""
@@ -313,6 +322,8 @@ class JobRunner:
                     link = self._links.get(instruction.rank)
                     if link is not None:
                         link.send(instruction.message)
+                case Learn():
+                    self._lessons.append(instruction.news)
                 case JobFinished() | JobStuck():
                     end = instruction
         return end

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
@@ -33,7 +34,7 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
-from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, load, save
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, learn, load, save
 from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -44,6 +45,8 @@ from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
+from fluxmesh_coordinator.runtime.agent_pool import Driver, Keep, Restart
+from fluxmesh_coordinator.session import Session
 
 T = TypeVar("T")
 
@@ -57,11 +60,13 @@ class Mesh:
         dialer: Callable[[], Dialer],
         *,
         restart: Restart | None = None,
+        keep: Keep | None = None,
         close: Callable[[], None] = lambda: None,
         keeps_warm: bool = True,
     ) -> None:
         """`connect` is the usual way in. `dialer` is called in the loop's thread; `restart`
-        starts the agent of a rank again, `close` ends what was started for this mesh alone.
+        starts the agent of a rank again, `keep` writes down what jobs measure, `close` ends what
+        was started for this mesh alone.
         """
         self.record = record
         self.keeps_warm = keeps_warm  # whether weights serve others after this program
@@ -72,7 +77,7 @@ class Mesh:
         self._thread.start()
 
         async def begin() -> Driver:
-            return await Driver(record, dialer(), restart).__aenter__()
+            return await Driver(record, dialer(), restart, keep).__aenter__()
 
         try:
             self._driver: Driver = self._run(begin())
@@ -91,7 +96,7 @@ class Mesh:
             return cls._of(record, keys or user_keys(), lambda _: None)
         record = load()
         if record is not None:
-            return cls._of(record, keys or user_keys(), _remember)
+            return cls._of(record, keys or user_keys(), _remember, partial(learn, record.text))
         started = launch.start_ephemeral()
         ephemeral = [started]
         one, is_over = threading.Lock(), threading.Event()
@@ -122,7 +127,13 @@ class Mesh:
             raise
 
     @classmethod
-    def _of(cls, record: MeshRecord, keys: Keys, remember: Callable[[MeshRecord], None]) -> Self:
+    def _of(
+        cls,
+        record: MeshRecord,
+        keys: Keys,
+        remember: Callable[[MeshRecord], None],
+        keep: Keep | None = None,
+    ) -> Self:
         latest = [record]
 
         def restart(rank: int) -> Member:
@@ -132,7 +143,7 @@ class Mesh:
             assert member is not None
             return member
 
-        return cls(record, _curve(keys), restart=restart)
+        return cls(record, _curve(keys), restart=restart, keep=keep)
 
     # What it can do
 
@@ -225,10 +236,7 @@ class Mesh:
     @property
     def view(self) -> MeshView:
         """The hosts that answer now, as the planner sees them."""
-        infos = self._run(self._driver.infos())
-        hosts = tuple(infos[rank] for rank in sorted(infos))
-        links = self._driver.links
-        return MeshView(hosts, links.links, links.backend)
+        return self._driver.links.view(self._run(self._driver.infos()).values())
 
     def close(self) -> None:
         """Cancels what runs and lets go of the agents; a mesh that was started by `connect` ends.
@@ -362,7 +370,7 @@ def _remember(mesh: MeshRecord) -> None:
     """Writes down which agents run now, unless another mesh came up meanwhile."""
     known = load()
     if known is not None and known.text == mesh.text:
-        save(mesh)
+        save(replace(mesh, timings=known.timings))  # others may have measured meanwhile
 
 
 def _curve(keys: Keys) -> Callable[[], Dialer]:

@@ -1,0 +1,133 @@
+"""What a job's images take the hosts that paint them, for the plans of later jobs. Pure.
+
+Beside `session.py`, which tells it what is given out and what comes back. Only what a plan can
+count on is kept: steps that are neither approximated by a cache nor stretched by previews, on hosts
+that have their devices to themselves, of jobs in which nothing was lost.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fluxmesh.cluster.snapshot import JobTiming, Measured, Placement, Timings
+from fluxmesh.planning.workload import Work
+from fluxmesh.request import GenerateRequest
+
+Members = tuple[Placement, tuple[int, ...]]  # how, and by which ranks in the order of their ring
+
+
+@dataclass
+class _Image:
+    """One image on its way, as the first rank of its ring paints it."""
+
+    members: Members
+    is_warm: bool  # whether its painters had made such a step before
+    steps: list[float] = field(default_factory=list)  # seconds, as the engine told them
+    painting: float = 0.0  # seconds from when it was first in line to its last step
+
+
+@dataclass
+class _Seen:
+    """What images of one placement on the same hosts took."""
+
+    steps: list[float] = field(default_factory=list)  # without first ones
+    firsts: list[float] = field(default_factory=list)  # seconds that a cold step took longer
+    gaps: list[float] = field(default_factory=list)
+    decodes: list[float] = field(default_factory=list)
+
+
+class JobTimes:
+    """The times of one job."""
+
+    def __init__(self, work: Work, request: GenerateRequest) -> None:
+        self.work = work
+        self.counts = not (request.cache or request.low_memory or request.stepwise)
+        self._images: dict[int, _Image] = {}
+        self._seen: dict[Members, _Seen] = {}
+        self._begun: float | None = None  # when the job began; None where it had to load or to join
+        self._begin: float | None = None  # seconds until its first image was begun
+
+    def begin(self, now: float) -> None:
+        """The job has its hosts."""
+        self._begun, self._begin = now, None
+
+    def prepares(self) -> None:
+        """A host loads, or joins: what comes before the first step is no measure of the next."""
+        if self._begin is None:
+            self._begun = None
+
+    def given(self, image: int, members: Members, now: float, *, is_warm: bool) -> None:
+        """An image is given out from its first step on."""
+        self._images[image] = _Image(members, is_warm)
+        if self._begin is None and self._begun is not None:
+            self._begin = now - self._begun
+
+    def stepped(self, image: int, step: int, seconds: float, painting: float) -> None:
+        """A step is done, `painting` seconds after the image came first in line."""
+        known = self._images.get(image)
+        if known is not None and step == len(known.steps) + 1:
+            known.steps.append(seconds)
+            known.painting = painting
+
+    def decoded(self, image: int, seconds: float, took: float) -> None:
+        """A picture is there: `took` seconds after it came first in line, of which the engine
+        tells `seconds`."""
+        known = self._images.pop(image, None)
+        if known is None or len(known.steps) != self.work.steps:
+            return
+        seen, rest = self._seen.setdefault(known.members, _Seen()), known.steps[1:]
+        if not known.is_warm:
+            if rest:
+                seen.steps += rest
+                seen.firsts.append(max(0.0, known.steps[0] - statistics.median(rest)))
+            return
+        seen.steps += rest or known.steps
+        typical = statistics.median(rest or known.steps)
+        gap = known.painting - typical * self.work.steps
+        if known.members[0] == "data":  # in a ring, others decode meanwhile
+            gap += took - seconds
+        seen.gaps.append(max(0.0, gap))
+        seen.decodes.append(seconds)
+
+    def news(self, backend: str, shared: Iterable[int] = ()) -> Timings:
+        """What is worth knowing; nothing of `data` on the ranks that are `shared` devices'."""
+        if not self.counts:
+            return Timings()
+        crowded = set(shared)
+        return Timings(
+            jobs=tuple(
+                self._job(backend, members, seen)
+                for members, seen in self._seen.items()
+                if seen.steps and not (members[0] == "data" and crowded & set(members[1]))
+            )
+        )
+
+    def _job(self, backend: str, members: Members, seen: _Seen) -> JobTiming:
+        (placement, ranks), work = members, self.work
+        step = statistics.median(seen.steps)
+        measured = Measured(
+            work.weights.model,
+            work.height,
+            work.width,
+            work.weights.dtype,
+            work.weights.bits,
+            step_seconds=step,
+            decode_seconds=_typical(seen.decodes),
+            placement=placement,
+            hosts=len(ranks),
+            first_seconds=max(seen.firsts, default=None),
+        )
+        return JobTiming(
+            backend="" if placement == "data" else backend,
+            ranks=ranks,
+            measured=measured,
+            last_seconds=step,
+            begin_seconds=self._begin,
+            gap_seconds=_typical(seen.gaps),
+        )
+
+
+def _typical(seconds: list[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None

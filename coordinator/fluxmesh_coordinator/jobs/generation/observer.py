@@ -1,0 +1,100 @@
+"""Watches a session's job and makes timings of it, for the mesh's record. Pure.
+
+`session.py` tells it what is sent and what is reported; `job_times.py` holds the images' times, and
+here are the ring's: how long it took to form, and what its collectives take.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from fluxmesh.cluster.snapshot import RingTiming, Timings
+from fluxmesh.wire import messages
+from fluxmesh_coordinator.jobs.generation.state import GenerationState
+from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
+
+NOTHING = Timings()
+
+
+class Observer:
+    """One job's."""
+
+    def __init__(self, state: GenerationState) -> None:
+        self.state = state
+        self._times = JobTimes(state.work, state.job.request)
+
+    def begin(self, now: float) -> None:
+        """The job has its hosts."""
+        self._times.begin(now)
+
+    def sent(self, host: HostState, message: messages.Changing, now: float) -> None:
+        """Something is sent: what is timed may begin with it."""
+        ring = self.state.ring
+        if isinstance(message, messages.AskPorts) and ring is not None and ring.begun is None:
+            ring.begun = now
+        if not isinstance(message, messages.Paint) or message.first:
+            return
+        ranks: tuple[int, ...] = (host.rank,)
+        if message.placement != "data":
+            if ring is None or not self._leads(host):
+                return
+            ranks = ring.ranks
+        is_warm = all(self.state.hosts[rank].is_warm(message) for rank in ranks)
+        self._times.given(message.image, (message.placement, ranks), now, is_warm=is_warm)
+
+    def prepares(self) -> None:
+        """A host loads."""
+        self._times.prepares()
+
+    def joined(self, now: float) -> Timings:
+        """A host has joined the ring; what is news of it, once all have."""
+        ring, backend = self.state.ring, self.state.links.backend
+        self._times.prepares()
+        if ring is None or not ring.is_up or ring.begun is None:
+            return NOTHING
+        ring.formed = now - ring.begun
+        known = self.state.links.timings.ring(backend, ring.ranks)
+        if known is None:  # its collectives are measured next
+            return NOTHING
+        return Timings((replace(known, gathers=(), sums=(), forming_seconds=ring.formed),))
+
+    def ring_timed(self, host: HostState, report: messages.RingTimed) -> Timings:
+        """A host has measured the ring; what all of them found, once the last one has."""
+        ring, backend = self.state.ring, self.state.links.backend
+        if ring is None or ring.timed is None:
+            return NOTHING
+        ring.timed.add(host.rank)
+        if ring.timed != set(ring.ranks):
+            return NOTHING
+        found = (report.gathers, report.sums, report.hidden, ring.formed)
+        return Timings((RingTiming(backend, ring.ranks, *found),))
+
+    def stepped(
+        self, host: HostState, paint: messages.Paint, report: messages.Stepped, now: float
+    ) -> None:
+        """A step is done; of a ring, the first rank's count."""
+        if paint.placement == "data" or self._leads(host):
+            painting = now - host.since(paint, now)
+            self._times.stepped(report.image, report.step, report.seconds, painting)
+
+    def pictured(
+        self, host: HostState, decode: messages.Decode, report: messages.Pictured, now: float
+    ) -> None:
+        """A picture is there."""
+        took = (now - host.since(decode, now)) / len(decode.images)
+        self._times.decoded(report.image, report.seconds, took)
+
+    def finished(self) -> Timings:
+        """What the whole job is worth; nothing where hosts were lost on the way."""
+        if self.state.losses:
+            return NOTHING
+        hosts = self.state.hosts
+        keys = Counter(host.info.device_key for host in hosts.values())
+        shared = [rank for rank, host in hosts.items() if keys[host.info.device_key] > 1]
+        return self._times.news(self.state.links.backend, shared)
+
+    def _leads(self, host: HostState) -> bool:
+        ring = self.state.ring
+        return ring is not None and host.rank == ring.ranks[0]

@@ -1,0 +1,112 @@
+"""Collectives are timed by size, within bounded time, on rings of any speed."""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import pytest
+
+from fluxmesh.engine import ring_probe
+from fluxmesh.engine.ring_probe import SIZES, timed
+
+ROOM = 1 << 40  # bytes
+
+
+class Slow:
+    """A rank whose collectives take as long as they would on a wire of so many bytes a second."""
+
+    size = 2
+
+    def __init__(self, rate: float, latency: float = 0.0, others: float = 0.0) -> None:
+        self.rate, self.latency, self.others = rate, latency, others
+        self.calls: list[tuple[str, int]] = []
+
+    def _wait(self, what: str, x: mx.array) -> mx.array:
+        self.calls.append((what, x.nbytes))
+        time.sleep(self.latency + x.nbytes / self.rate)
+        return x
+
+    def gather(self, x: mx.array) -> mx.array:
+        return self._wait("gather", x)
+
+    def sum(self, x: mx.array) -> mx.array:
+        return self._wait("sum", x)
+
+    def most(self, value: int) -> int:
+        return max(value, round(self.others * 1e6) if value > 0 else value)
+
+
+def test_a_slow_ring_is_measured_by_its_smaller_sizes_alone() -> None:
+    ranks, start = Slow(1e6), time.perf_counter()
+    found = timed(ranks, 0.6, ROOM)  # type: ignore[arg-type]
+    assert time.perf_counter() - start < 3 * 0.6  # 32 MiB alone would take half a minute
+    for table in (found.gathers, found.sums):
+        assert 2 <= len(table) < len(SIZES)
+        for point in table:
+            assert point.seconds >= 0.95 * point.nbytes / 1e6
+
+
+def test_a_ring_that_takes_seconds_for_nothing_tells_one_size() -> None:
+    ranks = Slow(1e9, latency=0.2)
+    found = timed(ranks, 0.2, ROOM)  # type: ignore[arg-type]
+    assert [len(table) for table in (found.gathers, found.sums)] == [1, 1]
+    assert found.gathers[0].seconds >= 0.2
+
+
+def test_a_fast_ring_is_measured_at_all_sizes_several_times() -> None:
+    ranks = Slow(1e11)
+    found = timed(ranks, 2.0, ROOM)  # type: ignore[arg-type]
+    assert [point.nbytes for point in found.gathers] == list(SIZES)
+    assert [point.nbytes for point in found.sums] == list(SIZES)
+    largest = [call for call in ranks.calls if call == ("gather", SIZES[-1])]
+    assert len(largest) > 3
+
+
+def test_a_host_with_little_memory_measures_with_small_arrays() -> None:
+    for memory, largest in ((1 << 20, 4096), (4 * 50 * 65536, 65536), (ROOM, SIZES[-1])):
+        ranks = Slow(1e11)
+        found = timed(ranks, 1.0, memory)  # type: ignore[arg-type]
+        assert found.gathers[-1].nbytes == found.sums[-1].nbytes == largest
+        assert max(nbytes for _, nbytes in ranks.calls) == largest
+
+
+def test_what_is_told_is_the_slowest_ranks_time() -> None:
+    found = timed(Slow(1e11, others=0.01), 0.5, ROOM)  # type: ignore[arg-type]
+    assert all(point.seconds >= 0.01 / ring_probe.CHAIN for point in found.gathers)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_what_products_hide_of_a_gather_is_told(
+    monkeypatch: pytest.MonkeyPatch, hides: bool
+) -> None:
+    """A gather that waits while it is built hides nothing; one that another thread does, all."""
+    clock = {"products": 0.0, "gathers": 0.0}
+
+    def elapsed(watch: object, run: object) -> float:
+        clock.update(products=0.0, gathers=0.0)
+        run()  # type: ignore[operator]
+        parts = clock.values()
+        return max(parts) if hides else sum(parts)
+
+    class Counting(Slow):
+        def gather(self, x: mx.array) -> mx.array:
+            clock["gathers"] += 0.004
+            return x
+
+    def evaluated(arrays: list[mx.array]) -> None:
+        clock["products"] += 0.004 * sum(one.ndim == 2 for one in arrays)
+
+    monkeypatch.setattr(ring_probe._Watch, "time", elapsed)
+    ranks = Counting(1e11)
+    watch = ring_probe._Watch(ranks, 2.0)  # type: ignore[arg-type]
+    table = (ring_probe.CollectiveTime(4096, 0.004),)
+    eval_ = mx.eval
+
+    def spy(*arrays: object) -> None:
+        if len(arrays) == 1 and isinstance(arrays[0], list):
+            evaluated(arrays[0])
+        eval_(*arrays)
+
+    monkeypatch.setattr(ring_probe.mx, "eval", spy)
+    assert ring_probe._hidden(watch, table) == pytest.approx(1.0 if hides else 0.0)

@@ -1,0 +1,324 @@
+"""What a session learns from its job: from its hosts' own reports, and from when they came."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmesh import events
+from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.planning.workload import Work
+from fluxmesh.storage.homes import Home
+from fluxmesh.wire import messages
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord, learn
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.deploy.warmup import Warming
+from fluxmesh_coordinator.job_times import JobTimes
+from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.session import Session
+from tests.fakes import FakeMesh
+from tests.unit.meshes import ask, held, small
+from tests.unit.simulation import Simulation
+from tests.unit.test_mesh import Heard, job, play
+from tests.unit.test_warming import Told
+
+RING = ("sequence", (0, 2))
+
+
+def times(**keys: Any) -> JobTimes:
+    request = ask(**{"height": 32, "width": 48, "steps": 4, **keys})
+    return JobTimes(Work.of(request, small()), request)
+
+
+def paint(on: JobTimes, image: int = 0, first: float = 1.0, warm: bool = True, **keys: Any) -> None:
+    """An image of four steps of a second each, with 0.4 s in between and 0.3 s round its decode."""
+    members = keys.get("members", RING)
+    on.given(image, members, 10.0, is_warm=warm)
+    for step in range(1, 5):
+        seconds = first if step == 1 else 1.0
+        on.stepped(image, step, seconds, first + step - 1 + 0.1 * step)
+    on.decoded(image, 2.0, 2.3)
+
+
+# By itself
+
+
+def test_an_image_tells_its_steps_its_decode_and_what_stands_between() -> None:
+    seen = times()
+    seen.begin(9.5)
+    paint(seen)
+    (job,) = seen.news("jaccl").jobs
+    assert (job.backend, job.ranks, job.last_seconds) == ("jaccl", (0, 2), 1.0)
+    measured = job.measured
+    assert (measured.step_seconds, measured.decode_seconds) == (1.0, 2.0)
+    assert (measured.placement, measured.hosts) == ("sequence", 2)
+    assert (measured.height, measured.width, measured.first_seconds) == (32, 48, None)
+    assert job.begin_seconds == 0.5
+    assert job.gap_seconds == pytest.approx(0.4)
+
+
+def test_by_data_what_goes_on_round_the_decode_is_time_of_the_image() -> None:
+    seen = times()
+    paint(seen, members=("data", (1,)))
+    (job,) = seen.news("ring").jobs
+    assert (job.backend, job.ranks) == ("", (1,))
+    assert job.gap_seconds == pytest.approx(0.4 + 0.3)
+
+
+def test_a_first_step_that_compiled_is_told_apart_and_spoils_nothing() -> None:
+    seen = times()
+    paint(seen, first=21.0, warm=False)
+    (job,) = seen.news("ring").jobs
+    assert job.measured.step_seconds == 1.0
+    assert job.measured.first_seconds == pytest.approx(20.0)
+    assert (job.measured.decode_seconds, job.gap_seconds) == (None, None)
+    paint(seen, 1)
+    (job,) = seen.news("ring").jobs
+    assert job.measured.first_seconds == pytest.approx(20.0)
+    assert job.gap_seconds == pytest.approx(0.4)
+
+
+def test_one_step_that_is_cold_tells_nothing() -> None:
+    seen = times(steps=1)
+    seen.given(0, RING, 0.0, is_warm=False)
+    seen.stepped(0, 1, 30.0, 30.0)
+    seen.decoded(0, 1.0, 1.0)
+    assert seen.news("ring") == Timings()
+
+
+def test_a_job_that_had_to_load_tells_not_how_long_a_warm_one_takes_to_begin() -> None:
+    seen = times()
+    seen.begin(0.0)
+    seen.prepares()
+    paint(seen)
+    seen.prepares()
+    assert seen.news("ring").jobs[0].begin_seconds is None
+
+
+@pytest.mark.parametrize("keys", [{"cache": 0.1}, {"low_memory": True}, {"stepwise": True}])
+def test_jobs_whose_steps_are_not_plain_ones_tell_nothing(keys: dict[str, Any]) -> None:
+    seen = times(**keys)
+    paint(seen)
+    assert seen.news("ring") == Timings()
+
+
+def test_images_that_were_not_seen_from_the_first_step_on_tell_nothing() -> None:
+    seen = times()
+    seen.stepped(0, 3, 1.0, 1.0)
+    seen.decoded(0, 1.0, 1.0)
+    seen.given(1, RING, 0.0, is_warm=True)
+    seen.stepped(1, 1, 1.0, 1.0)
+    seen.stepped(1, 3, 1.0, 1.0)
+    seen.decoded(1, 1.0, 1.0)
+    assert seen.news("ring") == Timings()
+
+
+def test_hosts_that_share_a_device_tell_nothing_of_data() -> None:
+    seen = times()
+    for image, members in enumerate((RING, ("data", (1,)), ("data", (2,)))):
+        paint(seen, image, members=members)
+    told = {job.ranks for job in seen.news("ring", shared=[2]).jobs}
+    assert told == {(0, 2), (1,)}
+
+
+# As a session has it
+
+
+def passing(simulation: Simulation) -> None:
+    """Time goes on also between the reports of two hosts."""
+    simulation.now += 0.01
+
+
+def test_a_job_leaves_what_each_host_took() -> None:
+    done = Simulation(2, n_images=4, placement="data").run()
+    found = {job.ranks: job for job in done.learned.jobs}
+    assert found.keys() == {(0,), (1,)} and done.learned.rings == ()
+    for timing in found.values():
+        assert timing.measured.step_seconds == timing.last_seconds == 0.1
+        assert timing.measured.decode_seconds == 0.1
+
+
+@pytest.mark.parametrize("placement", ["sequence", "tensor"])
+def test_a_ring_that_is_new_is_measured_while_it_forms(placement: Any) -> None:
+    done = Simulation(2, n_images=2, placement=placement, faults=passing).run()
+    (ring,), (timing,) = done.learned.rings, done.learned.jobs
+    assert (ring.backend, ring.ranks) == ("ring", (0, 1))
+    assert len(ring.gathers) == 3 and ring.forming_seconds > 0
+    assert (timing.ranks, timing.backend) == ((0, 1), "ring")
+    assert timing.measured.placement == placement
+    kinds = [type(send.message) for send in done.sent]
+    assert kinds.count(messages.MeasureRing) == 2
+    first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    last_join = max(i for i, kind in enumerate(kinds) if kind is messages.Join)
+    assert last_join < first[messages.MeasureRing] < first[messages.Load] < first[messages.Paint]
+
+
+def test_a_ring_that_is_known_is_not_measured_again_but_its_forming_is() -> None:
+    known = Simulation(2, placement="sequence").run().learned
+    again = Simulation(2, placement="sequence", faults=passing)
+    again.links = replace(again.links, timings=known)
+    again.run()
+    assert again.messages(messages.MeasureRing) == []
+    (ring,) = again.learned.rings
+    assert ring.gathers == () and ring.forming_seconds > 0
+    other = Simulation(3, placement="sequence")
+    other.links = replace(other.links, timings=known)
+    assert len(other.run().messages(messages.MeasureRing)) == 3
+
+
+def test_whether_a_first_step_compiled_is_known_from_what_the_engines_say() -> None:
+    shape = StepShape("sequence", 32, 32)
+    for warm in ([], [0], [0, 1]):
+        simulation = Simulation(2, placement="sequence")
+        for rank, machine in simulation.machines.items():
+            info = replace(machine.leased.info, holds=held(), warm=(shape,) if rank in warm else ())
+            machine.leased = replace(machine.leased, info=info)
+        (timing,) = simulation.run().learned.jobs
+        assert (timing.measured.first_seconds is None) == (warm == [0, 1])
+
+
+def test_an_engine_that_ends_to_join_another_ring_has_nothing_compiled() -> None:
+    shape = StepShape("sequence", 32, 32)
+    simulation = Simulation(2, placement="sequence")
+    for rank, machine in simulation.machines.items():
+        info = replace(machine.leased.info, holds=held(), warm=(shape,))
+        machine.leased = replace(
+            machine.leased, info=info, ring="another", ring_rank=rank, ring_size=3
+        )
+    (timing,) = simulation.run().learned.jobs
+    assert timing.measured.first_seconds is not None
+
+
+@pytest.mark.parametrize("fault", ["kill_engine", "stop_engine", "lose"])
+@pytest.mark.parametrize("placement", ["data", "sequence"])
+def test_a_job_in_which_a_host_was_lost_tells_nothing_of_its_times(
+    fault: str, placement: Any
+) -> None:
+    def strike(simulation: Simulation) -> None:
+        if simulation.acknowledged.get(0, 0) == 2 and not struck:
+            struck.append(True)
+            getattr(simulation, fault)(1)
+
+    struck: list[bool] = []
+    done = Simulation(3, n_images=3, placement=placement, faults=strike).run()
+    assert struck and done.end is not None and done.end.error is None
+    assert done.learned.jobs == ()
+
+
+def test_an_engine_that_dies_while_it_measures_costs_a_ring_and_no_picture() -> None:
+    def strike(simulation: Simulation) -> None:
+        at = simulation.machines[1].at
+        if isinstance(at, messages.MeasureRing) and not struck:
+            struck.append(True)
+            simulation.kill_engine(1)
+
+    struck: list[bool] = []
+    done = Simulation(3, n_images=2, placement="sequence", faults=strike).run()
+    assert struck and done.end is not None and done.end.error is None
+    assert len(done.of(events.Picture)) == 2
+    assert len(done.messages(messages.MeasureRing)) == 3  # the ring that follows goes on at once
+    assert done.learned == Timings()
+
+
+# Through real agents and the record, with backends that are not what sockets say
+
+
+def up(folder: Path, mesh: FakeMesh, sockets: float, collectives: float) -> MeshRecord:
+    """What the mesh looks like to `up`: links as sockets found them, engines with their ring."""
+    for rank in mesh.services:
+        engine = mesh.engine(rank).engine
+        assert engine is not None
+        engine.collective_rate = collectives
+    links = tuple(LinkInfo(a.source, a.target, sockets) for a in mesh.record.links)
+    return replace(mesh.record, links=links)
+
+
+@pytest.mark.parametrize(
+    ("sockets", "collectives", "chosen"),
+    [(4e4, 90e9, "sequence"), (5e9, 4e4, "data"), (5e9, 90e9, "sequence"), (4e4, 4e4, "data")],
+)
+def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
+    tmp_path: Path, sockets: float, collectives: float, chosen: str
+) -> None:
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        home, work = Home(tmp_path), Work.of(job().request, small())
+        made = up(tmp_path, mesh, sockets, collectives)
+        dialer = mesh.network.dialer()
+        await Warming(made, work, Told(), home)._run(dialer)
+        await dialer.close()
+        kept = mesh_file.load(home)
+        assert kept is not None and kept.timings.ring("ring", (0, 1)) is not None
+        async with Driver(kept, mesh.network.dialer()) as knowing:
+            heard = Heard()
+            await Conductor(knowing, Session(job()), {}, heard).run()
+        assert [event.placement for event in heard.of(events.Planned)] == [chosen]
+
+    tmp_path.chmod(0o700)
+    play(tmp_path, 2, body)
+
+
+def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -> None:
+    """The ring looks fast, and its steps are not: the next picture is painted by one host."""
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        home, work = Home(tmp_path), Work.of(job().request, small())
+        dialer = mesh.network.dialer()
+        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home)._run(dialer)
+        await dialer.close()
+        for rank in range(2):
+            engine = mesh.engine(rank).engine
+            assert engine is not None
+            engine.ring_step_seconds = 5.0
+        placements: list[str] = []
+        for name in ("one", "two", "three"):
+            known = mesh_file.load(home)
+            assert known is not None
+
+            def keep(news: Timings) -> None:
+                learn(made.text, news, home)
+
+            async with Driver(known, mesh.network.dialer(), None, keep) as knowing:
+                heard = Heard()
+                await Conductor(knowing, Session(job(name)), {}, heard).run()
+            placements += [event.placement for event in heard.of(events.Planned)]
+        assert placements == ["sequence", "tensor", "data"]
+        known = mesh_file.load(home)
+        assert known is not None
+        found = {(one.measured.placement, one.ranks): one for one in known.timings.jobs}
+        assert found["sequence", (0, 1)].measured.step_seconds == 5.0
+        assert found["sequence", (0, 1)].measured.when > 1.7e9
+        assert any(placement == "data" for placement, _ in found)
+
+    tmp_path.chmod(0o700)
+    play(tmp_path, 2, body)
+
+
+def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
+    def keep(news: Timings) -> None:
+        raise FluxmeshError("The disk is full.")
+
+    async def body(mesh: FakeMesh, driver: Driver) -> None:
+        async with Driver(mesh.record, mesh.network.dialer(), None, keep) as knowing:
+            heard = Heard()
+            await Conductor(knowing, Session(job()), {}, heard).run()
+            assert len(heard.of(events.Picture)) == 1
+            assert knowing.links.timings.jobs
+
+    play(tmp_path, 2, body)
+
+
+def test_what_was_measured_on_another_mesh_is_not_added_to_this_one(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    home, mesh = Home(tmp_path), FakeMesh(tmp_path, 2)
+    mesh_file.save(mesh.record, home)
+    news = Timings((RingTiming("ring", (0, 1), (), (), 0.5),))
+    learn("[]", news, home)
+    assert mesh_file.load(home) == mesh.record
+    learn(mesh.record.text, news, home)
+    kept = mesh_file.load(home)
+    assert kept is not None and kept.timings == news
