@@ -20,8 +20,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxmesh.cluster.snapshot import Holding, Weights
-from fluxmesh.cluster.snapshot import Holding, StepShape
+from fluxmesh.cluster.snapshot import Holding, StepShape, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (

@@ -28,7 +28,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, Measured
 from fluxmesh.cluster.snapshot import Holding, Measured, StepShape, Weights
 from fluxmesh.engine import device_memory, ring_probe
 from fluxmesh.engine.lookahead import walked
@@ -43,7 +42,6 @@ from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load, Measure, Paint, Report, Warm
 from fluxmesh.wire.messages import (
     Decode,
     Encode,
@@ -53,6 +51,7 @@ from fluxmesh.wire.messages import (
     MeasureRing,
     Paint,
     Report,
+    Warm,
 )
 
 MEASURED_STEPS = 2

@@ -21,8 +21,14 @@ from typing import Literal
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, Measured, Platform, Weights
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, Measured, StepShape, Weights
+from fluxmesh.cluster.snapshot import (
+    CollectiveTime,
+    Holding,
+    Measured,
+    Platform,
+    StepShape,
+    Weights,
+)
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
 

@@ -12,9 +12,9 @@ from typing import Any, Generic, Self, TypeVar
 
 from fluxmesh import events
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.planning.plan import Plan
 from fluxmesh.cluster.snapshot import Timings
 from fluxmesh.planning.learning import learned
+from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (
@@ -25,9 +25,8 @@ from fluxmesh_coordinator.jobs.types import (
     Instruction,
     JobFinished,
     JobStuck,
-    Leased,
-    Job,
     Learn,
+    Leased,
     LeasedHost,
     Links,
     Reported,

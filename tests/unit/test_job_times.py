@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.job_times import JobTimes
+from fluxmesh_coordinator.session import Session
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
@@ -16,11 +19,8 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord, learn
-from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.deploy.warmup import Warming
-from fluxmesh_coordinator.job_times import JobTimes
 from fluxmesh_coordinator.runtime.agent_pool import Driver
-from fluxmesh_coordinator.session import Session
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask, held, small
 from tests.unit.simulation import Simulation

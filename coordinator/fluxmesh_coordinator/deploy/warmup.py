@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from fluxmesh.cluster.snapshot import Holding, LinkInfo, MeshView, Placement
+from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Placement, Timings
 from fluxmesh.errors import (
     DoesNotFitError,
     FluxmeshError,
@@ -24,11 +24,8 @@ from fluxmesh.errors import (
     WeightsError,
 )
 from fluxmesh.planning.capacity import Memory, shortage
-from fluxmesh.planning.remedies import for_weights
-from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Placement, Timings
-from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError, WeightsError
-from fluxmesh.planning.capacity import Memory, shortage
 from fluxmesh.planning.learning import learned
+from fluxmesh.planning.remedies import for_weights
 from fluxmesh.planning.step_times import neighbours
 from fluxmesh.planning.workload import Work, tensor_problem
 from fluxmesh.storage.homes import Home
@@ -40,11 +37,9 @@ from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs.model_check import remedy
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
-from fluxmesh_coordinator.sameness import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with

@@ -23,6 +23,7 @@ from fluxmesh_coordinator.jobs.types import (
     Instruction,
     JobFinished,
     JobStuck,
+    Learn,
     Reported,
     SendToAgent,
     TellUser,
@@ -75,6 +76,8 @@ def brief(instruction: Instruction) -> str:
             return f"{type(instruction.message).__name__} to {instruction.rank}"
         case TellUser():
             return f"tell {type(instruction.event).__name__}"
+        case Learn():
+            return "learn"
         case JobStuck():
             return "stuck"
         case JobFinished():

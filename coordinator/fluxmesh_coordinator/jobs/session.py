@@ -148,6 +148,10 @@ class JobSession(ABC, Generic[H]):
     def tell(self, event: events.Event | TrainEvent | Result) -> None:
         self._out.append(TellUser(event))
 
+    def instruct(self, instruction: Instruction) -> None:
+        """What only one kind of job says."""
+        self._out.append(instruction)
+
     def stuck(self, reason: str) -> None:
         """The hosts at hand can't go on."""
         self._out.append(JobStuck(reason))
@@ -214,9 +218,11 @@ class JobSession(ABC, Generic[H]):
                 host.done(messages.Join, self.now)
                 if self.state.ring is not None:
                     self.state.ring.joined.add(host.rank)
+                self.reported(host, report)
             case messages.Progress():
                 part, done, total = report.component, report.done_bytes, report.total_bytes
                 self.tell(events.Loading(part, done, total, host.rank))
+                self.reported(host, report)
             case messages.Cancelled():
                 host.cancelled(self.now)
             case messages.Failed():

@@ -7,8 +7,7 @@ Pure, as the whole folder: no socket, no clock, no chance.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -16,8 +15,7 @@ import numpy as np
 
 from fluxmesh import events
 from fluxmesh.cluster import hostfile
-from fluxmesh.cluster.snapshot import HostInfo, LinkInfo
-from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, Placement, Timings
+from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, Timings
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.planning.remedies import Remedy
 from fluxmesh.training.events import TrainEvent

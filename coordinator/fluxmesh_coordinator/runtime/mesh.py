@@ -42,11 +42,9 @@ from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import Input
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
-from fluxmesh_coordinator.runtime.agent_pool import Driver, Restart
+from fluxmesh_coordinator.runtime.agent_pool import Driver, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
-from fluxmesh_coordinator.runtime.agent_pool import Driver, Keep, Restart
-from fluxmesh_coordinator.session import Session
 
 T = TypeVar("T")
 

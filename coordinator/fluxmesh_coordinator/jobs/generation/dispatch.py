@@ -27,7 +27,7 @@ class GenerationDispatch:
         """Sends all that can be sent now."""
         state = self.state
         self._next_phase()
-        if state.in_ring and not self._form_ring():
+        if state.in_ring and not (self._form_ring() and self._measure_ring()):
             return
         if state.job.request.preload:
             self._load()
@@ -78,6 +78,27 @@ class GenerationDispatch:
         for rank, message in state.ring.advance(hosts, state.job, state.links.backend):
             self.send(hosts[rank], message)
         return state.ring.is_up
+
+    def _measure_ring(self) -> bool:
+        """Whether it is known what this ring's collectives take; has them measured if not.
+
+        A job that has lost a host goes on at once: the next one measures.
+        """
+        state, ring = self.state, self.state.ring
+        assert ring is not None
+        if ring.timed is None:
+            known = state.links.timings.ring(state.links.backend, ring.ranks)
+            if known is not None or state.losses:
+                ring.timed = set(ring.ranks)
+                return True
+            members = [state.hosts[rank] for rank in ring.ranks]
+            if not all(host.is_free for host in members):
+                return False
+            ring.timed = set()
+            for host in members:
+                unit = messages.MeasureRing(fence=host.fence, job=state.job.id, epoch=host.epoch)
+                self.send(host, unit)
+        return ring.timed == set(ring.ranks)
 
     def _load(self) -> None:
         """Everyone who works in this phase loads its transformer, whole or in shards."""

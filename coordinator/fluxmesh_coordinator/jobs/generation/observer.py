@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from fluxmesh.cluster.snapshot import RingTiming, Timings
 from fluxmesh.wire import messages
+from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 from fluxmesh_coordinator.jobs.generation.state import GenerationState
 from fluxmesh_coordinator.jobs.host import HostState
-from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 
 NOTHING = Timings()
 

@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.cluster.snapshot import HostInfo, Timings
 from fluxmesh.images import composite
 from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
+from fluxmesh_coordinator.jobs.generation.observer import NOTHING, Observer
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob, GenerationState
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.session import JobSession
-from fluxmesh_coordinator.jobs.types import LeasedHost
+from fluxmesh_coordinator.jobs.types import Learn, LeasedHost
 
 
 class GenerationSession(JobSession[HostState]):
@@ -32,9 +33,14 @@ class GenerationSession(JobSession[HostState]):
     def __init__(self, job: GenerationJob) -> None:
         super().__init__(GenerationState(job))
         self._dispatch = GenerationDispatch(self.state, self.send)
+        self._observer = Observer(self.state)
         self._peaks: dict[str, int] = {}
 
     # Hooks
+
+    def send(self, host: HostState, message: messages.Changing) -> None:
+        super().send(host, message)
+        self._observer.sent(host, message, self.now)
 
     def new_host(self, leased: LeasedHost) -> HostState:
         return HostState(leased, self.now)
@@ -44,6 +50,7 @@ class GenerationSession(JobSession[HostState]):
 
     def begun(self) -> None:
         self.state.needs_plan = True
+        self._observer.begin(self.now)
 
     def returned(self, host: HostState) -> None:
         """It helps with whole images, or makes a new plan possible."""
@@ -60,12 +67,20 @@ class GenerationSession(JobSession[HostState]):
         if state.images.is_complete:
             for phase in ("denoise", "decode"):
                 self.tell(events.Peak(phase, self._peaks.get(phase, 0)))
+            self._learn(self._observer.finished())
             self.finish()
         elif state.option is not None and not state.needs_plan:
             self._dispatch.go_on()
 
     def reported(self, host: HostState, report: messages.Report) -> None:
         match report:
+            case messages.Joined():
+                self._learn(self._observer.joined(self.now))
+            case messages.RingTimed():
+                host.done(messages.MeasureRing, self.now)
+                self._learn(self._observer.ring_timed(host, report))
+            case messages.Progress():
+                self._observer.prepares()
             case messages.Loaded():
                 host.done(messages.Load, self.now)
                 host.is_loaded = not host.has(messages.Load)
@@ -82,6 +97,10 @@ class GenerationSession(JobSession[HostState]):
                 self._pictured(host, report)
 
     # Within
+
+    def _learn(self, news: Timings) -> None:
+        if news != NOTHING:
+            self.instruct(Learn(news))
 
     def _plan(self) -> None:
         settled = self.state.plan()
@@ -104,6 +123,7 @@ class GenerationSession(JobSession[HostState]):
         paint = host.find(messages.Paint, report.image)
         if paint is None:
             return
+        self._observer.stepped(host, paint, report, self.now)
         host.stepped(paint, report.seconds, self.now, reused=report.reused)
         self.recovery.worked(host.rank)
         self._peak("denoise", report.peak_bytes)
@@ -146,6 +166,8 @@ class GenerationSession(JobSession[HostState]):
     def _pictured(self, host: HostState, report: messages.Pictured) -> None:
         self._peak("decode", report.peak_bytes)
         decode = host.find(messages.Decode, report.image)
+        if decode is not None:
+            self._observer.pictured(host, decode, report, self.now)
         if decode is not None and report.image == decode.images[-1]:
             host.done(messages.Decode, self.now, report.image)
         images, request = self.state.images, self.state.job.request

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, HostInfo, MeshView, Placement
+from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement
 from fluxmesh.planning.plan import Option, Phase, Plan, plan
 from fluxmesh.planning.workload import ModelSizes, Work
 from fluxmesh.request import GenerateRequest
@@ -98,8 +98,7 @@ class GenerationState(JobState[HostState]):
         """
         left = max(1, len(self.images.unpainted))
         request = replace(self.job.request, n_images=left)
-        ordered = tuple(sorted(hosts, key=lambda host: host.rank))
-        view = MeshView(ordered, self.links.links, self.links.backend)
+        view = self.links.view(hosts)
         placement, force = self.job.placement, self.job.force_shard
         if self.shuns_rings:
             proposal = plan(request, view, self.job.sizes, placement="data")
@@ -114,7 +113,7 @@ class GenerationState(JobState[HostState]):
     def plan(self) -> Plan:
         """Settles how what is left is done by the hosts that are left: `option` and `phases`."""
         left = self.images.unpainted
-        settled = self.find([host.info for host in self.hosts.values()])
+        settled = self.find([host.now for host in self.hosts.values()])
         self.needs_plan = False
         self.option, self.phases, self.ring = settled.winner, [], None
         if settled.winner is not None and left:
