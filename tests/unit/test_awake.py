@@ -6,14 +6,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.session import Session
 
 from fluxmesh import events
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.runtime.agent_pool import Driver
-from fluxmesh_coordinator.session import Session
 from tests.fakes import FakeMesh
 from tests.mac import Mac, mac
 from tests.unit.meshes import ask, small

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fluxmesh_coordinator.conduct import Conductor
+from fluxmesh_coordinator.session import Session
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import Weights
@@ -26,11 +28,9 @@ from fluxmesh_coordinator import clock as coordinators_clock
 from fluxmesh_coordinator.agents import client as coordinators_client
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import Member
-from fluxmesh_coordinator.conduct import Conductor
 from fluxmesh_coordinator.jobs import Job
 from fluxmesh_coordinator.runtime import agent_pool
 from fluxmesh_coordinator.runtime.agent_pool import Driver
-from fluxmesh_coordinator.session import Session
 from tests.fakes import FakeMesh, expected
 from tests.unit.meshes import ask, small
 
