@@ -18,6 +18,7 @@ from fluxmesh.storage.keys import Keys
 from fluxmesh.wire.messages import Done, Heartbeat, Queued, Stepped
 from fluxmesh.wire.transport import listener as listening
 from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
+from fluxmesh.wire.transport.dialer import CurveDialer
 from fluxmesh.wire.transport.listener import CurveListener
 from tests.messages import same, samples
 from tests.wire import Middle, echo, run, wire
@@ -133,6 +134,29 @@ def test_a_closed_listener_frees_its_port_and_a_taken_one_is_named(tmp_path: Pat
             await again.close()
             with pytest.raises(ConnectionClosed, match=r"Nobody listens"):
                 await made.dialer.connect(address, made.keys.public)
+
+    run(main())
+
+
+def test_who_dials_or_listens_with_what_is_no_key_is_told_and_can_close(tmp_path: Path) -> None:
+    """A socket that is left open would make `close` wait for ever."""
+    told: list[BaseException] = []  # whose tracebacks hold what was made
+
+    async def main() -> None:
+        async with wire(tmp_path) as made:
+            dialer = CurveDialer(made.anna)
+            try:
+                for key in ("", "short", "\u00e9" * 40):
+                    with pytest.raises(ConnectionClosed, match="Can't connect to") as caught:
+                        await dialer.connect(made.listener.address, key)
+                    told.append(caught.value)
+                await asyncio.wait_for(dialer.close(), 5)
+            finally:
+                told.clear()  # so that a failure of this test ends
+                gc.collect()
+            with pytest.raises(ConnectionClosed, match="Can't listen at"):
+                broken = Keys(made.keys.public, "none")
+                await CurveListener.open("127.0.0.1:0", broken, made.allowlist)
 
     run(main())
 

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from fluxmesh.wire.stream import Channel
 
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.engine import device_memory
@@ -20,6 +19,7 @@ from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning import activations
 from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure, Work
+from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
 from tests.integration.test_worker import painting

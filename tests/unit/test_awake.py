@@ -6,14 +6,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from fluxmesh_coordinator.conduct import Conductor
-from fluxmesh_coordinator.session import Session
 
 from fluxmesh import events
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.jobs.generation.session import GenerationSession
+from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
 from tests.mac import Mac, mac
 from tests.unit.meshes import ask, small
@@ -65,9 +65,10 @@ def test_a_coordinator_keeps_its_mac_awake_while_it_has_a_job(tmp_path: Path, a_
                 heard: list[events.Event] = []
 
                 mesh.engine(0).pause = 0.2
-                asked = Job("job", ask(height=32, width=32, steps=3), small(), b"s", None, False)
+                request = ask(height=32, width=32, steps=3)
+                asked = GenerationJob(id="job", secret=b"s", request=request, sizes=small())
                 work = asyncio.create_task(
-                    Conductor(driver, Session(asked), {}, heard.append).run()
+                    JobRunner(driver, GenerationSession(asked), {}, heard.append).run()
                 )
                 await until(a_mac, awake=True)
                 await work

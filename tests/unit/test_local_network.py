@@ -6,6 +6,7 @@ Emulated: connections fail with EHOSTUNREACH, and `local_network` takes this mac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -20,9 +21,11 @@ from fluxmesh.errors import FluxmeshError, LocalNetworkError
 from fluxmesh.planning.workload import Work
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys
+from fluxmesh.wire.messages import Failed, Join
 from fluxmesh.wire.transport import local_network
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.dialer import CurveDialer
+from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine, links
 from fluxmesh_coordinator.deploy import reach
 from fluxmesh_coordinator.deploy.checks import Finding
@@ -84,14 +87,24 @@ def test_what_mlx_says_of_a_ring_is_explained(system: str, text: str) -> None:
 
 
 def test_an_engine_that_gives_up_for_it_tells_so(
-    system: str, monkeypatch: pytest.MonkeyPatch
+    system: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said: list[Any] = []
-    given_up = SimpleNamespace(channel=SimpleNamespace(send=said.append))
-    monkeypatch.setattr(engine.os, "_exit", lambda code: None)
-    error = RuntimeError(f"[ring] Rank 0 Couldn't connect (error: {errno.EHOSTUNREACH})\n at 0x1")
-    engine.Engine._give_up(given_up, 1, "", "while joining the ring", error)  # type: ignore[arg-type]
-    (failed,) = said
+    def join(_backend: str) -> None:
+        raise RuntimeError(f"[ring] Rank 0 Couldn't connect (error: {errno.EHOSTUNREACH})\n at 0x1")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(engine.Ranks, "join", join)
+    monkeypatch.setattr(engine.os, "_exit", leave)
+    config = engine.Config(0, str(tmp_path), str(tmp_path), None, [], None)
+    near, far = map(Channel, socket.socketpair())
+    with contextlib.closing(near), contextlib.closing(far):
+        with pytest.raises(SystemExit) as ended:
+            engine.Engine(config, near)._join(Join(1, 7, 0, 2))
+        _, failed = far.receive()
+    assert ended.value.code == engine.BROKEN
+    assert isinstance(failed, Failed) and failed.epoch == 7 and failed.fatal
     assert (WHERE in failed.text) == (system == "Darwin")
     assert failed.text.startswith("The engine failed while joining the ring: [ring] Rank 0")
     assert failed.text.endswith(".") and not failed.text.endswith("..")

@@ -15,7 +15,7 @@ from fluxmesh.planning.plan import Plan, plan
 from fluxmesh.planning.workload import Work
 from fluxmesh_coordinator.cli.plan import plan as plan_command
 from fluxmesh_coordinator.deploy.what_if import published
-from fluxmesh_coordinator.remedies import told
+from fluxmesh_coordinator.jobs.remedies import told
 from tests.unit.meshes import FLUX, ask, full, mac
 
 GIB = 1 << 30

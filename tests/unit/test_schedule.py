@@ -31,18 +31,26 @@ def test_dev_s_middle_step_moves_with_the_image_s_length() -> None:
 
 
 @given(
-    steps=st.integers(1, 200),
-    tokens=st.integers(1, 65536),
+    steps=st.integers(1, 1000),
+    tokens=st.integers(1, 262144),
     schedule=st.sampled_from([SCHNELL, DEV, ScheduleConfig(shift=1.6)]),
     strength=st.floats(0.001, 1.0),
 )
-def test_steps_fall_strictly_from_at_most_one_to_zero(
+def test_steps_fall_from_at_most_one_to_zero(
     steps: int, tokens: int, schedule: ScheduleConfig, strength: float
 ) -> None:
+    """For every request: up to 1000 steps, and 8192x8192 pixels.
+
+    Strictly up to 4096x2048. Of more tokens dev's shift puts the first levels so near to 1 that
+    float32 does not tell all of them apart (145 steps of 62821 tokens): a step of length 0 then
+    changes nothing. diffusers has the same levels.
+    """
     levels = timesteps(steps, tokens, schedule, strength)
     assert 2 <= len(levels) <= steps + 1
-    assert levels[-1] == 0.0
-    assert all(before > after for before, after in zip(levels, levels[1:], strict=False))
+    assert levels[-1] == 0.0 < levels[-2]
+    falls = [before - after for before, after in zip(levels, levels[1:], strict=False)]
+    assert min(falls) >= 0
+    assert min(falls) > 0 or (tokens > 32768 and schedule is DEV)
     assert levels == timesteps(steps, tokens, schedule)[-len(levels) :]
     if strength == 1.0:
         assert levels[0] == 1.0

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fluxmesh_coordinator.conduct import Conductor
-from fluxmesh_coordinator.session import Session
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import Weights
@@ -24,13 +22,15 @@ from fluxmesh.errors import HostUnreachableError
 from fluxmesh.machine import clock
 from fluxmesh.wire import messages
 from fluxmesh_agent import leases, service
-from fluxmesh_coordinator import clock as coordinators_clock
 from fluxmesh_coordinator.agents import client as coordinators_client
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import Member
-from fluxmesh_coordinator.jobs import Job
+from fluxmesh_coordinator.jobs.generation.session import GenerationSession
+from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.runtime import agent_pool
+from fluxmesh_coordinator.runtime import clock as coordinators_clock
 from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh, expected
 from tests.unit.meshes import ask, small
 
@@ -105,8 +105,15 @@ def test_a_job_whose_conversations_broke_in_a_sleep_goes_on_with_the_weights_tha
                 for rank in range(2):
                     mesh.engine(rank).pause = pause
 
-            asked = Job("job", request, SIZES, b"secret", placement, placement != "data")
-            await Conductor(held, Session(asked), {}, tell).run()
+            asked = GenerationJob(
+                id="job",
+                secret=b"secret",
+                request=request,
+                sizes=SIZES,
+                placement=placement,
+                force_shard=placement != "data",
+            )
+            await JobRunner(held, GenerationSession(asked), {}, tell).run()
             assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
 
     play(tmp_path, body, hosts=2)

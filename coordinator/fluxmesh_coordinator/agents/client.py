@@ -19,7 +19,7 @@ from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.agents.mesh_file import Member
-from fluxmesh_coordinator.failures import REFUSALS, error_of
+from fluxmesh_coordinator.jobs.failures import REFUSALS, error_of
 
 BEAT = 1.0  # seconds between two heartbeats
 SILENT = 5.0  # seconds without a sign of life, after which an agent counts as dead

@@ -56,11 +56,11 @@ def plan(
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
-    from fluxmesh_coordinator import remedies
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.commands.settings import Settings
     from fluxmesh_coordinator.console import plan_table
     from fluxmesh_coordinator.deploy import what_if
+    from fluxmesh_coordinator.jobs import remedies
     from fluxmesh_coordinator.runtime.adapter_upload import by_hash
 
     if (hostfile is None) != (assume is None):

@@ -19,7 +19,7 @@ from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Work
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.failures import error_of
+from fluxmesh_coordinator.jobs.failures import error_of
 from fluxmesh_coordinator.jobs.host import START, HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
 from fluxmesh_coordinator.jobs.types import LeasedHost

@@ -31,7 +31,6 @@ from fluxmesh.planning.workload import Work, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
@@ -39,6 +38,7 @@ from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
 from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
+from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured

@@ -14,7 +14,7 @@ from typing import Generic
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import HostLost
 from fluxmesh.wire import messages
-from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.jobs import failures
 from fluxmesh_coordinator.jobs.health import ENOUGH, HostHealth
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.state import H, JobState, Sender

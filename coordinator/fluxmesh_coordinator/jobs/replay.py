@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from fluxmesh import __version__, request
+from fluxmesh import request
 from fluxmesh.cluster import hostfile, hostfile_fields, snapshot
 from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1 import config
@@ -24,6 +24,7 @@ from fluxmesh.training import request as train_request
 from fluxmesh.training.data import dataset, encode_units
 from fluxmesh.training.micro_batches import Sampler, TimeSteps
 from fluxmesh.training.plan import Plan
+from fluxmesh.version import __version__
 from fluxmesh.weights import checkpoint
 from fluxmesh.wire import protocol
 from fluxmesh_coordinator.jobs import types

@@ -17,7 +17,7 @@ from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire import messages
-from fluxmesh_coordinator import failures
+from fluxmesh_coordinator.jobs import failures
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.recovery import Recovery
 from fluxmesh_coordinator.jobs.state import H, JobState

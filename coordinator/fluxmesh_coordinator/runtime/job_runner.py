@@ -22,9 +22,9 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.wire import messages
-from fluxmesh_coordinator import remedies
 from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.status import host_info
+from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.input_log import InputLog
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import (

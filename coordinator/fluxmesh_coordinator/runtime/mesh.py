@@ -14,7 +14,7 @@ import asyncio
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -40,11 +40,11 @@ from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
-from fluxmesh_coordinator.jobs.types import Input
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import Driver, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
+from fluxmesh_coordinator.runtime.running import Running
 
 T = TypeVar("T")
 
@@ -321,40 +321,6 @@ class Mesh:
         self._thread.join()
         self._loop.close()
         self._close()
-
-
-class Running:
-    """A job that runs in a mesh's thread."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        runner: JobRunner,
-        done: Future[None],
-        box: queue.SimpleQueue[Any],
-    ) -> None:
-        self._loop, self._runner, self._done, self._box = loop, runner, done, box
-
-    def feed(self, event: Input) -> None:
-        """Gives the job's session an input."""
-        self._loop.call_soon_threadsafe(self._runner.feed, event)
-
-    def events(self) -> Iterator[Any]:
-        """What it tells, as it happens, to its end. Raises how it failed."""
-        while (event := self._box.get()) is not None:
-            yield event
-        self._box.put(None)  # for whoever asks again
-        self._done.result()
-
-    def stop(self) -> None:
-        """Cancels it, unless it has ended, and waits for the hosts to let go."""
-        if not self._done.done():
-            self._loop.call_soon_threadsafe(self._runner.stop.set)
-            self._done.exception()  # we were told to stop
-
-    def wait(self) -> None:
-        """Waits for its end. Raises how it failed."""
-        self._done.result()
 
 
 def plan_of(job: GenerationJob, view: MeshView) -> Plan:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import MeshView, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.planning.workload import ModelSizes, Work
@@ -30,14 +30,22 @@ from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.session import TrainingSession
 from fluxmesh_coordinator.jobs.training.tasks import TrainingJob, UnitEncoded, Wanted
-
-if TYPE_CHECKING:
-    from fluxmesh_coordinator.runtime.mesh import Mesh
+from fluxmesh_coordinator.runtime.adapter_upload import Files
+from fluxmesh_coordinator.runtime.running import Running
 
 Tell = Callable[[Any], None]  # hears of `fluxmesh.events`, and of `Dealt`
 
 
-def train_on(mesh: Mesh, request: TrainRequest, tell: Tell) -> Generator[TrainEvent, None, None]:
+class Hosts(Protocol):
+    """What a training asks of a `Mesh`."""
+
+    @property
+    def view(self) -> MeshView: ...
+
+    def start(self, session: TrainingSession, files: Files) -> Running: ...
+
+
+def train_on(mesh: Hosts, request: TrainRequest, tell: Tell) -> Generator[TrainEvent, None, None]:
     """See `Mesh.train`."""
     examples = read_examples(request)
 
@@ -54,7 +62,7 @@ def train_on(mesh: Mesh, request: TrainRequest, tell: Tell) -> Generator[TrainEv
 class Crew:
     """The hosts of a mesh. A context manager, which lets them go."""
 
-    def __init__(self, mesh: Mesh, plan: Plan, base: Checkpoint, tell: Tell) -> None:
+    def __init__(self, mesh: Hosts, plan: Plan, base: Checkpoint, tell: Tell) -> None:
         request = plan.request
         self.plan, self.tell = plan, tell
         self._units = Units(plan.examples, plan.sizes, request.seed)
@@ -200,7 +208,7 @@ def _stored(array: np.ndarray) -> tuple[np.ndarray, str]:
     return array, "BF16" if array.dtype == np.uint16 else "F32"
 
 
-def _device(mesh: Mesh) -> str:
+def _device(mesh: Hosts) -> str:
     """What the hosts compute on; where they differ, what most of them have."""
     kinds = ["gpu" if "gpu" in host.device else "cpu" for host in mesh.view.hosts]
     return max(kinds, key=kinds.count, default="cpu")

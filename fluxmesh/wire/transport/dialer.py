@@ -103,14 +103,14 @@ class CurveDialer:
         """As `base.Dialer.connect`; one attempt, which ends at once where nobody listens."""
         host, port = sockets.split(address)
         sock = self._context.socket(zmq.DEALER)
-        sockets.guard(sock, host)
-        sock.setsockopt(zmq.ROUTING_ID, secrets.token_hex(16).encode())
-        sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
-        sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
-        sock.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
-        sock.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
         monitor = sockets.watch(sock)
-        try:
+        try:  # whatever fails, a key that is none too: `close` waits for a socket that is left open
+            sockets.guard(sock, host)
+            sock.setsockopt(zmq.ROUTING_ID, secrets.token_hex(16).encode())
+            sock.setsockopt(zmq.RECONNECT_IVL, _NEVER_MS)
+            sock.setsockopt(zmq.CURVE_SERVERKEY, server_key.encode())
+            sock.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
+            sock.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
             sock.connect(f"tcp://{sockets.join(host, port)}")
             async with asyncio.timeout(seconds):
                 await _handshake(monitor, address)
