@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fluxmesh_coordinator.conduct import Conductor
-from fluxmesh_coordinator.job_times import JobTimes
-from fluxmesh_coordinator.session import Session
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
@@ -20,10 +17,13 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord, learn
 from fluxmesh_coordinator.deploy.warmup import Warming
+from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
+from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask, held, small
-from tests.unit.simulation import Simulation
+from tests.unit.simulated_jobs import GenerationSimulation
 from tests.unit.test_mesh import Heard, job, play
 from tests.unit.test_warming import Told
 
@@ -129,13 +129,13 @@ def test_hosts_that_share_a_device_tell_nothing_of_data() -> None:
 # As a session has it
 
 
-def passing(simulation: Simulation) -> None:
+def passing(simulation: GenerationSimulation) -> None:
     """Time goes on also between the reports of two hosts."""
     simulation.now += 0.01
 
 
 def test_a_job_leaves_what_each_host_took() -> None:
-    done = Simulation(2, n_images=4, placement="data").run()
+    done = GenerationSimulation(2, n_images=4, placement="data").run()
     found = {job.ranks: job for job in done.learned.jobs}
     assert found.keys() == {(0,), (1,)} and done.learned.rings == ()
     for timing in found.values():
@@ -145,7 +145,7 @@ def test_a_job_leaves_what_each_host_took() -> None:
 
 @pytest.mark.parametrize("placement", ["sequence", "tensor"])
 def test_a_ring_that_is_new_is_measured_while_it_forms(placement: Any) -> None:
-    done = Simulation(2, n_images=2, placement=placement, faults=passing).run()
+    done = GenerationSimulation(2, n_images=2, placement=placement, faults=passing).run()
     (ring,), (timing,) = done.learned.rings, done.learned.jobs
     assert (ring.backend, ring.ranks) == ("ring", (0, 1))
     assert len(ring.gathers) == 3 and ring.forming_seconds > 0
@@ -159,14 +159,14 @@ def test_a_ring_that_is_new_is_measured_while_it_forms(placement: Any) -> None:
 
 
 def test_a_ring_that_is_known_is_not_measured_again_but_its_forming_is() -> None:
-    known = Simulation(2, placement="sequence").run().learned
-    again = Simulation(2, placement="sequence", faults=passing)
+    known = GenerationSimulation(2, placement="sequence").run().learned
+    again = GenerationSimulation(2, placement="sequence", faults=passing)
     again.links = replace(again.links, timings=known)
     again.run()
     assert again.messages(messages.MeasureRing) == []
     (ring,) = again.learned.rings
     assert ring.gathers == () and ring.forming_seconds > 0
-    other = Simulation(3, placement="sequence")
+    other = GenerationSimulation(3, placement="sequence")
     other.links = replace(other.links, timings=known)
     assert len(other.run().messages(messages.MeasureRing)) == 3
 
@@ -174,7 +174,7 @@ def test_a_ring_that_is_known_is_not_measured_again_but_its_forming_is() -> None
 def test_whether_a_first_step_compiled_is_known_from_what_the_engines_say() -> None:
     shape = StepShape("sequence", 32, 32)
     for warm in ([], [0], [0, 1]):
-        simulation = Simulation(2, placement="sequence")
+        simulation = GenerationSimulation(2, placement="sequence")
         for rank, machine in simulation.machines.items():
             info = replace(machine.leased.info, holds=held(), warm=(shape,) if rank in warm else ())
             machine.leased = replace(machine.leased, info=info)
@@ -184,7 +184,7 @@ def test_whether_a_first_step_compiled_is_known_from_what_the_engines_say() -> N
 
 def test_an_engine_that_ends_to_join_another_ring_has_nothing_compiled() -> None:
     shape = StepShape("sequence", 32, 32)
-    simulation = Simulation(2, placement="sequence")
+    simulation = GenerationSimulation(2, placement="sequence")
     for rank, machine in simulation.machines.items():
         info = replace(machine.leased.info, holds=held(), warm=(shape,))
         machine.leased = replace(
@@ -199,26 +199,26 @@ def test_an_engine_that_ends_to_join_another_ring_has_nothing_compiled() -> None
 def test_a_job_in_which_a_host_was_lost_tells_nothing_of_its_times(
     fault: str, placement: Any
 ) -> None:
-    def strike(simulation: Simulation) -> None:
+    def strike(simulation: GenerationSimulation) -> None:
         if simulation.acknowledged.get(0, 0) == 2 and not struck:
             struck.append(True)
             getattr(simulation, fault)(1)
 
     struck: list[bool] = []
-    done = Simulation(3, n_images=3, placement=placement, faults=strike).run()
+    done = GenerationSimulation(3, n_images=3, placement=placement, faults=strike).run()
     assert struck and done.end is not None and done.end.error is None
     assert done.learned.jobs == ()
 
 
 def test_an_engine_that_dies_while_it_measures_costs_a_ring_and_no_picture() -> None:
-    def strike(simulation: Simulation) -> None:
+    def strike(simulation: GenerationSimulation) -> None:
         at = simulation.machines[1].at
         if isinstance(at, messages.MeasureRing) and not struck:
             struck.append(True)
             simulation.kill_engine(1)
 
     struck: list[bool] = []
-    done = Simulation(3, n_images=2, placement="sequence", faults=strike).run()
+    done = GenerationSimulation(3, n_images=2, placement="sequence", faults=strike).run()
     assert struck and done.end is not None and done.end.error is None
     assert len(done.of(events.Picture)) == 2
     assert len(done.messages(messages.MeasureRing)) == 3  # the ring that follows goes on at once
@@ -255,7 +255,7 @@ def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
         assert kept is not None and kept.timings.ring("ring", (0, 1)) is not None
         async with Driver(kept, mesh.network.dialer()) as knowing:
             heard = Heard()
-            await Conductor(knowing, Session(job()), {}, heard).run()
+            await JobRunner(knowing, GenerationSession(job()), {}, heard).run()
         assert [event.placement for event in heard.of(events.Planned)] == [chosen]
 
     tmp_path.chmod(0o700)
@@ -284,7 +284,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
 
             async with Driver(known, mesh.network.dialer(), None, keep) as knowing:
                 heard = Heard()
-                await Conductor(knowing, Session(job(name)), {}, heard).run()
+                await JobRunner(knowing, GenerationSession(job(name)), {}, heard).run()
             placements += [event.placement for event in heard.of(events.Planned)]
         assert placements == ["sequence", "tensor", "data"]
         known = mesh_file.load(home)
@@ -305,7 +305,7 @@ def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh, driver: Driver) -> None:
         async with Driver(mesh.record, mesh.network.dialer(), None, keep) as knowing:
             heard = Heard()
-            await Conductor(knowing, Session(job()), {}, heard).run()
+            await JobRunner(knowing, GenerationSession(job()), {}, heard).run()
             assert len(heard.of(events.Picture)) == 1
             assert knowing.links.timings.jobs
 

@@ -76,7 +76,8 @@ def programme(
     reader: int | None = None
     for size in sizes:
         for images in dict.fromkeys((1, len(hosts))):
-            option = _plan(work, view, size, images).winner
+            settled = _plan(work, view, size, images)
+            option = settled.warm or settled.winner  # which is the best is what it is once warm
             if option is None:
                 continue
             if reader is None and option.text_stays:
@@ -153,9 +154,9 @@ class TrialRun:
         try:
             for rank in sorted(ranks):  # in rank order, so that no two can deadlock
                 self._errands[rank] = await self._lease(rank)
-            if reads and todo.reader is not None:
-                await self._read(todo.reader)
-            return await self._try(cold, () if has_ring else todo.ring)
+            return await self._try(
+                cold, () if has_ring else todo.ring, todo.reader if reads else None
+            )
         finally:
             for errand in self._errands.values():
                 with contextlib.suppress(FluxmeshError):
@@ -182,8 +183,23 @@ class TrialRun:
         errand = self._errands[rank]
         await self._do(rank, messages.Encode(*errand.common, prompt=""))
 
-    async def _try(self, ways: Sequence[Way], ring: tuple[int, ...]) -> bool:
-        """Makes a picture in each way; forms `ring` before the first that needs it."""
+    async def _try(self, ways: Sequence[Way], ring: tuple[int, ...], reader: int | None) -> bool:
+        """Reads the prompt and makes a picture in each way. False where the ring failed.
+
+        `ring` is formed before all that: an engine that leaves another ring for it starts anew.
+        """
+        try:
+            if ring:
+                self.watcher.stage("Forming the ring")
+                await self._form(ring)
+        except HostUnreachableError:
+            raise
+        except FluxmeshError as error:
+            self.watcher.note(f"The ring of hosts {', '.join(map(str, ring))} failed: {error}")
+            await self._end_engines(ring)
+            return False
+        if reader is not None:
+            await self._read(reader)
         stage = ""
         for way in ways:
             size = "x".join(map(str, way.size))
@@ -192,9 +208,6 @@ class TrialRun:
                 self.watcher.stage(f"Getting ready for pictures of {size}")
             start = time.monotonic()
             try:
-                if way.placement != "data" and ring:
-                    await self._form(ring)
-                    ring = ()
                 await together(self._warm(rank, way) for rank in way.ranks)
             except HostUnreachableError:
                 raise
