@@ -121,6 +121,7 @@ class FakeEngine:
                 hosts = 1 if unit.placement == "data" else self.size
                 way = messages.Compiled(unit.placement, hosts, unit.height, unit.width)
                 self.compiled = (*self.compiled, way)
+                self.holding = self.holding or Holding(unit.weights, GB, content=self.content)
                 yield messages.Beat(unit.job, unit.epoch, "first step")
                 yield messages.Warmed(unit.job, unit.epoch, 0.1)
             case messages.MeasureRing():

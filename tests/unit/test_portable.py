@@ -24,6 +24,7 @@ FOLDERS = ("fluxmesh", "agent", "coordinator", "tests", "tools", "benchmarks", "
 LINUX = (
     "tests/faults/test_namespaces.py",
     "tests/ssh/server.py",
+    "benchmarks/limited.py",
     "tests/integration/test_as_on_a_mac.py",
 )
 RULES = ("tests/portable.py", "tests/unit/test_portable.py", "tests/as_on_a_mac/as_on_a_mac.py")
