@@ -21,7 +21,8 @@ from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import read_record, started_at
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Load
-from tests.integration.agents import ROOT, Agent, coordinator, play
+from tests.integration.agents import Agent, coordinator, play
+from tests.paths import ROOT
 
 GONE = 15.0  # seconds within which it must have ended, on a machine that others use
 SEED = 7

@@ -195,8 +195,8 @@ def test_a_coordinator_that_is_killed_is_gone_at_once(tmp_path: Path) -> None:
         async with wire(tmp_path) as made:
             code = f"""
 import asyncio
-from fluxmesh.keys import Keys
-from fluxmesh.messages import Heartbeat
+from fluxmesh.storage.keys import Keys
+from fluxmesh.wire.messages import Heartbeat
 from fluxmesh.wire.transport.dialer import CurveDialer
 async def main():
     keys = Keys.of(input())

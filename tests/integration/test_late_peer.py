@@ -14,9 +14,10 @@ from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.engine.reference import Runner
 from fluxmesh.wire import messages
 from tests.checkpoints import make_checkpoint
-from tests.integration.agents import ROOT, encode, join_ring, painting, play
+from tests.integration.agents import encode, join_ring, painting, play
 from tests.integration.test_agent_ring import mesh, paint
 from tests.integration.test_mesh import mesh_of, pictures, request_of
+from tests.paths import ROOT
 from tests.watchdog import LIMIT, Metal
 
 LATE = 8.0  # seconds

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.integration.agents import ROOT
+from tests.paths import ROOT
 
 # Each is run as far as its first own work, which tells the limit instead.
 PROGRAMS = {

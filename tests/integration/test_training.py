@@ -116,7 +116,7 @@ def test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path, straig
 PROGRAM = """
 import sys
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.trainer import train
+from fluxmesh.training.local_executor import train
 for event in train(TrainRequest(**eval(sys.argv[1]))):
     print(type(event).__name__, flush=True)
 """

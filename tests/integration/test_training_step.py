@@ -69,7 +69,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype,
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_gradient_that_is_traced_once_is_the_one_that_is_not(place, tmp_path, monkeypatch, kept):
     """As on a GPU: weights, batch and dropout's keys reach it, and none of the first ones stay."""
-    monkeypatch.setattr(step, "fused", SimpleNamespace(compiled=mx.compile))
+    monkeypatch.setattr(step, "ops", SimpleNamespace(compiled=mx.compile))
     made = learner(asked(place, tmp_path, grad_checkpoint=kept, lora_dropout=0.3))
     for number in (3, 4):
         drawn = mx.random.normal((made.adapters.size,), key=mx.random.key(number))

@@ -181,8 +181,8 @@ class Mesh:
         """Runs a training, or goes on with one, to the adapter in `output_dir`.
 
         `tell` hears of bytes that hosts load, and of hosts that are lost. Closing the iterator
-        leaves a checkpoint. Raises what `training.trainer.train` does, and what `generate` does
-        of hosts.
+        leaves a checkpoint. Raises what `local_executor.train` does, and what `generate` does of
+        hosts.
         """
         from fluxmesh_coordinator.runtime.mesh_executor import train_on
 
