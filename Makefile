@@ -10,12 +10,13 @@
 #   make gpu       kernels against the plain forms, on a machine with a GPU
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
 #   make mac       the tests once more, on Linux, with what differs on a Mac emulated
+#   make house     which folder imports which
 #
 # EXTRA=cpu|cuda|none overrides which MLX is installed, PYTHON which interpreter makes .venv,
 # WORKERS how many tests run at once (half the cores, at least 3).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mac learn faults chaos lint parity gpu ssh format clean
+.PHONY: help demo test mac house learn faults chaos lint parity gpu ssh format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +41,7 @@ find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 p
 	echo $$python; exit; fi; done
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@python="$$($(find_python))"; \
@@ -96,6 +97,9 @@ test: $(VENV)/.test
 # Which of a Mac's ways: tests/as_on_a_mac/as_on_a_mac.py has their names.
 mac:
 	@EMULATE="$${EMULATE:-mac}" $(MAKE) --no-print-directory test
+
+house: $(VENV)/.run
+	@$(BIN)/python -m tools.house
 
 learn: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/learn

@@ -13,6 +13,7 @@ from fluxmesh import events
 from fluxmesh.cluster.snapshot import Weights
 from fluxmesh.engine.reference import Runner
 from fluxmesh.wire import messages
+from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import encode, join_ring, painting, play
 from tests.integration.test_agent_ring import mesh, paint
@@ -84,8 +85,15 @@ def test_an_engine_whose_gpu_waited_for_a_late_peer_says_so(
     ],
 )
 def test_a_late_peer_costs_a_mesh_a_step_at_most(
-    checkpoint: Path, tmp_path: Path, road: str, call: int, plans: list[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    road: str,
+    call: int,
+    plans: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The collectives that are counted are those of steps.
+    monkeypatch.setattr(GenerationDispatch, "_measure_ring", lambda dispatch: True)
     request = request_of(checkpoint, steps=4)
     (alone,) = pictures(list(Runner().run(request)))
     with mesh_of(tmp_path, 2, checkpoint, Metal(road, call, LATE).envs(PATHS)) as one:

@@ -16,6 +16,7 @@ from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.test_mesh import counters, pictures, record_of
@@ -70,6 +71,10 @@ class Latents:
         return taken
 
 
+async def learn_nothing(runner: JobRunner) -> None:
+    """What a job measured is not kept."""
+
+
 @pytest.mark.parametrize(("shape", "sizes"), [("deeper", (2, 4)), ("shallow", (3,))])
 def test_one_to_four_hosts_give_one_picture(
     shape: str, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,6 +86,8 @@ def test_one_to_four_hosts_give_one_picture(
     )
     latents = Latents(monkeypatch)
     as_if_apart(monkeypatch)
+    # Plans that learn how unequal processes of one machine are would leave some of them out.
+    monkeypatch.setattr(JobRunner, "_learn", learn_nothing)
 
     def paint(mesh: Mesh, placement: Placement) -> tuple[list[np.ndarray], np.ndarray]:
         told = list(mesh.generate(request, placement))
