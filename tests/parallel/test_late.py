@@ -12,6 +12,7 @@ from tests.parallel.ring import run_ranks
 SAFE = ("training",)  # whose sum is evaluated alone in any case
 
 
+@pytest.mark.alone  # beside others, a thread may stand still for longer than the scaled watchdog
 def test_a_late_peer_is_waited_for_by_hosts_and_never_by_a_gpu(tmp_path):
     outs = run_ranks(3, ["host", *MOMENTS], tmp_path, 90.0, program="late")
     for out in outs:
