@@ -9,6 +9,8 @@ the finest level, H x W pixels of its channels.
 from __future__ import annotations
 
 from fluxmesh.cluster.snapshot import Platform
+from fluxmesh.models.flux1.config import AutoencoderConfig
+from fluxmesh.models.tiling import UNTILED_LATENTS
 
 STATES = 24  # hidden states that a step holds at once, at most
 SPLIT_STATES = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
@@ -29,6 +31,15 @@ def denoising_room(state: int, platform: Platform, scarce: bool) -> float:
     if scarce or platform != "cuda":
         return max(1.5e9, 70 * state)
     return max(3e9, 106 * state)  # a step's results together are about 500
+
+
+def largest_of_decode(config: AutoencoderConfig, height: int, width: int, size: int) -> int:
+    """Bytes of the largest array when so many pixels are decoded in numbers of `size` bytes.
+
+    A picture that is cut into tiles has none that is larger than the largest that isn't.
+    """
+    pixels = min(height * width, UNTILED_LATENTS * config.downsampling**2)
+    return pixels * config.widths[min(1, len(config.widths) - 1)] * size
 
 
 def decoding_room(largest: int, platform: Platform, scarce: bool) -> float:

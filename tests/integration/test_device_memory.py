@@ -18,11 +18,14 @@ from fluxmesh.engine.worker import Worker
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning import activations
-from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure, Work
+from fluxmesh.planning.workload import Work
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
 from tests.integration.test_worker import painting
+from tests.unit.meshes import FLUX, ask
 
 PLATFORMS = ("metal", "cuda", "cpu")
 HEAD = (1, "job", 0)
@@ -85,7 +88,7 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
     assert limits == [], "T5's activations are small"
     for_steps = activations.denoising_room(0, platform, False)
     for_pixels = activations.decoding_room(0, platform, False)
-    units: list[tuple[Work, list[float]]] = [
+    units: list[tuple[messages.Work, list[float]]] = [
         (EncodeSource(*HEAD, weights, np.zeros((32, 48, 3), np.uint8)), [for_pixels]),
         (paint, [for_steps]),
         (Decode(*HEAD, weights, (0,), 32, 48, paint.noise), [for_pixels]),
@@ -122,6 +125,18 @@ def test_what_may_wait_on_metal_and_one_convolution_are_what_is_planned(largest:
     one = (1 + activations.WINOGRAD) * largest  # its output, and its own
     assert waits + one <= activations.decoding_bytes(largest, "metal") + 0.25 * GB
     assert waits == activations.decoding_room(largest, "metal", True)
+
+
+@pytest.mark.parametrize("side", [1536, 2048, 4096])
+def test_a_decode_may_take_what_is_planned_also_where_it_goes_in_tiles(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work.of(ask(height=side, width=side, low_memory=True), FLUX)
+    for platform in ("metal", "cpu"):
+        on(platform, monkeypatch)
+        waits = device_memory.decoding_room(FLUX.autoencoder, side, side, mx.bfloat16, True)
+        planned = work.memory("data", 1, 1, platform).decode - work.autoencoder_bytes
+        assert waits <= planned
 
 
 def test_a_mac_may_use_what_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
