@@ -91,8 +91,7 @@ class Worker(Held):
                 raise
             name = "the model" if self.weights is None else self.weights.model
             raise DoesNotFitError(
-                f"Memory ran out while {self.doing} with {name}; try --quantize, "
-                "--low-memory or a smaller --image-size."
+                f"Memory ran out while {self.doing} with {name}; try {self.less_memory(work)}."
             ) from error
         finally:
             self.quiet = ""
@@ -107,6 +106,10 @@ class Worker(Held):
                 yield report
                 start = time.perf_counter()
         self.count(busy_seconds=time.perf_counter() - start)
+
+    def less_memory(self, work: messages.Work) -> str:
+        """What makes units like this one take less, as options."""
+        return "--quantize, --low-memory or a smaller --image-size"
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:
         """What does each kind of unit."""

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from fluxmesh.engine import device_memory
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import Options
-from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, UsageError
 from fluxmesh.training import worker as workers
+from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.encode_units import Unit
 from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.worker import TrainingWorker
@@ -141,6 +143,20 @@ def test_a_state_that_is_not_whole_is_refused(job):
     host.do(training.PutVector(*HEAD, "weights", 0, 100, piece))
     with pytest.raises(UsageError, match=f"A state of {job.size} numbers"):
         host.open(1)
+
+
+def test_where_memory_runs_out_the_options_of_a_training_are_named(job, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+    host = Host(job)
+    host.open()
+    monkeypatch.setattr(Learner, "add", fail)
+    with pytest.raises(DoesNotFitError, match="while training with .* --resolution"):
+        host.update(0)
+    monkeypatch.setattr(FluxPipeline, "encode", fail)
+    with pytest.raises(DoesNotFitError, match="Memory ran out while .* --image-size"):
+        host.do(messages.Encode(*HEAD, job.weights, "two dogs"))
 
 
 def test_updates_come_in_their_order_and_with_their_features(job):
