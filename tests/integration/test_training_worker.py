@@ -97,6 +97,13 @@ class Host:
         return {name: np.concatenate(found).tobytes() for name, found in parts.items()}
 
 
+def test_a_run_travels_with_how_it_could_take_less(job):
+    asked, *smaller = job.ways
+    assert asked.needed > job.needed_bytes, "activations come on top"
+    assert [(way.bits, way.resolution) for way in smaller] == [(8, 0), (4, 0)]
+    assert asked.grad_checkpoint and not asked.lora_rank  # it asks for the lowest one
+
+
 def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
     limits = []
     monkeypatch.setattr(device_memory, "device", lambda: "metal")

@@ -6,6 +6,7 @@ hosts need no disk of ours. Every call blocks until the mesh has done it, whoeve
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +17,13 @@ import numpy as np
 from fluxmesh.cluster.snapshot import MeshView, Weights
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.training.compute.parameter_vector import Layout
 from fluxmesh.training.data.encode_units import Crop, Reader, Unit, Units
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
+from fluxmesh.training.needs import transformer_bytes, ways
 from fluxmesh.training.plan import Plan, prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Moved, Run, read_examples
@@ -196,10 +198,11 @@ def job_of(
         secret=secrets.token_bytes(32),
         plan=plan,
         weights=Weights.of(asked, base.bits),
-        base_bytes=Work.of(asked, sizes).transformer.on_each_of(1),
+        base_bytes=transformer_bytes(request, sizes),
         size=Layout(base.transformer, request).size,
         features=features,
         pixels=pixels,
+        ways=ways(request, sizes, max(plan.sizes, key=math.prod)),
     )
 
 
