@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from fluxmesh_coordinator.deploy.what_if import published
 from fluxmesh_coordinator.jobs.remedies import told
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.types import Links
+from tests.paths import ROOT
 from tests.unit.meshes import FLUX, GB
 from tests.unit.simulated_jobs import training_job
 from tests.unit.test_remedies import WIRED, a_mac
@@ -118,3 +120,17 @@ def test_what_a_host_must_have_at_least_is_its_weights_and_what_is_trained() -> 
     for spare, fits in ((0, True), (-1, False)):
         one = a_mac(16, memory_bytes=least + spare)
         assert (chosen([one], bits=4).winner is not None) == fits
+
+
+def test_the_figures_of_the_docs_are_those_that_are_told() -> None:
+    page = (ROOT / "docs" / "macos.md").read_text(encoding="utf-8")
+    (text,) = (part for part in page.split("\n\n") if part.startswith("**Training**"))
+    figures = [float(number) for number in re.findall(r"([\d.]+) GB with", text)]
+    asked_for = [{}, {"bits": 8}, {"bits": 4, "lora_rank": 4}]
+    assert figures == [
+        round(ways(asked(grad_checkpoint=True, **keys), FLUX, SIZE)[0].needed / GB, 1)
+        for keys in asked_for
+    ]
+    macs = re.findall(r"\d+", text.partition("Macs of ")[2].partition(" GB")[0])
+    for gib, figure in zip(map(int, macs), figures, strict=True):
+        assert figure * GB <= a_mac(gib).memory_bytes
