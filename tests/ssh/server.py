@@ -78,11 +78,7 @@ class Server:
         subprocess.run([*command, USER], check=True, capture_output=True)
         code = f"{sys.executable} -c 'import fluxmesh_agent, fluxmesh_coordinator, mlx.core'"
         done = subprocess.run(["su", USER, "-c", code], cwd="/", capture_output=True, check=False)
-        for parent in (self.folder, *self.folder.parents):
-            if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
-            if parent == Path("/tmp"):
-                break
+        self.folder.chmod(0o711)
         if done.returncode != 0:
             # This clone lies where nobody else may look: another name and home, root's rights.
             subprocess.run(["userdel", "-f", USER], check=True, capture_output=True)

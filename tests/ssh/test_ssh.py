@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,12 +51,14 @@ class User:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("a user and an sshd of the tests' own need Linux and root")
-    server = Server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.close()
+    # Not below pytest's own folder: each pytest that starts closes that to other users.
+    with tempfile.TemporaryDirectory(prefix="fluxmesh-sshd-") as folder:
+        server = Server(Path(folder))
+        yield server
+        server.close()
 
 
 @pytest.fixture(scope="module")
