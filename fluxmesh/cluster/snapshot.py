@@ -23,7 +23,7 @@ Layout = Literal["replicated", "sharded"]
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelVariant:
     """Which weights an engine would have to hold for a request, whatever their layout."""
 
     model: str
@@ -33,7 +33,7 @@ class Weights:
     fuse_adapters: bool = False
 
     @classmethod
-    def of(cls, request: GenerateRequest, stored_bits: int | None = None) -> Weights:
+    def of(cls, request: GenerateRequest, stored_bits: int | None = None) -> ModelVariant:
         """Those of a request; `stored_bits` is what the checkpoint itself is quantized to."""
         return cls(
             request.model,
@@ -48,7 +48,7 @@ class Weights:
 class Holding:
     """What an engine has in memory: all of the transformer, or shard `shard` of `shards`."""
 
-    weights: Weights
+    weights: ModelVariant
     nbytes: int  # everything that the engine would free by letting go of it
     shards: int = 1
     shard: int = 0
@@ -65,7 +65,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepTiming:
     """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
@@ -143,7 +143,7 @@ class JobTiming:
 
     backend: str  # of the ring; "" for `data`
     ranks: tuple[int, ...]  # of the ring in its order, or the one host
-    measured: Measured  # the average; `when` is the latest job
+    measured: StepTiming  # the average; `when` is the latest job
     last_seconds: float  # a step of the latest job
     begin_seconds: float | None = None  # before the first step, where all is loaded: text
     gap_seconds: float | None = None  # of an image, beside steps and decode: what travels, waits
@@ -178,7 +178,7 @@ class HostInfo:
     free_bytes: int  # of the device, beside what engines hold now
     flops_per_second: float  # in bfloat16; used where no step was timed
     load_rate: float  # bytes/s from the checkpoint's files into memory
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[StepTiming, ...] = ()
     holds: Holding | None = None
     device: str = ""  # agents that name the same one share its memory and its time
     platform: Platform = "cpu"
@@ -258,7 +258,7 @@ class MeshView:
 
     @cached_property
     def _timed(self) -> dict[int, HostInfo]:
-        on: dict[str, list[Measured]] = {}
+        on: dict[str, list[StepTiming]] = {}
         for host in self.hosts:
             alone = [job.measured for job in self.timings.jobs if job.ranks == (host.rank,)]
             on.setdefault(host.device_key, []).extend((*host.measured, *alone))
@@ -277,7 +277,7 @@ class MeshView:
         """
         return self._timed[rank]
 
-    def like(self, rank: int) -> tuple[Measured, ...]:
+    def like(self, rank: int) -> tuple[StepTiming, ...]:
         """What hosts of the same kind measured alone, the latest first: a hint for this one."""
         kind, own = self.host(rank).kind, self.host(rank).device_key
         found = [

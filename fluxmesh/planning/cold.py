@@ -11,9 +11,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fluxmesh.cluster.snapshot import HostInfo, JobTiming, Measured, MeshView, Placement, StepShape
+from fluxmesh.cluster.snapshot import (
+    HostInfo,
+    JobTiming,
+    MeshView,
+    Placement,
+    StepShape,
+    StepTiming,
+)
 from fluxmesh.planning.cost import is_of
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 
 RESTARTING = ("nccl",)  # backends that an engine starts anew for: the environment names its device
 
@@ -28,7 +35,7 @@ class Extras(NamedTuple):
 class Cold:
     """How far a view is from ready for one request."""
 
-    def __init__(self, work: Work, view: MeshView) -> None:
+    def __init__(self, work: Workload, view: MeshView) -> None:
         self.work, self.view = work, view
         self._jobs = [job for job in view.timings.jobs if is_of(job.measured, work)]
 
@@ -108,7 +115,7 @@ class Cold:
         held = host.holds
         return held is not None and held.weights == self.work.weights and shape in host.warm
 
-    def _measured(self) -> list[tuple[Measured, tuple[int, ...]]]:
+    def _measured(self) -> list[tuple[StepTiming, tuple[int, ...]]]:
         """Everything timed on these weights, with the hosts that it was timed on."""
         told = [
             (measured, (host.rank,))
@@ -120,7 +127,7 @@ class Cold:
 
     def _distance(
         self,
-        measured: Measured,
+        measured: StepTiming,
         placement: Placement,
         members: tuple[int, ...],
         ranks: Sequence[int],

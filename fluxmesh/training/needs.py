@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from fluxmesh.planning.activations import gradient_bytes
 from fluxmesh.planning.remedies import Remedy
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import DTYPE_BYTES, GenerateRequest
-from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.data.bucketing import Size
 from fluxmesh.training.request import TRAIN_BITS, TrainRequest
 
@@ -27,7 +27,7 @@ SMALL = (256, 256)  # pixels of a picture that still teaches
 def transformer_bytes(request: TrainRequest, model: ModelSizes) -> int:
     """Of the frozen transformer in memory."""
     asked = GenerateRequest("", seed=0, dtype=request.dtype, bits=request.bits)
-    return Work.of(asked, model).transformer.on_each_of(1)
+    return Workload.of(asked, model).transformer.on_each_of(1)
 
 
 def ways(request: TrainRequest, model: ModelSizes, size: Size) -> tuple[Remedy, ...]:
@@ -70,6 +70,6 @@ def _needed(request: TrainRequest, model: ModelSizes, size: Size) -> int:
     state = tokens * config.hidden_size * DTYPE_BYTES[request.dtype]
     return (
         transformer_bytes(request, model)
-        + NUMBER_BYTES * Layout(config, request).size
+        + NUMBER_BYTES * VectorLayout(config, request).size
         + gradient_bytes(state, config.depth + config.depth_single_blocks)
     )

@@ -12,13 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.worker import Worker
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning import activations
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure
 from fluxmesh.wire.transport.stream import Channel
@@ -33,8 +33,8 @@ GB = 10**9
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
+    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_decode_that_is_held_back_takes_half_the_memory_and_gives_the_same_bit
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_unit_that_computes_pixels_or_steps_is_held_back(
-    weights: Weights, limits: list[int], platform: Any, monkeypatch: pytest.MonkeyPatch
+    weights: ModelVariant, limits: list[int], platform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on(platform, monkeypatch)
     before, worker = mx.get_memory_limit(), Worker()
@@ -131,7 +131,7 @@ def test_what_may_wait_on_metal_and_one_convolution_are_what_is_planned(largest:
 def test_a_decode_may_take_what_is_planned_also_where_it_goes_in_tiles(
     side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = Work.of(ask(height=side, width=side, low_memory=True), FLUX)
+    work = Workload.of(ask(height=side, width=side, low_memory=True), FLUX)
     for platform in ("metal", "cpu"):
         on(platform, monkeypatch)
         waits = device_memory.decoding_room(FLUX.autoencoder, side, side, mx.bfloat16, True)

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
-    Measured,
     MeshView,
     Placement,
     RingPlace,
     RingTiming,
     StepShape,
+    StepTiming,
     Timings,
 )
 from fluxmesh.planning.learning import MOST, dated, kind, learned
@@ -25,8 +25,8 @@ from fluxmesh.planning.plan import Option, plan
 from tests.unit.meshes import FLUX, ask, full, held, mac
 
 
-def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> Measured:
-    return Measured("m", side, side, "bfloat16", None, seconds, when=when, **keys)
+def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> StepTiming:
+    return StepTiming("m", side, side, "bfloat16", None, seconds, when=when, **keys)
 
 
 def job(

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire import messages
 from fluxmesh_agent import upkeep
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
 
-KEEP = messages.Keep(Weights("tiny"), 1, 0, ("transformer", "autoencoder"))
+KEEP = messages.Keep(ModelVariant("tiny"), 1, 0, ("transformer", "autoencoder"))
 REQUEST = ask(model="tiny", height=32, width=48, steps=20, n_images=1)
 
 
@@ -40,7 +40,7 @@ def mesh_of(folder: Path, hosts: int) -> Iterator[tuple[Mesh, FakeMesh]]:
 
     with Mesh(fake.record, dialer) as mesh:
         try:
-            mesh._run(mesh._driver.tell(dict.fromkeys(range(hosts), KEEP)))
+            mesh._run(mesh._pool.tell(dict.fromkeys(range(hosts), KEEP)))
             yield mesh, fake
         finally:
             asyncio.run_coroutine_threadsafe(fake.__aexit__(), mesh._loop).result()

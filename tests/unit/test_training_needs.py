@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.cluster.snapshot import HostInfo
-from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.needs import NUMBER_BYTES, transformer_bytes, ways
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.deploy.what_if import published
@@ -34,7 +34,7 @@ def chosen(hosts: list[HostInfo], model: Any = FLUX, **changed: Any) -> tasks.Ch
     job = replace(
         training_job(),
         base_bytes=transformer_bytes(request, model),
-        size=Layout(model.transformer, request).size,
+        size=VectorLayout(model.transformer, request).size,
         ways=ways(request, model, SIZE),
     )
     return tasks.choose(job, hosts, Links())
@@ -116,7 +116,10 @@ def test_a_checkpoint_of_4_bits_is_not_quantized_again() -> None:
 
 def test_what_a_host_must_have_at_least_is_its_weights_and_what_is_trained() -> None:
     request = asked(bits=4)
-    least = transformer_bytes(request, FLUX) + NUMBER_BYTES * Layout(FLUX.transformer, request).size
+    least = (
+        transformer_bytes(request, FLUX)
+        + NUMBER_BYTES * VectorLayout(FLUX.transformer, request).size
+    )
     for spare, fits in ((0, True), (-1, False)):
         one = a_mac(16, memory_bytes=least + spare)
         assert (chosen([one], bits=4).winner is not None) == fits

@@ -14,12 +14,12 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import HostInfo, MeshView, Weights
+from fluxmesh.cluster.snapshot import HostInfo, MeshView, ModelVariant
 from fluxmesh.planning.remedies import Remedy, of_training
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_name, crop_name
 from fluxmesh.training.needs import NUMBER_BYTES
-from fluxmesh.training.plan import NO_CAPTION, Plan
-from fluxmesh.training.run import Moved
+from fluxmesh.training.plan import NO_CAPTION, TrainingPlan
+from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire.training_messages import PutFeatures
 from fluxmesh_coordinator.jobs.types import Asked, Job, Links, Result
 
@@ -31,8 +31,8 @@ Arrays = Mapping[str, np.ndarray]
 class TrainingJob(Job):
     """A run, ready for a mesh."""
 
-    plan: Plan
-    weights: Weights
+    plan: TrainingPlan
+    weights: ModelVariant
     base_bytes: int  # of the transformer in memory
     size: int  # numbers that are trained
     ways: tuple[Remedy, ...] = ()  # how it can be done, as `training/needs.py` has them
@@ -65,7 +65,7 @@ class OpenTask:
 
 @dataclass(frozen=True)
 class AdvanceTask:
-    """Gives a `Moved`."""
+    """Gives a `UpdateResult`."""
 
     update: int  # counted from 0
 
@@ -143,7 +143,7 @@ class Halted:
     """Nothing runs any more."""
 
     update: int | None  # updates that the hosts' state has behind it; None where there is none
-    moved: Moved | None  # the last of these
+    moved: UpdateResult | None  # the last of these
 
 
 # What engines are told of the run
@@ -226,9 +226,11 @@ class Names:
             return crop_name(unit.image, unit.crop)
         return caption_name(self._numbers[unit.text])
 
-    def put(self, name: str, fence: int, epoch: int) -> PutFeatures:
+    def put(self, name: str, fence: int, ring_generation: int) -> PutFeatures:
         """The message that brings features to a host."""
-        return PutFeatures(fence, self.job.id, epoch, name, **self.job.features(self.unit(name)))
+        return PutFeatures(
+            fence, self.job.id, ring_generation, name, **self.job.features(self.unit(name))
+        )
 
 
 # Who takes part
