@@ -14,7 +14,7 @@ from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.commands.train import conduct
-from fluxmesh_coordinator.console.train_report import JsonReporter
+from fluxmesh_coordinator.console.train_report import TrainJsonReporter
 from tests.watchdog import TEXT
 
 METAL = "[METAL] Command buffer execution failed: "
@@ -105,5 +105,5 @@ def test_a_training_without_a_mesh_computes_in_this_process_and_asks_for_it(
     monkeypatch.delenv(RELAX)
     monkeypatch.setattr(mesh_file, "load", lambda: None)
     monkeypatch.setattr(local_executor, "train", trained)
-    conduct(TrainRequest("data", seed=1), JsonReporter())
+    conduct(TrainRequest("data", seed=1), TrainJsonReporter())
     assert found == ["1"]
