@@ -21,6 +21,7 @@ from fluxmesh.planning import activations
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure
+from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
@@ -196,6 +197,24 @@ def test_an_idle_engine_gives_its_cache_back_and_one_at_work_keeps_it(
     threading.Thread(target=lambda: (given_back.wait(10), idle._line.put(AskStatus()))).start()
     idle._next()
     assert given_back.is_set() and mx.get_cache_memory() == 0
+
+
+def test_an_engine_bounds_its_cache_before_its_first_unit(
+    idle: engine.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    on("metal", monkeypatch)
+    monkeypatch.setattr(mx, "set_cache_limit", given.append)
+    for thread in ("_read", "_beat"):  # they would end this process with the agent
+        monkeypatch.setattr(idle, thread, lambda: None)
+
+    def closed() -> None:
+        raise ConnectionClosed("the agent is gone")
+
+    monkeypatch.setattr(idle, "_next", closed)
+    with pytest.raises(ConnectionClosed):
+        idle.run()
+    assert len(given) == 1 and 0 < given[0] <= device_memory.CACHE_BYTES
 
 
 def test_a_cuda_gpus_memory_is_its_own_and_stays_cached(monkeypatch: pytest.MonkeyPatch) -> None:
