@@ -166,7 +166,6 @@ class Engine:
                 worker.load_rate,
                 worker.components,
                 worker.compiled,
-                worker.warm,
             )
         )
 

@@ -404,7 +404,7 @@ def views(draw: st.DrawFn) -> MeshView:
                 load_rate=draw(powers(6, 9)),
                 holds=draw(st.sampled_from([None, holds])),
                 device=draw(st.sampled_from(["", "", "gpu", "other"])),
-                warm=draw(st.sampled_from([(), (StepShape("data", 64, 64),)])),
+                compiled=draw(st.sampled_from([(), (StepShape("m", "bfloat16", bits, "data", 1, 64, 64),)])),
                 ring=RingPlace(draw(st.sampled_from(["", "a"])), len(hosts), len(ranks)),
             )
         )

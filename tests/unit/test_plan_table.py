@@ -46,7 +46,7 @@ def test_what_up_measured_is_measured_too_and_what_nobody_did_is_a_dash() -> Non
 
 
 def test_what_only_a_first_request_takes_is_a_column_of_its_own() -> None:
-    jobs = [job(0.1, first_seconds=20.0)]
+    jobs = [job(0.1, kernels_seconds=20.0)]
     assert cell(rows(view_of(jobs=jobs))["sequence", "0,1"], "cold") == "20.00 s"
     assert cell(rows(view_of(warm(0, "data")))["data", "0"], "cold") == ""
 

@@ -138,6 +138,7 @@ def play(
     return told, *asyncio.run(scene())
 
 
+TINY = Work.of(ask(height=32, width=32), small()).weights
 DATA = Way((32, 32), "data", (0, 1, 2))
 PAIR = Way((32, 32), "sequence", (0, 2))
 
@@ -146,11 +147,16 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, _, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2))
-    assert told.ready == [("data", (0, 1, 2), (32, 32)), ("sequence", (0, 2), (32, 32))]
+    # Timing a step has made them ready by data; two of them ended for their ring, and are so again.
+    assert told.ready == [
+        ("data", (0, 1, 2), (32, 32)),
+        ("data", (0, 1, 2), (32, 32)),
+        ("sequence", (0, 2), (32, 32)),
+    ]
     assert [set(status.compiled) for status in statuses] == [
-        {DATA.compiled, PAIR.compiled},
-        {DATA.compiled},
-        {DATA.compiled, PAIR.compiled},
+        {DATA.shape(TINY), PAIR.shape(TINY)},
+        {DATA.shape(TINY)},
+        {DATA.shape(TINY), PAIR.shape(TINY)},
     ]
     assert ["text encoders" in status.components for status in statuses] == [True, False, False]
     # The ring of all, whose collectives were measured, is what two of them have left.
@@ -161,7 +167,7 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
 
 def test_the_second_time_it_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told, mesh, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2), times=2)
-    assert len(told.ready) == 2 and told.stages == []
+    assert len(told.ready) == 3 and told.stages == []
     assert [status.epoch for status in statuses] == [2, 1, 2]
 
 
@@ -175,7 +181,7 @@ def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
     assert "A peer was lost." in note
     assert [status.holds is not None for status in statuses] == [True, True, True]
     assert [status.ring for status in statuses] == ["", "", ""]
-    assert [set(status.compiled) for status in statuses] == [{DATA.compiled}] * 3  # once more
+    assert [set(status.compiled) for status in statuses] == [{DATA.shape(TINY)}] * 3  # once more
     assert "text encoders" in statuses[0].components
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -299,8 +300,8 @@ class Warming:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
         if untimed and place.shards == 1 and set(leases) <= set(self.clients):
-            self.watcher.stage("Timing a step")
-            await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
+            with self._timing("data", untimed):
+                await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
         for rank in leases:  # of one that failed too, if it still hears
             with contextlib.suppress(HostUnreachableError):
                 await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
@@ -358,6 +359,16 @@ class Warming:
             f"{remedy(model)}"
         )
 
+    @contextlib.contextmanager
+    def _timing(self, placement: Placement, ranks: Sequence[int]) -> Iterator[None]:
+        """What is timed is ready from then on, which is told where anything is to be."""
+        self.watcher.stage("Timing a step")
+        start = time.monotonic()
+        yield
+        if self.sizes:
+            size = (self.work.height, self.work.width)
+            self.watcher.warmed(placement, ranks, size, time.monotonic() - start)
+
     async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
         measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
@@ -384,8 +395,8 @@ class Warming:
             await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await together(self._load(ring[rank], place, rank) for rank in ring)
-            self.watcher.stage("Timing a step")
-            await together(self._time(ring[rank], "tensor") for rank in ring)
+            with self._timing("tensor", place.ranks):
+                await together(self._time(ring[rank], "tensor") for rank in ring)
         except FluxmeshError as error:
             self.watcher.note(f"A step of all hosts together could not be timed: {error}")
             for job in ring.values():  # a survivor of a broken ring can hang
