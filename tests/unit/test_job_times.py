@@ -37,7 +37,9 @@ def times(**keys: Any) -> JobTimes:
     return JobTimes(Work.of(request, small()), request)
 
 
-def paint(on: JobTimes, image: int = 0, first: float = 1.0, readiness: Any = "warm", **keys: Any) -> None:
+def paint(
+    on: JobTimes, image: int = 0, first: float = 1.0, readiness: Any = "warm", **keys: Any
+) -> None:
     """An image of four steps of a second each, with 0.4 s in between and 0.3 s round its decode."""
     members = keys.get("members", RING)
     on.given(image, members, 10.0, readiness)
@@ -181,7 +183,9 @@ def test_whether_a_first_step_compiled_is_known_from_what_the_engines_say() -> N
     for warm in ([], [0], [0, 1]):
         simulation = GenerationSimulation(2, placement="sequence")
         for rank, machine in simulation.machines.items():
-            info = replace(machine.leased.info, holds=held(), compiled=(shape,) if rank in warm else ())
+            info = replace(
+                machine.leased.info, holds=held(), compiled=(shape,) if rank in warm else ()
+            )
             machine.leased = replace(machine.leased, info=info)
         (timing,) = simulation.run().learned.jobs
         assert (timing.measured.kernels_seconds is None) == (warm == [0, 1])

@@ -260,7 +260,9 @@ def test_engines_that_are_not_this_very_ring_are_none(places: list[RingPlace]) -
 
 
 @pytest.mark.parametrize(
-    "other", [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}], ids=lambda one: next(iter(one))
+    "other",
+    [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}],
+    ids=lambda one: next(iter(one)),
 )
 def test_kernels_of_another_model_or_precision_are_no_help(other: dict[str, Any]) -> None:
     jobs = [job(1.0, (0,), kernels_seconds=6.0, first_seconds=0.1)]

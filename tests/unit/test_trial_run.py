@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,12 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
     # The ring of all, whose collectives were measured, is what two of them have left.
     assert [(s.ring_rank, s.ring_size) for s in statuses] == [(0, 2), (1, 3), (1, 2)]
     assert statuses[0].ring == statuses[2].ring
+    kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]["rings"]
+    assert [(one["backend"], one["ranks"]) for one in kept] == [
+        ("ring", [0, 1, 2]),
+        ("ring", [0, 2]),
+    ]
+    assert all(one["gathers"] and one["sums"] and one["forming_seconds"] > 0 for one in kept)
     assert [status.holder for status in statuses] == ["", "", ""]
 
 

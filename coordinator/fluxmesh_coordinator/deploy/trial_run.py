@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fluxmesh.cluster.snapshot import MeshView, Placement, StepShape, Weights
+from fluxmesh.cluster.snapshot import MeshView, Placement, StepShape, Timings, Weights
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
 from fluxmesh.planning.workload import Work
@@ -24,7 +24,7 @@ from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.deploy.bringup import Watcher
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring, together
 
 SILENCE = 60.0  # seconds without a sign from an engine, which beats each second
 FIRST_STEP = 600.0  # seconds that a step and a decode may take: kernels compile
@@ -122,6 +122,7 @@ class TrialRun:
     hosts: Sequence[int]
     shards: int  # in how many parts
     sizes: Sequence[Size]
+    learn: Callable[[Timings], None]  # hears what is measured of a ring that is new
     reader: int | None = None  # who has the text encoders in memory afterwards
     _errands: dict[int, Errand] = field(default_factory=dict)
 
@@ -234,7 +235,8 @@ class TrialRun:
             host.rank: host for host in Survey(self.mesh, await self._statuses(), {}, {}).view.hosts
         }
         members = {rank: self._errands[rank] for rank in ring}
-        await form_ring(members, self.mesh.hostfile.hosts, infos, self.mesh.hostfile.backend)
+        hostfile, timings = self.mesh.hostfile, self.mesh.timings
+        self.learn(await form_known_ring(members, hostfile.hosts, infos, hostfile.backend, timings))
 
     async def _end_engines(self, ranks: Iterable[int]) -> None:
         """A survivor of a broken ring can hang."""

@@ -37,7 +37,7 @@ from fluxmesh_coordinator.agents.client import Client
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
@@ -158,7 +158,14 @@ class Warming:
         for rings in (True, False):
             hosts, shards = self._place.ranks, self._place.shards
             trial = TrialRun(
-                self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
+                mesh=self.mesh,
+                work=self.work,
+                watcher=self.watcher,
+                clients=self.clients,
+                hosts=hosts,
+                shards=shards,
+                sizes=self.sizes,
+                learn=self._learn,
             )
             try:
                 is_done = await trial.run(rings=rings)
@@ -173,6 +180,12 @@ class Warming:
             while not await self._fill():
                 continue
         return reader
+
+    def _learn(self, news: Timings) -> None:
+        """Puts what was measured of rings on the mesh's record."""
+        if news.rings:
+            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
+            mesh_file.save(self.mesh, self.home)
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
@@ -257,16 +270,16 @@ class Warming:
                 granted = await self._lease(rank)
                 jobs[rank] = Errand(self.clients[rank], granted, self.work)
                 infos[rank] = host_info(rank, granted.status)
-            seconds = await form_ring(jobs, self.mesh.hostfile.hosts, infos, backend)
-            news = Timings((await measure_ring(jobs, backend, seconds),))
+            self._learn(
+                await form_known_ring(
+                    jobs, self.mesh.hostfile.hosts, infos, backend, self.mesh.timings
+                )
+            )
         except FluxmeshError as error:
             self.watcher.note(f"The ring could not be measured: {error}")
             for job in jobs.values():  # a survivor of a broken ring can hang
                 with contextlib.suppress(FluxmeshError):
                     await job.begin_anew()
-        else:
-            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
-            mesh_file.save(self.mesh, self.home)
         for job in jobs.values():
             with contextlib.suppress(FluxmeshError):
                 await job.client.ask(messages.LeaveQueue(), messages.Done)
@@ -392,7 +405,11 @@ class Warming:
         ring = {rank: jobs[rank] for rank in place.ranks}
         infos = {host.rank: host for host in view.hosts}
         try:
-            await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
+            self._learn(
+                await form_known_ring(
+                    ring, self.mesh.hostfile.hosts, infos, view.backend, self.mesh.timings
+                )
+            )
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await together(self._load(ring[rank], place, rank) for rank in ring)
             with self._timing("tensor", place.ranks):
