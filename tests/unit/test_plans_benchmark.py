@@ -49,21 +49,25 @@ def test_the_report_counts_what_was_predicted() -> None:
     assert "1 of 2 requests took what was predicted, within 15%." in printed
     assert "| 512x768 | 1 | sequence | 2 |  | 1.000 | 2.000 | -50% | 2.000–2.000 |" in printed
     assert "The default choice was the fastest, or a tie, 1 of 1 times." in printed
-    assert "disturbed" not in printed
+    assert "left alone" not in printed
     results[1]["others"] = 0.5
     printed = report(results)
-    assert "| 2.000* |" in printed and "Of the 1 that nothing else disturbed: 1." in printed
+    assert "| 2.000* |" in printed and "Of the 1 that were warm and left alone: 1." in printed
     assert off(case("data", 2.0, predicted=3.0)) == pytest.approx(0.5)
     assert size("512x768") == (512, 768)
 
 
-def asked(others: list[float], rounds: int = 2) -> Case:
-    """A kind of request after three times `rounds` turns, in which others did so much."""
+def asked(others: list[float], rounds: int = 2, colds: tuple[float, ...] = ()) -> Case:
+    """A kind of request after three times `rounds` turns, in which others did so much.
+
+    In the first ones, a ring was to be formed for `colds` seconds.
+    """
     option = SimpleNamespace(
         name="data",
         seconds=1.0,
         ranks=(0, 1),
         cold_seconds=0.0,
+        load_seconds=0.0,
         phases=[SimpleNamespace(step_seconds=0.1, figure="step")],
     )
     made: list[float] = []
@@ -72,7 +76,12 @@ def asked(others: list[float], rounds: int = 2) -> Case:
         made.append(float(len(made)))
         return {"measured": made[-1], "step": 0.1, "others": others[len(made) - 1]}
 
-    session: Any = SimpleNamespace(plan=lambda *_: option, paint=paint)
+    def plan(*_: Any) -> Any:
+        option.cold_seconds = next(forming, 0.0)
+        return option
+
+    forming = iter(colds)
+    session: Any = SimpleNamespace(plan=plan, paint=paint)
     case = Case({"height": 512, "width": 512}, 1, "data", 2.0, option)  # type: ignore[arg-type]
     for number in range(3 * rounds):
         _round(session, case, number, rounds)
@@ -88,6 +97,9 @@ def test_a_request_is_made_again_while_others_disturb_it_and_quiet_ones_count() 
     loud = asked([0.5] * 6)
     assert len(loud.rounds) == 6 and loud.result["measured"] == 2.5
     assert loud.result["others"] == 0.5
+    formed = asked([0.0] * 4, colds=(2.0, 0.0, 3.0))
+    assert [one["measured"] for one in formed.counted] == [1.0, 3.0]
+    assert formed.result["cold"] == 0.0
 
 
 def test_what_others_keep_busy_is_what_none_of_ours_does() -> None:
