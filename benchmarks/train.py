@@ -108,7 +108,7 @@ def ours(case: Result) -> None:
     import mlx.core as mx
 
     from fluxmesh.engine.pipeline import FluxPipeline
-    from fluxmesh.training.local_executor import Alone
+    from fluxmesh.training.local_executor import LocalExecutor
     from fluxmesh.training.plan import prepare
     from fluxmesh.training.run import read_examples
 
@@ -128,7 +128,7 @@ def ours(case: Result) -> None:
     start = time.perf_counter()
     pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
     plan = prepare(request, read_examples(request), pipeline.checkpoint)
-    crew = Alone(pipeline, plan)
+    crew = LocalExecutor(pipeline, plan)
     for _ in crew.encode():
         pass
     crew.open(0, {})

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, Measured, StepShape
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepShape, StepTiming
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
@@ -82,7 +82,7 @@ class FakeEngine:
         self.rank, self.size = 0, 1  # in its ring
         self.steps: list[tuple[int, int]] = []  # (image, step) that it made
         self.holding: Holding | None = None
-        self.counters = messages.Counters()
+        self.counters = messages.EngineCounters()
         self.content = "same"  # of the files that it reads
         self.components: tuple[str, ...] = ()
         self.compiled: tuple[StepShape, ...] = ()
@@ -96,44 +96,48 @@ class FakeEngine:
         match unit:
             case messages.Join():
                 self.rank, self.size = unit.rank, unit.size
-                yield messages.Joined(unit.epoch, unit.rank)
+                yield messages.Joined(unit.ring_generation, unit.rank)
             case messages.Load():
                 for component in unit.components:
-                    yield messages.Progress(unit.job, unit.epoch, component, 0, 8)
-                    yield messages.Progress(unit.job, unit.epoch, component, 8, 8)
+                    yield messages.LoadProgress(unit.job, unit.ring_generation, component, 0, 8)
+                    yield messages.LoadProgress(unit.job, unit.ring_generation, component, 8, 8)
                     self._has(component)
                 self.holding = Holding(unit.weights, GB, unit.shards, unit.shard, self.content)
-                yield messages.Loaded(unit.job, unit.epoch, self.holding, 0.1)
+                yield messages.Loaded(unit.job, unit.ring_generation, self.holding, 0.1)
             case messages.Encode():
                 self._count(encodes=1)
                 self._has("text encoders")
                 t5, clip = (np.full(size, len(unit.prompt), np.uint16) for size in _TEXT)
-                yield messages.Encoded(unit.job, unit.epoch, 0.1, False, 3, self.content, t5, clip)
+                yield messages.TextEncoded(
+                    unit.job, unit.ring_generation, 0.1, False, 3, self.content, t5, clip
+                )
             case messages.EncodeSource():
-                yield messages.SourceEncoded(unit.job, unit.epoch, np.zeros((1, 4, 16), np.float32))
+                yield messages.SourceEncoded(
+                    unit.job, unit.ring_generation, np.zeros((1, 4, 16), np.float32)
+                )
             case messages.Paint():
                 yield from self._paint(unit)
             case messages.Measure():
                 how = (unit.weights.model, unit.height, unit.width)
                 ring = (unit.placement, 1 if unit.placement == "data" else self.size)
-                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
+                timed = StepTiming(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
                 self._has_made(unit)
-                yield messages.Timed(unit.job, unit.epoch, timed)
+                yield messages.Timed(unit.job, unit.ring_generation, timed)
             case messages.Warm():
                 self._has_made(unit)
                 self.holding = self.holding or Holding(unit.weights, GB, content=self.content)
-                yield messages.Beat(unit.job, unit.epoch, "first step")
-                yield messages.Warmed(unit.job, unit.epoch, 0.1)
+                yield messages.Beat(unit.job, unit.ring_generation, "first step")
+                yield messages.Warmed(unit.job, unit.ring_generation, 0.1)
             case messages.MeasureRing():
                 rate = self.collective_rate
                 table = tuple(CollectiveTime(4 << k, (4 << k) / rate) for k in (10, 17, 23))
-                yield messages.RingTimed(unit.job, unit.epoch, table, table, 0.5)
+                yield messages.RingTimed(unit.job, unit.ring_generation, table, table, 0.5)
             case messages.Decode():
                 for place, image in enumerate(unit.images):
                     self._count(decodes=1)
                     latents = unit.latents[place : place + 1]
                     pixels = developed(latents, unit.height, unit.width)
-                    yield messages.Pictured(unit.job, unit.epoch, image, 0.1, 5, pixels)
+                    yield messages.Pictured(unit.job, unit.ring_generation, image, 0.1, 5, pixels)
             case _:
                 yield from self.training.work(unit, self.content)
 
@@ -154,7 +158,7 @@ class FakeEngine:
             compiling = self._has_made(unit)
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
             told = latents if unit.placement == "data" or self.rank == 0 else None
-            head = (unit.job, unit.epoch, unit.image, step)
+            head = (unit.job, unit.ring_generation, unit.image, step)
             seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
             yield messages.Stepped(*head, seconds + compiling, 4, told, reused=reused)
 

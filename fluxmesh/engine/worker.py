@@ -28,17 +28,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, Measured
+from fluxmesh.cluster.snapshot import Holding, StepTiming
 from fluxmesh.engine import device_memory, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
-from fluxmesh.engine.residency import Held, Options, Stopped
+from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
+from fluxmesh.sampling.denoise import Basis, DenoisePlan, StepState, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
@@ -60,13 +60,13 @@ GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the
 Reports = Generator[Report, None, None]
 
 
-class Worker(Held):
+class Worker(ModelStore):
     """Does one unit of work after another."""
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: WorkerOptions | None = None) -> None:
         super().__init__(options)
         self.quiet = ""  # what it does, while it gives no other sign of life
-        self._plans: dict[str, tuple[bytes, Plan]] = {}  # the latest of each placement
+        self._plans: dict[str, tuple[bytes, DenoisePlan]] = {}  # the latest of each placement
         self._warm: set[Any] = set()  # what steps were run at since something was read
         self._job = ""
 
@@ -143,7 +143,7 @@ class Worker(Held):
                 yield from self._loading(work, component)
         part = (work.shards, work.shard, self.content)
         holding = self.holding or Holding(work.weights, 0, *part)
-        yield messages.Loaded(work.job, work.epoch, holding, time.perf_counter() - start)
+        yield messages.Loaded(work.job, work.ring_generation, holding, time.perf_counter() - start)
 
     def _encode(self, work: Encode) -> Reports:
         self.doing = "reading the prompt"
@@ -167,7 +167,7 @@ class Worker(Held):
             t5, clip = to_wire(text.t5), to_wire(text.clip)
             peak = self.meter.now("text")
         told = (seconds, cached, peak, self.content)
-        yield messages.Encoded(work.job, work.epoch, *told, t5, clip)
+        yield messages.TextEncoded(work.job, work.ring_generation, *told, t5, clip)
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -177,7 +177,7 @@ class Worker(Held):
             self._begin("encoding", "encode")
             source = pipeline.encode_source(SourceImage(work.pixels))
             self.quiet = ""
-        yield messages.SourceEncoded(work.job, work.epoch, np.array(source.clean))
+        yield messages.SourceEncoded(work.job, work.ring_generation, np.array(source.clean))
 
     def _paint(self, work: Paint) -> Reports:
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
@@ -236,7 +236,7 @@ class Worker(Held):
                 self.quiet = ""
                 yield messages.Stepped(
                     work.job,
-                    work.epoch,
+                    work.ring_generation,
                     work.image,
                     number,
                     seconds,
@@ -264,7 +264,7 @@ class Worker(Held):
             self.count(decodes=len(pixels))
             peak = self.meter.now("decode")
         for image, picture in zip(work.images, pixels, strict=True):
-            yield messages.Pictured(work.job, work.epoch, image, seconds, peak, picture)
+            yield messages.Pictured(work.job, work.ring_generation, image, seconds, peak, picture)
 
     def _measure(self, work: Measure) -> Reports:
         """Steps and a decode of noise, after a trial picture. In a ring all are given it."""
@@ -295,7 +295,7 @@ class Worker(Held):
             mx.eval(pipeline.decode(x, size))
         step = min(spent[1:])
         longer = max(0.0, first - step)
-        measured = Measured(
+        measured = StepTiming(
             weights.model,
             work.height,
             work.width,
@@ -309,13 +309,13 @@ class Worker(Held):
             first_seconds=longer if has_kernels and not has_made else None,
             when=time.time(),
         )
-        yield messages.Timed(work.job, work.epoch, measured)
+        yield messages.Timed(work.job, work.ring_generation, measured)
 
     def _warm_up(self, work: Warm) -> Reports:
         """A trial picture, and no more."""
         start = time.perf_counter()
         if (yield from self._trial(work)) is not None:
-            yield messages.Warmed(work.job, work.epoch, time.perf_counter() - start)
+            yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
 
     def _trial(self, work: Measure | Warm) -> Generator[Report, None, float | None]:
         """The first step of a picture and a decode, as a job would have them, thrown away.
@@ -330,7 +330,7 @@ class Worker(Held):
         noise = initial_noise(0, *size, ae.z_channels, ae.downsampling)
         t5 = to_wire(mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype))
         clip = to_wire(mx.zeros((1, config.vec_in_dim), pipeline.dtype))
-        head = (work.fence, work.job, work.epoch, work.weights)
+        head = (work.fence, work.job, work.ring_generation, work.weights)
         paint = Paint(
             *head,
             work.placement,
@@ -374,13 +374,13 @@ class Worker(Held):
         limit = self.options.memory_bytes or device_memory.memory_of_device()
         found = ring_probe.timed(self.ring(), work.seconds, limit)
         self.quiet = ""
-        yield messages.RingTimed(work.job, work.epoch, *found)
+        yield messages.RingTimed(work.job, work.ring_generation, *found)
 
     # Parts of them
 
     def _walked(
-        self, work: Paint | Measure, walk: Iterator[Step], steps: int, ahead: bool = True
-    ) -> Iterator[tuple[Step, float]]:
+        self, work: Paint | Measure, walk: Iterator[StepState], steps: int, ahead: bool = True
+    ) -> Iterator[tuple[StepState, float]]:
         """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
         with self.model.bounded_steps(self._latent_size(work)):
             yield from walked(
@@ -397,7 +397,7 @@ class Worker(Held):
             self._begin("loading")
             self._warm.clear()  # whatever runs next reads new weights, and may take long
             told = (event.component, event.done_bytes, event.total_bytes)
-            yield messages.Progress(work.job, work.epoch, *told)
+            yield messages.LoadProgress(work.job, work.ring_generation, *told)
         self.quiet = ""
 
     def _lacks(self, work: Paint, key: bytes) -> list[str]:
@@ -424,7 +424,7 @@ class Worker(Held):
         self.count(agree_seconds=time.perf_counter() - start)
         return most
 
-    def _plan(self, work: Paint, key: bytes) -> Plan:
+    def _plan(self, work: Paint, key: bytes) -> DenoisePlan:
         """What the images of a job share, evaluated; kept for the next one.
 
         All ranks of a ring must find it, or none, since it is made with a collective: so that one
@@ -445,7 +445,7 @@ class Worker(Held):
             self._plans[work.placement] = (key, plan)
         return plan
 
-    def _kept_plan(self, placement: str, key: bytes) -> Plan | None:
+    def _kept_plan(self, placement: str, key: bytes) -> DenoisePlan | None:
         known, plan = self._plans.get(placement, (b"", None))
         return plan if known == key else None
 
@@ -514,7 +514,7 @@ def _basis(work: Paint) -> Basis | None:
 def _plan_key(work: Paint) -> bytes:
     """Equal for paintings that share a plan."""
     size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
-    key = hashlib.blake2b(repr((work.job, work.epoch, work.weights, size)).encode())
+    key = hashlib.blake2b(repr((work.job, work.ring_generation, work.weights, size)).encode())
     for array in (work.t5, work.clip):
         key.update(array.tobytes())
     return key.digest()

@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fluxmesh.cluster.snapshot import JobTiming, Measured, MeshView, Placement, StepShape
+from fluxmesh.cluster.snapshot import JobTiming, MeshView, Placement, StepShape, StepTiming
 from fluxmesh.planning.cost import is_of
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 
 RESTARTING = ("nccl",)  # backends that an engine starts anew for: the environment names its device
 
@@ -45,7 +45,7 @@ class Distance(NamedTuple):
 class Cold:
     """How far a view is from ready for one request."""
 
-    def __init__(self, work: Work, view: MeshView) -> None:
+    def __init__(self, work: Workload, view: MeshView) -> None:
         self.work, self.view = work, view
         self._jobs = [job for job in view.timings.jobs if is_of(job.measured, work)]
 
@@ -135,7 +135,7 @@ class Cold:
         ]
         return max(found, key=lambda job: job.measured.when, default=None)
 
-    def _measured(self) -> list[tuple[Measured, tuple[int, ...]]]:
+    def _measured(self) -> list[tuple[StepTiming, tuple[int, ...]]]:
         """Everything timed on these weights, with the hosts that it was timed on."""
         told = [
             (measured, (host.rank,))
@@ -147,7 +147,7 @@ class Cold:
 
     def _distance(
         self,
-        measured: Measured,
+        measured: StepTiming,
         placement: Placement,
         members: tuple[int, ...],
         ranks: Sequence[int],

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fluxmesh.cluster.snapshot import CollectiveTime, Placement, RingTiming
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 
 UNSPLIT: dict[Placement, float] = {"data": 0.0, "sequence": 0.10, "tensor": 0.19}
 WAIT: dict[Placement, float] = {"data": 0.0, "sequence": 0.27e-3, "tensor": 0.0}  # seconds
@@ -47,7 +47,7 @@ def compute_share(placement: Placement, share: float) -> float:
 
 
 def exposed_seconds(
-    work: Work,
+    work: Workload,
     placement: Placement,
     size: int,
     alone: float,

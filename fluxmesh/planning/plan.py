@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
-from fluxmesh.planning.candidates import Option, Options, Phase
+from fluxmesh.planning.candidates import Candidates, Option, Phase
 from fluxmesh.planning.capacity import Need
 from fluxmesh.planning.remedies import Remedy, remedies
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 
-__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Work", "plan"]
+__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Workload", "plan"]
 
 CLOSE = 1.05  # a faster way must be faster than this to be preferred to a more exact one
 EXACTNESS = ("data", "mixed", "sequence", "tensor")
@@ -36,7 +36,7 @@ MAX_RINGS = 4  # rings, the fastest ones, that it tries
 class Plan:
     """What `plan` found. `options` holds every way: those that can be taken first, by time."""
 
-    work: Work
+    work: Workload
     options: tuple[Option, ...]
     winner: Option | None  # None where nothing that was asked for can be done
     reason: str  # why the winner won, or why there is none
@@ -68,7 +68,7 @@ def plan(
     `force_shard` allows those in which all hosts of a ring work on each image (`sequence` and
     `tensor`). Both still list the others.
     """
-    work = Work.of(request, model)
+    work = Workload.of(request, model)
 
     def allowed_of(options: Sequence[Option]) -> list[Option]:
         return [
@@ -78,11 +78,13 @@ def plan(
             and (not force_shard or option.name in SHARDED)
         ]
 
-    def fits(work: Work, view: MeshView) -> int | None:
-        ways = [way for way in allowed_of(list(_options(Options(work, view)))) if not way.problem]
+    def fits(work: Workload, view: MeshView) -> int | None:
+        ways = [
+            way for way in allowed_of(list(_options(Candidates(work, view)))) if not way.problem
+        ]
         return min((max(need.needed for need in way.memory) for way in ways), default=None)
 
-    found = list(_options(Options(work, view)))
+    found = list(_options(Candidates(work, view)))
     found.sort(key=lambda option: (bool(option.problem), option.seconds))
     allowed = allowed_of(found)
     usable = [option for option in allowed if not option.problem]
@@ -99,7 +101,7 @@ def plan(
     return Plan(work, tuple(found), winner, reason, helping, warm)
 
 
-def _options(options: Options) -> Iterator[Option]:
+def _options(options: Candidates) -> Iterator[Option]:
     """One of each kind and number of hosts."""
     view, images = options.view, range(options.work.images)
     if not view.hosts:
@@ -116,7 +118,7 @@ def _options(options: Options) -> Iterator[Option]:
         yield mixed
 
 
-def _mixed(options: Options, rings: Sequence[Option]) -> Option | None:
+def _mixed(options: Candidates, rings: Sequence[Option]) -> Option | None:
     """The best mixed plan: the first images by `data`, the last few on a ring."""
     images, hosts = options.work.images, len(options.view.hosts)
     lasts = {*range(1, min(images, hosts, MAX_LAST + 1)), images % hosts} - {0, images}

@@ -1,6 +1,6 @@
 """The run: data set to adapter, a generator of events, whoever computes. No mlx.
 
-A `Crew` does the work: the learner of this process (`local_executor.py`), or the engines of a mesh.
+A `Executor` does the work: the learner of this process (`local_executor.py`), or the engines of a mesh.
 Here is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and closing the
 generator, leave a checkpoint of the last whole update; a loss that is no number, or that explodes,
 ends the run with the last good checkpoint untouched.
@@ -22,9 +22,9 @@ from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.storage.atomic import replaced_file
 from fluxmesh.storage.safetensors import make_folder
 from fluxmesh.training import checkpoint
-from fluxmesh.training.checkpoint import Counters
+from fluxmesh.training.checkpoint import RunCounters
 from fluxmesh.training.compute.lr_schedule import warmup_updates
-from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.data.dataset import Example, load_dataset
 from fluxmesh.training.events import (
     CheckpointSaved,
@@ -35,7 +35,7 @@ from fluxmesh.training.events import (
     Updated,
     Validated,
 )
-from fluxmesh.training.plan import Plan
+from fluxmesh.training.plan import TrainingPlan
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights.checkpoint import Checkpoint
 
@@ -49,7 +49,7 @@ class DivergedError(FluxmeshError):
 
 
 @dataclass(frozen=True)
-class Moved:
+class UpdateResult:
     """What an update did."""
 
     loss: float  # mean over its images
@@ -60,7 +60,7 @@ class Moved:
     peak_bytes: int = 0  # on the host that needed most
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Who computes a run."""
 
     def encode(self) -> Iterator[TrainEvent]:
@@ -69,10 +69,10 @@ class Crew(Protocol):
     def open(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
         """Begins (`update` 0), or goes on from a checkpoint's vectors."""
 
-    def advance(self, update: int) -> Moved:
+    def advance(self, update: int) -> UpdateResult:
         """Does update `update`, counted from 0: they come one after another."""
 
-    def halt(self) -> Moved | None:
+    def halt(self) -> UpdateResult | None:
         """After a call was interrupted: lets go. What the last update that came to its end did,
         also where nobody was told; None if that isn't known."""
 
@@ -110,13 +110,13 @@ def read_examples(request: TrainRequest) -> list[Example]:
 class Run:
     """A training, from what it began with or was left at, to its end."""
 
-    def __init__(self, plan: Plan, base: Checkpoint, crew: Crew) -> None:
+    def __init__(self, plan: TrainingPlan, base: Checkpoint, crew: Executor) -> None:
         """Checks that a resume finds what the run began with. Computes nothing."""
         self.request: TrainRequest = plan.request
         self.plan, self.base, self.crew = plan, base, crew
-        self.layout = Layout(base.transformer, plan.request)
+        self.layout = VectorLayout(base.transformer, plan.request)
         self.folder = Path(self.request.output_dir)
-        self.counters = Counters(0, 0)
+        self.counters = RunCounters(0, 0)
         self.saved_at: int | None = None
         self.begin = checkpoint.latest(self.folder) if self.request.resume else None
         if self.begin is not None:
@@ -193,7 +193,7 @@ class Run:
         now = self.counters.iteration
         return now // every > before // every or now == self.request.iterations
 
-    def _count(self, moved: Moved) -> None:
+    def _count(self, moved: UpdateResult) -> None:
         """Raises `DivergedError` where the update's loss says that nothing good will follow."""
         counters = self.counters
         iteration = self.request.micro_batches(counters.update).stop

@@ -18,14 +18,14 @@ from fluxmesh_coordinator.agents.launch import start_ephemeral
 from fluxmesh_coordinator.agents.status import survey
 from tests.faults.mesh import LIMIT, Up, paint, up
 from tests.faults.strike import make_model, request_of
-from tests.integration.test_mesh_commands import Machine, machine
+from tests.integration.test_mesh_commands import MeshMachine, machine
 
 __all__ = ["machine"]  # a fixture
 
 SOON = 60.0  # seconds in which every host holds its weights again
 
 
-def test_the_first_request_after_up_loads_nothing(machine: Machine) -> None:
+def test_the_first_request_after_up_loads_nothing(machine: MeshMachine) -> None:
     path = machine.hostfile(2)
     bare = machine.up(path, "--no-warm")
     assert bare.of("warmed") == []
@@ -61,7 +61,7 @@ def test_the_first_request_after_up_loads_nothing(machine: Machine) -> None:
     assert {(one["placement"], one["hosts"]) for one in made} == {("data", 1)}
 
 
-def test_sizes_that_no_picture_has_are_refused(machine: Machine) -> None:
+def test_sizes_that_no_picture_has_are_refused(machine: MeshMachine) -> None:
     for size in ("40x32", "0x32", "big", "32x32,"):
         done = machine("up", "--model", machine.model, "--warm", size)
         assert done.code == 2 and size.split(",")[-1] in done.err, done.err
@@ -70,7 +70,7 @@ def test_sizes_that_no_picture_has_are_refused(machine: Machine) -> None:
 
 
 def test_engines_of_a_mesh_keep_their_kernels_and_one_for_a_call_does_not(
-    machine: Machine,
+    machine: MeshMachine,
 ) -> None:
     (host,) = machine.up(machine.hostfile(1)).of("up")[0]["hosts"]
     (folder,) = (machine.folder / "fluxmesh_state").glob("agent-*/kernels/*")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.conftest import Finished, environment
+from tests.integration.conftest import FinishedProcess, environment
 from tests.processes import wait_until_gone
 from tests.ssh.server import ADDRESS, ALIAS, Server, free_port
 
@@ -28,7 +28,7 @@ class User:
         self.folder.mkdir()
         self.key = "user"
 
-    def __call__(self, *arguments: object) -> Finished:
+    def __call__(self, *arguments: object) -> FinishedProcess:
         folders = {"FLUXMESH_HOME": self.folder / "home", "FLUXMESH_STATE": self.folder / "state"}
         env = {**environment(self.folder), **{key: str(path) for key, path in folders.items()}}
         done = subprocess.run(
@@ -41,7 +41,7 @@ class User:
             timeout=110,
             check=False,
         )
-        return Finished(done.returncode, done.stdout, done.stderr)
+        return FinishedProcess(done.returncode, done.stdout, done.stderr)
 
     def status(self) -> list[dict[str, Any]]:
         done = self("status", "--json")

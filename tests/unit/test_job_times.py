@@ -12,7 +12,7 @@ from fluxmesh import events
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.planning.learning import learned
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents import mesh_file
@@ -20,12 +20,12 @@ from fluxmesh_coordinator.agents.mesh_file import MeshRecord, learn
 from fluxmesh_coordinator.deploy.warmup import Warming
 from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask, held, small
 from tests.unit.simulated_jobs import GenerationSimulation
-from tests.unit.simulation import Machine
+from tests.unit.simulation import SimulatedMachine
 from tests.unit.test_mesh import Heard, job, play
 from tests.unit.test_warming import Told
 
@@ -34,7 +34,7 @@ RING = ("sequence", (0, 2))
 
 def times(**keys: Any) -> JobTimes:
     request = ask(**{"height": 32, "width": 48, "steps": 4, **keys})
-    return JobTimes(Work.of(request, small()), request)
+    return JobTimes(Workload.of(request, small()), request)
 
 
 def paint(
@@ -207,7 +207,9 @@ def test_an_engine_that_ends_to_join_another_ring_has_nothing_compiled() -> None
 def test_a_plan_knows_what_compiles_once_an_engine_and_what_once_a_shape(placement: Any) -> None:
     """Engines that compile all kernels for 19 s, and for an eighth of a second at each new size."""
 
-    def job_on(machines: dict[int, Machine], side: int, known: Timings) -> GenerationSimulation:
+    def job_on(
+        machines: dict[int, SimulatedMachine], side: int, known: Timings
+    ) -> GenerationSimulation:
         simulation = GenerationSimulation(2, placement=placement, width=side, n_images=2)
         for rank, machine in machines.items():
             engine, info = machine.engine, machine.leased.info
@@ -216,7 +218,7 @@ def test_a_plan_knows_what_compiles_once_an_engine_and_what_once_a_shape(placeme
             is_ring = engine.size > 1
             place = {"ring": "ring", "ring_rank": engine.rank, "ring_size": 2} if is_ring else {}
             leased = replace(machine.leased, info=info, **place)
-            simulation.machines[rank] = Machine(leased, engine)
+            simulation.machines[rank] = SimulatedMachine(leased, engine)
         simulation.links = replace(simulation.links, timings=known)
         return simulation
 
@@ -290,15 +292,15 @@ def up(folder: Path, mesh: FakeMesh, sockets: float, collectives: float) -> Mesh
 def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
     tmp_path: Path, sockets: float, collectives: float, chosen: str
 ) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        home, work = Home(tmp_path), Work.of(job().request, small())
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+        home, work = Home(tmp_path), Workload.of(job().request, small())
         made = up(tmp_path, mesh, sockets, collectives)
         dialer = mesh.network.dialer()
         await Warming(made, work, Told(), home)._run(dialer)
         await dialer.close()
         kept = mesh_file.load(home)
         assert kept is not None and kept.timings.ring("ring", (0, 1)) is not None
-        async with Driver(kept, mesh.network.dialer()) as knowing:
+        async with AgentPool(kept, mesh.network.dialer()) as knowing:
             heard = Heard()
             await JobRunner(knowing, GenerationSession(job()), {}, heard).run()
         assert [event.placement for event in heard.of(events.Planned)] == [chosen]
@@ -310,8 +312,8 @@ def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
 def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -> None:
     """The ring looks fast, and its steps are not: the next picture is painted by one host."""
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        home, work = Home(tmp_path), Work.of(job().request, small())
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+        home, work = Home(tmp_path), Workload.of(job().request, small())
         dialer = mesh.network.dialer()
         made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home)._run(dialer)
         await dialer.close()
@@ -327,7 +329,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
             def keep(news: Timings) -> None:
                 learn(made.text, news, home)
 
-            async with Driver(known, mesh.network.dialer(), None, keep) as knowing:
+            async with AgentPool(known, mesh.network.dialer(), None, keep) as knowing:
                 heard = Heard()
                 await JobRunner(knowing, GenerationSession(job(name)), {}, heard).run()
             placements += [event.placement for event in heard.of(events.Planned)]
@@ -347,8 +349,8 @@ def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
     def keep(news: Timings) -> None:
         raise FluxmeshError("The disk is full.")
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        async with Driver(mesh.record, mesh.network.dialer(), None, keep) as knowing:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer(), None, keep) as knowing:
             heard = Heard()
             await JobRunner(knowing, GenerationSession(job()), {}, heard).run()
             assert len(heard.of(events.Picture)) == 1

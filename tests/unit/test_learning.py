@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
-    Measured,
     MeshView,
+    ModelVariant,
     Placement,
     RingPlace,
     RingTiming,
     StepShape,
+    StepTiming,
     Timings,
-    Weights,
 )
 from fluxmesh.planning.learning import MOST, dated, kind, learned
 from fluxmesh.planning.plan import Option, plan
@@ -27,8 +27,8 @@ from fluxmesh.request import AdapterRef
 from tests.unit.meshes import FLUX, ask, full, held, mac
 
 
-def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> Measured:
-    return Measured("m", side, side, "bfloat16", None, seconds, when=when, **keys)
+def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> StepTiming:
+    return StepTiming("m", side, side, "bfloat16", None, seconds, when=when, **keys)
 
 
 def job(
@@ -182,7 +182,7 @@ def test_a_host_that_timed_nothing_is_taken_to_be_as_fast_as_others_of_its_kind(
 
 
 def made(placement: Placement, hosts: int = 2, side: int = 1024) -> StepShape:
-    return StepShape.of(Weights("m"), placement, hosts, side, side)
+    return StepShape.of(ModelVariant("m"), placement, hosts, side, side)
 
 
 def warm(rank: int, *placements: Placement, **keys: Any) -> Any:

@@ -23,7 +23,7 @@ from fluxmesh.errors import (
 )
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
-from fluxmesh_agent.adapter_store import Adapters
+from fluxmesh_agent.adapter_store import AdapterStore
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs import host
@@ -33,7 +33,7 @@ from fluxmesh_coordinator.jobs.replay import from_bytes
 from fluxmesh_coordinator.jobs.types import Reported
 from fluxmesh_coordinator.runtime import adapter_upload, host_link
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from fluxmesh_coordinator.runtime.mesh import Mesh
@@ -83,7 +83,7 @@ def check(heard: Heard, done: GenerationJob) -> None:
 
 
 def play(
-    folder: Path, hosts: int, body: Callable[[FakeMesh, Driver], Awaitable[None]], **more: Any
+    folder: Path, hosts: int, body: Callable[[FakeMesh, AgentPool], Awaitable[None]], **more: Any
 ) -> None:
     """Runs `body` on a mesh of that many hosts and a coordinator connected to it."""
 
@@ -92,7 +92,7 @@ def play(
             restart = more.get("restart")
             if restart is not None:
                 restart = restart(mesh, asyncio.get_running_loop())
-            async with Driver(mesh.record, mesh.network.dialer(), restart) as driver:
+            async with AgentPool(mesh.record, mesh.network.dialer(), restart) as driver:
                 await asyncio.wait_for(body(mesh, driver), 60)
 
     asyncio.run(run())
@@ -110,7 +110,7 @@ _TASKS: list[Any] = []
 
 @pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])
 def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         asked, heard = job(n_images=4, placement=placement), Heard()
         await JobRunner(driver, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
@@ -124,21 +124,21 @@ def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> Non
 
 
 def test_the_next_job_goes_on_in_the_ring_of_the_last(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         for name in ("one", "two"):
             asked, heard = job(name, placement="tensor"), Heard()
             await JobRunner(driver, GenerationSession(asked), {}, heard).run()
             check(heard, asked)
         statuses = await driver.statuses()
-        assert {status.epoch for status in statuses.values()} == {1}
+        assert {status.ring_generation for status in statuses.values()} == {1}
         assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
 
     play(tmp_path, 2, body)
 
 
 def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        async with Driver(mesh.record, mesh.network.dialer("other")) as other:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer("other")) as other:
             asked = [job("one", n_images=6, steps=8), job("two", n_images=2)]
             heard = [Heard(), Heard()]
             session = GenerationSession(asked[0])
@@ -157,7 +157,7 @@ def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) ->
 
 @pytest.mark.parametrize("placement", ["data", "sequence"])
 def test_an_engine_that_dies_costs_no_acknowledged_step(tmp_path: Path, placement: Any) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         asked = job(n_images=2, steps=6, placement=placement)
         heard = Heard(events.Step, lambda: mesh.engine(1).die())
         await JobRunner(driver, GenerationSession(asked), {}, heard).run()
@@ -179,7 +179,7 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
 
         return again
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         asked = job(steps=8)
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(0)))
         await JobRunner(driver, GenerationSession(asked), {}, heard).run()
@@ -193,7 +193,7 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
 
 
 def test_the_others_go_on_when_an_agent_is_gone_for_good(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         asked = job(n_images=6, placement="data")
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(1)))
         await JobRunner(driver, GenerationSession(asked), {}, heard).run()
@@ -203,7 +203,7 @@ def test_the_others_go_on_when_an_agent_is_gone_for_good(tmp_path: Path) -> None
 
 
 def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         await mesh.kill(0)
         while driver.clients:
             for rank, known in list(driver.clients.items()):
@@ -217,7 +217,7 @@ def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
 
 
 def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         await mesh.kill(0)
         for rank, known in list(driver.clients.items()):
             driver.lost(rank, known, "gone")
@@ -230,7 +230,7 @@ def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
 
 
 def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         with pytest.raises(DoesNotFitError, match="which needs two hosts") as caught:
             await JobRunner(driver, GenerationSession(job(placement="tensor")), {}, Heard()).run()
         assert caught.value.exit_code == 4
@@ -239,7 +239,7 @@ def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
 
 
 def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         gib = 1 << 30
         small_mac = mac(0, memory_bytes=11 * gib, free_bytes=15 * gib, platform="metal", holds=None)
 
@@ -260,7 +260,7 @@ def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("placement", ["data", "tensor"])
 def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement: Any) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         asked = job("one", n_images=2, steps=100, placement=placement)
         heard = Heard(events.Step, lambda: runner.stop.set())
         runner = JobRunner(driver, GenerationSession(asked), {}, heard)
@@ -277,8 +277,8 @@ def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement
 
 
 def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        async with Driver(mesh.record, mesh.network.dialer("other")) as other:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer("other")) as other:
             asked, heard = job("one", n_images=3, steps=20), Heard()
             session = GenerationSession(asked)
             first = asyncio.create_task(JobRunner(driver, session, {}, heard).run())
@@ -296,7 +296,7 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
 
 
 def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         session = GenerationSession(job(n_images=40, steps=500, placement="data"))
         runner = JobRunner(driver, session, {}, Heard())
         running = asyncio.create_task(runner.run())
@@ -317,7 +317,7 @@ def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> No
 
 
 def test_a_host_whose_engine_failed_too_often_is_free_for_others(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         session = GenerationSession(job(n_images=40, steps=500, placement="data"))
         runner = JobRunner(driver, session, {}, Heard())
         running = asyncio.create_task(runner.run())
@@ -341,7 +341,7 @@ def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
     named, files = by_hash([AdapterRef(str(path), 0.5)])
     asked = job(adapters=named)
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         heard = Heard()
         await JobRunner(driver, GenerationSession(asked), files, heard).run()
         check(heard, asked)
@@ -363,16 +363,16 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     named, files = by_hash([AdapterRef(str(path))])
     monkeypatch.setattr(adapter_upload, "PIECE", 100)
     monkeypatch.setattr(host, "SILENCE", 0.5)
-    put = Adapters.put
+    put = AdapterStore.put
 
-    def slowly(self: Adapters, *piece: Any) -> None:
+    def slowly(self: AdapterStore, *piece: Any) -> None:
         time.sleep(0.2)
         put(self, *piece)
 
-    monkeypatch.setattr(Adapters, "put", slowly)
+    monkeypatch.setattr(AdapterStore, "put", slowly)
     asked, heard = job(adapters=named), Heard()
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         await JobRunner(driver, GenerationSession(asked), files, heard).run()
         check(heard, asked)
         assert heard.of(events.HostLost) == []
@@ -399,9 +399,9 @@ def test_messages_that_come_twice_or_late_or_break_off_change_no_picture(
 ) -> None:
     faults = Faults(seed=seed, repeat=0.2, delay=0.05, seconds=0.02, cut=0.002)
 
-    async def body(mesh: FakeMesh, _: Driver) -> None:
+    async def body(mesh: FakeMesh, _: AgentPool) -> None:
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
-        async with Driver(mesh.record, dialer) as driver:
+        async with AgentPool(mesh.record, dialer) as driver:
             asked, heard = job(n_images=6, placement=placement), Heard()
             await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
@@ -416,9 +416,9 @@ def test_a_word_that_is_lost_is_asked_for_again(
     monkeypatch.setattr(host_link, "ANSWER", 0.5)
     faults = Faults(seed=1, drop=0.4, only=(messages.Granted, messages.Ports))
 
-    async def body(mesh: FakeMesh, _: Driver) -> None:
+    async def body(mesh: FakeMesh, _: AgentPool) -> None:
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
-        async with Driver(mesh.record, dialer) as driver:
+        async with AgentPool(mesh.record, dialer) as driver:
             asked, heard = job(placement="sequence"), Heard()
             await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
@@ -430,7 +430,7 @@ def test_what_led_to_a_failure_is_written_down_and_replays(tmp_path: Path) -> No
     """With real agents: what a session heard of them is enough to hear it again."""
     folder = tmp_path / "failed"
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         engine = mesh.engine(1).engine
         assert engine is not None
         engine.content = "newer"
@@ -456,7 +456,7 @@ def test_a_mistake_of_a_session_is_written_down_too(
     def wrong(*_: Any) -> None:
         raise ZeroDivisionError
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         session = GenerationSession(job())
         monkeypatch.setattr(session, "reported", wrong)
         with pytest.raises(ZeroDivisionError) as caught:
@@ -527,17 +527,17 @@ def test_a_warm_job_asks_each_host_for_its_work_and_little_else(
 ) -> None:
     """Each question is a round trip that the user waits for."""
     asked: dict[int, list[str]] = {}
-    post = client.Client.post
+    post = client.AgentClient.post
 
-    async def posted(self: client.Client, message: messages.Message) -> Any:
+    async def posted(self: client.AgentClient, message: messages.Message) -> Any:
         asked.setdefault(self.member.rank, []).append(type(message).__name__)
         return await post(self, message)
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         await JobRunner(
             driver, GenerationSession(job("cold", placement=placement)), {}, Heard()
         ).run()
-        monkeypatch.setattr(client.Client, "post", posted)
+        monkeypatch.setattr(client.AgentClient, "post", posted)
         await JobRunner(
             driver, GenerationSession(job("warm", placement=placement)), {}, Heard()
         ).run()
@@ -570,7 +570,7 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
     monkeypatch.setattr(FakeSupervisor, "start", start)
     monkeypatch.setattr("fluxmesh_coordinator.runtime.agent_pool.OTHERS", 0.2)
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
         assert list(driver.clients) == [0] and driver.reasons == {}
         asked, heard = job(placement="sequence"), Heard()
         await JobRunner(driver, GenerationSession(asked), {}, heard).run()

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import StepShape, Weights
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.wire import messages
 from fluxmesh_agent import upkeep
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
 
-KEEP = messages.Keep(Weights("tiny"), 1, 0, ("transformer", "autoencoder"))
+KEEP = messages.Keep(ModelVariant("tiny"), 1, 0, ("transformer", "autoencoder"))
 REQUEST = ask(model="tiny", height=32, width=48, steps=20, n_images=1)
 
 
@@ -59,7 +59,7 @@ def test_hosts_that_did_not_make_a_picture_get_ready_for_its_size(tmp_path: Path
         wait(mesh, lambda status: status.holds is not None)
         told = list(mesh.generate(REQUEST, "data"))
         assert any(isinstance(event, events.Picture) for event in told)
-        way = StepShape.of(Weights("tiny"), "data", 1, 32, 48)
+        way = StepShape.of(ModelVariant("tiny"), "data", 1, 32, 48)
         wait(mesh, lambda status: way in status.compiled)
 
 

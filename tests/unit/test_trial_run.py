@@ -12,13 +12,13 @@ import pytest
 
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.planning.plan import Plan, plan
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.deploy import trial_run
 from fluxmesh_coordinator.deploy import warmup as warm
 from fluxmesh_coordinator.deploy.trial_run import Programme, Way, keeps, programme
-from fluxmesh_coordinator.deploy.warmup import Layout, Warming
+from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, ask, full, held, mac, ring, small
 from tests.unit.test_warming import Told
@@ -26,8 +26,8 @@ from tests.unit.test_warming import Told
 SMALL, LARGE = (512, 512), (1024, 1024)
 
 
-def work(**keys: object) -> Work:
-    return Work.of(ask(**{"height": 512, "width": 512, **keys}), FLUX)
+def work(**keys: object) -> Workload:
+    return Workload.of(ask(**{"height": 512, "width": 512, **keys}), FLUX)
 
 
 def tried(view: MeshView, *sizes: tuple[int, int], shards: int = 1) -> Programme:
@@ -63,7 +63,7 @@ def test_a_ring_of_other_members_is_told_and_left_out_for_an_engine_is_in_one(
 ) -> None:
     """The ring of the first size stays."""
 
-    def chosen(work: Work, view: MeshView, size: tuple[int, int], images: int) -> Plan:
+    def chosen(work: Workload, view: MeshView, size: tuple[int, int], images: int) -> Plan:
         hosts = 2 if size == SMALL else 4
         found = plan(ask(height=size[0], width=size[1]), view, FLUX, placement="sequence")
         (way,) = (o for o in found.options if o.name == "sequence" and len(o.ranks) == hosts)
@@ -111,7 +111,9 @@ def play(
 
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
         if isinstance(unit, messages.Warm) and unit.placement != "data":
-            yield messages.Failed(unit.epoch, unit.job, "Raised", "A peer was lost.", fatal=True)
+            yield messages.Failed(
+                unit.ring_generation, unit.job, "Raised", "A peer was lost.", fatal=True
+            )
         else:
             yield from FakeEngine.work(engine, unit)
 
@@ -125,7 +127,7 @@ def play(
                 await asyncio.sleep(0.01)
             if break_first:
                 mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted = Work.of(ask(height=32, width=32), small())
+            wanted = Workload.of(ask(height=32, width=32), small())
             dialer, record = mesh.network.dialer(), mesh.record
             try:
                 for _ in range(times):
@@ -139,7 +141,7 @@ def play(
     return told, *asyncio.run(scene())
 
 
-TINY = Work.of(ask(height=32, width=32), small()).weights
+TINY = Workload.of(ask(height=32, width=32), small()).weights
 DATA = Way((32, 32), "data", (0, 1, 2))
 PAIR = Way((32, 32), "sequence", (0, 2))
 
@@ -175,7 +177,7 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
 def test_the_second_time_it_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told, mesh, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2), times=2)
     assert len(told.ready) == 3 and told.stages == []
-    assert [status.epoch for status in statuses] == [2, 1, 2]
+    assert [status.ring_generation for status in statuses] == [2, 1, 2]
 
 
 def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
@@ -195,7 +197,9 @@ def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
 def test_agents_know_what_to_hold_when_up_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warm, "layout", lambda work, view: Layout((0, 2), 1, (1,), "too small"))
+    monkeypatch.setattr(
+        warm, "layout", lambda work, view: ShardLayout((0, 2), 1, (1,), "too small")
+    )
     _, mesh, _ = play(tmp_path, monkeypatch, (Way((32, 32), "data", (0, 2)),))
     texts = [(tmp_path / f"agent-{rank}" / "keep.json").read_text() for rank in range(3)]
     assert ["text encoders" in text for text in texts] == [True, False, False]

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fluxmesh.cluster.snapshot import MeshView, Placement, StepShape, Timings, Weights
+from fluxmesh.cluster.snapshot import MeshView, ModelVariant, Placement, StepShape, Timings
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.deploy.bringup import Watcher
@@ -40,7 +40,7 @@ class Way:
     placement: Placement
     ranks: tuple[int, ...]
 
-    def shape(self, weights: Weights) -> StepShape:
+    def shape(self, weights: ModelVariant) -> StepShape:
         """What an engine tells that has made a step in this way."""
         return StepShape.of(weights, self.placement, len(self.ranks), *self.size)
 
@@ -56,7 +56,7 @@ class Programme:
 
 
 def programme(
-    work: Work,
+    work: Workload,
     view: MeshView,
     sizes: Iterable[Size],
     hosts: Sequence[int],
@@ -95,7 +95,7 @@ def programme(
     return Programme(tuple(kept), ring, reader, left_out)
 
 
-def _plan(work: Work, view: MeshView, size: Size, images: int) -> Plan:
+def _plan(work: Workload, view: MeshView, size: Size, images: int) -> Plan:
     weights = work.weights
     request = GenerateRequest(
         prompt="",
@@ -116,9 +116,9 @@ class TrialRun:
     """One for each `fluxmesh up`: the agents of `clients`, of which `hosts` hold the weights."""
 
     mesh: MeshRecord
-    work: Work
+    work: Workload
     watcher: Watcher
-    clients: Mapping[int, Client]
+    clients: Mapping[int, AgentClient]
     hosts: Sequence[int]
     shards: int  # in how many parts
     sizes: Sequence[Size]
@@ -170,7 +170,7 @@ class TrialRun:
         return dict(sorted(zip(self.clients, told, strict=True)))
 
     async def _lease(self, rank: int) -> Errand:
-        def waiting(queued: messages.Queued) -> None:
+        def waiting(queued: messages.LeaseQueued) -> None:
             self.watcher.note(f"Host {rank} is busy; this `up` is number {queued.place} in line.")
 
         client = self.clients[rank]
@@ -254,7 +254,7 @@ class TrialRun:
         try:
             async with asyncio.timeout(FIRST_STEP):
                 async for report in errand.do(work, SILENCE):
-                    if isinstance(report, messages.Progress):
+                    if isinstance(report, messages.LoadProgress):
                         told = (report.component, report.done_bytes, report.total_bytes)
                         self.watcher.progress(rank, *told)
         except TimeoutError:
@@ -277,13 +277,13 @@ def _is_ring(statuses: Mapping[int, messages.Status], ranks: tuple[int, ...]) ->
     return bool(first.ring) and all(
         (statuses[rank].ring, statuses[rank].ring_rank, statuses[rank].ring_size)
         == (first.ring, place, len(ranks))
-        and statuses[rank].epoch == first.epoch
+        and statuses[rank].ring_generation == first.ring_generation
         for place, rank in enumerate(ranks)
     )
 
 
 def keeps(
-    work: Work, hosts: Sequence[int], shards: int, reader: int | None, idle: Iterable[int] = ()
+    work: Workload, hosts: Sequence[int], shards: int, reader: int | None, idle: Iterable[int] = ()
 ) -> dict[int, messages.Keep]:
     """What each host is to hold, whatever happens to its engine; `idle` ones nothing."""
     found = {rank: messages.Keep(None) for rank in idle}

@@ -23,10 +23,10 @@ from fluxmesh.wire.messages import (
     EncodeSource,
     Join,
     Load,
+    LoadProgress,
     MeasureRing,
     Message,
     Paint,
-    Progress,
     Report,
     Work,
 )
@@ -79,7 +79,7 @@ class HostState:
         self.entry: hostfile.Host = leased.host
         self.info: HostInfo = leased.info
         self.fence = leased.fence
-        self.epoch = leased.epoch
+        self.ring_generation = leased.ring_generation
         self.ring = (leased.ring, leased.ring_rank, leased.ring_size)
         self.line: deque[QueuedWork] = deque()
         self.is_loaded = False  # with what the phase needs
@@ -118,7 +118,7 @@ class HostState:
             self.line.append(QueuedWork(message, None if self.line else now))
 
     def answered(self, request: Message) -> None:
-        """The agent has taken a message of this epoch in."""
+        """The agent has taken a message of this ring generation in."""
 
     def find(self, kind: type[T], image: int | None = None) -> T | None:
         """The first in line of this kind (and with this image), None where there is none."""
@@ -153,7 +153,7 @@ class HostState:
         """A sign from the engine."""
         self._heard, self._is_new = now, False
         self._at = report.doing if isinstance(report, Beat) else ""
-        if isinstance(report, Progress):
+        if isinstance(report, LoadProgress):
             self._read = now
 
     def stepped(self, paint: Paint, seconds: float, now: float, *, reused: bool = False) -> None:
@@ -196,12 +196,12 @@ class HostState:
     def forget_unsent(self) -> None:
         """What waits here to be sent is not sent."""
 
-    def kill(self, epoch: int, now: float) -> None:
-        """The engine is being ended, with all that it held, knew and had in line; `epoch` begins.
+    def kill(self, ring_generation: int, now: float) -> None:
+        """The engine is being ended, with all that it held, knew and had in line; `ring_generation` begins.
 
-        Nothing of an older epoch is done or told from then on, even if it is on its way now.
+        Nothing of an older ring generation is done or told from then on, even if it is on its way now.
         """
-        self.epoch, self.killed = epoch, now
+        self.ring_generation, self.killed = ring_generation, now
         self.line.clear()
         self.is_loaded = False
         self.ring = ("", 0, 1)

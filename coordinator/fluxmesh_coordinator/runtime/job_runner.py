@@ -22,7 +22,7 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.input_log import InputLog
@@ -44,7 +44,7 @@ from fluxmesh_coordinator.jobs.types import (
     Tick,
 )
 from fluxmesh_coordinator.runtime import adapter_upload
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.clock import OwnClock
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.host_link import HostLink
@@ -61,7 +61,7 @@ class JobRunner:
 
     def __init__(
         self,
-        driver: Driver,
+        driver: AgentPool,
         session: JobSession[Any],
         files: adapter_upload.Files,
         tell: Callable[[Any], None],
@@ -74,8 +74,8 @@ class JobRunner:
         self.stop = asyncio.Event()
         self._inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._links: dict[int, HostLink] = {}  # to those whose lease is ours
-        self._leased: dict[int, Client] = {}
-        self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
+        self._leased: dict[int, AgentClient] = {}
+        self._asked: dict[int, AgentClient] = {}  # for a lease: granted, or we stand in line
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
         self._lessons: list[Timings] = []  # what it measured
@@ -200,13 +200,17 @@ class JobRunner:
         return [self._open(rank, granted[rank]) for rank in ranks]
 
     async def _line_up(
-        self, rank: int, client: Client, seconds: float, tell: Callable[[messages.Queued], None]
+        self,
+        rank: int,
+        client: AgentClient,
+        seconds: float,
+        tell: Callable[[messages.LeaseQueued], None],
     ) -> messages.Granted:
         """The lease of a host."""
         self._asked[rank] = client
         return await client.lease(self.session.id, seconds, tell)
 
-    async def _give_files(self, rank: int, client: Client, fence: int) -> None:
+    async def _give_files(self, rank: int, client: AgentClient, fence: int) -> None:
         """Sends a host the adapters that it lacks, before a session waits for its engine."""
 
         def tell(done: int, total: int) -> None:
@@ -214,7 +218,7 @@ class JobRunner:
 
         await adapter_upload.send(client, fence, self.files, tell)
 
-    def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
+    def _teller(self, rank: int) -> Callable[[messages.LeaseQueued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
 
     def _open(self, rank: int, granted: messages.Granted) -> LeasedHost:
@@ -225,7 +229,7 @@ class JobRunner:
             info=host_info(rank, status),
             host=self.driver.hosts[rank],
             fence=granted.fence,
-            epoch=max(granted.epoch, status.epoch),
+            ring_generation=max(granted.ring_generation, status.ring_generation),
             is_up=status.engine_pid is not None,
             ring=status.ring,
             ring_rank=status.ring_rank,
@@ -244,7 +248,7 @@ class JobRunner:
             await self._links.pop(rank).close()
         await asyncio.gather(*(self._leave(rank, client) for rank, client in asked.items()))
 
-    async def _leave(self, rank: int, client: Client) -> None:
+    async def _leave(self, rank: int, client: AgentClient) -> None:
         try:
             await client.ask(messages.LeaveQueue(), messages.Done)
         except FluxmeshError as error:
@@ -328,7 +332,7 @@ class JobRunner:
                     end = instruction
         return end
 
-    def _gone(self, rank: int, client: Client, reason: str) -> None:
+    def _gone(self, rank: int, client: AgentClient, reason: str) -> None:
         if self._leased.get(rank) is client:
             del self._leased[rank], self._asked[rank]
             self.driver.lost(rank, client, reason)

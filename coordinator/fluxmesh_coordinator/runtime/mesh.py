@@ -26,7 +26,7 @@ from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan
 from fluxmesh.planning.plan import plan as find_plan
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
@@ -41,7 +41,7 @@ from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
-from fluxmesh_coordinator.runtime.agent_pool import Driver, Keep, Restart
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from fluxmesh_coordinator.runtime.running import Running
@@ -74,11 +74,11 @@ class Mesh:
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
         self._thread.start()
 
-        async def begin() -> Driver:
-            return await Driver(record, dialer(), restart, keep).__aenter__()
+        async def begin() -> AgentPool:
+            return await AgentPool(record, dialer(), restart, keep).__aenter__()
 
         try:
-            self._driver: Driver = self._run(begin())
+            self._driver: AgentPool = self._run(begin())
         except BaseException:
             self._end()
             raise
@@ -263,7 +263,7 @@ class Mesh:
 
         By `data`: a ring that is up has made it already, or the plan has no use for one.
         """
-        work, view = Work.of(job.request, job.sizes), self.view
+        work, view = Workload.of(job.request, job.sizes), self.view
         memory = Memory(work, view)
         needed = [memory.needed("data", 1, 1)]
         note = messages.NoteSize(work.weights, work.height, work.width)

@@ -3,7 +3,7 @@
 fluxmesh's modules carry the names of black-forest-labs/flux (transformer, autoencoder) and of
 transformers (T5, CLIP). A diffusers file stores some of BFL's tensors in pieces: the fused query,
 key and value apart, `linear1` of a single block as four matrices, and the halves of the last
-modulation in the other order. All of that is *data* here: a `Target` is a tensor of the model, and
+modulation in the other order. All of that is *data* here: a `ModelTensor` is a tensor of the model, and
 its `pieces` are ranges of rows of the tensors in a diffusers file that, stacked, make it. The
 weight loader, the checkpoint verifier, the LoRA reader and the tests read the same tables.
 
@@ -38,14 +38,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelTensor:
     """A tensor of the model: its shape, and the rows of a diffusers file that make it."""
 
     shape: Shape
     pieces: tuple[Rows, ...]
 
 
-Tensors = dict[str, Target]
+Tensors = dict[str, ModelTensor]
 
 
 class _Table:
@@ -55,7 +55,7 @@ class _Table:
         self.tensors: Tensors = {}
 
     def tensor(self, name: str, shape: Shape, pieces: list[Rows]) -> None:
-        self.tensors[name] = Target(shape, tuple(pieces))
+        self.tensors[name] = ModelTensor(shape, tuple(pieces))
 
     def same(self, name: str, key: str, shape: Shape) -> None:
         """One tensor of the file is one of the model."""
@@ -254,7 +254,7 @@ def clip_tensors(config: ClipConfig) -> Tensors:
 def in_bfl_file(tensors: Tensors) -> Tensors:
     """The same targets, when the file stores them whole and by the model's own names."""
     return {
-        name: Target(target.shape, (Rows(name, 0, target.shape[0]),))
+        name: ModelTensor(target.shape, (Rows(name, 0, target.shape[0]),))
         for name, target in tensors.items()
     }
 
@@ -314,7 +314,7 @@ def modulates(name: str) -> bool:
     return not {"img_mod", "txt_mod", "modulation", "adaLN_modulation"}.isdisjoint(name.split("."))
 
 
-def parameter_count(tensors: Mapping[str, Target]) -> int:
+def parameter_count(tensors: Mapping[str, ModelTensor]) -> int:
     """Numbers that the model holds."""
     total = 0
     for target in tensors.values():

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fluxmesh.cluster.snapshot import JobTiming, Measured, Placement, Timings
-from fluxmesh.planning.workload import Work
+from fluxmesh.cluster.snapshot import JobTiming, Placement, StepTiming, Timings
+from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh_coordinator.jobs.host import Readiness
 
@@ -43,7 +43,7 @@ class _Seen:
 class JobTimes:
     """The times of one job."""
 
-    def __init__(self, work: Work, request: GenerateRequest) -> None:
+    def __init__(self, work: Workload, request: GenerateRequest) -> None:
         self.work = work
         self.counts = not (request.cache or request.low_memory or request.stepwise)
         self._images: dict[int, _Image] = {}
@@ -110,7 +110,7 @@ class JobTimes:
     def _job(self, backend: str, members: Members, seen: _Seen) -> JobTiming:
         (placement, ranks), work = members, self.work
         step = statistics.median(seen.steps)
-        measured = Measured(
+        measured = StepTiming(
             work.weights.model,
             work.height,
             work.width,
