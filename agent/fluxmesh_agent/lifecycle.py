@@ -6,8 +6,8 @@ which ring generation it is, which ring the engine is in, and what it holds:
 
     idle ──► loading ──► ready ◄──► busy        failed: the engine died; the next work starts one
 
-A ring generation begins with `Kill`, or with a `Join` or work of a higher number; what the engine still
-tells of an older one is dropped here.
+A ring generation begins with `Kill`, or with a `Join` or work of a higher number; what the engine
+still tells of an older one is dropped here.
 
 Between jobs the agent gives its engine work of its own (`upkeep.py` says which). Nobody waits for
 it: to others the engine is free meanwhile, and what a job asks for goes before it, unless it is the
@@ -334,7 +334,8 @@ class Lifecycle:
         if ring_generation < self.ring_generation:
             raise Refusal(
                 "fence",
-                f"This is of ring generation {ring_generation}, and the host is at {self.ring_generation}.",
+                f"This is of ring generation {ring_generation}, and the host is at "
+                f"{self.ring_generation}.",
             )
         self.ring_generation = ring_generation
 

@@ -20,8 +20,9 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.partition import Shard
 from fluxmesh.wire.messages import EngineCounters, Measure, Paint, Warm
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
@@ -38,9 +39,8 @@ class Stopped(Exception):
 class WorkerOptions:
     """What surrounds a worker, and how it finds models."""
 
-    locate: Callable[[ModelVariant], ModelVariant] = lambda weights: (
-        weights
-    )  # names here for names sent
+    # Names here for the names that a coordinator sent.
+    locate: Callable[[ModelVariant], ModelVariant] = lambda variant: variant
     download: bool = False
     memory_bytes: int | None = None  # the most that it may use; None is all of the device's
     hear: Callable[[Loading], None] | None = None  # told of bytes while weights are read

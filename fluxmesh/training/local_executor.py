@@ -40,7 +40,7 @@ def train(
 
 
 class LocalExecutor:
-    """This process as the whole crew of a run."""
+    """This process as the whole executor of a run."""
 
     def __init__(self, pipeline: FluxPipeline, plan: TrainingPlan) -> None:
         request = plan.request

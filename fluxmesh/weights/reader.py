@@ -1,8 +1,9 @@
 """A checkpoint's four models as tables of stored tensors, checked before a byte of them is read.
 
-`ComponentReader` joins a component's files with the table of what its model holds (`tensor_maps.py`): it
-says which tensor is missing or of the wrong shape, and reads any rows of any tensor, however the
-file splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
+`ComponentReader` joins a component's files with the table of what its model holds
+(`tensor_maps.py`): it says which tensor is missing or of the wrong shape, and reads any rows of any
+tensor, however the file splits it. Imports no mlx, so that a coordinator can check a checkpoint
+too.
 """
 
 from __future__ import annotations

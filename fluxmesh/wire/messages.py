@@ -9,8 +9,10 @@ transports carry them. A field of type `np.ndarray` travels as a frame of its ow
 Every request of a coordinator gets one answer (`Answer`s below; `Refused` where it can't be done),
 matched by the `seq` of the envelope. Reports come by themselves, between the answers. What changes
 a host (`Changing`) carries the `fence` of the sender's lease, and an agent refuses an old one.
-Work carries `job` and `ring_generation`; reports repeat them, so that what is left over from another job or
-ring generation is recognised and dropped.
+Work carries `job` and `ring_generation`; reports repeat them, so that what is left over from
+another job or ring is recognised and dropped. A ring cannot be rebuilt inside a process: each
+change of its members ends all engines and begins a new generation, with fresh ports and a fresh
+nonce.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ class HasFile(Changing):
 class Kill(Changing):
     """SIGKILLs the engine, whatever it does. Answered by `Done` when it is gone."""
 
-    ring_generation: int  # the ring generation that begins now; older reports are dropped
+    ring_generation: int  # begins now; older reports are dropped
 
 
 @dataclass(frozen=True)
@@ -464,7 +466,8 @@ class LeaseQueued(Report):
 
 @dataclass(frozen=True)
 class Granted(Report):
-    """The lease is the receiver's; `ring_generation` is the agent's latest, `status` how it stands now."""
+    """The lease is the receiver's; `ring_generation` is the agent's latest, `status` how it
+    stands now."""
 
     fence: int
     ring_generation: int

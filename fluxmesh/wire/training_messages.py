@@ -71,8 +71,8 @@ class DropFeatures(Work):
 class Update(Work):
     """One update: this rank's micro-batches, the sum over the ring, and the move.
 
-    Reported by a `Computed` for each micro-batch, and `UpdateDone`. One that is cancelled ends on all
-    ranks without a move and without a report, or on none.
+    Reported by a `Computed` for each micro-batch, and `UpdateDone`. One that is cancelled ends on
+    all ranks without a move and without a report, or on none.
     """
 
     update: int  # counted from 0

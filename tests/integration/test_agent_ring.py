@@ -284,7 +284,7 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
     play(scene())
 
 
-def test_a_stranger_on_the_rings_port_ends_the_epoch_and_fresh_ports_form_another(
+def test_a_stranger_on_the_rings_port_ends_the_ring_generation_and_fresh_ports_form_another(
     tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:

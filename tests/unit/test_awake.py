@@ -60,7 +60,7 @@ def test_a_coordinator_keeps_its_mac_awake_while_it_has_a_job(tmp_path: Path, a_
         async with FakeMesh(tmp_path, 1) as mesh:
             for service in mesh.services.values():
                 service._wakefulness.hold = lambda: None  # type: ignore[method-assign]
-            async with AgentPool(mesh.record, mesh.network.dialer()) as driver:
+            async with AgentPool(mesh.record, mesh.network.dialer()) as pool:
                 assert a_mac.caffeinated() == []
                 heard: list[events.Event] = []
 
@@ -68,7 +68,7 @@ def test_a_coordinator_keeps_its_mac_awake_while_it_has_a_job(tmp_path: Path, a_
                 request = ask(height=32, width=32, steps=3)
                 asked = GenerationJob(id="job", secret=b"s", request=request, sizes=small())
                 work = asyncio.create_task(
-                    JobRunner(driver, GenerationSession(asked), {}, heard.append).run()
+                    JobRunner(pool, GenerationSession(asked), {}, heard.append).run()
                 )
                 await until(a_mac, awake=True)
                 await work

@@ -68,13 +68,13 @@ def test_a_cache_that_skips_nothing_changes_no_byte(flow: Flux, threshold: float
 def test_the_first_and_the_last_step_are_always_computed(flow: Flux, steps: int) -> None:
     runs = []
 
-    class Counting(Flux):
+    class CountingCache(Flux):
         def _rest(self, *arguments: Any) -> mx.array:
             runs.append(1)
             return super()._rest(*arguments)
 
     counting = random_flux()
-    counting.__class__ = Counting
+    counting.__class__ = CountingCache
     _, reused = paint(counting, make_plan(flow, steps), EVERYTHING)
     assert reused == [0 < step < steps - 1 for step in range(steps)]
     assert len(runs) == reused.count(False)  # the others' blocks were not run

@@ -80,12 +80,12 @@ def test_a_caller_that_stops_early_leaves_the_rest_uncomputed() -> None:
     calls = []
     forward = type(flow).__call__
 
-    class Counting(Flux):
+    class CountingFlow(Flux):
         def __call__(self, *arguments: mx.array) -> mx.array:
             calls.append(1)
             return forward(self, *arguments)
 
-    flow.__class__ = Counting
+    flow.__class__ = CountingFlow
     steps = denoise(flow, make_plan(flow), make_noise())
     next(steps)
     next(steps)

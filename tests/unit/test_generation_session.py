@@ -198,7 +198,7 @@ def test_a_death_outside_of_a_ring_touches_nobody_else() -> None:
     assert len(done.messages(messages.Load, 1)) == 1
 
 
-def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None:
+def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_ring_generation() -> None:
     def break_one(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
             mesh.kill_engine(1)
@@ -372,7 +372,7 @@ def test_a_host_that_returns_helps_with_whole_images() -> None:
     assert mesh.machines[1].made
 
 
-def test_what_is_left_over_from_another_epoch_or_job_is_dropped() -> None:
+def test_what_is_left_over_from_another_ring_generation_or_job_is_dropped() -> None:
     mesh = GenerationSimulation(1).begin()
     while not mesh.of(events.Step):
         mesh.turn()

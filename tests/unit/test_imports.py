@@ -6,12 +6,13 @@ prints what they describe.
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
 import pytest
 
-from tools.house import ROOMS, Tree, imported, modules
+from tools.house import ROOMS, ROOT, Tree, imported, modules
 
 HEAVY = {"mlx", "zmq", "torch", "datasets", "transformers", "diffusers", "huggingface_hub"}
 PACKAGES = ("fluxmesh", "fluxmesh_agent", "fluxmesh_coordinator")
@@ -40,7 +41,8 @@ COMPUTES = (
 DESCRIBES = (
     *("fluxmesh.models.tiling", "fluxmesh.models.flux1.config"),
     *("fluxmesh.models.flux1.tensor_maps", "fluxmesh.models.flux1.single_file"),
-    *("fluxmesh.models.flux1.partition", "fluxmesh.models.flux1.quantization"),
+    *("fluxmesh.models.partition", "fluxmesh.models.flux1.partition"),
+    "fluxmesh.models.flux1.quantization",
     *("fluxmesh.models.flux1.tokenizers", "fluxmesh.sampling.schedule"),
     *("fluxmesh.sampling.latents", "fluxmesh.engine.tf32"),
     *("fluxmesh.training.compute.lr_schedule", "fluxmesh.training.compute.parameter_vector"),
@@ -72,7 +74,7 @@ def test_only_what_computes_imports_mlx() -> None:
 
 def test_only_one_module_calls_a_collective() -> None:
     found = [name for name, path in ALL.items() if "mx.distributed" in path.read_text("utf-8")]
-    assert found == ["fluxmesh.models.flux1.parallel"]
+    assert found == ["fluxmesh.models.collectives"]
 
 
 def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:
@@ -192,3 +194,14 @@ def test_the_command_line_answers_without_loading_what_computes(arguments: list[
     )
     assert not loaded & (HEAVY | {"numpy", "PIL", "rich", "zmq", "msgpack", "asyncio"})
     assert "click" in loaded
+
+
+def test_a_class_name_stands_once_in_the_tree() -> None:
+    """Also in tests and tools: a name that is searched for is found where it is defined."""
+    places: dict[str, list[str]] = {}
+    for folder in ("fluxmesh", "agent", "coordinator", "tools", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -292,7 +292,7 @@ def up(folder: Path, mesh: FakeMesh, sockets: float, collectives: float) -> Mesh
 def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
     tmp_path: Path, sockets: float, collectives: float, chosen: str
 ) -> None:
-    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         home, work = Home(tmp_path), Workload.of(job().request, small())
         made = up(tmp_path, mesh, sockets, collectives)
         dialer = mesh.network.dialer()
@@ -312,7 +312,7 @@ def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
 def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -> None:
     """The ring looks fast, and its steps are not: the next picture is painted by one host."""
 
-    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         home, work = Home(tmp_path), Workload.of(job().request, small())
         dialer = mesh.network.dialer()
         made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home)._run(dialer)
@@ -349,7 +349,7 @@ def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
     def keep(news: Timings) -> None:
         raise FluxmeshError("The disk is full.")
 
-    async def body(mesh: FakeMesh, driver: AgentPool) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         async with AgentPool(mesh.record, mesh.network.dialer(), None, keep) as knowing:
             heard = Heard()
             await JobRunner(knowing, GenerationSession(job()), {}, heard).run()

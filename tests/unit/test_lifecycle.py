@@ -138,7 +138,7 @@ def test_a_failed_unit_leaves_the_engine_alone() -> None:
     assert life.state == "idle"
 
 
-def test_kill_begins_an_epoch_and_forgets_the_work() -> None:
+def test_kill_begins_a_ring_generation_and_forgets_the_work() -> None:
     life = started()
     life.work(load())
     assert life.kill(Kill(1, 5)) == [KillEngine()]
@@ -146,7 +146,7 @@ def test_kill_begins_an_epoch_and_forgets_the_work() -> None:
     assert life.kill(Kill(1, 6)) == []  # none is there
 
 
-def test_messages_of_an_old_epoch_are_refused_and_reports_of_it_dropped() -> None:
+def test_messages_of_an_old_ring_generation_are_refused_and_reports_of_it_dropped() -> None:
     life = started()
     life.kill(Kill(1, 5))
     for ask, message in ((life.kill, Kill(1, 4)), (life.join, join(4)), (life.work, load(4))):

@@ -40,7 +40,7 @@ def mesh_of(folder: Path, hosts: int) -> Iterator[tuple[Mesh, FakeMesh]]:
 
     with Mesh(fake.record, dialer) as mesh:
         try:
-            mesh._run(mesh._driver.tell(dict.fromkeys(range(hosts), KEEP)))
+            mesh._run(mesh._pool.tell(dict.fromkeys(range(hosts), KEEP)))
             yield mesh, fake
         finally:
             asyncio.run_coroutine_threadsafe(fake.__aexit__(), mesh._loop).result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +126,7 @@ def test_what_others_keep_busy_is_what_none_of_ours_does() -> None:
 def test_this_machine_says_who_keeps_it_busy() -> None:
     watch = OtherWork([])
     watch.begin()
+    time.sleep(0.3)  # counted in hundredths of a second
     assert 0.0 <= watch.end() <= 1.5 * (psutil.cpu_count() or 1)
 
 

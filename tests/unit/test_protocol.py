@@ -39,7 +39,7 @@ def stepped(latents: np.ndarray | None) -> Stepped:
 
 def header(**changes: Any) -> list[Frame]:
     """The frames of a `LeaseQueued` with other keys in its header; None leaves a key out."""
-    base = {"v": 1, "type": "LeaseQueued", "seq": 9, "fields": {"place": 1, "seconds": 2.0}}
+    base = {"v": 1, "type": "Queued", "seq": 9, "fields": {"place": 1, "seconds": 2.0}}
     base = {key: value for key, value in {**base, **changes}.items() if value is not None}
     return [msgpack.packb(base)]
 
@@ -129,7 +129,7 @@ def test_numbers_of_numpy_are_sent_as_numbers() -> None:
         (header(v=None), "version"),
         (header(type="Queued2"), "malformed"),
         (header(type="Report"), "malformed"),
-        (header(type=["LeaseQueued"]), "malformed"),
+        (header(type=["Queued"]), "malformed"),
         (header(fields={"place": 1, "seconds": 2.0, "more": 3}), "malformed"),
         (header(fields={"place": 1}), "malformed"),
         (header(fields={"place": True, "seconds": 2.0}), "malformed"),

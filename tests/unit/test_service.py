@@ -93,13 +93,13 @@ def test_a_conversation_that_breaks_takes_its_lease_with_it(tmp_path: Path) -> N
     """Else it would be held for as long as the coordinator lives, which has forgotten it."""
 
     async def body(mesh: FakeMesh) -> None:
-        async with AgentPool(mesh.record, mesh.network.dialer()) as driver:
-            client = driver.clients[0]
+        async with AgentPool(mesh.record, mesh.network.dialer()) as pool:
+            client = pool.clients[0]
             await client.lease("job", 1.0, lambda _: None)
             assert mesh.services[0].leases.holder
-            driver.lost(0, client, "The cable was pulled.")
-            while not driver.clients:
-                await driver.change(1.0)
+            pool.lost(0, client, "The cable was pulled.")
+            while not pool.clients:
+                await pool.change(1.0)
             assert mesh.services[0].leases.holder == ""
 
     play(tmp_path, body)

@@ -214,7 +214,7 @@ def test_patience_ends_when_there_was_no_alarm_for_long() -> None:
         assert patience == [1, 1, 1]
 
 
-def test_what_an_engine_of_an_older_epoch_says_is_dropped() -> None:
+def test_what_an_engine_of_an_older_ring_generation_says_is_dropped() -> None:
     sim = TrainingSimulation(2).opened()
     ring_generation = sim.session.state.hosts[0].ring_generation
     sim.kill_engine(1)

@@ -296,7 +296,7 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
 
 
 def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
-    class Agent:
+    class WarmingAgent:
         title = "host 0"
 
         def __init__(self) -> None:
@@ -313,7 +313,7 @@ def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
 
     async def scene() -> list[messages.Report]:
         granted = messages.Granted(7, 1, None)  # type: ignore[arg-type]
-        errand = Errand(Agent(), granted, work())  # type: ignore[arg-type]
+        errand = Errand(WarmingAgent(), granted, work())  # type: ignore[arg-type]
         await errand.begin_anew()
         return [report async for report in errand.do(messages.Load(*errand.common), 1.0)]
 

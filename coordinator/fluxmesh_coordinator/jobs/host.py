@@ -197,9 +197,11 @@ class HostState:
         """What waits here to be sent is not sent."""
 
     def kill(self, ring_generation: int, now: float) -> None:
-        """The engine is being ended, with all that it held, knew and had in line; `ring_generation` begins.
+        """The engine is being ended, with all that it held, knew and had in line; that generation
+        begins.
 
-        Nothing of an older ring generation is done or told from then on, even if it is on its way now.
+        Nothing of an older ring generation is done or told from then on, even if it is on its way
+        now.
         """
         self.ring_generation, self.killed = ring_generation, now
         self.line.clear()

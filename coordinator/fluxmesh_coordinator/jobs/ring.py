@@ -1,7 +1,8 @@
-"""How the engines of some hosts come to be one ring: fresh ports, one nonce, one ring generation. Pure.
+"""How the engines of some hosts come to be one ring: fresh ports, one nonce, one generation. Pure.
 
 Below `session.py`, which sends what stands here. The steps: ask each member for ports, tell all of
-them to join, wait until all have. A failure on the way ends the ring generation; the next one begins anew.
+them to join, wait until all have. A failure on the way ends the
+generation; the next one begins anew.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ class Secret(Protocol):
     """A job that a ring works for."""
 
     def nonce(self, ring_generation: int) -> bytes:
-        """What the ring of `ring_generation` gathers: nobody else can know it."""
+        """What the ring of that generation gathers: nobody else can know it."""
 
 
 class Ring:
-    """A ring, from the first port to the end of its ring generation. `ranks` are in its own order."""
+    """A ring, from the first port to the end of its generation. `ranks` are in its own order."""
 
     def __init__(self, ranks: tuple[int, ...], ring_generation: int) -> None:
         self.ranks, self.ring_generation = ranks, ring_generation

@@ -30,7 +30,7 @@ class Job:
     secret: bytes = field(repr=False)  # random; what rings prove themselves with comes from it
 
     def nonce(self, ring_generation: int) -> bytes:
-        """What the ring of `ring_generation` gathers: nobody else can know it."""
+        """What the ring of that generation gathers: nobody else can know it."""
         return hashlib.sha256(self.secret + ring_generation.to_bytes(8, "big")).digest()
 
 

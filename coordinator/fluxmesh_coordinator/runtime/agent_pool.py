@@ -1,8 +1,8 @@
 """The agents of a mesh in one event loop: connected, told apart, and connected again when lost.
 
 Between `client.py` (one agent) and `runtime/job_runner.py` (one job on them). A member that is lost
-is tried again for as long as the driver is open; one on this machine whose process has ended is
-started again first, if the driver knows how.
+is tried again for as long as the pool is open; one on this machine whose process has ended is
+started again first, if the pool knows how.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
 AGAIN = 3.0  # seconds that an agent that answered before may take to do so again
 TICK = 0.25  # seconds between two looks at the clock
 NOTE = 2.0  # seconds that an agent may take to hear what needs no answer
-RESTARTS = 3  # of one agent, in the life of a driver
+RESTARTS = 3  # of one agent, in the life of a pool
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
 Keep = Callable[[Timings], None]  # blocks; FluxmeshError

@@ -78,7 +78,7 @@ class Mesh:
             return await AgentPool(record, dialer(), restart, keep).__aenter__()
 
         try:
-            self._driver: AgentPool = self._run(begin())
+            self._pool: AgentPool = self._run(begin())
         except BaseException:
             self._end()
             raise
@@ -193,7 +193,7 @@ class Mesh:
         box: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         async def begin() -> JobRunner:
-            return JobRunner(self._driver, session, files, box.put, FailedJobs())
+            return JobRunner(self._pool, session, files, box.put, FailedJobs())
 
         runner = self._run(begin())
         done = asyncio.run_coroutine_threadsafe(runner.run(wait), self._loop)
@@ -221,12 +221,10 @@ class Mesh:
         """Of each host by rank: what it says of itself, or why it does not answer."""
 
         async def ask() -> dict[int, messages.Status | str]:
-            driver = self._driver
-            found: dict[int, messages.Status | str] = dict(await driver.statuses())
+            pool = self._pool
+            found: dict[int, messages.Status | str] = dict(await pool.statuses())
             for member in self.record.members:
-                found.setdefault(
-                    member.rank, driver.reasons.get(member.rank, "It does not answer.")
-                )
+                found.setdefault(member.rank, pool.reasons.get(member.rank, "It does not answer."))
             return dict(sorted(found.items()))
 
         return self._run(ask())
@@ -234,7 +232,7 @@ class Mesh:
     @property
     def view(self) -> MeshView:
         """The hosts that answer now, as the planner sees them."""
-        return self._driver.links.view(self._run(self._driver.infos()).values())
+        return self._pool.links.view(self._run(self._pool.infos()).values())
 
     def close(self) -> None:
         """Cancels what runs and lets go of the agents; a mesh that was started by `connect` ends.
@@ -246,7 +244,7 @@ class Mesh:
         try:
             for running in list(self._jobs):
                 running.stop()
-            self._run(self._driver.__aexit__())
+            self._run(self._pool.__aexit__())
         finally:
             self._end()
 
@@ -269,12 +267,12 @@ class Mesh:
         note = messages.NoteSize(work.weights, work.height, work.width)
         fitting = [rank for rank in view.ranks if memory.needs((rank,), needed)[0].fits]
         if len(view.ranks) > 1 and not work.low_memory:
-            self._run(self._driver.tell(dict.fromkeys(fitting, note)))
+            self._run(self._pool.tell(dict.fromkeys(fitting, note)))
 
     def _leave_makeshift(self, plans: Sequence[Planned]) -> None:
         """A ring that was made of what a loss had left is of no use to the job that comes next."""
         if plans and plans[0].hosts != plans[-1].hosts:
-            self._run(self._driver.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
+            self._run(self._pool.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
 
     def _prepare(
         self,

@@ -1,4 +1,4 @@
-"""A mesh as the crew of a training: what the run asks for becomes tasks of a `TrainingSession`.
+"""A mesh as the executor of a training: what the run asks for becomes tasks of a `TrainingSession`.
 
 The run (`fluxmesh/training/run.py`) reads the data set, keeps the cache and writes the files, here;
 hosts need no disk of ours. Every call blocks until the mesh has done it, whoever died meanwhile.
@@ -54,9 +54,9 @@ def train_on(mesh: Hosts, request: TrainRequest, tell: Tell) -> Generator[TrainE
 
     base = hub.resolve(request.model, progress=downloading)
     plan = prepare(request, examples, base)
-    with MeshExecutor(mesh, plan, base, tell) as crew:
-        yield from Run(plan, base, crew).events()
-        crew.finish()
+    with MeshExecutor(mesh, plan, base, tell) as executor:
+        yield from Run(plan, base, executor).events()
+        executor.finish()
 
 
 class MeshExecutor:

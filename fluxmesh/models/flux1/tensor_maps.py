@@ -3,8 +3,8 @@
 fluxmesh's modules carry the names of black-forest-labs/flux (transformer, autoencoder) and of
 transformers (T5, CLIP). A diffusers file stores some of BFL's tensors in pieces: the fused query,
 key and value apart, `linear1` of a single block as four matrices, and the halves of the last
-modulation in the other order. All of that is *data* here: a `ModelTensor` is a tensor of the model, and
-its `pieces` are ranges of rows of the tensors in a diffusers file that, stacked, make it. The
+modulation in the other order. All of that is *data* here: a `ModelTensor` is a tensor of the model,
+and its `pieces` are ranges of rows of the tensors in a diffusers file that, stacked, make it. The
 weight loader, the checkpoint verifier, the LoRA reader and the tests read the same tables.
 
 Shapes are PyTorch's (convolutions are out, in, height, width). Imports no mlx.
