@@ -1,4 +1,4 @@
-"""What `plans.py` prints: predicted beside measured, and what was chosen beside what was fastest."""
+"""What `plans.py` prints: predicted beside measured, and what was chosen beside the fastest."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.engine.worker import Worker, from_wire, to_wire
+from fluxmesh.engine.worker import STOPS, Worker, from_wire, to_wire
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
@@ -449,6 +449,31 @@ def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant)
     stops.append(True)
     assert list(stopped.do(Warm(*HEAD, weights, 32, 48))) == []
     assert stopped.compiled == () and stopped.counters.steps == 0
+
+
+def test_a_measurement_that_is_told_to_stop_at_its_trial_tells_the_other_ranks(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who left by itself would leave them in the collectives of the steps that are timed."""
+    stops: list[bool] = []
+    agreed: list[int] = []
+
+    def agree(work: messages.Work, own: int) -> int:
+        agreed.append(own)
+        return own
+
+    def pause(phase: str) -> None:
+        if phase == "step" and halts == "decode":
+            stops.append(True)
+        if phase == "load" and halts == "load" and worker.components:
+            stops.append(True)
+
+    for halts in ("decode", "load"):
+        stops.clear()
+        worker = Worker(WorkerOptions(stopping=lambda: bool(stops), pause=pause))
+        monkeypatch.setattr(worker, "_agree", agree)
+        assert only(worker, Measure(*HEAD, weights, 32, 48), messages.Timed) == []
+        assert agreed[-1] == STOPS and stops, halts
 
 
 def test_what_was_compiled_stays_when_other_weights_come_and_the_latest_is_last(
