@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.engine import device_memory as memory
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
 from fluxmesh.engine.residency import WorkerOptions
@@ -69,8 +70,6 @@ from fluxmesh_agent.model_paths import Roots
 
 log = logging.getLogger("engine")
 
-BEAT_SECONDS = 1.0
-IDLE_SECONDS = 1.0  # without work, until freed memory is given back
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
 LAST = (  # after the last of these, a unit is over
     *(Loaded, TextEncoded, SourceEncoded, Pictured, Timed, RingTimed, Warmed),
@@ -96,8 +95,8 @@ class Config:
 class Engine:
     """One life: from the first message to the end of the stream."""
 
-    def __init__(self, config: Config, channel: Channel) -> None:
-        self.config, self.channel = config, channel
+    def __init__(self, config: Config, channel: Channel, deadlines: Deadlines = DEADLINES) -> None:
+        self.config, self.channel, self.deadlines = config, channel, deadlines
         roots = Roots(
             Path(config.adapters),
             Path(config.models) if config.models else None,
@@ -153,7 +152,7 @@ class Engine:
         Not after each unit: what one frees the next one takes.
         """
         try:
-            return self._line.get(timeout=IDLE_SECONDS)
+            return self._line.get(timeout=self.deadlines.engine_idle)
         except queue.Empty:
             memory.give_back()
             return self._line.get()
@@ -283,7 +282,7 @@ class Engine:
 
     def _beat(self) -> None:
         while True:
-            time.sleep(BEAT_SECONDS)
+            time.sleep(self.deadlines.heartbeat)
             work, doing = self._work, self.worker.quiet
             if work is not None and doing:
                 try:

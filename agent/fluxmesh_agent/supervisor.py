@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
@@ -30,7 +31,6 @@ from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-GONE_SECONDS = 10.0  # after SIGKILL
 # Of engines on a Mac, unless the environment says otherwise. Where a display is on, macOS may end
 # work of the GPU that the display has to wait for: trainings, and pictures of 2048 x 2048 pixels
 # (https://github.com/ml-explore/mlx/issues/3267). All engines have it, for the variable is set when
@@ -155,7 +155,7 @@ class Supervisor:
         life.is_wanted = False
         life.process.kill()
         try:
-            await asyncio.wait_for(in_thread(life.process.wait), GONE_SECONDS)
+            await asyncio.wait_for(in_thread(life.process.wait), DEADLINES.engine_ends)
         except TimeoutError:
             log.error("engine %d does not end", life.process.pid)
         log.info("engine %d was ended", life.process.pid)

@@ -4,9 +4,9 @@ The last of the pure modules between a request and the mesh: `planning/` works o
 `plan` chooses. It never fails: where nothing can be done, the plan says why. It formats no table;
 `fluxmesh plan` does.
 
-Predictions come from measured step times and link rates; the bytes are those that
-`candidates.py` counts. Where two ways are predicted to take the same time, the one whose pictures are the very bytes that one
-host would give is taken.
+Predictions come from measured step times and link rates; `collectives.py`
+counts the bytes. Where two ways are predicted to take the same time, the one whose pictures are the
+very bytes that one host would give is taken.
 """
 
 from __future__ import annotations

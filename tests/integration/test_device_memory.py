@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.worker import Worker
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
@@ -149,12 +151,11 @@ def test_metals_cache_is_bounded_but_not_a_trainings(
 
 
 @pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[engine.Engine]:
+def idle(tmp_path: Path) -> Iterator[engine.Engine]:
     """An engine whose agent says nothing."""
     near, far = socket.socketpair()
     config = engine.Config(0, str(tmp_path), str(tmp_path), None, [], None)
-    monkeypatch.setattr(engine, "IDLE_SECONDS", 0.05)
-    yield engine.Engine(config, Channel(near))
+    yield engine.Engine(config, Channel(near), replace(DEADLINES, engine_idle=0.05))
     near.close()
     far.close()
 

@@ -18,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 from fluxmesh.cluster.hostfile import Host
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import find_python, tcc
 
-SECONDS = {"look": 60.0, "start": 120.0, "stop": 60.0, "logs": 30.0, "pull": 86400.0}
-SECONDS["dial"] = 30.0
 SSH_FAILED = 255  # ssh's own exit code for what went wrong before the command ran
 NOT_FOUND = (126, 127)  # a shell's
 MANY = 32  # hosts that are asked at once
@@ -39,7 +38,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def ask(
-    host: Host, action: str, tell: Tell | None = None, *, keep_ssh: bool = False, **fields: Any
+    host: Host,
+    action: str,
+    tell: Tell | None = None,
+    *,
+    keep_ssh: bool = False,
+    deadlines: Deadlines = DEADLINES,
+    **fields: Any,
 ) -> dict[str, Any]:
     """What the starter on `host` answers; `tell` hears of its progress.
 
@@ -55,7 +60,8 @@ def ask(
         start_new_session=keep_ssh,  # no Ctrl-C and no closing window ends it
     )
     assert process.stdin and process.stdout and process.stderr
-    late = threading.Timer(SECONDS[action], process.kill)
+    seconds: float = getattr(deadlines, f"ask_{action}")
+    late = threading.Timer(seconds, process.kill)
     late.daemon = True
     late.start()
     heard: list[bytes] = []

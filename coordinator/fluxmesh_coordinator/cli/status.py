@@ -7,7 +7,8 @@ import time
 
 import click
 
-EVERY = 1.0  # seconds between two looks with --watch
+from fluxmesh.deadlines import DEADLINES
+
 NO_MESH = "No mesh is up; `fluxmesh up` starts one."
 
 
@@ -50,9 +51,9 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
     if as_json or not console.is_terminal:
         while True:
             tell(found)
-            time.sleep(EVERY)
+            time.sleep(DEADLINES.watch)
             found = survey(mesh)
     with Live(tables.mesh_table(found), console=console, auto_refresh=False) as live:
         while True:
-            time.sleep(EVERY)
+            time.sleep(DEADLINES.watch)
             live.update(tables.mesh_table(survey(mesh)), refresh=True)

@@ -15,12 +15,13 @@ from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo, RingTiming
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
-from fluxmesh_coordinator.jobs.host import START, HostState
+from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
@@ -29,8 +30,6 @@ LAST = (
     *(messages.Loaded, messages.Timed, messages.RingTimed),
     *(messages.TextEncoded, messages.Warmed),
 )
-
-MEASURING = 60.0  # seconds without a sign from engines that measure their ring
 
 
 class Errand:
@@ -67,7 +66,7 @@ class Errand:
         """Takes its place in a ring. Raises as `do`."""
         await self.client.ask(join, messages.Done)
         self.ring_generation = join.ring_generation
-        while not isinstance(await self._report(START), messages.Joined):
+        while not isinstance(await self._report(DEADLINES.first_sign), messages.Joined):
             continue
 
     async def _report(self, silence: float) -> messages.Report:
@@ -152,7 +151,7 @@ async def measure_ring(
 
     async def one(rank: int) -> None:
         work = messages.MeasureRing(*ring[rank].common[:3])
-        async for report in ring[rank].do(work, MEASURING):
+        async for report in ring[rank].do(work, DEADLINES.engine_sign):
             if isinstance(report, messages.RingTimed):
                 found[rank] = report
 

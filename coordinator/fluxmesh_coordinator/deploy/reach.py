@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, LocalNetworkError
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport import local_network
@@ -22,8 +23,6 @@ from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import run, user_keys
 from fluxmesh_coordinator.deploy.checks import Finding
-
-SECONDS = 10.0  # for one byte over one cable
 
 Denied = tuple[int, int, str, int]  # source and target by rank, the target's address and port
 
@@ -70,12 +69,12 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
             token = secrets.token_bytes(32)
             try:
                 listen = messages.ListenForLink(ip, token)
-                (port,) = (await clients[target].ask(listen, messages.Ports, SECONDS)).ports
+                (port,) = (await clients[target].ask(listen, messages.Ports, DEADLINES.cable)).ports
             except FluxmeshError:
                 return None
             try:
                 probe = messages.ProbeLink(ip, port, token, 1)
-                await clients[source].ask(probe, messages.LinkRate, SECONDS)
+                await clients[source].ask(probe, messages.LinkRate, DEADLINES.cable)
             except LocalNetworkError:
                 return source, target, ip, port
             except FluxmeshError:

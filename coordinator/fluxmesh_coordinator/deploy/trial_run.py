@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
 from fluxmesh.planning.workload import Workload
@@ -26,9 +27,6 @@ from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.deploy.bringup import Watcher
 from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
-
-SILENCE = 60.0  # seconds without a sign from an engine, which beats each second
-FIRST_STEP = 600.0  # seconds that a step and a decode may take: kernels compile
 
 Size = tuple[int, int]  # height, width
 
@@ -242,15 +240,15 @@ class TrialRun:
         """Raises what the engine failed with."""
         errand = self._errands[rank]
         try:
-            async with asyncio.timeout(FIRST_STEP):
-                async for report in errand.do(work, SILENCE):
+            async with asyncio.timeout(DEADLINES.tried_step):
+                async for report in errand.do(work, DEADLINES.engine_sign):
                     if isinstance(report, messages.LoadProgress):
                         told = (report.component, report.done_bytes, report.total_bytes)
                         self.watcher.progress(rank, *told)
         except TimeoutError:
             raise FluxmeshError(
-                f"{errand.client.title}: a first step is not done after {FIRST_STEP:.0f} s; look "
-                "at `fluxmesh logs`."
+                f"{errand.client.title}: a first step is not done after "
+                f"{DEADLINES.tried_step:.0f} s; look at `fluxmesh logs`."
             ) from None
 
 

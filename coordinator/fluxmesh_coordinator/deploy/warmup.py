@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Placement, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import (
     DoesNotFitError,
     FluxmeshError,
@@ -43,9 +44,6 @@ from fluxmesh_coordinator.jobs.model_check import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with
-LINK = 60.0  # seconds that measuring a link may take: a slow one is a link too
-SILENCE = 60.0  # seconds without a byte, after which a load counts as hung
-MEASURING = 300.0  # seconds that timing a step may take: kernels compile
 COMPONENTS = ("transformer", "autoencoder")
 
 T = TypeVar("T")
@@ -227,9 +225,11 @@ class Warming:
             token = secrets.token_bytes(32)
             try:
                 listen = messages.ListenForLink(ip, token)
-                ports = await self.clients[target].ask(listen, messages.Ports, LINK)
+                ports = await self.clients[target].ask(listen, messages.Ports, DEADLINES.link)
                 probe = messages.ProbeLink(ip, ports.ports[0], token, PROBE)
-                rates.append(await self.clients[source].ask(probe, messages.LinkRate, LINK))
+                rates.append(
+                    await self.clients[source].ask(probe, messages.LinkRate, DEADLINES.link)
+                )
             except HostUnreachableError:
                 raise
             except FluxmeshError as error:
@@ -344,7 +344,7 @@ class Warming:
         """Raises `WeightsError` where a host has other files under the model's name."""
         part = (place.shards, place.shard(rank), COMPONENTS)
         for is_last in (False, True):
-            async for report in job.do(messages.Load(*job.common, *part), SILENCE):
+            async for report in job.do(messages.Load(*job.common, *part), DEADLINES.engine_sign):
                 if isinstance(report, messages.LoadProgress):
                     what, done, total = report.component, report.done_bytes, report.total_bytes
                     self.watcher.progress(rank, what, done, total)
@@ -362,13 +362,13 @@ class Warming:
         """With nothing else running on the device."""
         measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
         try:
-            async with asyncio.timeout(MEASURING):
-                async for _ in job.do(measure, MEASURING):
+            async with asyncio.timeout(DEADLINES.timed_step):
+                async for _ in job.do(measure, DEADLINES.timed_step):
                     pass  # it beats until it is done
         except TimeoutError:
             raise HostUnreachableError(
-                f"{job.client.title}: a step is not done after {MEASURING:.0f} s; look at "
-                "`fluxmesh logs`."
+                f"{job.client.title}: a step is not done after {DEADLINES.timed_step:.0f} s; "
+                "look at `fluxmesh logs`."
             ) from None
 
     async def _time_together(

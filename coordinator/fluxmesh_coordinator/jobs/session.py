@@ -14,6 +14,7 @@ from typing import Generic
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire import messages
@@ -48,9 +49,9 @@ class JobSession(ABC, Generic[H]):
 
     grows = False  # whether hosts that answer late are wanted too, not just those it began with
 
-    def __init__(self, state: JobState[H]) -> None:
-        self.state = state
-        self.recovery: Recovery[H] = Recovery(state, self.send, self.tell, self.end)
+    def __init__(self, state: JobState[H], deadlines: Deadlines = DEADLINES) -> None:
+        self.state, self.deadlines = state, deadlines
+        self.recovery: Recovery[H] = Recovery(state, self.send, self.tell, self.end, deadlines)
         self.now = 0.0
         self._out: list[Instruction] = []
         self._error: FluxmeshError | None = None  # how it ends

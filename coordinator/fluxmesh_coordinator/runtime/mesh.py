@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
@@ -61,12 +62,13 @@ class Mesh:
         keep: Keep | None = None,
         close: Callable[[], None] = lambda: None,
         keeps_warm: bool = True,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         """`connect` is the usual way in. `dialer` is called in the loop's thread; `restart`
         starts the agent of a rank again, `keep` writes down what jobs measure, `close` ends what
         was started for this mesh alone.
         """
-        self.record = record
+        self.record, self.deadlines = record, deadlines
         self.keeps_warm = keeps_warm  # whether weights serve others after this program
         self._close = close
         self._jobs: set[Running] = set()  # that run now
@@ -75,7 +77,7 @@ class Mesh:
         self._thread.start()
 
         async def begin() -> AgentPool:
-            return await AgentPool(record, dialer(), restart, keep).__aenter__()
+            return await AgentPool(record, dialer(), restart, keep, deadlines).__aenter__()
 
         try:
             self._pool: AgentPool = self._run(begin())
@@ -162,7 +164,7 @@ class Mesh:
         `HostUnreachableError` or `DoesNotFitError`.
         """
         job, files = self._prepare(request, placement, force_shard, keep_warm)
-        running = self.start(GenerationSession(job), files, wait)
+        running = self.start(GenerationSession(job, self.deadlines), files, wait)
         plans: list[Planned] = []
         try:
             for event in running.events():
