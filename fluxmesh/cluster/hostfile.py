@@ -177,12 +177,12 @@ def allowed_envs(
         if key == FAST_SYNCH:
             warnings.append(
                 f"envs: {key} is left out, since it can hang the GPU until the Mac restarts; "
-                f"--env {key}={value} insists on it."
+                f"`env` {key}={value} insists on it."
             )
         elif key not in ENVS:
             warnings.append(
                 f"envs: {key} is left out, since a hostfile may not set it; "
-                "--env KEY=VALUE on the command line does."
+                "`env` KEY=VALUE on the command line does."
             )
         else:
             kept[key] = value

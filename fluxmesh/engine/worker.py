@@ -91,8 +91,8 @@ class Worker(ModelStore):
                 raise
             name = "the model" if self.weights is None else self.weights.model
             raise DoesNotFitError(
-                f"Memory ran out while {self.doing} with {name}; try --quantize, "
-                "--low-memory or a smaller --image-size."
+                f"Memory ran out while {self.doing} with {name}; try `quantize`, "
+                "`low_memory` or a smaller `image_size`."
             ) from error
         finally:
             self.quiet = ""

@@ -187,7 +187,7 @@ def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:
     if not view.hosts:
         return "The mesh has no host."
     if not allowed and asked == "data":
-        return "--placement data and --force-shard exclude each other; choose one."
+        return "`placement` data and `force_shard` exclude each other; choose one."
     if not allowed:
         return f"You asked for {asked}, which needs two hosts; the mesh has {len(view.hosts)}."
     what = f"You asked for {asked}, which can't be done" if asked else "No placement can be done"

@@ -119,8 +119,8 @@ def check_same(saved: Saved, request: Mapping[str, Any], data: str, model: str) 
         differing.append(f"the model was {saved.model} and is {model}")
     if differing:
         raise UsageError(
-            f"--resume can't go on from iteration {saved.counters.iteration}: "
-            f"{'; '.join(differing)}; give what the run began with, or another --output-dir."
+            f"`resume` can't go on from iteration {saved.counters.iteration}: "
+            f"{'; '.join(differing)}; give what the run began with, or another `output_dir`."
         )
 
 
@@ -128,7 +128,7 @@ def check_new(folder: Path) -> None:
     """Raises `OutputError` where `folder` holds a training already."""
     if iterations(folder) or (folder / FINAL).exists():
         raise OutputError(
-            f"{folder} holds a training already; go on with --resume, or name another --output-dir."
+            f"{folder} holds a training already; go on with `resume`, or name another `output_dir`."
         )
 
 

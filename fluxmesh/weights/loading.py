@@ -261,7 +261,7 @@ def _load(
     stored_bits = reader.checkpoint.bits
     if stored_bits and bits not in (None, stored_bits):
         raise UsageError(
-            f"{reader.checkpoint.name} is stored in {stored_bits} bits; leave --bits out, or name "
+            f"{reader.checkpoint.name} is stored in {stored_bits} bits; leave `bits` out, or name "
             "the model that it was made from."
         )
     bits = stored_bits or bits

@@ -45,7 +45,7 @@ def quantize_checkpoint(
     source that is quantized already, `WeightsError` for a broken source.
     """
     if bits not in BITS:
-        raise UsageError(f"--bits is {bits}; choose 3, 4, 5, 6 or 8.")
+        raise UsageError.about("bits", f"is {bits}", "choose 3, 4, 5, 6 or 8")
     if source.bits:
         raise UsageError(
             f"{source.name} is quantized to {source.bits} bits already; name the model that it "

@@ -255,7 +255,7 @@ def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None
             await JobRunner(pool, GenerationSession(asked), {}, Heard()).run()
         assert str(caught.value) == (
             "No placement can be done: host 0 needs 28.1 GB and may use 11.8 GB. "
-            "It fits with --quantize --bits 8 --low-memory (9.9 GB)."
+            "It fits with `quantize` `bits` 8 `low_memory` (9.9 GB)."
         )
 
     play(tmp_path, 1, body)

@@ -66,7 +66,7 @@ def test_a_model_that_no_host_can_hold_is_refused() -> None:
         layout(work(), mesh(10))
     assert str(told.value) == (
         "m does not fit: host 0 needs 24.5 GB and may use 10.0 GB. "
-        "It fits with --quantize --bits 4 (7.5 GB)."
+        "It fits with `quantize` `bits` 4 (7.5 GB)."
     )
     with pytest.raises(DoesNotFitError, match=r"may use 4.0 GB. Use more hosts.$"):
         layout(work(), mesh(4))
@@ -143,7 +143,7 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
                     done = await warming._run(dialer)
                     assert replace(done, timings=Timings()) == mesh.record
                 else:
-                    with pytest.raises(FluxmeshError, match="truncated.*--allow-partial goes on"):
+                    with pytest.raises(FluxmeshError, match="truncated.*`allow_partial` goes on"):
                         await warming._run(dialer)
             finally:
                 await dialer.close()

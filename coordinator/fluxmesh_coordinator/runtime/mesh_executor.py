@@ -175,7 +175,7 @@ class MeshExecutor:
         if found is None:
             path = self._cache.path(self._key(unit))
             raise FluxmeshError(
-                f"{path} is missing or damaged, although it was written; start again with --resume."
+                f"{path} is missing or damaged, although it was written; start again with `resume`."
             )
         return {name: array for name, (array, _) in found.items()}
 

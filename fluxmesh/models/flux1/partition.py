@@ -112,5 +112,5 @@ def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
     fit = [n for n in range(1, config.num_heads + 1) if obstacle(config, n, quantized) is None]
     raise UsageError(
         f"The transformer can't be sharded over {size} hosts: {reason}; use "
-        f"{', '.join(map(str, fit))} of them, or --placement sequence."
+        f"{', '.join(map(str, fit))} of them, or `placement` sequence."
     )

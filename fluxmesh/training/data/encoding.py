@@ -99,7 +99,7 @@ class DatasetEncoder:
         if found is None:
             raise FluxmeshError(
                 f"{self.cache.path(self.key(unit))} is missing or damaged, although it was "
-                "written; start again with --resume."
+                "written; start again with `resume`."
             )
         return found
 

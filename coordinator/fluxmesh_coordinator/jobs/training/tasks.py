@@ -270,7 +270,7 @@ def choose(job: TrainingJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
         return Choice(
             None,
             f"Training {job.weights.model} needs {job.needed_bytes / 1e9:.1f} GB on a host, and "
-            f"none has more than {most / 1e9:.1f} GB free; try --quantize.",
+            f"none has more than {most / 1e9:.1f} GB free; try `quantize`.",
         )
     return Choice(Chosen(next(ring for ring in _rings(fitting) if _is_linked(ring, links))))
 
