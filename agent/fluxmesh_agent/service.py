@@ -24,6 +24,7 @@ from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh.storage.homes import AgentHome, read_private, write_private
+from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
@@ -42,11 +43,13 @@ from fluxmesh_agent.lifecycle import (
     StartEngine,
     Tell,
 )
-from fluxmesh_agent.status import last_lines, status_of
+from fluxmesh_agent.status import status_of
 from fluxmesh_agent.supervisor import EngineOptions, Supervisor
 from fluxmesh_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
+
+LINE = 2000  # characters of a log's line that are shown
 
 
 class AgentClock(RunningClock):
@@ -205,7 +208,8 @@ class Service:
         if isinstance(message, messages.AskStatus):
             return self.status()
         if isinstance(message, messages.AskLogs):
-            return messages.Logs(last_lines(self.home.log, message.lines))
+            lines = last_lines(self.home.log, message.lines)
+            return messages.Logs(tuple(line[:LINE] for line in lines))
         if isinstance(message, messages.AskLease):
             self._notify(self.leases.ask(client.name, message.job, message.seconds, now))
             asyncio.get_running_loop().call_soon(self._tick)

@@ -114,11 +114,6 @@ class Hostfile:
         return Endpoint(address, CONTROL_PORT + self.local_index(rank))
 
 
-def this_machine() -> Hostfile:
-    """The mesh of one that runs where no hostfile is given."""
-    return Hostfile((Host(0, "127.0.0.1", ("127.0.0.1",)),))
-
-
 def load(path: Path) -> Hostfile:
     """Reads a hostfile. Raises `HostfileError`, which is a `UsageError`."""
     try:

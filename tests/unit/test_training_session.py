@@ -82,7 +82,7 @@ def test_hosts_share_out_what_is_encoded() -> None:
 
 
 def test_a_state_is_sent_a_few_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_host, "PIECE", 10)
+    monkeypatch.setattr(training, "PIECE", 10)
     monkeypatch.setattr(training_host, "WINDOW", 80)
     sim = TrainingSimulation(2)
     batches: list[int] = []
@@ -149,7 +149,7 @@ def test_hosts_without_the_memory_are_left_out() -> None:
     found = tasks.choose(training_job(), small, Links())
     assert found.winner is not None and found.winner.ranks == (0, 2)
     none = tasks.choose(training_job(), [small[1]], Links())
-    assert none.winner is None and "--quantize" in none.reason
+    assert none.winner is None and "`quantize`" in none.reason
 
 
 def test_agents_of_one_device_share_its_memory() -> None:

@@ -33,11 +33,11 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.machine.memory import total_bytes
 from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
 from fluxmesh.storage.keys import Allowlist
+from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.storage.processes import end_process, kill_recorded, read_record, started_at
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import addresses, macos, tcc
 
-TAIL = 64 << 10  # bytes of a log that are looked at
 SOMEBODY = "whoever started it there"  # neither of `up`'s users: launchd, or a person by hand
 
 Spec = dict[str, Any]  # address, port, models, memory, envs, roots: what an agent is started with
@@ -108,7 +108,7 @@ class Agent:
         if ready is None:
             process.kill()
             process.wait()
-            said = [line for line in tail(self.log, 5, begin) if line.strip()]
+            said = [line for line in last_lines(self.log, 5, begin) if line.strip()]
             why = said[-1] if said else "it said nothing"
             raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
         told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
@@ -179,18 +179,6 @@ def hand_over(
     except ValueError:
         return None
     return ready
-
-
-def tail(path: Path, lines: int, begin: int = 0) -> list[str]:
-    """The last lines of a log, none from before byte `begin`."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(begin, size - TAIL))
-            text = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    return text.splitlines()[-lines:] if lines else []
 
 
 # What can be asked
@@ -337,7 +325,7 @@ def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
 
 def logs(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The end of the agent's log, also of one that is gone."""
-    return {"lines": tail(Agent(request["port"]).log, request["lines"])}
+    return {"lines": last_lines(Agent(request["port"]).log, request["lines"])}
 
 
 def pull(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ can go wrong; here a host that fails is an error that names it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
-from fluxmesh_coordinator.jobs.types import LeasedHost
+from fluxmesh_coordinator.jobs.types import Job, LeasedHost
 
 # What ends a unit of work that is given out here.
 LAST = (
@@ -88,16 +87,6 @@ class Errand:
             return report
 
 
-class _Secret:
-    """What a ring proves itself with."""
-
-    def __init__(self) -> None:
-        self._random = secrets.token_bytes(32)
-
-    def nonce(self, ring_generation: int) -> bytes:
-        return hashlib.sha256(self._random + ring_generation.to_bytes(8, "big")).digest()
-
-
 async def form_ring(
     errands: Mapping[int, Errand],
     hosts: Sequence[Host],
@@ -133,7 +122,7 @@ async def form_ring(
             assert isinstance(message, messages.AskPorts)
             told = await errands[rank].client.ask(message, messages.Ports)
             orders += ring.answered(rank, message.ip, told.ports, states)
-    joins: Orders = ring.join(states, _Secret(), backend)
+    joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )

@@ -48,7 +48,7 @@ def sizes_of(model: str) -> tuple[str, ModelSizes, bool]:
     try:
         checkpoint = hub.resolve(model, download=False)
     except ModelNotFoundError:
-        alias = model.lower().removeprefix("flux-")
+        alias = hub.alias_of(model)
         if alias not in hub.REPOS:
             raise
         return alias, published(alias), False

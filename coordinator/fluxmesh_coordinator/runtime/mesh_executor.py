@@ -18,6 +18,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage import bfloat16
 from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.data.encode_units import Crop, EncoderIdentity, Unit, Units
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
@@ -101,7 +102,7 @@ class MeshExecutor:
                 if not isinstance(event, UnitEncoded):
                     self.tell(event)
                 else:
-                    kinds = {name: _stored(array) for name, array in event.arrays.items()}
+                    kinds = {name: (a, bfloat16.kind(a)) for name, a in event.arrays.items()}
                     self._cache.put(self._key(event.unit), kinds)
                     done += 1
                     yield Encoding(what, done, len(todo))
@@ -201,11 +202,6 @@ def job_of(
         features=features,
         pixels=pixels,
     )
-
-
-def _stored(array: np.ndarray) -> tuple[np.ndarray, str]:
-    """As the cache takes it: bfloat16 travels as uint16."""
-    return array, "BF16" if array.dtype == np.uint16 else "F32"
 
 
 def _device(mesh: Hosts) -> str:

@@ -21,7 +21,6 @@ from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainingJob
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
 WINDOW = 16 << 20  # bytes on their way to a host that it has not answered yet
-PIECE = 1 << 20  # numbers of a vector in a message
 KEPT = 1 << 30  # bytes of features that a host keeps
 SMOOTH = 0.3  # of the running mean of a micro-batch's seconds
 LATE = 8.0  # times the longest that nothing was done before: then the ring hangs
@@ -157,7 +156,7 @@ class TrainingHost(HostState):
         """Hands it the run, at a state."""
         fence, job, ring_generation = self.fence, self.job.id, self.ring_generation
         for name, vector in vectors.items() if update else ():
-            for offset in range(0, len(vector), PIECE):
+            for offset, numbers in training.in_pieces(vector):
                 self.put(
                     training.PutVector(
                         fence=fence,
@@ -166,7 +165,7 @@ class TrainingHost(HostState):
                         vector=name,
                         offset=offset,
                         total=len(vector),
-                        numbers=vector[offset : offset + PIECE],
+                        numbers=numbers,
                     )
                 )
         self.put(
