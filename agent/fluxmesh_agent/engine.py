@@ -19,10 +19,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mlx.core as mx
 
@@ -330,7 +331,7 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "CPU")
 
 
-def _pauses(text: str) -> Any:
+def _pauses(text: str) -> Callable[[str], None]:
     """What makes an engine slower in each phase, from "step=0.5,load=1"."""
     seconds = {
         name: float(value)

@@ -201,7 +201,7 @@ def test_odd_sizes_are_refused(flux: FluxPipeline, latent_size: tuple[int, int])
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"n_images": 0}, "n-images"), ({"num_steps": 0}, "steps"), ({"seed": -1}, "seed")],
+    [({"n_images": 0}, "n_images"), ({"num_steps": 0}, "steps"), ({"seed": -1}, "seed")],
 )
 def test_numbers_out_of_range_are_refused(
     flux: FluxPipeline, options: dict[str, int], told: str

@@ -16,7 +16,6 @@ from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs import failures
 from fluxmesh_coordinator.jobs.host import HostState
@@ -36,11 +35,11 @@ from fluxmesh_coordinator.jobs.types import (
     Links,
     Proposal,
     Reported,
-    Result,
     SendToAgent,
     Stop,
     TellUser,
     Tick,
+    Told,
 )
 
 
@@ -146,7 +145,7 @@ class JobSession(ABC, Generic[H]):
         host.sent(message, self.now)
         self._out.append(SendToAgent(host.rank, message))
 
-    def tell(self, event: events.Event | TrainEvent | Result) -> None:
+    def tell(self, event: Told) -> None:
         self._out.append(TellUser(event))
 
     def instruct(self, instruction: Instruction) -> None:

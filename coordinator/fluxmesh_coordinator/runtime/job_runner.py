@@ -42,6 +42,7 @@ from fluxmesh_coordinator.jobs.types import (
     Stop,
     TellUser,
     Tick,
+    Told,
 )
 from fluxmesh_coordinator.runtime import adapter_upload
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
@@ -60,7 +61,7 @@ class JobRunner:
         pool: AgentPool,
         session: JobSession[Any],
         files: adapter_upload.Files,
-        tell: Callable[[Any], None],
+        tell: Callable[[Told], None],
         failed_jobs: FailedJobs | None = None,
     ) -> None:
         """`failed_jobs` keeps what led to a failure, if anybody is to."""

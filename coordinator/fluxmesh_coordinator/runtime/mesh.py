@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.deadlines import DEADLINES, Deadlines
@@ -41,6 +41,7 @@ from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
+from fluxmesh_coordinator.jobs.types import Heard, Told
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
@@ -170,7 +171,7 @@ class Mesh:
             for event in running.events():
                 if isinstance(event, Planned):
                     plans.append(event)
-                yield event
+                yield cast(Event, event)  # a job that paints tells nothing else
         finally:
             running.stop()
         if self.keeps_warm:
@@ -178,7 +179,7 @@ class Mesh:
             self._leave_makeshift(plans)
 
     def train(
-        self, request: TrainRequest, tell: Callable[[Any], None] = lambda _: None
+        self, request: TrainRequest, tell: Callable[[Heard], None] = lambda _: None
     ) -> Generator[TrainEvent, None, None]:
         """Runs a training, or goes on with one, to the adapter in `output_dir`.
 
@@ -192,7 +193,7 @@ class Mesh:
 
     def start(self, session: JobSession[Any], files: Files, wait: float | None = None) -> Running:
         """Begins a job in the background."""
-        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        box: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
 
         async def begin() -> JobRunner:
             return JobRunner(self._pool, session, files, box.put, FailedJobs())

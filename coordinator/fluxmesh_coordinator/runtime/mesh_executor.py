@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -31,10 +31,12 @@ from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.session import TrainingSession
 from fluxmesh_coordinator.jobs.training.tasks import TrainingJob, UnitEncoded, Wanted
+from fluxmesh_coordinator.jobs.types import Heard, Told
 from fluxmesh_coordinator.runtime.adapter_upload import Files
 from fluxmesh_coordinator.runtime.running import Running
 
-Tell = Callable[[Any], None]  # hears of `fluxmesh.events`, and of `Dealt`
+Tell = Callable[[Heard], None]
+A = TypeVar("A")
 
 
 class Hosts(Protocol):
@@ -100,7 +102,7 @@ class MeshExecutor:
             done = 0
             for event in self._events(tasks.EncodeTask(tuple(todo))):
                 if not isinstance(event, UnitEncoded):
-                    self.tell(event)
+                    self._tell(event)
                 else:
                     kinds = {name: (a, bfloat16.kind(a)) for name, a in event.arrays.items()}
                     self._cache.put(self._key(event.unit), kinds)
@@ -113,12 +115,12 @@ class MeshExecutor:
 
     def advance(self, update: int) -> UpdateResult:
         self._update = None  # until it is known
-        moved: UpdateResult = self._ask(tasks.AdvanceTask(update))
+        moved = self._ask(tasks.AdvanceTask(update))
         self._update = update + 1
         return moved
 
     def halt(self) -> UpdateResult | None:
-        halted: tasks.Halted = self._ask(tasks.HaltTask())
+        halted = self._ask(tasks.HaltTask())
         self._update = halted.update
         return halted.moved
 
@@ -127,12 +129,10 @@ class MeshExecutor:
         return self._update
 
     def validate(self) -> float:
-        loss: float = self._ask(tasks.ValidateTask())
-        return loss
+        return self._ask(tasks.ValidateTask())
 
     def paint(self) -> np.ndarray:
-        pixels: np.ndarray = self._ask(tasks.PaintTask())
-        return pixels
+        return self._ask(tasks.PaintTask())
 
     def vectors(self) -> Mapping[str, np.ndarray]:
         if self._given is None or self._given[0] != self._update:
@@ -142,30 +142,35 @@ class MeshExecutor:
 
     # Within
 
-    def _want(self, task: tasks.Task) -> int:
+    def _want(self, task: tasks.Task[Any]) -> int:
         self._number += 1
         self._running.feed(Wanted(self._number, task))
         return self._number
 
-    def _events(self, task: tasks.Task) -> Generator[object, None, object]:
+    def _events(self, task: tasks.Task[A]) -> Generator[Told, None, A]:
         """What is told until the task is done; returns what it gave."""
         number = self._want(task)
         for event in self._running.events():
             if isinstance(event, tasks.Answer):
                 if event.number == number:  # else of one that was broken off
-                    return event.value
+                    return cast(A, event.value)  # the session answers as the task says
             else:
                 yield event
         raise FluxmeshError("The training ended on its hosts before it was done.")
 
-    def _ask(self, task: tasks.Task) -> Any:
+    def _ask(self, task: tasks.Task[A]) -> A:
         events = self._events(task)
         while True:
             try:
                 event = next(events)
             except StopIteration as end:
-                return end.value
-            self.tell(event)
+                answer: A = end.value
+                return answer
+            self._tell(event)
+
+    def _tell(self, event: Told) -> None:
+        assert isinstance(event, Heard), event
+        self.tell(event)
 
     def _key(self, unit: Unit) -> str:
         return self._units.key(unit, self._reader)
