@@ -28,6 +28,7 @@ from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
 from fluxmesh_agent import links, upkeep
 from fluxmesh_agent.adapter_store import AdapterStore
@@ -102,9 +103,7 @@ class Service:
             log.info("the agent ends")
             self.home.keep.unlink(missing_ok=True)  # on purpose: the mesh is no more
         finally:
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await end(*self._tasks)
             await self.supervisor.kill()
             self._wakefulness.let_go()
             await self.listener.close()

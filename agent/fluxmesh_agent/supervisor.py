@@ -24,6 +24,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import AsyncChannel, pair
 from fluxmesh_agent import kernels
@@ -160,8 +161,7 @@ class Supervisor:
             log.error("engine %d does not end", life.process.pid)
         log.info("engine %d was ended", life.process.pid)
         kernels.drop_half_written(self.home)
-        life.task.cancel()
-        await asyncio.gather(life.task, return_exceptions=True)
+        await end(life.task)
         self.home.engine.unlink(missing_ok=True)
 
     async def _serve(self, life: _Life, near: socket.socket) -> None:

@@ -18,6 +18,7 @@ from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs.failures import REFUSALS, error_of
@@ -154,9 +155,7 @@ class AgentClient:
 
     async def close(self) -> None:
         """Ends the conversation, and with it the lease."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         self._tasks = []
         if self._connection is not None:
             await self._connection.close()

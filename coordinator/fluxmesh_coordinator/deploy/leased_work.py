@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo, RingTiming
@@ -18,6 +17,7 @@ from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
 from fluxmesh_coordinator.jobs.host import HostState
@@ -150,14 +150,3 @@ async def measure_ring(
     return RingTiming(
         backend, ranks, told.gathers, told.sums, told.hidden, forming_seconds, time.time()
     )
-
-
-async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All of it side by side; where one raises, the others are broken off first."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,7 +8,6 @@ On other systems agents never say so, and there is nothing to find.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -16,6 +15,7 @@ from contextlib import AsyncExitStack
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, LocalNetworkError
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh.wire.transport import local_network
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import remote
@@ -85,12 +85,10 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
         pairs = {*zip(ranks, ranks[1:] + ranks[:1], strict=True)}
         pairs |= {(target, source) for source, target in pairs}
         hosts = mesh.hostfile.hosts
-        ended = await asyncio.gather(
-            *(
-                dial(source, target, ip)
-                for source, target in sorted(pairs)
-                if source != target
-                for ip in hosts[target].ips
-            )
+        ended = await together(
+            dial(source, target, ip)
+            for source, target in sorted(pairs)
+            if source != target
+            for ip in hosts[target].ips
         )
     return [one for one in ended if one is not None]

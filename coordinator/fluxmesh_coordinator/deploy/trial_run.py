@@ -22,11 +22,12 @@ from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Compiled
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.deploy.bringup import Watcher
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring
 
 Size = tuple[int, int]  # height, width
 
@@ -164,7 +165,7 @@ class TrialRun:
         async def ask(rank: int) -> messages.Status:
             return await self.clients[rank].ask(messages.AskStatus(), messages.Status)
 
-        told = await asyncio.gather(*map(ask, self.clients))
+        told = await together(map(ask, self.clients))
         return dict(sorted(zip(self.clients, told, strict=True)))
 
     async def _lease(self, rank: int) -> Errand:

@@ -31,13 +31,14 @@ from fluxmesh.planning.step_times import neighbours
 from fluxmesh.planning.workload import Workload, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
@@ -211,7 +212,7 @@ class Warming:
     async def _links(self) -> tuple[LinkInfo, ...]:
         found: list[LinkInfo] = []
         for each in pairs(list(self.clients)):
-            links = await asyncio.gather(*(self._link(*pair) for pair in each))
+            links = await together(self._link(*pair) for pair in each)
             found += [link for link in links if link is not None]
         for source in {*self.kept_out} - {link.source for link in found}:
             self.watcher.note(self.kept_out[source])

@@ -22,6 +22,7 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.learning import dated, learned
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end, together
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
@@ -77,10 +78,8 @@ class AgentPool:
 
     async def __aexit__(self, *_error: object) -> None:
         tasks = [*self._tasks.values(), *([self._ticking] if self._ticking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(client.close() for client in self.clients.values()))
+        await end(*tasks)
+        await together(client.close() for client in self.clients.values())
         await self._dialer.close()
 
     async def change(self, seconds: float | None = None) -> bool:
@@ -134,7 +133,7 @@ class AgentPool:
                 self.lost(rank, client, str(error))
                 return None
 
-        found = await asyncio.gather(*map(one, self._members))
+        found = await together(map(one, self._members))
         return {rank: status for rank, status in zip(self._members, found, strict=True) if status}
 
     async def infos(self) -> dict[int, HostInfo]:
@@ -150,7 +149,7 @@ class AgentPool:
                 with contextlib.suppress(FluxmeshError):
                     await client.ask(note, messages.Done, self.deadlines.note)
 
-        await asyncio.gather(*(one(rank, note) for rank, note in notes.items()))
+        await together(one(rank, note) for rank, note in notes.items())
 
     def unreachable(self) -> HostUnreachableError:
         """Why no host answers, in a sentence."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.types import Answered, Input, Reported
 
@@ -39,9 +40,7 @@ class HostLink:
         self._outbox.put_nowait(message)
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     def _gone(self, reason: str) -> None:
         self._lost(self.rank, self.client, reason)

@@ -22,6 +22,7 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end, together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs import remedies
@@ -237,14 +238,13 @@ class JobRunner:
     async def _release(self) -> None:
         """Gives back all leases, and places in line."""
         if self._returning is not None:
-            self._returning.cancel()
-            await asyncio.gather(self._returning, return_exceptions=True)
+            await end(self._returning)
             self._returning = None
         asked, self._asked = self._asked, {}
         self._leased = {}
         for rank in list(self._links):
             await self._links.pop(rank).close()
-        await asyncio.gather(*(self._leave(rank, client) for rank, client in asked.items()))
+        await together(self._leave(rank, client) for rank, client in asked.items())
 
     async def _leave(self, rank: int, client: AgentClient) -> None:
         try:
@@ -344,14 +344,12 @@ class JobRunner:
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that waits for others. Raises `CancelledError` on a stop."""
-        task = asyncio.ensure_future(waiting)
-        stopped = asyncio.ensure_future(self.stop.wait())
+        task = asyncio.create_task(waiting)
+        stopped = asyncio.create_task(self.stop.wait())
         try:
             await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise CancelledError("Cancelled.")
         finally:
-            task.cancel()
-            stopped.cancel()
-            await asyncio.gather(task, stopped, return_exceptions=True)
+            await end(task, stopped)

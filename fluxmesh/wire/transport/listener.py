@@ -21,6 +21,7 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.wire.messages import Message, Refused
 from fluxmesh.wire.protocol import Frame, ProtocolError, decode, encode
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport import sockets
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.gate import DOMAIN, Gate
@@ -138,9 +139,7 @@ class CurveListener:
     async def close(self) -> None:
         for connection in list(self._by_identity.values()):
             await connection.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         self._tasks = []
         self._arrived.put_nowait(None)
         if not self._router.closed:
