@@ -3,6 +3,10 @@
 `0000050_state.safetensors` holds the weights, Adam's averages and the average of weights, all
 float32, and in its header the counters, the request and the data's fingerprint. Beside it lies
 `0000050_adapters.safetensors`, the same weights as other tools read them. Imports no mlx.
+
+Not `mlx.optimizers`' state or a pickle: one file that is there whole or not at all can't hold
+weights of one update and averages of another, any safetensors reader opens it, and no code is run
+by it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 A host is asked one thing at a time, by a JSON line on the stdin of a `starter` that runs there;
 several hosts are asked side by side (`each`). `launch.py` starts agents by this.
+
+The command of OpenSSH and no library: only it reads ~/.ssh/config, with its jumps, agents, hardware
+keys and certificates, knows the hosts that its user knows, and is on every Mac.
 """
 
 from __future__ import annotations
