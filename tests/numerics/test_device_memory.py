@@ -24,7 +24,7 @@ from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure, Wor
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
-from tests.integration.test_worker import painting
+from tests.numerics.test_worker import painting
 
 PLATFORMS = ("metal", "cuda", "cpu")
 HEAD = (1, "job", 0)
