@@ -35,7 +35,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.kernels import ops
 from fluxmesh.machine.open_files import allow_many_files
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
@@ -168,7 +168,6 @@ class Engine:
                 worker.load_rate,
                 worker.components,
                 worker.compiled,
-                worker.warm,
             )
         )
 

@@ -68,5 +68,4 @@ def status_of(
         loading=life.loading,
         components=life.components,
         compiled=life.compiled,
-        warm=life.warm,
     )

@@ -15,11 +15,11 @@ import json
 from collections import deque
 from dataclasses import asdict
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
-from fluxmesh.wire.messages import Compiled, Keep, Load, NoteSize, Warm
+from fluxmesh.wire.messages import Keep, Load, NoteSize, Warm
 from fluxmesh_agent.lifecycle import OWN, Lifecycle
 
 SIZES = 8  # that are remembered, the latest ones
@@ -135,8 +135,8 @@ class Upkeep:
         if held is None or held.shards > 1:
             return None
         for size in reversed(self._sizes):
-            way = Compiled("data", 1, size.height, size.width)
-            if size.weights == held.weights and way not in life.compiled:
+            shape = StepShape.of(size.weights, "data", 1, size.height, size.width)
+            if size.weights == held.weights and shape not in life.compiled:
                 return Warm(0, OWN, life.ring_generation, held.weights, size.height, size.width)
         return None
 

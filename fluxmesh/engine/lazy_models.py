@@ -19,10 +19,10 @@ from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part
+from fluxmesh.models.partition import Shard
 from fluxmesh.request import BITS, DTYPES, AdapterRef
 from fluxmesh.weights import hub, loading
 

@@ -21,8 +21,8 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.residency import Stopped, WorkerOptions
 from fluxmesh.engine.worker import Reports, Worker
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.numpy_bits import from_numpy
+from fluxmesh.models.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training.compute import exact_sum
 from fluxmesh.training.compute.learner import Learner

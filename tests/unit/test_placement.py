@@ -394,6 +394,7 @@ def views(draw: st.DrawFn) -> MeshView:
         shards = draw(st.integers(1, 4))
         bits = draw(st.sampled_from([None, 4]))
         holds = held(shards, draw(st.integers(0, shards - 1)), bits=bits)
+        made = StepShape("m", "bfloat16", bits, "data", 1, 64, 64)
         holds = replace(holds, nbytes=draw(st.integers(0, 10**6)))
         hosts.append(
             mac(
@@ -404,7 +405,7 @@ def views(draw: st.DrawFn) -> MeshView:
                 load_rate=draw(powers(6, 9)),
                 holds=draw(st.sampled_from([None, holds])),
                 device=draw(st.sampled_from(["", "", "gpu", "other"])),
-                warm=draw(st.sampled_from([(), (StepShape("data", 64, 64),)])),
+                compiled=draw(st.sampled_from([(), (made,)])),
                 ring=RingPlace(draw(st.sampled_from(["", "a"])), len(hosts), len(ranks)),
             )
         )

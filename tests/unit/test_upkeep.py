@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import (
     Account,
-    Compiled,
     Device,
     EngineCounters,
     Join,
@@ -30,6 +29,10 @@ WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = Keep(WEIGHTS, 1, 0, PARTS)
 WHOLE = Holding(WEIGHTS, 100)
+
+
+def shape(height: int, width: int = 32) -> StepShape:
+    return StepShape.of(WEIGHTS, "data", 1, height, width)
 
 
 def started(*components: str, holds: Holding | None = None, compiled: Any = ()) -> Lifecycle:
@@ -202,11 +205,11 @@ def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
     upkeep = Upkeep(KEEP)
     for side in (64, 128, 64):
         upkeep.note(NoteSize(WEIGHTS, side, 32))
-    way = Compiled("data", 1, 64, 32)
+    way = shape(64)
     assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(0, OWN, 0, WEIGHTS, 64, 32)
     second = due(upkeep, started(*PARTS, holds=WHOLE, compiled=(way,)))
     assert second == Warm(0, OWN, 0, WEIGHTS, 128, 32)
-    both = (way, Compiled("data", 1, 128, 32))
+    both = (way, shape(128))
     assert due(upkeep, started(*PARTS, holds=WHOLE, compiled=both)) is None
 
 
@@ -226,9 +229,9 @@ def test_only_the_latest_sizes_are_remembered() -> None:
     upkeep = Upkeep()
     for side in range(16, 16 * 20, 16):
         upkeep.note(NoteSize(WEIGHTS, side, 16))
-    made: list[Compiled] = []
+    made: list[StepShape] = []
     while isinstance(work := due(upkeep, started(holds=WHOLE, compiled=tuple(made))), Warm):
-        made.append(Compiled("data", 1, work.height, 16))
+        made.append(shape(work.height, 16))
     assert [way.height for way in made] == [304, 288, 272, 256, 240, 224, 208, 192]
 
 

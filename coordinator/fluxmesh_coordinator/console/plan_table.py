@@ -59,7 +59,8 @@ def show(found: Plan, view: MeshView, now: float) -> None:
         table.add_row(*row(option, option is found.winner, now))
     console = terminal.output()
     console.print(table)
-    for line in (found.reason, *decided_by(found, now), *rings(found, view, now)):
+    lines = (found.reason, found.notice, *decided_by(found, now), *rings(found, view, now))
+    for line in filter(None, lines):
         terminal.say(console, line)
 
 
@@ -139,6 +140,7 @@ def as_json(found: Plan, view: MeshView, now: float) -> dict[str, Any]:
         "winner": None if found.winner is None else found.options.index(found.winner),
         "warm": None if found.warm is None else found.options.index(found.warm),
         "reason": found.reason,
+        "notice": found.notice,
         "options": [
             {**asdict(option), "seconds": None if option.problem else option.seconds}
             for option in found.options

@@ -105,7 +105,7 @@ class Ring:
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
             if host.ring[0] or backend in RESTARTING:  # the engine ends, and another one joins
-                host.info = replace(host.info, warm=())
+                host.info = replace(host.info, compiled=())
             host.ring_generation = self.ring_generation
             host.ring = (ring_name(nonce), place, len(self.ranks))
             join = Join(

@@ -109,7 +109,8 @@ class GenerationSession(JobSession[HostState]):
         if option is None:
             self.stuck(settled.reason)
         elif not self.state.images.is_complete:
-            self.tell(events.Planned(option.name, option.ranks, option.seconds, settled.reason))
+            told = (option.seconds, settled.reason, settled.notice)
+            self.tell(events.Planned(option.name, option.ranks, *told))
 
     def _encoded(self, host: HostState, report: messages.TextEncoded) -> None:
         host.done(messages.Encode, self.now)
