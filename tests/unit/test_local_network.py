@@ -140,7 +140,7 @@ def test_up_tells_of_a_host_without_a_single_link_once(
             unmeasured = replace(mesh.record, links=())
             work = Workload.of(ask(height=32, width=32), small())
             try:
-                await Warming(unmeasured, work, told, Home(tmp_path))._run(dialer)
+                await Warming(unmeasured, work, told, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
             return told.notes

@@ -56,14 +56,14 @@ def options(command: click.Command, context: click.Context) -> Iterator[str]:
 
 
 def test_a_sentence_of_the_library_names_no_option() -> None:
-    found = [
+    names_an_option = [
         f"{path.name}: {text}"
         for path in library()
         if path.name not in OTHERS
         for text in strings(path)
         if re.search(r"(?:^|\s)--[a-z]", text)
     ]
-    assert found == []
+    assert names_an_option == []
 
 
 def test_every_setting_that_a_sentence_names_becomes_an_option_that_there_is() -> None:

@@ -13,7 +13,7 @@ SENTENCES = {"message", "problem", "reason", "remedies", "text"}  # keys; all el
 
 def emit(event: str, **values: Any) -> None:
     """Writes one line, at once; the kind of event comes first."""
-    line = {"event": event, **_told(values)}
+    line = {"event": event, **_with_options(values)}
     text = json.dumps(line, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -23,9 +23,9 @@ def emit(event: str, **values: Any) -> None:
     sys.stdout.flush()
 
 
-def _told(value: Any, key: str = "") -> Any:
+def _with_options(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        return {name: _told(part, str(name)) for name, part in value.items()}
+        return {name: _with_options(part, str(name)) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_told(part, key) for part in value]
+        return [_with_options(part, key) for part in value]
     return in_options(value) if isinstance(value, str) and key in SENTENCES else value

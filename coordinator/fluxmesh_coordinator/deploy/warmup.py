@@ -125,9 +125,9 @@ class Warming:
 
     def run(self) -> MeshRecord:
         """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
-        return run(user_keys(self.home), self._run)
+        return run(user_keys(self.home), self.run_with)
 
-    async def _run(self, dialer: Dialer) -> MeshRecord:
+    async def run_with(self, dialer: Dialer) -> MeshRecord:
         names = {host.rank: host.name for host in self.mesh.hosts}
         async with AsyncExitStack() as stack:
             members = {member.rank: member for member in self.mesh.members}
