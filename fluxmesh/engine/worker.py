@@ -34,6 +34,7 @@ from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
+from fluxmesh.models.numpy_bits import from_numpy, to_numpy
 from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import GenerateRequest, SourceImage
@@ -90,8 +91,8 @@ class Worker(ModelStore):
                 raise
             name = "the model" if self.weights is None else self.weights.model
             raise DoesNotFitError(
-                f"Memory ran out while {self.doing} with {name}; try --quantize, "
-                "--low-memory or a smaller --image-size."
+                f"Memory ran out while {self.doing} with {name}; try `quantize`, "
+                "`low_memory` or a smaller `image_size`."
             ) from error
         finally:
             self.quiet = ""
@@ -434,7 +435,7 @@ class Worker(ModelStore):
         if plan is None:
             self._plans.pop(work.placement, None)
             plan = self.model.plan(
-                Conditioning(from_wire(work.t5), from_wire(work.clip)),
+                Conditioning(from_numpy(work.t5), from_numpy(work.clip)),
                 num_steps=work.steps,
                 guidance=work.guidance,
                 latent_size=self._latent_size(work),
@@ -488,14 +489,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def to_wire(x: mx.array) -> np.ndarray:
-    """An array for a message: NumPy has no bfloat16, whose bits travel as uint16. Evaluates."""
-    mx.eval(x)
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
-
-
-def from_wire(x: np.ndarray) -> mx.array:
-    """What `to_wire` was given."""
-    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+    """Features for a message: bfloat16 as it is, all else as float32. Evaluates."""
+    return to_numpy(x if x.dtype == mx.bfloat16 else x.astype(mx.float32))
 
 
 def _basis(work: Paint) -> Basis | None:

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
@@ -44,16 +45,11 @@ from fluxmesh.wire.training_messages import (
 )
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
-SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
 SLACK = 4.0  # times what a step took before
-START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
-STALLED = 60.0  # seconds in which not one byte was loaded
-FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
 # Seconds that work may take once its weights are read; per picture, and more for large ones.
-BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
+BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0}
 BUDGETS |= {MeasureRing: 60.0}
 AREA = 1 << 20  # pixels, up to which a picture is not large
-KILLING = 10.0  # seconds that an agent may take to end its engine
 # Work that is no part of the line: it is done at once, and nothing is told of it.
 SILENT = (PutVector, PutFeatures, DropFeatures, MakeRoom)
 
@@ -75,7 +71,8 @@ class QueuedWork:
 class HostState:
     """One host, its engine, and what it was given."""
 
-    def __init__(self, leased: LeasedHost, now: float) -> None:
+    def __init__(self, leased: LeasedHost, now: float, deadlines: Deadlines = DEADLINES) -> None:
+        self.deadlines = deadlines
         self.entry: hostfile.Host = leased.host
         self.info: HostInfo = leased.info
         self.fence = leased.fence
@@ -173,7 +170,8 @@ class HostState:
 
     def step_deadline(self, paint: Paint) -> float:
         """Seconds in which a step that is not the first of its shape must come."""
-        return max(SILENCE, SLACK * self._step_seconds.get(_shape(paint), 0.0)) * self.patience
+        expected = self._step_seconds.get(_shape(paint), 0.0)
+        return max(self.deadlines.silence, SLACK * expected) * self.patience
 
     def expect(self, paint: Paint, seconds: float, *, measured: bool) -> None:
         """How long a step takes by what was measured, or was reckoned, until one is timed here."""
@@ -183,7 +181,7 @@ class HostState:
     def cancel_deadline(self) -> float:
         """Seconds in which it lets go of what it does: it hears of a cancel between two steps."""
         paints = [unit.message for unit in self.line if isinstance(unit.message, Paint)]
-        return max([SILENCE, *map(self.step_deadline, paints)])
+        return max([self.deadlines.silence, *map(self.step_deadline, paints)])
 
     def let_go(self) -> None:
         """The engine does nothing more of what it had in line."""
@@ -222,7 +220,8 @@ class HostState:
     def overdue(self, now: float) -> str:
         """What did not happen in time, "" where all is well."""
         if self.killed is not None:
-            return "its agent does not end its engine" if now - self.killed > KILLING else ""
+            late = now - self.killed > self.deadlines.kill
+            return "its agent does not end its engine" if late else ""
         if not self.line:
             return ""
         unit = self.line[0]
@@ -235,8 +234,9 @@ class HostState:
         silent, limit = now - max(self._heard, unit.since), self._silence(unit) * patience
         if silent > limit:
             return f"it gave no sign for {silent:.0f} s while {what}"
-        if isinstance(message, Load) and now - max(self._read, unit.since) > STALLED * patience:
-            return f"not one byte was loaded for {STALLED * patience:.0f} s"
+        stalled = self.deadlines.load_moves * patience
+        if isinstance(message, Load) and now - max(self._read, unit.since) > stalled:
+            return f"not one byte was loaded for {stalled:.0f} s"
         budget = self._budget(message) * patience
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
         return f"{what} took more than {budget:.0f} s" if spent > budget else ""
@@ -248,14 +248,17 @@ class HostState:
 
     def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""
-        return START if self._is_new or isinstance(unit.message, Join) else SILENCE
+        begins = self._is_new or isinstance(unit.message, Join)
+        return self.deadlines.first_sign if begins else self.deadlines.silence
 
     def _budget(self, message: Message) -> float:
         """Seconds that a unit may take, or its first step, while it ticks."""
         if isinstance(message, Paint) and self._at == WARM_STEP:
             shape = _shape(message)
             expected = self._step_seconds.get(shape, self._guesses.get(shape, 0.0))
-            return max(FIRST, SLACK * expected)
+            return max(self.deadlines.first_step, SLACK * expected)
+        if isinstance(message, Join):
+            return self.deadlines.first_sign
         return BUDGETS.get(type(message), math.inf) * _pictures(message)
 
 

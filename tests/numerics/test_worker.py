@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.engine.worker import STOPS, Worker, from_wire, to_wire
+from fluxmesh.engine.worker import STOPS, Worker, to_wire
 from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import (
@@ -382,7 +383,7 @@ def test_names_that_were_sent_are_not_those_that_are_opened(weights: ModelVarian
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_features_travel_without_a_rounding(dtype: mx.Dtype) -> None:
     x = mx.random.normal((1, 5, 7)).astype(dtype)
-    y = from_wire(to_wire(x))
+    y = from_numpy(to_wire(x))
     assert y.dtype == dtype
     assert mx.array_equal(x, y)
 
