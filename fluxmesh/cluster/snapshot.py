@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
+from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards
 from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 
@@ -28,8 +29,8 @@ class ModelVariant:
 
     model: str
     dtype: str = "bfloat16"
-    bits: int | None = None
-    adapters: tuple[AdapterRef, ...] = ()
+    bits: Bits | None = None
+    adapters: Annotated[tuple[AdapterRef, ...], Count(64)] = ()
     fuse_adapters: bool = False
 
     @classmethod
@@ -50,8 +51,8 @@ class Holding:
 
     weights: ModelVariant
     nbytes: int  # everything that the engine would free by letting go of it
-    shards: int = 1
-    shard: int = 0
+    shards: Shards = 1
+    shard: ShardIndex = 0
     content: str = ""  # `Checkpoint.content` of the files that it came from
 
     def __post_init__(self) -> None:
@@ -69,10 +70,10 @@ class StepTiming:
     """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
-    height: int  # pixels
-    width: int  # pixels
+    height: Pixels
+    width: Pixels
     dtype: str
-    bits: int | None
+    bits: Bits | None
     step_seconds: float  # one denoising step of one image
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
@@ -94,8 +95,8 @@ class StepShape:
     """A kind of step for which an engine has compiled its kernels, with the weights it holds."""
 
     placement: Placement
-    height: int  # pixels
-    width: int  # pixels
+    height: Pixels
+    width: Pixels
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class RingPlace:
 class CollectiveTime:
     """One collective of one size: a gather along axis 0, or a sum."""
 
-    nbytes: int  # of the array that each rank gives
+    nbytes: Annotated[int, Range(1, 1 << 40)]  # of the array that each rank gives
     seconds: float  # until the slowest rank has its result
 
     def __post_init__(self) -> None:

@@ -111,7 +111,7 @@ class ModelStore:
     def has_compiled(self, work: Paint) -> None:
         """Keeps in mind that a step was made in this way."""
         hosts = 1 if work.placement == "data" else self.ring().size
-        way = Compiled(work.placement, hosts, work.height, work.width)
+        way = Compiled(placement=work.placement, hosts=hosts, height=work.height, width=work.width)
         others = tuple(other for other in self.compiled if other != way)
         self.compiled = (*others, way)[-COMPILED:]
 

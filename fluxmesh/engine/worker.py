@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape, StepTiming
-from fluxmesh.engine import device_memory, ring_probe
+from fluxmesh.engine import device_memory, features, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
@@ -82,8 +82,11 @@ class Worker(ModelStore):
             self.meter.forget()
             self._job = work.job
         self._begin("loading")  # what was there leaves, and headers are read, maybe from afar
+        does = self.units().get(type(work))
         try:
-            yield from self._timed(self.units()[type(work)](work))
+            if does is None:
+                raise UsageError(f"This engine does no {type(work).__name__}.")
+            yield from self._timed(does(work))
         except Stopped:
             return
         except (RuntimeError, MemoryError) as error:
@@ -150,7 +153,12 @@ class Worker(ModelStore):
                 yield from self._loading(work, component)
         part = (work.shards, work.shard, self.content)
         holding = self.holding or Holding(work.weights, 0, *part)
-        yield messages.Loaded(work.job, work.ring_generation, holding, time.perf_counter() - start)
+        yield messages.Loaded(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            holding=holding,
+            seconds=time.perf_counter() - start,
+        )
 
     def _encode(self, work: Encode) -> Reports:
         self.doing = "reading the prompt"
@@ -171,10 +179,17 @@ class Worker(ModelStore):
                 pipeline.reload_text_encoders()
             seconds = time.perf_counter() - start
             self.count(encodes=0 if cached else 1)
-            t5, clip = to_wire(text.t5), to_wire(text.clip)
+            named = features.of_text(text)
             peak = self.meter.now("text")
-        told = (seconds, cached, peak, self.content)
-        yield messages.TextEncoded(work.job, work.ring_generation, *told, t5, clip)
+        yield messages.TextEncoded(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            seconds=seconds,
+            cached=cached,
+            peak_bytes=peak,
+            content=self.content,
+            features=named,
+        )
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -184,12 +199,15 @@ class Worker(ModelStore):
             self._begin("encoding", "encode")
             source = pipeline.encode_source(SourceImage(work.pixels))
             self.quiet = ""
-        yield messages.SourceEncoded(work.job, work.ring_generation, np.array(source.clean))
+        yield messages.SourceEncoded(
+            job=work.job, ring_generation=work.ring_generation, latents=np.array(source.clean)
+        )
 
     def _paint(self, work: Paint) -> Reports:
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
-        shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
+        tokens = features.tokens(work.features)
+        shape = (work.placement, work.weights, work.height, work.width, tokens)
         compiled = (work.weights, StepShape(work.placement, work.height, work.width))
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         pipeline.low_memory = work.low_memory
@@ -244,15 +262,16 @@ class Worker(ModelStore):
                     preview = to_pixels(pipeline.decode(step.clean, self._latent_size(work)))[0]
                 self.quiet = ""
                 yield messages.Stepped(
-                    work.job,
-                    work.ring_generation,
-                    work.image,
-                    number,
-                    seconds,
-                    self.meter.now("denoise"),
-                    np.array(step.x) if is_first else None,
-                    preview,
-                    step.reused,
+                    job=work.job,
+                    ring_generation=work.ring_generation,
+                    image=work.image,
+                    step=number,
+                    is_last=number == plan.steps,
+                    seconds=seconds,
+                    peak_bytes=self.meter.now("denoise"),
+                    latents=np.array(step.x) if is_first else None,
+                    preview=preview,
+                    reused=step.reused,
                 )
 
     def _decode(self, work: Decode) -> Reports:
@@ -273,7 +292,14 @@ class Worker(ModelStore):
             self.count(decodes=len(pixels))
             peak = self.meter.now("decode")
         for image, picture in zip(work.images, pixels, strict=True):
-            yield messages.Pictured(work.job, work.ring_generation, image, seconds, peak, picture)
+            yield messages.Pictured(
+                job=work.job,
+                ring_generation=work.ring_generation,
+                image=image,
+                seconds=seconds,
+                peak_bytes=peak,
+                pixels=picture,
+            )
 
     def _measure(self, work: Measure) -> Reports:
         """Steps and a decode of noise, after one of each to warm up. In a ring all are given it."""
@@ -294,7 +320,7 @@ class Worker(ModelStore):
         plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
-        shape = (work.placement, weights, work.height, work.width, tuple(text.t5.shape))
+        shape = (work.placement, weights, work.height, work.width, tokens)
         compiled = (weights, StepShape(work.placement, work.height, work.width))
         is_new = compiled not in self._compiled
         spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
@@ -319,7 +345,7 @@ class Worker(ModelStore):
             first_seconds=max(0.0, spent[0] - min(spent[1:])) if is_new else None,
             when=time.time(),
         )
-        yield messages.Timed(work.job, work.ring_generation, measured)
+        yield messages.Timed(job=work.job, ring_generation=work.ring_generation, measured=measured)
 
     def _warm_up(self, work: Warm) -> Reports:
         """The first step of a picture and a decode, as a job would have them, thrown away."""
@@ -327,28 +353,34 @@ class Worker(ModelStore):
         pipeline = self.open(work.weights)
         config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
         tokens = pipeline.checkpoint.defaults.t5_max_length
-        size = (work.height, work.width)
-        noise = initial_noise(0, *size, ae.z_channels, ae.downsampling)
-        t5 = to_wire(mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype))
-        clip = to_wire(mx.zeros((1, config.vec_in_dim), pipeline.dtype))
-        head = (work.fence, work.job, work.ring_generation, work.weights)
+        noise = initial_noise(0, work.height, work.width, ae.z_channels, ae.downsampling)
+        text = Conditioning(
+            mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype),
+            mx.zeros((1, config.vec_in_dim), pipeline.dtype),
+        )
+        common: dict[str, Any] = {
+            "fence": work.fence,
+            "job": work.job,
+            "ring_generation": work.ring_generation,
+            "weights": work.weights,
+            "height": work.height,
+            "width": work.width,
+            "latents": noise,
+        }
         paint = Paint(
-            *head,
-            work.placement,
-            0,
-            *size,
+            **common,
+            placement=work.placement,
+            image=0,
             steps=1,
             first=0,
             guidance=GenerateRequest.guidance,
             low_memory=False,
             preview=False,
             strength=1.0,
-            latents=noise,
             noise=noise,
-            t5=t5,
-            clip=clip,
+            features=features.of_text(text),
         )
-        for unit in (self._paint(paint), self._decode(Decode(*head, (0,), *size, noise))):
+        for unit in (self._paint(paint), self._decode(Decode(**common, images=(0,)))):
             is_done = False
             with contextlib.closing(unit) as reports:
                 for report in reports:
@@ -363,16 +395,24 @@ class Worker(ModelStore):
             steps=before.steps,
             decodes=before.decodes,
         )
-        yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
+        yield messages.Warmed(
+            job=work.job, ring_generation=work.ring_generation, seconds=time.perf_counter() - start
+        )
 
     def _measure_ring(self, work: MeasureRing) -> Reports:
         """In a ring all are given it, and none stops on the way: it is short."""
         self.doing = "measuring the ring"
         self._begin("measuring")
         limit = self.options.memory_bytes or device_memory.memory_of_device()
-        found = ring_probe.timed(self.ring(), work.seconds, limit)
+        table = ring_probe.timed(self.ring(), work.seconds, limit)
         self.quiet = ""
-        yield messages.RingTimed(work.job, work.ring_generation, *found)
+        yield messages.RingTimed(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            gathers=table.gathers,
+            sums=table.sums,
+            hidden=table.hidden,
+        )
 
     # Parts of them
 
@@ -394,8 +434,13 @@ class Worker(ModelStore):
         for event in self.load(component):
             self._begin("loading")
             self._warm.clear()  # whatever runs next reads new weights, and may take long
-            told = (event.component, event.done_bytes, event.total_bytes)
-            yield messages.LoadProgress(work.job, work.ring_generation, *told)
+            yield messages.LoadProgress(
+                job=work.job,
+                ring_generation=work.ring_generation,
+                component=event.component,
+                done_bytes=event.done_bytes,
+                total_bytes=event.total_bytes,
+            )
         self.quiet = ""
 
     def _lacks(self, work: Paint, key: bytes) -> list[str]:
@@ -432,7 +477,7 @@ class Worker(ModelStore):
         if plan is None:
             self._plans.pop(work.placement, None)
             plan = self.model.plan(
-                Conditioning(from_wire(work.t5), from_wire(work.clip)),
+                features.text(work.features),
                 num_steps=work.steps,
                 guidance=work.guidance,
                 latent_size=self._latent_size(work),
@@ -485,17 +530,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in text for word in words)
 
 
-def to_wire(x: mx.array) -> np.ndarray:
-    """An array for a message: NumPy has no bfloat16, whose bits travel as uint16. Evaluates."""
-    mx.eval(x)
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
-
-
-def from_wire(x: np.ndarray) -> mx.array:
-    """What `to_wire` was given."""
-    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
-
-
 def _basis(work: Paint) -> Basis | None:
     """What a lost cache held; a request that begins has lost none."""
     if not work.cache or not work.first:
@@ -513,6 +547,6 @@ def _plan_key(work: Paint) -> bytes:
     """Equal for paintings that share a plan."""
     size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
     key = hashlib.blake2b(repr((work.job, work.ring_generation, work.weights, size)).encode())
-    for array in (work.t5, work.clip):
-        key.update(array.tobytes())
+    for name, array in sorted(work.features.items()):
+        key.update(repr((name, array.dtype.name, array.shape)).encode() + array.tobytes())
     return key.digest()

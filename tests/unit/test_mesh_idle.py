@@ -19,7 +19,9 @@ from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
 
-KEEP = messages.Keep(ModelVariant("tiny"), 1, 0, ("transformer", "autoencoder"))
+KEEP = messages.Keep(
+    weights=ModelVariant("tiny"), shards=1, shard=0, components=("transformer", "autoencoder")
+)
 REQUEST = ask(model="tiny", height=32, width=48, steps=20, n_images=1)
 
 
@@ -59,7 +61,7 @@ def test_hosts_that_did_not_make_a_picture_get_ready_for_its_size(tmp_path: Path
         wait(mesh, lambda status: status.holds is not None)
         told = list(mesh.generate(REQUEST, "data"))
         assert any(isinstance(event, events.Picture) for event in told)
-        way = messages.Compiled("data", 1, 32, 48)
+        way = messages.Compiled(placement="data", hosts=1, height=32, width=48)
         wait(mesh, lambda status: way in status.compiled)
 
 

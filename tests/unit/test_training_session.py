@@ -13,7 +13,7 @@ from fluxmesh.errors import WeightsError
 from fluxmesh.training.data.encode_units import Caption, Crop
 from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.training import host as training_host
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.tasks import UnitEncoded
@@ -111,7 +111,10 @@ def test_a_slow_host_is_dealt_less() -> None:
         if isinstance(event, Reported) and isinstance(event.report, training.Computed):
             seconds = 1.0 if event.rank == 0 else 0.25
             report = training.Computed(
-                "job", event.report.ring_generation, event.report.number, seconds
+                job="job",
+                ring_generation=event.report.ring_generation,
+                number=event.report.number,
+                seconds=seconds,
             )
             event = Reported(event.rank, report)
         before(event)
@@ -222,11 +225,33 @@ def test_what_an_engine_of_an_older_ring_generation_says_is_dropped() -> None:
     sim.want(tasks.AdvanceTask(0))
     while not sim.messages(training.Update):
         sim.turn()
-    late = training.UpdateDone("job", ring_generation, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    late = training.UpdateDone(
+        job="job",
+        ring_generation=ring_generation,
+        update=1,
+        loss=7.0,
+        norm=1.0,
+        rate=0.1,
+        images=8,
+        bad=0,
+        seconds=1.0,
+        peak_bytes=100,
+    )
     for rank in range(2):
         sim.feed(Reported(rank, late))
     assert not [answer for answer in sim.of(tasks.Answer) if answer.number == 9]
-    other = training.UpdateDone("another", ring_generation + 5, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    other = training.UpdateDone(
+        job="another",
+        ring_generation=ring_generation + 5,
+        update=1,
+        loss=7.0,
+        norm=1.0,
+        rate=0.1,
+        images=8,
+        bad=0,
+        seconds=1.0,
+        peak_bytes=100,
+    )
     sim.feed(Reported(0, other))
     assert sim.session.state.hosts[0].moved is None
 
@@ -279,7 +304,7 @@ def test_a_host_that_dies_while_it_encodes_gives_its_units_back(late: int) -> No
     once(sim, lambda report, rank: rank == 1, lambda: sim.kill_engine(1, late))
     units = tuple(Caption("x" * i) for i in range(8))
     sim.ask(tasks.EncodeTask(units))
-    found = [(event.unit, event.arrays["t5"][0, 0, 0]) for event in sim.of(UnitEncoded)]
+    found = [(event.unit, event.arrays["words"][0, 0, 0]) for event in sim.of(UnitEncoded)]
     assert sorted(found, key=lambda pair: pair[1]) == [(unit, i) for i, unit in enumerate(units)]
 
 

@@ -228,7 +228,7 @@ class Warming:
             try:
                 listen = messages.ListenForLink(ip, token)
                 ports = await self.clients[target].ask(listen, messages.Ports, LINK)
-                probe = messages.ProbeLink(ip, ports.ports[0], token, PROBE)
+                probe = messages.ProbeLink(ip=ip, port=ports.ports[0], token=token, nbytes=PROBE)
                 rates.append(await self.clients[source].ask(probe, messages.LinkRate, LINK))
             except HostUnreachableError:
                 raise
@@ -342,9 +342,15 @@ class Warming:
 
     async def _load(self, job: Errand, place: ShardLayout, rank: int) -> None:
         """Raises `WeightsError` where a host has other files under the model's name."""
-        part = (place.shards, place.shard(rank), COMPONENTS)
         for is_last in (False, True):
-            async for report in job.do(messages.Load(*job.common, *part), SILENCE):
+            load = messages.Load(
+                **job.common,
+                weights=job.weights,
+                shards=place.shards,
+                shard=place.shard(rank),
+                components=COMPONENTS,
+            )
+            async for report in job.do(load, SILENCE):
                 if isinstance(report, messages.LoadProgress):
                     what, done, total = report.component, report.done_bytes, report.total_bytes
                     self.watcher.progress(rank, what, done, total)
@@ -360,7 +366,13 @@ class Warming:
 
     async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
-        measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
+        measure = messages.Measure(
+            **job.common,
+            weights=job.weights,
+            height=self.work.height,
+            width=self.work.width,
+            placement=placement,
+        )
         try:
             async with asyncio.timeout(MEASURING):
                 async for _ in job.do(measure, MEASURING):

@@ -79,7 +79,7 @@ class Ring:
             for ip in ips if backend == "ring" else ips[:1]:
                 self.ports[rank, ip] = None
         return [
-            (rank, AskPorts(hosts[rank].fence, ip))
+            (rank, AskPorts(fence=hosts[rank].fence, ip=ip))
             for (rank, ip), port in self.ports.items()
             if port is None
         ]
@@ -96,7 +96,7 @@ class Ring:
         }
         if (hosts[rank].entry.machine, ports[0]) in taken:
             self.ports[rank, ip] = None
-            return [(rank, AskPorts(hosts[rank].fence, ip))]
+            return [(rank, AskPorts(fence=hosts[rank].fence, ip=ip))]
         return []
 
     def join(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
@@ -116,7 +116,7 @@ class Ring:
             host.ring_generation = self.ring_generation
             host.ring = (ring_name(nonce), place, len(self.ranks))
             join = Join(
-                host.fence,
+                fence=host.fence,
                 ring_generation=self.ring_generation,
                 rank=place,
                 size=len(self.ranks),

@@ -1,0 +1,65 @@
+"""Named features as they travel: what encoders make of a prompt or a crop, and a transformer reads.
+
+    "t5"       [1, T, context_in_dim]   one vector a token
+    "clip"     [1, vec_in_dim]          one vector a prompt
+    "latents"  [1, L, 4C]               of a crop, in a training
+
+Only an engine knows these names: whoever keeps features and sends them on takes them as they are.
+NumPy has no bfloat16, whose bits travel as uint16. Below `worker.py` and `training/worker.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.errors import UsageError
+from fluxmesh.sampling.conditioning import Conditioning
+
+DIMENSIONS = {"t5": 3, "clip": 2, "latents": 3}
+
+
+def of_text(text: Conditioning) -> dict[str, np.ndarray]:
+    """A prompt's features. Evaluates."""
+    return {"t5": to_wire(text.t5), "clip": to_wire(text.clip)}
+
+
+def text(features: Mapping[str, np.ndarray]) -> Conditioning:
+    """What `of_text` was given. Raises `UsageError` for features of something else."""
+    return Conditioning(from_wire(_named(features, "t5")), from_wire(_named(features, "clip")))
+
+
+def latents(features: Mapping[str, np.ndarray]) -> mx.array:
+    """A crop's. Raises `UsageError` for features of something else."""
+    return mx.array(_named(features, "latents"))
+
+
+def tokens(features: Mapping[str, np.ndarray]) -> int:
+    """How many a prompt has. Raises `UsageError` for features of something else."""
+    return _named(features, "t5").shape[1]
+
+
+def to_wire(x: mx.array) -> np.ndarray:
+    """An array for a message, uint16 or float32. Evaluates."""
+    mx.eval(x)
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
+
+
+def from_wire(x: np.ndarray) -> mx.array:
+    """What `to_wire` was given."""
+    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+
+
+def _named(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    array = features.get(name)
+    if array is None:
+        there = ", ".join(sorted(features)) or "nothing"
+        raise UsageError(f"Features {name!r} were needed, and {there} came.")
+    if array.ndim != DIMENSIONS[name] or array.shape[0] != 1:
+        raise UsageError(
+            f"Features {name!r} came with the shape {list(array.shape)}; they have "
+            f"{DIMENSIONS[name]} dimensions, and the first is 1."
+        )
+    return array
