@@ -16,6 +16,7 @@ from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.types import Answered, Gone, Reported
+from tests.fakes import FEATURES
 from tests.unit.simulated_jobs import GenerationSimulation
 
 PLACEMENTS = ["data", "sequence", "tensor"]
@@ -432,6 +433,19 @@ def test_an_old_fence_means_that_the_host_is_lost() -> None:
     load = mesh.messages(messages.Load)[0]
     mesh.feed(Answered(0, load, messages.Refused("fence", "Another coordinator holds it.")))
     assert mesh.stuck and mesh.of(events.HostLost)[0].reason == "Another coordinator holds it."
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_prompts_features_reach_whoever_paints_as_they_were_given(placement: Any) -> None:
+    """By names that no model has: nobody but an engine knows what they are."""
+    mesh = GenerationSimulation(2, n_images=2, placement=placement).run()
+    mesh.check()
+    paints = mesh.messages(messages.Paint)
+    assert {rank for rank in (0, 1) if mesh.messages(messages.Paint, rank)} == {0, 1}
+    for paint in paints:
+        assert {name: array.shape for name, array in paint.features.items()} == FEATURES
+        given = {array.flat[0] for array in paint.features.values()}
+        assert given == {len(mesh.request.prompt)}
 
 
 def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:

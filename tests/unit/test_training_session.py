@@ -19,6 +19,7 @@ from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.tasks import UnitEncoded
 from fluxmesh_coordinator.jobs.types import Links, Reported
 from tests.fake_training import SIZE
+from tests.fakes import FEATURES
 from tests.unit.meshes import GB, mac
 from tests.unit.simulated_jobs import TrainingSimulation, training_job
 from tests.unit.simulation import once
@@ -42,8 +43,20 @@ def test_every_micro_batch_is_computed_once_by_a_host_that_has_its_features(host
 def test_a_host_is_sent_each_feature_once() -> None:
     sim = TrainingSimulation(2).opened()
     sim.train()
-    names = [(s.rank, s.message.name) for s in sim.sent if hasattr(s.message, "latents")]
-    assert len(names) == len(set(names))
+    names = [
+        (s.rank, s.message.name) for s in sim.sent if isinstance(s.message, training.PutFeatures)
+    ]
+    assert names and len(names) == len(set(names))
+
+
+def test_a_captions_features_reach_every_host_as_they_were_given() -> None:
+    """By names that no model has: nobody but an engine knows what they are."""
+    sim = TrainingSimulation(2).opened()
+    sim.train(1)
+    puts = [put for put in sim.messages(training.PutFeatures) if put.name.startswith("caption")]
+    assert puts
+    for put in puts:
+        assert {name: array.shape for name, array in put.features.items()} == FEATURES
 
 
 def test_features_leave_that_were_not_used_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
