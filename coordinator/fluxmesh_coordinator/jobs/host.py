@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
@@ -30,8 +29,6 @@ SLACK = 4.0  # times what a step took before
 START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
 FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
 KILLING = 10.0  # seconds that an agent may take to end its engine
-
-U = TypeVar("U", bound=EngineUnit)
 
 
 @dataclass
