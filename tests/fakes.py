@@ -115,7 +115,13 @@ class FakeEngine:
                         total_bytes=8,
                     )
                     self._has(component)
-                self.holding = Holding(unit.weights, GB, unit.shards, unit.shard, self.content)
+                self.holding = Holding(
+                    weights=unit.weights,
+                    nbytes=GB,
+                    shards=unit.shards,
+                    shard=unit.shard,
+                    content=self.content,
+                )
                 yield messages.Loaded(
                     job=unit.job,
                     ring_generation=unit.ring_generation,
@@ -167,7 +173,9 @@ class FakeEngine:
                     placement=unit.placement, hosts=hosts, height=unit.height, width=unit.width
                 )
                 self.compiled = (*self.compiled, way)
-                self.holding = self.holding or Holding(unit.weights, GB, content=self.content)
+                self.holding = self.holding or Holding(
+                    weights=unit.weights, nbytes=GB, content=self.content
+                )
                 yield messages.Beat(
                     job=unit.job, ring_generation=unit.ring_generation, doing="first step"
                 )
@@ -346,7 +354,7 @@ class FakeMesh:
         ]
         members = [Member(rank, f"host:{rank}", KEY, "", "", "") for rank in range(hosts)]
         pairs = [(a, b) for a in range(hosts) for b in range(hosts) if a != b]
-        links = tuple(LinkInfo(a, b, 1e18) for a, b in pairs)
+        links = tuple(LinkInfo(source=a, target=b, rate=1e18) for a, b in pairs)
         self.record = MeshRecord("mesh.json", json.dumps(entries), tuple(members), links=links)
 
     async def __aenter__(self) -> Self:

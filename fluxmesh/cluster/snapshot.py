@@ -45,7 +45,7 @@ class ModelVariant:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holding:
     """What an engine has in memory: all of the transformer, or shard `shard` of `shards`."""
 
@@ -65,7 +65,7 @@ class Holding:
         return "replicated" if self.shards == 1 else "sharded"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepTiming:
     """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
@@ -120,7 +120,7 @@ class CollectiveTime:
         _check("seconds", self.seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RingTiming:
     """What collectives take the engines of some hosts, over the backend that runs them."""
 
@@ -138,7 +138,7 @@ class RingTiming:
         _check("when", self.when, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobTiming:
     """What jobs took on some hosts, of which the latest counts most (`planning/learning.py`)."""
 
@@ -168,7 +168,7 @@ class Timings:
         return next((r for r in self.rings if (r.backend, r.ranks) == (backend, ranks)), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """One host: an agent and the device that its engine computes on."""
 
@@ -203,7 +203,7 @@ class HostInfo:
         return 0 if self.holds is None else self.holds.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinkInfo:
     """How fast `source` sends to `target`, both ranks, at the addresses that a ring would use."""
 

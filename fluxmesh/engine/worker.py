@@ -151,8 +151,13 @@ class Worker(ModelStore):
                     if work.low_memory:  # the modulation weights come first, with an image
                         continue
                 yield from self._loading(work, component)
-        part = (work.shards, work.shard, self.content)
-        holding = self.holding or Holding(work.weights, 0, *part)
+        holding = self.holding or Holding(
+            weights=work.weights,
+            nbytes=0,
+            shards=work.shards,
+            shard=work.shard,
+            content=self.content,
+        )
         yield messages.Loaded(
             job=work.job,
             ring_generation=work.ring_generation,
@@ -333,11 +338,11 @@ class Worker(ModelStore):
             start = time.perf_counter()
             mx.eval(pipeline.decode(x, size))
         measured = StepTiming(
-            weights.model,
-            work.height,
-            work.width,
-            weights.dtype,
-            weights.bits,
+            model=weights.model,
+            height=work.height,
+            width=work.width,
+            dtype=weights.dtype,
+            bits=weights.bits,
             step_seconds=min(spent[1:]),
             decode_seconds=time.perf_counter() - start,
             placement=work.placement,

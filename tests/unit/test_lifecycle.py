@@ -40,7 +40,7 @@ from fluxmesh_agent.lifecycle import (
 )
 
 WEIGHTS = ModelVariant("tiny")
-HOLDING = Holding(WEIGHTS, 100)
+HOLDING = Holding(weights=WEIGHTS, nbytes=100)
 FILES = (("MLX_HOSTFILE", "[]"),)
 
 

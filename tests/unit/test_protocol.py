@@ -453,7 +453,13 @@ def test_an_array_over_the_limit_is_not_sent() -> None:
 
 def test_what_a_class_holds_its_own_fields_to_is_a_protocol_error() -> None:
     frame = encode(
-        Loaded(job="job", ring_generation=1, holding=Holding(WEIGHTS, 5, 2, 1), seconds=0.5), 9
+        Loaded(
+            job="job",
+            ring_generation=1,
+            holding=Holding(weights=WEIGHTS, nbytes=5, shards=2, shard=1),
+            seconds=0.5,
+        ),
+        9,
     )[0]
     plain = msgpack.unpackb(bytes(frame))
     plain["fields"]["holding"]["shard"] = 2
@@ -463,12 +469,15 @@ def test_what_a_class_holds_its_own_fields_to_is_a_protocol_error() -> None:
 
 def test_a_field_with_a_default_may_be_left_out() -> None:
     frame = encode(
-        Loaded(job="job", ring_generation=1, holding=Holding(WEIGHTS, 5), seconds=0.5), 9
+        Loaded(
+            job="job", ring_generation=1, holding=Holding(weights=WEIGHTS, nbytes=5), seconds=0.5
+        ),
+        9,
     )[0]
     plain = msgpack.unpackb(bytes(frame))
     del plain["fields"]["holding"]["shards"]
     assert decode([msgpack.packb(plain)])[1] == Loaded(
-        job="job", ring_generation=1, holding=Holding(WEIGHTS, 5), seconds=0.5
+        job="job", ring_generation=1, holding=Holding(weights=WEIGHTS, nbytes=5), seconds=0.5
     )
 
 

@@ -174,7 +174,7 @@ def test_agents_of_one_device_share_its_memory() -> None:
             rank,
             device="gpu 0",
             free_bytes=40 * GB,
-            holds=Holding(ModelVariant("m"), 1),
+            holds=Holding(weights=ModelVariant("m"), nbytes=1),
             memory_bytes=GB * 60,
         )
         for rank in range(2)
@@ -186,7 +186,7 @@ def test_agents_of_one_device_share_its_memory() -> None:
 def test_a_ring_takes_hosts_that_are_joined_by_cables() -> None:
     ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
     pairs = [*ring, *((b, a) for a, b in ring)]
-    links = Links(tuple(LinkInfo(a, b, 1e9) for a, b in pairs))
+    links = Links(tuple(LinkInfo(source=a, target=b, rate=1e9) for a, b in pairs))
     hosts = [mac(rank) for rank in range(4)]
     every = tasks.choose(training_job(), hosts, links).winner
     assert every is not None and every.ranks == (0, 1, 2, 3)

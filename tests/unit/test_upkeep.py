@@ -28,7 +28,7 @@ from fluxmesh_agent.upkeep import AGAIN, IDLE, LEFT_OUT, Upkeep, from_json, to_j
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = Keep(weights=WEIGHTS, shards=1, shard=0, components=PARTS)
-WHOLE = Holding(WEIGHTS, 100)
+WHOLE = Holding(weights=WEIGHTS, nbytes=100)
 
 
 def started(*components: str, holds: Holding | None = None, compiled: Any = ()) -> Lifecycle:
@@ -83,7 +83,7 @@ def test_of_what_it_holds_only_the_rest_is_loaded() -> None:
 def test_a_shard_is_loaded_where_the_mesh_holds_shards_and_whole_weights_serve_as_well() -> None:
     keep = Keep(weights=WEIGHTS, shards=4, shard=2, components=PARTS)
     assert due(Upkeep(keep), started()) == load(*PARTS, shards=4, shard=2)
-    part = Holding(WEIGHTS, 50, 4, 2)
+    part = Holding(weights=WEIGHTS, nbytes=50, shards=4, shard=2)
     assert due(Upkeep(keep), started(*PARTS, holds=part)) is None
     assert due(Upkeep(keep), started(*PARTS, holds=WHOLE)) is None
     missing = started("transformer", "autoencoder", holds=WHOLE)
@@ -91,9 +91,11 @@ def test_a_shard_is_loaded_where_the_mesh_holds_shards_and_whole_weights_serve_a
 
 
 def test_weights_that_somebody_chose_meanwhile_stay() -> None:
-    other = Holding(ModelVariant("dev"), 100)
+    other = Holding(weights=ModelVariant("dev"), nbytes=100)
     assert due(Upkeep(KEEP), started("transformer", holds=other)) is None
-    shard = Holding(WEIGHTS, 50, 4, 1)  # left by a job with --placement tensor
+    shard = Holding(
+        weights=WEIGHTS, nbytes=50, shards=4, shard=1
+    )  # left by a job with --placement tensor
     assert due(Upkeep(KEEP), started("transformer", holds=shard)) is None
 
 
@@ -185,7 +187,7 @@ def test_a_ring_that_another_job_formed_since_is_not_left() -> None:
     upkeep = Upkeep(KEEP)
     upkeep.leave(in_ring().ring[0])
     assert due(upkeep, in_ring(b"x" * 32)) is None
-    other = in_ring(holds=Holding(ModelVariant("dev"), 100))
+    other = in_ring(holds=Holding(weights=ModelVariant("dev"), nbytes=100))
     assert due(upkeep, other) is None and not upkeep.is_leaving(other)
     nowhere = started(*PARTS, holds=WHOLE)
     upkeep.leave("")
@@ -240,10 +242,12 @@ def test_sizes_wait_for_the_weights_and_for_the_end_of_every_lease() -> None:
     upkeep.note(NoteSize(WEIGHTS, 64, 64))
     assert isinstance(due(upkeep, started()), Load)
     assert due(upkeep, started(*PARTS, holds=WHOLE), leased=True) is None
-    other = Holding(ModelVariant("dev"), 100)
+    other = Holding(weights=ModelVariant("dev"), nbytes=100)
     assert due(upkeep, started(*PARTS, holds=other)) is None
     upkeep.want(Keep(weights=WEIGHTS, shards=2, shard=0, components=("transformer",)))
-    part = Holding(WEIGHTS, 50, 2, 0)  # no picture is made alone with it
+    part = Holding(
+        weights=WEIGHTS, nbytes=50, shards=2, shard=0
+    )  # no picture is made alone with it
     assert due(upkeep, started("transformer", holds=part)) is None
 
 

@@ -239,7 +239,9 @@ class Warming:
         if not rates:
             return None
         rate = sum(each.rate for each in rates)
-        return LinkInfo(source, target, rate, max(each.latency for each in rates))
+        return LinkInfo(
+            source=source, target=target, rate=rate, latency=max(each.latency for each in rates)
+        )
 
     async def _know_ring(self) -> None:
         """Forms the ring of all hosts and times its collectives, where nobody did before."""

@@ -105,7 +105,14 @@ class GenerationSession(JobSession[HostState]):
         if option is None:
             self.stuck(settled.reason)
         elif not self.state.images.is_complete:
-            self.tell(events.Planned(option.name, option.ranks, option.seconds, settled.reason))
+            self.tell(
+                events.Planned(
+                    placement=option.name,
+                    hosts=option.ranks,
+                    seconds=option.seconds,
+                    reason=settled.reason,
+                )
+            )
 
     def _encoded(self, host: HostState, report: messages.TextEncoded) -> None:
         self.check_model(host, report.content)
