@@ -33,7 +33,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.kernels import ops
 from fluxmesh.machine.open_files import allow_many_files
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire.messages import (
     PEER_LATE,

@@ -20,8 +20,9 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.partition import Shard
 from fluxmesh.wire.messages import Compiled, EngineCounters, Measure, Paint
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}

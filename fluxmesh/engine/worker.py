@@ -34,7 +34,7 @@ from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh.sampling.conditioning import Conditioning

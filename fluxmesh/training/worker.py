@@ -21,7 +21,7 @@ from fluxmesh.engine import device_memory, features
 from fluxmesh.engine.residency import Stopped, WorkerOptions
 from fluxmesh.engine.worker import Reports, Worker
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training.compute import exact_sum
 from fluxmesh.training.compute.learner import Learner

@@ -20,13 +20,14 @@ import numpy as np
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
-from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
+from fluxmesh.models.flux1.partition import check, cuts
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.slicing import hold_shard
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part, is_part
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut, Shard
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh.weights.reader import ComponentReader, tables, verify
 from fluxmesh.weights.zero_copy import filled

@@ -21,10 +21,10 @@ from fluxmesh.kernels import ops
 from fluxmesh.models.flux1 import layers, transformer
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import AdapterRef
 from fluxmesh.sampling.denoise import denoise

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from fluxmesh.engine.lookahead import walked
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting, waiting_here
 from fluxmesh.sampling.denoise import StepState
 from tests.parallel.cases import SHALLOW, ParallelCase, flow_of, noise_of, plan_of

@@ -30,8 +30,8 @@ from fluxmesh.models.flux1.layers import (
     rope_tables,
     timestep_embedding,
 )
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 
 Part = Literal["all", "modulation", "blocks"]
