@@ -47,7 +47,7 @@ class HostState:
         self.info: HostInfo = leased.info
         self.fence = leased.fence
         self.ring_generation = leased.ring_generation
-        self.ring = (leased.ring, leased.ring_rank, leased.ring_size)
+        self.ring = RingPlace(leased.ring, leased.ring_rank, leased.ring_size)
         self.line: deque[QueuedWork] = deque()
         self.is_loaded = False  # with what the phase needs
         self.killed: float | None = None  # since when its engine is being ended
@@ -68,7 +68,7 @@ class HostState:
     @property
     def now(self) -> HostInfo:
         """The host as a plan sees it, in the ring in which its engine is now."""
-        return replace(self.info, ring=RingPlace(*self.ring))
+        return replace(self.info, ring=self.ring)
 
     @property
     def is_free(self) -> bool:
@@ -166,7 +166,7 @@ class HostState:
         self.ring_generation, self.killed = ring_generation, now
         self.line.clear()
         self.is_loaded = False
-        self.ring = ("", 0, 1)
+        self.ring = RingPlace()
         self.info = replace(self.info, warm=())
         self._shapes.clear()
         self._is_new = True

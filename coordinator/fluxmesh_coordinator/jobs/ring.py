@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
+from fluxmesh.cluster.snapshot import RingPlace
 from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.jobs.host import HostState
@@ -51,9 +52,9 @@ class Ring:
     def of(cls, ranks: tuple[int, ...], hosts: Mapping[int, HostState]) -> Ring:
         """The ring that these engines are in already, in this order; else a new one."""
         members = [hosts[rank] for rank in ranks]
-        name = members[0].ring[0]
+        name = members[0].ring.name
         fits = all(
-            member.ring == (name, place, len(ranks))
+            member.ring == RingPlace(name, place, len(ranks))
             and member.ring_generation == members[0].ring_generation
             for place, member in enumerate(members)
         )
@@ -111,10 +112,10 @@ class Ring:
         orders: Orders = []
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
-            if host.ring[0] or backend in RESTARTING:  # the engine ends, and another one joins
+            if host.ring.name or backend in RESTARTING:  # the engine ends, and another one joins
                 host.info = replace(host.info, warm=())
             host.ring_generation = self.ring_generation
-            host.ring = (ring_name(nonce), place, len(self.ranks))
+            host.ring = RingPlace(ring_name(nonce), place, len(self.ranks))
             join = Join(
                 fence=host.fence,
                 ring_generation=self.ring_generation,
