@@ -18,7 +18,8 @@ import numpy as np
 from fluxmesh.errors import UsageError
 from fluxmesh.sampling.conditioning import Conditioning
 
-DIMENSIONS = {"t5": 3, "clip": 2, "latents": 3}
+BITS = ("uint16", "float32")  # of an encoder's dtype; latents are float32
+KINDS = {"t5": (3, BITS), "clip": (2, BITS), "latents": (3, ("float32",))}  # dimensions, dtypes
 
 
 def of_text(text: Conditioning) -> dict[str, np.ndarray]:
@@ -57,9 +58,10 @@ def _named(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if array is None:
         there = ", ".join(sorted(features)) or "nothing"
         raise UsageError(f"Features {name!r} were needed, and {there} came.")
-    if array.ndim != DIMENSIONS[name] or array.shape[0] != 1:
+    dimensions, dtypes = KINDS[name]
+    if array.ndim != dimensions or array.shape[0] != 1 or array.dtype.name not in dtypes:
         raise UsageError(
-            f"Features {name!r} came with the shape {list(array.shape)}; they have "
-            f"{DIMENSIONS[name]} dimensions, and the first is 1."
+            f"Features {name!r} came as {array.dtype.name} {list(array.shape)}; they are "
+            f"{' or '.join(dtypes)} of {dimensions} dimensions, of which the first is 1."
         )
     return array

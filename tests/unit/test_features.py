@@ -31,9 +31,12 @@ def test_a_prompts_features_are_the_same_bits_on_the_other_side(dtype: mx.Dtype)
     [
         ({"words": T5}, "'t5' were needed, and words came"),
         ({"t5": T5}, "'clip' were needed, and t5 came"),
-        ({"t5": T5[0], "clip": CLIP}, r"'t5' came with the shape \[4, 8\]"),
-        ({"t5": T5, "clip": T5}, "'clip' came with the shape"),
-        ({"t5": np.concatenate([T5, T5]), "clip": CLIP}, "'t5' came with the shape"),
+        (
+            {"t5": T5[0], "clip": CLIP},
+            r"'t5' came as uint16 \[4, 8\]; they are uint16 or float32 of 3 dim",
+        ),
+        ({"t5": T5, "clip": T5}, "'clip' came as uint16"),
+        ({"t5": np.concatenate([T5, T5]), "clip": CLIP}, "'t5' came as uint16"),
     ],
 )
 def test_features_of_something_else_are_named(named: dict[str, np.ndarray], what: str) -> None:
@@ -46,6 +49,8 @@ def test_the_latents_of_a_crop_are_one() -> None:
     assert np.array_equal(np.array(features.latents({"latents": latents})), latents)
     with pytest.raises(UsageError, match="'latents' were needed, and nothing came"):
         features.latents({})
+    with pytest.raises(UsageError, match="'latents' came as uint16"):  # bits of no number
+        features.latents({"latents": latents.astype(np.uint16)})
 
 
 def test_an_engine_names_a_unit_that_it_can_not_do() -> None:
