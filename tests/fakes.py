@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepTiming
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepShape, StepTiming
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
@@ -87,10 +87,11 @@ class FakeEngine:
         self.counters = messages.EngineCounters()
         self.content = "same"  # of the files that it reads
         self.components: tuple[str, ...] = ()
-        self.compiled: tuple[messages.Compiled, ...] = ()
+        self.compiled: tuple[StepShape, ...] = ()
         self.training = FakeTraining()
         self.collective_rate = 1e18  # bytes/s of its ring
         self.ring_step_seconds = 0.1  # that it tells of a step with others
+        self.kernels_seconds = self.shape_seconds = 0.0  # that its first steps take longer
 
     def work(self, unit: messages.EngineUnit) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
@@ -164,15 +165,12 @@ class FakeEngine:
                     placement=unit.placement,
                     hosts=1 if unit.placement == "data" else self.size,
                 )
+                self._has_made(unit)
                 yield messages.Timed(
                     job=unit.job, ring_generation=unit.ring_generation, measured=timed
                 )
             case messages.Warm():
-                hosts = 1 if unit.placement == "data" else self.size
-                way = messages.Compiled(
-                    placement=unit.placement, hosts=hosts, height=unit.height, width=unit.width
-                )
-                self.compiled = (*self.compiled, way)
+                self._has_made(unit)
                 self.holding = self.holding or Holding(
                     weights=unit.weights, nbytes=GB, content=self.content
                 )
@@ -222,18 +220,29 @@ class FakeEngine:
                 basis = (step - 1, latents)
                 latents = one_step(latents, step)
             self.steps.append((unit.image, step))
+            compiling = self._has_made(unit)
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
+            seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
             yield messages.Stepped(
                 job=unit.job,
                 ring_generation=unit.ring_generation,
                 image=unit.image,
                 step=step,
                 is_last=step == unit.steps,
-                seconds=0.1 if unit.placement == "data" else self.ring_step_seconds,
+                seconds=seconds + compiling,
                 peak_bytes=4,
                 latents=latents if unit.placement == "data" or self.rank == 0 else None,
                 reused=reused,
             )
+
+    def _has_made(self, unit: messages.Paint | messages.Measure | messages.Warm) -> float:
+        """Keeps a step in mind; seconds that it took to compile."""
+        shape = StepShape.of(unit.weights, unit.placement, self.size, unit.height, unit.width)
+        if shape in self.compiled:
+            return 0.0
+        is_new = not any(made.is_of(unit.weights) for made in self.compiled)
+        self.compiled = (*self.compiled, shape)
+        return self.shape_seconds + is_new * self.kernels_seconds
 
     def _has(self, component: str) -> None:
         self.components = tuple(dict.fromkeys((*self.components, component)))

@@ -151,7 +151,6 @@ class Engine:
                 load_rate=worker.load_rate,
                 components=worker.components,
                 compiled=worker.compiled,
-                warm=worker.warm,
             )
         )
 

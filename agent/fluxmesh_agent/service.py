@@ -384,7 +384,7 @@ class Service:
         if isinstance(message, messages.Timed):
             m = message.measured
             what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
-            self.measured[what] = m
+            self.measured[what] = m.with_firsts_of(self.measured.get(what, m))
         instructions = self.lifecycle.engine_said(message)
         if isinstance(message, messages.WorkReport) and message.job == OWN:
             self._own_ended(message)

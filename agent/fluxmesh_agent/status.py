@@ -71,7 +71,6 @@ def status_of(
         loading=life.loading,
         components=life.components,
         compiled=life.compiled,
-        warm=life.warm,
     )
 
 

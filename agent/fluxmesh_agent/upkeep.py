@@ -15,10 +15,10 @@ import json
 from collections import deque
 from dataclasses import asdict
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
-from fluxmesh.wire.messages import Compiled, Keep, Load, NoteSize, Warm
+from fluxmesh.wire.messages import Keep, Load, NoteSize, Warm
 from fluxmesh_agent.lifecycle import OWN, Lifecycle
 
 IDLE = 2.0  # seconds without a lease, before the host does something of its own
@@ -142,8 +142,8 @@ class Upkeep:
         if held is None or held.shards > 1:
             return None
         for size in reversed(self._sizes):
-            way = Compiled(placement="data", hosts=1, height=size.height, width=size.width)
-            if size.weights == held.weights and way not in life.compiled:
+            shape = StepShape.of(size.weights, "data", 1, size.height, size.width)
+            if size.weights == held.weights and shape not in life.compiled:
                 return Warm(
                     fence=0,
                     job=OWN,

@@ -43,6 +43,16 @@ class Plan:
     remedies: tuple[Remedy, ...] = ()  # with which there would be one
     warm: Option | None = None  # what would win, had all of them made such a request before
 
+    @property
+    def notice(self) -> str:
+        """What only the first such request takes, in a sentence, where it is worth one; else ""."""
+        winner = self.winner
+        if winner is None or winner.cold_seconds < max(COLD, COLD_PART * winner.seconds):
+            return ""
+        seconds = winner.cold_seconds
+        about = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+        return f"The first picture at this size takes about {about} s longer than the next."
+
 
 def plan(
     request: GenerateRequest,
@@ -148,7 +158,7 @@ def _best(options: Sequence[Option], warm: float = 0.0) -> Option | None:
 def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) -> str:
     """One or two sentences about an option that can be taken."""
     if len(view.hosts) == 1:
-        return f"The mesh has one host.{_told_cold(winner)}"
+        return "The mesh has one host."
     others = [option for option in allowed if not option.problem and option is not winner]
     told = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
     if not others:
@@ -162,7 +172,6 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
             reason = f"{told}; the next best, {than}."
     if asked:
         reason = f"You asked for {asked}. {reason}"
-    reason += _told_cold(winner)
     wider = [
         option
         for option in allowed
@@ -171,18 +180,6 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
     if wider and len(winner.ranks) < len(view.hosts):
         reason += f" It can't use more hosts: {wider[-1].problem}."
     return reason
-
-
-def _told_cold(winner: Option) -> str:
-    """What only the first such request takes, where it is worth a sentence."""
-    if winner.cold_seconds < COLD or winner.cold_seconds < COLD_PART * winner.seconds:
-        return ""
-    about = (
-        f"{winner.cold_seconds:.0f}"
-        if winner.cold_seconds >= 10
-        else (f"{winner.cold_seconds:.1f}")
-    )
-    return f" The first picture at this size takes about {about} s longer than the next."
 
 
 def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:

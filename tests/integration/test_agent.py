@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,14 +182,21 @@ def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVari
             assert measured == (timed.measured,)
             assert measured[0].decode_seconds is not None
             assert 0 < measured[0].step_seconds < 10
-            assert measured[0].first_seconds is not None  # nothing was compiled before
+            assert measured[0].kernels_seconds is not None  # nothing was compiled before
+            assert measured[0].first_seconds is None
             assert abs(measured[0].when - time.time()) < 60
-            assert (await one.status()).warm == (StepShape("data", 32, 32),)
+            made = StepShape.of(weights, "data", 1, 32, 32)
+            assert (await one.status()).compiled == (made,)
             await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
             again = (await one.until(messages.Timed)).measured
-            assert again.first_seconds is None and again.when > measured[0].when
+            assert again.kernels_seconds is None and again.when > measured[0].when
+            (kept,) = (await one.status()).measured  # what nobody will measure again
+            assert kept == replace(again, kernels_seconds=measured[0].kernels_seconds)
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=48))
+            other = (await one.until(messages.Timed)).measured
+            assert other.kernels_seconds is None and other.first_seconds is not None
             await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
-            assert (await one.status()).warm == ()
+            assert (await one.status()).compiled == ()
 
     play(scene())
 

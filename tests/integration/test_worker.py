@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine.features import from_wire, to_wire
 from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.engine.worker import Worker
@@ -19,7 +20,6 @@ from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import (
-    Compiled,
     Decode,
     Encode,
     EncodeSource,
@@ -33,6 +33,10 @@ from tests.checkpoints import TRANSFORMER, make_checkpoint
 
 HEAD: dict[str, Any] = {"fence": 0, "job": "job", "ring_generation": 0}
 R = TypeVar("R", bound=Report)
+
+
+def shape(weights: ModelVariant, height: int, width: int) -> StepShape:
+    return StepShape.of(weights, "data", 1, height, width)
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +453,7 @@ def test_a_trial_picture_loads_and_compiles_and_counts_as_nothing(
     assert isinstance(reports[-1], messages.Warmed) and reports[-1].seconds > 0
     assert not any(isinstance(r, messages.Stepped | messages.Pictured) for r in reports)
     assert worker.components == ("transformer", "autoencoder")
-    assert worker.compiled == (Compiled(placement="data", hosts=1, height=32, width=48),)
+    assert worker.compiled == (shape(weights, 32, 48),)
     counters = worker.counters
     assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
     assert counters.busy_seconds > 0
@@ -464,7 +468,7 @@ def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: ModelVaria
         if isinstance(report, messages.Stepped):
             latents = report.latents
     assert np.array_equal(alone, latents)
-    assert other.compiled == (Compiled(placement="data", hosts=1, height=32, width=48),)
+    assert other.compiled == (shape(weights, 32, 48),)
 
 
 def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant) -> None:
@@ -477,15 +481,45 @@ def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant)
     assert stopped.compiled == () and stopped.counters.steps == 0
 
 
-def test_what_was_compiled_is_of_the_weights_at_hand_and_the_latest_ones(
-    worker: Worker, weights: ModelVariant
+def test_what_was_compiled_stays_when_other_weights_come_and_the_latest_is_last(
+    worker: Worker, weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for side in (32, 48, 32):
         only(worker, Warm(**HEAD, weights=weights, height=side, width=32), messages.Warmed)
-    assert [way.height for way in worker.compiled] == [48, 32]
-    only(
-        worker,
-        Warm(**HEAD, weights=replace(weights, dtype="bfloat16"), height=16, width=16),
-        messages.Warmed,
+    assert worker.compiled == (shape(weights, 48, 32), shape(weights, 32, 32))
+    other = replace(weights, dtype="bfloat16")
+    monkeypatch.setattr("fluxmesh.engine.residency.COMPILED", 2)
+    only(worker, Warm(**HEAD, weights=other, height=16, width=16), messages.Warmed)
+    assert worker.compiled == (shape(weights, 32, 32), shape(other, 16, 16))
+
+
+def test_a_first_step_is_timed_apart_for_a_new_engine_and_for_a_new_size(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a false clock: the next step takes `extra` seconds to compile, and any step one."""
+    clock, extra = [0.0], [0.0]
+
+    def pause(phase: str) -> None:
+        if phase == "step":
+            clock[0] += 1.0 + extra[0]
+            extra[0] = 0.0
+
+    monkeypatch.setattr(
+        "fluxmesh.engine.lookahead.time", SimpleNamespace(perf_counter=lambda: clock[0])
     )
-    assert worker.compiled == (Compiled(placement="data", hosts=1, height=16, width=16),)
+    worker = Worker(WorkerOptions(pause=pause))
+
+    def measured(compiling: float, side: int, of: ModelVariant = weights) -> tuple[float, ...]:
+        extra[0] = compiling
+        (timed,) = only(worker, Measure(**HEAD, weights=of, height=side, width=32), messages.Timed)
+        found = timed.measured
+        return found.step_seconds, found.kernels_seconds, found.first_seconds
+
+    assert measured(19.0, 32) == (1.0, 19.0, None)
+    assert measured(0.0, 32) == (1.0, None, None)
+    assert measured(0.25, 48) == (1.0, None, 0.25)
+    assert measured(7.0, 48, replace(weights, dtype="bfloat16")) == (1.0, 7.0, None)
+    assert measured(0.0, 48) == (1.0, None, None)  # compiled before, whatever came between
+    assert measured(0.125, 64) == (1.0, None, 0.125)
+    counters = worker.counters
+    assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)

@@ -211,7 +211,13 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
         )
         reporter.event(HostLost(1, "mac1", "Its agent is silent."))
         reporter.event(
-            Planned(placement="data", hosts=(0,), seconds=20.0, reason="The mesh has one host.")
+            Planned(
+                placement="data",
+                hosts=(0,),
+                seconds=20.0,
+                reason="The mesh has one host.",
+                notice="The first is slow.",
+            )
         )
         reporter.event(Peak("decode", 1))
     shown = screen.getvalue()
@@ -220,7 +226,7 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
     assert "Host 3 is in use: 1st in line." in shown
     assert "Plan: tensor on hosts 0, 1, 12.50 s. It is the only way." in shown
     assert "Host 1 (mac1) is lost: Its agent is silent." in shown
-    assert "Plan: data on host 0" in shown
+    assert "Plan: data on host 0" in shown and shown.count("The first is slow.") == 1
     assert "Took 0.0" in shown and "20.0" in shown.rpartition("Took")[2]
 
 

@@ -404,6 +404,15 @@ def views(draw: st.DrawFn) -> MeshView:
         shards = draw(st.integers(1, 4))
         bits = draw(st.sampled_from([None, 4]))
         holds = held(shards, draw(st.integers(0, shards - 1)), bits=bits)
+        made = StepShape(
+            model="m",
+            dtype="bfloat16",
+            bits=bits,
+            placement="data",
+            hosts=1,
+            height=64,
+            width=64,
+        )
         holds = replace(holds, nbytes=draw(st.integers(0, 10**6)))
         hosts.append(
             mac(
@@ -414,7 +423,7 @@ def views(draw: st.DrawFn) -> MeshView:
                 load_rate=draw(powers(6, 9)),
                 holds=draw(st.sampled_from([None, holds])),
                 device=draw(st.sampled_from(["", "", "gpu", "other"])),
-                warm=draw(st.sampled_from([(), (StepShape("data", 64, 64),)])),
+                compiled=draw(st.sampled_from([(), (made,)])),
                 ring=RingPlace(draw(st.sampled_from(["", "a"])), len(hosts), len(ranks)),
             )
         )

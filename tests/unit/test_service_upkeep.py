@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.wire import messages
 from fluxmesh_agent import upkeep
 from fluxmesh_coordinator.agents.client import AgentClient
@@ -203,8 +203,6 @@ def test_an_idle_host_gets_ready_for_a_size_that_was_asked_for(tmp_path: Path) -
             assert mesh.services[0].status().compiled == ()  # a job has the host
             await one.ask(messages.LeaveQueue(), messages.Done)
             status = await until(mesh, lambda status: bool(status.compiled))
-            assert status.compiled == (
-                messages.Compiled(placement="data", hosts=1, height=64, width=96),
-            )
+            assert status.compiled == (StepShape.of(WEIGHTS, "data", 1, 64, 96),)
 
     play(tmp_path, body)

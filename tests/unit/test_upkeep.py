@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import (
     Account,
-    Compiled,
     Device,
     EngineCounters,
     Join,
@@ -29,6 +28,10 @@ WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = Keep(weights=WEIGHTS, shards=1, shard=0, components=PARTS)
 WHOLE = Holding(weights=WEIGHTS, nbytes=100)
+
+
+def shape(height: int, width: int = 32) -> StepShape:
+    return StepShape.of(WEIGHTS, "data", 1, height, width)
 
 
 def started(*components: str, holds: Holding | None = None, compiled: Any = ()) -> Lifecycle:
@@ -225,7 +228,7 @@ def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
     upkeep = Upkeep(KEEP)
     for side in (64, 128, 64):
         upkeep.note(NoteSize(WEIGHTS, side, 32))
-    way = Compiled(placement="data", hosts=1, height=64, width=32)
+    way = shape(64)
     assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(
         fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=64, width=32
     )
@@ -233,7 +236,7 @@ def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
     assert second == Warm(
         fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=128, width=32
     )
-    both = (way, Compiled(placement="data", hosts=1, height=128, width=32))
+    both = (way, shape(128))
     assert due(upkeep, started(*PARTS, holds=WHOLE, compiled=both)) is None
 
 
@@ -255,9 +258,9 @@ def test_only_the_latest_sizes_are_remembered() -> None:
     upkeep = Upkeep()
     for side in range(16, 16 * 20, 16):
         upkeep.note(NoteSize(WEIGHTS, side, 16))
-    made: list[Compiled] = []
+    made: list[StepShape] = []
     while isinstance(work := due(upkeep, started(holds=WHOLE, compiled=tuple(made))), Warm):
-        made.append(Compiled(placement="data", hosts=1, height=work.height, width=16))
+        made.append(shape(work.height, 16))
     assert [way.height for way in made] == [304, 288, 272, 256, 240, 224, 208, 192]
 
 

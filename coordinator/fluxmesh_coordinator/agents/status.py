@@ -59,7 +59,7 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         device=status.device,
         platform=status.platform,
         machine_bytes=status.machine_bytes,
-        warm=status.warm,
+        compiled=status.compiled,
         ring=RingPlace(status.ring, status.ring_rank, status.ring_size),
     )
 

@@ -194,6 +194,8 @@ class GenerateTerminalReporter:
             ranks = ", ".join(map(str, event.hosts))
             hosts = f"host {ranks}" if len(event.hosts) == 1 else f"hosts {ranks}"
             self.note(f"Plan: {event.placement} on {hosts}, {event.seconds:.2f} s. {event.reason}")
+        if event.notice:
+            self.note(event.notice)
 
     def _loading(self, event: Loading) -> None:
         """One bar for all hosts that read the same."""

@@ -11,10 +11,11 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo, RingTiming
+from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
@@ -138,6 +139,23 @@ async def form_ring(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )
     return time.monotonic() - begun
+
+
+async def form_known_ring(
+    errands: Mapping[int, Errand],
+    hosts: Sequence[Host],
+    infos: Mapping[int, HostInfo],
+    backend: str,
+    known: Timings,
+) -> Timings:
+    """As `form_ring`; what is news of it: its collectives too, where nobody has timed them."""
+    seconds = await form_ring(errands, hosts, infos, backend)
+    timing = known.ring(backend, tuple(sorted(errands)))
+    if timing is None:
+        return Timings((await measure_ring(errands, backend, seconds),))
+    if not seconds:
+        return Timings()
+    return Timings((replace(timing, gathers=(), sums=(), forming_seconds=seconds),))
 
 
 async def measure_ring(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
@@ -157,7 +158,14 @@ class Warming:
         for rings in (True, False):
             hosts, shards = self._place.ranks, self._place.shards
             trial = TrialRun(
-                self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
+                mesh=self.mesh,
+                work=self.work,
+                watcher=self.watcher,
+                clients=self.clients,
+                hosts=hosts,
+                shards=shards,
+                sizes=self.sizes,
+                learn=self._learn,
             )
             try:
                 is_done = await trial.run(rings=rings)
@@ -172,6 +180,12 @@ class Warming:
             while not await self._fill():
                 continue
         return reader
+
+    def _learn(self, news: Timings) -> None:
+        """Puts what was measured of rings on the mesh's record."""
+        if news.rings:
+            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
+            mesh_file.save(self.mesh, self.home)
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
@@ -258,16 +272,16 @@ class Warming:
                 granted = await self._lease(rank)
                 jobs[rank] = Errand(self.clients[rank], granted, self.work)
                 infos[rank] = host_info(rank, granted.status)
-            seconds = await form_ring(jobs, self.mesh.hostfile.hosts, infos, backend)
-            news = Timings((await measure_ring(jobs, backend, seconds),))
+            self._learn(
+                await form_known_ring(
+                    jobs, self.mesh.hostfile.hosts, infos, backend, self.mesh.timings
+                )
+            )
         except FluxmeshError as error:
             self.watcher.note(f"The ring could not be measured: {error}")
             for job in jobs.values():  # a survivor of a broken ring can hang
                 with contextlib.suppress(FluxmeshError):
                     await job.begin_anew()
-        else:
-            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
-            mesh_file.save(self.mesh, self.home)
         for job in jobs.values():
             with contextlib.suppress(FluxmeshError):
                 await job.client.ask(messages.LeaveQueue(), messages.Done)
@@ -301,8 +315,8 @@ class Warming:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
         if untimed and place.shards == 1 and set(leases) <= set(self.clients):
-            self.watcher.stage("Timing a step")
-            await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
+            with self._timing("data", untimed):
+                await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
         for rank in leases:  # of one that failed too, if it still hears
             with contextlib.suppress(HostUnreachableError):
                 await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
@@ -366,6 +380,16 @@ class Warming:
             f"{remedy(model)}"
         )
 
+    @contextlib.contextmanager
+    def _timing(self, placement: Placement, ranks: Sequence[int]) -> Iterator[None]:
+        """What is timed is ready from then on, which is told where anything is to be."""
+        self.watcher.stage("Timing a step")
+        start = time.monotonic()
+        yield
+        if self.sizes:
+            size = (self.work.height, self.work.width)
+            self.watcher.warmed(placement, ranks, size, time.monotonic() - start)
+
     async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
         measure = messages.Measure(
@@ -395,11 +419,15 @@ class Warming:
         ring = {rank: jobs[rank] for rank in place.ranks}
         infos = {host.rank: host for host in view.hosts}
         try:
-            await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
+            self._learn(
+                await form_known_ring(
+                    ring, self.mesh.hostfile.hosts, infos, view.backend, self.mesh.timings
+                )
+            )
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await together(self._load(ring[rank], place, rank) for rank in ring)
-            self.watcher.stage("Timing a step")
-            await together(self._time(ring[rank], "tensor") for rank in ring)
+            with self._timing("tensor", place.ranks):
+                await together(self._time(ring[rank], "tensor") for rank in ring)
         except FluxmeshError as error:
             self.watcher.note(f"A step of all hosts together could not be timed: {error}")
             for job in ring.values():  # a survivor of a broken ring can hang

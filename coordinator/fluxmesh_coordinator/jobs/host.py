@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
@@ -29,6 +30,10 @@ SLACK = 4.0  # times what a step took before
 START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
 FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
 KILLING = 10.0  # seconds that an agent may take to end its engine
+
+Readiness = Literal["new engine", "new shape", "loading", "warm"]
+"""For a first step: no kernel of the model is compiled; those of this step aren't; all are, and
+its weights come first; nothing is to be done before."""
 
 
 @dataclass
@@ -100,10 +105,14 @@ class HostState:
                 self.line[0].since = now
         return unit
 
-    def is_warm(self, paint: Paint) -> bool:
-        """Whether its engine has made such a step before, in this job or an earlier one."""
-        held, shape = self.info.holds, StepShape(paint.placement, paint.height, paint.width)
-        return held is not None and held.weights == paint.weights and shape in self.info.warm
+    def readiness(self, paint: Paint) -> Readiness:
+        """How ready its engine is for the first step, by this job or earlier ones."""
+        held, weights = self.info.holds, paint.weights
+        if not self.info.has_kernels(weights):
+            return "new engine"
+        if self._kind(paint) not in self.info.compiled:
+            return "new shape"
+        return "warm" if held is not None and held.weights == weights else "loading"
 
     def stepped(
         self,
@@ -124,9 +133,8 @@ class HostState:
         if shape in self._shapes:
             took = now - max(self._moved, now if begun is None else begun)
         self._shapes.add(shape)
-        if not self.is_warm(paint):
-            warm = StepShape(paint.placement, paint.height, paint.width)
-            self.info = replace(self.info, warm=(*self.info.warm, warm))
+        if (kind := self._kind(paint)) not in self.info.compiled:
+            self.info = replace(self.info, compiled=(*self.info.compiled, kind))
         known = self._step_seconds.get(shape, 0.0) if reused else 0.0
         self._step_seconds[shape] = max(seconds, took, known)
         self._moved = now
@@ -167,7 +175,7 @@ class HostState:
         self.line.clear()
         self.is_loaded = False
         self.ring = RingPlace()
-        self.info = replace(self.info, warm=())
+        self.info = replace(self.info, compiled=())
         self._shapes.clear()
         self._is_new = True
         self._at = ""
@@ -198,6 +206,11 @@ class HostState:
         budget = self._budget(message) * patience
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
         return message.late(budget) if spent > budget else ""
+
+    def _kind(self, paint: Paint) -> StepShape:
+        """The kind of step that its engine makes of an image."""
+        hosts = self.ring.size
+        return StepShape.of(paint.weights, paint.placement, hosts, paint.height, paint.width)
 
     def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""

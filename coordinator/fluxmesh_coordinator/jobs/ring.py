@@ -113,7 +113,7 @@ class Ring:
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
             if host.ring.name or backend in RESTARTING:  # the engine ends, and another one joins
-                host.info = replace(host.info, warm=())
+                host.info = replace(host.info, compiled=())
             host.ring_generation = self.ring_generation
             host.ring = RingPlace(ring_name(nonce), place, len(self.ranks))
             join = Join(

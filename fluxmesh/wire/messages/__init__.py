@@ -62,7 +62,6 @@ from fluxmesh.wire.messages.lease import (
 from fluxmesh.wire.messages.ring import AskPorts, Join, Joined, ring_name
 from fluxmesh.wire.messages.status import (
     Account,
-    Compiled,
     Device,
     EngineCounters,
     Reading,

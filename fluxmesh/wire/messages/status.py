@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fluxmesh.bounds import Count, Pixels
-from fluxmesh.cluster.snapshot import Holding, Placement, Platform, StepShape, StepTiming
-from fluxmesh.wire.messages.base import Components, JobName, Message, RingSize
+from fluxmesh.bounds import Count
+from fluxmesh.cluster.snapshot import Holding, Platform, StepShape, StepTiming
+from fluxmesh.wire.messages.base import Components, JobName, Message
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
 
@@ -21,18 +21,7 @@ class Reading:
     total_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """How an engine has made a step since it holds its weights: the next such one finds its kernels
-    compiled."""
-
-    placement: Placement
-    hosts: RingSize  # of the ring; 1 for `data`
-    height: Pixels
-    width: Pixels
-
-
-CompiledSteps = Annotated[tuple[Compiled, ...], Count(64)]
+StepsMade = Annotated[tuple[StepShape, ...], Count(64)]  # of an engine, the latest one last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +75,7 @@ class Status(Message):
     pressure: str = ""  # "warning" or "critical": the machine is short of memory
     loading: Reading | None = None  # what its engine reads now
     components: Components = ()  # that are in memory: `holds` tells of which weights
-    compiled: CompiledSteps = ()
-    warm: tuple[StepShape, ...] = ()  # steps whose kernels its engine has compiled
+    compiled: StepsMade = ()
 
 
 # Between an agent and its engine alone
@@ -117,5 +105,4 @@ class Account(Message):
     counters: EngineCounters
     load_rate: float  # bytes/s of the last load; 0 before one
     components: Components = ()
-    compiled: CompiledSteps = ()
-    warm: tuple[StepShape, ...] = ()  # steps that it has made since its weights were read
+    compiled: StepsMade = ()

@@ -200,7 +200,7 @@ class Timed(WorkReport):
 
 @dataclass(frozen=True, kw_only=True)
 class Measure(ModelWork):
-    """Times a step and a decode, alone or with the ring, and warm."""
+    """Times a step and a decode, alone or with the ring, after a trial picture (`Warm`)."""
 
     reports: ClassVar = (Timed,)
     doing: ClassVar = "timing a step"

@@ -111,6 +111,7 @@ class GenerationSession(JobSession[HostState]):
                     hosts=option.ranks,
                     seconds=option.seconds,
                     reason=settled.reason,
+                    notice=settled.notice,
                 )
             )
 
