@@ -18,9 +18,10 @@ import msgpack
 
 from fluxmesh.bounds import MAX_INTEGER, Range
 from fluxmesh.wire import limits
-from fluxmesh.wire.fields import Frame, ProtocolError, integer, pack_fields, unpack_fields
+from fluxmesh.wire.fields import pack_fields, unpack_fields
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.messages.base import TYPES
+from fluxmesh.wire.values import Frame, ProtocolError, integer
 
 __all__ = ["TYPES", "VERSION", "Frame", "ProtocolError", "decode", "encode"]
 
