@@ -31,13 +31,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
 from benchmarks.harness import Result, say
+from benchmarks.plans_report import COLD, LOUD, line_of, report, rings
 from benchmarks.quiet import OtherWork
 
 if TYPE_CHECKING:
@@ -45,11 +46,6 @@ if TYPE_CHECKING:
     from fluxmesh_coordinator.runtime.mesh import Mesh
 
 PLACEMENTS = ("data", "sequence", "tensor")
-TIE = 1.05
-NEAR = 0.15  # off by no more than this counts as predicted
-LOUD = 0.05  # of the machine's processors, that others may keep busy
-WRONG = "NOT the fastest"
-COLD = 0.05  # seconds beside the warm request, which loading and forming a ring may take
 MORE = 2  # times as many rounds, while requests are disturbed or cold
 
 
@@ -63,6 +59,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="else the model's own number")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=PLACEMENTS)
     parser.add_argument("--rounds", type=int, default=3, help="requests of each kind: the median")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="after which nothing is made again"
+    )
     parser.add_argument("--hosts", type=int, metavar="N", help="agents of this machine")
     parser.add_argument("--backend", choices=("ring", "nccl"), default="ring", help="of --hosts")
     parser.add_argument("--limited", type=int, metavar="N", help="hosts with slow links, here")
@@ -227,6 +226,8 @@ def measure(mesh: Mesh, options: argparse.Namespace) -> list[Result]:
     """Every kind of request, warm; then what would have been chosen."""
     session, hosts = Session(mesh, options), len(mesh.record.members)
     results: list[Result] = []
+    found: list[Result] = []
+    start = time.monotonic()
     for height, width in options.sizes:
         common = {"model": options.model, "height": height, "width": width}
         cases: list[Case] = []
@@ -239,30 +240,40 @@ def measure(mesh: Mesh, options: argparse.Namespace) -> list[Result]:
             # Kernels compile, rings form, all hosts load; then it is seen how long the rest takes.
             for images in (2 * hosts if placement == "data" else 2, 1):
                 session.paint(common, images, placement)
-        chosen = {}
+        chosen: dict[int, Option] = {}
         for number in range(options.rounds * (1 + MORE)):
+            is_late = time.monotonic() - start > 60 * options.minutes
+            is_done = all(len(case.good) >= options.rounds for case in cases)
+            if number >= options.rounds and (is_late or is_done):
+                break
             for case in cases:
                 _round(session, case, number, options.rounds)
             for images in options.images:
                 option = session.plan(common, images, None)
                 assert option is not None
                 chosen[images] = option
-                if option.name != "mixed":
-                    continue
-                same = [c for c in cases if (c.images, c.placement) == (images, None)]
-                if not same:
-                    same = [Case(common, images, None, option.seconds, option)]
-                    cases += same
-                    _round(session, same[0], number, options.rounds)
-        found = [case.result for case in sorted(cases, key=lambda case: case.images)]
-        for images, option in chosen.items():
-            own = {"chosen": option.name, "hosts": list(option.ranks)}
-            found.append({**common, "images": images, **own})
+                if option.name == "mixed" and not any(
+                    (case.images, case.placement) == (images, None) for case in cases
+                ):
+                    cases.append(Case(common, images, None, option.seconds, option))
+                    _round(session, cases[-1], number, options.rounds)
+            found = _found(cases, chosen)
+            say(f"{height}x{width}: {number + 1} rounds, {time.monotonic() - start:.0f} s")
+            harness.write_json(options.json, results + found)
         for result in found:
             say(line_of(result))
         results += found
-        harness.write_json(options.json, results)
     return results
+
+
+def _found(cases: Sequence[Case], chosen: Mapping[int, Option]) -> list[Result]:
+    """What was measured so far at one size, and what is chosen there."""
+    made = sorted((case for case in cases if case.rounds), key=lambda case: case.images)
+    found = [case.result for case in made]
+    for images, option in chosen.items():
+        own = {"images": images, "chosen": option.name, "hosts": list(option.ranks)}
+        found.append({**cases[0].common, **own})
+    return found
 
 
 def _round(session: Session, case: Case, number: int, rounds: int) -> None:
@@ -276,124 +287,6 @@ def _round(session: Session, case: Case, number: int, rounds: int) -> None:
     found = session.paint(case.common, case.images, case.placement)
     cold = option.cold_seconds + option.load_seconds
     case.rounds.append({"round": number, "predicted": option.seconds, "cold": cold, **found})
-
-
-# What is printed
-
-
-def line_of(result: Result) -> str:
-    """One result as it comes."""
-    where = f"{_size(result)}, {_images(result)}"
-    hosts = len(result["hosts"])
-    if "chosen" in result:
-        return f"{where}: {result['chosen']} on {hosts} is chosen"
-    predicted, measured = result["predicted"], result["measured"]
-    return (
-        f"{where}, {result['placement']} on {hosts}: {predicted:.3f} s predicted, "
-        f"{measured:.3f} measured{_mark(result)}"
-    )
-
-
-def report(results: Sequence[Result]) -> str:
-    """Two tables: what was predicted and measured, and what was chosen."""
-    cases = [result for result in results if "measured" in result]
-    header = ["size", "images", "placement", "hosts", "unseen s", "predicted s", "measured s"]
-    header += ["off", "spread", "step predicted ms", "measured ms", "by"]
-    rows = [
-        [
-            _size(case),
-            str(case["images"]),
-            case["placement"],
-            str(len(case["hosts"])),
-            "" if case["unseen"] is None else f"{case['unseen']:.3f}",
-            f"{case['predicted']:.3f}",
-            f"{case['measured']:.3f}{_mark(case)}",
-            f"{off(case):+.0%}",
-            _spread(case),
-            f"{1000 * case['step_predicted']:.1f}",
-            f"{1000 * case['step_measured']:.1f}",
-            case["figure"] + (", cold" if case["cold"] > COLD else ""),
-        ]
-        for case in cases
-    ]
-    tables = [harness.table(header, rows)]
-    verdicts = [verdict(result, cases) for result in results if "chosen" in result]
-    header = ["size", "images", "chosen", "hosts", "took s", "fastest", "took s", ""]
-    tables.append(harness.table(header, verdicts))
-    near = sum(abs(off(case)) <= NEAR for case in cases)
-    tables.append(f"{near} of {len(cases)} requests took what was predicted, within {NEAR:.0%}.")
-    alone = [case for case in cases if not _mark(case) and case["cold"] <= COLD]
-    if len(alone) < len(cases):
-        near = sum(abs(off(case)) <= NEAR for case in alone)
-        tables.append(f"Of the {len(alone)} that were warm and left alone: {near}.")
-    best = sum(row[-1] != WRONG for row in verdicts)
-    tables.append(f"The default choice was the fastest, or a tie, {best} of {len(verdicts)} times.")
-    return "\n\n".join(tables)
-
-
-def rings(mesh: Mesh) -> Iterator[str]:
-    """What the collectives of each ring that was measured take."""
-    from fluxmesh.planning.collectives import fitted
-
-    for ring in mesh.view.timings.rings:
-        yield (
-            f"ring of hosts {ring.ranks} over {ring.backend}: {ring.hidden:.0%} of a gather passes "
-            f"beside products; formed in {ring.forming_seconds:.1f} s"
-        )
-        for what, table in (("gather", ring.gathers), ("sum", ring.sums)):
-            latency, rate = fitted(table)
-            points = ", ".join(f"{p.nbytes >> 10} KiB {1e3 * p.seconds:.3f} ms" for p in table)
-            yield f"  {what}: {1e3 * latency:.3f} ms, {rate / 1e9:.3f} GB/s ({points})"
-
-
-def off(case: Result) -> float:
-    """By how much of the measured time the prediction is too long."""
-    return float(case["predicted"] / case["measured"] - 1)
-
-
-def verdict(result: Result, cases: Sequence[Result]) -> list[str]:
-    """Whether what was chosen was the fastest of what was measured for this request."""
-    same = [
-        case for case in cases if (_size(case), case["images"]) == (_size(result), result["images"])
-    ]
-    fastest = min(same, key=lambda case: case["measured"])
-    own = next((case for case in same if case["placement"] == result["chosen"]), None)
-    took = "" if own is None else f"{own['measured']:.3f}"
-    if own is fastest:
-        judged = "the fastest"
-    elif own is not None and own["measured"] <= TIE * fastest["measured"]:
-        judged = "a tie"
-    else:
-        judged = WRONG
-    return [
-        _size(result),
-        str(result["images"]),
-        result["chosen"],
-        str(len(result["hosts"])),
-        took,
-        fastest["placement"],
-        f"{fastest['measured']:.3f}",
-        judged,
-    ]
-
-
-def _mark(case: Result) -> str:
-    """A star, where others kept processors busy in every round."""
-    return "*" if case["others"] > LOUD else ""
-
-
-def _spread(case: Result) -> str:
-    """The fastest and the slowest round."""
-    seconds = [one["measured"] for one in case["rounds"]]
-    return f"{min(seconds):.3f}–{max(seconds):.3f}"
-
-
-def _size(result: Result) -> str:
-    return f"{result['height']}x{result['width']}"
-
-
-def _images(result: Result) -> str:
-    return f"{result['images']} image{'' if result['images'] == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Self
 import numpy as np
 
 from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepShape, StepTiming
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
@@ -352,8 +353,8 @@ class FakeSupervisor:
 class FakeMesh:
     """Agents in this event loop, real but for their engines, on the in-process transport."""
 
-    def __init__(self, folder: Path, hosts: int) -> None:
-        self.network = Network()
+    def __init__(self, folder: Path, hosts: int, deadlines: Deadlines = DEADLINES) -> None:
+        self.network, self.deadlines = Network(), deadlines
         self.folder = folder
         self.services: dict[int, Service] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -378,7 +379,8 @@ class FakeMesh:
     def start(self, rank: int) -> None:
         """An agent of that rank, as after `fluxmesh up`."""
         home = AgentHome(private_folder(self.folder / f"agent-{rank}"))
-        service = Service(self.network.listen(f"host:{rank}"), home, EngineOptions())
+        listener = self.network.listen(f"host:{rank}")
+        service = Service(listener, home, EngineOptions(), deadlines=self.deadlines)
         service.supervisor = FakeSupervisor(  # type: ignore[assignment]
             service._engine_said, service._engine_ended
         )

@@ -8,7 +8,6 @@ except `HostInfo.flops_per_second`, which stands in until a step at a size has b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Literal
@@ -330,11 +329,6 @@ class MeshView:
             if measured.placement == "data"
         ]
         return tuple(sorted(found, key=lambda one: -one.when))
-
-    def without(self, ranks: Iterable[int]) -> MeshView:
-        """The mesh after these hosts are gone."""
-        gone = set(ranks)
-        return replace(self, hosts=tuple(host for host in self.hosts if host.rank not in gone))
 
 
 def _check(name: str, value: float, least: float | None = None) -> None:

@@ -5,7 +5,7 @@
     "latents"  [1, L, 4C]               of a crop, in a training
 
 Only an engine knows these names: whoever keeps features and sends them on takes them as they are.
-NumPy has no bfloat16, whose bits travel as uint16. Below `worker.py` and `training/worker.py`.
+Below `worker.py` and `training/worker.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.errors import UsageError
+from fluxmesh.models.numpy_bits import from_numpy, to_numpy
 from fluxmesh.sampling.conditioning import Conditioning
 
 BITS = ("uint16", "float32")  # of an encoder's dtype; latents are float32
@@ -29,7 +30,7 @@ def of_text(text: Conditioning) -> dict[str, np.ndarray]:
 
 def text(features: Mapping[str, np.ndarray]) -> Conditioning:
     """What `of_text` was given. Raises `UsageError` for features of something else."""
-    return Conditioning(from_wire(_named(features, "t5")), from_wire(_named(features, "clip")))
+    return Conditioning(from_numpy(_named(features, "t5")), from_numpy(_named(features, "clip")))
 
 
 def latents(features: Mapping[str, np.ndarray]) -> mx.array:
@@ -43,14 +44,8 @@ def tokens(features: Mapping[str, np.ndarray]) -> int:
 
 
 def to_wire(x: mx.array) -> np.ndarray:
-    """An array for a message, uint16 or float32. Evaluates."""
-    mx.eval(x)
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
-
-
-def from_wire(x: np.ndarray) -> mx.array:
-    """What `to_wire` was given."""
-    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+    """Features for a message: bfloat16 as it is, all else as float32. Evaluates."""
+    return to_numpy(x if x.dtype == mx.bfloat16 else x.astype(mx.float32))
 
 
 def _named(features: Mapping[str, np.ndarray], name: str) -> np.ndarray:

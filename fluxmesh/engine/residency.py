@@ -22,6 +22,7 @@ from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.partition import Shard
 from fluxmesh.wire.messages import EngineCounters, Measure, Paint, Warm
 
@@ -202,7 +203,7 @@ class ModelStore:
         elif self.model.shard != Shard() or self.model.low_memory:
             self.hold(self.ring().shard)
 
-    def flow(self, placement: str) -> Any:
+    def flow(self, placement: str) -> Flux | TensorFlux | SequenceFlux:
         """The transformer as the placement runs it."""
         if placement == "data":
             return self.model.flow
@@ -210,14 +211,14 @@ class ModelStore:
             self._spread[placement] = self._spread_out(self.model.flow, placement)
         return self._spread[placement]
 
-    def planner(self, placement: str) -> Any:
+    def planner(self, placement: str) -> Flux | TensorFlux | SequenceFlux:
         """What makes modulations (`FluxPipeline.planner`), as the placement runs it."""
         planner = self.model.planner()
         if self.model.is_loaded("flow"):
             return self.flow(placement)
         return planner if placement == "data" else self._spread_out(planner, placement)
 
-    def _spread_out(self, flux: Any, placement: str) -> TensorFlux | SequenceFlux:
+    def _spread_out(self, flux: Flux, placement: str) -> TensorFlux | SequenceFlux:
         return (TensorFlux if placement == "tensor" else SequenceFlux)(flux, self.ring())
 
     def missing(self, component: str) -> list[str]:

@@ -93,8 +93,8 @@ class Worker(ModelStore):
                 raise
             name = "the model" if self.weights is None else self.weights.model
             raise DoesNotFitError(
-                f"Memory ran out while {self.doing} with {name}; try --quantize, "
-                "--low-memory or a smaller --image-size."
+                f"Memory ran out while {self.doing} with {name}; try `quantize`, "
+                "`low_memory` or a smaller `image_size`."
             ) from error
         finally:
             self.quiet = ""
@@ -303,7 +303,7 @@ class Worker(ModelStore):
         has_kernels = any(made.is_of(work.weights) for made in self.compiled)
         has_made = shape in self.compiled
         first = yield from self._trial(work)
-        if first is None:
+        if self._agree(work, STOPS if first is None else GOES_ON) == STOPS or first is None:
             return
         weights, pipeline = work.weights, self.model
         self.doing = "measuring"
@@ -388,7 +388,7 @@ class Worker(ModelStore):
         seconds: float | None = None
         for unit in (self._paint(paint), self._decode(Decode(**common, images=(0,)))):
             is_done = False
-            with contextlib.closing(unit) as reports:
+            with contextlib.closing(unit) as reports, contextlib.suppress(Stopped):
                 for report in reports:
                     is_done = isinstance(report, messages.Stepped | messages.Pictured)
                     if isinstance(report, messages.Stepped):

@@ -4,9 +4,9 @@ The last of the pure modules between a request and the mesh: `planning/` works o
 `plan` chooses. It never fails: where nothing can be done, the plan says why. It formats no table;
 `fluxmesh plan` does.
 
-Predictions come from measured step times and link rates; the bytes are those of DESIGN §4. Where
-two ways are predicted to take the same time, the one whose pictures are the very bytes that one
-host would give is taken.
+Predictions come from measured step times and link rates; `collectives.py`
+counts the bytes. Where two ways are predicted to take the same time, the one whose pictures are the
+very bytes that one host would give is taken.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:
     if not view.hosts:
         return "The mesh has no host."
     if not allowed and asked == "data":
-        return "--placement data and --force-shard exclude each other; choose one."
+        return "`placement` data and `force_shard` exclude each other; choose one."
     if not allowed:
         return f"You asked for {asked}, which needs two hosts; the mesh has {len(view.hosts)}."
     what = f"You asked for {asked}, which can't be done" if asked else "No placement can be done"

@@ -48,9 +48,9 @@ from fluxmesh.wire.messages.training import (
     UpdateDone,
     Validate,
     VectorPart,
+    in_pieces,
 )
 
-PIECE = 1 << 20  # numbers of a vector in a message
 NO_LOSS = 1e30  # stands for one that is no number, which no message may hold
 
 
@@ -237,10 +237,9 @@ class TrainingWorker(Worker):
         vectors = learner.vectors()
         last = list(vectors)[-1]
         for name, vector in vectors.items():
-            for offset in range(0, len(vector), PIECE):
+            for offset, numbers in in_pieces(vector):
                 self._go_on()
-                piece = vector[offset : offset + PIECE]
-                is_last = name == last and offset + PIECE >= len(vector)
+                is_last = name == last and offset + len(numbers) == len(vector)
                 yield VectorPart(
                     job=work.job,
                     ring_generation=work.ring_generation,
@@ -249,7 +248,7 @@ class TrainingWorker(Worker):
                     offset=offset,
                     total=len(vector),
                     is_last=is_last,
-                    numbers=piece,
+                    numbers=numbers,
                 )
 
     def _validate(self, work: Validate) -> Reports:

@@ -75,7 +75,7 @@ async def failed(one: Coordinator, seconds: float = GONE) -> messages.Failed:
         for report in one.heard:
             if isinstance(report, messages.Failed):
                 one.heard.clear()
-                one._read = 0
+                one.read = 0
                 return report
         await asyncio.sleep(0.02)
     raise AssertionError(f"nothing failed: {one.heard}")
@@ -322,7 +322,7 @@ def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_i
             await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
             assert not is_running(engine)
             one.ring_generation += 1
-            one._read = 0
+            one.read = 0
             await one.done(painting(one, weights, text))
             assert (await one.until(messages.Stepped)).ring_generation == one.ring_generation
 
@@ -339,7 +339,7 @@ def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVarian
             await one.until(messages.Stepped)
             await one.until(messages.Stepped)
             one.heard.clear()
-            one._read = 0
+            one.read = 0
             await one.done(painting(one, weights, text, steps=1, image=1))
             await one.until(messages.Stepped)
             # Where kernels are compiled it says so: nobody grants it the minutes of a first step.
@@ -591,7 +591,7 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentPr
             assert answer.code == "version"
             assert __version__ in answer.text
             connection = one.connection
-            one._seq += 1
+            one.seq += 1
         async with coordinator(host) as one:
             answer = await one.ask(messages.Joined(ring_generation=1, rank=1))
             assert isinstance(answer, messages.Refused)

@@ -69,7 +69,7 @@ def test_an_engine_does_it_and_is_free_before_the_report_that_ends_it(polisher: 
 
 def test_one_that_ranks_do_together_begins_even_where_it_was_cancelled(polisher: Channel) -> None:
     for work in (
-        polish(FEATURES, waits=True, sides=1),  # until the cancel below is heard
+        polish(FEATURES, together=True, waits=True, sides=1),  # until the cancel below is heard
         polish(FEATURES),
         polish(FEATURES, together=True, sides=3),
     ):

@@ -24,7 +24,7 @@ from fluxmesh.cluster.snapshot import (
 from fluxmesh.planning.learning import MOST, dated, kind, learned
 from fluxmesh.planning.plan import Option, plan
 from fluxmesh.request import AdapterRef
-from tests.unit.meshes import FLUX, ask, full, held, mac
+from tests.unit.meshes import FLUX, ask, full, held, mac, without
 
 
 def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> StepTiming:
@@ -157,7 +157,7 @@ def test_what_a_ring_was_off_by_at_one_size_it_is_off_by_at_another() -> None:
 def test_other_members_and_other_backends_tell_nothing() -> None:
     hosts = [mac(rank) for rank in range(3)]
     for other in (job(9.0, (0, 1, 2)), job(9.0, (0, 2)), job(9.0, backend="jaccl")):
-        found = replace(full(*hosts).without([2]), timings=Timings(jobs=(other,)))
+        found = replace(without(full(*hosts), 2), timings=Timings(jobs=(other,)))
         assert option(found, "sequence").phases[0].figure == "links"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.wire import messages
-from fluxmesh_agent import upkeep
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
@@ -25,15 +26,10 @@ KEEP = messages.Keep(
 REQUEST = ask(model="tiny", height=32, width=48, steps=20, n_images=1)
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "IDLE", 0.2)
-
-
 @contextmanager
 def mesh_of(folder: Path, hosts: int) -> Iterator[tuple[Mesh, FakeMesh]]:
     """A mesh whose agents know what to hold; they run in its own loop."""
-    fake = FakeMesh(folder, hosts)
+    fake = FakeMesh(folder, hosts, replace(DEADLINES, idle=0.2))
 
     def dialer() -> Any:
         for rank in range(hosts):

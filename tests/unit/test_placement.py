@@ -26,7 +26,7 @@ from fluxmesh.cluster.snapshot import (
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.plan import CLOSE, Option, Plan, plan
 from fluxmesh.planning.workload import tensor_problem
-from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small
+from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small, without
 
 
 def option(found: Plan, name: str, hosts: int | None = None) -> Option:
@@ -143,7 +143,7 @@ def test_sequence_takes_any_number_of_hosts() -> None:
 
 
 def test_a_ring_exists_only_where_cables_do() -> None:
-    view = ring(*(mac(rank) for rank in range(4))).without([2])
+    view = without(ring(*(mac(rank) for rank in range(4))), 2)
     found = plan(ask(), view, FLUX)
     assert option(found, "sequence", 3).problem == "no link from host 1 to host 3"
     assert option(found, "sequence", 2).ranks in ((0, 1), (0, 3))
@@ -216,7 +216,7 @@ def test_going_back_to_replicated_is_a_reload_that_is_priced() -> None:
 
 def test_shards_of_another_split_are_read_again() -> None:
     hosts = [mac(rank, memory_bytes=16 * GB, holds=held(4, rank)) for rank in range(4)]
-    three = full(*hosts).without([3])
+    three = without(full(*hosts), 3)
     found = plan(ask(), three, FLUX)
     assert won(found).phases[0].layout == "sharded"
     assert all(need.load_bytes > 0 for need in won(found).memory)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from fluxmesh.planning.plan import plan
-from fluxmesh_coordinator.console import plan_table
+from fluxmesh_coordinator.console import plan_table, terminal
 from tests.unit.meshes import FLUX, ask
 from tests.unit.test_learning import job, mac, ring_of, timed, view_of, warm
 
@@ -89,12 +87,10 @@ def test_a_program_is_told_all_of_it() -> None:
     assert option["cold_seconds"] == 0.0
 
 
-def test_the_table_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    monkeypatch.setattr("rich.console.Console", lambda **keys: Console(file=out, **keys))
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     view = view_of(jobs=[job(2.0, when=NOW - 60, kernels_seconds=20.0)], rings=[ring_of(when=NOW)])
     plan_table.show(plan(ask(n_images=3), view, FLUX), view, NOW)
-    printed = out.getvalue()
+    printed = capsys.readouterr().out
     for text in (
         "takes about 20 s longer",
         "last measured",
@@ -103,4 +99,4 @@ def test_the_table_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
         "Ring of hosts 0,1",
     ):
         assert text in printed
-    assert max(map(len, printed.splitlines()[:4])) <= plan_table.WIDTH
+    assert max(map(len, printed.splitlines()[:4])) <= terminal.PLAIN_WIDTH

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from benchmarks.limited import shares
-from benchmarks.plans import Case, Session, _round, off, report, size, verdict
+from benchmarks.plans import Case, Session, _round, size
+from benchmarks.plans_report import off, report, verdict
 from benchmarks.quiet import OtherWork
 from fluxmesh import events
 

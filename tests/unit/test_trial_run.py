@@ -139,7 +139,7 @@ def play(
                 for _ in range(times):
                     told.stages.clear()
                     up = Warming(record, wanted, told, Home(folder), sizes=((32, 32),))
-                    record = await up._run(dialer)
+                    record = await up.run_with(dialer)
             finally:
                 await dialer.close()
             return mesh, [service.status() for service in mesh.services.values()]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import (
@@ -22,7 +23,7 @@ from fluxmesh.wire.messages import (
 )
 from fluxmesh.wire.messages.training import CloseTraining
 from fluxmesh_agent.lifecycle import OWN, KillEngine, Lifecycle, Send, StartEngine
-from fluxmesh_agent.upkeep import AGAIN, IDLE, LEFT_OUT, Upkeep, from_json, to_json
+from fluxmesh_agent.upkeep import Upkeep, from_json, to_json
 
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
@@ -105,8 +106,8 @@ def test_weights_that_somebody_chose_meanwhile_stay() -> None:
 def test_a_host_that_was_used_a_moment_ago_is_left_alone() -> None:
     upkeep = Upkeep(KEEP)
     upkeep.used(100.0)
-    assert due(upkeep, started(), 100.0 + IDLE - 0.1) is None
-    assert due(upkeep, started(), 100.0 + IDLE) is not None
+    assert due(upkeep, started(), 100.0 + DEADLINES.idle - 0.1) is None
+    assert due(upkeep, started(), 100.0 + DEADLINES.idle) is not None
 
 
 def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> None:
@@ -115,7 +116,7 @@ def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> Non
     assert due(upkeep, life, 100.0) is None
     life.engine_said(Account(is_over=True, holds=None, counters=EngineCounters(), load_rate=0.0))
     assert due(upkeep, life, 100.5) is None
-    assert due(upkeep, life, 100.0 + IDLE) is not None
+    assert due(upkeep, life, 100.0 + DEADLINES.idle) is not None
 
 
 def test_what_is_under_way_is_not_begun_again() -> None:
@@ -132,8 +133,8 @@ def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> 
     life.work(Load(fence=1, job="job", ring_generation=0, weights=WEIGHTS))
     life.kill(Kill(fence=1, ring_generation=5))
     upkeep.used(100.0)
-    assert due(upkeep, life, 100.0 + LEFT_OUT - 0.1, leased=True) is None
-    found = due(upkeep, life, 100.0 + LEFT_OUT, leased=True)
+    assert due(upkeep, life, 100.0 + DEADLINES.left_out - 0.1, leased=True) is None
+    found = due(upkeep, life, 100.0 + DEADLINES.left_out, leased=True)
     assert found == load(
         "transformer", "autoencoder", ring_generation=5
     )  # encoders may have no room now
@@ -207,11 +208,12 @@ def test_what_fails_is_tried_again_later_and_ever_later() -> None:
         while due(upkeep, life, now) is None:
             now += 1.0
         pauses.append(now - begun)
-    assert pauses[:3] == [AGAIN[0], 2 * AGAIN[0], 4 * AGAIN[0]]
-    assert pauses[-1] == AGAIN[1]
+    first, most = DEADLINES.load_again
+    assert pauses[:3] == [first, 2 * first, 4 * first]
+    assert pauses[-1] == most
     upkeep.worked()
     upkeep.failed(now)
-    assert due(upkeep, life, now + AGAIN[0]) is not None
+    assert due(upkeep, life, now + DEADLINES.load_again[0]) is not None
 
 
 def test_a_host_that_is_told_anew_what_to_hold_tries_at_once() -> None:

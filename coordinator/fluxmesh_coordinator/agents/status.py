@@ -90,7 +90,7 @@ def in_use(found: Survey) -> str:
     """Why its agents should not be ended now, in a sentence; "" where nobody holds one."""
     for rank, status in found.statuses.items():
         if status.job:
-            return f"Host {rank} works on {status.job}; wait until it is done, or use --force."
+            return f"Host {rank} works on {status.job}; wait until it is done, or use `force`."
     return ""
 
 

@@ -7,25 +7,24 @@ can go wrong; here a host that fails is an error that names it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
-from fluxmesh_coordinator.jobs.host import START, HostState
+from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
-from fluxmesh_coordinator.jobs.types import LeasedHost
-
-MEASURING = 60.0  # seconds without a sign from engines that measure their ring
+from fluxmesh_coordinator.jobs.types import Job, LeasedHost
 
 
 class Errand:
@@ -65,7 +64,7 @@ class Errand:
         """Takes its place in a ring. Raises as `do`."""
         await self.client.ask(join, messages.Done)
         self.ring_generation = join.ring_generation
-        while not isinstance(await self._report(START), messages.Joined):
+        while not isinstance(await self._report(DEADLINES.first_sign), messages.Joined):
             continue
 
     async def _report(self, silence: float) -> messages.Report:
@@ -87,16 +86,6 @@ class Errand:
             if isinstance(report, messages.Lost):
                 raise FluxmeshError(f"{self.client.title}: {report.reason}")
             return report
-
-
-class _Secret:
-    """What a ring proves itself with."""
-
-    def __init__(self) -> None:
-        self._random = secrets.token_bytes(32)
-
-    def nonce(self, ring_generation: int) -> bytes:
-        return hashlib.sha256(self._random + ring_generation.to_bytes(8, "big")).digest()
 
 
 async def form_ring(
@@ -134,7 +123,7 @@ async def form_ring(
             assert isinstance(message, messages.AskPorts)
             told = await errands[rank].client.ask(message, messages.Ports)
             orders += ring.answered(rank, message.ip, told.ports, states)
-    joins: Orders = ring.join(states, _Secret(), backend)
+    joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )
@@ -169,7 +158,7 @@ async def measure_ring(
 
     async def one(rank: int) -> None:
         work = messages.MeasureRing(**ring[rank].common)
-        async for report in ring[rank].do(work, MEASURING):
+        async for report in ring[rank].do(work, DEADLINES.engine_sign):
             if isinstance(report, messages.RingTimed):
                 found[rank] = report
 
@@ -185,14 +174,3 @@ async def measure_ring(
         forming_seconds=forming_seconds,
         when=time.time(),
     )
-
-
-async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All of it side by side; where one raises, the others are broken off first."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

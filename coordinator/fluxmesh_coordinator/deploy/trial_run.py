@@ -15,19 +15,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fluxmesh.cluster.snapshot import MeshView, ModelVariant, Placement, StepShape, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
 from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.deploy.bringup import Watcher
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring, together
-
-SILENCE = 60.0  # seconds without a sign from an engine, which beats each second
-FIRST_STEP = 600.0  # seconds that a step and a decode may take: kernels compile
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring
 
 Size = tuple[int, int]  # height, width
 
@@ -166,7 +165,7 @@ class TrialRun:
         async def ask(rank: int) -> messages.Status:
             return await self.clients[rank].ask(messages.AskStatus(), messages.Status)
 
-        told = await asyncio.gather(*map(ask, self.clients))
+        told = await together(map(ask, self.clients))
         return dict(sorted(zip(self.clients, told, strict=True)))
 
     async def _lease(self, rank: int) -> Errand:
@@ -260,15 +259,15 @@ class TrialRun:
         """Raises what the engine failed with."""
         errand = self._errands[rank]
         try:
-            async with asyncio.timeout(FIRST_STEP):
-                async for report in errand.do(work, SILENCE):
+            async with asyncio.timeout(DEADLINES.tried_step):
+                async for report in errand.do(work, DEADLINES.engine_sign):
                     if isinstance(report, messages.LoadProgress):
                         told = (report.component, report.done_bytes, report.total_bytes)
                         self.watcher.progress(rank, *told)
         except TimeoutError:
             raise FluxmeshError(
-                f"{errand.client.title}: a first step is not done after {FIRST_STEP:.0f} s; look "
-                "at `fluxmesh logs`."
+                f"{errand.client.title}: a first step is not done after "
+                f"{DEADLINES.tried_step:.0f} s; look at `fluxmesh logs`."
             ) from None
 
 

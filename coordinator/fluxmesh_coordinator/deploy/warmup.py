@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Placement, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import (
     DoesNotFitError,
     FluxmeshError,
@@ -31,22 +32,20 @@ from fluxmesh.planning.step_times import neighbours
 from fluxmesh.planning.workload import Workload, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with
-LINK = 60.0  # seconds that measuring a link may take: a slow one is a link too
-SILENCE = 60.0  # seconds without a byte, after which a load counts as hung
-MEASURING = 300.0  # seconds that timing a step may take: kernels compile
 COMPONENTS = ("transformer", "autoencoder")
 
 T = TypeVar("T")
@@ -126,9 +125,9 @@ class Warming:
 
     def run(self) -> MeshRecord:
         """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
-        return run(user_keys(self.home), self._run)
+        return run(user_keys(self.home), self.run_with)
 
-    async def _run(self, dialer: Dialer) -> MeshRecord:
+    async def run_with(self, dialer: Dialer) -> MeshRecord:
         names = {host.rank: host.name for host in self.mesh.hosts}
         async with AsyncExitStack() as stack:
             members = {member.rank: member for member in self.mesh.members}
@@ -227,7 +226,7 @@ class Warming:
     async def _links(self) -> tuple[LinkInfo, ...]:
         found: list[LinkInfo] = []
         for each in pairs(list(self.clients)):
-            links = await asyncio.gather(*(self._link(*pair) for pair in each))
+            links = await together(self._link(*pair) for pair in each)
             found += [link for link in links if link is not None]
         for source in {*self.kept_out} - {link.source for link in found}:
             self.watcher.note(self.kept_out[source])
@@ -241,9 +240,11 @@ class Warming:
             token = secrets.token_bytes(32)
             try:
                 listen = messages.ListenForLink(ip, token)
-                ports = await self.clients[target].ask(listen, messages.Ports, LINK)
+                ports = await self.clients[target].ask(listen, messages.Ports, DEADLINES.link)
                 probe = messages.ProbeLink(ip=ip, port=ports.ports[0], token=token, nbytes=PROBE)
-                rates.append(await self.clients[source].ask(probe, messages.LinkRate, LINK))
+                rates.append(
+                    await self.clients[source].ask(probe, messages.LinkRate, DEADLINES.link)
+                )
             except HostUnreachableError:
                 raise
             except FluxmeshError as error:
@@ -366,7 +367,7 @@ class Warming:
                 shard=place.shard(rank),
                 components=COMPONENTS,
             )
-            async for report in job.do(load, SILENCE):
+            async for report in job.do(load, DEADLINES.engine_sign):
                 if isinstance(report, messages.LoadProgress):
                     what, done, total = report.component, report.done_bytes, report.total_bytes
                     self.watcher.progress(rank, what, done, total)
@@ -400,13 +401,13 @@ class Warming:
             placement=placement,
         )
         try:
-            async with asyncio.timeout(MEASURING):
-                async for _ in job.do(measure, MEASURING):
+            async with asyncio.timeout(DEADLINES.timed_step):
+                async for _ in job.do(measure, DEADLINES.timed_step):
                     pass  # it beats until it is done
         except TimeoutError:
             raise HostUnreachableError(
-                f"{job.client.title}: a step is not done after {MEASURING:.0f} s; look at "
-                "`fluxmesh logs`."
+                f"{job.client.title}: a step is not done after {DEADLINES.timed_step:.0f} s; "
+                "look at `fluxmesh logs`."
             ) from None
 
     async def _time_together(

@@ -14,6 +14,7 @@ from typing import Literal
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
@@ -25,11 +26,7 @@ from fluxmesh.wire.messages import (
 )
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
-SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
 SLACK = 4.0  # times what a step took before
-START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
-FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
-KILLING = 10.0  # seconds that an agent may take to end its engine
 
 Readiness = Literal["new engine", "new shape", "loading", "warm"]
 """For a first step: no kernel of the model is compiled; those of this step aren't; all are, and
@@ -47,7 +44,8 @@ class QueuedWork:
 class HostState:
     """One host, its engine, and what it was given."""
 
-    def __init__(self, leased: LeasedHost, now: float) -> None:
+    def __init__(self, leased: LeasedHost, now: float, deadlines: Deadlines = DEADLINES) -> None:
+        self.deadlines = deadlines
         self.entry: hostfile.Host = leased.host
         self.info: HostInfo = leased.info
         self.fence = leased.fence
@@ -141,7 +139,8 @@ class HostState:
 
     def step_deadline(self, paint: Paint) -> float:
         """Seconds in which a step that is not the first of its shape must come."""
-        return max(SILENCE, SLACK * self._step_seconds.get(_shape(paint), 0.0)) * self.patience
+        expected = self._step_seconds.get(_shape(paint), 0.0)
+        return max(self.deadlines.silence, SLACK * expected) * self.patience
 
     def expect(self, paint: Paint, seconds: float, *, measured: bool) -> None:
         """How long a step takes by what was measured, or was reckoned, until one is timed here."""
@@ -151,7 +150,7 @@ class HostState:
     def cancel_deadline(self) -> float:
         """Seconds in which it lets go of what it does: it hears of a cancel between two steps."""
         paints = [unit.message for unit in self.line if isinstance(unit.message, Paint)]
-        return max([SILENCE, *map(self.step_deadline, paints)])
+        return max([self.deadlines.silence, *map(self.step_deadline, paints)])
 
     def let_go(self) -> None:
         """The engine does nothing more of what it had in line."""
@@ -190,7 +189,8 @@ class HostState:
     def overdue(self, now: float) -> str:
         """What did not happen in time, "" where all is well."""
         if self.killed is not None:
-            return "its agent does not end its engine" if now - self.killed > KILLING else ""
+            late = now - self.killed > self.deadlines.kill
+            return "its agent does not end its engine" if late else ""
         if not self.line:
             return ""
         unit = self.line[0]
@@ -214,15 +214,17 @@ class HostState:
 
     def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""
-        return SILENCE if unit.message.ticks and not self._is_new else START
+        if unit.message.ticks and not self._is_new:
+            return self.deadlines.silence
+        return self.deadlines.first_sign
 
     def _budget(self, message: EngineUnit) -> float:
         """Seconds that a unit may take, or its first step, while it ticks."""
         if isinstance(message, Paint) and self._at == WARM_STEP:
             shape = _shape(message)
             expected = self._step_seconds.get(shape, self._guesses.get(shape, 0.0))
-            return max(FIRST, SLACK * expected)
-        return message.budget * message.pictures
+            return max(self.deadlines.first_step, SLACK * expected)
+        return message.limit(self.deadlines)
 
 
 def _shape(paint: Paint) -> tuple[Placement, int, int]:

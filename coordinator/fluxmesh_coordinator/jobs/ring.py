@@ -9,22 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.cluster.snapshot import RingPlace
 from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.types import Job
 
 Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)
-
-
-class Secret(Protocol):
-    """A job that a ring works for."""
-
-    def nonce(self, ring_generation: int) -> bytes:
-        """What the ring of that generation gathers: nobody else can know it."""
 
 
 class Ring:
@@ -65,7 +58,7 @@ class Ring:
         ring.joined = set(ranks)
         return ring
 
-    def advance(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
+    def advance(self, hosts: Mapping[int, HostState], job: Job, backend: str) -> Orders:
         """What brings it one step nearer, if anything does now. Raises as `join`."""
         orders = [] if self.is_asked else self.ask(hosts, backend)
         if self.has_ports and not self.is_told:
@@ -100,7 +93,7 @@ class Ring:
             return [(rank, AskPorts(fence=hosts[rank].fence, ip=ip))]
         return []
 
-    def join(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
+    def join(self, hosts: Mapping[int, HostState], job: Job, backend: str) -> Orders:
         """What each member is told. Raises `UsageError` where addresses don't match."""
         self.is_told = True
         entries = [hosts[rank].entry for rank in self.ranks]

@@ -169,7 +169,7 @@ class SequenceFlux(SpreadFlux):
         if flux.shard != Shard():
             raise UsageError(
                 "A shard of the transformer can't run the sequence placement, which needs all "
-                "weights on every host; load the whole model, or use --placement tensor."
+                "weights on every host; load the whole model, or use `placement` tensor."
             )
         super().__init__(flux, ranks)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim

@@ -5,6 +5,11 @@ https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its
 host computes whole heads; the linear out of it gives up columns, so that each host gets a part of
 a sum. The modulations, 27% of FLUX, give up rows too. `loading.py` reads a shard by these cuts,
 `slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py` runs it.
+
+Not `mlx.nn.layers.distributed`, which cuts linears of a model that is in memory whole, evenly, and
+asks the group for its place: a cut that is known as data is read from files without the rest,
+planned for before anything loads, and follows heads, fused layers and quantized groups where those
+end.
 """
 
 from __future__ import annotations
@@ -73,5 +78,5 @@ def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
     fit = [n for n in range(1, config.num_heads + 1) if obstacle(config, n, quantized) is None]
     raise UsageError(
         f"The transformer can't be sharded over {size} hosts: {reason}; use "
-        f"{', '.join(map(str, fit))} of them, or --placement sequence."
+        f"{', '.join(map(str, fit))} of them, or `placement` sequence."
     )

@@ -236,7 +236,7 @@ class Flux(nn.Module):
         if not self.config.guidance_embed:
             return vec
         if guidance is None:
-            raise UsageError("This model was distilled with guidance; give --guidance a number.")
+            raise UsageError("This model was distilled with guidance; give `guidance` a number.")
         return vec + self.guidance_in(timestep_embedding(guidance).astype(self.dtype))
 
     def _vector(self, y: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from fluxmesh.bounds import Count, Range, Text
+from fluxmesh.deadlines import Deadlines
 from fluxmesh.wire.messages.base import Changing, Rank, RingSize
 from fluxmesh.wire.messages.unit import EngineReport, EngineUnit
 
@@ -46,7 +47,6 @@ class Join(EngineUnit):
     reports: ClassVar = (Joined,)
     doing: ClassVar = "joining its ring"
     ticks: ClassVar = False
-    budget: ClassVar = 60.0
 
     rank: Rank  # in the ring
     size: RingSize
@@ -54,3 +54,6 @@ class Join(EngineUnit):
     envs: Annotated[tuple[tuple[str, str], ...], Count(64)] = ()
     files: Annotated[tuple[tuple[RingFile, RingFile], ...], Count(8)] = ()
     nonce: bytes = b""
+
+    def limit(self, deadlines: Deadlines) -> float:
+        return deadlines.first_sign

@@ -8,6 +8,7 @@ ring get every `Update`, each with its own numbers; in it their sums meet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -26,6 +27,14 @@ Sizes = Annotated[np.ndarray, ArrayOf(("int32",), (None, 2))]  # [examples, 2], 
 Captions = Annotated[np.ndarray, ArrayOf(("int32",), (None,))]  # [examples]
 
 LOOKING = "looking at the training"
+
+PIECE = 1 << 20  # numbers of a vector in a message
+
+
+def in_pieces(vector: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(offset, numbers) of a vector [size], as messages carry it."""
+    for offset in range(0, len(vector), PIECE):
+        yield offset, vector[offset : offset + PIECE]
 
 
 # What an engine is handed

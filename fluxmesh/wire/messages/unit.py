@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.deadlines import Deadlines
 from fluxmesh.wire.messages.base import Changing, JobName, Report
 
 PEER_LATE = "PeerLate"  # a `Failed` of a ring: a GPU's watchdog ended what waited for too long
@@ -104,6 +105,10 @@ class EngineUnit(Changing, is_base=True):
     def is_ended_by(self, report: Report) -> bool:
         """Whether the unit is over with this report."""
         return self.gave(report) and type(report) is self.reports[-1]
+
+    def limit(self, deadlines: Deadlines) -> float:
+        """Seconds that it may take from when its weights are read; `deadlines` are a job's."""
+        return self.budget * self.pictures
 
     def late(self, seconds: float) -> str:
         """What is said of an engine that took longer than `seconds`."""

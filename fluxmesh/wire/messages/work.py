@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from fluxmesh.bounds import Pixels, Range, ShardIndex, Shards, Text
 from fluxmesh.cluster.snapshot import CollectiveTime, Holding, Placement, StepTiming
+from fluxmesh.deadlines import Deadlines
 from fluxmesh.wire.messages.base import (
     Components,
     Features,
@@ -46,12 +47,14 @@ class Load(ModelWork):
 
     reports: ClassVar = (Loaded,)
     doing: ClassVar = "loading"
-    budget: ClassVar = 60.0  # in which not one byte is read: each that is begins it anew
 
     shards: Shards = 1
     shard: ShardIndex = 0
     components: Components = ()
     low_memory: bool = False
+
+    def limit(self, deadlines: Deadlines) -> float:
+        return deadlines.load_moves  # each byte that is read begins it anew
 
     def late(self, seconds: float) -> str:
         return f"not one byte was loaded for {seconds:.0f} s"

@@ -13,10 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
-from fluxmesh.engine.features import from_wire, to_wire
+from fluxmesh.engine.features import to_wire
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.engine.worker import Worker
+from fluxmesh.engine.worker import STOPS, Worker
 from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import (
@@ -412,7 +413,7 @@ def test_names_that_were_sent_are_not_those_that_are_opened(weights: ModelVarian
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_features_travel_without_a_rounding(dtype: mx.Dtype) -> None:
     x = mx.random.normal((1, 5, 7)).astype(dtype)
-    y = from_wire(to_wire(x))
+    y = from_numpy(to_wire(x))
     assert y.dtype == dtype
     assert mx.array_equal(x, y)
 
@@ -479,6 +480,34 @@ def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant)
     stops.append(True)
     assert list(stopped.do(Warm(**HEAD, weights=weights, height=32, width=48))) == []
     assert stopped.compiled == () and stopped.counters.steps == 0
+
+
+def test_a_measurement_that_is_told_to_stop_at_its_trial_tells_the_other_ranks(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who left by itself would leave them in the collectives of the steps that are timed."""
+    stops: list[bool] = []
+    agreed: list[int] = []
+
+    def agree(work: messages.Work, own: int) -> int:
+        agreed.append(own)
+        return own
+
+    def pause(phase: str) -> None:
+        if phase == "step" and halts == "decode":
+            stops.append(True)
+        if phase == "load" and halts == "load" and worker.components:
+            stops.append(True)
+
+    for halts in ("decode", "load"):
+        stops.clear()
+        worker = Worker(WorkerOptions(stopping=lambda: bool(stops), pause=pause))
+        monkeypatch.setattr(worker, "_agree", agree)
+        assert (
+            only(worker, Measure(**HEAD, weights=weights, height=32, width=48), messages.Timed)
+            == []
+        )
+        assert agreed[-1] == STOPS and stops, halts
 
 
 def test_what_was_compiled_stays_when_other_weights_come_and_the_latest_is_last(

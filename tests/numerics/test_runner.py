@@ -320,7 +320,7 @@ def test_running_out_of_memory_says_what_to_do(
         raise RuntimeError("[metal::malloc] Unable to allocate 99 bytes.")
 
     monkeypatch.setattr(FluxPipeline, "decode", fail)
-    with pytest.raises(DoesNotFitError, match=r"while decoding .*--low-memory"):
+    with pytest.raises(DoesNotFitError, match=r"while decoding .*`low_memory`"):
         events_of(request_of)
 
 
