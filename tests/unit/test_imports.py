@@ -25,7 +25,8 @@ IMPURE = {
 PURE = (
     *("fluxmesh.cluster.", "fluxmesh.planning.", "fluxmesh_coordinator.jobs."),
     *("fluxmesh_agent.leases", "fluxmesh_agent.lifecycle"),
-    *("fluxmesh.wire.messages", "fluxmesh.wire.training_messages"),
+    *("fluxmesh.bounds", "fluxmesh.wire.messages"),
+    *("fluxmesh.wire.fields", "fluxmesh.wire.values"),
     *("fluxmesh.wire.protocol", "fluxmesh.wire.limits"),
 )
 
