@@ -1,4 +1,4 @@
-"""The transformer on N hosts at once, as `tensor` or `sequence`: the only module with collectives.
+"""The transformer on N hosts at once, as `tensor` or `sequence`.
 
 Both wrap a `Flux` and are used as one (`rope`, `modulations`, a call a step), so that the sampler
 doesn't know how many hosts take part. Every rank is given the same latents and prompt, makes the
@@ -12,171 +12,37 @@ same calls in the same order, and gets the whole velocity, equal to the byte on 
   DeepSpeed-Ulysses and ring attention solve the same (https://arxiv.org/abs/2309.14509,
   https://arxiv.org/abs/2310.01889); one gather needs neither a transpose of ranks nor N rounds.
 
-A group of one runs the same code. Collectives carry no tag: two that ranks ran in different order
-would swap their data in silence. `Ranks` therefore chains each to the one before. Who waits for
-their results, the graph or the host, is a matter of the device (`models/waiting.py`): a collective
-that is begun gives a `Pending`, whose `result` is asked for when all that can be computed without
-it is described.
+A group of one runs the same code. Collectives are `models/collectives.py`'s, and what the blocks do
+with them `models/spread.py`'s.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.kernels.ops import (
-    Stream,
-    gated_norm,
-    gated_sum,
-    gelu_beside,
-    modulated_norm,
-    turned,
-    turned_heads,
-)
+from fluxmesh.kernels.ops import gated_norm, gated_sum, gelu_beside, modulated_norm
+from fluxmesh.models.collectives import Mark, Pending, Ranks, Traffic
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.layers import (
-    DoubleStreamBlock,
-    QKNorm,
-    SingleStreamBlock,
-    attention,
-    run,
-)
-from fluxmesh.models.flux1.partition import Cut, Shard, token_run
-from fluxmesh.models.flux1.slicing import cut_linear, shard_of
+from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock, run
+from fluxmesh.models.flux1.partition import Shard, token_run
+from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.transformer import Flux, Modulations
-from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.spread import (
+    Projections,
+    RingAttention,
+    Streams,
+    filled_up,
+    joined_tokens,
+    output_rows,
+    summed,
+)
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.models.waiting import Waiting, waiting_here
 
-Streams = dict[str, mx.array]  # "txt" and "img", in this order
-
-
-@dataclass
-class Traffic:
-    """Collectives called by this rank and the bytes that it sent in them, around a ring."""
-
-    sums: int = 0
-    gathers: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A moment between two collectives."""
-
-    last: mx.array | None
-    traffic: Traffic
-
-
-class Pending:
-    """A collective that was begun."""
-
-    def __init__(self, every: mx.array, waiting: Waiting) -> None:
-        self._every, self._waiting = every, waiting
-
-    def result(self, *meanwhile: mx.array) -> mx.array:
-        """What it gives, to compute with.
-
-        `meanwhile` is what can be computed without it, and is wanted too: it may run while this
-        waits for the other ranks.
-        """
-        self._waiting.end(self._every, meanwhile)
-        return self._every
-
-
-class Ranks:
-    """This process's place in a group, and its two collectives, in one order on every rank."""
-
-    def __init__(self, group: Any, stream: Any = None, waiting: Waiting | None = None) -> None:
-        """`group` is from `mx.distributed.init`. `stream` carries the collectives, by default the
-        one that the group's backend chooses; it must be of the kind of device that this uses.
-        `waiting` is by default the way of the device that computes.
-        """
-        self.rank: int = group.rank()
-        self.size: int = group.size()
-        self.traffic = Traffic()
-        self._group, self._stream = group, stream
-        self._waiting = waiting or waiting_here()
-        self._last: mx.array | None = None
-
-    @property
-    def shard(self) -> Shard:
-        """What this rank holds of a transformer for `tensor`."""
-        return Shard(self.rank, self.size)
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether collectives may be described while those before are still to be computed."""
-        return self._waiting.looks_ahead
-
-    @classmethod
-    def join(cls, backend: str = "ring") -> Ranks:
-        """Joins the group that the environment describes; once a process, for MLX keeps it.
-
-        Raises `RuntimeError` (MLX's) where there is none. Ask `agree` before trusting it.
-        """
-        return cls(mx.distributed.init(strict=True, backend=backend))
-
-    def agree(self, nonce: bytes) -> bool:
-        """Whether every rank gives the same `nonce`, of one length: waits for all of them.
-
-        Finds a stale process or a stranger on a port, against whom a ring has no other defence.
-        """
-        every = self.gather(mx.array(np.frombuffer(nonce, dtype=np.uint8))[None])
-        return bool(mx.all(every == every[:1]).item())
-
-    def most(self, value: int) -> int:
-        """The largest `value` of any rank: waits for all of them, who then do the same thing."""
-        return max(np.array(self.ask(value)).tolist())
-
-    def ask(self, value: int) -> mx.array:
-        """Every rank's `value`, int32 [N]; where collectives look ahead, to be waited for later.
-
-        A gather, which goes round once where a sum goes twice.
-        """
-        return self.gather(mx.array([value], dtype=mx.int32))
-
-    def mark(self) -> Mark:
-        """The collectives built so far, for `rewind`."""
-        return Mark(self._last, replace(self.traffic))
-
-    def rewind(self, mark: Mark) -> None:
-        """Forgets collectives that were built after `mark` and that no rank will evaluate."""
-        self._last, self.traffic = mark.last, mark.traffic
-
-    def sum(self, x: mx.array) -> mx.array:
-        """The sum of every rank's `x`; of one shape and dtype on all."""
-        # A ring adds up 1/N of the array at each rank, then hands the sums round.
-        self.traffic.sums += 1
-        self.traffic.bytes += 2 * (self.size - 1) * x.nbytes // self.size
-        total = mx.distributed.all_sum(self._after(x), group=self._group, stream=self._stream)
-        return self._begun(total).result()
-
-    def gather(self, x: mx.array) -> mx.array:
-        """Every rank's `x` one after another along axis 0; of one shape and dtype on all."""
-        return self.begin_gather(x).result()
-
-    def begin_gather(self, x: mx.array) -> Pending:
-        """As `gather`, for whoever has something to compute meanwhile."""
-        self.traffic.gathers += 1
-        self.traffic.bytes += (self.size - 1) * x.nbytes
-        every = mx.distributed.all_gather(self._after(x), group=self._group, stream=self._stream)
-        return self._begun(every)
-
-    def _begun(self, result: mx.array) -> Pending:
-        self._last = result
-        self._waiting.begin(result)
-        return Pending(result, self._waiting)
-
-    def _after(self, x: mx.array) -> mx.array:
-        """`x`, not to be sent before the last collective is done, whoever evaluates what."""
-        return x if self._last is None else self._waiting.after(self._last, x)
+__all__ = ["Mark", "Pending", "Ranks", "SequenceFlux", "SpreadFlux", "TensorFlux", "Traffic"]
 
 
 class SpreadFlux:
@@ -228,7 +94,7 @@ class TensorFlux(SpreadFlux):
                 f"rank {ranks.rank} of {ranks.size} runs; load the model again."
             )
         super().__init__(flux, ranks)
-        outputs = functools.partial(_summed, ranks)  # not a method: a cycle would keep the weights
+        outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
         for double in flux.double_blocks:
             double.outputs = outputs
         for single in flux.single_blocks:
@@ -263,21 +129,6 @@ class TensorFlux(SpreadFlux):
         return self.flux(img, txt, pe, modulation, cache)
 
 
-def _summed(ranks: Ranks, *calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
-    """Every rank's parts of a block's outputs [B, S, D], added up in one sum; then biases."""
-    parts = [layer(x) for layer, x in calls]
-    ends = np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
-    total = ranks.sum(mx.concatenate(parts, axis=1))
-    totals = mx.split(total, ends, axis=1) if ends else [total]
-    return [_with_bias(whole, layer) for whole, (layer, _) in zip(totals, calls, strict=True)]
-
-
-def _with_bias(total: mx.array, layer: Any) -> mx.array:
-    """Adds what a linear that is cut along its inputs has left out of its part of the sum."""
-    linear = layer.linear if isinstance(layer, LoRALinear) else layer
-    return total + linear.sum_bias if "sum_bias" in linear else total
-
-
 class SequenceFlux(SpreadFlux):
     """Each rank computes ceil(S / N) of the S tokens, with all weights.
 
@@ -307,7 +158,7 @@ class SequenceFlux(SpreadFlux):
         """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
         pe = self.flux.rope(txt_ids, img_ids)
         start, stop = token_run(pe.shape[-3], self.ranks.rank, self.ranks.size)
-        return _filled(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
+        return filled_up(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
 
     def __call__(
         self,
@@ -322,14 +173,14 @@ class SequenceFlux(SpreadFlux):
         start, stop = token_run(S, self.ranks.rank, self.ranks.size)
         txt = txt[:, start:stop]
         img = img[:, max(start - L, 0) : max(stop - L, 0)]
-        img = _filled(img, stop - start - txt.shape[1], 1)
+        img = filled_up(img, stop - start - txt.shape[1], 1)
 
         streams: Streams = {}  # without one that has no token on this rank
         if txt.shape[1]:
             streams["txt"] = self.flux.tokens_of(txt, self.flux.txt_in)
         if img.shape[1]:
             streams["img"] = self.flux.tokens_of(img, self.flux.img_in)
-        attend = _Attend(self.ranks, S, pe)
+        attend = RingAttention(self.ranks, S, pe)
         entered = streams
         img_mod, txt_mod = modulation.double[0]
         streams = self._doubles[0](streams, attend, {"txt": txt_mod, "img": img_mod})
@@ -337,87 +188,23 @@ class SequenceFlux(SpreadFlux):
         if cache is None:
             x = rest()
         else:
-            tokens = _joined(streams)
-            added = (tokens - _joined(entered))[:, txt.shape[1] :]
+            tokens = joined_tokens(streams)
+            added = (tokens - joined_tokens(entered))[:, txt.shape[1] :]
             own_img = max(0, min(stop, S) - max(start, L))  # without what fills up
             x = cache.rest(added[:, :own_img], tokens, rest)
         own = self.flux.final_layer(x, modulation.final)  # [B, C, out_channels], text's as well
         every = self.ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
         return every[L:S].swapaxes(0, 1)
 
-    def _rest(self, streams: Streams, attend: _Attend, modulation: Modulations) -> mx.array:
+    def _rest(self, streams: Streams, attend: RingAttention, modulation: Modulations) -> mx.array:
         """What the first double block gives, through all others: this rank's [B, C, D]."""
         doubles = zip(self._doubles[1:], modulation.double[1:], strict=True)
         for double, (img_mod, txt_mod) in doubles:
             streams = double(streams, attend, {"txt": txt_mod, "img": img_mod})
-        x = _joined(streams)
+        x = joined_tokens(streams)
         for single, mod in zip(self._singles, modulation.single, strict=True):
             x = single(x, attend, mod)
         return x
-
-
-def _joined(streams: Streams) -> mx.array:
-    """All of this rank's tokens [B, C, D], text first."""
-    return mx.concatenate(list(streams.values()), axis=1)
-
-
-def _filled(x: mx.array, length: int, axis: int) -> mx.array:
-    """`x` with zeros after it, up to `length` along `axis`."""
-    missing = length - x.shape[axis]
-    if not missing:
-        return x
-    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
-    return mx.concatenate([x, mx.zeros(shape, x.dtype)], axis=axis)
-
-
-class _Attend:
-    """Attention of this rank's C queries to all S tokens: B images, H heads of hd channels."""
-
-    def __init__(self, ranks: Ranks, S: int, pe: mx.array) -> None:
-        self.ranks, self.S, self.pe = ranks, S, pe
-
-    def send(self, streams: list[Stream], heads: int) -> tuple[mx.array, Pending]:
-        """Starts on its way what other ranks need: this rank's keys, normed and turned, and values.
-
-        Returns what is sent, for `mx.depends`: what is computed from there on is computed after
-        it, while it travels; and what gives every rank's, [N * C, B, 2, H, hd].
-        """
-        sent = turned(streams, self.pe, heads, 2)  # [B, C, 2, H, hd]
-        sent = mx.contiguous(sent.swapaxes(0, 1))  # tokens first
-        return sent, self.ranks.begin_gather(sent)
-
-    def __call__(
-        self, streams: list[Stream], heads: int, pending: Pending, *meanwhile: mx.array
-    ) -> mx.array:
-        """This rank's queries [B, C, H * hd] and what all ranks send, to [B, C, H * hd].
-
-        Queries, and `meanwhile`, may be computed while it travels.
-        """
-        (q,) = turned_heads(streams, self.pe, heads, 1)
-        every = pending.result(q, *meanwhile)
-        k, v = every[: self.S].transpose(2, 1, 3, 0, 4)  # [B, H, S, hd] each
-        return attention(q, k, v)
-
-
-def _rows(linear: Any, start: int, stop: int, width: int) -> Any:
-    """A linear of `width` outputs that gives those from `start` to `stop`; shares its weights."""
-    return cut_linear(linear, Cut(0, ((start, stop),), width), copy=False)
-
-
-class _Projections:
-    """A fused linear's keys and values, and its queries, apart."""
-
-    def __init__(self, linear: Any, norm: QKNorm, dim: int, width: int) -> None:
-        self.q = _rows(linear, 0, dim, width)
-        self.kv = _rows(linear, dim, 3 * dim, width)
-        self.query_scale, self.key_scale = norm.scales
-        self.heads = dim // self.query_scale.shape[0]
-
-    def keys_values(self, x: mx.array) -> Stream:
-        return self.kv(x), (self.key_scale,)
-
-    def queries(self, x: mx.array) -> Stream:
-        return self.q(x), (self.query_scale,)
 
 
 class _DoubleBlock:
@@ -427,12 +214,11 @@ class _DoubleBlock:
         self.attn = {"txt": block.txt_attn, "img": block.img_attn}
         self.mlp = {"txt": block.txt_mlp, "img": block.img_mlp}
         self.project = {
-            name: _Projections(attn.qkv, attn.norm, dim, 3 * dim)
-            for name, attn in self.attn.items()
+            name: Projections(attn.qkv, attn.norm, dim, 3 * dim) for name, attn in self.attn.items()
         }
         self.heads = self.project["img"].heads
 
-    def __call__(self, streams: Streams, attend: _Attend, mods: Streams) -> Streams:
+    def __call__(self, streams: Streams, attend: RingAttention, mods: Streams) -> Streams:
         mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
         normed = {
             name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
@@ -459,10 +245,10 @@ class _SingleBlock:
     def __init__(self, block: SingleStreamBlock, dim: int, mlp_hidden_dim: int) -> None:
         self.block = block
         width = 3 * dim + mlp_hidden_dim
-        self.project = _Projections(block.linear1, block.norm, dim, width)
-        self.mlp_in = _rows(block.linear1, 3 * dim, width, width)
+        self.project = Projections(block.linear1, block.norm, dim, width)
+        self.mlp_in = output_rows(block.linear1, 3 * dim, width, width)
 
-    def __call__(self, x: mx.array, attend: _Attend, mod: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, attend: RingAttention, mod: mx.array) -> mx.array:
         shift, scale, gate = mx.split(mod, 3, axis=-1)
         normed = modulated_norm(x, shift, scale)
         heads = self.project.heads
