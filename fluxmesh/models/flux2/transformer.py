@@ -55,7 +55,7 @@ class Flux2Modulations(NamedTuple):
         return Flux2Modulations(*(mod[step] for mod in self))
 
 
-class Memory(NamedTuple):
+class ReferenceMemory(NamedTuple):
     """Keys and values of reference tokens in every block, for klein 9B KV."""
 
     double: list[KeysValues]
@@ -134,7 +134,7 @@ class Flux2(nn.Module):
 
     def remember(
         self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None
-    ) -> Memory:
+    ) -> ReferenceMemory:
         """Keys and values of reference tokens [B, R, in_channels], in klein 9B KV's manner.
 
         `ids` are their positions, [R, 4].
@@ -149,7 +149,7 @@ class Flux2(nn.Module):
         for block in self.single_blocks:
             x, kept = block.remember(x, pe, mods.single)
             single.append(kept)
-        return Memory(double, single)
+        return ReferenceMemory(double, single)
 
     # Once a step
 
@@ -160,7 +160,7 @@ class Flux2(nn.Module):
         pe: mx.array,
         modulation: Flux2Modulations,
         cache: StepCache | None = None,
-        memory: Memory | None = None,
+        memory: ReferenceMemory | None = None,
     ) -> mx.array:
         """The velocity, noise minus image: [B, S - L, out_channels], in the dtype of the weights.
 
@@ -188,7 +188,7 @@ class Flux2(nn.Module):
         txt: mx.array,
         pe: mx.array,
         modulation: Flux2Modulations,
-        memory: Memory | None,
+        memory: ReferenceMemory | None,
     ) -> tuple[mx.array, mx.array]:
         mods = modulation.img, modulation.txt
         kept = () if memory is None else (memory.double[i],)
@@ -201,7 +201,7 @@ class Flux2(nn.Module):
         txt: mx.array,
         pe: mx.array,
         modulation: Flux2Modulations,
-        memory: Memory | None,
+        memory: ReferenceMemory | None,
     ) -> mx.array:
         """What the first double block gives, through all others: the image's [B, S - L, D]."""
         for i in range(1, len(self.double_blocks)):
