@@ -228,8 +228,12 @@ class ConvAutoencoder(nn.Module):
         """
 
     @abstractmethod
+    def restored(self, z: mx.array) -> mx.array:
+        """Latents [B, h, w, z_channels] as the decoder reads them, in the dtype of the weights."""
+
     def decode(self, z: mx.array) -> mx.array:
         """Latents [B, h, w, z_channels] to pictures [B, H, W, 3]: about [-1, 1], not clipped."""
+        return self.decoder(self.restored(z))
 
     def decode_tiled(self, z: mx.array, tile: int = 128, overlap: int = 32) -> mx.array:
         """As `decode`, but a picture of more than `UNTILED_LATENTS` goes tile by tile.
@@ -241,13 +245,14 @@ class ConvAutoencoder(nn.Module):
         B, h, w, _ = z.shape
         if h * w <= UNTILED_LATENTS:
             return self.decode(z)
+        z = self.restored(z)
         f = self.downsampling
         picture = mx.zeros(
             (B, h * f, w * f, self.decoder.conv_out.weight.shape[0]), dtype=mx.float32
         )
         for row in tiles(h, tile, overlap):
             for column in tiles(w, tile, overlap):
-                part = self.decode(z[:, row.start : row.stop, column.start : column.stop])
+                part = self.decoder(z[:, row.start : row.stop, column.start : column.stop])
                 part = part.astype(mx.float32) * self._blend(row, column)
                 place = (
                     slice(None),

@@ -30,7 +30,6 @@ class AutoEncoder(ConvAutoencoder):
         mean, _ = mx.split(moments, 2, axis=-1)
         return self.config.scale_factor * (mean - self.config.shift_factor)
 
-    def decode(self, z: mx.array) -> mx.array:
-        """Latents [B, h, w, z_channels] to pictures [B, H, W, 3]: about [-1, 1], not clipped."""
-        z = z / self.config.scale_factor + self.config.shift_factor
-        return self.decoder(z.astype(self.dtype))
+    def restored(self, z: mx.array) -> mx.array:
+        """As `ConvAutoencoder.restored`."""
+        return (z / self.config.scale_factor + self.config.shift_factor).astype(self.dtype)
