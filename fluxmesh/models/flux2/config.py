@@ -195,4 +195,4 @@ class Flux2Schedule:
             return at_200
         at_10 = 8.73809524e-05 * image_seq_len + 1.89833333
         slope = (at_200 - at_10) / 190.0
-        return slope * steps + at_200 - 200.0 * slope
+        return slope * steps + (at_200 - 200.0 * slope)
