@@ -16,7 +16,7 @@ from fluxmesh.models.flux2.single_file import flux2_autoencoder_config_of
 from fluxmesh.models.flux2.tensor_maps import autoencoder_tensors
 from fluxmesh.models.packing import pack
 from fluxmesh.models.tensor_map import in_bfl_file
-from tests import flux2_files
+from tests import flux2_models
 from tests.parity import flux2
 from tests.parity.oracles import BOUND, load, normal, relative_error
 
@@ -88,7 +88,7 @@ def test_bfl_s_file_gives_the_same_pictures(tmp_path: Path) -> None:
     assert from_shapes.norm_groups == 32  # which no shape tells
     for field in ("widths", "decoder_widths", "num_res_blocks", "z_channels", "mid_attention"):
         assert getattr(from_shapes, field) == getattr(config, field)
-    other = flux2_files.load(
+    other = flux2_models.load(
         Flux2AutoEncoder(config), in_bfl_file(autoencoder_tensors(config)), [path]
     )
     latents = mx.array(normal(1, 4, 4, 4, seed=2))

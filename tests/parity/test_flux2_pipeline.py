@@ -20,6 +20,7 @@ from fluxmesh.models.flux2.config import (
     TextEncoderConfig,
 )
 from fluxmesh.models.flux2.embedding import EmbeddingRows
+from fluxmesh.models.flux2.references import fitted
 from fluxmesh.models.flux2.runtime import Flux2Runtime
 from fluxmesh.models.flux2.single_file import flux2_config_of
 from fluxmesh.models.flux2.tensor_maps import (
@@ -35,7 +36,7 @@ from fluxmesh.models.tensor_map import in_bfl_file
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.storage.safetensors import read_header
-from tests.flux2_files import load
+from tests.flux2_models import load
 from tests.parity import flux2
 from tests.parity.oracles import BOUND, relative_error
 
@@ -47,9 +48,9 @@ REFERENCES = [flux2.picture(70, 101, 3), flux2.picture(64, 80, 4)]
 # what diffusers' pipeline of each kind is called with
 KINDS: dict[str, dict[str, Any]] = {
     "klein": {"num_inference_steps": 4, "guidance_scale": 1.0},
-    "klein base": {"num_inference_steps": 6, "guidance_scale": 4.0},
-    "klein KV": {"num_inference_steps": 4},
-    "dev": {"num_inference_steps": 6, "guidance_scale": 3.0},
+    "klein base": {"num_inference_steps": 3, "guidance_scale": 4.0},
+    "klein KV": {"num_inference_steps": 3},
+    "dev": {"num_inference_steps": 3, "guidance_scale": 3.0},
 }
 
 
@@ -165,8 +166,6 @@ def test_reference_pictures(made: Made) -> None:
 
 
 def test_a_large_reference_is_scaled_as_diffusers_scales_it(made: Made) -> None:
-    from fluxmesh.models.flux2.references import fitted
-
     processor = made.oracle.image_processor
     for height, width in ((1500, 1111), (700, 2900), (1024, 1030)):
         picture = flux2.picture(height, width, 5)

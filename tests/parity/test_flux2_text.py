@@ -19,7 +19,7 @@ from fluxmesh.models.flux2.embedding import EmbeddingRows
 from fluxmesh.models.flux2.tensor_maps import text_encoder_tensors
 from fluxmesh.models.flux2.text_encoder import TextEncoder
 from fluxmesh.models.flux2.tokenizer import ChatTokenizer
-from tests.flux2_files import load
+from tests.flux2_models import load
 from tests.parity import flux2
 from tests.parity.oracles import BOUND, relative_error
 
