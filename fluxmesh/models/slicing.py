@@ -6,13 +6,36 @@ beside it. A family's `slicing.py` makes a shard of a model with it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from fluxmesh.models.layers import RMSNorm
 from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.models.partition import Cut
+
+
+def take_cuts(part: Any, whole: Any, cuts: Mapping[str, Cut]) -> None:
+    """Gives `part`, a new model like `whole`, the linears of `whole`, cut and evaluated.
+
+    What is not cut is shared between the two; `whole` keeps all of its own.
+    """
+    for name, module in part.named_modules():
+        if isinstance(module, nn.Linear | RMSNorm):
+            taken = module_at(whole, name)
+            if name in cuts:
+                taken = cut_linear(taken, cuts[name])
+                mx.eval(taken.parameters())
+            replace_module(part, name, taken)
+    mx.clear_cache()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any linear of a model is."""
+    return any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
 
 
 def cut_linear(linear: Any, cut: Cut, *, copy: bool = True) -> Any:

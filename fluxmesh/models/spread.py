@@ -1,27 +1,113 @@
-"""What the transformers of all families share on several hosts: sums, filling, attention on a ring.
+"""What the transformers of all families share on several hosts: sums, tokens dealt out, attention.
 
-Stands between the collectives (`collectives.py`) and a family's `parallel.py`, whose blocks call
-it: `summed` in the place of `outputs` for `tensor`; the rest for `sequence`.
+Stands between the collectives (`collectives.py`) and a family's `parallel.py`. For `tensor`, a
+block's partial outputs are `summed`. For `sequence`, tokens are counted through text and image, in
+this order, and dealt out in runs of ceil(S / N): text and image tokens cost the same, so that the
+ranks share evenly whatever the length of the prompt, and only the rank where text meets image reads
+the double blocks' weights of both. After the last token the last runs are filled up with zeros,
+which every rank computes like tokens, so that shapes are equal; their keys and values are cut off
+after each gather.
 
 Shapes: B images, C tokens of this rank, S tokens in all, H heads of hd channels.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from fluxmesh.errors import UsageError
 from fluxmesh.kernels.ops import Stream, turned, turned_heads
 from fluxmesh.models.collectives import Pending, Ranks
 from fluxmesh.models.layers import QKNorm, attention
 from fluxmesh.models.lora_linear import LoRALinear
-from fluxmesh.models.partition import Cut
+from fluxmesh.models.partition import Cut, Shard, token_run
 from fluxmesh.models.slicing import cut_linear
+from fluxmesh.models.step_cache import StepCache
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
+
+
+def sharded(flux: Any, ranks: Ranks, shard_of: Callable[[Any, Shard], Any]) -> Any:
+    """This rank's part of a transformer, whose blocks add up their outputs over the ranks.
+
+    `flux` is whole, and then left as it is while `shard_of` takes the part out of it, or this
+    rank's shard of a checkpoint. Raises `UsageError` where it is another shard, or doesn't divide
+    over the ranks.
+    """
+    if flux.shard == Shard():
+        flux = shard_of(flux, ranks.shard)
+    elif flux.shard != ranks.shard:
+        raise UsageError(
+            f"Part {flux.shard.rank} of {flux.shard.size} of the transformer was loaded where "
+            f"rank {ranks.rank} of {ranks.size} runs; load the model again."
+        )
+    outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.outputs = outputs
+    return flux
+
+
+def check_whole(flux: Any) -> None:
+    """Raises `UsageError` where a transformer for `sequence` is a shard."""
+    if flux.shard != Shard():
+        raise UsageError(
+            "A shard of the transformer can't run the sequence placement, which needs all "
+            "weights on every host; load the whole model, or use --placement tensor."
+        )
+
+
+def own_rope(pe: mx.array, ranks: Ranks) -> mx.array:
+    """Of all tokens' rotary tables those of this rank's, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
+    start, stop = token_run(pe.shape[-3], ranks.rank, ranks.size)
+    return filled_up(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
+
+
+def dealt_velocity(
+    flux: Any,
+    ranks: Ranks,
+    img: mx.array,
+    txt: mx.array,
+    pe: mx.array,
+    final: mx.array,
+    first: Callable[[Streams, RingAttention], Streams],
+    rest: Callable[[Streams, RingAttention], mx.array],
+    cache: StepCache | None,
+) -> mx.array:
+    """The velocity of all image tokens, each rank computing its own tokens.
+
+    `first` runs the first double block, `rest` what it gives through all others, to [B, C, D];
+    `final` modulates the last layer. Other arguments and the result as a transformer's call.
+    """
+    L, S = txt.shape[1], txt.shape[1] + img.shape[1]
+    start, stop = token_run(S, ranks.rank, ranks.size)
+    txt = txt[:, start:stop]
+    img = img[:, max(start - L, 0) : max(stop - L, 0)]
+    img = filled_up(img, stop - start - txt.shape[1], 1)
+
+    entered: Streams = {}  # without one that has no token on this rank
+    if txt.shape[1]:
+        entered["txt"] = flux.tokens_of(txt, flux.txt_in)
+    if img.shape[1]:
+        entered["img"] = flux.tokens_of(img, flux.img_in)
+    attend = RingAttention(ranks, S, pe)
+    streams = first(entered, attend)
+    others = functools.partial(rest, streams, attend)
+    if cache is None:
+        x = others()
+    else:
+        tokens = joined_tokens(streams)
+        added = (tokens - joined_tokens(entered))[:, txt.shape[1] :]
+        own_img = max(0, min(stop, S) - max(start, L))  # without what fills up
+        x = cache.rest(added[:, :own_img], tokens, others)
+    own = flux.final_layer(x, final)  # [B, C, out_channels], text's as well
+    every = ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
+    return every[L:S].swapaxes(0, 1)
 
 
 def summed(ranks: Ranks, *calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
@@ -76,10 +162,20 @@ class RingAttention:
 
         Queries, and `meanwhile`, may be computed while it travels.
         """
-        (q,) = turned_heads(streams, self.pe, heads, 1)
-        every = pending.result(q, *meanwhile)
-        k, v = every[: self.S].transpose(2, 1, 3, 0, 4)  # [B, H, S, hd] each
+        q = self.queries(streams, heads)
+        k, v = self.keys_values(pending, q, *meanwhile)
         return attention(q, k, v)
+
+    def queries(self, streams: list[Stream], heads: int) -> mx.array:
+        """This rank's, normed and turned: [B, H, C, hd]."""
+        (q,) = turned_heads(streams, self.pe, heads, 1)
+        return q
+
+    def keys_values(self, pending: Pending, *meanwhile: mx.array) -> tuple[mx.array, mx.array]:
+        """Those of all ranks' tokens, [B, H, S, hd] each; `meanwhile` is wanted too."""
+        every = pending.result(*meanwhile)
+        k, v = every[: self.S].transpose(2, 1, 3, 0, 4)
+        return k, v
 
 
 def output_rows(linear: Any, start: int, stop: int, width: int) -> Any:

@@ -46,6 +46,7 @@ DESCRIBES = (
     *("fluxmesh.models.file_shapes", "fluxmesh.models.flux2.config"),
     *("fluxmesh.models.flux2.tensor_maps", "fluxmesh.models.flux2.single_file"),
     *("fluxmesh.models.flux2.quantization", "fluxmesh.models.flux2.positions"),
+    *("fluxmesh.models.flux2.partition",),
     *("fluxmesh.models.flux2.tokenizer", "fluxmesh.models.flux2.references"),
     *("fluxmesh.sampling.latents", "fluxmesh.engine.tf32"),
     *("fluxmesh.training.compute.lr_schedule", "fluxmesh.training.compute.parameter_vector"),

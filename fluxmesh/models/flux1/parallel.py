@@ -18,27 +18,25 @@ with them `models/spread.py`'s.
 
 from __future__ import annotations
 
-import functools
-
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.errors import UsageError
 from fluxmesh.kernels.ops import gated_norm, gated_sum, gelu_beside, modulated_norm
 from fluxmesh.models.collectives import Mark, Pending, Ranks, Traffic
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock, run
-from fluxmesh.models.flux1.partition import Shard, token_run
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.transformer import Flux, Modulations
 from fluxmesh.models.spread import (
     Projections,
     RingAttention,
     Streams,
-    filled_up,
+    check_whole,
+    dealt_velocity,
     joined_tokens,
     output_rows,
-    summed,
+    own_rope,
+    sharded,
 )
 from fluxmesh.models.step_cache import StepCache
 
@@ -86,19 +84,7 @@ class TensorFlux(SpreadFlux):
 
         Raises `UsageError` where it is another shard, or doesn't divide over the ranks.
         """
-        if flux.shard == Shard():
-            flux = shard_of(flux, ranks.shard)
-        elif flux.shard != ranks.shard:
-            raise UsageError(
-                f"Part {flux.shard.rank} of {flux.shard.size} of the transformer was loaded where "
-                f"rank {ranks.rank} of {ranks.size} runs; load the model again."
-            )
-        super().__init__(flux, ranks)
-        outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
-        for double in flux.double_blocks:
-            double.outputs = outputs
-        for single in flux.single_blocks:
-            single.outputs = outputs
+        super().__init__(sharded(flux, ranks, shard_of), ranks)
 
     def modulations(
         self, timesteps: mx.array, y: mx.array, guidance: float | None = None
@@ -130,25 +116,14 @@ class TensorFlux(SpreadFlux):
 
 
 class SequenceFlux(SpreadFlux):
-    """Each rank computes ceil(S / N) of the S tokens, with all weights.
-
-    Tokens are counted through text and image, in this order, and dealt out in runs of ceil(S / N):
-    text and image tokens cost the same, so that the ranks share evenly whatever the length of the
-    prompt, and only the rank where text meets image reads the double blocks' weights of both.
-    After the last token the last runs are filled up with zeros, which every rank computes like
-    tokens, so that shapes are equal; their keys and values are cut off after each gather.
-    """
+    """Each rank computes ceil(S / N) of the S tokens, with all weights."""
 
     def __init__(self, flux: Flux, ranks: Ranks) -> None:
         """Shares the weights of `flux`, which stays as it is. Make it anew after adapters change.
 
         Raises `UsageError` where `flux` is a shard.
         """
-        if flux.shard != Shard():
-            raise UsageError(
-                "A shard of the transformer can't run the sequence placement, which needs all "
-                "weights on every host; load the whole model, or use --placement tensor."
-            )
+        check_whole(flux)
         super().__init__(flux, ranks)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
         self._doubles = [_DoubleBlock(block, D) for block in flux.double_blocks]
@@ -156,9 +131,7 @@ class SequenceFlux(SpreadFlux):
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
-        pe = self.flux.rope(txt_ids, img_ids)
-        start, stop = token_run(pe.shape[-3], self.ranks.rank, self.ranks.size)
-        return filled_up(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
+        return own_rope(self.flux.rope(txt_ids, img_ids), self.ranks)
 
     def __call__(
         self,
@@ -169,32 +142,16 @@ class SequenceFlux(SpreadFlux):
         cache: StepCache | None = None,
     ) -> mx.array:
         """The velocity of all image tokens; arguments and result as `Flux.__call__`."""
-        L, S = txt.shape[1], txt.shape[1] + img.shape[1]
-        start, stop = token_run(S, self.ranks.rank, self.ranks.size)
-        txt = txt[:, start:stop]
-        img = img[:, max(start - L, 0) : max(stop - L, 0)]
-        img = filled_up(img, stop - start - txt.shape[1], 1)
 
-        streams: Streams = {}  # without one that has no token on this rank
-        if txt.shape[1]:
-            streams["txt"] = self.flux.tokens_of(txt, self.flux.txt_in)
-        if img.shape[1]:
-            streams["img"] = self.flux.tokens_of(img, self.flux.img_in)
-        attend = RingAttention(self.ranks, S, pe)
-        entered = streams
-        img_mod, txt_mod = modulation.double[0]
-        streams = self._doubles[0](streams, attend, {"txt": txt_mod, "img": img_mod})
-        rest = functools.partial(self._rest, streams, attend, modulation)
-        if cache is None:
-            x = rest()
-        else:
-            tokens = joined_tokens(streams)
-            added = (tokens - joined_tokens(entered))[:, txt.shape[1] :]
-            own_img = max(0, min(stop, S) - max(start, L))  # without what fills up
-            x = cache.rest(added[:, :own_img], tokens, rest)
-        own = self.flux.final_layer(x, modulation.final)  # [B, C, out_channels], text's as well
-        every = self.ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
-        return every[L:S].swapaxes(0, 1)
+        def first(streams: Streams, attend: RingAttention) -> Streams:
+            img_mod, txt_mod = modulation.double[0]
+            return self._doubles[0](streams, attend, {"txt": txt_mod, "img": img_mod})
+
+        def rest(streams: Streams, attend: RingAttention) -> mx.array:
+            return self._rest(streams, attend, modulation)
+
+        flux, final = self.flux, modulation.final
+        return dealt_velocity(flux, self.ranks, img, txt, pe, final, first, rest, cache)
 
     def _rest(self, streams: Streams, attend: RingAttention, modulation: Modulations) -> mx.array:
         """What the first double block gives, through all others: this rank's [B, C, D]."""

@@ -5,14 +5,9 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from fluxmesh.models.flux1.layers import RMSNorm
 from fluxmesh.models.flux1.partition import Shard, check, cuts
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.models.module_tree import module_at, replace_module
-from fluxmesh.models.slicing import cut_linear
+from fluxmesh.models.slicing import cut_linear, is_quantized, take_cuts
 
 __all__ = ["cut_linear", "hold_shard", "is_quantized", "shard_of"]
 
@@ -27,21 +22,9 @@ def shard_of(flux: Flux, shard: Shard) -> Flux:
     part = Flux(flux.config)
     if flux.modulation_released:
         part.release_modulation()
-    found = cuts(flux.config, shard)
-    for name, module in part.named_modules():
-        if isinstance(module, nn.Linear | RMSNorm):
-            whole = module_at(flux, name)
-            if name in found:
-                whole = cut_linear(whole, found[name])
-                mx.eval(whole.parameters())
-            replace_module(part, name, whole)
+    take_cuts(part, flux, cuts(flux.config, shard))
     hold_shard(part, shard)
-    mx.clear_cache()
     return part
-
-
-def is_quantized(flux: Flux) -> bool:
-    return any(isinstance(module, nn.QuantizedLinear) for module in flux.modules())
 
 
 def hold_shard(flux: Flux, shard: Shard) -> None:

@@ -51,11 +51,11 @@ def feed_forward(dim: int, hidden_dim: int) -> list[nn.Module]:
     ]
 
 
-def _with(k: mx.array, v: mx.array, more: KeysValues | None) -> tuple[mx.array, mx.array]:
-    """Keys and values of this block's tokens, and `more`: their order doesn't matter."""
-    if more is None:
-        return k, v
-    return mx.concatenate([k, more.k], axis=2), mx.concatenate([v, more.v], axis=2)
+def with_memory(own: KeysValues, memory: KeysValues | None) -> KeysValues:
+    """Keys and values of a block's own tokens and of `memory`: their order doesn't matter."""
+    if memory is None:
+        return own
+    return KeysValues(*(mx.concatenate(pair, axis=2) for pair in zip(own, memory, strict=True)))
 
 
 class Flux2DoubleBlock(nn.Module):
@@ -95,7 +95,7 @@ class Flux2DoubleBlock(nn.Module):
         txt_stream = self.txt_attn.stream(modulated_norm(txt, txt_shift1, txt_scale1))
         heads = img_stream[0].shape[-1] // (3 * self.img_attn.head_dim)
         q, k, v = turned_heads([txt_stream, img_stream], pe, heads, 3)  # text first
-        k, v = _with(k, v, memory)
+        k, v = with_memory(KeysValues(k, v), memory)
         txt_attn, img_attn = mx.split(self.attention(q, k, v), [txt.shape[1]], axis=1)
 
         img_out, txt_out = self.outputs(
@@ -159,6 +159,6 @@ class Flux2SingleBlock(nn.Module):
         heads = self.qkv_dim // (3 * self.head_dim)
         q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
         own = KeysValues(k, values(joined[..., : self.qkv_dim], self.head_dim))
-        attn = self.attention(q, *_with(own.k, own.v, memory))
+        attn = self.attention(q, *with_memory(own, memory))
         (out,) = self.outputs((self.linear2, swiglu_beside(attn, joined, self.qkv_dim)))
         return gated_sum(x, gate, out), own

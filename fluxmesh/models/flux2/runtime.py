@@ -190,15 +190,20 @@ class Flux2Runtime:
         asked, negative = found
         return negative + request.guidance * (asked - negative)
 
-    def denoise(self, request: Flux2Request, noise: mx.array) -> Iterator[mx.array]:
+    def denoise(
+        self, request: Flux2Request, noise: mx.array, caches: Sequence[StepCache] | None = None
+    ) -> Iterator[mx.array]:
         """Yields one image's latents after each step, packed float32 [1, S, 4C], lazy.
 
-        Euler steps along a straight flow, as `sampling/denoise.py` takes them.
+        Euler steps along a straight flow, as `sampling/denoise.py` takes them. With empty `caches`,
+        as for `velocity`, steps that differ little are approximated, the first and the last never.
         """
         x = noise
         for step in range(request.steps):
+            for cache in caches or ():
+                cache.is_forced = step == request.steps - 1
             t, t_next = request.times[step], request.times[step + 1]
-            x = x + (t_next - t) * self.velocity(request, x, step)
+            x = x + (t_next - t) * self.velocity(request, x, step, caches)
             yield x
 
     # Once a picture

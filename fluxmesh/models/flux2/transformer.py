@@ -139,8 +139,7 @@ class Flux2(nn.Module):
 
         `ids` are their positions, [R, 4].
         """
-        mods = self.modulations(mx.zeros((1,), dtype=mx.float32), guidance).at(0)
-        pe = rope_tables(np.array(ids), self.config.axes_dim, self.config.theta)
+        mods, pe = self.reference_modulation(guidance), self.reference_rope(ids)
         x = self.tokens_of(references, self.img_in)
         double, single = [], []
         for block in self.double_blocks:
@@ -150,6 +149,14 @@ class Flux2(nn.Module):
             x, kept = block.remember(x, pe, mods.single)
             single.append(kept)
         return ReferenceMemory(double, single)
+
+    def reference_modulation(self, guidance: float | None = None) -> Flux2Modulations:
+        """Of remembered references: that of time step 0, where nothing is noise."""
+        return self.modulations(mx.zeros((1,), dtype=mx.float32), guidance).at(0)
+
+    def reference_rope(self, ids: mx.array | np.ndarray) -> mx.array:
+        """Rotary tables of references alone, as `rope` makes them."""
+        return rope_tables(np.array(ids), self.config.axes_dim, self.config.theta)
 
     # Once a step
 
