@@ -135,9 +135,10 @@ class Flux2Runtime:
             )
         flow = self.transformer
         rows, columns = (side // PATCH for side in latent_size)
+        strength = guidance if flow.config.guidance_embed else None
         ids, tokens, memory = image_positions(rows, columns), None, None
         if references is not None and self.remembers_references:
-            memory = flow.remember(references.tokens, references.ids)
+            memory = flow.remember(references.tokens, references.ids, strength)
         elif references is not None:
             tokens = references.tokens.astype(flow.dtype)
             ids = np.concatenate([ids, references.ids])
@@ -145,10 +146,7 @@ class Flux2Runtime:
             times=times,
             text=TextFeatures(*(part.astype(flow.dtype) for part in text if part is not None)),
             guidance=guidance,
-            modulations=flow.modulations(
-                mx.array(times[:-1], dtype=mx.float32),
-                guidance if flow.config.guidance_embed else None,
-            ),
+            modulations=flow.modulations(mx.array(times[:-1], dtype=mx.float32), strength),
             pe=flow.rope(text_positions(text.prompt.shape[1]), ids),
             latent_size=latent_size,
             references=tokens,
