@@ -60,10 +60,11 @@ class Flux2AutoEncoder(ConvAutoencoder):
         """
         moments = self.encoder.quant_conv(self.encoder(x.astype(self.dtype)))
         mean, _ = mx.split(moments, 2, axis=-1)
-        tokens = self.bn.normalized(pack(mean))
-        return unpack(tokens, mean.shape[1:3]).astype(self.dtype)
+        _, h, w, _ = mean.shape
+        return unpack(self.bn.normalized(pack(mean)), (h, w)).astype(self.dtype)
 
     def restored(self, z: mx.array) -> mx.array:
         """As `ConvAutoencoder.restored`; h and w are even."""
-        z = unpack(self.bn.restored(pack(z)), z.shape[1:3])
+        _, h, w, _ = z.shape
+        z = unpack(self.bn.restored(pack(z)), (h, w))
         return self.decoder.post_quant_conv(z.astype(self.dtype))

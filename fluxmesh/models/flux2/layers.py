@@ -55,7 +55,9 @@ def with_memory(own: KeysValues, memory: KeysValues | None) -> KeysValues:
     """Keys and values of a block's own tokens and of `memory`: their order doesn't matter."""
     if memory is None:
         return own
-    return KeysValues(*(mx.concatenate(pair, axis=2) for pair in zip(own, memory, strict=True)))
+    return KeysValues(
+        mx.concatenate([own.k, memory.k], axis=2), mx.concatenate([own.v, memory.v], axis=2)
+    )
 
 
 class Flux2DoubleBlock(nn.Module):
