@@ -24,6 +24,7 @@ from fluxmesh.models.flux2.autoencoder import Flux2AutoEncoder
 from fluxmesh.models.flux2.config import (
     Flux2AutoencoderConfig,
     Flux2Config,
+    Flux2Schedule,
     TextEncoderConfig,
 )
 from fluxmesh.models.flux2.positions import image_positions, text_positions
@@ -41,6 +42,7 @@ from fluxmesh.models.module_tree import replace_module
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.models.tensor_map import Rows, parameter_count, to_diffusers
 from fluxmesh.models.tiling import tiles
+from fluxmesh.sampling.schedule import timesteps
 from tests.flux2_models import SMALL, random_flux2, randomize
 
 KLEIN_9B = Flux2Config(
@@ -212,6 +214,26 @@ def test_text_encoders_of_both_kinds_and_of_both_versions_of_transformers_are_re
     assert (dev.states, dev.qk_norm, dev.head_dim) == ((10, 20, 30), False, 4)
 
 
+@pytest.mark.parametrize(
+    "extra", [{"attention_bias": True}, {"sliding_window": 4096}, {"hidden_act": "gelu"}]
+)
+def test_a_text_encoder_with_more_than_both_kinds_have_is_refused(extra: dict) -> None:
+    plain = {"attention_bias": False, "sliding_window": None, "hidden_act": "silu"}
+    assert TextEncoderConfig.from_dict({**QWEN, **plain}) == TextEncoderConfig.from_dict(QWEN)
+    with pytest.raises(ValueError, match="attention_bias|sliding_window|gelu"):
+        TextEncoderConfig.from_dict({**QWEN, **plain, **extra})
+
+
+def test_the_shift_is_dynamic_unless_the_scheduler_says_otherwise() -> None:
+    schedule = Flux2Schedule.from_dict({"use_dynamic_shifting": True, "shift": 3.0, "beta": 1})
+    assert schedule == Flux2Schedule()
+    # published: klein's four steps at 1024 x 1024, and the fall of mu above 4300 tokens
+    assert timesteps(4, 4096, schedule) == pytest.approx([1, 0.967384, 0.908144, 0.7672, 0], 1e-5)
+    assert schedule.mu(4300, 50) > 2.0 and schedule.mu(4301, 50) == pytest.approx(1.184697, 1e-6)
+    fixed = Flux2Schedule.from_dict({"use_dynamic_shifting": False, "shift": 3})
+    assert timesteps(2, 4096, fixed) == pytest.approx([1, 0.75, 0])
+
+
 def test_another_language_model_or_a_shallow_one_is_refused() -> None:
     with pytest.raises(ValueError, match="gemma"):
         TextEncoderConfig.from_dict({**QWEN, "model_type": "gemma"})
@@ -380,6 +402,13 @@ def test_remembered_references_do_not_change_from_step_to_step_but_change_the_re
     plain = np.array(flux(img, txt, pe, modulation))
     remembered = np.array(flux(img, txt, pe, modulation, memory=memory))
     assert plain.shape == remembered.shape and np.abs(plain - remembered).max() > 1e-3
+    for blocks in ("double", "single"):  # every block reads its own
+        for i, kept in enumerate(getattr(memory, blocks)):
+            others = list(getattr(memory, blocks))
+            others[i] = kept._replace(v=-kept.v)
+            changed = memory._replace(**{blocks: others})
+            result = np.array(flux(img, txt, pe, modulation, memory=changed))
+            assert np.abs(result - remembered).max() > 1e-4, (blocks, i)
 
 
 # The text encoder's padding

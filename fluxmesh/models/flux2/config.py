@@ -93,7 +93,8 @@ class TextEncoderConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads `text_encoder/config.json`, of Qwen3 or of Mistral Small 3.
 
-        Raises `ValueError` for another language model, or one with too few layers.
+        Raises `ValueError` for another language model, one with too few layers, or one that has
+        what neither of them has.
         """
         kind = config["model_type"]
         if kind not in STATES:
@@ -102,6 +103,10 @@ class TextEncoderConfig:
         states = STATES[kind]
         if text["num_hidden_layers"] < max(states):
             raise ValueError(f"{kind} has {text['num_hidden_layers']} layers, not {max(states)}")
+        extras = ("attention_bias", "sliding_window", "use_sliding_window", "rope_scaling")
+        others = [key for key in extras if text.get(key)]
+        if others or text.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{kind} has {', '.join(others) or text['hidden_act']}")
         heads = text["num_attention_heads"]
         rope = text.get("rope_parameters") or text  # transformers 5 and 4
         return cls(
@@ -183,7 +188,12 @@ class Flux2Schedule:
     """
 
     use_dynamic_shifting: bool = True
-    shift: float = 1.0  # unused: the shift is dynamic
+    shift: float = 3.0  # used when not dynamic
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads `scheduler/scheduler_config.json`."""
+        return cls(config.get("use_dynamic_shifting", True), float(config.get("shift", 3.0)))
 
     def mu(self, image_seq_len: int, steps: int) -> float:
         """The logarithm of the shift at `image_seq_len` image tokens, references not counted.

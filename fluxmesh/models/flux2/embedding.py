@@ -52,12 +52,15 @@ class EmbeddingRows:
     def __call__(self, ids: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """Rows of `ids` [L], one at least: [1, L, hidden_size]. No row is read twice.
 
-        Raises `WeightsError` where the file can't be read, `IndexError` for an id beyond the table.
+        Raises `WeightsError` where the file can't be read, or has no such row.
         """
         different, places = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
         rows, width = self.entry.shape
         if different[0] < 0 or different[-1] >= rows:
-            raise IndexError(f"tokens {different[[0, -1]]} of a vocabulary of {rows}")
+            raise WeightsError(
+                f"{self.entry.path}: {self.entry.key} has {rows} rows and the tokenizer gives the "
+                f"tokens {different[0]} to {different[-1]}; one belongs to another model."
+            )
         out = np.empty((len(different), width), dtype=numpy_dtype(self.entry))
         read_each_into((out[i : i + 1], self.entry, int(row)) for i, row in enumerate(different))
         found = mx.array(out[places])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from fluxmesh.errors import UsageError
 from fluxmesh.images import to_model_range
 from fluxmesh.models.flux2.autoencoder import Flux2AutoEncoder
+from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.models.flux2.embedding import EmbeddingRows
 from fluxmesh.models.flux2.positions import image_positions, text_positions
 from fluxmesh.models.flux2.references import fitted
@@ -29,6 +30,35 @@ from fluxmesh.models.flux2.tokenizer import ChatTokenizer
 from fluxmesh.models.flux2.transformer import Flux2Modulations, ReferenceMemory
 from fluxmesh.models.packing import PATCH, pack, unpack
 from fluxmesh.models.step_cache import StepCache
+
+
+class Flux2Flow(Protocol):
+    """What a request asks of a transformer: `Flux2`, or one spread over hosts (`parallel.py`)."""
+
+    @property
+    def config(self) -> Flux2Config: ...
+
+    @property
+    def dtype(self) -> mx.Dtype: ...
+
+    def rope(self, txt_ids: np.ndarray, img_ids: np.ndarray, /) -> mx.array: ...
+
+    def modulations(self, timesteps: mx.array, guidance: float | None, /) -> Flux2Modulations: ...
+
+    def remember(
+        self, references: mx.array, ids: np.ndarray, guidance: float | None, /
+    ) -> ReferenceMemory: ...
+
+    def __call__(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Flux2Modulations,
+        cache: StepCache | None,
+        memory: ReferenceMemory | None,
+        /,
+    ) -> mx.array: ...
 
 
 class TextFeatures(NamedTuple):
@@ -70,7 +100,7 @@ class Flux2Runtime:
     def __init__(
         self,
         *,
-        transformer: Any,
+        transformer: Flux2Flow,
         text_encoder: TextEncoder,
         embedding: EmbeddingRows,
         tokenizer: ChatTokenizer,
@@ -78,9 +108,7 @@ class Flux2Runtime:
         is_distilled: bool,
         remembers_references: bool = False,
     ) -> None:
-        """`transformer` is a `Flux2`, perhaps spread over hosts (`parallel.py`).
-
-        `is_distilled` (of model_index.json) tells klein from its base model, whose weights look
+        """`is_distilled` (of model_index.json) tells klein from its base model, whose weights look
         alike; `remembers_references` tells klein 9B KV.
         """
         self.transformer, self.autoencoder = transformer, autoencoder
