@@ -25,7 +25,7 @@ import numpy as np
 from fluxmesh import FluxPipeline
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.sampling.denoise import Plan, denoise
+from fluxmesh.sampling.denoise import DenoisePlan, denoise
 from fluxmesh.version import __version__
 
 PROMPTS = (
@@ -41,7 +41,7 @@ EVERYTHING = 1e9  # a threshold under which all but the first and last step are 
 
 
 @dataclass(frozen=True)
-class Painted:
+class CachedImage:
     """One image."""
 
     pixels: np.ndarray  # uint8 [height, width, 3]
@@ -91,7 +91,7 @@ def main() -> None:
 
 def _plans(
     flux: FluxPipeline, images: int, counts: list[int], size: tuple[int, int]
-) -> dict[int, list[Plan]]:
+) -> dict[int, list[DenoisePlan]]:
     """A plan for each image, by the number of steps; then the encoders leave."""
     texts = [flux.encode(PROMPTS[k % len(PROMPTS)]) for k in range(images)]
     flux.reload_text_encoders()
@@ -105,8 +105,8 @@ def _plans(
 
 
 def paint(
-    flux: FluxPipeline, plan: Plan, seed: int, size: tuple[int, int], threshold: float | None
-) -> Painted:
+    flux: FluxPipeline, plan: DenoisePlan, seed: int, size: tuple[int, int], threshold: float | None
+) -> CachedImage:
     """One image; without a cache where `threshold` is None."""
     cache = None if threshold is None else StepCache(threshold)
     seconds, reused = [], []
@@ -116,10 +116,10 @@ def paint(
         seconds.append(time.perf_counter() - start)
         reused.append(step.reused)
         start = time.perf_counter()
-    return Painted(to_pixels(flux.decode(step.x, size))[0], seconds, reused)
+    return CachedImage(to_pixels(flux.decode(step.x, size))[0], seconds, reused)
 
 
-def steps_table(flux: FluxPipeline, plan: Plan, size: tuple[int, int]) -> Costs:
+def steps_table(flux: FluxPipeline, plan: DenoisePlan, size: tuple[int, int]) -> Costs:
     """What one step takes; neither the first step nor the last counts."""
     kinds = {"no cache": None, "compared, computed": 0.0, "compared, reused": EVERYTHING}
     took: dict[str, list[float]] = {name: [] for name in kinds}
@@ -137,14 +137,14 @@ def steps_table(flux: FluxPipeline, plan: Plan, size: tuple[int, int]) -> Costs:
 
 def pictures_table(
     flux: FluxPipeline,
-    plans: list[Plan],
+    plans: list[DenoisePlan],
     size: tuple[int, int],
     thresholds: list[float],
     costs: Costs,
 ) -> None:
     """Pixels of the same images, exact and at each threshold, and what was saved."""
-    exact: list[Painted] = []
-    cached: dict[float, list[Painted]] = {threshold: [] for threshold in thresholds}
+    exact: list[CachedImage] = []
+    cached: dict[float, list[CachedImage]] = {threshold: [] for threshold in thresholds}
     for seed, plan in enumerate(plans):
         exact.append(paint(flux, plan, seed, size, None))
         for threshold, found in cached.items():
@@ -164,7 +164,9 @@ def pictures_table(
         print(f"| {psnr(squares.mean())} | {psnr(squares.max())} |")
 
 
-def _pairs(exact: list[Painted], found: list[Painted]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(
+    exact: list[CachedImage], found: list[CachedImage]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for a, b in zip(exact, found, strict=True):
         yield a.pixels.astype(np.float64), b.pixels.astype(np.float64)
 

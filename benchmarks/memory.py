@@ -147,7 +147,7 @@ def sharded(case: Result, sizes: Sizes) -> None:
     import mlx.core as mx
 
     from fluxmesh.engine.worker import Worker
-    from fluxmesh.models.flux1.parallel import Ranks
+    from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
         raise Skipped("nccl needs NVIDIA GPUs")
@@ -167,12 +167,12 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
     """The first engine reads the prompt too, and another prompt's features stand in for it."""
     import numpy as np
 
-    from fluxmesh.cluster.snapshot import Weights
+    from fluxmesh.cluster.snapshot import ModelVariant
     from fluxmesh.sampling.latents import initial_noise
     from fluxmesh.wire.messages import Decode, Encode, Load, Paint
 
     options = VARIANTS[case["what"]][1]
-    weights = Weights(case["folder"], bits=options.get("bits"))
+    weights = ModelVariant(case["folder"], bits=options.get("bits"))
     head: Any = (0, "job", 0, weights)
     low_memory = options.get("low_memory", False)
     size = (sizes.height, sizes.width)

@@ -99,7 +99,7 @@ def measure(case: Result) -> None:
     """One process of the group: builds, joins, and runs what all ranks run."""
     import mlx.core as mx
 
-    from fluxmesh.models.flux1.parallel import Ranks
+    from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
         raise Skipped("nccl needs NVIDIA GPUs")
@@ -224,9 +224,9 @@ def predict(result: Result, before: Sequence[Result]) -> None:
 
 
 def _planned_step(result: Result, one: float) -> float:
-    from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, Measured, MeshView
-    from fluxmesh.planning.candidates import Options
-    from fluxmesh.planning.workload import ModelSizes, Work
+    from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, StepTiming
+    from fluxmesh.planning.candidates import Candidates
+    from fluxmesh.planning.workload import ModelSizes, Workload
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights.checkpoint import ModelDefaults
 
@@ -237,7 +237,7 @@ def _planned_step(result: Result, one: float) -> float:
     request = GenerateRequest(
         "a cat", 0, model="m", height=side, width=side, dtype=dtype, bits=bits
     )
-    timed = Measured("m", side, side, dtype, bits, one)
+    timed = StepTiming("m", side, side, dtype, bits, one)
     room = 1 << 50  # memory is not the question here
     ranks = range(result["engines"])
     hosts = [HostInfo(rank, f"gpu{rank}", "", room, room, 1e12, 1e9, (timed,)) for rank in ranks]
@@ -245,7 +245,7 @@ def _planned_step(result: Result, one: float) -> float:
         LinkInfo(a, b, result["rate"], result["latency"]) for a in ranks for b in ranks if a != b
     ]
     view = MeshView(tuple(hosts), tuple(links), result["backend"])
-    option = Options(Work.of(request, model), view).ring(result["what"], tuple(ranks), (0,))
+    option = Candidates(Workload.of(request, model), view).ring(result["what"], tuple(ranks), (0,))
     return option.phases[0].step_seconds
 
 

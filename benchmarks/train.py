@@ -108,7 +108,7 @@ def ours(case: Result) -> None:
     import mlx.core as mx
 
     from fluxmesh.engine.pipeline import FluxPipeline
-    from fluxmesh.training.local_executor import Alone
+    from fluxmesh.training.local_executor import LocalExecutor
     from fluxmesh.training.plan import prepare
     from fluxmesh.training.run import read_examples
 
@@ -128,21 +128,21 @@ def ours(case: Result) -> None:
     start = time.perf_counter()
     pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
     plan = prepare(request, read_examples(request), pipeline.checkpoint)
-    crew = Alone(pipeline, plan)
-    for _ in crew.encode():
+    executor = LocalExecutor(pipeline, plan)
+    for _ in executor.encode():
         pass
-    crew.open(0, {})
+    executor.open(0, {})
     before = mx.get_peak_memory()
     peaks = []
     watch = Stopwatch()
     for update in range(request.updates):
-        moved = crew.advance(update)
+        moved = executor.advance(update)
         watch.tick()
         peaks.append(moved.peak_bytes)
         if moved.bad:
             raise SystemExit(f"The gradient of update {update + 1} is no number.")
     device = device_bytes()
-    one, other = (crew.learner.total([0], 1) for _ in range(2))
+    one, other = (executor.learner.total([0], 1) for _ in range(2))
     same = bool(mx.array_equal(one, other).item())
     times = [seconds / ACCUMULATED for seconds in watch.times]
     _tell(times, peaks, before, time.perf_counter() - start, device=device, same=same)

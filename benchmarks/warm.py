@@ -191,7 +191,7 @@ def measure_requests(mesh: LocalMesh, placement: str, tell: Callable[[Result], N
 
 
 @dataclass
-class Job:
+class RunningRequest:
     """A request that runs, and what it has told so far."""
 
     process: subprocess.Popen[str]
@@ -222,7 +222,7 @@ def measure_loss(mesh: LocalMesh, tell: Callable[[Result], None]) -> None:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        job = Job(process)
+        job = RunningRequest(process)
         reader = threading.Thread(target=job.read, daemon=True)
         reader.start()
         began = struck = time.perf_counter()

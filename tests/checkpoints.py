@@ -66,7 +66,7 @@ PAINTING of 12 flowers in a vase (1889)"""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TinyCheckpoint:
     """Where a random checkpoint lies and what it is made of."""
 
     folder: Path
@@ -97,7 +97,7 @@ def make_checkpoint(
     dtype: str = "float32",
     shards: int = 1,
     guidance: bool = False,
-) -> Checkpoint:
+) -> TinyCheckpoint:
     """Writes a random model under `folder` and says what it wrote.
 
     The same seed and sizes give the same numbers in both layouts. `layout="bfl"` writes
@@ -114,7 +114,7 @@ def make_checkpoint(
     clip = dataclasses.replace(
         clip, vocab_size=len(vocabulary), eos_token_id=vocabulary["<|endoftext|>"]
     )
-    made = Checkpoint(folder, layout, transformer, t5, clip, autoencoder, schedule)
+    made = TinyCheckpoint(folder, layout, transformer, t5, clip, autoencoder, schedule)
     write_tokenizers(folder, t5_max_length, clip.max_position_embeddings)
     tensors = {
         "transformer": tensor_maps.transformer_tensors(transformer),

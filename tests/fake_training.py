@@ -26,7 +26,7 @@ class FakeTraining:
 
     def work(self, unit: messages.Message, content: str) -> Iterator[messages.Report]:
         """Its reports, one a `next`; `content` is of the files that the engine reads."""
-        job, epoch = getattr(unit, "job", ""), getattr(unit, "epoch", 0)
+        job, ring_generation = getattr(unit, "job", ""), getattr(unit, "ring_generation", 0)
         match unit:
             case training.PutVector():
                 assert unit.total == SIZE
@@ -37,7 +37,7 @@ class FakeTraining:
                 if unit.update:  # the state says how old it is: see `GiveVectors`
                     assert self.vectors["weights"][0] == unit.update
                 self.update = unit.update
-                yield training.Opened(job, epoch, SIZE, content)
+                yield training.Opened(job, ring_generation, SIZE, content)
             case training.PutFeatures():
                 self.features.add(unit.name)
             case training.DropFeatures():
@@ -45,11 +45,11 @@ class FakeTraining:
             case training.Update():
                 assert unit.update == self.update
                 for number in unit.numbers:
-                    yield training.Computed(job, epoch, number, 0.5)
+                    yield training.Computed(job, ring_generation, number, 0.5)
                 self.update += 1
-                yield training.Moved(
+                yield training.UpdateDone(
                     job=job,
-                    epoch=epoch,
+                    ring_generation=ring_generation,
                     update=self.update,
                     loss=1 / self.update,
                     norm=1.0,
@@ -64,7 +64,7 @@ class FakeTraining:
                 for name, is_last in (("weights", False), ("first", True)):
                     yield training.VectorPart(
                         job=job,
-                        epoch=epoch,
+                        ring_generation=ring_generation,
                         update=self.update,
                         vector=name,
                         offset=0,
@@ -73,8 +73,8 @@ class FakeTraining:
                         numbers=np.full(SIZE, self.update, np.float32),
                     )
             case training.Validate():
-                yield training.HeldOut(job, epoch, 0.5)
+                yield training.HeldOut(job, ring_generation, 0.5)
             case training.PaintProgress():
-                yield training.Painted(job, epoch, np.zeros((8, 8, 3), np.uint8))
+                yield training.ProgressPainted(job, ring_generation, np.zeros((8, 8, 3), np.uint8))
             case training.CloseTraining():
-                yield training.Closed(job, epoch)
+                yield training.Closed(job, ring_generation)

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, Measured
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepShape, StepTiming
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
@@ -82,58 +82,62 @@ class FakeEngine:
         self.rank, self.size = 0, 1  # in its ring
         self.steps: list[tuple[int, int]] = []  # (image, step) that it made
         self.holding: Holding | None = None
-        self.counters = messages.Counters()
+        self.counters = messages.EngineCounters()
         self.content = "same"  # of the files that it reads
         self.components: tuple[str, ...] = ()
-        self.compiled: tuple[messages.Compiled, ...] = ()
+        self.compiled: tuple[StepShape, ...] = ()
         self.training = FakeTraining()
         self.collective_rate = 1e18  # bytes/s of its ring
         self.ring_step_seconds = 0.1  # that it tells of a step with others
+        self.kernels_seconds = self.shape_seconds = 0.0  # that its first steps take longer
 
     def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
         match unit:
             case messages.Join():
                 self.rank, self.size = unit.rank, unit.size
-                yield messages.Joined(unit.epoch, unit.rank)
+                yield messages.Joined(unit.ring_generation, unit.rank)
             case messages.Load():
                 for component in unit.components:
-                    yield messages.Progress(unit.job, unit.epoch, component, 0, 8)
-                    yield messages.Progress(unit.job, unit.epoch, component, 8, 8)
+                    yield messages.LoadProgress(unit.job, unit.ring_generation, component, 0, 8)
+                    yield messages.LoadProgress(unit.job, unit.ring_generation, component, 8, 8)
                     self._has(component)
                 self.holding = Holding(unit.weights, GB, unit.shards, unit.shard, self.content)
-                yield messages.Loaded(unit.job, unit.epoch, self.holding, 0.1)
+                yield messages.Loaded(unit.job, unit.ring_generation, self.holding, 0.1)
             case messages.Encode():
                 self._count(encodes=1)
                 self._has("text encoders")
                 t5, clip = (np.full(size, len(unit.prompt), np.uint16) for size in _TEXT)
-                yield messages.Encoded(unit.job, unit.epoch, 0.1, False, 3, self.content, t5, clip)
+                yield messages.TextEncoded(
+                    unit.job, unit.ring_generation, 0.1, False, 3, self.content, t5, clip
+                )
             case messages.EncodeSource():
-                yield messages.SourceEncoded(unit.job, unit.epoch, np.zeros((1, 4, 16), np.float32))
+                yield messages.SourceEncoded(
+                    unit.job, unit.ring_generation, np.zeros((1, 4, 16), np.float32)
+                )
             case messages.Paint():
                 yield from self._paint(unit)
             case messages.Measure():
                 how = (unit.weights.model, unit.height, unit.width)
                 ring = (unit.placement, 1 if unit.placement == "data" else self.size)
-                timed = Measured(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
-                yield messages.Timed(unit.job, unit.epoch, timed)
+                timed = StepTiming(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
+                self._has_made(unit)
+                yield messages.Timed(unit.job, unit.ring_generation, timed)
             case messages.Warm():
-                hosts = 1 if unit.placement == "data" else self.size
-                way = messages.Compiled(unit.placement, hosts, unit.height, unit.width)
-                self.compiled = (*self.compiled, way)
+                self._has_made(unit)
                 self.holding = self.holding or Holding(unit.weights, GB, content=self.content)
-                yield messages.Beat(unit.job, unit.epoch, "first step")
-                yield messages.Warmed(unit.job, unit.epoch, 0.1)
+                yield messages.Beat(unit.job, unit.ring_generation, "first step")
+                yield messages.Warmed(unit.job, unit.ring_generation, 0.1)
             case messages.MeasureRing():
                 rate = self.collective_rate
                 table = tuple(CollectiveTime(4 << k, (4 << k) / rate) for k in (10, 17, 23))
-                yield messages.RingTimed(unit.job, unit.epoch, table, table, 0.5)
+                yield messages.RingTimed(unit.job, unit.ring_generation, table, table, 0.5)
             case messages.Decode():
                 for place, image in enumerate(unit.images):
                     self._count(decodes=1)
                     latents = unit.latents[place : place + 1]
                     pixels = developed(latents, unit.height, unit.width)
-                    yield messages.Pictured(unit.job, unit.epoch, image, 0.1, 5, pixels)
+                    yield messages.Pictured(unit.job, unit.ring_generation, image, 0.1, 5, pixels)
             case _:
                 yield from self.training.work(unit, self.content)
 
@@ -151,11 +155,21 @@ class FakeEngine:
                 basis = (step - 1, latents)
                 latents = one_step(latents, step)
             self.steps.append((unit.image, step))
+            compiling = self._has_made(unit)
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
             told = latents if unit.placement == "data" or self.rank == 0 else None
-            head = (unit.job, unit.epoch, unit.image, step)
+            head = (unit.job, unit.ring_generation, unit.image, step)
             seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
-            yield messages.Stepped(*head, seconds, 4, told, reused=reused)
+            yield messages.Stepped(*head, seconds + compiling, 4, told, reused=reused)
+
+    def _has_made(self, unit: messages.Paint | messages.Measure | messages.Warm) -> float:
+        """Keeps a step in mind; seconds that it took to compile."""
+        shape = StepShape.of(unit.weights, unit.placement, self.size, unit.height, unit.width)
+        if shape in self.compiled:
+            return 0.0
+        is_new = not any(made.is_of(unit.weights) for made in self.compiled)
+        self.compiled = (*self.compiled, shape)
+        return self.shape_seconds + is_new * self.kernels_seconds
 
     def _has(self, component: str) -> None:
         self.components = tuple(dict.fromkeys((*self.components, component)))

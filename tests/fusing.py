@@ -17,7 +17,7 @@ Arrays = tuple[mx.array, ...]
 
 
 @dataclass(frozen=True)
-class Case:
+class FusingCase:
     """Both forms take `inputs` and give arrays; inputs beyond `moving` have no gradient."""
 
     fused: Callable[..., Arrays]
@@ -48,7 +48,7 @@ NAMES = (
 AUTOENCODERS = ("group_norm", "group_norm_silu", "offset_sum")  # which are never in float16
 
 
-def make(name: str, shape: Shape, dtype: mx.Dtype, seed: int = 1) -> Case:
+def make(name: str, shape: Shape, dtype: mx.Dtype, seed: int = 1) -> FusingCase:
     """An operation's case; numbers are normal, and float32 or bfloat16."""
     B, S, L, hd = shape.B, shape.S, shape.L, shape.hd
     D = shape.hidden
@@ -87,13 +87,13 @@ def make(name: str, shape: Shape, dtype: mx.Dtype, seed: int = 1) -> Case:
     raise ValueError(name)
 
 
-def _same(name: str, inputs: Arrays, **fixed: int | bool) -> Case:
+def _same(name: str, inputs: Arrays, **fixed: int | bool) -> FusingCase:
     function = functools.partial(getattr(fused, name), **fixed)
     plain = functools.partial(fused.PLAIN[name], **fixed)
-    return Case(_listing(function), _listing(plain), inputs, len(inputs))
+    return FusingCase(_listing(function), _listing(plain), inputs, len(inputs))
 
 
-def _turned(name: str, shape: Shape, groups: int, streams: Arrays) -> Case:
+def _turned(name: str, shape: Shape, groups: int, streams: Arrays) -> FusingCase:
     hd, rows = shape.hd, 5
     places = shape.S - shape.L
     image = np.stack([np.zeros(places), np.arange(places) // rows, np.arange(places) % rows], -1)
@@ -110,7 +110,7 @@ def _turned(name: str, shape: Shape, groups: int, streams: Arrays) -> Case:
         *flat, table = arrays
         return _listed(fused.PLAIN[name](table, *flat, heads=shape.H, groups=groups, normed=2))
 
-    return Case(function, plain, (*streams, pe), len(streams))
+    return FusingCase(function, plain, (*streams, pe), len(streams))
 
 
 def _listing(function: Callable[..., mx.array | Arrays]) -> Callable[..., Arrays]:
@@ -122,7 +122,7 @@ def _listed(out: mx.array | Arrays) -> Arrays:
 
 
 def values_and_gradients(
-    form: Callable[..., Arrays], case: Case, dtype: mx.Dtype | None = None
+    form: Callable[..., Arrays], case: FusingCase, dtype: mx.Dtype | None = None
 ) -> list[np.ndarray]:
     """What `form` gives, and the gradients of a sum of it with weights of its own; float32.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.training import checkpoint
 from fluxmesh.training.compute.learner import Learner
-from fluxmesh.training.data.encoding import Caption, Crop, Encoder
+from fluxmesh.training.data.encoding import Caption, Crop, DatasetEncoder
 from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.local_executor import train
@@ -71,7 +71,7 @@ def learner(request: TrainRequest) -> Learner:
     examples = read_examples(request)
     plan = prepare(request, examples, pipeline.checkpoint)
     cache = FeatureCache(Path(request.cache_dir))
-    encoder = Encoder(pipeline, cache, examples, plan.sizes, request.seed)
+    encoder = DatasetEncoder(pipeline, cache, examples, plan.sizes, request.seed)
     units = [*map(Caption, plan.captions), *(Crop(*item) for item in plan.crops)]
     for unit in encoder.pending(units):
         encoder.store(unit)

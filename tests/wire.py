@@ -78,7 +78,7 @@ async def wire(folder: Path) -> AsyncIterator[Wire]:
         await made.listener.close()
 
 
-class Middle:
+class MiddleBox:
     """Passes bytes between a client and a port, remembers the client's, stops or adds on demand."""
 
     def __init__(self, port: int) -> None:

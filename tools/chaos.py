@@ -72,7 +72,7 @@ class Trial:
 
 
 @dataclass
-class Result:
+class ChaosResult:
     trial: Trial
     verdict: str  # "right", or what went wrong
     seconds: float
@@ -120,7 +120,7 @@ class Chaos:
             self._alone[request] = found
         return self._alone[request]
 
-    def run(self, trial: Trial) -> Result:
+    def run(self, trial: Trial) -> ChaosResult:
         """Does one job, and judges it."""
         with watchdog(self.up) as barks:
             if trial.victim == "coordinator":
@@ -129,7 +129,7 @@ class Chaos:
                 result = self._hurt_host(trial)
         return replace(result, verdict="hung") if barks else result
 
-    def _hurt_host(self, trial: Trial) -> Result:
+    def _hurt_host(self, trial: Trial) -> ChaosResult:
         number = signal.SIGKILL if trial.kind == "kill" else signal.SIGSTOP
         fault = Fault(trial.placement, trial.moment, trial.victim, trial.rank, number)  # type: ignore[arg-type]
         steps = trial.request.steps or 1
@@ -156,7 +156,7 @@ class Chaos:
             nap.join()
         return self._judge(trial, outcome, bool(hit))
 
-    def _judge(self, trial: Trial, outcome: Outcome, was_hit: bool) -> Result:
+    def _judge(self, trial: Trial, outcome: Outcome, was_hit: bool) -> ChaosResult:
         verdict = "right"
         if outcome.error is not None:
             verdict = f"lost: {outcome.error}"
@@ -164,9 +164,9 @@ class Chaos:
             verdict = f"lost: {len(outcome.pictures)} of {trial.request.n_images} pictures"
         elif difference(self.alone(trial.request), outcome.pictures) > allowed(trial.placement):
             verdict = "wrong"
-        return Result(trial, verdict, outcome.seconds, was_hit, len(outcome.lost))
+        return ChaosResult(trial, verdict, outcome.seconds, was_hit, len(outcome.lost))
 
-    def _hurt_coordinator(self, trial: Trial) -> Result:
+    def _hurt_coordinator(self, trial: Trial) -> ChaosResult:
         """A `fluxmesh generate` process; then another one does the job."""
         asked, began = trial.request, time.monotonic()
         number = signal.SIGKILL if trial.kind == "kill" else signal.SIGINT
@@ -189,7 +189,7 @@ class Chaos:
                 return replace(
                     self._judge(trial, outcome, was_hit), seconds=time.monotonic() - began
                 )
-            return Result(trial, verdict, time.monotonic() - began, was_hit, len(outcome.lost))
+            return ChaosResult(trial, verdict, time.monotonic() - began, was_hit, len(outcome.lost))
 
     def _again(self, trial: Trial) -> Outcome:
         with self.up.connect() as mesh:
@@ -225,7 +225,7 @@ def watchdog(mesh: Up) -> Iterator[list[float]]:
             timer.cancel()
 
 
-def table(results: Sequence[Result]) -> Table:
+def table(results: Sequence[ChaosResult]) -> Table:
     """What was done to the jobs, and what came of them."""
     shown = Table("fault", "jobs", "hit", "right", "losses told", "median s", "longest s")
     kinds = sorted({(one.trial.kind, one.trial.victim) for one in results})
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--clean", type=int, default=0, metavar="N", help="N jobs without faults")
     asked = parser.parse_args(arguments)
-    results: list[Result] = []
+    results: list[ChaosResult] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
         (folder / "tmp").mkdir()

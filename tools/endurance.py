@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from rich.table import Table
 
-from fluxmesh.wire.messages import Counters, Status
+from fluxmesh.wire.messages import EngineCounters, Status
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.faults.mesh import Up, paint
 from tests.faults.strike import request_of
@@ -26,7 +26,7 @@ CONTROL = 0.050  # seconds a job that may be anything but computing
 
 
 @dataclass
-class Report:
+class EnduranceReport:
     """Of one run."""
 
     memory: dict[str, list[int]] = field(default_factory=dict)  # process -> bytes, job by job
@@ -78,9 +78,9 @@ class Report:
         return shown
 
 
-def run(up: Up, jobs: int, seed: int) -> Report:
+def run(up: Up, jobs: int, seed: int) -> EnduranceReport:
     """`jobs` requests of mixed sizes and placements, one after another."""
-    draw, report = random.Random(seed), Report(jobs=jobs)
+    draw, report = random.Random(seed), EnduranceReport(jobs=jobs)
     with up.connect() as mesh:
         for number in range(jobs):
             height, width = draw.choice(SIZES)
@@ -106,14 +106,17 @@ def run(up: Up, jobs: int, seed: int) -> Report:
     return report
 
 
-def counters(mesh: Mesh) -> dict[int, Counters]:
+def counters(mesh: Mesh) -> dict[int, EngineCounters]:
     """Of the hosts that answer, by rank."""
     found = mesh.status()
     return {rank: told.counters for rank, told in found.items() if isinstance(told, Status)}
 
 
 def computing(
-    before: dict[int, Counters], after: dict[int, Counters], *, with_agreement: bool = False
+    before: dict[int, EngineCounters],
+    after: dict[int, EngineCounters],
+    *,
+    with_agreement: bool = False,
 ) -> float:
     """Seconds that engines spent on a job: all beside it is control.
 

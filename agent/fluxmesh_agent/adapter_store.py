@@ -22,7 +22,7 @@ KEPT_BYTES = 32 << 30  # of all: those that were asked for the longest ago leave
 
 
 @dataclass
-class Adapters:
+class AdapterStore:
     """A folder of `<sha256>.safetensors`."""
 
     folder: Path

@@ -55,13 +55,13 @@ def run(
 
     ending = Ending()
     from fluxmesh.machine.open_files import allow_many_files
-    from fluxmesh_agent.process import Settings, serve
+    from fluxmesh_agent.process import AgentSettings, serve
 
     allow_many_files()
     try:
         told = _read_told() if keys_stdin else {}
         serve(
-            Settings(
+            AgentSettings(
                 state=state,
                 address=address,
                 port=port,

@@ -11,7 +11,7 @@ from fluxmesh.wire.transport.base import Connection, ConnectionClosed
 REMEMBERED = 256  # answers, for requests that come again
 
 
-class Client:
+class CoordinatorConversation:
     """Sends in the background: a coordinator that reads slowly holds nobody up."""
 
     def __init__(self, connection: Connection) -> None:

@@ -28,12 +28,12 @@ import mlx.core as mx
 
 from fluxmesh.engine import device_memory as memory
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
-from fluxmesh.engine.residency import Options
+from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.kernels import ops
 from fluxmesh.machine.open_files import allow_many_files
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
@@ -43,20 +43,20 @@ from fluxmesh.wire.messages import (
     Cancel,
     Cancelled,
     Device,
-    Encoded,
     Failed,
     Join,
     Joined,
     Loaded,
+    LoadProgress,
     Measure,
     MeasureRing,
     Message,
     Paint,
     Pictured,
-    Progress,
     Report,
     RingTimed,
     SourceEncoded,
+    TextEncoded,
     Timed,
     Warm,
     Warmed,
@@ -73,9 +73,9 @@ BEAT_SECONDS = 1.0
 IDLE_SECONDS = 1.0  # without work, until freed memory is given back
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
 LAST = (  # after the last of these, a unit is over
-    *(Loaded, Encoded, SourceEncoded, Pictured, Timed, RingTimed, Warmed),
-    *(training.Opened, training.Moved),
-    *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
+    *(Loaded, TextEncoded, SourceEncoded, Pictured, Timed, RingTimed, Warmed),
+    *(training.Opened, training.UpdateDone),
+    *(training.VectorPart, training.HeldOut, training.ProgressPainted, training.Closed),
 )
 BROKEN = 70  # exit code: the engine told why, or could not
 DELAYS = "FLUXMESH_DELAYS"  # "step=0.5,load=1": seconds, so that a test can hit a phase
@@ -104,7 +104,7 @@ class Engine:
             [Path(root) for root in config.roots],
         )
         self.worker = TrainingWorker(
-            Options(
+            WorkerOptions(
                 locate=roots.locate,
                 memory_bytes=config.memory,
                 hear=self._hear,
@@ -131,7 +131,9 @@ class Engine:
             if isinstance(message, Cancel):
                 self._cancel(message.job, -1)  # what comes after it is new work
                 if message.fence:  # else the agent's own, for a coordinator that is gone
-                    self.channel.send(Cancelled(message.job, 0))  # the agent knows the epoch
+                    self.channel.send(
+                        Cancelled(message.job, 0)
+                    )  # the agent knows the ring generation
                 else:
                     self.worker.end_job()
                 continue
@@ -166,7 +168,6 @@ class Engine:
                 worker.load_rate,
                 worker.components,
                 worker.compiled,
-                worker.warm,
             )
         )
 
@@ -191,7 +192,7 @@ class Engine:
                 last = report if isinstance(report, LAST) else None
                 if last is not None:
                     continue
-                if not isinstance(report, Progress):
+                if not isinstance(report, LoadProgress):
                     self._account(is_over=False)
                 self.channel.send(report)
             return last
@@ -199,16 +200,18 @@ class Engine:
             if isinstance(error, ConnectionClosed):
                 raise
             kind = type(error).__name__
-            return Failed(work.epoch, work.job, kind, str(error), fatal=False)
+            return Failed(work.ring_generation, work.job, kind, str(error), fatal=False)
         except Exception as error:
             end = gpu_end(error)
             if end is None:
-                return self._give_up(work.epoch, work.job, f"while {self.worker.doing}", error)
+                return self._give_up(
+                    work.ring_generation, work.job, f"while {self.worker.doing}", error
+                )
             in_ring = together or (isinstance(work, Measure) and work.placement != "data")
             relaxed = os.environ.get(RELAX) == "1"
             text = explain(end, self.worker.doing, in_ring=in_ring, relaxed=relaxed)
             kind = PEER_LATE if in_ring and end.is_late else "Raised"
-            return self._end(Failed(work.epoch, work.job, kind, text, fatal=True), error)
+            return self._end(Failed(work.ring_generation, work.job, kind, text, fatal=True), error)
         finally:
             self._work = None
 
@@ -226,18 +229,18 @@ class Engine:
                     f"rank {join.rank} of {join.size} became {ranks.rank} of {ranks.size}"
                 )
             if not ranks.agree(join.nonce):
-                raise RuntimeError("a rank does not know the nonce of this epoch")
+                raise RuntimeError("a rank does not know the nonce of this ring generation")
         except Exception as error:
-            return self._give_up(join.epoch, "", "while joining the ring", error)
+            return self._give_up(join.ring_generation, "", "while joining the ring", error)
         self.worker.join(ranks)
-        return Joined(join.epoch, join.rank)
+        return Joined(join.ring_generation, join.rank)
 
-    def _give_up(self, epoch: int, job: str, doing: str, error: Exception) -> NoReturn:
+    def _give_up(self, ring_generation: int, job: str, doing: str, error: Exception) -> NoReturn:
         """Ends the process: what raised such a thing may have left anything behind."""
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         said = local_network.explained(said)
         text = f"The engine failed {doing}: {said.rstrip('.')}."
-        self._end(Failed(epoch, job, "Raised", text, fatal=True), error)
+        self._end(Failed(ring_generation, job, "Raised", text, fatal=True), error)
 
     def _end(self, failed: Failed, error: Exception) -> NoReturn:
         """Tells why, and ends the process."""
@@ -260,7 +263,7 @@ class Engine:
         if work is not None and now - self._told >= PROGRESS_SECONDS:
             self._told = now
             told = (event.component, event.done_bytes, event.total_bytes)
-            self.channel.send(Progress(work.job, work.epoch, *told))
+            self.channel.send(LoadProgress(work.job, work.ring_generation, *told))
 
     # The other threads
 
@@ -283,7 +286,7 @@ class Engine:
             work, doing = self._work, self.worker.quiet
             if work is not None and doing:
                 try:
-                    self.channel.send(Beat(work.job, work.epoch, doing))
+                    self.channel.send(Beat(work.job, work.ring_generation, doing))
                 except ConnectionClosed:
                     return  # the reader ends the process
 

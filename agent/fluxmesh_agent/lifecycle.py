@@ -2,12 +2,12 @@
 
 Requests of the lease's holder and what the engine says go in; out come instructions, which
 `service.py` carries out in their order. It knows what the engine has been given and not yet ended,
-which epoch it is, which ring the engine is in, and what it holds:
+which ring generation it is, which ring the engine is in, and what it holds:
 
     idle ──► loading ──► ready ◄──► busy        failed: the engine died; the next work starts one
 
-An epoch begins with `Kill`, or with a `Join` or work of a higher number; what the engine still
-tells of an older one is dropped here.
+A ring generation begins with `Kill`, or with a `Join` or work of a higher number; what the engine
+still tells of an older one is dropped here.
 
 Between jobs the agent gives its engine work of its own (`upkeep.py` says which). Nobody waits for
 it: to others the engine is free meanwhile, and what a job asks for goes before it, unless it is the
@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxmesh.cluster.snapshot import Holding, StepShape, Weights
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
@@ -28,30 +28,29 @@ from fluxmesh.wire.messages import (
     Beat,
     Cancel,
     Cancelled,
-    Compiled,
-    Counters,
     Decode,
     Device,
     Encode,
-    Encoded,
     EncodeSource,
+    EngineCounters,
     Failed,
     Join,
     Joined,
     Kill,
     Load,
     Loaded,
+    LoadProgress,
     Measure,
     Message,
     Paint,
     Pictured,
-    Progress,
     Reading,
     Report,
     RingTimed,
     SourceEncoded,
     State,
     Stepped,
+    TextEncoded,
     Timed,
     Warm,
     Warmed,
@@ -71,10 +70,10 @@ START_ENVS = frozenset({"CUDA_VISIBLE_DEVICES"})  # read when the engine's proce
 OWN = "own"  # the job of what the agent gives its engine by itself; no coordinator's
 PAINTING = (Load, Encode, EncodeSource, Paint, Decode, Measure, Warm)  # what uses a model as it is
 
-_OF_EPOCH = (
-    *(Joined, Failed, Progress, Beat, Loaded, Encoded, SourceEncoded, Stepped, Pictured),
-    *(Timed, RingTimed, Warmed, Cancelled, training.Opened, training.Computed, training.Moved),
-    *(training.VectorPart, training.HeldOut, training.Painted, training.Closed),
+_OF_GENERATION = (
+    *(Joined, Failed, LoadProgress, Beat, Loaded, TextEncoded, SourceEncoded, Stepped, Pictured),
+    *(Timed, RingTimed, Warmed, Cancelled, training.Opened, training.Computed, training.UpdateDone),
+    *(training.VectorPart, training.HeldOut, training.ProgressPainted, training.Closed),
 )
 
 
@@ -118,17 +117,16 @@ class Lifecycle:
 
     def __init__(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
         """`envs` are those that every engine of this host is started with."""
-        self.epoch = 0
+        self.ring_generation = 0
         self.reason = ""  # of the last failure
         self.holds: Holding | None = None
-        self.warm: tuple[StepShape, ...] = ()  # steps that the engine has compiled its kernels for
-        self.counters = Counters()
+        self.counters = EngineCounters()
         self.load_rate = 0.0
         self.device: Device | None = None
         self.components: tuple[str, ...] = ()  # that are in memory
-        self.compiled: tuple[Compiled, ...] = ()
+        self.compiled: tuple[StepShape, ...] = ()  # what the engine has made steps of
         self.loading: Reading | None = None
-        self.served: Weights | None = None  # what the last work for others painted with
+        self.served: ModelVariant | None = None  # what the last work for others painted with
         self.is_bare = True  # an engine has ended, or never was, and nobody asked for it since
         self._runs = False
         self._own_envs = _of_start(envs)
@@ -192,25 +190,25 @@ class Lifecycle:
         return [] if self._runs else self._start(())
 
     def kill(self, kill: Kill) -> list[Instruction]:
-        self._enter(kill.epoch)
+        self._enter(kill.ring_generation)
         return self._end()
 
     def join(self, join: Join) -> list[Instruction]:
-        """Raises `Refusal` for an old epoch, or what a ring doesn't need."""
+        """Raises `Refusal` for an old ring generation, or what a ring doesn't need."""
         unknown = {key for key, _ in join.envs} - RING_ENVS
         unknown |= {key for key, _ in join.files} - RING_FILES
         if unknown:
             raise Refusal("usage", f"A ring may not set {', '.join(sorted(unknown))}.")
         if not join.rank < join.size:
             raise Refusal("usage", f"A ring of {join.size} has no rank {join.rank}.")
-        self._enter(join.epoch)
+        self._enter(join.ring_generation)
         old = self._ring
         if old is not None and join.size > 1:
-            known = replace(join, fence=old.fence, epoch=old.epoch)
+            known = replace(join, fence=old.fence, ring_generation=old.ring_generation)
             if known == old and self._runs:
-                return [Tell(Joined(join.epoch, join.rank))]
+                return [Tell(Joined(join.ring_generation, join.rank))]
         if join.size == 1 and old is None:
-            return [*self.start(), Tell(Joined(join.epoch, join.rank))]
+            return [*self.start(), Tell(Joined(join.ring_generation, join.rank))]
         # The device that the agent was given; the coordinator counts only the ring's members.
         envs = self._own_envs or _of_start(join.envs)
         done: list[Instruction] = []
@@ -219,7 +217,7 @@ class Lifecycle:
         if not self._runs:
             done += self._start(envs)
         if join.size == 1:
-            return [*done, Tell(Joined(join.epoch, join.rank))]
+            return [*done, Tell(Joined(join.ring_generation, join.rank))]
         self._ring = join
         done += self._make_way(join)
         self._pending.append(join)
@@ -227,8 +225,8 @@ class Lifecycle:
         return [*done, Send(join)]
 
     def work(self, work: Work) -> list[Instruction]:
-        """Raises `Refusal` for an old epoch."""
-        self._enter(work.epoch)
+        """Raises `Refusal` for an old ring generation."""
+        self._enter(work.ring_generation)
         done = [*self.start(), *self._make_way(work)]
         self._pending.append(work)
         self.served = work.weights if isinstance(work, PAINTING) else None
@@ -257,7 +255,7 @@ class Lifecycle:
         if self._runs and not self.is_free:
             own = [] if self.own is None else [Send(Cancel(0, OWN))]
             return [*own, Send(cancel)]
-        return [Tell(Cancelled(cancel.job, self.epoch))]
+        return [Tell(Cancelled(cancel.job, self.ring_generation))]
 
     def abandon(self) -> list[Instruction]:
         """The holder has lost its lease: what it left in line is cancelled."""
@@ -268,7 +266,7 @@ class Lifecycle:
         """What was abandoned does not end by itself."""
         if self.is_free:
             return []
-        self.epoch += 1
+        self.ring_generation += 1
         return self._end()
 
     # The engine
@@ -281,19 +279,19 @@ class Lifecycle:
             return []  # it has told its end, and holds nothing
         if isinstance(message, Account):
             self.holds, self.load_rate = message.holds, message.load_rate or self.load_rate
-            self.counters, self.warm = message.counters, message.warm
-            self.components, self.compiled = message.components, message.compiled
+            self.counters, self.components = message.counters, message.components
+            self.compiled = message.compiled
             if message.is_over and self._pending:
                 self._pending.popleft()
                 self.loading = None
             return []
         if isinstance(message, Loaded):
             self.holds = message.holding
-        if isinstance(message, Progress):
+        if isinstance(message, LoadProgress):
             told = (message.component, message.done_bytes, message.total_bytes)
             self.loading = Reading(*told)
         if isinstance(message, Cancelled):
-            return [Tell(replace(message, epoch=self.epoch))]
+            return [Tell(replace(message, ring_generation=self.ring_generation))]
         if getattr(message, "job", "") == OWN:
             return self._own_told(message)
         if isinstance(message, Failed) and message.fatal:
@@ -310,7 +308,7 @@ class Lifecycle:
     def _lost(self, kind: str, text: str) -> list[Instruction]:
         """The engine is gone. Where nobody had asked it for anything, nobody has lost anything."""
         is_own = self.own is not None and self.is_free
-        failed = Failed(self.epoch, self.job, kind, text, fatal=True)
+        failed = Failed(self.ring_generation, self.job, kind, text, fatal=True)
         died = self._died(text)
         return died if is_own else [*died, Tell(failed)]
 
@@ -318,12 +316,12 @@ class Lifecycle:
         """Of the agent's own work, who waits behind it hears that it moves, and no more."""
         if isinstance(message, Failed) and message.fatal:
             return self._lost(message.kind, message.text)
-        if isinstance(message, Progress | Beat) and not self.is_free:
-            return [Tell(replace(message, job=self.job, epoch=self.epoch))]
+        if isinstance(message, LoadProgress | Beat) and not self.is_free:
+            return [Tell(replace(message, job=self.job, ring_generation=self.ring_generation))]
         return []
 
     def _told(self, message: Message) -> list[Instruction]:
-        if isinstance(message, _OF_EPOCH) and message.epoch >= self.epoch:
+        if isinstance(message, _OF_GENERATION) and message.ring_generation >= self.ring_generation:
             return [Tell(message)]
         return []
 
@@ -332,10 +330,14 @@ class Lifecycle:
         self.reason = text
         return done
 
-    def _enter(self, epoch: int) -> None:
-        if epoch < self.epoch:
-            raise Refusal("fence", f"This is of epoch {epoch}, and the host is at {self.epoch}.")
-        self.epoch = epoch
+    def _enter(self, ring_generation: int) -> None:
+        if ring_generation < self.ring_generation:
+            raise Refusal(
+                "fence",
+                f"This is of ring generation {ring_generation}, and the host is at "
+                f"{self.ring_generation}.",
+            )
+        self.ring_generation = ring_generation
 
     def _start(self, envs: tuple[tuple[str, str], ...]) -> list[Instruction]:
         self._runs, self._start_envs, self.reason = True, envs or self._own_envs, ""
@@ -344,8 +346,8 @@ class Lifecycle:
     def _end(self) -> list[Instruction]:
         was, self._runs = self._runs, False
         self._ring, self.holds, self.reason = None, None, ""
-        self.counters, self.warm = Counters(), ()
-        self.components, self.compiled, self.loading = (), (), None
+        self.counters, self.loading = EngineCounters(), None
+        self.components, self.compiled = (), ()
         self._pending.clear()
         self.is_bare = True
         return [KillEngine()] if was else []

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import AdapterError, ModelNotFoundError
 from fluxmesh.request import AdapterRef
 from fluxmesh.weights import hub
@@ -29,7 +29,7 @@ class Roots:
     models: Path | None = None
     others: Sequence[Path] = ()
 
-    def locate(self, weights: Weights) -> Weights:
+    def locate(self, weights: ModelVariant) -> ModelVariant:
         """The same weights under names that open them here.
 
         Raises `ModelNotFoundError` for a path outside of the roots or of no file, `AdapterError`

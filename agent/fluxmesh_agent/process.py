@@ -31,7 +31,7 @@ FULL_LOG = 16 << 20  # bytes, at which the next start puts it aside
 
 
 @dataclass(frozen=True)
-class Settings:
+class AgentSettings:
     """What the command line and stdin said."""
 
     state: Path | None
@@ -45,7 +45,7 @@ class Settings:
     ephemeral: bool = False
 
 
-def serve(settings: Settings, ending: Ending) -> None:
+def serve(settings: AgentSettings, ending: Ending) -> None:
     """Runs an agent until it is told to end. Raises `FluxmeshError` where it can't start."""
     if settings.state is None:
         home = AgentHome.default(settings.port)
@@ -61,7 +61,7 @@ def serve(settings: Settings, ending: Ending) -> None:
             shutil.rmtree(home.folder, ignore_errors=True)
 
 
-async def _serve(settings: Settings, home: AgentHome, ending: Ending) -> None:
+async def _serve(settings: AgentSettings, home: AgentHome, ending: Ending) -> None:
     from fluxmesh.wire.transport.listener import CurveListener
 
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Sequence
 
-from fluxmesh.cluster.snapshot import Measured
+from fluxmesh.cluster.snapshot import StepTiming
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.machine.clock import RunningClock
@@ -28,8 +28,8 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
 from fluxmesh_agent import links, upkeep
-from fluxmesh_agent.adapter_store import Adapters
-from fluxmesh_agent.conversation import Client
+from fluxmesh_agent.adapter_store import AdapterStore
+from fluxmesh_agent.conversation import CoordinatorConversation
 from fluxmesh_agent.leases import Holds, InLine, Leases, Loses, Notice
 from fluxmesh_agent.lifecycle import (
     OWN,
@@ -79,11 +79,11 @@ class Service:
         # Fences of earlier lives were smaller: it begins with the time.
         self.leases = Leases(first_fence=int(time.time() * 1000))
         self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
-        self.adapters = Adapters(home.adapters)
+        self.adapters = AdapterStore(home.adapters)
         self.upkeep = Upkeep(_kept(home))
-        self.measured: dict[tuple[object, ...], Measured] = {}
+        self.measured: dict[tuple[object, ...], StepTiming] = {}
         self.stopping = stopping or asyncio.Event()
-        self._clients: dict[str, Client] = {}
+        self._clients: dict[str, CoordinatorConversation] = {}
         self._order = asyncio.Lock()  # of what is done to the engine
         self._engine_known = asyncio.Event()  # it has told what it computes on, or has failed
         self._clock = AgentClock()
@@ -150,7 +150,7 @@ class Service:
     # Conversations
 
     async def _converse(self, connection: Connection) -> None:
-        client = Client(connection)
+        client = CoordinatorConversation(connection)
         try:
             while True:
                 seq, message = await connection.receive()
@@ -174,7 +174,7 @@ class Service:
             await client.close()
             await connection.close()
 
-    async def _answer(self, client: Client, seq: int, message: Message) -> None:
+    async def _answer(self, client: CoordinatorConversation, seq: int, message: Message) -> None:
         try:
             answer = await self._do(client, message)
         except Refusal as error:
@@ -196,7 +196,7 @@ class Service:
             log.warning("%s: refused %s: %s", client.label, name, answer.text)
         client.answer(seq, answer)
 
-    async def _do(self, client: Client, message: Message) -> Message:
+    async def _do(self, client: CoordinatorConversation, message: Message) -> Message:
         now = self._clock.tick()
         if isinstance(message, Hello):
             return await self._welcome(client, message)
@@ -263,7 +263,7 @@ class Service:
                 return Refused("usage", f"{type(message).__name__} is no request to an agent.")
         return Done()
 
-    async def _welcome(self, client: Client, hello: Hello) -> Message:
+    async def _welcome(self, client: CoordinatorConversation, hello: Hello) -> Message:
         if hello.version != __version__:
             text = f"This host has fluxmesh {__version__} and you {hello.version}; update one."
             return Refused("version", text)
@@ -303,10 +303,10 @@ class Service:
                 self.lifecycle.lease()
                 self.upkeep.used(time.monotonic())
                 report: Message = messages.Granted(
-                    notice.fence, self.lifecycle.epoch, self.status()
+                    notice.fence, self.lifecycle.ring_generation, self.status()
                 )
             elif isinstance(notice, InLine):
-                report = messages.Queued(notice.place, notice.seconds)
+                report = messages.LeaseQueued(notice.place, notice.seconds)
             else:
                 report = messages.Lost(f"This host took the lease back: {notice.reason}.")
             if isinstance(notice, Loses):
@@ -384,7 +384,7 @@ class Service:
         if isinstance(message, messages.Timed):
             m = message.measured
             what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
-            self.measured[what] = m
+            self.measured[what] = m.with_firsts_of(self.measured.get(what, m))
         instructions = self.lifecycle.engine_said(message)
         if getattr(message, "job", "") == OWN:
             self._own_ended(message)

@@ -7,7 +7,7 @@ import platform
 import time
 from pathlib import Path
 
-from fluxmesh.cluster.snapshot import Measured
+from fluxmesh.cluster.snapshot import StepTiming
 from fluxmesh.machine import identity
 from fluxmesh.machine import memory as ram
 from fluxmesh.machine.tools import is_mac
@@ -24,7 +24,7 @@ def status_of(
     life: Lifecycle,
     *,
     engine_pid: int | None,
-    measured: tuple[Measured, ...],
+    measured: tuple[StepTiming, ...],
     memory: int | None,
     holder: str,
     job: str,
@@ -42,7 +42,7 @@ def status_of(
     ring, rank, size = life.ring
     return Status(
         state=life.state,
-        epoch=life.epoch,
+        ring_generation=life.ring_generation,
         pid=os.getpid(),
         engine_pid=engine_pid,
         name=identity.machine_name(),
@@ -71,7 +71,6 @@ def status_of(
         loading=life.loading,
         components=life.components,
         compiled=life.compiled,
-        warm=life.warm,
     )
 
 

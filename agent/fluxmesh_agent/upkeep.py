@@ -15,10 +15,10 @@ import json
 from collections import deque
 from dataclasses import asdict
 
-from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
-from fluxmesh.wire.messages import Compiled, Keep, Load, NoteSize, Warm
+from fluxmesh.wire.messages import Keep, Load, NoteSize, Warm
 from fluxmesh_agent.lifecycle import OWN, Lifecycle
 
 IDLE = 2.0  # seconds without a lease, before the host does something of its own
@@ -125,7 +125,7 @@ class Upkeep:
         keep = self.keep
         if keep is None or keep.weights is None or not components:
             return None
-        head = (0, OWN, life.epoch, keep.weights)
+        head = (0, OWN, life.ring_generation, keep.weights)
         held = life.holds  # whole weights serve where a shard would do
         part = (keep.shards, keep.shard) if held is None else (held.shards, held.shard)
         return Load(*head, *part, components)
@@ -136,9 +136,9 @@ class Upkeep:
         if held is None or held.shards > 1:
             return None
         for size in reversed(self._sizes):
-            way = Compiled("data", 1, size.height, size.width)
-            if size.weights == held.weights and way not in life.compiled:
-                return Warm(0, OWN, life.epoch, held.weights, size.height, size.width)
+            shape = StepShape.of(size.weights, "data", 1, size.height, size.width)
+            if size.weights == held.weights and shape not in life.compiled:
+                return Warm(0, OWN, life.ring_generation, held.weights, size.height, size.width)
         return None
 
 
@@ -159,7 +159,7 @@ def from_json(text: str) -> Keep:
         weights = data.pop("weights")
         if weights is not None:
             adapters = tuple(AdapterRef(**adapter) for adapter in weights.pop("adapters"))
-            weights = Weights(adapters=adapters, **weights)
+            weights = ModelVariant(adapters=adapters, **weights)
         return Keep(weights, components=tuple(data.pop("components")), **data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FluxmeshError(f"It does not say what this host is to hold ({error}).") from None

@@ -20,7 +20,7 @@ from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
 from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
-from fluxmesh.weights.reader import Reader, Stored, tables, verify
+from fluxmesh.weights.reader import ComponentReader, Stored, tables, verify
 from fluxmesh.weights.writer import (
     SHARD_BYTES,
     config_of,
@@ -86,7 +86,7 @@ def _write_component(
     source: Checkpoint, name: str, folder: Path, adapter: Adapter
 ) -> Iterator[int]:
     """The component in diffusers' names, in files of about SHARD_BYTES. Yields bytes as done."""
-    reader = Reader(source, name)
+    reader = ComponentReader(source, name)
     shards = _shards(reader)
     weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards, start=1):
@@ -109,7 +109,7 @@ def _write_component(
     write_json(folder / "config.json", {"_class_name": classes[name]} | config_of(source, name))
 
 
-def _shards(reader: Reader) -> list[dict[str, tuple[Rows, ...]]]:
+def _shards(reader: ComponentReader) -> list[dict[str, tuple[Rows, ...]]]:
     """diffusers' tensors with the model's rows that each is made of, file by file."""
     table = to_diffusers(tables(reader.checkpoint)[reader.component])
     shards: list[dict[str, tuple[Rows, ...]]] = [{}]
@@ -127,7 +127,7 @@ def _shards(reader: Reader) -> list[dict[str, tuple[Rows, ...]]]:
     return shards
 
 
-def _fused(reader: Reader, rows: tuple[Rows, ...], adapter: Adapter) -> Stored:
+def _fused(reader: ComponentReader, rows: tuple[Rows, ...], adapter: Adapter) -> Stored:
     """One of diffusers' tensors with the adapter's part added, in the dtype of the file."""
     stored = [reader.rows(piece.key, piece.start, piece.stop) for piece in rows]
     dtype = stored[0].dtype

@@ -25,10 +25,11 @@ from fluxmesh.adapters.formats import (
     write_adapter,
 )
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.partition import Cut, cuts
+from fluxmesh.models.flux1.partition import cuts
 from fluxmesh.models.flux1.transformer import Part, is_part
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut
 
 __all__ = [
     "FORMATS",

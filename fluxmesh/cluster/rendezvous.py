@@ -1,9 +1,9 @@
 """What each of MLX's backends reads before a group forms: addresses, ports, devices. Pure.
 
 Stands on `hostfile.py`. The files and variables are those that `mlx.launch` hands out; fluxmesh
-writes them itself because every epoch needs fresh ports, and because a ring may be formed by some
-of the hosts alone. `hosts` is always the members of the group in the order of their ranks *in the
-group*, which may be fewer than the hostfile names.
+writes them itself because every ring generation needs fresh ports, and because a ring may be formed
+by some of the hosts alone. `hosts` is always the members of the group in the order of their ranks
+*in the group*, which may be fewer than the hostfile names.
 """
 
 from __future__ import annotations

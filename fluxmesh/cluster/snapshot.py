@@ -23,7 +23,7 @@ Layout = Literal["replicated", "sharded"]
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelVariant:
     """Which weights an engine would have to hold for a request, whatever their layout."""
 
     model: str
@@ -33,7 +33,7 @@ class Weights:
     fuse_adapters: bool = False
 
     @classmethod
-    def of(cls, request: GenerateRequest, stored_bits: int | None = None) -> Weights:
+    def of(cls, request: GenerateRequest, stored_bits: int | None = None) -> ModelVariant:
         """Those of a request; `stored_bits` is what the checkpoint itself is quantized to."""
         return cls(
             request.model,
@@ -48,7 +48,7 @@ class Weights:
 class Holding:
     """What an engine has in memory: all of the transformer, or shard `shard` of `shards`."""
 
-    weights: Weights
+    weights: ModelVariant
     nbytes: int  # everything that the engine would free by letting go of it
     shards: int = 1
     shard: int = 0
@@ -65,7 +65,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepTiming:
     """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
@@ -77,25 +77,55 @@ class Measured:
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
     hosts: int = 1  # of the ring
-    first_seconds: float | None = None  # by how much a first step, not yet compiled, took longer
+    # By how much a first step took longer than the next: of an engine that had made none of this
+    # model before, which compiles all kernels; and of one that had, at other sizes or placements.
+    kernels_seconds: float | None = None
+    first_seconds: float | None = None
     when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)
         if self.decode_seconds is not None:
             _check("decode_seconds", self.decode_seconds)
-        if self.first_seconds is not None:
-            _check("first_seconds", self.first_seconds, 0)
+        for name in ("kernels_seconds", "first_seconds"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, 0)
         _check("when", self.when, 0)
+
+    def with_firsts_of(self, older: StepTiming) -> StepTiming:
+        """This one, with what `older` tells of first steps where this one saw none."""
+        names = ("kernels_seconds", "first_seconds")
+        known = {name: getattr(self, name) for name in names}
+        kept = {name: getattr(older, name) for name in names if known[name] is None}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """A kind of step for which an engine has compiled its kernels, with the weights it holds."""
+    """A kind of step that an engine has made: the next such one finds its kernels compiled.
 
+    They last as long as the engine's process, whatever it holds meanwhile.
+    """
+
+    model: str
+    dtype: str
+    bits: int | None
     placement: Placement
+    hosts: int  # of the ring; 1 for `data`
     height: int  # pixels
     width: int  # pixels
+
+    @classmethod
+    def of(
+        cls, weights: ModelVariant, placement: Placement, hosts: int, height: int, width: int
+    ) -> StepShape:
+        how = (placement, 1 if placement == "data" else hosts)
+        return cls(weights.model, weights.dtype, weights.bits, *how, height, width)
+
+    def is_of(self, weights: ModelVariant) -> bool:
+        """Whether its kernels are those of these weights: adapters have few of their own."""
+        mine = (self.model, self.dtype, self.bits)
+        return mine == (weights.model, weights.dtype, weights.bits)
 
 
 @dataclass(frozen=True)
@@ -143,7 +173,7 @@ class JobTiming:
 
     backend: str  # of the ring; "" for `data`
     ranks: tuple[int, ...]  # of the ring in its order, or the one host
-    measured: Measured  # the average; `when` is the latest job
+    measured: StepTiming  # the average; `when` is the latest job
     last_seconds: float  # a step of the latest job
     begin_seconds: float | None = None  # before the first step, where all is loaded: text
     gap_seconds: float | None = None  # of an image, beside steps and decode: what travels, waits
@@ -178,12 +208,12 @@ class HostInfo:
     free_bytes: int  # of the device, beside what engines hold now
     flops_per_second: float  # in bfloat16; used where no step was timed
     load_rate: float  # bytes/s from the checkpoint's files into memory
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[StepTiming, ...] = ()
     holds: Holding | None = None
     device: str = ""  # agents that name the same one share its memory and its time
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
-    warm: tuple[StepShape, ...] = ()  # that its engine has made a step of
+    compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of
     ring: RingPlace = RingPlace()  # that its engine is in
 
     def __post_init__(self) -> None:
@@ -200,6 +230,10 @@ class HostInfo:
     @property
     def held_bytes(self) -> int:
         return 0 if self.holds is None else self.holds.nbytes
+
+    def has_kernels(self, weights: ModelVariant) -> bool:
+        """Whether its engine has made a step of this model, at whatever size."""
+        return any(shape.is_of(weights) for shape in self.compiled)
 
 
 @dataclass(frozen=True)
@@ -258,7 +292,7 @@ class MeshView:
 
     @cached_property
     def _timed(self) -> dict[int, HostInfo]:
-        on: dict[str, list[Measured]] = {}
+        on: dict[str, list[StepTiming]] = {}
         for host in self.hosts:
             alone = [job.measured for job in self.timings.jobs if job.ranks == (host.rank,)]
             on.setdefault(host.device_key, []).extend((*host.measured, *alone))
@@ -277,7 +311,7 @@ class MeshView:
         """
         return self._timed[rank]
 
-    def like(self, rank: int) -> tuple[Measured, ...]:
+    def like(self, rank: int) -> tuple[StepTiming, ...]:
         """What hosts of the same kind measured alone, the latest first: a hint for this one."""
         kind, own = self.host(rank).kind, self.host(rank).device_key
         found = [

@@ -17,8 +17,8 @@ from fluxmesh.adapters import lora
 from fluxmesh.engine import tf32
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.transformer import Part
+from fluxmesh.models.partition import Shard
 from fluxmesh.request import BITS, DTYPES, AdapterRef
 from fluxmesh.weights import hub, loading
 

@@ -17,20 +17,20 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from fluxmesh.models.flux1.parallel import Ranks
-from fluxmesh.sampling.denoise import Step
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.sampling.denoise import StepState
 
 SHORT = 0.25  # seconds: a step after which nobody minds to wait for another one until it stops
 
 
 def walked(
-    walk: Iterator[Step],
+    walk: Iterator[StepState],
     steps: int,
     ranks: Ranks | None,
     stopping: Callable[[], bool],
     pause: Callable[[], None] = lambda: None,
     ahead: bool = True,
-) -> Iterator[tuple[Step, float]]:
+) -> Iterator[tuple[StepState, float]]:
     """Yields each of the `steps` of `walk`, evaluated, with the seconds that it took.
 
     Ends early where `stopping`, asked between steps, is true: in a ring, on any rank. `ranks` is
@@ -43,7 +43,7 @@ def walked(
     for left in range(steps - 1, -1, -1):
         pause()
         mx.async_eval(step.x)
-        following: Step | None = None
+        following: StepState | None = None
         asked: mx.array | None = None
         if left and ahead and (ranks is None or (ranks.looks_ahead and seconds < SHORT)):
             if ranks is not None:

@@ -31,7 +31,7 @@ from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import MAX_SEED, AdapterRef, GenerateRequest, SourceImage
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
-from fluxmesh.sampling.denoise import Guide, Plan, denoise, plan
+from fluxmesh.sampling.denoise import DenoisePlan, Guide, denoise, plan
 from fluxmesh.sampling.img2img import SourceLatents, composite, mask_latents, to_model_range
 from fluxmesh.sampling.schedule import timesteps
 
@@ -130,7 +130,7 @@ class FluxPipeline(Models):
         latent_size: LatentSize = (64, 64),
         strength: float = 1.0,
         flow: Any = None,
-    ) -> Plan:
+    ) -> DenoisePlan:
         """What all images of a request share; with `low_memory`, drops the modulation weights.
 
         `flow` makes the modulations: the transformer, also spread over a ring (`parallel.py`), or

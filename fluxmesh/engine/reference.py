@@ -24,9 +24,9 @@ from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine.pipeline import FluxPipeline
-from fluxmesh.engine.residency import COMPONENTS, Options
+from fluxmesh.engine.residency import COMPONENTS, WorkerOptions
 from fluxmesh.engine.worker import Worker
 from fluxmesh.events import Encoded, Event, Loading, Peak, Picture, Step
 from fluxmesh.images import composite
@@ -50,7 +50,7 @@ class Runner:
     ) -> None:
         """`on_loading` hears of bytes while weights are read, between the events of `run`."""
         self.keep_warm = keep_warm
-        self.worker = Worker(Options(download=download, hear=on_loading))
+        self.worker = Worker(WorkerOptions(download=download, hear=on_loading))
         self._jobs = itertools.count()
 
     @property
@@ -64,7 +64,7 @@ class Runner:
         Raises `UsageError`, `ModelNotFoundError`, `WeightsError` and `AdapterError` before any
         compute, and `DoesNotFitError` where memory runs out.
         """
-        self.worker.open(Weights.of(request))
+        self.worker.open(ModelVariant.of(request))
         job = _Job(self.worker, request, self.keep_warm, str(next(self._jobs)))
         try:
             yield from job.events()
@@ -83,7 +83,7 @@ class _Job:
         self, worker: Worker, request: GenerateRequest, keep_warm: bool, name: str
     ) -> None:
         self.worker, self.request, self.name = worker, request, name
-        self.weights = Weights.of(request)
+        self.weights = ModelVariant.of(request)
         self.keep_warm = keep_warm and not request.low_memory
         self.roomy = request.preload or (self.keep_warm and worker.is_roomy(self.weights))
         checkpoint = worker.model.checkpoint
@@ -131,17 +131,17 @@ class _Job:
 
     def _loadings(self, work: messages.Work) -> Iterator[Loading]:
         for report in self.worker.do(work):
-            if isinstance(report, messages.Progress):
+            if isinstance(report, messages.LoadProgress):
                 yield _loading(report)
 
-    def _encode(self) -> Generator[Event, None, messages.Encoded]:
+    def _encode(self) -> Generator[Event, None, messages.TextEncoded]:
         request = self.request
-        text: messages.Encoded | None = None
+        text: messages.TextEncoded | None = None
         work = messages.Encode(*self.work, request.prompt, request.t5_padding, self.roomy)
         for report in self.worker.do(work):
-            if isinstance(report, messages.Progress):
+            if isinstance(report, messages.LoadProgress):
                 yield _loading(report)
-            elif isinstance(report, messages.Encoded):
+            elif isinstance(report, messages.TextEncoded):
                 text = report
         assert text is not None
         yield Encoded(request.prompt, text.seconds, text.cached)
@@ -153,21 +153,21 @@ class _Job:
             return None
         latents: np.ndarray | None = None
         for report in self.worker.do(messages.EncodeSource(*self.work, self.request.source.pixels)):
-            if isinstance(report, messages.Progress):
+            if isinstance(report, messages.LoadProgress):
                 yield _loading(report)
             elif isinstance(report, messages.SourceEncoded):
                 latents = report.latents
         return latents
 
     def _paint(
-        self, images: range, text: messages.Encoded, source: np.ndarray | None
+        self, images: range, text: messages.TextEncoded, source: np.ndarray | None
     ) -> Iterator[Event]:
         """Denoises these images one by one, then decodes them `decoding_batch_size` at a time."""
         seconds, reused = dict.fromkeys(images, 0.0), dict.fromkeys(images, 0)
         latents: dict[int, np.ndarray] = {}
         for image in images:
             for report in self.worker.do(self._painting(image, text, source)):
-                if isinstance(report, messages.Progress):
+                if isinstance(report, messages.LoadProgress):
                     yield _loading(report)
                 elif isinstance(report, messages.Stepped):
                     assert report.latents is not None
@@ -185,7 +185,7 @@ class _Job:
             x = np.concatenate([latents.pop(image) for image in part])
             size = (self.height, self.width)
             for report in self.worker.do(messages.Decode(*self.work, part, *size, x)):
-                if isinstance(report, messages.Progress):
+                if isinstance(report, messages.LoadProgress):
                     yield _loading(report)
                 elif isinstance(report, messages.Pictured):
                     image, spent = report.image, seconds[report.image] + report.seconds
@@ -194,7 +194,7 @@ class _Job:
                     yield Picture(*told, steps=self.steps, reused=reused[image])
 
     def _painting(
-        self, image: int, text: messages.Encoded, source: np.ndarray | None
+        self, image: int, text: messages.TextEncoded, source: np.ndarray | None
     ) -> messages.Paint:
         request, config = self.request, self.worker.model.checkpoint.autoencoder
         noise = initial_noise(
@@ -226,5 +226,5 @@ class _Job:
         return pixels if self.request.source is None else composite(pixels, self.request.source)
 
 
-def _loading(report: messages.Progress) -> Loading:
+def _loading(report: messages.LoadProgress) -> Loading:
     return Loading(report.component, report.done_bytes, report.total_bytes)

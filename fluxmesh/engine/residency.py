@@ -15,18 +15,19 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard
-from fluxmesh.wire.messages import Compiled, Counters, Measure, Paint
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.partition import Shard
+from fluxmesh.wire.messages import EngineCounters, Measure, Paint, Warm
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
 PARTS = {**COMPONENTS, "modulation": ("modulation",)}  # that one is of the transformer
-COMPILED = 32  # ways of making a step that are remembered
+COMPILED = 32  # shapes of steps that are remembered
 BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
 
 
@@ -35,10 +36,11 @@ class Stopped(Exception):
 
 
 @dataclass
-class Options:
+class WorkerOptions:
     """What surrounds a worker, and how it finds models."""
 
-    locate: Callable[[Weights], Weights] = lambda weights: weights  # names here for names sent
+    # Names here for the names that a coordinator sent.
+    locate: Callable[[ModelVariant], ModelVariant] = lambda variant: variant
     download: bool = False
     memory_bytes: int | None = None  # the most that it may use; None is all of the device's
     hear: Callable[[Loading], None] | None = None  # told of bytes while weights are read
@@ -46,19 +48,19 @@ class Options:
     pause: Callable[[str], None] = lambda phase: None  # tests slow an engine down with it
 
 
-class Held:
+class ModelStore:
     """A pipeline and a place in a ring, kept between units of work."""
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+    def __init__(self, options: WorkerOptions | None = None) -> None:
+        self.options = options or WorkerOptions()
         self.pipeline: FluxPipeline | None = None
         self.ranks: Ranks | None = None
         self.meter = device_memory.PeakMeter()
         self.doing = "starting"
         self.load_rate = 0.0  # bytes/s of the last load; 0 before one
-        self.done = Counters()  # what was done since the start
-        self.weights: Weights | None = None  # under the names that they were asked for
-        self.compiled: tuple[Compiled, ...] = ()  # with these weights, the latest one last
+        self.done = EngineCounters()  # what was done since the start
+        self.weights: ModelVariant | None = None  # under the names that they were asked for
+        self.compiled: tuple[StepShape, ...] = ()  # made in this process, the latest one last
         self._content = ""
         self._spread: dict[str, TensorFlux | SequenceFlux] = {}
         self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
@@ -75,7 +77,7 @@ class Held:
         return self._content
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> EngineCounters:
         """What was done since the start, and what is held now: counted, not reckoned."""
         pipeline = self.pipeline
         held = blocks = 0
@@ -107,12 +109,15 @@ class Held:
             return ()
         return tuple(name for name in COMPONENTS if not self.missing(name))
 
-    def has_compiled(self, work: Paint) -> None:
-        """Keeps in mind that a step was made in this way."""
+    def shape_of(self, work: Paint | Measure | Warm) -> StepShape:
+        """The kind of step that this work makes here. Raises as `ring`."""
         hosts = 1 if work.placement == "data" else self.ring().size
-        way = Compiled(work.placement, hosts, work.height, work.width)
-        others = tuple(other for other in self.compiled if other != way)
-        self.compiled = (*others, way)[-COMPILED:]
+        return StepShape.of(work.weights, work.placement, hosts, work.height, work.width)
+
+    def has_made(self, shape: StepShape) -> None:
+        """Keeps in mind that such a step was made."""
+        others = tuple(other for other in self.compiled if other != shape)
+        self.compiled = (*others, shape)[-COMPILED:]
 
     def count(self, **more: float) -> None:
         """Adds to the counters."""
@@ -120,7 +125,7 @@ class Held:
             self.done, **{name: getattr(self.done, name) + value for name, value in more.items()}
         )
 
-    def is_roomy(self, weights: Weights, shards: int = 1) -> bool:
+    def is_roomy(self, weights: ModelVariant, shards: int = 1) -> bool:
         """Whether all models together, 1/`shards` of the transformer, leave room for a picture."""
         limit, checkpoint = self.options.memory_bytes, self.open(weights).checkpoint
         return device_memory.is_roomy(checkpoint, weights.dtype, weights.bits, shards, limit)
@@ -138,7 +143,7 @@ class Held:
 
     # What comes and what leaves
 
-    def open(self, weights: Weights) -> FluxPipeline:
+    def open(self, weights: ModelVariant) -> FluxPipeline:
         """The pipeline of these weights: the one at hand, or a new one, after the other has left.
 
         Reads headers alone. Raises what `FluxPipeline` does.
@@ -161,7 +166,6 @@ class Held:
     def release(self) -> None:
         """Lets every model leave memory."""
         self.pipeline, self.weights = None, None
-        self.compiled = ()
         self._spread.clear()
         mx.clear_cache()
 

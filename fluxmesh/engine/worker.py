@@ -28,17 +28,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, Measured, StepShape, Weights
+from fluxmesh.cluster.snapshot import Holding, StepTiming
 from fluxmesh.engine import device_memory, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
-from fluxmesh.engine.residency import Held, Options, Stopped
+from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
+from fluxmesh.sampling.denoise import Basis, DenoisePlan, StepState, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
@@ -60,15 +60,14 @@ GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the
 Reports = Generator[Report, None, None]
 
 
-class Worker(Held):
+class Worker(ModelStore):
     """Does one unit of work after another."""
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: WorkerOptions | None = None) -> None:
         super().__init__(options)
         self.quiet = ""  # what it does, while it gives no other sign of life
-        self._plans: dict[str, tuple[bytes, Plan]] = {}  # the latest of each placement
+        self._plans: dict[str, tuple[bytes, DenoisePlan]] = {}  # the latest of each placement
         self._warm: set[Any] = set()  # what steps were run at since something was read
-        self._compiled: set[tuple[Weights, StepShape]] = set()  # what steps were ever run at
         self._job = ""
 
     def do(self, work: messages.Work) -> Iterator[Report]:
@@ -121,12 +120,6 @@ class Worker(Held):
             MeasureRing: self._measure_ring,
         }
 
-    @property
-    def warm(self) -> tuple[StepShape, ...]:
-        """Steps of the weights that it has in memory, and has made before."""
-        found = [shape for weights, shape in self._compiled if weights == self.weights]
-        return tuple(sorted(found, key=lambda one: (one.placement, one.height, one.width)))
-
     def end_job(self) -> None:
         """Lets go of what only the images of one job share."""
         self._plans.clear()
@@ -150,7 +143,7 @@ class Worker(Held):
                 yield from self._loading(work, component)
         part = (work.shards, work.shard, self.content)
         holding = self.holding or Holding(work.weights, 0, *part)
-        yield messages.Loaded(work.job, work.epoch, holding, time.perf_counter() - start)
+        yield messages.Loaded(work.job, work.ring_generation, holding, time.perf_counter() - start)
 
     def _encode(self, work: Encode) -> Reports:
         self.doing = "reading the prompt"
@@ -174,7 +167,7 @@ class Worker(Held):
             t5, clip = to_wire(text.t5), to_wire(text.clip)
             peak = self.meter.now("text")
         told = (seconds, cached, peak, self.content)
-        yield messages.Encoded(work.job, work.epoch, *told, t5, clip)
+        yield messages.TextEncoded(work.job, work.ring_generation, *told, t5, clip)
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -184,13 +177,12 @@ class Worker(Held):
             self._begin("encoding", "encode")
             source = pipeline.encode_source(SourceImage(work.pixels))
             self.quiet = ""
-        yield messages.SourceEncoded(work.job, work.epoch, np.array(source.clean))
+        yield messages.SourceEncoded(work.job, work.ring_generation, np.array(source.clean))
 
     def _paint(self, work: Paint) -> Reports:
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
         shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
-        compiled = (work.weights, StepShape(work.placement, work.height, work.width))
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         pipeline.low_memory = work.low_memory
         key = _plan_key(work)
@@ -234,8 +226,7 @@ class Worker(Held):
             for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
                 if number == work.first + 1:
-                    self.has_compiled(work)
-                self._compiled.add(compiled)
+                    self.has_made(self.shape_of(work))
                 done = int(number == plan.steps)
                 self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
@@ -245,7 +236,7 @@ class Worker(Held):
                 self.quiet = ""
                 yield messages.Stepped(
                     work.job,
-                    work.epoch,
+                    work.ring_generation,
                     work.image,
                     number,
                     seconds,
@@ -273,18 +264,19 @@ class Worker(Held):
             self.count(decodes=len(pixels))
             peak = self.meter.now("decode")
         for image, picture in zip(work.images, pixels, strict=True):
-            yield messages.Pictured(work.job, work.epoch, image, seconds, peak, picture)
+            yield messages.Pictured(work.job, work.ring_generation, image, seconds, peak, picture)
 
     def _measure(self, work: Measure) -> Reports:
-        """Steps and a decode of noise, after one of each to warm up. In a ring all are given it."""
-        weights, pipeline = work.weights, self.open(work.weights)
-        pipeline.low_memory = False
-        self.hold_for(work)
-        self.drop_incomplete(work.placement)
-        yield from self._loading(work, "transformer")
-        yield from self._loading(work, "autoencoder")
+        """Steps and a decode of noise, after a trial picture. In a ring all are given it."""
+        shape = self.shape_of(work)
+        has_kernels = any(made.is_of(work.weights) for made in self.compiled)
+        has_made = shape in self.compiled
+        first = yield from self._trial(work)
+        if first is None:
+            return
+        weights, pipeline = work.weights, self.model
         self.doing = "measuring"
-        self._begin("first step")
+        self._begin("measuring")
         config, size = pipeline.checkpoint.transformer, self._latent_size(work)
         tokens = pipeline.checkpoint.defaults.t5_max_length
         text = Conditioning(
@@ -294,36 +286,43 @@ class Worker(Held):
         plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
-        shape = (work.placement, weights, work.height, work.width, tuple(text.t5.shape))
-        compiled = (weights, StepShape(work.placement, work.height, work.width))
-        is_new = compiled not in self._compiled
         spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
         if len(spent) < plan.steps:  # it was told to stop
             return
-        self._warm.add(shape)
-        self._compiled.add(compiled)
         with pipeline.bounded_pixels(work.height, work.width):
             mx.eval(pipeline.decode(x, size))
             start = time.perf_counter()
             mx.eval(pipeline.decode(x, size))
-        measured = Measured(
+        step = min(spent[1:])
+        longer = max(0.0, first - step)
+        measured = StepTiming(
             weights.model,
             work.height,
             work.width,
             weights.dtype,
             weights.bits,
-            step_seconds=min(spent[1:]),
+            step_seconds=step,
             decode_seconds=time.perf_counter() - start,
             placement=work.placement,
-            hosts=1 if work.placement == "data" else self.ring().size,
-            first_seconds=max(0.0, spent[0] - min(spent[1:])) if is_new else None,
+            hosts=shape.hosts,
+            kernels_seconds=None if has_kernels else longer,
+            first_seconds=longer if has_kernels and not has_made else None,
             when=time.time(),
         )
-        yield messages.Timed(work.job, work.epoch, measured)
+        yield messages.Timed(work.job, work.ring_generation, measured)
 
     def _warm_up(self, work: Warm) -> Reports:
-        """The first step of a picture and a decode, as a job would have them, thrown away."""
-        start, before = time.perf_counter(), self.done
+        """A trial picture, and no more."""
+        start = time.perf_counter()
+        if (yield from self._trial(work)) is not None:
+            yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
+
+    def _trial(self, work: Measure | Warm) -> Generator[Report, None, float | None]:
+        """The first step of a picture and a decode, as a job would have them, thrown away.
+
+        Returns the step's seconds, or None where it was told to stop.
+        """
+        before = self.done
         pipeline = self.open(work.weights)
         config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
         tokens = pipeline.checkpoint.defaults.t5_max_length
@@ -331,7 +330,7 @@ class Worker(Held):
         noise = initial_noise(0, *size, ae.z_channels, ae.downsampling)
         t5 = to_wire(mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype))
         clip = to_wire(mx.zeros((1, config.vec_in_dim), pipeline.dtype))
-        head = (work.fence, work.job, work.epoch, work.weights)
+        head = (work.fence, work.job, work.ring_generation, work.weights)
         paint = Paint(
             *head,
             work.placement,
@@ -348,22 +347,25 @@ class Worker(Held):
             t5=t5,
             clip=clip,
         )
+        seconds: float | None = None
         for unit in (self._paint(paint), self._decode(Decode(*head, (0,), *size, noise))):
             is_done = False
             with contextlib.closing(unit) as reports:
                 for report in reports:
                     is_done = isinstance(report, messages.Stepped | messages.Pictured)
+                    if isinstance(report, messages.Stepped):
+                        seconds = report.seconds
                     if not is_done:
                         yield report
             if not is_done:  # it was told to stop
-                return
+                return None
         self.done = replace(  # what jobs asked for is counted, and nobody asked for this
             self.done,
             images=before.images,
             steps=before.steps,
             decodes=before.decodes,
         )
-        yield messages.Warmed(work.job, work.epoch, time.perf_counter() - start)
+        return seconds
 
     def _measure_ring(self, work: MeasureRing) -> Reports:
         """In a ring all are given it, and none stops on the way: it is short."""
@@ -372,13 +374,13 @@ class Worker(Held):
         limit = self.options.memory_bytes or device_memory.memory_of_device()
         found = ring_probe.timed(self.ring(), work.seconds, limit)
         self.quiet = ""
-        yield messages.RingTimed(work.job, work.epoch, *found)
+        yield messages.RingTimed(work.job, work.ring_generation, *found)
 
     # Parts of them
 
     def _walked(
-        self, work: Paint | Measure, walk: Iterator[Step], steps: int, ahead: bool = True
-    ) -> Iterator[tuple[Step, float]]:
+        self, work: Paint | Measure, walk: Iterator[StepState], steps: int, ahead: bool = True
+    ) -> Iterator[tuple[StepState, float]]:
         """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
         with self.model.bounded_steps(self._latent_size(work)):
             yield from walked(
@@ -395,7 +397,7 @@ class Worker(Held):
             self._begin("loading")
             self._warm.clear()  # whatever runs next reads new weights, and may take long
             told = (event.component, event.done_bytes, event.total_bytes)
-            yield messages.Progress(work.job, work.epoch, *told)
+            yield messages.LoadProgress(work.job, work.ring_generation, *told)
         self.quiet = ""
 
     def _lacks(self, work: Paint, key: bytes) -> list[str]:
@@ -422,7 +424,7 @@ class Worker(Held):
         self.count(agree_seconds=time.perf_counter() - start)
         return most
 
-    def _plan(self, work: Paint, key: bytes) -> Plan:
+    def _plan(self, work: Paint, key: bytes) -> DenoisePlan:
         """What the images of a job share, evaluated; kept for the next one.
 
         All ranks of a ring must find it, or none, since it is made with a collective: so that one
@@ -443,7 +445,7 @@ class Worker(Held):
             self._plans[work.placement] = (key, plan)
         return plan
 
-    def _kept_plan(self, placement: str, key: bytes) -> Plan | None:
+    def _kept_plan(self, placement: str, key: bytes) -> DenoisePlan | None:
         known, plan = self._plans.get(placement, (b"", None))
         return plan if known == key else None
 
@@ -512,7 +514,7 @@ def _basis(work: Paint) -> Basis | None:
 def _plan_key(work: Paint) -> bytes:
     """Equal for paintings that share a plan."""
     size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
-    key = hashlib.blake2b(repr((work.job, work.epoch, work.weights, size)).encode())
+    key = hashlib.blake2b(repr((work.job, work.ring_generation, work.weights, size)).encode())
     for array in (work.t5, work.clip):
         key.update(array.tobytes())
     return key.digest()

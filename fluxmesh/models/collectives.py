@@ -1,9 +1,10 @@
-"""This process's place in a ring, and its two collectives: the only module that calls them.
+"""A process's place among the ranks of a group: the only module with collectives.
 
 Collectives carry no tag: two that ranks ran in different order would swap their data in silence.
 `Ranks` therefore chains each to the one before. Who waits for their results, the graph or the host,
 is a matter of the device (`waiting.py`): a collective that is begun gives a `Pending`, whose
-`result` is asked for when all that can be computed without it is described. Knows no family.
+`result` is asked for when all that can be computed without it is described. A group of one runs the
+same code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Parts of a model: which of N hosts holds which rows and columns of a linear, and which tokens it
-has. Pure geometry, no mlx, of no family; a family's `partition.py` says what of it is cut.
+"""A part of a model, of a linear, of a run of tokens: what one of N hosts has. Pure, no mlx.
+
+A family says which of its linears are cut, and where (`flux1/partition.py`).
 """
 
 from __future__ import annotations

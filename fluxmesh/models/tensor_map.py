@@ -2,9 +2,9 @@
 
 A model's modules carry one set of names, and a file may store their tensors in pieces: the fused
 query, key and value apart, the halves of a modulation in the other order. All of that is *data*
-here: a `Target` is a tensor of the model, and its `pieces` are ranges of rows of the tensors in a
-file that, stacked, make it. The weight loader, the checkpoint verifier, the LoRA reader and the
-tests read the same tables; each family makes its own (`flux1/tensor_maps.py`).
+here: a `ModelTensor` is a tensor of the model, and its `pieces` are ranges of rows of the tensors
+in a file that, stacked, make it. The weight loader, the checkpoint verifier, the LoRA reader and
+the tests read the same tables; each family makes its own (`flux1/tensor_maps.py`).
 
 Shapes are PyTorch's (convolutions are out, in, height, width). Imports no mlx.
 """
@@ -33,14 +33,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelTensor:
     """A tensor of the model: its shape, and the rows of a diffusers file that make it."""
 
     shape: Shape
     pieces: tuple[Rows, ...]
 
 
-Tensors = dict[str, Target]
+Tensors = dict[str, ModelTensor]
 
 
 class TensorTable:
@@ -50,7 +50,7 @@ class TensorTable:
         self.tensors: Tensors = {}
 
     def tensor(self, name: str, shape: Shape, pieces: list[Rows]) -> None:
-        self.tensors[name] = Target(shape, tuple(pieces))
+        self.tensors[name] = ModelTensor(shape, tuple(pieces))
 
     def same(self, name: str, key: str, shape: Shape) -> None:
         """One tensor of the file is one of the model."""
@@ -81,7 +81,7 @@ class TensorTable:
 def in_bfl_file(tensors: Tensors) -> Tensors:
     """The same targets, when the file stores them whole and by the model's own names."""
     return {
-        name: Target(target.shape, (Rows(name, 0, target.shape[0]),))
+        name: ModelTensor(target.shape, (Rows(name, 0, target.shape[0]),))
         for name, target in tensors.items()
     }
 
@@ -124,7 +124,7 @@ def _strip(shape: Shape) -> Shape:
     return tuple(shape[:size])
 
 
-def parameter_count(tensors: Mapping[str, Target]) -> int:
+def parameter_count(tensors: Mapping[str, ModelTensor]) -> int:
     """Numbers that the model holds."""
     total = 0
     for target in tensors.values():

@@ -1,6 +1,6 @@
 """The ways in which a mesh can do a request: who does what, in which memory, how fast. Pure.
 
-`Options` works out one of them at a time: images shared out (`data`), or all hosts on one image
+`Candidates` works out one of them at a time: images shared out (`data`), or all hosts on one image
 (`sequence`, `tensor`). `plan.py` asks for all of them and chooses. A way that can't be taken
 is an `Option` too, with the reason in `problem`.
 """
@@ -17,9 +17,9 @@ from fluxmesh.cluster.snapshot import HostInfo, JobTiming, Layout, MeshView, Pla
 from fluxmesh.planning.capacity import Memory, Need, shortage
 from fluxmesh.planning.cold import Cold
 from fluxmesh.planning.cost import Estimate, Figure, decode_time
-from fluxmesh.planning.list_schedule import Worker, share_out
+from fluxmesh.planning.list_schedule import ScheduledHost, share_out
 from fluxmesh.planning.step_times import StepTimes, neighbours
-from fluxmesh.planning.workload import Work, split_tokens, tensor_problem
+from fluxmesh.planning.workload import Workload, split_tokens, tensor_problem
 
 SAME = 1.02  # times that differ by less are the same, and more hosts are taken
 MANY = 16  # hosts; on larger meshes not every set of neighbours is tried
@@ -60,10 +60,10 @@ class Option:
     problem: str = ""
 
 
-class Options:
+class Candidates:
     """All about one request on one view of a mesh."""
 
-    def __init__(self, work: Work, view: MeshView) -> None:
+    def __init__(self, work: Workload, view: MeshView) -> None:
         self.work, self.view = work, view
         self.memory = Memory(work, view)
         self.times = StepTimes(work, view)
@@ -126,7 +126,7 @@ class Options:
         owners, end = share_out(
             len(images),
             [
-                Worker(denoised, self.decodes[rank], rank, self.view.host(rank).device_key)
+                ScheduledHost(denoised, self.decodes[rank], rank, self.view.host(rank).device_key)
                 for rank in ranks
             ],
         )
@@ -160,13 +160,13 @@ class Options:
     # Time
 
     def _hand_out(self, ranks: Sequence[int], images: int) -> tuple[tuple[int, ...], float]:
-        workers: list[Worker] = []
+        workers: list[ScheduledHost] = []
         for need in self.memory.needs(ranks, [0] * len(ranks)):
             rank, extras = need.rank, self.cold.extras("data", (need.rank,))
             free = self.memory.load_seconds(need) + extras.begin
             free += self.cold.first_seconds("data", (rank,))
             image = self.work.steps * self.steps[rank].seconds + self.decodes[rank] + extras.gap
-            workers.append(Worker(free, image, rank, self.view.host(rank).device_key))
+            workers.append(ScheduledHost(free, image, rank, self.view.host(rank).device_key))
         return share_out(images, workers)
 
     def _ring_cold(self, placement: Placement, needs: Sequence[Need], shards: int) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Need:
 class Memory:
     """The memory of a view's hosts, as one request sees it."""
 
-    def __init__(self, work: Work, view: MeshView) -> None:
+    def __init__(self, work: Workload, view: MeshView) -> None:
         self.work, self.view = work, view
         self.devices: dict[str, list[HostInfo]] = {}
         self._needed: dict[tuple[Placement, int, int], int] = {}

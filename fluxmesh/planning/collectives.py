@@ -7,7 +7,8 @@ sockets found them, stand in. Three things with a meaning make a step's collecti
 - `PLAIN_HIDDEN` and `RingTiming.hidden`: the part of a gather that passes while products run
   beside it. `sequence` sends keys and values first and computes queries and the MLP half of a
   single block meanwhile; there is never more to hide behind than that. Nothing stands beside a
-  sum of `tensor`, which the next layer waits for.
+  sum of `tensor`, which the next layer waits for. Two collectives are never in flight at once:
+  each waits for the one before (`Ranks`), so that their times add up.
 - `WAIT`: what each collective costs beside its own time, because ranks wait for the last one and
   the device starts anew after it.
 - `UNSPLIT`: the part of one host's step that does not become less on more hosts: what every rank
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fluxmesh.cluster.snapshot import CollectiveTime, Placement, RingTiming
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 
 UNSPLIT: dict[Placement, float] = {"data": 0.0, "sequence": 0.10, "tensor": 0.19}
 WAIT: dict[Placement, float] = {"data": 0.0, "sequence": 0.27e-3, "tensor": 0.0}  # seconds
@@ -46,7 +47,7 @@ def compute_share(placement: Placement, share: float) -> float:
 
 
 def exposed_seconds(
-    work: Work,
+    work: Workload,
     placement: Placement,
     size: int,
     alone: float,

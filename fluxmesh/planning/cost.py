@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from fluxmesh.cluster.snapshot import HostInfo, Measured, MeshView, Placement
+from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement, StepTiming
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import AutoencoderConfig
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 
 FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
 DECODE_RATE = 0.4  # of a step's FLOP/s: convolutions keep a GPU less busy (57 ms at 1024², H200)
@@ -37,14 +37,14 @@ class Estimate(NamedTuple):
         return self.figure == "step"
 
 
-def step_time(host: HostInfo, work: Work, like: Sequence[Measured] = ()) -> Estimate:
+def step_time(host: HostInfo, work: Workload, like: Sequence[StepTiming] = ()) -> Estimate:
     """Seconds of one step of one image on this host alone.
 
     A step timed at this size, by the host or else by those of its kind (`like`); else the one
     nearest in size, by the ratio of their arithmetic; else the arithmetic at the host's rate.
     """
     flops = step_flops(work.model, work.height, work.width)
-    found: list[tuple[float, bool, float, Measured]] = []
+    found: list[tuple[float, bool, float, StepTiming]] = []
     for is_other, told in ((False, host.measured), (True, like)):
         for timed in told:
             if timed.placement == "data" and is_of(timed, work):
@@ -60,8 +60,8 @@ def step_time(host: HostInfo, work: Work, like: Sequence[Measured] = ()) -> Esti
 
 
 def ring_time(
-    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Work
-) -> Measured | None:
+    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Workload
+) -> StepTiming | None:
     """What these hosts took for a step together, at the size nearest to the work's.
 
     As jobs found on just this ring, or as the hosts timed it with so many; the later of two that
@@ -83,11 +83,11 @@ def ring_time(
 
 
 def _timed_together(
-    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Work
-) -> list[Measured]:
+    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Workload
+) -> list[StepTiming]:
     """A step of so many hosts at each size that all of these timed: the slowest one's time."""
     size = len(ranks)
-    slowest: dict[tuple[int, int], Measured] = {}
+    slowest: dict[tuple[int, int], StepTiming] = {}
     tellers: dict[tuple[int, int], set[int]] = {}
     for rank in ranks:
         for timed in view.timed(rank).measured:
@@ -99,7 +99,7 @@ def _timed_together(
     return [timed for at, timed in slowest.items() if len(tellers[at]) == size]
 
 
-def decode_time(host: HostInfo, work: Work, like: Sequence[Measured] = ()) -> float:
+def decode_time(host: HostInfo, work: Workload, like: Sequence[StepTiming] = ()) -> float:
     """Seconds in which this host alone decodes one image; as `step_time`."""
     pixels = work.height * work.width
     timed = [
@@ -144,12 +144,12 @@ def decode_flops(config: AutoencoderConfig, height: int, width: int) -> float:
     return total + (4 * places**2 * config.widths[-1] if config.mid_attention else 0)
 
 
-def is_of(timed: Measured, work: Work) -> bool:
+def is_of(timed: StepTiming, work: Workload) -> bool:
     """Whether it was measured on the weights that the work needs."""
     weights = work.weights
     return (timed.model, timed.dtype, timed.bits) == (weights.model, weights.dtype, weights.bits)
 
 
-def _rate(host: HostInfo, work: Work) -> float:
+def _rate(host: HostInfo, work: Workload) -> float:
     slower = FLOAT32_SLOWER if work.weights.dtype == "float32" else 1.0
     return host.flops_per_second / slower

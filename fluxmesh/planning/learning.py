@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from fluxmesh.cluster.snapshot import JobTiming, Measured, RingTiming, Timings
+from fluxmesh.cluster.snapshot import JobTiming, RingTiming, StepTiming, Timings
 
 LATEST = 0.5  # of an average
 MOST = 256  # kinds of jobs, and rings, that are remembered: the latest
@@ -70,11 +70,13 @@ def _job(old: JobTiming | None, new: JobTiming) -> JobTiming:
     )
 
 
-def _measured(old: Measured, new: Measured) -> Measured:
+def _measured(old: StepTiming, new: StepTiming) -> StepTiming:
     return replace(
         new,
         step_seconds=_average(old.step_seconds, new.step_seconds),
         decode_seconds=_known(old.decode_seconds, new.decode_seconds),
+        # What one engine has compiled the next one may find on its disk: the latest counts.
+        kernels_seconds=old.kernels_seconds if new.kernels_seconds is None else new.kernels_seconds,
         first_seconds=_known(old.first_seconds, new.first_seconds),
     )
 

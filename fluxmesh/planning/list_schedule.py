@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Worker(NamedTuple):
+class ScheduledHost(NamedTuple):
     """A host to which images are handed; workers compare by who is free first, then fastest."""
 
     free: float  # from when on
@@ -22,7 +22,7 @@ class Worker(NamedTuple):
     device: str
 
 
-def share_out(images: int, workers: Sequence[Worker]) -> tuple[tuple[int, ...], float]:
+def share_out(images: int, workers: Sequence[ScheduledHost]) -> tuple[tuple[int, ...], float]:
     """Hands images out one by one, each to whoever is free first.
 
     Gives the rank of each image, and when the last one is done.
@@ -40,10 +40,13 @@ def share_out(images: int, workers: Sequence[Worker]) -> tuple[tuple[int, ...], 
     return tuple(owners), end
 
 
-def _share_devices(images: int, workers: Sequence[Worker]) -> tuple[tuple[int, ...], float]:
+def _share_devices(images: int, workers: Sequence[ScheduledHost]) -> tuple[tuple[int, ...], float]:
     """The same where workers share devices: of n that are busy on one, each has 1/n of its time."""
     owners: list[int] = []
-    waiting, busy = sorted(workers), dict[Worker, float]()  # busy: seconds of work that are left
+    waiting, busy = (
+        sorted(workers),
+        dict[ScheduledHost, float](),
+    )  # busy: seconds of work that are left
     now = 0.0
     while len(owners) < images or busy:
         while waiting and waiting[0].free <= now and len(owners) < images:

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
-from fluxmesh.planning.candidates import Option, Options, Phase
+from fluxmesh.planning.candidates import Candidates, Option, Phase
 from fluxmesh.planning.capacity import Need
 from fluxmesh.planning.remedies import Remedy, remedies
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 
-__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Work", "plan"]
+__all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Workload", "plan"]
 
 CLOSE = 1.05  # a faster way must be faster than this to be preferred to a more exact one
 EXACTNESS = ("data", "mixed", "sequence", "tensor")
@@ -36,12 +36,22 @@ MAX_RINGS = 4  # rings, the fastest ones, that it tries
 class Plan:
     """What `plan` found. `options` holds every way: those that can be taken first, by time."""
 
-    work: Work
+    work: Workload
     options: tuple[Option, ...]
     winner: Option | None  # None where nothing that was asked for can be done
     reason: str  # why the winner won, or why there is none
     remedies: tuple[Remedy, ...] = ()  # with which there would be one
     warm: Option | None = None  # what would win, had all of them made such a request before
+
+    @property
+    def notice(self) -> str:
+        """What only the first such request takes, in a sentence, where it is worth one; else ""."""
+        winner = self.winner
+        if winner is None or winner.cold_seconds < max(COLD, COLD_PART * winner.seconds):
+            return ""
+        seconds = winner.cold_seconds
+        about = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+        return f"The first picture at this size takes about {about} s longer than the next."
 
 
 def plan(
@@ -58,7 +68,7 @@ def plan(
     `force_shard` allows those in which all hosts of a ring work on each image (`sequence` and
     `tensor`). Both still list the others.
     """
-    work = Work.of(request, model)
+    work = Workload.of(request, model)
 
     def allowed_of(options: Sequence[Option]) -> list[Option]:
         return [
@@ -68,11 +78,13 @@ def plan(
             and (not force_shard or option.name in SHARDED)
         ]
 
-    def fits(work: Work, view: MeshView) -> int | None:
-        ways = [way for way in allowed_of(list(_options(Options(work, view)))) if not way.problem]
+    def fits(work: Workload, view: MeshView) -> int | None:
+        ways = [
+            way for way in allowed_of(list(_options(Candidates(work, view)))) if not way.problem
+        ]
         return min((max(need.needed for need in way.memory) for way in ways), default=None)
 
-    found = list(_options(Options(work, view)))
+    found = list(_options(Candidates(work, view)))
     found.sort(key=lambda option: (bool(option.problem), option.seconds))
     allowed = allowed_of(found)
     usable = [option for option in allowed if not option.problem]
@@ -89,7 +101,7 @@ def plan(
     return Plan(work, tuple(found), winner, reason, helping, warm)
 
 
-def _options(options: Options) -> Iterator[Option]:
+def _options(options: Candidates) -> Iterator[Option]:
     """One of each kind and number of hosts."""
     view, images = options.view, range(options.work.images)
     if not view.hosts:
@@ -106,7 +118,7 @@ def _options(options: Options) -> Iterator[Option]:
         yield mixed
 
 
-def _mixed(options: Options, rings: Sequence[Option]) -> Option | None:
+def _mixed(options: Candidates, rings: Sequence[Option]) -> Option | None:
     """The best mixed plan: the first images by `data`, the last few on a ring."""
     images, hosts = options.work.images, len(options.view.hosts)
     lasts = {*range(1, min(images, hosts, MAX_LAST + 1)), images % hosts} - {0, images}
@@ -144,7 +156,7 @@ def _best(options: Sequence[Option], warm: float = 0.0) -> Option | None:
 def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) -> str:
     """One or two sentences about an option that can be taken."""
     if len(view.hosts) == 1:
-        return f"The mesh has one host.{_told_cold(winner)}"
+        return "The mesh has one host."
     others = [option for option in allowed if not option.problem and option is not winner]
     told = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
     if not others:
@@ -158,7 +170,6 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
             reason = f"{told}; the next best, {than}."
     if asked:
         reason = f"You asked for {asked}. {reason}"
-    reason += _told_cold(winner)
     wider = [
         option
         for option in allowed
@@ -167,18 +178,6 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
     if wider and len(winner.ranks) < len(view.hosts):
         reason += f" It can't use more hosts: {wider[-1].problem}."
     return reason
-
-
-def _told_cold(winner: Option) -> str:
-    """What only the first such request takes, where it is worth a sentence."""
-    if winner.cold_seconds < COLD or winner.cold_seconds < COLD_PART * winner.seconds:
-        return ""
-    about = (
-        f"{winner.cold_seconds:.0f}"
-        if winner.cold_seconds >= 10
-        else (f"{winner.cold_seconds:.1f}")
-    )
-    return f" The first picture at this size takes about {about} s longer than the next."
 
 
 def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from fluxmesh.cluster.snapshot import HostInfo, MeshView
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 
-Fits = Callable[[Work, MeshView], int | None]
+Fits = Callable[[Workload, MeshView], int | None]
 """The most bytes that a host needs, None where a piece of work does not fit on a view."""
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ class Remedy:
     wired_mib: int = 0  # what macOS is told to let the GPU use
 
 
-def remedies(work: Work, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
+def remedies(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     """The first change of the request that is enough, and what else would be; () if nothing is."""
     found = list(_first(_changed(work), view, fits))
     needed = fits(work, _freed(view))
@@ -47,7 +47,7 @@ def remedies(work: Work, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     return (*found, wired) if wired is not None else tuple(found)
 
 
-def for_weights(work: Work, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
+def for_weights(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     """As `remedies`, where nothing but the weights is asked for: of changes, fewer bits alone."""
     changed = ((each, how) for each, how in _changed(work) if how == Remedy(0, how.bits))
     found = list(_first(changed, view, fits))
@@ -55,7 +55,7 @@ def for_weights(work: Work, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     return (*found, wired) if wired is not None else tuple(found)
 
 
-Changed = Iterator[tuple[Work, Remedy]]
+Changed = Iterator[tuple[Workload, Remedy]]
 
 
 def _first(changed: Changed, view: MeshView, fits: Fits) -> Iterator[Remedy]:
@@ -66,7 +66,7 @@ def _first(changed: Changed, view: MeshView, fits: Fits) -> Iterator[Remedy]:
             return
 
 
-def _changed(work: Work) -> Changed:
+def _changed(work: Workload) -> Changed:
     """The work with each change, in the order in which they are tried."""
     if work.preload or work.decoding_batch_size > 1:
         work = replace(work, preload=False, decoding_batch_size=1)
@@ -93,7 +93,7 @@ def _freed(view: MeshView) -> MeshView:
     return replace(view, hosts=tuple(hosts))
 
 
-def _wired(work: Work, view: MeshView, fits: Fits) -> Remedy | None:
+def _wired(work: Workload, view: MeshView, fits: Fits) -> Remedy | None:
     """The limit of Macs' GPUs with which it fits as it is, if they have so much memory."""
     needed = fits(work, replace(view, hosts=tuple(_raised(h, math.inf) for h in view.hosts)))
     if needed is None:

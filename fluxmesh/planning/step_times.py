@@ -14,13 +14,13 @@ from dataclasses import replace
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.planning.collectives import PlainLink, compute_share, exposed_seconds, interpolated
 from fluxmesh.planning.cost import Estimate, ring_time, step_time
-from fluxmesh.planning.workload import Work, split_tokens
+from fluxmesh.planning.workload import Workload, split_tokens
 
 
 class StepTimes:
     """Steps of one request's images on one view of a mesh."""
 
-    def __init__(self, work: Work, view: MeshView) -> None:
+    def __init__(self, work: Workload, view: MeshView) -> None:
         self.work, self.view = work, view
         self.alone = {
             rank: step_time(view.timed(rank), work, view.like(rank)) for rank in view.ranks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from fluxmesh.cluster.snapshot import Placement, Platform, Weights
+from fluxmesh.cluster.snapshot import ModelVariant, Placement, Platform
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
@@ -22,8 +22,8 @@ from fluxmesh.models.flux1.config import (
     ScheduleConfig,
     T5Config,
 )
-from fluxmesh.models.flux1.partition import token_run
 from fluxmesh.models.flux1.quantization import group_size
+from fluxmesh.models.partition import token_run
 from fluxmesh.models.tiling import UNTILED_LATENTS
 from fluxmesh.planning.activations import SPLIT_STATES, STATES, WIDE_STATES, decoding_bytes
 from fluxmesh.request import DTYPE_BYTES as BYTES
@@ -78,11 +78,11 @@ class Phases(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """One request in numbers: S tokens of D channels, `steps` times, for each of `images`."""
 
     model: ModelSizes
-    weights: Weights
+    weights: ModelVariant
     images: int
     height: int  # pixels
     width: int  # pixels
@@ -92,7 +92,7 @@ class Work:
     low_memory: bool = False
 
     @classmethod
-    def of(cls, request: GenerateRequest, model: ModelSizes) -> Work:
+    def of(cls, request: GenerateRequest, model: ModelSizes) -> Workload:
         """The request with the model's defaults filled in, as the runner fills them in."""
         height = request.height or model.defaults.height
         width = request.width or model.defaults.width
@@ -104,7 +104,7 @@ class Work:
         levels = timesteps(request.steps or model.defaults.steps, 1, ScheduleConfig(), strength)
         return cls(
             model,
-            Weights.of(request, model.bits),
+            ModelVariant.of(request, model.bits),
             request.n_images,
             height,
             width,
@@ -230,7 +230,7 @@ class Work:
         return decoding_bytes(batch * pixels * widest * BYTES[self.weights.dtype], platform)
 
 
-def tensor_problem(work: Work, hosts: int) -> str:
+def tensor_problem(work: Workload, hosts: int) -> str:
     """Why `tensor` can't split this model over so many hosts; "" where it can.
 
     Heads stay whole, and so do quantization groups: matrices that are split along their columns

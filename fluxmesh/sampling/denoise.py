@@ -65,7 +65,7 @@ class Flow(Protocol):
     ) -> mx.array: ...
 
 
-class Step(NamedTuple):
+class StepState(NamedTuple):
     """Where one image stands after a step; lazy arrays, packed float32 [1, L, 4C]."""
 
     x: mx.array  # latents at the next time step
@@ -81,7 +81,7 @@ class Basis(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class DenoisePlan:
     """What every image of one request has in common."""
 
     times: list[float]  # noise levels from the first to 0.0: one more than steps
@@ -101,19 +101,19 @@ def plan(
     times: list[float],
     latent_size: tuple[int, int],
     guidance: float,
-) -> Plan:
+) -> DenoisePlan:
     """Computes modulations and rotary tables, lazily; `guidance` is for models that embed it."""
     strength = guidance if flow.config.guidance_embed else None
     rows, columns = (side // latents.PATCH for side in latent_size)
     pe = flow.rope(latents.text_positions(text.t5.shape[1]), latents.image_positions(rows, columns))
     levels = mx.array(times[:-1], dtype=mx.float32)
     modulations = flow.modulations(levels, text.clip, strength)
-    return Plan(times, text.t5.astype(flow.dtype), modulations, pe, latent_size)
+    return DenoisePlan(times, text.t5.astype(flow.dtype), modulations, pe, latent_size)
 
 
 def denoise(
     flow: Flow,
-    plan: Plan,
+    plan: DenoisePlan,
     noise: mx.array,
     *,
     source: SourceLatents | None = None,
@@ -122,8 +122,8 @@ def denoise(
     latents: mx.array | None = None,
     cache: StepCache | None = None,
     basis: Basis | None = None,
-) -> Iterator[Step]:
-    """Yields a `Step` for each of `plan.steps` steps of one image; nothing is evaluated.
+) -> Iterator[StepState]:
+    """Yields a `StepState` for each of `plan.steps` steps of one image; nothing is evaluated.
 
     `noise` is packed float32 [1, L, 4C]. With `source`, begins from its picture, noised to the
     first time step, and after every step puts back what its mask keeps. With `first`, goes on
@@ -157,7 +157,7 @@ def denoise(
         if source is not None:
             x = source.keep(x, noise, t_next)
             clean = source.keep(clean, noise, 0.0)
-        yield Step(x, clean, cache is not None and cache.reused)
+        yield StepState(x, clean, cache is not None and cache.reused)
 
 
 def _pull(guide: Guide, clean: mx.array, latent_size: tuple[int, int], step: int) -> mx.array:

@@ -28,7 +28,7 @@ FINAL = "final_adapters.safetensors"
 
 
 @dataclass(frozen=True)
-class Counters:
+class RunCounters:
     """Numbers of a run that its end depends on."""
 
     update: int  # updates done
@@ -43,7 +43,7 @@ class Counters:
 class Saved:
     """A checkpoint read back."""
 
-    counters: Counters
+    counters: RunCounters
     request: Mapping[str, Any]  # `TrainRequest.identity()`
     data: str  # `dataset.fingerprint`
     model: str  # the base checkpoint's revision
@@ -89,7 +89,7 @@ def load(path: Path) -> Saved:
         record = json.loads(header.metadata[RECORD])
         if record["format"] != FORMAT:
             raise UsageError(f"{path} was written by another version of fluxmesh; begin anew.")
-        counters = Counters(**record["counters"])
+        counters = RunCounters(**record["counters"])
         request, data, model = dict(record["request"]), str(record["data"]), str(record["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(

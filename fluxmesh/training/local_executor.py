@@ -12,12 +12,12 @@ from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.events import Loading
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.training.compute.learner import Learner
-from fluxmesh.training.data.encoding import Encoder
+from fluxmesh.training.data.encoding import DatasetEncoder
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
-from fluxmesh.training.plan import Plan, prepare
+from fluxmesh.training.plan import TrainingPlan, prepare
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.run import DivergedError, Moved, Run, read_examples
+from fluxmesh.training.run import DivergedError, Run, UpdateResult, read_examples
 
 __all__ = ["DivergedError", "train"]
 
@@ -36,21 +36,21 @@ def train(
             request.model, dtype=request.dtype, bits=request.bits, on_loading=on_loading
         )
         plan = prepare(request, examples, pipeline.checkpoint)
-        yield from Run(plan, pipeline.checkpoint, Alone(pipeline, plan)).events()
+        yield from Run(plan, pipeline.checkpoint, LocalExecutor(pipeline, plan)).events()
 
 
-class Alone:
-    """This process as the whole crew of a run."""
+class LocalExecutor:
+    """This process as the whole executor of a run."""
 
-    def __init__(self, pipeline: FluxPipeline, plan: Plan) -> None:
+    def __init__(self, pipeline: FluxPipeline, plan: TrainingPlan) -> None:
         request = plan.request
         folder = Path(request.cache_dir) if request.cache_dir else default_folder()
         self.plan, self.pipeline = plan, pipeline
-        self.encoder = Encoder(
+        self.encoder = DatasetEncoder(
             pipeline, FeatureCache(folder), plan.examples, plan.sizes, request.seed
         )
         self._learner: Learner | None = None
-        self._last: tuple[int, Moved] | None = None  # update, and what it did
+        self._last: tuple[int, UpdateResult] | None = None  # update, and what it did
 
     @property
     def learner(self) -> Learner:
@@ -70,14 +70,14 @@ class Alone:
         if update:
             self._learner.restore(update, vectors)
 
-    def advance(self, update: int) -> Moved:
+    def advance(self, update: int) -> UpdateResult:
         mx.reset_peak_memory()
         numbers = self.plan.request.micro_batches(update)
         moved = self.learner.advance(self.learner.total(numbers, len(numbers)))
         self._last = (update, moved)
         return moved
 
-    def halt(self) -> Moved | None:
+    def halt(self) -> UpdateResult | None:
         if self._last is None or self._last[0] + 1 != self.update:
             return None
         return self._last[1]

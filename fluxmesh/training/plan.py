@@ -38,7 +38,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a run trains on."""
 
     request: TrainRequest
@@ -103,7 +103,9 @@ class Plan:
         return dict(sorted(Counter(self.sizes[image] for image in self.trained).items()))
 
 
-def prepare(request: TrainRequest, examples: Sequence[Example], checkpoint: Checkpoint) -> Plan:
+def prepare(
+    request: TrainRequest, examples: Sequence[Example], checkpoint: Checkpoint
+) -> TrainingPlan:
     """Raises `UsageError` where nothing would be left to train on, or a size does not divide."""
     downsampling = checkpoint.autoencoder.downsampling
     multiple = PATCH * downsampling
@@ -144,7 +146,7 @@ def prepare(request: TrainRequest, examples: Sequence[Example], checkpoint: Chec
         )
 
     picture_size = request.resolution or bucket_of((1, 1), buckets(area, multiple))
-    return Plan(
+    return TrainingPlan(
         request=request,
         examples=examples,
         sizes=sizes,

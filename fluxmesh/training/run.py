@@ -1,9 +1,9 @@
 """The run: data set to adapter, a generator of events, whoever computes. No mlx.
 
-A `Crew` does the work: the learner of this process (`local_executor.py`), or the engines of a mesh.
-Here is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and closing the
-generator, leave a checkpoint of the last whole update; a loss that is no number, or that explodes,
-ends the run with the last good checkpoint untouched.
+An `Executor` does the work: the learner of this process (`local_executor.py`), or the engines of a
+mesh. Here is what does not depend on that: the loop, what is due when, the files. Ctrl-C, and
+closing the generator, leave a checkpoint of the last whole update; a loss that is no number, or
+that explodes, ends the run with the last good checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.storage.atomic import replaced_file
 from fluxmesh.storage.safetensors import make_folder
 from fluxmesh.training import checkpoint
-from fluxmesh.training.checkpoint import Counters
+from fluxmesh.training.checkpoint import RunCounters
 from fluxmesh.training.compute.lr_schedule import warmup_updates
-from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.data.dataset import Example, load_dataset
 from fluxmesh.training.events import (
     CheckpointSaved,
@@ -35,7 +35,7 @@ from fluxmesh.training.events import (
     Updated,
     Validated,
 )
-from fluxmesh.training.plan import Plan
+from fluxmesh.training.plan import TrainingPlan
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights.checkpoint import Checkpoint
 
@@ -49,7 +49,7 @@ class DivergedError(FluxmeshError):
 
 
 @dataclass(frozen=True)
-class Moved:
+class UpdateResult:
     """What an update did."""
 
     loss: float  # mean over its images
@@ -60,7 +60,7 @@ class Moved:
     peak_bytes: int = 0  # on the host that needed most
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Who computes a run."""
 
     def encode(self) -> Iterator[TrainEvent]:
@@ -69,10 +69,10 @@ class Crew(Protocol):
     def open(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
         """Begins (`update` 0), or goes on from a checkpoint's vectors."""
 
-    def advance(self, update: int) -> Moved:
+    def advance(self, update: int) -> UpdateResult:
         """Does update `update`, counted from 0: they come one after another."""
 
-    def halt(self) -> Moved | None:
+    def halt(self) -> UpdateResult | None:
         """After a call was interrupted: lets go. What the last update that came to its end did,
         also where nobody was told; None if that isn't known."""
 
@@ -110,13 +110,13 @@ def read_examples(request: TrainRequest) -> list[Example]:
 class Run:
     """A training, from what it began with or was left at, to its end."""
 
-    def __init__(self, plan: Plan, base: Checkpoint, crew: Crew) -> None:
+    def __init__(self, plan: TrainingPlan, base: Checkpoint, executor: Executor) -> None:
         """Checks that a resume finds what the run began with. Computes nothing."""
         self.request: TrainRequest = plan.request
-        self.plan, self.base, self.crew = plan, base, crew
-        self.layout = Layout(base.transformer, plan.request)
+        self.plan, self.base, self.executor = plan, base, executor
+        self.layout = VectorLayout(base.transformer, plan.request)
         self.folder = Path(self.request.output_dir)
-        self.counters = Counters(0, 0)
+        self.counters = RunCounters(0, 0)
         self.saved_at: int | None = None
         self.begin = checkpoint.latest(self.folder) if self.request.resume else None
         if self.begin is not None:
@@ -125,10 +125,12 @@ class Run:
             self.saved_at = self.begin.counters.iteration
 
     def events(self) -> Iterator[TrainEvent]:
-        """Runs it. Raises `DivergedError`, `CancelledError` on Ctrl-C, and what the crew raises."""
-        yield from self.crew.encode()
+        """Runs it. Raises `DivergedError`, `CancelledError` on Ctrl-C, and what the executor
+        raises.
+        """
+        yield from self.executor.encode()
         vectors = {} if self.begin is None else self.begin.vectors
-        self.crew.open(self.counters.update, vectors)
+        self.executor.open(self.counters.update, vectors)
         yield self._prepared()
         try:
             yield from self._loop()
@@ -165,7 +167,7 @@ class Run:
             yield self._paint()
         for update in range(self.counters.update, request.updates):
             start = time.perf_counter()
-            moved = self.crew.advance(update)
+            moved = self.executor.advance(update)
             before, now = self.counters.iteration, request.micro_batches(update).stop
             self._count(moved)
             yield Updated(
@@ -186,14 +188,14 @@ class Run:
 
     def _paint(self) -> Progress:
         steps = self.request.progress_steps or self.base.defaults.steps
-        return Progress(self.counters.iteration, steps, self.crew.paint())
+        return Progress(self.counters.iteration, steps, self.executor.paint())
 
     def _due(self, every: int, before: int) -> bool:
         """Whether a multiple of `every` iterations, or the end, was reached since `before`."""
         now = self.counters.iteration
         return now // every > before // every or now == self.request.iterations
 
-    def _count(self, moved: Moved) -> None:
+    def _count(self, moved: UpdateResult) -> None:
         """Raises `DivergedError` where the update's loss says that nothing good will follow."""
         counters = self.counters
         iteration = self.request.micro_batches(counters.update).stop
@@ -228,7 +230,7 @@ class Run:
         """Measures on what was held out, and remembers the best."""
         if not self.plan.held_out:
             return
-        loss = self.crew.validate()
+        loss = self.executor.validate()
         best = self.counters.best_loss is None or loss < self.counters.best_loss
         if best:
             self.counters = replace(
@@ -240,17 +242,17 @@ class Run:
 
     def _leave(self) -> None:
         """Saves the last whole update, as far as it was counted."""
-        last = self.crew.halt()
-        if last is not None and self.crew.update == self.counters.update + 1:
+        last = self.executor.halt()
+        if last is not None and self.executor.update == self.counters.update + 1:
             self._count(last)  # it was stopped before it heard of it
-        if self.crew.update == self.counters.update:  # else the state is lost, or not known
+        if self.executor.update == self.counters.update:  # else the state is lost, or not known
             self._save()
 
     def _save(self) -> CheckpointSaved:
         """The adapter, then the state that makes it a checkpoint; then the old ones go."""
         iteration = self.counters.iteration
         path = checkpoint.adapters_path(self.folder, iteration)
-        vectors = self.crew.vectors()
+        vectors = self.executor.vectors()
         self._write(vectors, path)
         checkpoint.save(
             self.folder,
@@ -269,7 +271,7 @@ class Run:
 
     def _finish(self) -> Finished:
         path = self.folder / checkpoint.FINAL
-        self._write(self.crew.vectors(), path)
+        self._write(self.executor.vectors(), path)
         return Finished(path)
 
     def _write(self, vectors: Mapping[str, np.ndarray], path: Path) -> None:

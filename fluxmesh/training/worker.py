@@ -18,10 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.engine import device_memory
-from fluxmesh.engine.residency import Options, Stopped
+from fluxmesh.engine.residency import Stopped, WorkerOptions
 from fluxmesh.engine.worker import Reports, Worker, from_wire
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training.compute import exact_sum
 from fluxmesh.training.compute.learner import Learner
@@ -38,14 +38,14 @@ from fluxmesh.wire.training_messages import (
     GiveVectors,
     HeldOut,
     MakeRoom,
-    Moved,
     Opened,
     OpenTraining,
-    Painted,
     PaintProgress,
+    ProgressPainted,
     PutFeatures,
     PutVector,
     Update,
+    UpdateDone,
     Validate,
     VectorPart,
 )
@@ -88,7 +88,7 @@ class Given:
 class TrainingWorker(Worker):
     """Paints and trains."""
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: WorkerOptions | None = None) -> None:
         super().__init__(options)
         self._learner: Learner | None = None
         self._given = Given()
@@ -180,7 +180,7 @@ class TrainingWorker(Worker):
                 learner.restore(work.update, vectors)
             self._learner = learner
         device_memory.free_cache()
-        yield Opened(work.job, work.epoch, learner.adapters.size, self.content)
+        yield Opened(work.job, work.ring_generation, learner.adapters.size, self.content)
 
     def _update(self, work: Update) -> Reports:
         learner = self.learner
@@ -200,7 +200,7 @@ class TrainingWorker(Worker):
                 start = time.perf_counter()
                 self.options.pause("step")
                 total = learner.add(total, number, work.parts)
-                yield Computed(work.job, work.epoch, number, time.perf_counter() - start)
+                yield Computed(work.job, work.ring_generation, number, time.perf_counter() - start)
             if is_stopped or self.options.stopping():
                 total = total.at[-exact_sum.TAIL].add(mx.array(STOPPED, dtype=mx.int64))
             mx.eval(total)
@@ -213,9 +213,9 @@ class TrainingWorker(Worker):
                 return
             self.count(steps=1)
             peak = self.meter.now("training")
-        yield Moved(
+        yield UpdateDone(
             work.job,
-            work.epoch,
+            work.ring_generation,
             work.update + 1,
             moved.loss if math.isfinite(moved.loss) else 0.0,
             moved.norm if math.isfinite(moved.norm) else 0.0,
@@ -238,25 +238,25 @@ class TrainingWorker(Worker):
                 piece = vector[offset : offset + PIECE]
                 is_last = name == last and offset + PIECE >= len(vector)
                 place = (learner.state.update, name, offset, len(vector), is_last)
-                yield VectorPart(work.job, work.epoch, *place, piece)
+                yield VectorPart(work.job, work.ring_generation, *place, piece)
 
     def _validate(self, work: Validate) -> Reports:
         self.doing = "measuring on what was held out"
         self._begin("validating")
         with self.meter.phase("training"):
             loss = self.learner.validate()
-        yield HeldOut(work.job, work.epoch, loss if math.isfinite(loss) else NO_LOSS)
+        yield HeldOut(work.job, work.ring_generation, loss if math.isfinite(loss) else NO_LOSS)
 
     def _paint_progress(self, work: PaintProgress) -> Reports:
         self.doing = "painting the progress prompt"
         self._begin("painting")
         with self.meter.phase("training"):
             pixels = self.learner.paint()
-        yield Painted(work.job, work.epoch, pixels)
+        yield ProgressPainted(work.job, work.ring_generation, pixels)
 
     def _close_training(self, work: CloseTraining) -> Reports:
         self.end_job()
-        yield Closed(work.job, work.epoch)
+        yield Closed(work.job, work.ring_generation)
 
     def _go_on(self) -> None:
         if self.options.stopping():

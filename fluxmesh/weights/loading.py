@@ -20,15 +20,16 @@ import numpy as np
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
-from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
+from fluxmesh.models.flux1.partition import check, cuts
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.slicing import hold_shard
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part, is_part
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut, Shard
 from fluxmesh.weights.checkpoint import Checkpoint
-from fluxmesh.weights.reader import Reader, tables, verify
+from fluxmesh.weights.reader import ComponentReader, tables, verify
 from fluxmesh.weights.zero_copy import filled
 
 __all__ = [
@@ -66,7 +67,7 @@ def load_transformer(
     shard = shard or Shard()
     config = checkpoint.transformer
     check(config, shard.size, bool(bits or checkpoint.bits))
-    reader = Reader(checkpoint, "transformer")
+    reader = ComponentReader(checkpoint, "transformer")
     wanted = functools.partial(is_part, part)
     flux = _load(Flux(config), reader, dtype, bits, on_bytes, cuts(config, shard), wanted)
     if part == "blocks":
@@ -85,7 +86,7 @@ def load_t5(
 ) -> T5Encoder:
     """The T5 encoder, evaluated. Arguments and errors as in `load_transformer`."""
     model = T5Encoder(checkpoint.t5)
-    return _load(model, Reader(checkpoint, "text_encoder_2"), dtype, bits, on_bytes)
+    return _load(model, ComponentReader(checkpoint, "text_encoder_2"), dtype, bits, on_bytes)
 
 
 def load_clip(
@@ -96,7 +97,7 @@ def load_clip(
 ) -> ClipTextModel:
     """The CLIP text encoder, evaluated. Arguments and errors as in `load_transformer`."""
     model = ClipTextModel(checkpoint.clip)
-    return _load(model, Reader(checkpoint, "text_encoder"), dtype, bits, on_bytes)
+    return _load(model, ComponentReader(checkpoint, "text_encoder"), dtype, bits, on_bytes)
 
 
 def load_autoencoder(
@@ -104,7 +105,11 @@ def load_autoencoder(
 ) -> AutoEncoder:
     """The autoencoder, evaluated; never quantized. Errors as in `load_transformer`."""
     return _load(
-        AutoEncoder(checkpoint.autoencoder), Reader(checkpoint, "vae"), dtype, None, on_bytes
+        AutoEncoder(checkpoint.autoencoder),
+        ComponentReader(checkpoint, "vae"),
+        dtype,
+        None,
+        on_bytes,
     )
 
 
@@ -131,7 +136,7 @@ def load_tokenizers(checkpoint: Checkpoint) -> tuple[ClipTokenizer, T5Tokenizer]
 
 
 def read_rows(
-    reader: Reader,
+    reader: ComponentReader,
     name: str,
     dtype: mx.Dtype | None = None,
     start: int = 0,
@@ -147,7 +152,9 @@ def read_rows(
     return _read(reader, name, spans, shape[1:], dtype)
 
 
-def read_part(reader: Reader, name: str, cut: Cut, dtype: mx.Dtype | None = None) -> mx.array:
+def read_part(
+    reader: ComponentReader, name: str, cut: Cut, dtype: mx.Dtype | None = None
+) -> mx.array:
     """The part of a linear's tensor `name` that is `cut` from its module, as `read_rows` gives it.
 
     Rows are read span by span. Columns are picked out of blocks of rows as these come, so that the
@@ -174,7 +181,7 @@ def read_part(reader: Reader, name: str, cut: Cut, dtype: mx.Dtype | None = None
 
 
 def _read(
-    reader: Reader,
+    reader: ComponentReader,
     name: str,
     spans: tuple[tuple[int, int], ...],
     row: tuple[int, ...],
@@ -198,7 +205,7 @@ def _as_dtype(array: mx.array, stored: str, dtype: mx.Dtype | None) -> mx.array:
 
 
 def tensors(
-    reader: Reader,
+    reader: ComponentReader,
     dtype: mx.Dtype,
     bits: int | None,
     on_bytes: OnBytes | None = None,
@@ -245,7 +252,7 @@ def tensors(
 
 def _load(
     model: Any,
-    reader: Reader,
+    reader: ComponentReader,
     dtype: mx.Dtype,
     bits: int | None,
     on_bytes: OnBytes | None,
@@ -275,7 +282,7 @@ def _load(
     return model
 
 
-def _quantize_modules(model: Any, reader: Reader, bits: int) -> None:
+def _quantize_modules(model: Any, reader: ComponentReader, bits: int) -> None:
     """Puts `nn.QuantizedLinear` where a matrix will be quantized; nothing is computed."""
     for name, target in tables(reader.checkpoint)[reader.component].items():
         group = group_size(reader.component, name, target.shape)

@@ -19,7 +19,7 @@ from fluxmesh.request import BITS
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
 from fluxmesh.weights.loading import tensors
-from fluxmesh.weights.reader import Reader, verify
+from fluxmesh.weights.reader import ComponentReader, verify
 from fluxmesh.weights.writer import (
     SHARD_BYTES,
     config_of,
@@ -63,7 +63,7 @@ def _write(
     before = 0
     for component in COMPONENTS:
         (folder / component).mkdir()
-        reader = Reader(source, component)
+        reader = ComponentReader(source, component)
         done = before
 
         def tell(read: int, _of: int, start: int = done) -> None:
@@ -76,7 +76,7 @@ def _write(
 
 
 def _write_component(
-    reader: Reader, folder: Path, bits: int, on_bytes: Callable[[int, int], None]
+    reader: ComponentReader, folder: Path, bits: int, on_bytes: Callable[[int, int], None]
 ) -> None:
     """Files of about SHARD_BYTES, each written as soon as it is full, and their index."""
     weight_map: dict[str, str] = {}

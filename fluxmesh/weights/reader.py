@@ -1,8 +1,9 @@
 """A checkpoint's four models as tables of stored tensors, checked before a byte of them is read.
 
-`Reader` joins a component's files with the table of what its model holds (`tensor_maps.py`): it
-says which tensor is missing or of the wrong shape, and reads any rows of any tensor, however the
-file splits it. Imports no mlx, so that a coordinator can check a checkpoint too.
+`ComponentReader` joins a component's files with the table of what its model holds
+(`tensor_maps.py`): it says which tensor is missing or of the wrong shape, and reads any rows of any
+tensor, however the file splits it. Imports no mlx, so that a coordinator can check a checkpoint
+too.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def quantized_table(component: str, tensors: Tensors, bits: int) -> Tensors:
             ("biases", columns // group),
         ):
             key = f"{module}.{leaf}"
-            out[key] = tensor_maps.Target((rows, width), (Rows(key, 0, rows),))
+            out[key] = tensor_maps.ModelTensor((rows, width), (Rows(key, 0, rows),))
     return out
 
 
-class Reader:
+class ComponentReader:
     """Reads one component of a checkpoint by the model's own names."""
 
     def __init__(self, checkpoint: Checkpoint, component: str) -> None:
@@ -137,7 +138,7 @@ class Reader:
             total += entry.nbytes * piece.count // max(entry.shape[0], 1)
         return total
 
-    def _check(self, name: str, target: tensor_maps.Target) -> None:
+    def _check(self, name: str, target: tensor_maps.ModelTensor) -> None:
         is_packed = bool(self.checkpoint.bits) and f"{name.removesuffix('.weight')}.scales" in (
             self.targets
         )
@@ -172,7 +173,7 @@ class Reader:
         return str(files[0]) if len(files) == 1 else str(files[0].parent)
 
 
-def _rows_by_key(target: tensor_maps.Target) -> dict[str, int]:
+def _rows_by_key(target: tensor_maps.ModelTensor) -> dict[str, int]:
     """Rows that each tensor of the file must have: no target leaves any row of it unused."""
     ends: dict[str, int] = {}
     for piece in target.pieces:
@@ -187,7 +188,7 @@ def verify(checkpoint: Checkpoint) -> None:
     of the wrong shape or dtype.
     """
     for component in COMPONENTS:
-        Reader(checkpoint, component)
+        ComponentReader(checkpoint, component)
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:

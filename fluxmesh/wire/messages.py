@@ -9,8 +9,10 @@ transports carry them. A field of type `np.ndarray` travels as a frame of its ow
 Every request of a coordinator gets one answer (`Answer`s below; `Refused` where it can't be done),
 matched by the `seq` of the envelope. Reports come by themselves, between the answers. What changes
 a host (`Changing`) carries the `fence` of the sender's lease, and an agent refuses an old one.
-Work carries `job` and `epoch`; reports repeat them, so that what is left over from another job or
-epoch is recognised and dropped.
+Work carries `job` and `ring_generation`; reports repeat them, so that what is left over from
+another job or ring is recognised and dropped. A ring cannot be rebuilt inside a process: each
+change of its members ends all engines and begins a new generation, with fresh ports and a fresh
+nonce.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ import numpy as np
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     Holding,
-    Measured,
+    ModelVariant,
     Platform,
     StepShape,
-    Weights,
+    StepTiming,
 )
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
@@ -75,7 +77,7 @@ class AskLogs(Message):
 
 @dataclass(frozen=True)
 class AskLease(Message):
-    """Answered by `Done`; then `Queued` reports until `Granted`.
+    """Answered by `Done`; then `LeaseQueued` reports until `Granted`.
 
     `seconds` is how long the job may take, for those who wait behind it.
     """
@@ -120,7 +122,7 @@ class Keep(Message):
     with a broken ring, or died. None: nothing.
     """
 
-    weights: Weights | None
+    weights: ModelVariant | None
     shards: int = 1
     shard: int = 0
     components: tuple[str, ...] = ()  # as in `Load`
@@ -133,7 +135,7 @@ class NoteSize(Message):
     One that holds the weights gets ready for them once it has nothing to do. Answered by `Done`.
     """
 
-    weights: Weights
+    weights: ModelVariant
     height: int  # pixels
     width: int
 
@@ -184,7 +186,7 @@ class HasFile(Changing):
 class Kill(Changing):
     """SIGKILLs the engine, whatever it does. Answered by `Done` when it is gone."""
 
-    epoch: int  # the epoch that begins now; older reports are dropped
+    ring_generation: int  # begins now; older reports are dropped
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Join(Changing):
     Answered by `Done` at once, and reported by `Joined` or `Failed`. `size` 1 means no ring.
     """
 
-    epoch: int
+    ring_generation: int
     rank: int  # in the ring
     size: int
     backend: str = "ring"
@@ -218,17 +220,17 @@ class Work(Changing):
     """
 
     job: str
-    epoch: int
+    ring_generation: int
 
 
 @dataclass(frozen=True)
 class Load(Work):
     """Makes the engine hold a transformer, whole or a shard of it, and `components` beside it.
 
-    What it holds of other weights leaves first. Reported by `Progress` and `Loaded`.
+    What it holds of other weights leaves first. Reported by `LoadProgress` and `Loaded`.
     """
 
-    weights: Weights  # adapters by hash: AdapterRef(sha256, scale)
+    weights: ModelVariant  # adapters by hash: AdapterRef(sha256, scale)
     shards: int = 1
     shard: int = 0
     components: tuple[str, ...] = ()  # of "text encoders", "transformer", "autoencoder"
@@ -237,9 +239,9 @@ class Load(Work):
 
 @dataclass(frozen=True)
 class Encode(Work):
-    """Runs the text encoders. Reported by `Encoded`."""
+    """Runs the text encoders. Reported by `TextEncoded`."""
 
-    weights: Weights
+    weights: ModelVariant
     prompt: str = field(repr=False)  # a log that names a message names no prompt
     t5_padding: bool = True
     stay: bool = True  # whether the encoders may stay in memory afterwards
@@ -249,7 +251,7 @@ class Encode(Work):
 class EncodeSource(Work):
     """Encodes the picture to begin from. Reported by `SourceEncoded`."""
 
-    weights: Weights
+    weights: ModelVariant
     pixels: np.ndarray = field(repr=False, compare=False)  # uint8 [height, width, 3]
 
 
@@ -261,7 +263,7 @@ class Paint(Work):
     rank 0 the latents.
     """
 
-    weights: Weights
+    weights: ModelVariant
     placement: Literal["data", "sequence", "tensor"]
     image: int  # counted from 0
     height: int  # pixels
@@ -274,7 +276,7 @@ class Paint(Work):
     strength: float  # of `source`; 1.0 without one
     latents: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C] after `first` steps
     noise: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C]
-    t5: np.ndarray = field(repr=False, compare=False)  # as `Encoded` gave it
+    t5: np.ndarray = field(repr=False, compare=False)  # as `TextEncoded` gave it
     clip: np.ndarray = field(repr=False, compare=False)
     source: np.ndarray | None = field(default=None, repr=False, compare=False)  # float32 [1, L, 4C]
     mask: np.ndarray | None = field(
@@ -291,7 +293,7 @@ class Paint(Work):
 class Decode(Work):
     """Latents to pictures, all in one batch. Reported by a `Pictured` for each."""
 
-    weights: Weights
+    weights: ModelVariant
     images: tuple[int, ...]
     height: int  # pixels
     width: int
@@ -300,9 +302,12 @@ class Decode(Work):
 
 @dataclass(frozen=True)
 class Measure(Work):
-    """Times a step and a decode, alone or with the ring, and warm. Reported by `Timed`."""
+    """Times a step and a decode, alone or with the ring, after a trial picture (`Warm`).
 
-    weights: Weights
+    Reported by `Timed`.
+    """
+
+    weights: ModelVariant
     height: int  # pixels
     width: int
     placement: Literal["data", "sequence", "tensor"] = "data"
@@ -315,7 +320,7 @@ class Warm(Work):
     What is compiled or allocated at the first picture of a size then is. Reported by `Warmed`.
     """
 
-    weights: Weights
+    weights: ModelVariant
     height: int  # pixels
     width: int
     placement: Literal["data", "sequence", "tensor"] = "data"
@@ -360,7 +365,7 @@ class Welcome(Message):
 
 
 @dataclass(frozen=True)
-class Counters(Message):
+class EngineCounters(Message):
     """What an engine has done since it started, as it counted itself."""
 
     images: int = 0  # denoised to the end
@@ -387,22 +392,11 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """How an engine has made a step since it holds its weights: the next such one finds its kernels
-    compiled."""
-
-    placement: Literal["data", "sequence", "tensor"]
-    hosts: int  # of the ring; 1 for `data`
-    height: int  # pixels
-    width: int
-
-
-@dataclass(frozen=True)
 class Status(Message):
     """One host at one moment."""
 
     state: State
-    epoch: int
+    ring_generation: int
     pid: int
     engine_pid: int | None
     name: str  # of the machine
@@ -416,8 +410,8 @@ class Status(Message):
     flops_per_second: float
     clock: float  # seconds since 1970
     holds: Holding | None
-    measured: tuple[Measured, ...]
-    counters: Counters
+    measured: tuple[StepTiming, ...]
+    counters: EngineCounters
     holder: str  # client that holds the lease, or ""
     job: str  # that runs here, or holds the lease with nothing to do here now; or ""
     waiting: int  # coordinators in line
@@ -430,8 +424,7 @@ class Status(Message):
     pressure: str = ""  # "warning" or "critical": the machine is short of memory
     loading: Reading | None = None  # what its engine reads now
     components: tuple[str, ...] = ()  # that are in memory: `holds` tells of which weights
-    compiled: tuple[Compiled, ...] = ()
-    warm: tuple[StepShape, ...] = ()  # steps whose kernels its engine has compiled
+    compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of, the latest one last
 
 
 @dataclass(frozen=True)
@@ -464,7 +457,7 @@ class Report(Message):
 
 
 @dataclass(frozen=True)
-class Queued(Report):
+class LeaseQueued(Report):
     """Who waits: `place` 1 is next; `seconds` until the lease is free, as far as is known."""
 
     place: int
@@ -473,10 +466,11 @@ class Queued(Report):
 
 @dataclass(frozen=True)
 class Granted(Report):
-    """The lease is the receiver's; `epoch` is the agent's latest, `status` how it stands now."""
+    """The lease is the receiver's; `ring_generation` is the agent's latest, `status` how it
+    stands now."""
 
     fence: int
-    epoch: int
+    ring_generation: int
     status: Status
 
 
@@ -489,7 +483,7 @@ class Lost(Report):
 
 @dataclass(frozen=True)
 class Joined(Report):
-    epoch: int
+    ring_generation: int
     rank: int
 
 
@@ -500,7 +494,7 @@ PEER_LATE = "PeerLate"  # a `Failed` of a ring: a GPU's watchdog ended what wait
 class Failed(Report):
     """The engine ended, or could not do its work. `fatal`: it is gone, and all that it held."""
 
-    epoch: int
+    ring_generation: int
     job: str
     # A class of fluxmesh.errors; "Raised": the engine ended itself over an exception, as those do
     # whose neighbour in a ring is gone; PEER_LATE; "Died": something else ended it.
@@ -510,11 +504,11 @@ class Failed(Report):
 
 
 @dataclass(frozen=True)
-class Progress(Report):
+class LoadProgress(Report):
     """Bytes of a component read so far."""
 
     job: str
-    epoch: int
+    ring_generation: int
     component: str
     done_bytes: int
     total_bytes: int
@@ -529,22 +523,22 @@ class Beat(Report):
     an image, decoding."""
 
     job: str
-    epoch: int
+    ring_generation: int
     doing: str
 
 
 @dataclass(frozen=True)
 class Loaded(Report):
     job: str
-    epoch: int
+    ring_generation: int
     holding: Holding
     seconds: float
 
 
 @dataclass(frozen=True)
-class Encoded(Report):
+class TextEncoded(Report):
     job: str
-    epoch: int
+    ring_generation: int
     seconds: float
     cached: bool
     peak_bytes: int
@@ -556,7 +550,7 @@ class Encoded(Report):
 @dataclass(frozen=True)
 class SourceEncoded(Report):
     job: str
-    epoch: int
+    ring_generation: int
     latents: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C]
 
 
@@ -565,7 +559,7 @@ class Stepped(Report):
     """A step is done and evaluated; `latents` from rank 0 of a ring alone, and from `data`."""
 
     job: str
-    epoch: int
+    ring_generation: int
     image: int
     step: int  # steps done, from 1
     seconds: float
@@ -578,7 +572,7 @@ class Stepped(Report):
 @dataclass(frozen=True)
 class Pictured(Report):
     job: str
-    epoch: int
+    ring_generation: int
     image: int
     seconds: float
     peak_bytes: int
@@ -588,14 +582,14 @@ class Pictured(Report):
 @dataclass(frozen=True)
 class Timed(Report):
     job: str
-    epoch: int
-    measured: Measured
+    ring_generation: int
+    measured: StepTiming
 
 
 @dataclass(frozen=True)
 class Warmed(Report):
     job: str
-    epoch: int
+    ring_generation: int
     seconds: float
 
 
@@ -604,7 +598,7 @@ class RingTimed(Report):
     """What `MeasureRing` found, the same on all ranks; times are those of the slowest one."""
 
     job: str
-    epoch: int
+    ring_generation: int
     gathers: tuple[CollectiveTime, ...]
     sums: tuple[CollectiveTime, ...]
     hidden: float  # part of a gather that passes while products run beside it, 0 to 1
@@ -615,7 +609,7 @@ class Cancelled(Report):
     """The engine has let go of a job's work, and is ready for more."""
 
     job: str
-    epoch: int
+    ring_generation: int
 
 
 # Between an agent and its engine alone
@@ -642,8 +636,7 @@ class Account(Message):
 
     is_over: bool
     holds: Holding | None
-    counters: Counters
+    counters: EngineCounters
     load_rate: float  # bytes/s of the last load; 0 before one
     components: tuple[str, ...] = ()
-    compiled: tuple[Compiled, ...] = ()
-    warm: tuple[StepShape, ...] = ()  # steps that it has made since its weights were read
+    compiled: tuple[StepShape, ...] = ()  # what it has made steps of, the latest one last

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire.messages import Report, Work
 
 STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to stop
@@ -22,7 +22,7 @@ STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to st
 class MakeRoom(Work):
     """The transformer leaves where it and the encoders don't fit together. Reports nothing."""
 
-    weights: Weights
+    weights: ModelVariant
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OpenTraining(Work):
     `request` is a `TrainRequest` as JSON, in which a caption is its number, as everywhere here.
     """
 
-    weights: Weights
+    weights: ModelVariant
     request: str = field(repr=False)
     update: int  # updates that the state has behind it; 0 begins anew
     sizes: np.ndarray = field(repr=False, compare=False)  # int32 [examples, 2], pixels
@@ -71,8 +71,8 @@ class DropFeatures(Work):
 class Update(Work):
     """One update: this rank's micro-batches, the sum over the ring, and the move.
 
-    Reported by a `Computed` for each micro-batch, and `Moved`. One that is cancelled ends on all
-    ranks without a move and without a report, or on none.
+    Reported by a `Computed` for each micro-batch, and `UpdateDone`. One that is cancelled ends on
+    all ranks without a move and without a report, or on none.
     """
 
     update: int  # counted from 0
@@ -93,7 +93,7 @@ class Validate(Work):
 
 @dataclass(frozen=True)
 class PaintProgress(Work):
-    """Paints the progress prompt. Reported by `Painted`."""
+    """Paints the progress prompt. Reported by `ProgressPainted`."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class CloseTraining(Work):
 @dataclass(frozen=True)
 class Opened(Report):
     job: str
-    epoch: int
+    ring_generation: int
     trained: int  # numbers
     content: str  # `Checkpoint.content` of the files that the transformer came from
 
@@ -117,17 +117,17 @@ class Computed(Report):
     """The gradient of a micro-batch is evaluated."""
 
     job: str
-    epoch: int
+    ring_generation: int
     number: int
     seconds: float
 
 
 @dataclass(frozen=True)
-class Moved(Report):
+class UpdateDone(Report):
     """An update is done, on all ranks alike. Loss and norm are 0 where `bad` is not."""
 
     job: str
-    epoch: int
+    ring_generation: int
     update: int  # done, this one included
     loss: float
     norm: float
@@ -141,7 +141,7 @@ class Moved(Report):
 @dataclass(frozen=True)
 class VectorPart(Report):
     job: str
-    epoch: int
+    ring_generation: int
     update: int  # that the state has behind it
     vector: str
     offset: int
@@ -155,18 +155,18 @@ class HeldOut(Report):
     """The mean loss on what was held out."""
 
     job: str
-    epoch: int
+    ring_generation: int
     loss: float
 
 
 @dataclass(frozen=True)
-class Painted(Report):
+class ProgressPainted(Report):
     job: str
-    epoch: int
+    ring_generation: int
     pixels: np.ndarray = field(repr=False, compare=False)  # uint8 [height, width, 3]
 
 
 @dataclass(frozen=True)
 class Closed(Report):
     job: str
-    epoch: int
+    ring_generation: int

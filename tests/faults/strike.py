@@ -27,7 +27,7 @@ from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.checkpoints import make_checkpoint
@@ -146,7 +146,7 @@ class Log:
 def watched() -> Iterator[Log]:
     """Looks on while coordinators of this process work."""
     log = Log()
-    acknowledge, post = ImageTable.acknowledge, Client.post
+    acknowledge, post = ImageTable.acknowledge, AgentClient.post
 
     def acknowledged(self: ImageTable, index: int, step: int, *rest: Any, **more: Any) -> bool:
         is_news = acknowledge(self, index, step, *rest, **more)
@@ -155,7 +155,7 @@ def watched() -> Iterator[Log]:
         log.reached[index] = max(step, log.reached.get(index, 0))
         return is_news
 
-    async def posted(self: Client, message: messages.Message) -> Any:
+    async def posted(self: AgentClient, message: messages.Message) -> Any:
         if isinstance(message, messages.Paint):
             reached = log.reached.get(message.image, 0)
             if message.first < reached:
@@ -164,7 +164,7 @@ def watched() -> Iterator[Log]:
 
     with (
         mock.patch.object(ImageTable, "acknowledge", acknowledged),
-        mock.patch.object(Client, "post", posted),
+        mock.patch.object(AgentClient, "post", posted),
     ):
         yield log
 
@@ -225,7 +225,7 @@ def heal(up: Up, mesh: Mesh, placement: Placement, *, cold: bool = False) -> Non
         assert warm.error is None, warm.error
         return
     # Nothing is to be loaded before the job asks for it.
-    mesh._run(mesh._driver.tell({rank: messages.Keep(None) for rank in range(hosts)}))
+    mesh._run(mesh._pool.tell({rank: messages.Keep(None) for rank in range(hosts)}))
     for rank in range(hosts):
         pid = up.status(mesh, rank).engine_pid
         if pid is not None:

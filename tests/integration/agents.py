@@ -20,7 +20,7 @@ import pytest
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.rendezvous import joining
-from fluxmesh.cluster.snapshot import HostInfo, Weights
+from fluxmesh.cluster.snapshot import HostInfo, ModelVariant
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.storage.keys import Keys
 from fluxmesh.version import __version__
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Agent:
+class AgentProcess:
     """A process, and what it said when it listened."""
 
     process: subprocess.Popen[bytes]
@@ -64,7 +64,7 @@ def agent(
     user: Keys | None = None,
     envs: Mapping[str, str] | None = None,
     ephemeral: bool = True,
-) -> Iterator[Agent]:
+) -> Iterator[AgentProcess]:
     """An agent at a free port of loopback, gone at the end."""
     user = user or Keys.new()
     environment = {
@@ -84,7 +84,7 @@ def agent(
         process.stdin.write(json.dumps(told).encode() + b"\n")
         process.stdin.flush()
         said = json.loads(process.stdout.readline())
-        yield Agent(process, state, said["endpoint"], said["public_key"], said["boot"], user)
+        yield AgentProcess(process, state, said["endpoint"], said["public_key"], said["boot"], user)
     finally:
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -103,7 +103,7 @@ class Coordinator:
 
     def __init__(self, connection: DialledConnection, client: str) -> None:
         self.connection, self.client = connection, client
-        self.fence = self.epoch = 0
+        self.fence = self.ring_generation = 0
         self.heard: list[Message] = []  # all reports but heartbeats
         self.beats = 0  # heartbeats of the agent
         self._read = 0
@@ -153,14 +153,14 @@ class Coordinator:
         return answer
 
     async def lease(self, job: str = "job") -> None:
-        """Waits for the lease; work goes on from the agent's epoch."""
+        """Waits for the lease; work goes on from the agent's ring generation."""
         await self.done(messages.AskLease(job, 1.0))
         granted = await self.until(messages.Granted)
-        self.fence, self.epoch = granted.fence, granted.epoch
+        self.fence, self.ring_generation = granted.fence, granted.ring_generation
 
     def head(self, job: str = "job") -> tuple[int, str, int]:
         """What all work begins with."""
-        return self.fence, job, self.epoch
+        return self.fence, job, self.ring_generation
 
     async def listen(self) -> None:
         while True:
@@ -177,7 +177,7 @@ class Coordinator:
 
 @asynccontextmanager
 async def coordinator(
-    host: Agent, *, beats: bool = True, client: str = ""
+    host: AgentProcess, *, beats: bool = True, client: str = ""
 ) -> AsyncIterator[Coordinator]:
     """Connects and says hello; `beats` False falls silent after that."""
     dialer = CurveDialer(host.user)
@@ -217,15 +217,17 @@ def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "host_info", apart)
 
 
-async def encode(one: Coordinator, weights: Weights, prompt: str = "a cat") -> messages.Encoded:
+async def encode(
+    one: Coordinator, weights: ModelVariant, prompt: str = "a cat"
+) -> messages.TextEncoded:
     await one.done(messages.Encode(*one.head(), weights, prompt))
-    return await one.until(messages.Encoded)
+    return await one.until(messages.TextEncoded)
 
 
 def painting(
     one: Coordinator,
-    weights: Weights,
-    text: messages.Encoded,
+    weights: ModelVariant,
+    text: messages.TextEncoded,
     *,
     placement: Any = "data",
     seed: int = 7,
@@ -260,27 +262,27 @@ def painting(
     )
 
 
-async def join_ring(ones: list[Coordinator], epoch: int) -> None:
+async def join_ring(ones: list[Coordinator], ring_generation: int) -> None:
     """All of them form a ring on loopback, in their order."""
     ports: list[tuple[int, ...]] = []
     for one in ones:
         answer = await one.ask(messages.AskPorts(one.fence, "127.0.0.1"))
         assert isinstance(answer, messages.Ports), answer
         ports.append(answer.ports)
-    for one, join in zip(ones, joins_of(ones, epoch, ports), strict=True):
-        one.epoch = epoch
+    for one, join in zip(ones, joins_of(ones, ring_generation, ports), strict=True):
+        one.ring_generation = ring_generation
         await one.done(join)
     for one in ones:
         await one.until(messages.Joined)
 
 
 def joins_of(
-    ones: list[Coordinator], epoch: int, ports: list[tuple[int, ...]]
+    ones: list[Coordinator], ring_generation: int, ports: list[tuple[int, ...]]
 ) -> list[messages.Join]:
     """What the ranks of one ring on loopback are told."""
     size, nonce = len(ones), secrets.token_bytes(32)
     hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(size)]
     return [
-        messages.Join(one.fence, epoch, rank, size, "ring", told.envs, told.files, nonce)
+        messages.Join(one.fence, ring_generation, rank, size, "ring", told.envs, told.files, nonce)
         for rank, (one, told) in enumerate(zip(ones, joining("ring", hosts, ports), strict=True))
     ]

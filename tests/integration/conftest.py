@@ -15,11 +15,11 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 
-Run = Callable[..., "Finished"]
+Run = Callable[..., "FinishedProcess"]
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedProcess:
     """A command that has ended."""
 
     code: int
@@ -66,7 +66,7 @@ def fluxmesh(tmp_path: Path, home: Path) -> Run:
 
     def run(
         *arguments: object, stdin: str | bytes = b"", timeout: float = 100, **more: Any
-    ) -> Finished:
+    ) -> FinishedProcess:
         done = subprocess.run(
             [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)],
             input=stdin.encode() if isinstance(stdin, str) else stdin,
@@ -77,6 +77,6 @@ def fluxmesh(tmp_path: Path, home: Path) -> Run:
             check=False,
             **more,
         )
-        return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
+        return FinishedProcess(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from fluxmesh.cluster.snapshot import StepShape, Weights
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
 from fluxmesh.request import AdapterRef, GenerateRequest
@@ -26,18 +27,26 @@ from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, Load, Measure
 from tests.checkpoints import make_checkpoint, write_safetensors
-from tests.integration.agents import Agent, Coordinator, agent, coordinator, encode, painting, play
+from tests.integration.agents import (
+    AgentProcess,
+    Coordinator,
+    agent,
+    coordinator,
+    encode,
+    painting,
+    play,
+)
 
 GONE = 10.0  # seconds within which what should end has ended
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
+    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
 
 
 @pytest.fixture
-def host(tmp_path: Path, weights: Weights) -> Iterator[Agent]:
+def host(tmp_path: Path, weights: ModelVariant) -> Iterator[AgentProcess]:
     with agent(tmp_path / "agent", "--root", weights.model) as running:
         yield running
 
@@ -72,7 +81,9 @@ async def failed(one: Coordinator, seconds: float = GONE) -> messages.Failed:
     raise AssertionError(f"nothing failed: {one.heard}")
 
 
-def test_an_image_by_way_of_an_agent_is_that_of_this_process(host: Agent, weights: Weights) -> None:
+def test_an_image_by_way_of_an_agent_is_that_of_this_process(
+    host: AgentProcess, weights: ModelVariant
+) -> None:
     async def scene() -> np.ndarray:
         async with coordinator(host) as one:
             await one.lease()
@@ -85,7 +96,7 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(host: Agent, weight
             await one.done(Decode(*one.head(), weights, (0,), 32, 32, step.latents))
             picture = (await one.until(messages.Pictured)).pixels
             status = await one.status()
-            assert (status.state, status.job, status.epoch) == ("ready", "job", 0)
+            assert (status.state, status.job, status.ring_generation) == ("ready", "job", 0)
             counted = status.counters
             assert (counted.images, counted.steps, counted.encodes, counted.decodes) == (1, 3, 1, 1)
             assert counted.sent_bytes == 0
@@ -102,7 +113,7 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(host: Agent, weight
     assert np.array_equal(play(scene()), alone[0])
 
 
-def test_status_says_what_the_host_is_before_anything_is_loaded(host: Agent) -> None:
+def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProcess) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
             status = await one.status()
@@ -121,7 +132,7 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: Agent) -> 
 
 
 def test_a_host_says_no_more_memory_than_its_owner_allows(tmp_path: Path) -> None:
-    async def scene(host: Agent) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host) as one:
             assert (await one.status()).memory_bytes == 1 << 30
 
@@ -130,17 +141,17 @@ def test_a_host_says_no_more_memory_than_its_owner_allows(tmp_path: Path) -> Non
 
 
 def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     broken = make_checkpoint(tmp_path / "broken").path
     file = next((broken / "transformer").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1000])
 
-    async def scene(host: Agent) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host) as one:
             await one.lease()
             engine = await engine_of(one)
-            await one.done(Load(*one.head(), Weights(str(broken))))
+            await one.done(Load(*one.head(), ModelVariant(str(broken))))
             report = await failed(one)
             assert (report.kind, report.fatal, report.job) == ("WeightsError", False, "job")
             assert file.name in report.text
@@ -152,7 +163,7 @@ def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
         play(scene(host))
 
 
-def test_a_step_and_a_decode_are_measured(host: Agent, weights: Weights) -> None:
+def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVariant) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
@@ -162,20 +173,27 @@ def test_a_step_and_a_decode_are_measured(host: Agent, weights: Weights) -> None
             assert measured == (timed.measured,)
             assert measured[0].decode_seconds is not None
             assert 0 < measured[0].step_seconds < 10
-            assert measured[0].first_seconds is not None  # nothing was compiled before
+            assert measured[0].kernels_seconds is not None  # nothing was compiled before
+            assert measured[0].first_seconds is None
             assert abs(measured[0].when - time.time()) < 60
-            assert (await one.status()).warm == (StepShape("data", 32, 32),)
+            made = StepShape.of(weights, "data", 1, 32, 32)
+            assert (await one.status()).compiled == (made,)
             await one.done(Measure(*one.head(), weights, 32, 32))
             again = (await one.until(messages.Timed)).measured
-            assert again.first_seconds is None and again.when > measured[0].when
+            assert again.kernels_seconds is None and again.when > measured[0].when
+            (kept,) = (await one.status()).measured  # what nobody will measure again
+            assert kept == replace(again, kernels_seconds=measured[0].kernels_seconds)
+            await one.done(Measure(*one.head(), weights, 32, 48))
+            other = (await one.until(messages.Timed)).measured
+            assert other.kernels_seconds is None and other.first_seconds is not None
             await one.done(messages.Kill(one.fence, one.head()[2] + 1))
-            assert (await one.status()).warm == ()
+            assert (await one.status()).compiled == ()
 
     play(scene())
 
 
 def test_an_adapter_is_sent_once_and_changes_the_image(
-    host: Agent, weights: Weights, tmp_path: Path
+    host: AgentProcess, weights: ModelVariant, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(1)
     low = {"lora_down": (4, 64), "lora_up": (64, 4)}
@@ -188,7 +206,7 @@ def test_an_adapter_is_sent_once_and_changes_the_image(
     write_safetensors(tmp_path / "adapter.safetensors", arrays)
     data = np.frombuffer((tmp_path / "adapter.safetensors").read_bytes(), np.uint8)
     sha = hashlib.sha256(data).hexdigest()
-    adapted = Weights(weights.model, "float32", adapters=(AdapterRef(sha),))
+    adapted = ModelVariant(weights.model, "float32", adapters=(AdapterRef(sha),))
 
     async def scene() -> None:
         async with coordinator(host) as one:
@@ -211,14 +229,14 @@ def test_an_adapter_is_sent_once_and_changes_the_image(
 
 
 def test_a_model_outside_of_the_roots_is_refused_and_the_engine_lives(
-    host: Agent, weights: Weights
+    host: AgentProcess, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
             engine = await engine_of(one)
             for name in ("/etc", str(host.state), "../.."):
-                await one.done(Load(*one.head(), Weights(name)))
+                await one.done(Load(*one.head(), ModelVariant(name)))
                 report = await failed(one)
                 assert (report.kind, report.fatal) == ("ModelNotFoundError", False)
             await encode(one, weights)
@@ -229,9 +247,9 @@ def test_a_model_outside_of_the_roots_is_refused_and_the_engine_lives(
 
 @pytest.mark.parametrize("moment", ["load", "encode", "step", "decode"])
 def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
-    tmp_path: Path, weights: Weights, moment: str
+    tmp_path: Path, weights: ModelVariant, moment: str
 ) -> None:
-    async def scene(host: Agent) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host) as one:
             await one.lease()
             text = await encode(one, weights)
@@ -254,7 +272,7 @@ def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
             status = await one.status()
             assert (status.state, status.engine_pid, status.holds) == ("failed", None, None)
             await one.done(work)  # the same agent starts another
-            ends = (messages.Loaded, messages.Encoded, messages.Stepped, messages.Pictured)
+            ends = (messages.Loaded, messages.TextEncoded, messages.Stepped, messages.Pictured)
             kind = dict(zip(("load", "encode", "step", "decode"), ends, strict=True))[moment]
             await one.until(kind)
             assert await engine_of(one) != engine
@@ -265,7 +283,7 @@ def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
 
 
 def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_it(
-    host: Agent, weights: Weights
+    host: AgentProcess, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
@@ -282,18 +300,18 @@ def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_i
             assert one.heard == []
             assert one.beats >= beats + 2
             assert (await one.status()).state == "busy"
-            await one.done(messages.Kill(one.fence, one.epoch + 1))
+            await one.done(messages.Kill(one.fence, one.ring_generation + 1))
             assert not is_running(engine)
-            one.epoch += 1
+            one.ring_generation += 1
             one._read = 0
             await one.done(painting(one, weights, text))
-            assert (await one.until(messages.Stepped)).epoch == one.epoch
+            assert (await one.until(messages.Stepped)).ring_generation == one.ring_generation
 
     play(scene())
 
 
-def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: Weights) -> None:
-    async def scene(host: Agent) -> None:
+def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVariant) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host) as one:
             await one.lease()
             text = await encode(one, weights)
@@ -313,7 +331,9 @@ def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: Weights) ->
         play(scene(host))
 
 
-def test_cancel_stops_at_the_next_step_and_drops_what_waits(host: Agent, weights: Weights) -> None:
+def test_cancel_stops_at_the_next_step_and_drops_what_waits(
+    host: AgentProcess, weights: ModelVariant
+) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
@@ -338,7 +358,7 @@ def test_cancel_stops_at_the_next_step_and_drops_what_waits(host: Agent, weights
     play(scene())
 
 
-def test_who_has_no_lease_changes_nothing(host: Agent, weights: Weights) -> None:
+def test_who_has_no_lease_changes_nothing(host: AgentProcess, weights: ModelVariant) -> None:
     async def scene() -> None:
         async with coordinator(host) as one, coordinator(host) as other:
             await one.lease()
@@ -354,7 +374,7 @@ def test_who_has_no_lease_changes_nothing(host: Agent, weights: Weights) -> None
 
 
 def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
-    host: Agent, weights: Weights
+    host: AgentProcess, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
@@ -362,22 +382,22 @@ def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
             work = Encode(*one.head(), weights, "a cat")
             for _ in range(5):
                 assert await one.repeat(work, 1000) == messages.Done()
-            await one.until(messages.Encoded)
+            await one.until(messages.TextEncoded)
             assert (await one.status()).counters.encodes == 1
-            assert sum(isinstance(report, messages.Encoded) for report in one.heard) == 1
+            assert sum(isinstance(report, messages.TextEncoded) for report in one.heard) == 1
 
     play(scene())
 
 
 @pytest.mark.alone
 def test_the_second_waits_sees_its_place_and_gets_the_lease_when_the_first_leaves(
-    host: Agent,
+    host: AgentProcess,
 ) -> None:
     async def scene() -> None:
         async with coordinator(host) as one, coordinator(host) as other:
             await one.lease()
             await other.done(messages.AskLease("mine", 1.0))
-            queued = await other.until(messages.Queued)
+            queued = await other.until(messages.LeaseQueued)
             assert queued.place == 1
             assert (await one.status()).waiting == 1
             start = time.monotonic()
@@ -390,7 +410,7 @@ def test_the_second_waits_sees_its_place_and_gets_the_lease_when_the_first_leave
 
 
 def test_a_coordinator_whose_connection_breaks_comes_back_to_its_lease(
-    host: Agent, weights: Weights
+    host: AgentProcess, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with coordinator(host, client="me") as one:
@@ -410,9 +430,9 @@ def test_a_coordinator_whose_connection_breaks_comes_back_to_its_lease(
 
 
 def test_a_coordinator_that_falls_silent_loses_the_host_and_its_work_stops(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
-    async def scene(host: Agent) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host, beats=False) as one, coordinator(host) as other:
             await one.lease()
             text = await encode(one, weights)
@@ -432,9 +452,9 @@ def test_a_coordinator_that_falls_silent_loses_the_host_and_its_work_stops(
 
 
 def test_an_engine_that_does_not_let_go_of_a_lost_coordinators_work_is_ended(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
-    async def scene(host: Agent) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host, beats=False) as one, coordinator(host) as other:
             await one.lease()
             text = await encode(one, weights)
@@ -446,14 +466,14 @@ def test_an_engine_that_does_not_let_go_of_a_lost_coordinators_work_is_ended(
             await other.lease("mine")
             assert time.monotonic() - silent < 10.0
             assert not is_running(engine)
-            assert other.epoch == one.epoch + 1
+            assert other.ring_generation == one.ring_generation + 1
             await encode(other, weights)
 
     with agent(tmp_path, "--root", weights.model) as host:
         play(scene(host))
 
 
-def test_an_engine_ends_when_its_agent_is_killed(host: Agent, weights: Weights) -> None:
+def test_an_engine_ends_when_its_agent_is_killed(host: AgentProcess, weights: ModelVariant) -> None:
     async def scene() -> int:
         async with coordinator(host) as one:
             await one.lease()
@@ -468,9 +488,9 @@ def test_an_engine_ends_when_its_agent_is_killed(host: Agent, weights: Weights) 
 
 
 def test_an_agent_that_starts_again_ends_the_engine_that_was_left_behind(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
-    async def engine(host: Agent) -> int:
+    async def engine(host: AgentProcess) -> int:
         async with coordinator(host) as one:
             return await engine_of(one)
 
@@ -502,7 +522,7 @@ def test_another_process_with_the_orphans_number_is_left_alone(tmp_path: Path) -
             stranger.kill()
 
 
-def test_an_ephemeral_agent_ends_with_its_stdin_and_leaves_no_process(host: Agent) -> None:
+def test_an_ephemeral_agent_ends_with_its_stdin_and_leaves_no_process(host: AgentProcess) -> None:
     async def engine() -> int:
         async with coordinator(host) as one:
             return await engine_of(one)
@@ -515,7 +535,7 @@ def test_an_ephemeral_agent_ends_with_its_stdin_and_leaves_no_process(host: Agen
 
 
 def test_shutting_down_is_answered_and_leaves_no_process(tmp_path: Path) -> None:
-    async def scene(host: Agent) -> int:
+    async def scene(host: AgentProcess) -> int:
         async with coordinator(host) as one:
             engine = await engine_of(one)
             await one.done(messages.ShutDown())
@@ -527,7 +547,7 @@ def test_shutting_down_is_answered_and_leaves_no_process(tmp_path: Path) -> None
         assert not is_running(engine)
 
 
-def test_one_state_folder_has_one_agent(host: Agent) -> None:
+def test_one_state_folder_has_one_agent(host: AgentProcess) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fluxmesh_agent", "run", "--state", str(host.state)],
         capture_output=True,
@@ -540,7 +560,7 @@ def test_one_state_folder_has_one_agent(host: Agent) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_another_version_is_refused_and_nothing_works_before_hello(host: Agent) -> None:
+def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentProcess) -> None:
     async def scene() -> None:
         async with coordinator(host) as one:
             answer = await one.ask(messages.Hello("again", "0.0.0"))
@@ -559,7 +579,7 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: Agent) 
     play(scene())
 
 
-def test_the_log_names_no_prompt(host: Agent, weights: Weights) -> None:
+def test_the_log_names_no_prompt(host: AgentProcess, weights: ModelVariant) -> None:
     async def scene() -> tuple[str, ...]:
         async with coordinator(host) as one:
             await one.lease()

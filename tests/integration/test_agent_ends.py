@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import read_record, started_at
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Load
-from tests.integration.agents import Agent, coordinator, play
+from tests.integration.agents import AgentProcess, coordinator, play
 from tests.paths import ROOT
 
 GONE = 15.0  # seconds within which it must have ended, on a machine that others use
@@ -67,13 +67,13 @@ class Life:
         self.process.stdin.write(json.dumps(told).encode() + b"\n")
         self.process.stdin.flush()
 
-    def listens(self) -> Agent:
+    def listens(self) -> AgentProcess:
         """Gives it its keys, and waits until it listens."""
         self.tell()
         assert self.process.stdout is not None
         said = json.loads(self.process.stdout.readline())
         place = (said["endpoint"], said["public_key"], said["boot"])
-        return Agent(self.process, self.home.folder, *place, self.user)
+        return AgentProcess(self.process, self.home.folder, *place, self.user)
 
     def ends(self, *, signals: int = 1) -> None:
         """SIGTERM, and what must be so after that."""
@@ -141,8 +141,8 @@ def test_an_agent_ends_whose_engine_loads_for_a_coordinator(tmp_path: Path) -> N
         async def scene() -> None:
             async with coordinator(host) as user:
                 await user.lease()
-                await user.done(Load(*user.head(), Weights("tiny", "float32")))
-                await user.until(messages.Progress)
+                await user.done(Load(*user.head(), ModelVariant("tiny", "float32")))
+                await user.until(messages.LoadProgress)
                 one.ends()
 
         play(scene())

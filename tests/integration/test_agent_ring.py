@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire import messages
@@ -33,13 +33,13 @@ from tests.integration.agents import (
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("ring")).path), "float32")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
+    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("ring")).path), "float32")
 
 
 @asynccontextmanager
 async def mesh(
-    folder: Path, weights: Weights, count: int = 2, **envs: str
+    folder: Path, weights: ModelVariant, count: int = 2, **envs: str
 ) -> AsyncIterator[list[Coordinator]]:
     user = Keys.new()
     async with AsyncExitStack() as stack:
@@ -66,7 +66,7 @@ async def paint(ones: list[Coordinator], works: list[Paint]) -> list[messages.St
 
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_low_memory_in_a_ring_paints_the_same_and_holds_less(
-    tmp_path: Path, weights: Weights, placement: str
+    tmp_path: Path, weights: ModelVariant, placement: str
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights) as ones:
@@ -101,7 +101,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_two_engines_paint_in_a_ring_what_one_paints(
-    tmp_path: Path, weights: Weights, shards: int
+    tmp_path: Path, weights: ModelVariant, shards: int
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights) as ones:
@@ -159,7 +159,7 @@ def test_shards_with_an_adapter_and_quantized_ones_paint_what_the_whole_paints(
     write_safetensors(tmp_path / "adapter.safetensors", arrays)
     data = np.frombuffer((tmp_path / "adapter.safetensors").read_bytes(), np.uint8)
     sha = hashlib.sha256(data).hexdigest()
-    adapted = Weights(str(made.path), "float32", bits, (AdapterRef(sha, 0.5),), fuse)
+    adapted = ModelVariant(str(made.path), "float32", bits, (AdapterRef(sha, 0.5),), fuse)
 
     async def scene() -> None:
         async with mesh(tmp_path, adapted) as ones:
@@ -181,11 +181,11 @@ def test_shards_with_an_adapter_and_quantized_ones_paint_what_the_whole_paints(
 
 
 def test_a_shard_is_a_shard_in_the_engine_and_while_it_loads(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights) as ones:
-            counted: dict[tuple[int, int], messages.Counters] = {}
+            counted: dict[tuple[int, int], messages.EngineCounters] = {}
             for shards in (1, 2):
                 for shard, one in enumerate(ones):
                     part = shard if shards > 1 else 0
@@ -205,7 +205,7 @@ def test_a_shard_is_a_shard_in_the_engine_and_while_it_loads(
 
 
 def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.15") as ones:
@@ -238,7 +238,7 @@ def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
 
 
 def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.1") as ones:
@@ -284,8 +284,8 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
     play(scene())
 
 
-def test_a_stranger_on_the_rings_port_ends_the_epoch_and_fresh_ports_form_another(
-    tmp_path: Path, weights: Weights
+def test_a_stranger_on_the_rings_port_ends_the_ring_generation_and_fresh_ports_form_another(
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights) as ones:
@@ -326,24 +326,26 @@ async def knock(port: int) -> asyncio.StreamWriter:
 
 
 def test_engines_time_their_ring_alike_within_the_time_they_have(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     """A cancelled one takes part too: the others would wait for it in a collective."""
 
     async def scene() -> None:
         async with mesh(tmp_path, weights, 3) as ones:
             await join_ring(ones, 1)
-            epoch = ones[0].head()[2]
+            ring_generation = ones[0].head()[2]
             for one in reversed(ones):  # the first one comes last, and all others wait for it
                 for job in ("job", "cancelled"):
-                    await one.done(messages.MeasureRing(one.fence, job, epoch, seconds=0.5))
+                    await one.done(
+                        messages.MeasureRing(one.fence, job, ring_generation, seconds=0.5)
+                    )
                 if one is ones[1]:
                     await one.done(messages.Cancel(one.fence, "cancelled"))
             for _ in range(2):
                 found = [await one.until(messages.RingTimed) for one in ones]
                 assert found[0] == found[1] == found[2]
             timed = found[0]
-            assert (timed.job, timed.epoch) == ("cancelled", 1)
+            assert (timed.job, timed.ring_generation) == ("cancelled", 1)
             for table in (timed.gathers, timed.sums):
                 sizes = [point.nbytes for point in table]
                 assert sizes[0] == 4096 and sizes == sorted(sizes)

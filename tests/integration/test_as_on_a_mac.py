@@ -17,7 +17,7 @@ import pytest
 
 from tests.allocation import BYTES
 from tests.faults import mesh
-from tests.integration.conftest import Finished, environment
+from tests.integration.conftest import FinishedProcess, environment
 from tests.paths import ROOT, python_path
 from tests.processes import commands_of
 
@@ -178,7 +178,7 @@ def test_a_mesh_comes_up_paints_and_goes_down_as_on_a_mac(tmp_path: Path, checkp
             *("generate", "x", "--model", checkpoint, "--placement", "sequence", "--n-images", 2),
             *("--dtype", "float32", "--steps", 2, "--seed", 1, "--json", "-o", tmp_path / "x.png"),
         )
-        lines = Finished(0, painted.stdout, painted.stderr)
+        lines = FinishedProcess(0, painted.stdout, painted.stderr)
         assert lines.of("planned")[0]["hosts"] == [0, 1]
         assert {line["host"] for line in lines.of("picture")} == {0, 1}
         assert (tmp_path / "x.png").stat().st_size > 0

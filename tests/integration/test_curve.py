@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from fluxmesh.storage.keys import Keys
-from fluxmesh.wire.messages import Done, Heartbeat, Queued, Stepped
+from fluxmesh.wire.messages import Done, Heartbeat, LeaseQueued, Stepped
 from fluxmesh.wire.transport import listener as listening
 from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
 from fluxmesh.wire.transport.dialer import CurveDialer
 from fluxmesh.wire.transport.listener import CurveListener
 from tests.messages import same, samples
-from tests.wire import Middle, echo, run, wire
+from tests.wire import MiddleBox, echo, run, wire
 
 
 def test_messages_of_every_type_pass_in_order_both_ways(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_only_the_address_that_was_named_is_bound(tmp_path: Path) -> None:
 def test_a_peer_that_falls_silent_is_gone_within_six_seconds(tmp_path: Path) -> None:
     async def main() -> None:
         async with wire(tmp_path) as made:
-            middle = await Middle.before(made.port)
+            middle = await MiddleBox.before(made.port)
             near, far = await made.pair(middle.address)
             middle.passing.clear()  # as a stopped process or a cut cable: open, and silent
             clock = asyncio.get_running_loop().time
@@ -254,7 +254,7 @@ def test_a_coordinator_that_floods_is_put_out_and_the_others_stay(
             good = await made.pair()
             with pytest.raises(ConnectionClosed):
                 for place in range(20_000):
-                    await near.send(Queued(place, 0.0))
+                    await near.send(LeaseQueued(place, 0.0))
             await echo(*good)
             assert far.box.ended and len(far.box) <= 1024
             assert "anna at 127.0.0.1 floods" in caplog.text
@@ -270,12 +270,12 @@ def test_slow_reading_by_a_coordinator_loses_nothing(tmp_path: Path) -> None:
 
             async def report() -> None:
                 for place in range(count):
-                    await far.send(Queued(place, 0.0))
+                    await far.send(LeaseQueued(place, 0.0))
 
             sending = asyncio.create_task(report())
             await asyncio.sleep(0.3)
             found = [await near.receive() for _ in range(count)]
-            assert found == [(0, Queued(place, 0.0)) for place in range(count)]
+            assert found == [(0, LeaseQueued(place, 0.0)) for place in range(count)]
             await sending
 
     run(main())

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.worker import Worker
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
@@ -30,8 +30,8 @@ GB = 10**9
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
+    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_decode_that_is_held_back_takes_half_the_memory_and_gives_the_same_bit
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_unit_that_computes_pixels_or_steps_is_held_back(
-    weights: Weights, limits: list[int], platform: Any, monkeypatch: pytest.MonkeyPatch
+    weights: ModelVariant, limits: list[int], platform: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on(platform, monkeypatch)
     before, worker = mx.get_memory_limit(), Worker()

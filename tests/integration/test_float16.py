@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.adapters.formats import LowRank, write_adapter
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import UsageError, WeightsError
@@ -21,10 +21,10 @@ from fluxmesh.kernels import ops
 from fluxmesh.models.flux1 import layers, transformer
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import AdapterRef
 from fluxmesh.sampling.denoise import denoise
@@ -32,11 +32,11 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights import hub, loading
 from tests.checkpoints import AUTOENCODER, T5, make_checkpoint
 from tests.integration.test_worker import latents, painting
-from tests.parallel.cases import ODD, Case, noise_of, plan_of, random_flux
+from tests.parallel.cases import ODD, ParallelCase, noise_of, plan_of, random_flux
 
 LARGEST = 65504  # of float16
 GROWS = 300.0
-CASE = Case("float16", "one", steps=2)
+CASE = ParallelCase("float16", "one", steps=2)
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
@@ -299,7 +299,7 @@ def adapter_file(stored: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     "kind", ["plain", "quantized", "low memory", "adapted", "fused", "quantized, fused"]
 )
 def test_an_engine_paints_in_float16(kind: str, stored: str, adapter_file: str) -> None:
-    given = Weights(stored, "float32", 4 if "quantized" in kind else None)
+    given = ModelVariant(stored, "float32", 4 if "quantized" in kind else None)
     if kind != "plain" and ("adapted" in kind or "fused" in kind):
         given = replace(
             given, adapters=(AdapterRef(adapter_file, 0.5),), fuse_adapters="fused" in kind

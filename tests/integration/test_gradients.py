@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from fluxmesh.models.flux1 import layers
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.training.compute import custom_gradients, gradient_memory
-from fluxmesh.training.compute.lora_layers import Adapters
+from fluxmesh.training.compute.lora_layers import TrainedLoras
 from fluxmesh.training.compute.loss import Batch, loss_and_gradient
 from fluxmesh.training.request import TrainRequest
 from tests.checkpoints import TRANSFORMER
@@ -110,7 +110,7 @@ def peak(singles: int, checkpoint: bool) -> float:
     )
     flux = Flux(config)
     flux.update(tree_map(lambda x: 0.05 * drawn(*x.shape, seed=1), flux.parameters()))
-    adapters = Adapters(flux, TrainRequest("data", 1, lora_rank=2))
+    adapters = TrainedLoras(flux, TrainRequest("data", 1, lora_rank=2))
     batch = Batch(
         drawn(1, SIDE * SIDE, config.in_channels, seed=2),
         drawn(1, SIDE * SIDE, config.in_channels, seed=3),

@@ -18,7 +18,7 @@ from fluxmesh.wire.messages import Heartbeat, Refused
 from fluxmesh.wire.protocol import Frame, decode, encode
 from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
 from tests.messages import forged
-from tests.wire import Middle, Wire, echo, run, wire
+from tests.wire import MiddleBox, Wire, echo, run, wire
 
 # What a peer with CURVE sends first: signature, version 3.1, mechanism, as a client.
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + b"\0" + bytes(31)
@@ -159,7 +159,7 @@ def test_what_the_gate_can_not_check_is_refused_and_the_gate_goes_on(
 def test_a_replayed_hello_opens_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with wire(tmp_path) as made:
-            middle = await Middle.before(made.port)
+            middle = await MiddleBox.before(made.port)
             near, far = await made.pair(middle.address)
             await echo(near, far)
             heard = bytes(middle.heard)
@@ -319,7 +319,7 @@ def test_a_users_frame_of_four_gigabytes_ends_that_connection_alone(
         async with wire(tmp_path) as made:
             before = peak_bytes()
             good = await made.pair()
-            middle = await Middle.before(made.port)
+            middle = await MiddleBox.before(made.port)
             _, far = await made.pair(middle.address)
             assert middle.to_agent is not None
             middle.to_agent.write(header + bytes(1 << 16))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine.reference import Runner
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
@@ -26,14 +26,14 @@ PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "agent", "coordinator"
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    return Weights(str(make_checkpoint(tmp_path_factory.mktemp("late")).path), "float32")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
+    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("late")).path), "float32")
 
 
 # Of the first step, and in the middle of the second one.
 @pytest.mark.parametrize(("placement", "call"), [("tensor", 5), ("sequence", 11)])
 def test_a_ring_on_metal_goes_on_when_a_peer_comes_8_seconds_late(
-    tmp_path: Path, weights: Weights, placement: str, call: int
+    tmp_path: Path, weights: ModelVariant, placement: str, call: int
 ) -> None:
     async def scene() -> None:
         assert LATE > LIMIT
@@ -57,7 +57,7 @@ def test_a_ring_on_metal_goes_on_when_a_peer_comes_8_seconds_late(
 
 
 def test_an_engine_whose_gpu_waited_for_a_late_peer_says_so(
-    tmp_path: Path, weights: Weights
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
         async with mesh(tmp_path, weights, **Metal("graph", 11, LATE).envs(PATHS)) as ones:

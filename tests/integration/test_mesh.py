@@ -77,7 +77,7 @@ def pictures(told: list[events.Event]) -> list[np.ndarray]:
     return [found[k] for k in sorted(found)]
 
 
-def counters(mesh: Mesh) -> list[messages.Counters]:
+def counters(mesh: Mesh) -> list[messages.EngineCounters]:
     found = list(mesh.status().values())
     assert all(isinstance(one, messages.Status) for one in found), found
     return [one.counters for one in found if isinstance(one, messages.Status)]
@@ -97,8 +97,12 @@ def test_every_placement_gives_the_pictures_of_one_host(
             made = {event.placement for event in told if isinstance(event, events.Picture)}
             assert made == {placement}
         assert [one.steps for one in counters(mesh)] == [18, 18]
-        epochs = {one.epoch for one in mesh.status().values() if isinstance(one, messages.Status)}
-        assert epochs == {1}  # one ring served both
+        generations = {
+            one.ring_generation
+            for one in mesh.status().values()
+            if isinstance(one, messages.Status)
+        }
+        assert generations == {1}  # one ring served both
         # Both have loaded now, and are slow: neither can have done it all before the other began.
         before = [one.images for one in counters(mesh)]
         shared = pictures(list(mesh.generate(request, "data")))

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from fluxmesh import Mesh, events
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.weights import hub
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from tests.integration.agents import agent
 from tests.integration.test_mesh import record_of
 
@@ -33,16 +33,16 @@ def peaks(folder: Path, hosts: int, placement: Any, *options: str) -> dict[int, 
         ]
         mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
         found: dict[int, int] = {}
-        report = Client.report
+        report = AgentClient.report
 
-        async def spy(self: Client) -> messages.Report:
+        async def spy(self: AgentClient) -> messages.Report:
             told = await report(self)
             if isinstance(told, messages.Stepped):
                 found[self.member.rank] = max(told.peak_bytes, found.get(self.member.rank, 0))
             return told
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Client, "report", spy)
+            patch.setattr(AgentClient, "report", spy)
             told = list(mesh.generate(REQUEST, placement))
         assert any(isinstance(event, events.Picture) for event in told)
         held = [one.holds for one in mesh.status().values() if isinstance(one, messages.Status)]
@@ -51,7 +51,7 @@ def peaks(folder: Path, hosts: int, placement: Any, *options: str) -> dict[int, 
 
 
 def test_each_rank_of_a_sharded_mesh_stays_within_its_share_of_memory(tmp_path: Path) -> None:
-    work = Work.of(REQUEST, ModelSizes.of(hub.resolve("tiny")))
+    work = Workload.of(REQUEST, ModelSizes.of(hub.resolve("tiny")))
     (whole,) = peaks(tmp_path / "whole", 1, "data").values()
     needs = [max(work.memory("tensor", HOSTS, shards)) for shards in (1, HOSTS)]
     cap = str(sum(needs) // 2)  # bytes: less than all of it needs, more than a share of it does

@@ -89,7 +89,7 @@ def test_what_products_hide_of_a_gather_is_told(
         parts = clock.values()
         return max(parts) if hides else sum(parts)
 
-    class Counting(Slow):
+    class CountingRing(Slow):
         def gather(self, x: mx.array) -> mx.array:
             clock["gathers"] += 0.004
             return x
@@ -98,7 +98,7 @@ def test_what_products_hide_of_a_gather_is_told(
         clock["products"] += 0.004 * sum(one.ndim == 2 for one in arrays)
 
     monkeypatch.setattr(ring_probe._Watch, "time", elapsed)
-    ranks = Counting(1e11)
+    ranks = CountingRing(1e11)
     watch = ring_probe._Watch(ranks, 2.0)  # type: ignore[arg-type]
     table = (ring_probe.CollectiveTime(4096, 0.004),)
     eval_ = mx.eval

@@ -6,10 +6,10 @@ import asyncio
 import signal
 from pathlib import Path
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Load
-from tests.integration.agents import Agent, agent, coordinator, play
+from tests.integration.agents import AgentProcess, agent, coordinator, play
 
 ASLEEP = 7.0  # seconds: more than ZeroMQ and a lease bear of silence
 
@@ -17,10 +17,10 @@ ASLEEP = 7.0  # seconds: more than ZeroMQ and a lease bear of silence
 def test_a_coordinator_finds_its_lease_and_its_weights_after_the_agent_slept(
     tmp_path: Path,
 ) -> None:
-    async def scene(host: Agent) -> None:
+    async def scene(host: AgentProcess) -> None:
         async with coordinator(host, client="me") as one:
             await one.lease()
-            await one.done(Load(*one.head(), Weights("tiny", "float32")))
+            await one.done(Load(*one.head(), ModelVariant("tiny", "float32")))
             await one.until(messages.Loaded)
             before, fence = await one.status(), one.fence
             host.process.send_signal(signal.SIGSTOP)

@@ -15,7 +15,7 @@ import pytest
 
 from fluxmesh.errors import CancelledError, OutputError, UsageError
 from fluxmesh.training import checkpoint
-from fluxmesh.training.compute.learner import Learner, Moved
+from fluxmesh.training.compute.learner import Learner, UpdateResult
 from fluxmesh.training.events import (
     Prepared,
     Progress,
@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(place, tmp
 def test_a_loss_that_explodes_stops_the_run(place, tmp_path, monkeypatch):
     advance = Learner.advance
 
-    def exploding(self, total) -> Moved:
+    def exploding(self, total) -> UpdateResult:
         moved = advance(self, total)
         factor = 1000 if self.state.update > 12 else 1
         return dataclasses.replace(moved, loss=factor * moved.loss)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.engine import device_memory
-from fluxmesh.engine.residency import Options
+from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.training import worker as workers
 from fluxmesh.training.data.encode_units import Unit
@@ -58,12 +58,12 @@ def job(place) -> TrainingJob:
     return dataclasses.replace(found, id="job")
 
 
-class Host:
+class TrainingEngine:
     """A worker that is handed a run."""
 
     def __init__(self, job: TrainingJob, **options: Any) -> None:
         self.job, self.names = job, Names(job)
-        self.worker = TrainingWorker(Options(**options))
+        self.worker = TrainingWorker(WorkerOptions(**options))
 
     def do(self, work: messages.Work) -> list[Report]:
         return list(self.worker.do(work))
@@ -76,7 +76,7 @@ class Host:
         work = training.OpenTraining(
             *HEAD, self.job.weights, told.request, update, told.sizes, told.captions, told.priors
         )
-        (opened,) = (r for r in self.do(work) if not isinstance(r, messages.Progress))
+        (opened,) = (r for r in self.do(work) if not isinstance(r, messages.LoadProgress))
         assert opened.trained == self.job.size
 
     def bring(self, names: list[str]) -> None:
@@ -99,7 +99,7 @@ def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
     limits = []
     monkeypatch.setattr(device_memory, "device", lambda: "metal")
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
-    host = Host(job)
+    host = TrainingEngine(job)
     host.open()
     assert limits == [device_memory.memory_of_device()]
     host.do(training.CloseTraining(*HEAD))
@@ -108,7 +108,7 @@ def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
 
 def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
     monkeypatch.setattr(workers, "PIECE", 1000)
-    first = Host(job)
+    first = TrainingEngine(job)
     first.open()
     *computed, moved = first.update(0)
     assert [report.number for report in computed] == [0, 1, 2]
@@ -116,7 +116,7 @@ def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
     parts = first.do(training.GiveVectors(*HEAD))
     assert len(parts) == 4 * -(-job.size // 1000)
     assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
-    second = Host(job)
+    second = TrainingEngine(job)
     second.open(1, parts)
     assert second.state() == first.state()
     (one, two) = (host.update(1)[-1] for host in (first, second))
@@ -125,7 +125,7 @@ def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
 
 
 def test_an_engine_that_painted_in_low_memory_trains_the_same(job):
-    plain, scarce = Host(job), Host(job)
+    plain, scarce = TrainingEngine(job), TrainingEngine(job)
     scarce.do(messages.Load(*HEAD, job.weights, low_memory=True))
     for host in (plain, scarce):
         host.open()
@@ -134,7 +134,7 @@ def test_an_engine_that_painted_in_low_memory_trains_the_same(job):
 
 
 def test_a_state_that_is_not_whole_is_refused(job):
-    host = Host(job)
+    host = TrainingEngine(job)
     piece = np.zeros(10, np.float32)
     with pytest.raises(UsageError, match="beyond its end"):
         host.do(training.PutVector(*HEAD, "weights", 95, 100, piece))
@@ -144,7 +144,7 @@ def test_a_state_that_is_not_whole_is_refused(job):
 
 
 def test_updates_come_in_their_order_and_with_their_features(job):
-    host = Host(job)
+    host = TrainingEngine(job)
     with pytest.raises(UsageError, match="No training is open"):
         host.do(training.Update(*HEAD, 0, (0,), 3, False))
     host.open()
@@ -159,7 +159,7 @@ def test_updates_come_in_their_order_and_with_their_features(job):
 @pytest.mark.parametrize("done", [0, 1])
 def test_an_update_that_is_stopped_moves_nothing(job, done):
     asked = [False]
-    host = Host(job, stopping=lambda: asked[0])
+    host = TrainingEngine(job, stopping=lambda: asked[0])
     host.open()
     before = host.state()
     host.bring(host.names.of_micro_batches([0, 1, 2]))
@@ -171,11 +171,11 @@ def test_an_update_that_is_stopped_moves_nothing(job, done):
     assert [type(report) for report in reports] == [training.Computed] * done
     asked[0] = False
     assert host.state() == before
-    assert isinstance(host.update(0)[-1], training.Moved)
+    assert isinstance(host.update(0)[-1], training.UpdateDone)
 
 
 def test_what_a_host_is_asked_on_the_way_disturbs_nothing(job):
-    plain, looked_at = Host(job), Host(job)
+    plain, looked_at = TrainingEngine(job), TrainingEngine(job)
     for host in (plain, looked_at):
         host.open()
         host.update(0)
@@ -189,7 +189,7 @@ def test_what_a_host_is_asked_on_the_way_disturbs_nothing(job):
 
 
 def test_the_transformer_is_what_it_was_once_the_training_is_closed(job):
-    host = Host(job)
+    host = TrainingEngine(job)
     host.open()
     names = {type(module).__name__ for _, module in host.worker.model.flow.named_modules()}
     assert "TrainedLinear" in names

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.weights import loading
-from fluxmesh.weights.reader import Reader, tables
+from fluxmesh.weights.reader import ComponentReader, tables
 from tests import checkpoints
 from tests.allocation import allocated
 from tests.checkpoints import make_checkpoint
@@ -120,7 +120,7 @@ def test_t5_is_found_when_only_its_encoder_has_the_embedding(tmp_path):
 
 def test_a_shard_reads_its_rows_and_nothing_else(tmp_path, monkeypatch):
     checkpoint = resolved(make_checkpoint(tmp_path, seed=7))
-    reader = Reader(checkpoint, "transformer")
+    reader = ComponentReader(checkpoint, "transformer")
     name = "single_blocks.1.linear1.weight"
     whole = loading.read_rows(reader, name, mx.float32)
     read = []

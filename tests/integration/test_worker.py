@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -11,14 +12,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import Weights
-from fluxmesh.engine.residency import Options
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
+from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.engine.worker import Worker, from_wire, to_wire
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import (
-    Compiled,
     Decode,
     Encode,
     EncodeSource,
@@ -34,10 +34,14 @@ HEAD = (0, "job", 0)
 R = TypeVar("R", bound=Report)
 
 
+def shape(weights: ModelVariant, height: int, width: int) -> StepShape:
+    return StepShape.of(weights, "data", 1, height, width)
+
+
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
     made = make_checkpoint(tmp_path_factory.mktemp("model"), guidance=True)
-    return Weights(str(made.path), "float32")
+    return ModelVariant(str(made.path), "float32")
 
 
 @pytest.fixture
@@ -49,9 +53,9 @@ def only(worker: Worker, work: messages.Work, kind: type[R]) -> list[R]:
     return [report for report in worker.do(work) if isinstance(report, kind)]
 
 
-def painting(worker: Worker, weights: Weights, **more: Any) -> Paint:
+def painting(worker: Worker, weights: ModelVariant, **more: Any) -> Paint:
     """A painting of 3 steps, 32 x 48 pixels."""
-    (text,) = only(worker, Encode(*HEAD, weights, "two dogs"), messages.Encoded)
+    (text,) = only(worker, Encode(*HEAD, weights, "two dogs"), messages.TextEncoded)
     noise = initial_noise(7, 32, 48, 16, 8)
     fields: dict[str, Any] = {
         "placement": "data",
@@ -85,7 +89,7 @@ def loaded(worker: Worker) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["plain", "source", "mask", "low memory"])
 def test_an_image_goes_on_from_any_step_to_the_same_bytes(
-    worker: Worker, weights: Weights, kind: str
+    worker: Worker, weights: ModelVariant, kind: str
 ) -> None:
     more: dict[str, Any] = {"steps": 4, "low_memory": kind == "low memory"}
     if kind in ("source", "mask"):
@@ -106,7 +110,7 @@ def test_an_image_goes_on_from_any_step_to_the_same_bytes(
 
 
 def test_a_cached_image_goes_on_from_any_step_to_the_same_bytes(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     work = painting(worker, weights, steps=8, cache=0.7)
     told = only(worker, work, messages.Stepped)
@@ -124,26 +128,28 @@ def test_a_cached_image_goes_on_from_any_step_to_the_same_bytes(
 
 
 def test_what_a_cache_goes_on_from_is_a_step_that_was_made(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     work = painting(worker, weights, first=1, cache=0.7, basis=1)
     with pytest.raises(UsageError, match="can't have step 2"):
         latents(worker, work)
 
 
-def test_a_cache_of_0_is_none(worker: Worker, weights: Weights) -> None:
+def test_a_cache_of_0_is_none(worker: Worker, weights: ModelVariant) -> None:
     plain = latents(worker, painting(worker, weights))
     assert np.array_equal(latents(worker, painting(worker, weights, cache=0.0)), plain)
     assert worker.counters.reused == 0
 
 
-def test_an_image_whose_steps_are_done_is_not_painted(worker: Worker, weights: Weights) -> None:
+def test_an_image_whose_steps_are_done_is_not_painted(
+    worker: Worker, weights: ModelVariant
+) -> None:
     with pytest.raises(UsageError, match="decode it"):
         latents(worker, painting(worker, weights, first=3))
 
 
 def test_images_of_a_job_share_what_the_prompt_gives_and_jobs_do_not(
-    worker: Worker, weights: Weights, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = painting(worker, weights)
     made = []
@@ -159,7 +165,7 @@ def test_images_of_a_job_share_what_the_prompt_gives_and_jobs_do_not(
 
 
 def test_low_memory_paints_the_same_and_the_transformer_leaves_before_the_decode(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     expected = latents(Worker(), painting(worker, weights))[-1]
     work = painting(worker, weights, low_memory=True)
@@ -177,12 +183,12 @@ def test_low_memory_never_holds_modulation_weights_and_others_at_once(
 ) -> None:
     wide = replace(TRANSFORMER, hidden_size=512, num_heads=4, axes_dim=(16, 56, 56))
     made = make_checkpoint(tmp_path, transformer=wide)
-    weights = Weights(str(made.path), "float32", bits)
+    weights = ModelVariant(str(made.path), "float32", bits)
     peaks, sizes = {}, {}
     for low in (False, True):
         worker, told = Worker(), []
         for report in worker.do(painting(worker, weights, low_memory=low)):
-            if isinstance(report, messages.Progress):
+            if isinstance(report, messages.LoadProgress):
                 told.append((report.component, report.done_bytes, report.total_bytes))
         flow = worker.model.flow
         assert flow.modulation_released == low and not worker.model.is_loaded("modulation")
@@ -197,14 +203,14 @@ def test_low_memory_never_holds_modulation_weights_and_others_at_once(
     assert peaks[False] - peaks[True] > (0.5 if bits else 0.9) * spared
 
 
-def test_low_memory_that_is_stopped_leaves_nothing(weights: Weights) -> None:
+def test_low_memory_that_is_stopped_leaves_nothing(weights: ModelVariant) -> None:
     stop = False
 
     def stopping() -> bool:
         pipeline = worker.pipeline
         return stop and pipeline is not None and pipeline.is_loaded("modulation")
 
-    worker = Worker(Options(stopping=stopping))
+    worker = Worker(WorkerOptions(stopping=stopping))
     work = painting(worker, weights, low_memory=True)
     stop = True
     assert not only(worker, work, messages.Stepped)
@@ -213,13 +219,15 @@ def test_low_memory_that_is_stopped_leaves_nothing(weights: Weights) -> None:
     assert len(latents(worker, work)) == 3
 
 
-def test_encoders_that_may_not_stay_make_room_and_leave(worker: Worker, weights: Weights) -> None:
+def test_encoders_that_may_not_stay_make_room_and_leave(
+    worker: Worker, weights: ModelVariant
+) -> None:
     list(worker.do(Load(*HEAD, weights, components=("transformer", "autoencoder"))))
     assert loaded(worker) == ["flow", "ae"]
     list(worker.do(Encode(*HEAD, weights, "one", stay=False)))
     assert loaded(worker) == ["ae"]
     list(worker.do(Load(*HEAD, weights)))
-    (again,) = only(worker, Encode(*HEAD, weights, "one", stay=False), messages.Encoded)
+    (again,) = only(worker, Encode(*HEAD, weights, "one", stay=False), messages.TextEncoded)
     assert again.cached
     assert loaded(worker) == ["flow", "ae"]  # nothing had to run
     list(worker.do(Encode(*HEAD, weights, "two")))
@@ -227,7 +235,7 @@ def test_encoders_that_may_not_stay_make_room_and_leave(worker: Worker, weights:
 
 
 def test_what_is_held_is_said_and_leaves_for_other_weights(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     assert worker.holding is None
     (whole,) = only(worker, Load(*HEAD, weights), messages.Loaded)
@@ -245,7 +253,7 @@ def test_what_is_held_is_said_and_leaves_for_other_weights(
 
 
 def test_a_shard_is_loaded_alone_and_the_whole_comes_back_for_data(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     expected = latents(Worker(), painting(worker, weights))[-1]
     (whole,) = only(worker, Load(*HEAD, weights), messages.Loaded)
@@ -262,15 +270,15 @@ def test_a_shard_is_loaded_alone_and_the_whole_comes_back_for_data(
 
 
 def test_bytes_are_told_before_and_after_and_an_early_stop_leaves_nothing(
-    weights: Weights,
+    weights: ModelVariant,
 ) -> None:
     heard: list[int] = []
     stop = False
     worker = Worker(
-        Options(hear=lambda event: heard.append(event.done_bytes), stopping=lambda: stop)
+        WorkerOptions(hear=lambda event: heard.append(event.done_bytes), stopping=lambda: stop)
     )
     reports = list(worker.do(Load(*HEAD, weights)))
-    told = [r for r in reports if isinstance(r, messages.Progress)]
+    told = [r for r in reports if isinstance(r, messages.LoadProgress)]
     assert [r.done_bytes for r in told] == [0, told[-1].total_bytes]
     assert len(heard) > 10
     worker.drop_transformer()
@@ -282,9 +290,9 @@ def test_bytes_are_told_before_and_after_and_an_early_stop_leaves_nothing(
     assert only(worker, Load(*HEAD, weights), messages.Loaded)
 
 
-def test_an_image_stops_before_the_next_step(weights: Weights) -> None:
+def test_an_image_stops_before_the_next_step(weights: ModelVariant) -> None:
     done = 0
-    worker = Worker(Options(stopping=lambda: done >= 2))
+    worker = Worker(WorkerOptions(stopping=lambda: done >= 2))
     for report in worker.do(painting(worker, weights, steps=10)):
         done += isinstance(report, messages.Stepped)
     assert done == 2
@@ -292,7 +300,7 @@ def test_an_image_stops_before_the_next_step(weights: Weights) -> None:
     assert worker.counters.images == 0
 
 
-def test_what_was_done_is_counted(worker: Worker, weights: Weights) -> None:
+def test_what_was_done_is_counted(worker: Worker, weights: ModelVariant) -> None:
     work = painting(worker, weights)
     x = latents(worker, work)[-1]
     pictures = only(
@@ -308,7 +316,9 @@ def test_what_was_done_is_counted(worker: Worker, weights: Weights) -> None:
     assert counted.load_peak_bytes >= counted.transformer_bytes
 
 
-def test_previews_are_decoded_when_they_are_asked_for(worker: Worker, weights: Weights) -> None:
+def test_previews_are_decoded_when_they_are_asked_for(
+    worker: Worker, weights: ModelVariant
+) -> None:
     steps = only(worker, painting(worker, weights, preview=True), messages.Stepped)
     assert all(step.preview is not None and step.preview.shape == (32, 48, 3) for step in steps)
     assert steps[-1].latents is not None
@@ -319,9 +329,9 @@ def test_previews_are_decoded_when_they_are_asked_for(worker: Worker, weights: W
     assert np.abs(steps[-1].preview.astype(int) - last.pixels).max() <= 1
 
 
-def test_a_first_step_ticks_and_the_next_ones_do_not(weights: Weights) -> None:
+def test_a_first_step_ticks_and_the_next_ones_do_not(weights: ModelVariant) -> None:
     quiet: list[str] = []
-    worker = Worker(Options(pause=lambda phase: quiet.append(worker.quiet)))
+    worker = Worker(WorkerOptions(pause=lambda phase: quiet.append(worker.quiet)))
     work = painting(worker, weights)
     assert set(quiet) >= {"loading"}
     quiet.clear()
@@ -335,7 +345,7 @@ def test_a_first_step_ticks_and_the_next_ones_do_not(weights: Weights) -> None:
 
 
 def test_a_step_and_a_decode_are_measured_whatever_is_held(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     latents(worker, painting(worker, weights, low_memory=True))
     list(worker.do(Load(*HEAD, weights, 2, 1)))
@@ -347,24 +357,24 @@ def test_a_step_and_a_decode_are_measured_whatever_is_held(
 
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_without_a_ring_no_image_is_painted_together(
-    worker: Worker, weights: Weights, placement: str
+    worker: Worker, weights: ModelVariant, placement: str
 ) -> None:
     with pytest.raises(UsageError, match="in no ring"):
         list(worker.do(painting(worker, weights, placement=placement)))
 
 
-def test_mistakes_are_told_in_words(worker: Worker, weights: Weights) -> None:
+def test_mistakes_are_told_in_words(worker: Worker, weights: ModelVariant) -> None:
     with pytest.raises(UsageError, match="no 'heart'"):
         list(worker.do(Load(*HEAD, weights, components=("heart",))))
     with pytest.raises(ModelNotFoundError):
-        list(worker.do(Load(*HEAD, Weights("nonesuch"))))
+        list(worker.do(Load(*HEAD, ModelVariant("nonesuch"))))
     with pytest.raises(UsageError, match="even"):
         list(worker.do(painting(worker, weights, width=40)))
     assert latents(worker, painting(worker, weights))  # and it works on
 
 
-def test_names_that_were_sent_are_not_those_that_are_opened(weights: Weights) -> None:
-    worker = Worker(Options(locate=lambda sent: replace(sent, model=weights.model)))
+def test_names_that_were_sent_are_not_those_that_are_opened(weights: ModelVariant) -> None:
+    worker = Worker(WorkerOptions(locate=lambda sent: replace(sent, model=weights.model)))
     (report,) = only(worker, Load(*HEAD, replace(weights, model="alias")), messages.Loaded)
     assert report.holding.weights.model == "alias"
 
@@ -377,15 +387,15 @@ def test_features_travel_without_a_rounding(dtype: mx.Dtype) -> None:
     assert mx.array_equal(x, y)
 
 
-def test_every_unit_ticks_while_it_finds_its_weights(weights: Weights) -> None:
+def test_every_unit_ticks_while_it_finds_its_weights(weights: ModelVariant) -> None:
     """Headers may come over a network, and the last user's model takes a while to leave."""
     doing: list[str] = []
 
-    def locate(sent: Weights) -> Weights:
+    def locate(sent: ModelVariant) -> ModelVariant:
         doing.append(one.quiet)
         return sent
 
-    one = Worker(Options(locate=locate))
+    one = Worker(WorkerOptions(locate=locate))
     paint = painting(one, weights)
     pixels = np.zeros((32, 48, 3), np.uint8)
     units: list[messages.Work] = [
@@ -403,23 +413,23 @@ def test_every_unit_ticks_while_it_finds_its_weights(weights: Weights) -> None:
 
 
 def test_a_trial_picture_loads_and_compiles_and_counts_as_nothing(
-    worker: Worker, weights: Weights
+    worker: Worker, weights: ModelVariant
 ) -> None:
     reports = list(worker.do(Warm(*HEAD, weights, 32, 48)))
-    assert {r.component for r in reports if isinstance(r, messages.Progress)} == {
+    assert {r.component for r in reports if isinstance(r, messages.LoadProgress)} == {
         "transformer",
         "autoencoder",
     }
     assert isinstance(reports[-1], messages.Warmed) and reports[-1].seconds > 0
     assert not any(isinstance(r, messages.Stepped | messages.Pictured) for r in reports)
     assert worker.components == ("transformer", "autoencoder")
-    assert worker.compiled == (Compiled("data", 1, 32, 48),)
+    assert worker.compiled == (shape(weights, 32, 48),)
     counters = worker.counters
     assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
     assert counters.busy_seconds > 0
 
 
-def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: Weights) -> None:
+def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: ModelVariant) -> None:
     paint = painting(worker, weights)
     alone = only(worker, paint, messages.Stepped)[-1].latents
     other = Worker()
@@ -428,12 +438,12 @@ def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: Weights) -
         if isinstance(report, messages.Stepped):
             latents = report.latents
     assert np.array_equal(alone, latents)
-    assert other.compiled == (Compiled("data", 1, 32, 48),)
+    assert other.compiled == (shape(weights, 32, 48),)
 
 
-def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: Weights) -> None:
+def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant) -> None:
     stops: list[bool] = []
-    stopped = Worker(Options(stopping=lambda: bool(stops)))
+    stopped = Worker(WorkerOptions(stopping=lambda: bool(stops)))
     for component in ("transformer", "autoencoder"):
         only(stopped, Load(*HEAD, weights, components=(component,)), messages.Loaded)
     stops.append(True)
@@ -441,11 +451,45 @@ def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: Weights) -> N
     assert stopped.compiled == () and stopped.counters.steps == 0
 
 
-def test_what_was_compiled_is_of_the_weights_at_hand_and_the_latest_ones(
-    worker: Worker, weights: Weights
+def test_what_was_compiled_stays_when_other_weights_come_and_the_latest_is_last(
+    worker: Worker, weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for side in (32, 48, 32):
         only(worker, Warm(*HEAD, weights, side, 32), messages.Warmed)
-    assert [way.height for way in worker.compiled] == [48, 32]
-    only(worker, Warm(*HEAD, replace(weights, dtype="bfloat16"), 16, 16), messages.Warmed)
-    assert worker.compiled == (Compiled("data", 1, 16, 16),)
+    assert worker.compiled == (shape(weights, 48, 32), shape(weights, 32, 32))
+    other = replace(weights, dtype="bfloat16")
+    monkeypatch.setattr("fluxmesh.engine.residency.COMPILED", 2)
+    only(worker, Warm(*HEAD, other, 16, 16), messages.Warmed)
+    assert worker.compiled == (shape(weights, 32, 32), shape(other, 16, 16))
+
+
+def test_a_first_step_is_timed_apart_for_a_new_engine_and_for_a_new_size(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a false clock: the next step takes `extra` seconds to compile, and any step one."""
+    clock, extra = [0.0], [0.0]
+
+    def pause(phase: str) -> None:
+        if phase == "step":
+            clock[0] += 1.0 + extra[0]
+            extra[0] = 0.0
+
+    monkeypatch.setattr(
+        "fluxmesh.engine.lookahead.time", SimpleNamespace(perf_counter=lambda: clock[0])
+    )
+    worker = Worker(WorkerOptions(pause=pause))
+
+    def measured(compiling: float, side: int, of: ModelVariant = weights) -> tuple[float, ...]:
+        extra[0] = compiling
+        (timed,) = only(worker, Measure(*HEAD, of, side, 32), messages.Timed)
+        found = timed.measured
+        return found.step_seconds, found.kernels_seconds, found.first_seconds
+
+    assert measured(19.0, 32) == (1.0, 19.0, None)
+    assert measured(0.0, 32) == (1.0, None, None)
+    assert measured(0.25, 48) == (1.0, None, 0.25)
+    assert measured(7.0, 48, replace(weights, dtype="bfloat16")) == (1.0, 7.0, None)
+    assert measured(0.0, 48) == (1.0, None, None)  # compiled before, whatever came between
+    assert measured(0.125, 64) == (1.0, None, 0.125)
+    counters = worker.counters
+    assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)

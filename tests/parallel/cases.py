@@ -13,15 +13,17 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.adapters.lora import LowRank, beside, fused
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard, cuts
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.partition import cuts
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Shard
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import Flow, Guide, Plan, plan
+from fluxmesh.sampling.denoise import DenoisePlan, Flow, Guide, plan
 from fluxmesh.sampling.img2img import SourceLatents
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights import hub
@@ -59,7 +61,7 @@ ON_DISK = replace(
 
 
 @dataclass(frozen=True)
-class Case:
+class ParallelCase:
     """One request; equal but for `placement`, two cases should give one picture."""
 
     name: str
@@ -98,35 +100,35 @@ def quantizable(size: int) -> FluxConfig:
     )
 
 
-def cases(size: int, checkpoint: Path) -> list[Case]:
+def cases(size: int, checkpoint: Path) -> list[ParallelCase]:
     """All that `size` ranks run in one go."""
     small = {"config": SHALLOW, "text_tokens": 3, "size": (4, 6)}
     groups = {"config": quantizable(size), "bits": 4}
     found = []
     for placement in ("tensor", "sequence"):
         found += [
-            Case("odd", placement),
-            Case("shallow", placement, **small),
-            Case("bfloat16", placement, dtype="bfloat16"),
-            Case("float16", placement, dtype="float16"),
-            Case("float16, 4 bits", placement, **groups, adapter="beside", dtype="float16"),
-            Case("quantized", placement, **groups),
-            Case("adapted", placement, **small, adapter="beside"),
-            Case("fused", placement, **small, adapter="fused"),
-            Case("quantized and adapted", placement, **groups, adapter="beside"),
-            Case("swapped", placement, **small, images=2, swapped=True),
-            Case("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
-            Case("repainted", placement, **small, repaints=True),
+            ParallelCase("odd", placement),
+            ParallelCase("shallow", placement, **small),
+            ParallelCase("bfloat16", placement, dtype="bfloat16"),
+            ParallelCase("float16", placement, dtype="float16"),
+            ParallelCase("float16, 4 bits", placement, **groups, adapter="beside", dtype="float16"),
+            ParallelCase("quantized", placement, **groups),
+            ParallelCase("adapted", placement, **small, adapter="beside"),
+            ParallelCase("fused", placement, **small, adapter="fused"),
+            ParallelCase("quantized and adapted", placement, **groups, adapter="beside"),
+            ParallelCase("swapped", placement, **small, images=2, swapped=True),
+            ParallelCase("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
+            ParallelCase("repainted", placement, **small, repaints=True),
             # Thresholds that skip some steps, for random models change much from step to step; one
             # change is so near to them that the tokens which fill up a rank would tip it.
-            Case("cached", placement, steps=6, cache=0.608)
+            ParallelCase("cached", placement, steps=6, cache=0.608)
             if size < 4
-            else Case("cached", placement, **small, steps=6, cache=0.715),
+            else ParallelCase("cached", placement, **small, steps=6, cache=0.715),
         ]
     return found
 
 
-def random_flux(case: Case) -> Flux:
+def random_flux(case: ParallelCase) -> Flux:
     """A transformer whose every parameter is random, norms and biases too; the same each time."""
     flux = Flux(case.config)
     rng = np.random.default_rng(5)
@@ -169,7 +171,7 @@ def random_flux(case: Case) -> Flux:
     return flux
 
 
-def flow_of(case: Case, ranks: Ranks | None = None) -> Flow:
+def flow_of(case: ParallelCase, ranks: Ranks | None = None) -> Flow:
     """The transformer as the case's placement runs it."""
     if case.checkpoint:
         shard = ranks.shard if ranks and case.placement == "tensor" else None
@@ -181,7 +183,7 @@ def flow_of(case: Case, ranks: Ranks | None = None) -> Flow:
     return {"tensor": TensorFlux, "sequence": SequenceFlux}[case.placement](flux, ranks)
 
 
-def plan_of(case: Case, flow: Flow) -> Plan:
+def plan_of(case: ParallelCase, flow: Flow) -> DenoisePlan:
     rng = np.random.default_rng(1)
     text = Conditioning(
         mx.array(
@@ -193,7 +195,7 @@ def plan_of(case: Case, flow: Flow) -> Plan:
     return plan(flow, text, times, case.size, guidance=3.5)
 
 
-def source_of(case: Case) -> SourceLatents | None:
+def source_of(case: ParallelCase) -> SourceLatents | None:
     """A picture whose left half stays."""
     if not case.repaints:
         return None
@@ -202,12 +204,12 @@ def source_of(case: Case) -> SourceLatents | None:
     return SourceLatents(mx.array(clean), mx.array(painted[None, :, None].astype(np.float32)))
 
 
-def guide_of(case: Case) -> Guide | None:
+def guide_of(case: ParallelCase) -> Guide | None:
     """A loss that wants small latents."""
     return (lambda clean, step: 0.05 * (clean**2).sum() / (1 + step)) if case.repaints else None
 
 
-def noise_of(case: Case, image: int = 0) -> mx.array:
+def noise_of(case: ParallelCase, image: int = 0) -> mx.array:
     height, width = (8 * side for side in case.size)
     return mx.array(
         latents.initial_noise(image, height, width, channels=case.config.in_channels // 4)

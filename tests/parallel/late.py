@@ -19,11 +19,11 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.engine.lookahead import walked
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.models.waiting import InGraph, OnHost
 from fluxmesh.sampling.denoise import denoise
-from tests.parallel.cases import Case, flow_of, noise_of, plan_of
+from tests.parallel.cases import ParallelCase, flow_of, noise_of, plan_of
 from tests.watchdog import Watchdog, late
 
 # As 8 s are to Metal's 5 s. A machine under load may keep a thread waiting for a second.
@@ -32,7 +32,7 @@ LIMIT, LATE = 1.5, 2.4
 Play = Callable[[Ranks], np.ndarray]
 
 
-def painted(case: Case) -> Play:
+def painted(case: ParallelCase) -> Play:
     """All steps of an image, with the questions between them."""
 
     def play(ranks: Ranks) -> np.ndarray:
@@ -50,7 +50,7 @@ def painted(case: Case) -> Play:
 
 
 def agreed(ranks: Ranks) -> np.ndarray:
-    return np.array(ranks.agree(b"the nonce of an epoch"))
+    return np.array(ranks.agree(b"the nonce of a ring generation"))
 
 
 def trained(ranks: Ranks) -> np.ndarray:
@@ -67,12 +67,12 @@ CACHED = {"steps": 6, "cache": 0.608}
 MOMENTS: dict[str, tuple[Play, int]] = {
     "nonce": (agreed, 1),
     "training": (trained, 1),
-    "modulations": (painted(Case("odd", "tensor")), 1),
-    "first step of tensor": (painted(Case("odd", "tensor")), 3),
-    "later step of tensor": (painted(Case("odd", "tensor")), 12),
-    "first step of sequence": (painted(Case("odd", "sequence")), 3),
-    "later step of sequence": (painted(Case("odd", "sequence")), 10),
-    "later step of a cache": (painted(Case("cached", "sequence", **CACHED)), 10),
+    "modulations": (painted(ParallelCase("odd", "tensor")), 1),
+    "first step of tensor": (painted(ParallelCase("odd", "tensor")), 3),
+    "later step of tensor": (painted(ParallelCase("odd", "tensor")), 12),
+    "first step of sequence": (painted(ParallelCase("odd", "sequence")), 3),
+    "later step of sequence": (painted(ParallelCase("odd", "sequence")), 10),
+    "later step of a cache": (painted(ParallelCase("cached", "sequence", **CACHED)), 10),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.parallel import worker
-from tests.parallel.cases import ON_DISK, STEPS, WAITING_SIZES, Case, cases
+from tests.parallel.cases import ON_DISK, STEPS, WAITING_SIZES, ParallelCase, cases
 from tests.parallel.ring import run_ranks
 
 SIZES = (2, 3, 4)
@@ -24,10 +24,10 @@ EXACT = [case.name for case in CASES if not case.cache and case.dtype == "float3
 HALVES = {"bfloat16": "odd", "float16": "odd", "float16, 4 bits": "quantized and adapted"}
 
 
-class Result(NamedTuple):
+class RanksResult(NamedTuple):
     """A case on N ranks, and on one host."""
 
-    case: Case
+    case: ParallelCase
     latents: list[np.ndarray]  # of each rank
     did: list[dict[str, Any]]  # by each rank
     on_host: list[np.ndarray]  # latents of each rank, where hosts wait for collectives, if they do
@@ -49,10 +49,10 @@ def result(tmp_path_factory):
         return run_ranks(size, [str(size), str(made.path)], here, TIMEOUT)
 
     @functools.cache
-    def alone(case: Case) -> tuple[np.ndarray, dict[str, Any]]:
+    def alone(case: ParallelCase) -> tuple[np.ndarray, dict[str, Any]]:
         return worker.run(case)
 
-    def find(size: int, name: str, placement: str) -> Result:
+    def find(size: int, name: str, placement: str) -> RanksResult:
         case = next(
             case
             for case in cases(size, made.path)
@@ -61,7 +61,7 @@ def result(tmp_path_factory):
         outs, key = ranks(size), f"{name}/{placement}"
         reports = [json.loads(out.with_suffix(".json").read_text()) for out in outs]
         one, did = alone(replace(case, placement="one"))
-        return Result(
+        return RanksResult(
             case,
             [np.load(out.with_suffix(".npz"))[key] for out in outs],
             [report[key] for report in reports],

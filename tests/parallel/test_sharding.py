@@ -12,17 +12,19 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.adapters.lora import Adapter, LowRank, apply_adapters, write_adapter
 from fluxmesh.errors import UsageError
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard, cuts, obstacle
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.partition import cuts, obstacle
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
 from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer
 from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.allocation import allocated, without_cache
 from tests.checkpoints import make_checkpoint
-from tests.parallel.cases import ON_DISK, Case, flow_of, noise_of, plan_of, quantizable
+from tests.parallel.cases import ON_DISK, ParallelCase, flow_of, noise_of, plan_of, quantizable
 from tests.parallel.worker import held
 
 # large enough for what every host holds (norms, biases of sums) to be well under 1%
@@ -133,7 +135,7 @@ def test_shapes_that_do_not_divide_are_refused_with_what_would_do():
 
 def test_quantization_groups_that_do_not_divide_are_refused(tmp_path):
     narrow = dataclasses.replace(quantizable(2), num_heads=8, axes_dim=(4, 6, 6))
-    flux = flow_of(Case("narrow", "one", narrow, bits=4))
+    flux = flow_of(ParallelCase("narrow", "one", narrow, bits=4))
     shard_of(flux, Shard(0, 2))
     with pytest.raises(UsageError, match="32 columns of .* not whole quantization groups of 64"):
         shard_of(flux, Shard(0, 4))
@@ -143,7 +145,7 @@ def test_quantization_groups_that_do_not_divide_are_refused(tmp_path):
 
 
 def test_a_group_of_one_computes_the_same_bytes_by_the_same_code():
-    case = Case("odd", "one")
+    case = ParallelCase("odd", "one")
     flux = flow_of(case)
     plan = plan_of(case, flux)
     x = mx.concatenate([noise_of(case, 0), noise_of(case, 1)])
@@ -163,7 +165,7 @@ def test_a_group_of_one_computes_the_same_bytes_by_the_same_code():
 
 
 def test_what_a_spread_model_held_is_free_once_it_is_dropped():
-    flux = flow_of(Case("odd", "one"))
+    flux = flow_of(ParallelCase("odd", "one"))
     mx.eval(flux.parameters())
     flow = TensorFlux(shard_of(flux, Shard()), Ranks(mx.distributed.init()))
     weight = weakref.ref(flow.flux)
@@ -173,7 +175,7 @@ def test_what_a_spread_model_held_is_free_once_it_is_dropped():
 
 def test_a_shard_is_refused_where_it_does_not_belong():
     ranks = Ranks(mx.distributed.init())  # rank 0 of 1
-    part = shard_of(flow_of(Case("odd", "one")), Shard(1, 2))
+    part = shard_of(flow_of(ParallelCase("odd", "one")), Shard(1, 2))
     with pytest.raises(UsageError, match="Part 1 of 2 .* where rank 0 of 1 runs"):
         TensorFlux(part, ranks)
     with pytest.raises(UsageError, match="needs all weights on every host"):

@@ -8,10 +8,10 @@ import mlx.core as mx
 import pytest
 
 from fluxmesh.engine.lookahead import walked
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting, waiting_here
-from fluxmesh.sampling.denoise import Step
-from tests.parallel.cases import SHALLOW, Case, flow_of, noise_of, plan_of
+from fluxmesh.sampling.denoise import StepState
+from tests.parallel.cases import SHALLOW, ParallelCase, flow_of, noise_of, plan_of
 
 
 class Recorded(OnHost):
@@ -26,7 +26,7 @@ class Recorded(OnHost):
 
 
 def one_step(placement: str, waiting: Waiting) -> mx.array:
-    case = Case("shallow", placement, SHALLOW, 3, (4, 6))
+    case = ParallelCase("shallow", placement, SHALLOW, 3, (4, 6))
     flow = flow_of(case, Ranks(mx.distributed.init(), waiting=waiting))
     plan = plan_of(case, flow)
     return flow(noise_of(case), plan.text, plan.pe, plan.modulations.at(0))
@@ -64,6 +64,28 @@ def test_all_that_does_not_need_a_collective_is_given_to_the_device_before_the_h
     assert done[3:] == ["wait", "commit 1", "commit 0", "wait"]
 
 
+def test_no_two_collectives_are_in_flight_at_once() -> None:
+    """Each is told to come after the one before: their times add up, as plans have them."""
+
+    class Chained(InGraph):
+        def __init__(self) -> None:
+            self.before: list[mx.array] = []
+            self.begun: list[mx.array] = []
+
+        def after(self, last: mx.array, x: mx.array) -> mx.array:
+            self.before.append(last)
+            return super().after(last, x)
+
+        def begin(self, result: mx.array) -> None:
+            self.begun.append(result)
+
+    for placement in ("sequence", "tensor"):
+        chained = Chained()
+        mx.eval(one_step(placement, chained))
+        assert len(chained.begun) > 2
+        assert all(a is b for a, b in zip(chained.begun[:-1], chained.before, strict=True))
+
+
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_where_the_graph_waits_nothing_is_computed_before_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, placement: str
@@ -71,7 +93,7 @@ def test_where_the_graph_waits_nothing_is_computed_before_it_is_asked_for(
     def refuse(*_arrays: mx.array) -> None:
         raise AssertionError("it computes")
 
-    case = Case("shallow", placement, SHALLOW, 3, (4, 6))
+    case = ParallelCase("shallow", placement, SHALLOW, 3, (4, 6))
     flow = flow_of(case, Ranks(mx.distributed.init(), waiting=InGraph()))
     plan = plan_of(case, flow)
     monkeypatch.setattr(mx, "eval", refuse)
@@ -96,12 +118,12 @@ def test_a_step_is_built_ahead_only_where_that_computes_nothing(
 ) -> None:
     made = 0
 
-    def steps() -> Iterator[Step]:
+    def steps() -> Iterator[StepState]:
         nonlocal made
         for _ in range(4):
             made += 1
             x = mx.ones(2) * made
-            yield Step(x, x)
+            yield StepState(x, x)
 
     ranks = Ranks(mx.distributed.init(), waiting=waiting)
     pace = walked(steps(), 4, ranks, stopping=lambda: False)

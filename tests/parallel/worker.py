@@ -20,14 +20,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting
 from fluxmesh.sampling.denoise import denoise
 from tests.parallel.cases import (
     WAITING_SIZES,
-    Case,
+    ParallelCase,
     cases,
     flow_of,
     guide_of,
@@ -37,7 +37,7 @@ from tests.parallel.cases import (
 )
 
 
-class Work:
+class RankWork:
     """Counts multiplications of matrices by watching the calls that make them."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ def held(flux: Flux) -> int:
 
 
 def run(
-    case: Case, join: Any = None, work: Work | None = None
+    case: ParallelCase, join: Any = None, work: RankWork | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """A case's latents, and what this rank did; on one host without `join`."""
     ranks = join() if join else None
@@ -126,11 +126,11 @@ def join(waiting: type[Waiting]) -> Ranks:
 def main(size: int, checkpoint: Path, out: Path) -> None:
     ranks = Ranks.join()
     assert ranks.size == size
-    work = Work()
+    work = RankWork()
     latents: dict[str, np.ndarray] = {}
     did: dict[str, Any] = {
-        "same nonce": ranks.agree(b"epoch 7 of a mesh"),
-        "strange nonce": ranks.agree(b"epoch 7" if ranks.rank else b"epoch 6"),
+        "same nonce": ranks.agree(b"ring generation 7 of a mesh"),
+        "strange nonce": ranks.agree(b"ring generation 7" if ranks.rank else b"ring generation 6"),
     }
     for case in cases(size, checkpoint):
         key = f"{case.name}/{case.placement}"

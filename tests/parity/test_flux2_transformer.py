@@ -22,7 +22,7 @@ from tests.parity.oracles import BOUND, load, normal, randomize, relative_error
 
 
 @dataclass(frozen=True)
-class Case:
+class Flux2Sizes:
     heads: int
     axes: tuple[int, ...]
     double: int
@@ -54,16 +54,16 @@ class Case:
 
 
 CASES = {
-    "depth 1": Case(2, (4, 4, 4, 4), 1, 1, False, 1, (4, 4), 8),
-    "guidance": Case(3, (8, 8, 8, 8), 2, 3, True, 1, (4, 4), 8),
-    "two images, wide, uneven axes": Case(3, (2, 4, 6, 4), 2, 2, False, 2, (3, 7), 5),
-    "other theta": Case(2, (4, 4, 4, 4), 1, 2, True, 1, (9, 2), 1, theta=300),
-    "two references": Case(4, (4, 4, 4, 4), 2, 3, False, 1, (4, 6), 9, ((3, 5), (6, 2))),
-    "twelve heads": Case(12, (4, 4, 4, 4), 2, 4, False, 1, (5, 3), 11),
+    "depth 1": Flux2Sizes(2, (4, 4, 4, 4), 1, 1, False, 1, (4, 4), 8),
+    "guidance": Flux2Sizes(3, (8, 8, 8, 8), 2, 3, True, 1, (4, 4), 8),
+    "two images, wide, uneven axes": Flux2Sizes(3, (2, 4, 6, 4), 2, 2, False, 2, (3, 7), 5),
+    "other theta": Flux2Sizes(2, (4, 4, 4, 4), 1, 2, True, 1, (9, 2), 1, theta=300),
+    "two references": Flux2Sizes(4, (4, 4, 4, 4), 2, 3, False, 1, (4, 6), 9, ((3, 5), (6, 2))),
+    "twelve heads": Flux2Sizes(12, (4, 4, 4, 4), 2, 4, False, 1, (5, 3), 11),
 }
 
 
-def build(case: Case, seed: int = 0) -> tuple[torch.nn.Module, Flux2]:
+def build(case: Flux2Sizes, seed: int = 0) -> tuple[torch.nn.Module, Flux2]:
     oracle = randomize(Flux2Transformer2DModel(**case.oracle_config), seed)
     config = Flux2Config.from_dict(oracle.config)
     flux = Flux2(config)
@@ -71,7 +71,7 @@ def build(case: Case, seed: int = 0) -> tuple[torch.nn.Module, Flux2]:
     return oracle, flux
 
 
-def inputs(case: Case) -> dict[str, np.ndarray]:
+def inputs(case: Flux2Sizes) -> dict[str, np.ndarray]:
     B, tokens = case.batch, sum(rows * columns for rows, columns in case.pictures)
     ids = [image_positions(*grid, picture) for picture, grid in enumerate(case.pictures)]
     return {
@@ -84,7 +84,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def run_oracle(oracle: torch.nn.Module, case: Case, x: dict[str, np.ndarray]) -> torch.Tensor:
+def run_oracle(oracle: torch.nn.Module, case: Flux2Sizes, x: dict[str, np.ndarray]) -> torch.Tensor:
     return oracle(
         hidden_states=torch.from_numpy(x["img"]),
         encoder_hidden_states=torch.from_numpy(x["txt"]),

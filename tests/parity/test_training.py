@@ -10,7 +10,7 @@ import torch
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.sampling import latents
 from fluxmesh.training.compute import optimizer
-from fluxmesh.training.compute.lora_layers import Adapters
+from fluxmesh.training.compute.lora_layers import TrainedLoras
 from fluxmesh.training.compute.loss import Batch, loss_and_gradient
 from fluxmesh.training.request import TrainRequest
 from tests.parity.oracles import normal
@@ -54,7 +54,7 @@ def test_loss_and_every_lora_gradient_equal_pytorch_s(name: str, checkpoint: boo
     case = CASES[name]
     oracle, flux = build(case, seed=3)
     request = TrainRequest("data", 5, lora_rank=4, lora_alpha=4 * SCALE)
-    adapters = Adapters(flux, request)
+    adapters = TrainedLoras(flux, request)
     factors, weights = {}, {}
     for i, (module, pair) in enumerate(adapters.weights().items()):
         a = np.array(pair["a"])

@@ -18,7 +18,7 @@ from tests.parity.oracles import BOUND, load, normal, randomize, relative_error
 
 
 @dataclass(frozen=True)
-class Case:
+class ParityCase:
     heads: int
     axes: tuple[int, int, int]
     double: int
@@ -45,16 +45,16 @@ class Case:
 
 
 CASES = {
-    "depth 1": Case(2, (4, 6, 6), 1, 1, False, 1, (4, 4), 8),
-    "guidance": Case(3, (4, 10, 10), 2, 3, True, 1, (4, 4), 8),
-    "three images, wide": Case(3, (2, 4, 6), 2, 2, False, 3, (3, 7), 5),
-    "two images, tall, guidance": Case(4, (4, 4, 8), 1, 2, True, 2, (9, 2), 1),
-    "one head, one token": Case(1, (8, 8, 8), 1, 1, True, 1, (1, 1), 1, channels=64),
-    "twelve heads": Case(12, (4, 6, 6), 2, 4, False, 1, (5, 3), 11, channels=64),
+    "depth 1": ParityCase(2, (4, 6, 6), 1, 1, False, 1, (4, 4), 8),
+    "guidance": ParityCase(3, (4, 10, 10), 2, 3, True, 1, (4, 4), 8),
+    "three images, wide": ParityCase(3, (2, 4, 6), 2, 2, False, 3, (3, 7), 5),
+    "two images, tall, guidance": ParityCase(4, (4, 4, 8), 1, 2, True, 2, (9, 2), 1),
+    "one head, one token": ParityCase(1, (8, 8, 8), 1, 1, True, 1, (1, 1), 1, channels=64),
+    "twelve heads": ParityCase(12, (4, 6, 6), 2, 4, False, 1, (5, 3), 11, channels=64),
 }
 
 
-def build(case: Case, seed: int = 0) -> tuple[torch.nn.Module, Flux]:
+def build(case: ParityCase, seed: int = 0) -> tuple[torch.nn.Module, Flux]:
     oracle = randomize(FluxTransformer2DModel(**case.oracle_config), seed)
     config = FluxConfig.from_dict(oracle.config)
     flux = Flux(config)
@@ -62,7 +62,7 @@ def build(case: Case, seed: int = 0) -> tuple[torch.nn.Module, Flux]:
     return oracle, flux
 
 
-def inputs(case: Case) -> dict[str, np.ndarray]:
+def inputs(case: ParityCase) -> dict[str, np.ndarray]:
     B, (rows, columns) = case.batch, case.grid
     return {
         "img": normal(B, rows * columns, case.channels, seed=1),
@@ -75,7 +75,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     }
 
 
-def run_oracle(oracle: torch.nn.Module, case: Case, x: dict[str, np.ndarray]) -> torch.Tensor:
+def run_oracle(oracle: torch.nn.Module, case: ParityCase, x: dict[str, np.ndarray]) -> torch.Tensor:
     return oracle(
         hidden_states=torch.from_numpy(x["img"]),
         encoder_hidden_states=torch.from_numpy(x["txt"]),
@@ -125,7 +125,7 @@ def test_a_request_s_modulations_equal_diffusers_at_every_step(name: str) -> Non
 
 def test_large_positions_rotate_as_diffusers_does() -> None:
     """A 2048-pixel image's corner: angles in the hundreds, where float32 products drift."""
-    case = Case(2, (4, 6, 6), 1, 1, False, 1, (2, 2), 3)
+    case = ParityCase(2, (4, 6, 6), 1, 1, False, 1, (2, 2), 3)
     oracle, flux = build(case)
     x = inputs(case)
     x["img_ids"] = x["img_ids"] + np.array([0, 126, 511], dtype=np.int32)

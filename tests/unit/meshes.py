@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Weights
+from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, ModelVariant
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
@@ -47,7 +47,7 @@ def ask(**keys: Any) -> GenerateRequest:
 
 def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:
     """What an engine with the weights of `ask(**keys)` holds."""
-    return Holding(Weights.of(ask(**keys)), 24 * GB // shards, shards, shard)
+    return Holding(ModelVariant.of(ask(**keys)), 24 * GB // shards, shards, shard)
 
 
 def mac(rank: int, **keys: Any) -> HostInfo:

@@ -10,13 +10,13 @@ from typing import Any, Self
 import numpy as np
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig, ScheduleConfig
 from fluxmesh.training.data.dataset import Example
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.run import Moved
+from fluxmesh.training.run import UpdateResult
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
@@ -29,7 +29,7 @@ from fluxmesh_coordinator.jobs.types import Links
 from tests.fake_training import SIZE
 from tests.fakes import expected
 from tests.unit.meshes import GB, ask, full, mac, small
-from tests.unit.simulation import Machine, Simulation
+from tests.unit.simulation import SimulatedMachine, Simulation
 
 SIZES = small()
 UNITS = (Caption("a cat"), Caption("two dogs"), Crop(0, 0), Crop(1, 0), Crop(2, 1))
@@ -59,11 +59,11 @@ class GenerationSimulation(Simulation[GenerationSession]):
         self.acknowledged: dict[int, int] = {}
         self.repeated: list[tuple[int, int]] = []  # steps made after they were acknowledged
 
-    def stepped(self, machine: Machine, image: int, step: int) -> None:
+    def stepped(self, machine: SimulatedMachine, image: int, step: int) -> None:
         if step <= self.acknowledged.get(image, 0) and machine.engine.rank == 0:
             self.repeated.append((image, step))
 
-    def reports_now(self, machine: Machine, report: messages.Report) -> None:
+    def reports_now(self, machine: SimulatedMachine, report: messages.Report) -> None:
         if isinstance(report, messages.Stepped) and report.latents is not None:
             known = self.acknowledged.get(report.image, 0)
             self.acknowledged[report.image] = max(known, report.step)
@@ -91,7 +91,7 @@ class GenerationSimulation(Simulation[GenerationSession]):
 
 
 @dataclass
-class Base:
+class SimulatedJob:
     """As much of a checkpoint as a plan reads."""
 
     transformer: FluxConfig = field(default_factory=FluxConfig)
@@ -114,7 +114,7 @@ def training_job(**changed: Any) -> TrainingJob:
     }
     request = TrainRequest(**fields | changed)
     examples = [Example("", f"caption {i % 3}", f"{i:064x}", (64, 64), b"") for i in range(5)]
-    plan = prepare(request, examples, Base())  # type: ignore[arg-type]
+    plan = prepare(request, examples, SimulatedJob())  # type: ignore[arg-type]
 
     def features(unit: Unit) -> dict[str, np.ndarray]:
         if isinstance(unit, Crop):
@@ -128,7 +128,7 @@ def training_job(**changed: Any) -> TrainingJob:
         id="job",
         secret=b"secret",
         plan=plan,
-        weights=Weights("m"),
+        weights=ModelVariant("m"),
         base_bytes=24 * GB,
         size=SIZE,
         features=features,
@@ -146,7 +146,7 @@ class TrainingSimulation(Simulation[TrainingSession]):
         self.number = 0  # of the task
         self.begin()
 
-    def can_begin(self, machine: Machine) -> bool:
+    def can_begin(self, machine: SimulatedMachine) -> bool:
         """A ring's update begins when all have it, here: as its sum would wait for all."""
         update = machine.at
         if not isinstance(update, training.Update):
@@ -154,7 +154,7 @@ class TrainingSimulation(Simulation[TrainingSession]):
         together = [
             other
             for other in self.machines.values()
-            if other.at is not None and other.at.epoch == update.epoch
+            if other.at is not None and other.at.ring_generation == update.ring_generation
         ]
         ready = [
             other
@@ -170,7 +170,7 @@ class TrainingSimulation(Simulation[TrainingSession]):
         assert set(needed) <= machine.engine.training.features
         return True
 
-    def reports_now(self, machine: Machine, report: messages.Report) -> None:
+    def reports_now(self, machine: SimulatedMachine, report: messages.Report) -> None:
         if isinstance(report, training.Computed):
             machine.computed.append(report.number)
 
@@ -233,7 +233,7 @@ class TrainingSimulation(Simulation[TrainingSession]):
             if isinstance(told.unit, Caption):
                 assert told.arrays["t5"].flat[0] == len(told.unit.text)
         values = [answer.value for answer in self.of(tasks.Answer)]
-        moves = [value for value in values if isinstance(value, Moved)]
+        moves = [value for value in values if isinstance(value, UpdateResult)]
         updates = self.session.state.job.plan.request.updates
         assert [moved.loss for moved in moves] == [1 / (k + 1) for k in range(updates)]
         given = [value["weights"][0] for value in values if isinstance(value, dict)]

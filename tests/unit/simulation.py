@@ -44,11 +44,13 @@ S = TypeVar("S", bound=JobSession[Any])
 
 def leased(rank: int, fence: int = 1) -> LeasedHost:
     host = Host(rank, "127.0.0.1", ("127.0.0.1",))
-    return LeasedHost(info=mac(rank, holds=None), host=host, fence=fence, epoch=0, is_up=False)
+    return LeasedHost(
+        info=mac(rank, holds=None), host=host, fence=fence, ring_generation=0, is_up=False
+    )
 
 
 @dataclass
-class Machine:
+class SimulatedMachine:
     """An agent and its engine, as far as a session can see them."""
 
     leased: LeasedHost
@@ -83,7 +85,7 @@ class Simulation(Generic[S]):
 
     def __init__(self, session: S, hosts: int, links: Links) -> None:
         self.session, self.links = session, links
-        self.machines = {rank: Machine(leased(rank)) for rank in range(hosts)}
+        self.machines = {rank: SimulatedMachine(leased(rank)) for rank in range(hosts)}
         self.ranks = tuple(self.machines)
         self.faults: Callable[[Any], None] = lambda _: None
         self.before: Callable[[messages.Report, int], None] = lambda report, rank: None
@@ -106,14 +108,14 @@ class Simulation(Generic[S]):
         """It came to a good end."""
         raise NotImplementedError
 
-    def can_begin(self, machine: Machine) -> bool:
+    def can_begin(self, machine: SimulatedMachine) -> bool:
         """Whether the engine begins with what is first in its line."""
         return True
 
-    def stepped(self, machine: Machine, image: int, step: int) -> None:
+    def stepped(self, machine: SimulatedMachine, image: int, step: int) -> None:
         """An engine has made a step, whoever hears of it."""
 
-    def reports_now(self, machine: Machine, report: messages.Report) -> None:
+    def reports_now(self, machine: SimulatedMachine, report: messages.Report) -> None:
         """The session is about to hear a report."""
 
     def give(self, nbytes: int) -> None:
@@ -235,8 +237,8 @@ class Simulation(Generic[S]):
             case messages.Cancel():
                 if not (machine.is_stopped or isinstance(machine.at, messages.Join)):
                     machine.break_off()
-                    epoch = self.session.state.hosts[rank].epoch
-                    self.feed(Reported(rank, messages.Cancelled(message.job, epoch)))
+                    ring_generation = self.session.state.hosts[rank].ring_generation
+                    self.feed(Reported(rank, messages.Cancelled(message.job, ring_generation)))
             case messages.Work() | messages.Join():
                 machine.line.append(message)
         self.feed(Answered(rank, message, answer))
@@ -267,16 +269,18 @@ class Simulation(Generic[S]):
     def _failed(self, rank: int, kind: str, text: str, *, fatal: bool) -> None:
         host = self.session.state.hosts.get(rank)
         if host is not None:
-            self.feed(Reported(rank, messages.Failed(host.epoch, "job", kind, text, fatal)))
+            self.feed(
+                Reported(rank, messages.Failed(host.ring_generation, "job", kind, text, fatal))
+            )
 
     def lose(self, rank: int, *, counts: bool = True) -> None:
         """An agent is out of reach."""
         del self.machines[rank]
         self.feed(Gone(rank, SILENT_AGENT, counts))
 
-    def start_agent(self, rank: int, fence: int = 2) -> Machine:
+    def start_agent(self, rank: int, fence: int = 2) -> SimulatedMachine:
         """It is there again, leased anew, and the session does not know of it."""
-        self.machines[rank] = Machine(leased(rank, fence))
+        self.machines[rank] = SimulatedMachine(leased(rank, fence))
         return self.machines[rank]
 
     def bring_back(self, rank: int, fence: int = 2) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError
 from fluxmesh.request import AdapterRef
 from fluxmesh.weights import hub
-from fluxmesh_agent.adapter_store import Adapters
+from fluxmesh_agent.adapter_store import AdapterStore
 from fluxmesh_agent.model_paths import Roots
 
 
@@ -51,7 +51,7 @@ def test_a_host_with_all_of_its_disk_as_root_reads_any_model(tmp_path: Path) -> 
     assert Roots(tmp_path, None, [Path("/")]).model(str(tmp_path)) == str(tmp_path)
 
 
-def put(adapters: Adapters, data: bytes, piece: int = 1000, name: str = "") -> str:
+def put(adapters: AdapterStore, data: bytes, piece: int = 1000, name: str = "") -> str:
     sha = name or hashlib.sha256(data).hexdigest()
     for start in range(0, len(data), piece):
         part = np.frombuffer(data[start : start + piece], np.uint8)
@@ -60,7 +60,7 @@ def put(adapters: Adapters, data: bytes, piece: int = 1000, name: str = "") -> s
 
 
 def test_an_adapter_comes_in_pieces_and_is_found_by_its_hash(tmp_path: Path) -> None:
-    adapters = Adapters(tmp_path / "adapters")
+    adapters = AdapterStore(tmp_path / "adapters")
     data = bytes(range(256)) * 20
     sha = hashlib.sha256(data).hexdigest()
     assert not adapters.has(sha)
@@ -69,13 +69,15 @@ def test_an_adapter_comes_in_pieces_and_is_found_by_its_hash(tmp_path: Path) -> 
     path = tmp_path / "adapters" / f"{sha}.safetensors"
     assert path.read_bytes() == data
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    found = Roots(tmp_path / "adapters").locate(Weights("tiny", adapters=(AdapterRef(sha, 0.5),)))
+    found = Roots(tmp_path / "adapters").locate(
+        ModelVariant("tiny", adapters=(AdapterRef(sha, 0.5),))
+    )
     assert found.adapters == (AdapterRef(str(path), 0.5),)
     assert put(adapters, data) == sha  # twice is harmless
 
 
 def test_an_adapter_with_another_hash_is_refused_and_can_come_again(tmp_path: Path) -> None:
-    adapters = Adapters(tmp_path)
+    adapters = AdapterStore(tmp_path)
     data = b"x" * 2500
     sha = hashlib.sha256(data).hexdigest()
     with pytest.raises(UsageError, match="another hash"):
@@ -86,7 +88,7 @@ def test_an_adapter_with_another_hash_is_refused_and_can_come_again(tmp_path: Pa
 
 
 def test_adapters_that_nobody_asked_for_lately_make_room(tmp_path: Path) -> None:
-    adapters = Adapters(tmp_path, kept_bytes=2500)
+    adapters = AdapterStore(tmp_path, kept_bytes=2500)
     old, used, new = (put(adapters, bytes([i]) * 1000) for i in range(3) if not age(tmp_path))
     assert [adapters.has(sha) for sha in (old, used, new)] == [False, True, True]
     age(tmp_path)
@@ -103,7 +105,7 @@ def age(folder: Path) -> None:
 
 
 def test_a_piece_out_of_turn_is_refused(tmp_path: Path) -> None:
-    adapters = Adapters(tmp_path)
+    adapters = AdapterStore(tmp_path)
     sha = "0" * 64
     adapters.put(sha, 0, 30, np.zeros(10, np.uint8))
     with pytest.raises(UsageError, match="begin anew"):
@@ -117,6 +119,6 @@ def test_a_piece_out_of_turn_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a" * 63, "A" * 64, "a/" * 32])
 def test_an_adapters_name_is_a_hash_and_nothing_else(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="64 hexadecimal"):
-        Adapters(tmp_path).has(name)
+        AdapterStore(tmp_path).has(name)
     with pytest.raises(AdapterError, match="not sent"):
-        Roots(tmp_path).locate(Weights("tiny", adapters=(AdapterRef(name),)))
+        Roots(tmp_path).locate(ModelVariant("tiny", adapters=(AdapterRef(name),)))

@@ -11,7 +11,7 @@ import pytest
 from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import UsageError
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh_coordinator.deploy.what_if import assumed_view, load_assumption, published, sizes_of
 from tests.unit.meshes import ask
 
@@ -26,7 +26,7 @@ def written(tmp_path: Path, data: Any) -> Path:
 
 
 def view(hostfile: str, **more: Any) -> MeshView:
-    work = Work.of(ask(model="schnell", height=512, width=512), published("schnell"))
+    work = Workload.of(ask(model="schnell", height=512, width=512), published("schnell"))
     told = {"kind": "x", "warm": True, "flops_per_second": 1e12, "load_rate": 1e9}
     told |= {"link_latency": 1e-4, "memory": 144 * 10**9, "link_rate": 1e9, "platform": "metal"}
     told |= more

@@ -9,10 +9,10 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
 from tests.mac import Mac, mac
@@ -35,7 +35,7 @@ async def until(made: Mac, *, awake: bool) -> None:
 def test_an_agent_keeps_its_mac_awake_from_lease_to_lease(tmp_path: Path, a_mac: Mac) -> None:
     async def scene() -> None:
         async with FakeMesh(tmp_path, 1) as mesh:
-            client = Client(mesh.network.dialer("user"), mesh.record.members[0])
+            client = AgentClient(mesh.network.dialer("user"), mesh.record.members[0])
             await client.__aenter__()
             await asyncio.sleep(0.6)  # two of its looks
             assert a_mac.caffeinated() == [], "nobody works"
@@ -60,7 +60,7 @@ def test_a_coordinator_keeps_its_mac_awake_while_it_has_a_job(tmp_path: Path, a_
         async with FakeMesh(tmp_path, 1) as mesh:
             for service in mesh.services.values():
                 service._wakefulness.hold = lambda: None  # type: ignore[method-assign]
-            async with Driver(mesh.record, mesh.network.dialer()) as driver:
+            async with AgentPool(mesh.record, mesh.network.dialer()) as pool:
                 assert a_mac.caffeinated() == []
                 heard: list[events.Event] = []
 
@@ -68,7 +68,7 @@ def test_a_coordinator_keeps_its_mac_awake_while_it_has_a_job(tmp_path: Path, a_
                 request = ask(height=32, width=32, steps=3)
                 asked = GenerationJob(id="job", secret=b"s", request=request, sizes=small())
                 work = asyncio.create_task(
-                    JobRunner(driver, GenerationSession(asked), {}, heard.append).run()
+                    JobRunner(pool, GenerationSession(asked), {}, heard.append).run()
                 )
                 await until(a_mac, awake=True)
                 await work

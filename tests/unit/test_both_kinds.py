@@ -298,7 +298,7 @@ def test_in_a_ring_nobody_is_to_blame_for_what_a_neighbour_may_have_done(kind: B
     assert sim.end is not None
     assert "5 rings failed one after another: A stranger is in the ring." in str(sim.end.error)
     assert all(sim.session.given_up([rank]) is None for rank in sim.ranks)
-    assert len({join.epoch for join in sim.messages(messages.Join)}) == 5
+    assert len({join.ring_generation for join in sim.messages(messages.Join)}) == 5
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]])

@@ -10,7 +10,7 @@ import pytest
 
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.sampling.denoise import Basis, Plan, Step, denoise
+from fluxmesh.sampling.denoise import Basis, DenoisePlan, StepState, denoise
 from tests.unit.test_denoise import make_noise, make_plan, random_flux
 
 STEPS = 12
@@ -19,7 +19,7 @@ EVERYTHING = 1e9  # a threshold that skips whatever may be skipped
 
 
 def paint(
-    flow: Flux, made: Plan, threshold: float, seed: int = 3, **more: Any
+    flow: Flux, made: DenoisePlan, threshold: float, seed: int = 3, **more: Any
 ) -> tuple[list[np.ndarray], list[bool]]:
     """The latents after each step, and which steps were reused."""
     walk = denoise(flow, made, make_noise(seed), cache=StepCache(threshold), **more)
@@ -29,7 +29,7 @@ def paint(
 def _evaluated(walk: Any) -> tuple[list[np.ndarray], list[bool]]:
     found, reused = [], []
     for step in walk:
-        assert isinstance(step, Step)
+        assert isinstance(step, StepState)
         found.append(np.array(step.x))
         reused.append(step.reused)
     return found, reused
@@ -68,13 +68,13 @@ def test_a_cache_that_skips_nothing_changes_no_byte(flow: Flux, threshold: float
 def test_the_first_and_the_last_step_are_always_computed(flow: Flux, steps: int) -> None:
     runs = []
 
-    class Counting(Flux):
+    class CountingCache(Flux):
         def _rest(self, *arguments: Any) -> mx.array:
             runs.append(1)
             return super()._rest(*arguments)
 
     counting = random_flux()
-    counting.__class__ = Counting
+    counting.__class__ = CountingCache
     _, reused = paint(counting, make_plan(flow, steps), EVERYTHING)
     assert reused == [0 < step < steps - 1 for step in range(steps)]
     assert len(runs) == reused.count(False)  # the others' blocks were not run

@@ -8,7 +8,7 @@ import pytest
 from fluxmesh.errors import OutputError, UsageError, WeightsError
 from fluxmesh.storage import durable
 from fluxmesh.training import checkpoint
-from fluxmesh.training.checkpoint import Counters, Saved
+from fluxmesh.training.checkpoint import RunCounters, Saved
 from fluxmesh.training.data.feature_cache import FeatureCache, key
 
 VECTORS = {"weights": np.arange(5, dtype=np.float32), "first": np.ones(5, np.float32)}
@@ -16,14 +16,14 @@ VECTORS = {"weights": np.arange(5, dtype=np.float32), "first": np.ones(5, np.flo
 
 def saved(iteration: int = 8, **changed) -> Saved:
     fields = {"request": {"seed": 1, "targets": ["*"]}, "data": "d", "model": "m"} | changed
-    return Saved(Counters(iteration // 4, iteration, 0.5, 0.25), vectors=VECTORS, **fields)
+    return Saved(RunCounters(iteration // 4, iteration, 0.5, 0.25), vectors=VECTORS, **fields)
 
 
 def test_what_was_saved_comes_back(tmp_path):
     checkpoint.save(tmp_path, saved(4))
     checkpoint.save(tmp_path, saved(8))
     found = checkpoint.latest(tmp_path)
-    assert found.counters == Counters(2, 8, 0.5, 0.25)
+    assert found.counters == RunCounters(2, 8, 0.5, 0.25)
     assert (found.request, found.data, found.model) == ({"seed": 1, "targets": ["*"]}, "d", "m")
     for name, vector in VECTORS.items():
         np.testing.assert_array_equal(found.vectors[name], vector)

@@ -21,7 +21,7 @@ HELP = {
 }
 
 
-class Machine:
+class BareMachine:
     """A PATH on which nothing lies but a few ordinary tools and what is put there."""
 
     def __init__(self, folder: Path) -> None:
@@ -56,8 +56,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path: Path) -> BareMachine:
+    return BareMachine(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def machine(tmp_path: Path) -> Machine:
 )
 @pytest.mark.parametrize("system", ["Darwin", "Linux"])
 def test_ci_asks_of_make_what_it_has_and_of_each_system_what_it_can(
-    machine: Machine, system: str, version: str, options: str
+    machine: BareMachine, system: str, version: str, options: str
 ) -> None:
     machine.put("uname", f"echo {system}")
     machine.put("make", f"[ \"$1\" != --help ] || echo '{HELP[version]}'")
@@ -81,7 +81,7 @@ def test_ci_asks_of_make_what_it_has_and_of_each_system_what_it_can(
     assert not (system == "Darwin" and machine.called("apt-get"))
 
 
-def test_ci_stops_at_the_first_failure(machine: Machine) -> None:
+def test_ci_stops_at_the_first_failure(machine: BareMachine) -> None:
     machine.put("uname", "echo Darwin")
     machine.put("make", '[ "$1" != test ]')
     assert machine.run(str(ROOT / ".ci" / "run")).returncode != 0
@@ -90,7 +90,7 @@ def test_ci_stops_at_the_first_failure(machine: Machine) -> None:
 
 @pytest.mark.parametrize("system", ["Darwin", "Linux"])
 def test_on_a_mac_an_installed_pth_file_is_made_visible_each_time(
-    machine: Machine, system: str
+    machine: BareMachine, system: str
 ) -> None:
     """Python skips a hidden one, and then there is no fluxmesh to import."""
     machine.put("uname", f"echo {system}")

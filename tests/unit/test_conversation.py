@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import ModelNotFoundError
 from fluxmesh.events import Event, Picture
 from fluxmesh.request import GenerateRequest
@@ -20,11 +20,11 @@ from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
-from fluxmesh_coordinator.artifacts.pictures import Target
+from fluxmesh_coordinator.artifacts.pictures import PicturePath
 from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.commands.generate import Painter
-from fluxmesh_coordinator.commands.settings import Settings
-from fluxmesh_coordinator.console.generate_report import TerminalReporter
+from fluxmesh_coordinator.commands.settings import GenerateSettings
+from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
 from fluxmesh_coordinator.deploy import what_if
 
 DEFAULTS = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
@@ -58,7 +58,9 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(hub, "resolve", resolve)
     monkeypatch.setattr(hub, "default_model", lambda: "tiny")
 
-    def say(*said: str, settings: Settings | None = None) -> tuple[list[GenerateRequest], str]:
+    def say(
+        *said: str, settings: GenerateSettings | None = None
+    ) -> tuple[list[GenerateRequest], str]:
         screen = io.StringIO()
         lines = iter(said)
 
@@ -68,8 +70,10 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             except StopIteration:
                 raise EOFError from None
 
-        reporter = TerminalReporter(console=Console(file=screen, width=200))
-        conversation = Conversation(settings or Settings(), Target(tmp_path), reporter, read=read)
+        reporter = GenerateTerminalReporter(console=Console(file=screen, width=200))
+        conversation = Conversation(
+            settings or GenerateSettings(), PicturePath(tmp_path), reporter, read=read
+        )
         mesh = conversation.painter._mesh = CountingMesh()
         with reporter:
             conversation.run()
@@ -110,7 +114,7 @@ def test_every_prompt_has_a_new_seed_and_a_file_of_its_own(talk: Any, tmp_path: 
 def test_mistakes_are_told_and_change_nothing(talk: Any) -> None:
     requests, shown = talk(
         *("/size big", "/steps 0", "/steps many", "/seed -1", "/frobnicate", "/", "a dog"),
-        settings=Settings(steps=3, seed=1),
+        settings=GenerateSettings(steps=3, seed=1),
     )
     assert shown.count("Error: ") == 6
     for part in ("not HEIGHTxWIDTH", "--steps is 0", "'many' is not", "--seed is -1", "/help"):
@@ -136,7 +140,7 @@ def test_a_model_that_only_the_mesh_has_is_not_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = Member(0, "mac1:47100", "", "", "", "")
-    up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=Weights("dev"))
+    up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=ModelVariant("dev"))
     monkeypatch.setattr(mesh_file, "load", lambda: up)
 
     def resolve(name: str, *, download: bool = True, **_more: Any) -> Any:
@@ -144,8 +148,8 @@ def test_a_model_that_only_the_mesh_has_is_not_fetched(
         raise ModelNotFoundError(name)
 
     monkeypatch.setattr(hub, "resolve", resolve)
-    reporter = TerminalReporter(console=Console(file=io.StringIO()))
-    found = Painter(reporter, keep_warm=False).checkpoint(Settings())
+    reporter = GenerateTerminalReporter(console=Console(file=io.StringIO()))
+    found = Painter(reporter, keep_warm=False).checkpoint(GenerateSettings())
     assert (found.name, found.revision, found.defaults.steps) == ("dev", "", 50)
 
 
@@ -154,7 +158,7 @@ def test_a_mesh_that_holds_quantized_weights_paints_with_them(
 ) -> None:
     """Where `up --quantize` was needed for the model to fit, `generate` must not load it whole."""
     member = Member(0, "mac1:47100", "", "", "", "")
-    loaded = Weights("dev", bits=4)
+    loaded = ModelVariant("dev", bits=4)
     up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=loaded)
     monkeypatch.setattr(mesh_file, "load", lambda: up)
     monkeypatch.setattr(
@@ -166,5 +170,5 @@ def test_a_mesh_that_holds_quantized_weights_paints_with_them(
         ("schnell", None, "bfloat16"),
     ]
     assert "Painting with dev (32x48, 4 bits, 4 steps" in shown
-    (request,), _ = talk("a dog", settings=Settings(dtype="float32"))
+    (request,), _ = talk("a dog", settings=GenerateSettings(dtype="float32"))
     assert (request.bits, request.dtype) == (None, "float32")

@@ -11,7 +11,7 @@ from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import Plan, denoise, plan
+from fluxmesh.sampling.denoise import DenoisePlan, denoise, plan
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 from fluxmesh.sampling.schedule import timesteps
 
@@ -46,7 +46,7 @@ def random_text() -> Conditioning:
     )
 
 
-def make_plan(flow: Flux, steps: int = 4, strength: float = 1.0) -> Plan:
+def make_plan(flow: Flux, steps: int = 4, strength: float = 1.0) -> DenoisePlan:
     times = timesteps(steps, 6, ScheduleConfig(), strength)
     return plan(flow, random_text(), times, SIZE, guidance=4.0)
 
@@ -80,12 +80,12 @@ def test_a_caller_that_stops_early_leaves_the_rest_uncomputed() -> None:
     calls = []
     forward = type(flow).__call__
 
-    class Counting(Flux):
+    class CountingFlow(Flux):
         def __call__(self, *arguments: mx.array) -> mx.array:
             calls.append(1)
             return forward(self, *arguments)
 
-    flow.__class__ = Counting
+    flow.__class__ = CountingFlow
     steps = denoise(flow, make_plan(flow), make_noise())
     next(steps)
     next(steps)

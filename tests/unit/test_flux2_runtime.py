@@ -22,7 +22,7 @@ PROMPT, NEGATIVE = mx.ones((1, 5, 20)), mx.zeros((1, 5, 20))
 NOISE = mx.random.normal((1, 6, 16), key=mx.random.key(1))
 
 
-class Watched:
+class WatchedFlux2:
     """A transformer that keeps what it was called with, and what it gave."""
 
     def __init__(self, flux: Flux2) -> None:
@@ -38,7 +38,7 @@ class Watched:
 
 
 def runtime(guidance_embed: bool = False, **options: Any) -> Flux2Runtime:
-    flux = Watched(random_flux2(replace(SMALL, guidance_embed=guidance_embed)))
+    flux = WatchedFlux2(random_flux2(replace(SMALL, guidance_embed=guidance_embed)))
     unused: Any = None
     return Flux2Runtime(
         transformer=flux,

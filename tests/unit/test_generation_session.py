@@ -62,7 +62,7 @@ def test_a_ring_that_stands_is_used_again() -> None:
         machine.leased = replace(
             machine.leased,
             fence=2,
-            epoch=1,
+            ring_generation=1,
             is_up=True,
             ring=messages.ring_name(nonce),
             ring_rank=rank,
@@ -71,7 +71,7 @@ def test_a_ring_that_stands_is_used_again() -> None:
         machine.engine = first.machines[rank].engine
     second.run().check()
     assert second.messages(messages.Join) == []
-    assert {message.epoch for message in second.messages(messages.Paint)} == {1}
+    assert {message.ring_generation for message in second.messages(messages.Paint)} == {1}
 
 
 def test_events_come_in_the_order_of_the_work() -> None:
@@ -198,19 +198,19 @@ def test_a_death_outside_of_a_ring_touches_nobody_else() -> None:
     assert len(done.messages(messages.Load, 1)) == 1
 
 
-def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_epoch() -> None:
+def test_a_death_in_a_ring_ends_all_its_engines_and_begins_a_new_ring_generation() -> None:
     def break_one(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
             mesh.kill_engine(1)
 
     done = GenerationSimulation(2, placement="sequence", steps=6, faults=break_one).run()
     done.check()
-    assert [kill.epoch for kill in done.messages(messages.Kill)] == [2, 2]
+    assert [kill.ring_generation for kill in done.messages(messages.Kill)] == [2, 2]
     joins = done.messages(messages.Join)
-    assert [join.epoch for join in joins] == [1, 1, 3, 3]
+    assert [join.ring_generation for join in joins] == [1, 1, 3, 3]
     assert joins[0].nonce != joins[2].nonce
     assert joins[0].files != joins[2].files
-    firsts = [(paint.first, paint.epoch) for paint in done.messages(messages.Paint, 0)]
+    firsts = [(paint.first, paint.ring_generation) for paint in done.messages(messages.Paint, 0)]
     assert firsts == [(0, 1), (2, 3)]
 
 
@@ -230,7 +230,7 @@ def test_a_ring_lost_for_a_late_host_is_not_formed_again_and_nobody_is_blamed(
     done = GenerationSimulation(3, steps=6, faults=break_it, **asked).run()
     done.check()
     assert [lost.host for lost in done.of(events.HostLost)] == [0]
-    assert len({join.epoch for join in done.messages(messages.Join)}) == 1
+    assert len({join.ring_generation for join in done.messages(messages.Join)}) == 1
     assert [plan.placement for plan in done.of(events.Planned)][1:] == ["data"]
     assert len(done.of(events.Step)) == 6  # what the ring had done stays done
     assert sorted(done.session.state.hosts) == [0, 1, 2]
@@ -318,10 +318,10 @@ def test_an_engine_that_ticks_is_not_taken_for_dead() -> None:
     mesh = GenerationSimulation(1).begin()
     while not isinstance(mesh.machines[0].at, messages.Encode):
         mesh.report(0)
-    epoch = mesh.session.state.hosts[0].epoch
+    ring_generation = mesh.session.state.hosts[0].ring_generation
     for _ in range(20):
         mesh.now += 3.0
-        mesh.feed(Reported(0, messages.Beat("job", epoch, "encoding")))
+        mesh.feed(Reported(0, messages.Beat("job", ring_generation, "encoding")))
         mesh.tick()
     assert mesh.of(events.HostLost) == []
     mesh.now += 6.0
@@ -337,13 +337,13 @@ def test_a_load_must_tick_and_its_bytes_must_come(every: float, seconds: int, re
     mesh = GenerationSimulation(1).begin()
     while not isinstance(mesh.machines[0].at, messages.Load):
         mesh.report(0)
-    epoch = mesh.session.state.hosts[0].epoch
-    mesh.feed(Reported(0, messages.Progress("job", epoch, "transformer", 1, 100)))
+    ring_generation = mesh.session.state.hosts[0].ring_generation
+    mesh.feed(Reported(0, messages.LoadProgress("job", ring_generation, "transformer", 1, 100)))
     for _ in range(seconds):
         assert mesh.of(events.HostLost) == []
         mesh.now += 1.0
         if every:
-            mesh.feed(Reported(0, messages.Beat("job", epoch, "loading")))
+            mesh.feed(Reported(0, messages.Beat("job", ring_generation, "loading")))
         mesh.tick()
     assert reason in mesh.of(events.HostLost)[0].reason
 
@@ -372,7 +372,7 @@ def test_a_host_that_returns_helps_with_whole_images() -> None:
     assert mesh.machines[1].made
 
 
-def test_what_is_left_over_from_another_epoch_or_job_is_dropped() -> None:
+def test_what_is_left_over_from_another_ring_generation_or_job_is_dropped() -> None:
     mesh = GenerationSimulation(1).begin()
     while not mesh.of(events.Step):
         mesh.turn()
@@ -434,6 +434,6 @@ def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
     (paint,) = mesh.messages(messages.Paint)
     host = mesh.session.state.hosts[0]
     for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
-        told = messages.Stepped("job", host.epoch, 0, step, seconds, 1, paint.latents)
+        told = messages.Stepped("job", host.ring_generation, 0, step, seconds, 1, paint.latents)
         mesh.feed(Reported(0, replace(told, reused=reused)))
         assert host.step_deadline(paint) == 80.0

@@ -6,14 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmesh.planning.list_schedule import Worker, share_out
+from fluxmesh.planning.list_schedule import ScheduledHost, share_out
 
 TIMES = st.floats(0.01, 100)
 
 
-def own(*workers: tuple[float, float]) -> list[Worker]:
+def own(*workers: tuple[float, float]) -> list[ScheduledHost]:
     """Workers with a device each, from (free from, seconds an image)."""
-    return [Worker(free, seconds, i, f"device {i}") for i, (free, seconds) in enumerate(workers)]
+    return [
+        ScheduledHost(free, seconds, i, f"device {i}") for i, (free, seconds) in enumerate(workers)
+    ]
 
 
 def test_equal_hosts_take_turns() -> None:
@@ -39,7 +41,7 @@ def test_nobody_waits_while_an_image_is_left(
 
 @given(st.integers(1, 20), st.integers(2, 4), TIMES)
 def test_agents_on_one_device_are_as_fast_as_one(images: int, agents: int, seconds: float) -> None:
-    workers = [Worker(0.0, seconds, rank, "gpu") for rank in range(agents)]
+    workers = [ScheduledHost(0.0, seconds, rank, "gpu") for rank in range(agents)]
     owners, end = share_out(images, workers)
     assert end == pytest.approx(images * seconds)
     counts = [owners.count(rank) for rank in range(agents)]
@@ -53,7 +55,7 @@ def test_agents_on_one_device_are_as_fast_as_one(images: int, agents: int, secon
 def test_a_shared_device_does_the_work_of_all_its_agents(
     images: int, workers: list[tuple[float, float, str]]
 ) -> None:
-    given = [Worker(free, each, i, device) for i, (free, each, device) in enumerate(workers)]
+    given = [ScheduledHost(free, each, i, device) for i, (free, each, device) in enumerate(workers)]
     owners, end = share_out(images, given)
     assert len(owners) == images
     for device in "ab":

@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.types import LeasedHost
 from tests.unit.meshes import mac
 
-COMMON: dict[str, Any] = {"fence": 1, "job": "job", "epoch": 0, "weights": Weights("dev")}
+COMMON: dict[str, Any] = {
+    "fence": 1,
+    "job": "job",
+    "ring_generation": 0,
+    "weights": ModelVariant("dev"),
+}
 LATENTS = np.zeros((1, 4, 64), np.float32)
 
 
 def host() -> HostState:
     entry = Host(0, "127.0.0.1", ("127.0.0.1",))
-    return HostState(LeasedHost(info=mac(0), host=entry, fence=1, epoch=0), 0.0)
+    return HostState(LeasedHost(info=mac(0), host=entry, fence=1, ring_generation=0), 0.0)
 
 
 def paint(side: int) -> messages.Paint:
@@ -63,7 +68,7 @@ def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -
     one = host()
     one.sent(messages.Encode(**COMMON, prompt="a dog"), 0.0)
     for now in range(0, 300, 10):
-        one.heard(messages.Progress("job", 0, "text encoders", now, 300), float(now))
+        one.heard(messages.LoadProgress("job", 0, "text encoders", now, 300), float(now))
         assert one.overdue(float(now)) == ""
     one.heard(messages.Beat("job", 0, "encoding"), 409.0)
     assert one.overdue(409.0) == ""

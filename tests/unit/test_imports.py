@@ -6,12 +6,13 @@ prints what they describe.
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
 import pytest
 
-from tools.house import ROOMS, Tree, imported, modules
+from tools.house import ROOMS, ROOT, Tree, imported, modules
 
 HEAVY = {"mlx", "zmq", "torch", "datasets", "transformers", "diffusers", "huggingface_hub"}
 PACKAGES = ("fluxmesh", "fluxmesh_agent", "fluxmesh_coordinator")
@@ -41,7 +42,8 @@ DESCRIBES = (
     *("fluxmesh.models.tiling", "fluxmesh.models.tensor_map", "fluxmesh.models.conv_tensors"),
     *("fluxmesh.models.partition", "fluxmesh.models.packing", "fluxmesh.models.flux1.config"),
     *("fluxmesh.models.flux1.tensor_maps", "fluxmesh.models.flux1.single_file"),
-    *("fluxmesh.models.flux1.partition", "fluxmesh.models.flux1.quantization"),
+    *("fluxmesh.models.partition", "fluxmesh.models.flux1.partition"),
+    "fluxmesh.models.flux1.quantization",
     *("fluxmesh.models.flux1.tokenizers", "fluxmesh.sampling.schedule"),
     *("fluxmesh.models.file_shapes", "fluxmesh.models.flux2.config"),
     *("fluxmesh.models.flux2.tensor_maps", "fluxmesh.models.flux2.single_file"),
@@ -198,3 +200,14 @@ def test_the_command_line_answers_without_loading_what_computes(arguments: list[
     )
     assert not loaded & (HEAVY | {"numpy", "PIL", "rich", "zmq", "msgpack", "asyncio"})
     assert "click" in loaded
+
+
+def test_a_class_name_stands_once_in_the_tree() -> None:
+    """Also in tests and tools: a name that is searched for is found where it is defined."""
+    places: dict[str, list[str]] = {}
+    for folder in ("fluxmesh", "agent", "coordinator", "tools", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, ModelVariant
 from fluxmesh.wire.messages import (
     Account,
     Beat,
     Cancel,
     Cancelled,
-    Counters,
     Device,
     Encode,
+    EngineCounters,
     Failed,
     Join,
     Joined,
     Kill,
     Load,
     Loaded,
+    LoadProgress,
     Message,
-    Progress,
     Reading,
     Warm,
     Warmed,
@@ -39,26 +39,26 @@ from fluxmesh_agent.lifecycle import (
     Tell,
 )
 
-WEIGHTS = Weights("tiny")
+WEIGHTS = ModelVariant("tiny")
 HOLDING = Holding(WEIGHTS, 100)
 FILES = (("MLX_HOSTFILE", "[]"),)
 
 
-def load(epoch: int = 0, job: str = "job") -> Load:
-    return Load(1, job, epoch, WEIGHTS)
+def load(ring_generation: int = 0, job: str = "job") -> Load:
+    return Load(1, job, ring_generation, WEIGHTS)
 
 
-def encode(epoch: int = 0, job: str = "job") -> Encode:
-    return Encode(1, job, epoch, WEIGHTS, "a cat")
+def encode(ring_generation: int = 0, job: str = "job") -> Encode:
+    return Encode(1, job, ring_generation, WEIGHTS, "a cat")
 
 
-def join(epoch: int, rank: int = 0, size: int = 2, **more: Any) -> Join:
+def join(ring_generation: int, rank: int = 0, size: int = 2, **more: Any) -> Join:
     fields = {"envs": (("MLX_RANK", str(rank)),), "files": FILES, "nonce": b"n" * 32}
-    return Join(1, epoch, rank, size, "ring", **(fields | more))
+    return Join(1, ring_generation, rank, size, "ring", **(fields | more))
 
 
 def over(holds: Holding | None = None) -> Account:
-    return Account(True, holds, Counters(), 0.0)
+    return Account(True, holds, EngineCounters(), 0.0)
 
 
 def started() -> Lifecycle:
@@ -93,7 +93,7 @@ def test_work_is_sent_in_its_order_and_states_follow() -> None:
 def test_what_is_told_on_the_way_ends_no_work() -> None:
     life = started()
     life.work(encode())
-    life.engine_said(Account(False, None, Counters(steps=3), 5.0))
+    life.engine_said(Account(False, None, EngineCounters(steps=3), 5.0))
     assert not life.is_free
     assert (life.counters.steps, life.load_rate) == (3, 5.0)
 
@@ -138,22 +138,22 @@ def test_a_failed_unit_leaves_the_engine_alone() -> None:
     assert life.state == "idle"
 
 
-def test_kill_begins_an_epoch_and_forgets_the_work() -> None:
+def test_kill_begins_a_ring_generation_and_forgets_the_work() -> None:
     life = started()
     life.work(load())
     assert life.kill(Kill(1, 5)) == [KillEngine()]
-    assert (life.epoch, life.state, life.is_free) == (5, "idle", True)
+    assert (life.ring_generation, life.state, life.is_free) == (5, "idle", True)
     assert life.kill(Kill(1, 6)) == []  # none is there
 
 
-def test_messages_of_an_old_epoch_are_refused_and_reports_of_it_dropped() -> None:
+def test_messages_of_an_old_ring_generation_are_refused_and_reports_of_it_dropped() -> None:
     life = started()
     life.kill(Kill(1, 5))
     for ask, message in ((life.kill, Kill(1, 4)), (life.join, join(4)), (life.work, load(4))):
         with pytest.raises(Refusal) as refused:
             ask(message)  # type: ignore[operator]
         assert refused.value.code == "fence"
-    assert life.epoch == 5
+    assert life.ring_generation == 5
     old: list[Message] = [
         Beat("job", 4, "first step"),
         Loaded("job", 4, HOLDING, 1.0),
@@ -225,7 +225,7 @@ def test_a_join_that_sets_what_no_ring_needs_is_refused(wrong: Join) -> None:
     with pytest.raises(Refusal) as refused:
         life.join(wrong)
     assert refused.value.code == "usage"
-    assert (life.epoch, life.is_free) == (0, True)
+    assert (life.ring_generation, life.is_free) == (0, True)
 
 
 def test_cancel_goes_to_an_engine_that_works_and_is_answered_for_one_that_does_not() -> None:
@@ -236,7 +236,7 @@ def test_cancel_goes_to_an_engine_that_works_and_is_answered_for_one_that_does_n
     assert life.cancel(cancel) == [Send(cancel)]
     life.kill(Kill(1, 4))
     life.start()
-    # The engine doesn't know the epoch, and says 0.
+    # The engine doesn't know the ring generation, and says 0.
     assert life.engine_said(Cancelled("job", 0)) == [Tell(Cancelled("job", 4))]
 
 
@@ -247,7 +247,7 @@ def test_what_a_lost_coordinator_leaves_behind_is_cancelled_and_then_ended() -> 
     life.work(encode(job="b"))
     assert life.abandon() == [Send(Cancel(0, "a")), Send(Cancel(0, "b"))]
     assert life.give_up() == [KillEngine()]
-    assert (life.epoch, life.is_free) == (1, True)
+    assert (life.ring_generation, life.is_free) == (1, True)
     assert life.give_up() == []
 
 
@@ -255,9 +255,9 @@ def test_an_engine_is_worth_as_long_a_wait_as_loading_again_takes() -> None:
     life = Lifecycle()
     assert life.seconds_to_load == 0.0
     life.work(load())
-    life.engine_said(Account(False, HOLDING, Counters(), 0.0))
+    life.engine_said(Account(False, HOLDING, EngineCounters(), 0.0))
     assert life.seconds_to_load == 0.0  # nothing was timed yet
-    life.engine_said(Account(True, HOLDING, Counters(), 20.0))
+    life.engine_said(Account(True, HOLDING, EngineCounters(), 20.0))
     assert life.seconds_to_load == 100 / 20.0
     life.kill(Kill(1, 1))
     assert life.seconds_to_load == 0.0  # nothing is held
@@ -266,8 +266,8 @@ def test_an_engine_is_worth_as_long_a_wait_as_loading_again_takes() -> None:
 # The agent's own work
 
 
-def own_load(epoch: int = 0, shards: int = 1) -> Load:
-    return Load(0, OWN, epoch, WEIGHTS, shards, 0, ("transformer",))
+def own_load(ring_generation: int = 0, shards: int = 1) -> Load:
+    return Load(0, OWN, ring_generation, WEIGHTS, shards, 0, ("transformer",))
 
 
 WARM = Warm(0, OWN, 0, WEIGHTS, 64, 64)
@@ -278,7 +278,7 @@ def test_the_agents_own_work_leaves_the_engine_free_and_is_told_to_nobody() -> N
     life = Lifecycle()
     assert life.upkeep(own_load()) == [StartEngine(), Send(own_load())]
     assert (life.state, life.job, life.is_free) == ("loading", "", True)
-    assert life.engine_said(Progress(OWN, 0, "transformer", 5, 9)) == []
+    assert life.engine_said(LoadProgress(OWN, 0, "transformer", 5, 9)) == []
     assert life.loading == Reading("transformer", 5, 9)
     assert life.engine_said(over(HOLDING)) == []
     assert life.engine_said(Loaded(OWN, 0, HOLDING, 1.0)) == []
@@ -294,8 +294,8 @@ def test_a_job_that_needs_what_is_loading_waits_for_it_and_hears_that_it_moves()
     assert life.work(load(3)) == [Send(load(3))]
     assert life.work(encode(3)) == [Send(encode(3))]
     assert (life.state, life.job, life.is_free) == ("loading", "job", False)
-    moved = Progress(OWN, 0, "transformer", 5, 9)
-    assert life.engine_said(moved) == [Tell(Progress("job", 3, "transformer", 5, 9))]
+    moved = LoadProgress(OWN, 0, "transformer", 5, 9)
+    assert life.engine_said(moved) == [Tell(LoadProgress("job", 3, "transformer", 5, 9))]
     assert life.engine_said(Beat(OWN, 0, "loading")) == [Tell(Beat("job", 3, "loading"))]
     life.engine_said(over(HOLDING))
     assert life.engine_said(Loaded(OWN, 0, HOLDING, 1.0)) == []  # the job's own is to come
@@ -306,10 +306,10 @@ def test_a_job_that_needs_what_is_loading_waits_for_it_and_hears_that_it_moves()
 @pytest.mark.parametrize(
     "work",
     [
-        Load(1, "job", 0, Weights("dev")),
+        Load(1, "job", 0, ModelVariant("dev")),
         Load(1, "job", 0, WEIGHTS, 2, 1),
         Load(1, "job", 0, WEIGHTS, low_memory=True),
-        Encode(1, "job", 0, Weights("dev"), "a cat"),
+        Encode(1, "job", 0, ModelVariant("dev"), "a cat"),
         CloseTraining(1, "job", 0),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fluxmesh.errors import FluxmeshError, LocalNetworkError
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire.messages import Failed, Join
@@ -104,7 +104,7 @@ def test_an_engine_that_gives_up_for_it_tells_so(
             engine.Engine(config, near)._join(Join(1, 7, 0, 2))
         _, failed = far.receive()
     assert ended.value.code == engine.BROKEN
-    assert isinstance(failed, Failed) and failed.epoch == 7 and failed.fatal
+    assert isinstance(failed, Failed) and failed.ring_generation == 7 and failed.fatal
     assert (WHERE in failed.text) == (system == "Darwin")
     assert failed.text.startswith("The engine failed while joining the ring: [ring] Rank 0")
     assert failed.text.endswith(".") and not failed.text.endswith("..")
@@ -139,7 +139,7 @@ def test_up_tells_of_a_host_without_a_single_link_once(
                 await asyncio.sleep(0.01)
             told, dialer = Told(), mesh.network.dialer()
             unmeasured = replace(mesh.record, links=())
-            work = Work.of(ask(height=32, width=32), small())
+            work = Workload.of(ask(height=32, width=32), small())
             try:
                 await Warming(unmeasured, work, told, Home(tmp_path))._run(dialer)
             finally:

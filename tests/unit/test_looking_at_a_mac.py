@@ -15,7 +15,7 @@ import pytest
 
 from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys
@@ -74,7 +74,7 @@ def test_up_leaves_a_mac_out_where_the_backend_cannot_be(
 ) -> None:
     macs["mac1"] = {"low_power": True, "rdma_state": "disabled"}
     hosts, told = hostfiles.parse(HOSTS), Told()
-    weights = Weights("tiny", "bfloat16", None, ())
+    weights = ModelVariant("tiny", "bfloat16", None, ())
     for allowed in (False, True):
         wish = Wish(hosts, "mesh.json", HOSTS, weights, allow_partial=allowed)
         up = Bringup(wish, told, Home(tmp_path))

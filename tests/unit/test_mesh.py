@@ -23,7 +23,7 @@ from fluxmesh.errors import (
 )
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire import messages
-from fluxmesh_agent.adapter_store import Adapters
+from fluxmesh_agent.adapter_store import AdapterStore
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs import host
@@ -33,7 +33,7 @@ from fluxmesh_coordinator.jobs.replay import from_bytes
 from fluxmesh_coordinator.jobs.types import Reported
 from fluxmesh_coordinator.runtime import adapter_upload, host_link
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from fluxmesh_coordinator.runtime.mesh import Mesh
@@ -83,7 +83,7 @@ def check(heard: Heard, done: GenerationJob) -> None:
 
 
 def play(
-    folder: Path, hosts: int, body: Callable[[FakeMesh, Driver], Awaitable[None]], **more: Any
+    folder: Path, hosts: int, body: Callable[[FakeMesh, AgentPool], Awaitable[None]], **more: Any
 ) -> None:
     """Runs `body` on a mesh of that many hosts and a coordinator connected to it."""
 
@@ -92,8 +92,8 @@ def play(
             restart = more.get("restart")
             if restart is not None:
                 restart = restart(mesh, asyncio.get_running_loop())
-            async with Driver(mesh.record, mesh.network.dialer(), restart) as driver:
-                await asyncio.wait_for(body(mesh, driver), 60)
+            async with AgentPool(mesh.record, mesh.network.dialer(), restart) as pool:
+                await asyncio.wait_for(body(mesh, pool), 60)
 
     asyncio.run(run())
 
@@ -110,13 +110,13 @@ _TASKS: list[Any] = []
 
 @pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])
 def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         asked, heard = job(n_images=4, placement=placement), Heard()
-        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
+        await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
         counts = [len(mesh.engine(rank).made) for rank in range(4)]
         assert counts == ([3] * 4 if placement == "data" else [12] * 4)
-        statuses = await driver.statuses()
+        statuses = await pool.statuses()
         assert [status.holder for status in statuses.values()] == [""] * 4
         assert sum(status.counters.encodes for status in statuses.values()) == 1
 
@@ -124,25 +124,25 @@ def test_all_hosts_take_part_in_a_request(tmp_path: Path, placement: Any) -> Non
 
 
 def test_the_next_job_goes_on_in_the_ring_of_the_last(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         for name in ("one", "two"):
             asked, heard = job(name, placement="tensor"), Heard()
-            await JobRunner(driver, GenerationSession(asked), {}, heard).run()
+            await JobRunner(pool, GenerationSession(asked), {}, heard).run()
             check(heard, asked)
-        statuses = await driver.statuses()
-        assert {status.epoch for status in statuses.values()} == {1}
+        statuses = await pool.statuses()
+        assert {status.ring_generation for status in statuses.values()} == {1}
         assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
 
     play(tmp_path, 2, body)
 
 
 def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        async with Driver(mesh.record, mesh.network.dialer("other")) as other:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer("other")) as other:
             asked = [job("one", n_images=6, steps=8), job("two", n_images=2)]
             heard = [Heard(), Heard()]
             session = GenerationSession(asked[0])
-            first = asyncio.create_task(JobRunner(driver, session, {}, heard[0]).run())
+            first = asyncio.create_task(JobRunner(pool, session, {}, heard[0]).run())
             while not heard[0].of(events.Step):
                 await asyncio.sleep(0.01)
             await JobRunner(other, GenerationSession(asked[1]), {}, heard[1]).run()
@@ -157,10 +157,10 @@ def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) ->
 
 @pytest.mark.parametrize("placement", ["data", "sequence"])
 def test_an_engine_that_dies_costs_no_acknowledged_step(tmp_path: Path, placement: Any) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         asked = job(n_images=2, steps=6, placement=placement)
         heard = Heard(events.Step, lambda: mesh.engine(1).die())
-        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
+        await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
         assert [lost.host for lost in heard.of(events.HostLost)] == [1]
         steps = [(event.image, event.step) for event in heard.of(events.Step)]
@@ -179,10 +179,10 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
 
         return again
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         asked = job(steps=8)
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(0)))
-        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
+        await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
         (lost,) = heard.of(events.HostLost)
         assert lost.host == 0
@@ -193,63 +193,63 @@ def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Pat
 
 
 def test_the_others_go_on_when_an_agent_is_gone_for_good(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         asked = job(n_images=6, placement="data")
         heard = Heard(events.Step, lambda: together(asyncio.get_running_loop(), mesh.kill(1)))
-        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
+        await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
 
     play(tmp_path, 3, body)
 
 
 def test_a_mesh_none_of_whose_hosts_answers_is_exit_3(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         await mesh.kill(0)
-        while driver.clients:
-            for rank, known in list(driver.clients.items()):
-                driver.lost(rank, known, "gone")
+        while pool.clients:
+            for rank, known in list(pool.clients.items()):
+                pool.lost(rank, known, "gone")
             await asyncio.sleep(0.05)
         with pytest.raises(HostUnreachableError, match="No host of mesh.json answers") as caught:
-            await JobRunner(driver, GenerationSession(job()), {}, Heard()).run()
+            await JobRunner(pool, GenerationSession(job()), {}, Heard()).run()
         assert caught.value.exit_code == 3
 
     play(tmp_path, 1, body)
 
 
 def test_wait_is_how_long_a_host_may_take_to_return(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         await mesh.kill(0)
-        for rank, known in list(driver.clients.items()):
-            driver.lost(rank, known, "gone")
+        for rank, known in list(pool.clients.items()):
+            pool.lost(rank, known, "gone")
         asyncio.get_running_loop().call_later(1.0, mesh.start, 0)
         asked, heard = job(), Heard()
-        await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
+        await JobRunner(pool, GenerationSession(asked), {}, heard).run(wait=20)
         check(heard, asked)
 
     play(tmp_path, 1, body)
 
 
 def test_what_fits_nowhere_is_exit_4(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         with pytest.raises(DoesNotFitError, match="which needs two hosts") as caught:
-            await JobRunner(driver, GenerationSession(job(placement="tensor")), {}, Heard()).run()
+            await JobRunner(pool, GenerationSession(job(placement="tensor")), {}, Heard()).run()
         assert caught.value.exit_code == 4
 
     play(tmp_path, 1, body)
 
 
 def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         gib = 1 << 30
         small_mac = mac(0, memory_bytes=11 * gib, free_bytes=15 * gib, platform="metal", holds=None)
 
         async def infos() -> dict[int, Any]:
             return {0: small_mac}
 
-        driver.infos = infos  # type: ignore[method-assign]
+        pool.infos = infos  # type: ignore[method-assign]
         asked = dataclasses.replace(job(height=1024, width=1024), sizes=FLUX)
         with pytest.raises(DoesNotFitError) as caught:
-            await JobRunner(driver, GenerationSession(asked), {}, Heard()).run()
+            await JobRunner(pool, GenerationSession(asked), {}, Heard()).run()
         assert str(caught.value) == (
             "No placement can be done: host 0 needs 28.1 GB and may use 11.8 GB. "
             "It fits with --quantize --bits 8 --low-memory (9.9 GB)."
@@ -260,28 +260,28 @@ def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("placement", ["data", "tensor"])
 def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement: Any) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         asked = job("one", n_images=2, steps=100, placement=placement)
         heard = Heard(events.Step, lambda: runner.stop.set())
-        runner = JobRunner(driver, GenerationSession(asked), {}, heard)
+        runner = JobRunner(pool, GenerationSession(asked), {}, heard)
         with pytest.raises(CancelledError):
             await runner.run()
         assert len(heard.of(events.Step)) < 10
         assert all(service.lifecycle.is_free for service in mesh.services.values())
         assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
         again, heard = job("two", placement=placement), Heard()
-        await JobRunner(driver, GenerationSession(again), {}, heard).run()
+        await JobRunner(pool, GenerationSession(again), {}, heard).run()
         check(heard, again)
 
     play(tmp_path, 2, body)
 
 
 def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        async with Driver(mesh.record, mesh.network.dialer("other")) as other:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer("other")) as other:
             asked, heard = job("one", n_images=3, steps=20), Heard()
             session = GenerationSession(asked)
-            first = asyncio.create_task(JobRunner(driver, session, {}, heard).run())
+            first = asyncio.create_task(JobRunner(pool, session, {}, heard).run())
             while not heard.of(events.Step):
                 await asyncio.sleep(0.01)
             waiting = Heard(events.Queued, lambda: second.stop.set())
@@ -296,16 +296,16 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
 
 
 def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         session = GenerationSession(job(n_images=40, steps=500, placement="data"))
-        runner = JobRunner(driver, session, {}, Heard())
+        runner = JobRunner(pool, session, {}, Heard())
         running = asyncio.create_task(runner.run())
         while session.given_up([1]) is None:
             if 1 in runner._leased:
                 runner._gone(1, runner._leased[1], "The cable was pulled.")
             await asyncio.sleep(0.01)
-        while 1 not in driver.clients:
-            await driver.change(1.0)
+        while 1 not in pool.clients:
+            await pool.change(1.0)
         await asyncio.sleep(1.5)
         assert not running.done() and mesh.services[0].leases.holder
         assert mesh.services[1].leases.holder == ""
@@ -317,9 +317,9 @@ def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> No
 
 
 def test_a_host_whose_engine_failed_too_often_is_free_for_others(tmp_path: Path) -> None:
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         session = GenerationSession(job(n_images=40, steps=500, placement="data"))
-        runner = JobRunner(driver, session, {}, Heard())
+        runner = JobRunner(pool, session, {}, Heard())
         running = asyncio.create_task(runner.run())
         while session.given_up([1]) is None:
             if mesh.engine(1).made:
@@ -341,15 +341,15 @@ def test_adapters_travel_once_and_by_their_hash(tmp_path: Path) -> None:
     named, files = by_hash([AdapterRef(str(path), 0.5)])
     asked = job(adapters=named)
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         heard = Heard()
-        await JobRunner(driver, GenerationSession(asked), files, heard).run()
+        await JobRunner(pool, GenerationSession(asked), files, heard).run()
         check(heard, asked)
         stored = tmp_path / "agent-0" / "adapters" / f"{named[0].path}.safetensors"
         assert stored.read_bytes() == path.read_bytes()
         path.unlink()  # the host has it: nothing is read again
         await JobRunner(
-            driver, GenerationSession(dataclasses.replace(asked, id="two")), files, Heard()
+            pool, GenerationSession(dataclasses.replace(asked, id="two")), files, Heard()
         ).run()
 
     play(tmp_path, 1, body)
@@ -363,17 +363,17 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     named, files = by_hash([AdapterRef(str(path))])
     monkeypatch.setattr(adapter_upload, "PIECE", 100)
     monkeypatch.setattr(host, "SILENCE", 0.5)
-    put = Adapters.put
+    put = AdapterStore.put
 
-    def slowly(self: Adapters, *piece: Any) -> None:
+    def slowly(self: AdapterStore, *piece: Any) -> None:
         time.sleep(0.2)
         put(self, *piece)
 
-    monkeypatch.setattr(Adapters, "put", slowly)
+    monkeypatch.setattr(AdapterStore, "put", slowly)
     asked, heard = job(adapters=named), Heard()
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        await JobRunner(driver, GenerationSession(asked), files, heard).run()
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        await JobRunner(pool, GenerationSession(asked), files, heard).run()
         check(heard, asked)
         assert heard.of(events.HostLost) == []
         told = [event for event in heard.of(events.Loading) if event.component == "adapter"]
@@ -399,11 +399,11 @@ def test_messages_that_come_twice_or_late_or_break_off_change_no_picture(
 ) -> None:
     faults = Faults(seed=seed, repeat=0.2, delay=0.05, seconds=0.02, cut=0.002)
 
-    async def body(mesh: FakeMesh, _: Driver) -> None:
+    async def body(mesh: FakeMesh, _: AgentPool) -> None:
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
-        async with Driver(mesh.record, dialer) as driver:
+        async with AgentPool(mesh.record, dialer) as pool:
             asked, heard = job(n_images=6, placement=placement), Heard()
-            await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
+            await JobRunner(pool, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -416,11 +416,11 @@ def test_a_word_that_is_lost_is_asked_for_again(
     monkeypatch.setattr(host_link, "ANSWER", 0.5)
     faults = Faults(seed=1, drop=0.4, only=(messages.Granted, messages.Ports))
 
-    async def body(mesh: FakeMesh, _: Driver) -> None:
+    async def body(mesh: FakeMesh, _: AgentPool) -> None:
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
-        async with Driver(mesh.record, dialer) as driver:
+        async with AgentPool(mesh.record, dialer) as pool:
             asked, heard = job(placement="sequence"), Heard()
-            await JobRunner(driver, GenerationSession(asked), {}, heard).run(wait=20)
+            await JobRunner(pool, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
 
     play(tmp_path, 3, body)
@@ -430,12 +430,12 @@ def test_what_led_to_a_failure_is_written_down_and_replays(tmp_path: Path) -> No
     """With real agents: what a session heard of them is enough to hear it again."""
     folder = tmp_path / "failed"
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         engine = mesh.engine(1).engine
         assert engine is not None
         engine.content = "newer"
         asked = job(prompt="my aunt Matilda", n_images=4, placement="sequence")
-        runner = JobRunner(driver, GenerationSession(asked), {}, Heard(), FailedJobs(folder))
+        runner = JobRunner(pool, GenerationSession(asked), {}, Heard(), FailedJobs(folder))
         with pytest.raises(WeightsError, match="different files") as caught:
             await runner.run()
         assert str(folder) in caught.value.__notes__[0]
@@ -456,11 +456,11 @@ def test_a_mistake_of_a_session_is_written_down_too(
     def wrong(*_: Any) -> None:
         raise ZeroDivisionError
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         session = GenerationSession(job())
         monkeypatch.setattr(session, "reported", wrong)
         with pytest.raises(ZeroDivisionError) as caught:
-            await JobRunner(driver, session, {}, Heard(), FailedJobs(folder)).run()
+            await JobRunner(pool, session, {}, Heard(), FailedJobs(folder)).run()
         assert str(folder) in caught.value.__notes__[0]
 
     play(tmp_path, 1, body)
@@ -527,19 +527,19 @@ def test_a_warm_job_asks_each_host_for_its_work_and_little_else(
 ) -> None:
     """Each question is a round trip that the user waits for."""
     asked: dict[int, list[str]] = {}
-    post = client.Client.post
+    post = client.AgentClient.post
 
-    async def posted(self: client.Client, message: messages.Message) -> Any:
+    async def posted(self: client.AgentClient, message: messages.Message) -> Any:
         asked.setdefault(self.member.rank, []).append(type(message).__name__)
         return await post(self, message)
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         await JobRunner(
-            driver, GenerationSession(job("cold", placement=placement)), {}, Heard()
+            pool, GenerationSession(job("cold", placement=placement)), {}, Heard()
         ).run()
-        monkeypatch.setattr(client.Client, "post", posted)
+        monkeypatch.setattr(client.AgentClient, "post", posted)
         await JobRunner(
-            driver, GenerationSession(job("warm", placement=placement)), {}, Heard()
+            pool, GenerationSession(job("warm", placement=placement)), {}, Heard()
         ).run()
         first = ["AskStatus", "AskLease", "Encode", "Load", "Paint", "Decode", "LeaveQueue"]
         other = ["AskStatus", "AskLease", "Load", "Paint", "LeaveQueue"]
@@ -570,10 +570,10 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
     monkeypatch.setattr(FakeSupervisor, "start", start)
     monkeypatch.setattr("fluxmesh_coordinator.runtime.agent_pool.OTHERS", 0.2)
 
-    async def body(mesh: FakeMesh, driver: Driver) -> None:
-        assert list(driver.clients) == [0] and driver.reasons == {}
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        assert list(pool.clients) == [0] and pool.reasons == {}
         asked, heard = job(placement="sequence"), Heard()
-        await JobRunner(driver, GenerationSession(asked), {}, heard).run()
+        await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
 
     play(tmp_path, 2, body)

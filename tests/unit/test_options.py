@@ -22,18 +22,18 @@ from fluxmesh_coordinator.cli.options import (
     settings_options,
 )
 from fluxmesh_coordinator.cli.prompts import read_prompts
-from fluxmesh_coordinator.commands.settings import Settings, draw_seed
+from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
 
 
-def settings_of(*arguments: str) -> Settings:
+def settings_of(*arguments: str) -> GenerateSettings:
     """The settings that these arguments choose, as every command gathers them."""
-    gathered: list[Settings] = []
+    gathered: list[GenerateSettings] = []
 
     @click.command()
     @settings_options
     @click.pass_context
     def command(context: click.Context, **_settings: object) -> None:
-        gathered.append(Settings().with_chosen(chosen(context)))
+        gathered.append(GenerateSettings().with_chosen(chosen(context)))
 
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
     if result.exception:
@@ -42,7 +42,7 @@ def settings_of(*arguments: str) -> Settings:
 
 
 def test_without_options_the_settings_are_the_defaults() -> None:
-    assert settings_of() == Settings()
+    assert settings_of() == GenerateSettings()
 
 
 def test_every_setting_has_an_option_and_every_option_a_setting() -> None:
@@ -50,7 +50,7 @@ def test_every_setting_has_an_option_and_every_option_a_setting() -> None:
     @settings_options
     def command(**_settings: object) -> None: ...
 
-    assert {option.name for option in command.params} == set(Settings.__dataclass_fields__)
+    assert {option.name for option in command.params} == set(GenerateSettings.__dataclass_fields__)
 
 
 def test_options_become_a_request() -> None:
@@ -77,10 +77,10 @@ def test_bits_alone_quantize() -> None:
 
 def test_the_checkpoint_decides_what_the_user_leaves_open() -> None:
     defaults = ModelDefaults(steps=7, guidance=3.0, height=64, width=80, t5_max_length=16)
-    request = Settings().request("dog", 1, defaults=defaults)
+    request = GenerateSettings().request("dog", 1, defaults=defaults)
     assert (request.steps, request.guidance) == (7, 3.0)
     assert (request.height, request.width) == (64, 80)
-    request = Settings(steps=2, guidance=0.0).request("dog", 1, defaults=defaults)
+    request = GenerateSettings(steps=2, guidance=0.0).request("dog", 1, defaults=defaults)
     assert (request.steps, request.guidance) == (2, 0.0)
 
 
@@ -122,7 +122,7 @@ def test_margins_are_four_numbers() -> None:
 @pytest.mark.parametrize("option", ["mask", "outpaint", "strength"])
 def test_what_changes_a_picture_needs_one(option: str) -> None:
     with pytest.raises(UsageError, match=f"--{option} says how to change --image"):
-        Settings(**{option: 0.5}).request("dog", 1)
+        GenerateSettings(**{option: 0.5}).request("dog", 1)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_what_changes_a_picture_needs_one(option: str) -> None:
 )
 def test_numbers_are_checked_before_any_file_is(setting: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
-        Settings(**setting).request("dog", 1)
+        GenerateSettings(**setting).request("dog", 1)
 
 
 def test_drawn_seeds_differ_and_are_allowed() -> None:
     seeds = {draw_seed() for _ in range(8)}
     assert len(seeds) == 8
     for seed in seeds:
-        Settings(n_images=4096).request("dog", seed)
+        GenerateSettings(n_images=4096).request("dog", seed)
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:

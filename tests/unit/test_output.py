@@ -19,8 +19,8 @@ from fluxmesh.storage import atomic, durable
 from fluxmesh_coordinator.artifacts.pictures import (
     GAP,
     PictureFiles,
+    PicturePath,
     StepFiles,
-    Target,
     encode_png,
     grid,
 )
@@ -58,21 +58,21 @@ def test_a_grid_fills_row_by_row_and_leaves_the_rest_black() -> None:
 def test_the_default_name_is_the_next_free_one(tmp_path: Path) -> None:
     for taken in ("out.png", "out-1.png", "out-2.0.png", "outer.png", "out-x.png"):
         (tmp_path / taken).write_bytes(b"theirs")
-    target = Target.parse(str(tmp_path))
+    target = PicturePath.parse(str(tmp_path))
     assert PictureFiles(target).save(0, None, b"a").name == "out-3.png"
     assert PictureFiles(target).save(0, None, b"b").name == "out-4.png"
 
 
 def test_raw_images_of_a_call_share_a_name(tmp_path: Path) -> None:
     (tmp_path / "out.png").write_bytes(b"theirs")
-    files = PictureFiles(Target.parse(str(tmp_path)), n_images=2, save_raw=True)
+    files = PictureFiles(PicturePath.parse(str(tmp_path)), n_images=2, save_raw=True)
     assert [files.save(0, k, b"x").name for k in (0, 1)] == ["out-1.0.png", "out-1.1.png"]
 
 
 def test_prompts_of_a_call_get_names_of_their_own(tmp_path: Path) -> None:
-    given = PictureFiles(Target.parse(str(tmp_path / "dog.png")), n_prompts=2)
+    given = PictureFiles(PicturePath.parse(str(tmp_path / "dog.png")), n_prompts=2)
     assert [given.save(k, None, b"x").name for k in (0, 1)] == ["dog.png", "dog-1.png"]
-    free = PictureFiles(Target.parse(str(tmp_path)), n_prompts=2)
+    free = PictureFiles(PicturePath.parse(str(tmp_path)), n_prompts=2)
     assert [free.save(k, None, b"x").name for k in (0, 1)] == ["out.png", "out-1.png"]
 
 
@@ -87,37 +87,37 @@ def test_a_name_that_somebody_takes_in_between_is_passed_over(
         link(source, path)
 
     monkeypatch.setattr(os, "link", slow_link)
-    assert PictureFiles(Target.parse(str(tmp_path))).save(0, None, b"mine").name == "out-1.png"
+    assert PictureFiles(PicturePath.parse(str(tmp_path))).save(0, None, b"mine").name == "out-1.png"
     assert (tmp_path / "out.png").read_bytes() == b"theirs"
     assert names(tmp_path) == ["out-1.png", "out.png"]
 
 
 def test_a_given_name_is_refused_before_and_while_writing(tmp_path: Path) -> None:
     path = tmp_path / "dog.png"
-    files = PictureFiles(Target.parse(str(path)))
+    files = PictureFiles(PicturePath.parse(str(path)))
     path.write_bytes(b"theirs")
     with pytest.raises(OutputError, match=r"dog\.png exists already: add --force"):
         files.save(0, None, b"mine")
     with pytest.raises(OutputError, match=r"dog\.png exists already: add --force"):
-        PictureFiles(Target.parse(str(path)))
+        PictureFiles(PicturePath.parse(str(path)))
     with pytest.raises(OutputError, match=r"dog\.1\.png exists already"):
         (tmp_path / "dog.1.png").write_bytes(b"theirs")
-        PictureFiles(Target.parse(str(path)), n_images=2, save_raw=True)
+        PictureFiles(PicturePath.parse(str(path)), n_images=2, save_raw=True)
     assert path.read_bytes() == b"theirs"
-    PictureFiles(Target.parse(str(path), force=True)).save(0, None, b"mine")
+    PictureFiles(PicturePath.parse(str(path), force=True)).save(0, None, b"mine")
     assert path.read_bytes() == b"mine"
     assert names(tmp_path) == ["dog.1.png", "dog.png"]
 
 
 def test_output_names_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"end it in \.png"):
-        Target.parse(str(tmp_path / "dog.jpeg"))
+        PicturePath.parse(str(tmp_path / "dog.jpeg"))
     with pytest.raises(OutputError, match="does not exist"):
-        Target.parse(str(tmp_path / "missing" / "dog.png"))
+        PicturePath.parse(str(tmp_path / "missing" / "dog.png"))
     with pytest.raises(OutputError, match="does not exist"):
-        Target.parse(f"{tmp_path}/missing/")
-    assert Target.parse(str(tmp_path / "dog")).suffix == ".png"
-    assert PictureFiles(Target.parse(str(tmp_path / "v1.2.PNG"))).save(0, None, b"x") == (
+        PicturePath.parse(f"{tmp_path}/missing/")
+    assert PicturePath.parse(str(tmp_path / "dog")).suffix == ".png"
+    assert PictureFiles(PicturePath.parse(str(tmp_path / "v1.2.PNG"))).save(0, None, b"x") == (
         tmp_path / "v1.2.PNG"
     )
 

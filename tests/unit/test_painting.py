@@ -27,10 +27,13 @@ from fluxmesh.events import (
     Step,
 )
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, Target
+from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath, StepFiles
 from fluxmesh_coordinator.artifacts.recipe import Recipe, read_recipe
 from fluxmesh_coordinator.commands.generate import Painting, paint
-from fluxmesh_coordinator.console.generate_report import JsonReporter, TerminalReporter
+from fluxmesh_coordinator.console.generate_report import (
+    GenerateJsonReporter,
+    GenerateTerminalReporter,
+)
 
 REQUEST = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
 RECIPE = Recipe.of(REQUEST, "abc")
@@ -57,15 +60,15 @@ def events(stop_after: int | None = None, error: BaseException | None = None) ->
 
 
 @pytest.fixture
-def terminal() -> tuple[TerminalReporter, io.StringIO]:
+def terminal() -> tuple[GenerateTerminalReporter, io.StringIO]:
     """A reporter that believes in its terminal, and what that shows."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, highlight=False)
-    return TerminalReporter(verbose=True, console=console), screen
+    return GenerateTerminalReporter(verbose=True, console=console), screen
 
 
 def painting(folder: Path, *, save_raw: bool, stepwise: bool = False) -> Painting:
-    files = PictureFiles(Target.parse(str(folder)), n_images=2, save_raw=save_raw)
+    files = PictureFiles(PicturePath.parse(str(folder)), n_images=2, save_raw=save_raw)
     steps = StepFiles(str(folder / "steps"), 1, 2, force=False) if stepwise else None
     return Painting(RECIPE, files, steps=steps)
 
@@ -75,7 +78,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 
 def test_raw_pictures_are_files_of_their_own_seed(tmp_path: Path) -> None:
-    saved = paint(events(), painting(tmp_path, save_raw=True), JsonReporter())
+    saved = paint(events(), painting(tmp_path, save_raw=True), GenerateJsonReporter())
     assert [path.name for path in saved] == ["out.0.png", "out.1.png"]
     recipes = [read_recipe(path) for path in saved]
     assert [(recipe.seed, recipe.n_images) for recipe in recipes] == [(5, 1), (6, 1)]
@@ -83,13 +86,13 @@ def test_raw_pictures_are_files_of_their_own_seed(tmp_path: Path) -> None:
 
 
 def test_a_grid_is_one_file_with_the_recipe_of_all(tmp_path: Path) -> None:
-    (path,) = paint(events(), painting(tmp_path, save_raw=False), JsonReporter())
+    (path,) = paint(events(), painting(tmp_path, save_raw=False), GenerateJsonReporter())
     assert read_recipe(path) == RECIPE
     assert np.asarray(Image.open(path)).shape == (16, 72, 3)
 
 
 def test_steps_are_files_that_say_which_step(tmp_path: Path) -> None:
-    paint(events(), painting(tmp_path, save_raw=False, stepwise=True), JsonReporter())
+    paint(events(), painting(tmp_path, save_raw=False, stepwise=True), GenerateJsonReporter())
     names = sorted(path.name for path in (tmp_path / "steps").iterdir())
     assert names == [f"image-{image}-step-{step:02}.png" for image in (0, 1) for step in (1, 2)]
     with Image.open(tmp_path / "steps" / "image-1-step-02.png") as picture:
@@ -104,7 +107,7 @@ def test_what_was_complete_stays_when_the_runner_stops(
 ) -> None:
     for save_raw, left in ((False, []), (True, ["out.0.png"])):
         with pytest.raises(type(error)):
-            paint(events(1, error), painting(tmp_path, save_raw=save_raw), JsonReporter())
+            paint(events(1, error), painting(tmp_path, save_raw=save_raw), GenerateJsonReporter())
         assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
@@ -121,14 +124,14 @@ def test_the_runner_is_closed_when_writing_fails(tmp_path: Path) -> None:
     running = watched()
     tmp_path.rmdir()
     with pytest.raises(OutputError, match="can't be read any more: No such file"):
-        paint(running, target, JsonReporter())
+        paint(running, target, GenerateJsonReporter())
     assert closed == [True]
 
 
 def test_json_lines_tell_every_event_without_pixels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with JsonReporter() as reporter:
+    with GenerateJsonReporter() as reporter:
         reporter.started(REQUEST, {"name": "tiny", "revision": "abc"})
         reporter.downloading("dev", 1, 2)
         paint(events(), painting(tmp_path, save_raw=False), reporter)
@@ -145,7 +148,7 @@ def test_json_lines_tell_every_event_without_pixels(
 
 
 def test_a_terminal_shows_steps_times_peaks_and_the_file(
-    tmp_path: Path, terminal: tuple[TerminalReporter, io.StringIO], capsys: Any
+    tmp_path: Path, terminal: tuple[GenerateTerminalReporter, io.StringIO], capsys: Any
 ) -> None:
     reporter, screen = terminal
     with reporter:
@@ -165,7 +168,7 @@ def test_a_terminal_shows_steps_times_peaks_and_the_file(
 
 
 def test_a_terminal_tells_how_many_steps_a_cache_approximated(
-    terminal: tuple[TerminalReporter, io.StringIO],
+    terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
     reporter, screen = terminal
     told = Picture(0, 5, pixels(1), 1.5, steps=20, reused=8)
@@ -179,7 +182,7 @@ def test_a_terminal_tells_how_many_steps_a_cache_approximated(
 
 
 def test_the_bar_counts_steps_over_all_images(
-    terminal: tuple[TerminalReporter, io.StringIO],
+    terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
     reporter, screen = terminal
     with reporter:
@@ -194,7 +197,7 @@ def test_the_bar_counts_steps_over_all_images(
 
 
 def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
-    terminal: tuple[TerminalReporter, io.StringIO],
+    terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
     reporter, screen = terminal
     with reporter:
@@ -203,7 +206,7 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
             reporter.event(Queued(place, seconds, 3))
         reporter.event(Planned("tensor", (0, 1), 12.5, "It is the only way."))
         reporter.event(HostLost(1, "mac1", "Its agent is silent."))
-        reporter.event(Planned("data", (0,), 20.0, "The mesh has one host."))
+        reporter.event(Planned("data", (0,), 20.0, "The mesh has one host.", "The first is slow."))
         reporter.event(Peak("decode", 1))
     shown = screen.getvalue()
     assert shown.count("in line") == 2
@@ -211,12 +214,12 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
     assert "Host 3 is in use: 1st in line." in shown
     assert "Plan: tensor on hosts 0, 1, 12.50 s. It is the only way." in shown
     assert "Host 1 (mac1) is lost: Its agent is silent." in shown
-    assert "Plan: data on host 0" in shown
+    assert "Plan: data on host 0" in shown and shown.count("The first is slow.") == 1
     assert "Took 0.0" in shown and "20.0" in shown.rpartition("Took")[2]
 
 
 def test_one_bar_counts_the_bytes_of_all_hosts(
-    terminal: tuple[TerminalReporter, io.StringIO],
+    terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
     reporter, _ = terminal
     with reporter:
@@ -231,7 +234,7 @@ def test_pictures_that_come_in_any_order_stand_in_their_own(tmp_path: Path) -> N
         yield Picture(1, 6, pixels(101), 1.0, 1, "tensor")
         yield Picture(0, 5, pixels(100), 1.0, 0, "data")
 
-    (path,) = paint(shuffled(), painting(tmp_path, save_raw=False), JsonReporter())
+    (path,) = paint(shuffled(), painting(tmp_path, save_raw=False), GenerateJsonReporter())
     sheet = np.asarray(Image.open(path))
     assert (sheet[0, 0, 0], sheet[0, -1, 0]) == (100, 101)
     assert read_recipe(path).placement == "mixed"
@@ -243,6 +246,8 @@ def test_each_raw_picture_says_by_which_placement_it_was_made(tmp_path: Path) ->
         yield Step(0, 1, 2, 0.1, pixels(1))
         yield Picture(0, 5, pixels(100), 1.0, 0, "tensor")
 
-    (path,) = paint(made(), painting(tmp_path, save_raw=True, stepwise=True), JsonReporter())
+    (path,) = paint(
+        made(), painting(tmp_path, save_raw=True, stepwise=True), GenerateJsonReporter()
+    )
     assert read_recipe(path).placement == "tensor"
     assert read_recipe(tmp_path / "steps" / "image-0-step-01.png").placement == "tensor"

@@ -16,11 +16,11 @@ from fluxmesh.cluster.snapshot import (
     HostInfo,
     JobTiming,
     LinkInfo,
-    Measured,
     MeshView,
     RingPlace,
     RingTiming,
     StepShape,
+    StepTiming,
     Timings,
 )
 from fluxmesh.errors import UsageError
@@ -84,7 +84,7 @@ def test_slow_links_keep_images_whole() -> None:
 
 
 def test_predicted_seconds_are_the_slowest_share_and_the_bytes_on_the_wire() -> None:
-    timed = (Measured("m", 1024, 1024, "bfloat16", None, 2.8, 0.5),)
+    timed = (StepTiming("m", 1024, 1024, "bfloat16", None, 2.8, 0.5),)
     view = ring(mac(0, measured=timed), mac(1, measured=timed), rate=1.2e9)
     view = replace(view, links=tuple(replace(link, latency=0.0) for link in view.links))
     found = plan(ask(), view, FLUX)
@@ -286,7 +286,7 @@ def test_reports_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="rate as nan"):
         LinkInfo(0, 1, math.nan)
     with pytest.raises(UsageError, match="step_seconds as -1"):
-        Measured("m", 64, 64, "bfloat16", None, -1)
+        StepTiming("m", 64, 64, "bfloat16", None, -1)
     with pytest.raises(UsageError, match="Shard 2 of 2"):
         held(2, 2)
     with pytest.raises(UsageError, match="ranks of a mesh must rise"):
@@ -354,7 +354,7 @@ def timings(draw: st.DrawFn, ranks: list[int]) -> Timings:
         seconds,
     )
     measured = st.builds(
-        Measured,
+        StepTiming,
         st.just("m"),
         st.sampled_from([32, 64, 128]),
         st.just(64),
@@ -394,6 +394,7 @@ def views(draw: st.DrawFn) -> MeshView:
         shards = draw(st.integers(1, 4))
         bits = draw(st.sampled_from([None, 4]))
         holds = held(shards, draw(st.integers(0, shards - 1)), bits=bits)
+        made = StepShape("m", "bfloat16", bits, "data", 1, 64, 64)
         holds = replace(holds, nbytes=draw(st.integers(0, 10**6)))
         hosts.append(
             mac(
@@ -404,7 +405,7 @@ def views(draw: st.DrawFn) -> MeshView:
                 load_rate=draw(powers(6, 9)),
                 holds=draw(st.sampled_from([None, holds])),
                 device=draw(st.sampled_from(["", "", "gpu", "other"])),
-                warm=draw(st.sampled_from([(), (StepShape("data", 64, 64),)])),
+                compiled=draw(st.sampled_from([(), (made,)])),
                 ring=RingPlace(draw(st.sampled_from(["", "a"])), len(hosts), len(ranks)),
             )
         )
@@ -519,7 +520,7 @@ def test_the_same_question_has_the_same_answer() -> None:
 
 
 def test_what_one_agent_measured_holds_for_all_on_its_device() -> None:
-    timed = Measured("m", 1024, 1024, "bfloat16", None, 2.0)
+    timed = StepTiming("m", 1024, 1024, "bfloat16", None, 2.0)
     hosts = [
         mac(0, device="one", measured=(timed,)),
         mac(1, device="one"),
@@ -536,9 +537,9 @@ def test_what_one_agent_measured_holds_for_all_on_its_device() -> None:
 def test_a_ring_that_was_timed_takes_what_it_took() -> None:
     """Hosts that hold shards never time a step alone: what they took together is what counts."""
 
-    def timed(seconds: float, **keys: Any) -> tuple[Measured, ...]:
+    def timed(seconds: float, **keys: Any) -> tuple[StepTiming, ...]:
         how = {"placement": "tensor", "hosts": 2, **keys}
-        return (Measured("m", 512, 512, "bfloat16", None, seconds, 0.5, **how),)
+        return (StepTiming("m", 512, 512, "bfloat16", None, seconds, 0.5, **how),)
 
     def tensor(*seconds: float, size: int = 512, **keys: Any) -> Option:
         hosts = [mac(rank, measured=timed(each, **keys)) for rank, each in enumerate(seconds)]

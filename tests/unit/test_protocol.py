@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, Weights
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, ModelVariant, StepShape
 from fluxmesh.wire import limits, messages
 from fluxmesh.wire.messages import (
     Done,
@@ -19,18 +19,18 @@ from fluxmesh.wire.messages import (
     HasFile,
     Heartbeat,
     Hello,
+    LeaseQueued,
     Load,
     Loaded,
     Message,
     Pictured,
     Ports,
-    Queued,
     Stepped,
 )
 from fluxmesh.wire.protocol import TYPES, Frame, ProtocolError, decode, encode
 from tests.messages import forged, same, sample, samples
 
-WEIGHTS = Weights("tiny")
+WEIGHTS = ModelVariant("tiny")
 
 
 def stepped(latents: np.ndarray | None) -> Stepped:
@@ -38,7 +38,7 @@ def stepped(latents: np.ndarray | None) -> Stepped:
 
 
 def header(**changes: Any) -> list[Frame]:
-    """The frames of a `Queued` with other keys in its header; None leaves a key out."""
+    """The frames of a `LeaseQueued` with other keys in its header; None leaves a key out."""
     base = {"v": 1, "type": "Queued", "seq": 9, "fields": {"place": 1, "seconds": 2.0}}
     base = {key: value for key, value in {**base, **changes}.items() if value is not None}
     return [msgpack.packb(base)]
@@ -66,8 +66,8 @@ def test_every_array_of_the_contract_has_its_dtypes_and_shape() -> None:
 
 
 def test_every_limit_is_that_of_a_field() -> None:
-    kinds = [*TYPES.values(), Weights, Holding, CollectiveTime]
-    kinds += [messages.Counters, messages.Compiled]
+    kinds = [*TYPES.values(), ModelVariant, Holding, CollectiveTime]
+    kinds += [messages.EngineCounters, StepShape]
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     known |= {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
     for table in (limits.INTEGERS, limits.TEXTS, limits.PATTERNS, limits.COUNTS, limits.ARRAYS):
@@ -117,8 +117,8 @@ def test_an_array_that_is_not_contiguous_is_sent_in_order() -> None:
 
 
 def test_numbers_of_numpy_are_sent_as_numbers() -> None:
-    _, arrived = decode(encode(Queued(np.int64(3), np.float32(1.5))))  # type: ignore[arg-type]
-    assert arrived == Queued(3, 1.5) and type(arrived.place) is int
+    _, arrived = decode(encode(LeaseQueued(np.int64(3), np.float32(1.5))))  # type: ignore[arg-type]
+    assert arrived == LeaseQueued(3, 1.5) and type(arrived.place) is int
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_an_array_that_is_not_what_its_header_says_is_refused(
 @pytest.mark.parametrize(
     "message",
     [
-        Queued(-1, 0.0),
-        Queued(1, float("inf")),
-        Queued("1", 0.0),  # type: ignore[arg-type]
+        LeaseQueued(-1, 0.0),
+        LeaseQueued(1, float("inf")),
+        LeaseQueued("1", 0.0),  # type: ignore[arg-type]
         Ports((0,)),
         Ports(tuple(range(1, 100))),
         Hello("../client", "1"),

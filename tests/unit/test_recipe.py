@@ -23,7 +23,7 @@ from fluxmesh_coordinator.artifacts.recipe import (
     differences,
     read_recipe,
 )
-from fluxmesh_coordinator.commands.settings import Settings
+from fluxmesh_coordinator.commands.settings import GenerateSettings
 
 RECIPE = Recipe(
     prompt='a "猫"\nand\x00 a dog 🐕',
@@ -57,7 +57,7 @@ def test_any_prompt_seed_and_guidance_survive(prompt: str, seed: int, guidance: 
 def test_a_recipe_holds_all_that_a_request_says(tmp_path: Path) -> None:
     adapter = tmp_path / "dog.safetensors"
     adapter.write_bytes(b"weights")
-    settings = Settings(
+    settings = GenerateSettings(
         model="tiny",
         n_images=2,
         image_size=(32, 48),
@@ -76,7 +76,7 @@ def test_a_recipe_holds_all_that_a_request_says(tmp_path: Path) -> None:
     request = settings.request("a dog", 8, model="tiny")
     recipe = Recipe.of(request, "abc", None, settings.n_rows)
     assert recipe.adapters == ((str(adapter), 0.25, sha256_of(adapter)),)
-    again = Settings.of_recipe(Recipe.from_json(recipe.to_json()))
+    again = GenerateSettings.of_recipe(Recipe.from_json(recipe.to_json()))
     assert again.request("a dog", 8, model="tiny") == request
     assert (again.seed, again.n_rows) == (8, 2)
 
@@ -106,9 +106,9 @@ def test_one_image_of_many_has_the_recipe_of_its_seed_alone() -> None:
 
 def test_a_source_without_a_size_is_made_again_without_one() -> None:
     assert RECIPE.source is not None
-    assert Settings.of_recipe(RECIPE).image_size == (64, 96)
+    assert GenerateSettings.of_recipe(RECIPE).image_size == (64, 96)
     unsized = replace(RECIPE, source=replace(RECIPE.source, sized=False))
-    assert Settings.of_recipe(unsized).image_size is None
+    assert GenerateSettings.of_recipe(unsized).image_size is None
 
 
 def test_what_differs_from_the_picture_is_told() -> None:

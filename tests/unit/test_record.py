@@ -12,10 +12,10 @@ from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
     LinkInfo,
-    Measured,
+    ModelVariant,
     RingTiming,
+    StepTiming,
     Timings,
-    Weights,
 )
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
@@ -35,7 +35,7 @@ MESH = MeshRecord(
     envs=(("OMP_NUM_THREADS", "1"),),
     roots=("/models",),
     links=(LinkInfo(0, 2, 1e9, 1e-4), LinkInfo(2, 0, 2e9)),
-    weights=Weights("dev", "float32", 4, (AdapterRef("dog", 0.5),), True),
+    weights=ModelVariant("dev", "float32", 4, (AdapterRef("dog", 0.5),), True),
     timings=Timings(
         (
             RingTiming(
@@ -46,7 +46,7 @@ MESH = MeshRecord(
             JobTiming(
                 "",
                 (2,),
-                Measured("dev", 512, 1024, "float32", 4, 0.5, None, first_seconds=2.0, when=1e9),
+                StepTiming("dev", 512, 1024, "float32", 4, 0.5, None, first_seconds=2.0, when=1e9),
                 0.4,
                 gap_seconds=0.1,
             ),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.planning.plan import Plan, plan
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh_coordinator.cli.plan import plan as plan_command
 from fluxmesh_coordinator.deploy.what_if import published
 from fluxmesh_coordinator.jobs.remedies import told
@@ -156,7 +156,7 @@ def test_a_placement_that_was_asked_for_is_kept() -> None:
 
 
 def test_a_mac_needs_more_for_a_decode_than_a_gpu_with_memory_of_its_own() -> None:
-    work = Work.of(ask(low_memory=True), FLUX)
+    work = Workload.of(ask(low_memory=True), FLUX)
     decodes = [work.memory("data", 1, 1, kind).decode for kind in ("metal", "cuda", "cpu")]
     largest = 1024 * 1024 * 256 * 2
     assert decodes[0] - decodes[1] == pytest.approx(3.7 * largest, abs=1)

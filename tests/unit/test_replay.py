@@ -264,4 +264,4 @@ def test_the_tool_says_what_is_no_record(tmp_path: Path) -> None:
 def test_every_message_that_a_session_hears_can_be_written_down() -> None:
     sim = broken(JOBS["training"]())
     kinds = {type(getattr(event, "report", event)) for _, event in sim.heard}
-    assert {training.Computed, training.Moved, training.VectorPart, messages.Joined} <= kinds
+    assert {training.Computed, training.UpdateDone, training.VectorPart, messages.Joined} <= kinds

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     LinkInfo,
-    Measured,
     MeshView,
     Placement,
     RingPlace,
     RingTiming,
+    StepTiming,
     Timings,
 )
 from fluxmesh.planning.collectives import (
@@ -32,7 +32,7 @@ from fluxmesh.planning.collectives import (
     interpolated,
 )
 from fluxmesh.planning.plan import Option, plan
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from tests.unit.meshes import FLUX, ask, full, mac
 
 MIB = 1 << 20
@@ -58,7 +58,7 @@ def h100s(size: int) -> MeshView:
     """The mesh that was measured: sockets see little of its links."""
     _, gather, total, hidden = H100[size]
     ranks = tuple(range(size))
-    step = Measured("m", 1024, 1024, "bfloat16", None, ALONE, 0.057)
+    step = StepTiming("m", 1024, 1024, "bfloat16", None, ALONE, 0.057)
     places = [RingPlace("up", rank, size) for rank in ranks]
     hosts = [mac(rank, measured=(step,), ring=place) for rank, place in enumerate(places)]
     view = full(*hosts, rate=4e9, backend="nccl")
@@ -131,7 +131,7 @@ def test_a_table_counts_for_its_own_members_and_backend(
 
 
 def test_a_gather_hides_behind_no_more_than_stands_beside_it() -> None:
-    work = Work.of(ask(), FLUX)
+    work = Workload.of(ask(), FLUX)
 
     def exposed(alone: float, gather: float, hidden: float = 1.0) -> float:
         ring = timing((0, 1), gather, gather, hidden=hidden)
@@ -151,7 +151,7 @@ def test_a_gather_hides_behind_no_more_than_stands_beside_it() -> None:
 
 
 def test_nothing_stands_beside_a_sum() -> None:
-    work, ring = Work.of(ask(), FLUX), timing((0, 1), 20e-3, 30e-3, hidden=1.0)
+    work, ring = Workload.of(ask(), FLUX), timing((0, 1), 20e-3, 30e-3, hidden=1.0)
     assert exposed_seconds(work, "tensor", 2, 1e3, ring, SOCKETS) == pytest.approx(76 * 30e-3)
 
 
@@ -209,7 +209,7 @@ def test_what_shows_of_collectives_is_never_less_than_nothing(
     gathers: list[CollectiveTime], sums: list[CollectiveTime], hidden: float, alone: float
 ) -> None:
     ring = RingTiming("ring", (0, 1), tuple(gathers), tuple(sums), hidden)
-    work = Work.of(ask(), FLUX)
+    work = Workload.of(ask(), FLUX)
     for placement in ("sequence", "tensor"):
         assert exposed_seconds(work, placement, 2, alone, ring, SOCKETS) >= 0
 

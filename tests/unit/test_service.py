@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire import messages
 from fluxmesh_agent import service
 from fluxmesh_agent.leases import Loses
-from fluxmesh_coordinator.agents.client import Client
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.agents.client import AgentClient
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from tests.fakes import FakeMesh, FakeSupervisor
 
-WEIGHTS = Weights("tiny")
+WEIGHTS = ModelVariant("tiny")
 
 
 def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
@@ -29,16 +29,18 @@ def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-async def leased(mesh: FakeMesh, name: str) -> tuple[Client, messages.Load]:
+async def leased(mesh: FakeMesh, name: str) -> tuple[AgentClient, messages.Load]:
     """A coordinator that holds the host, and something to load."""
-    client = Client(mesh.network.dialer(name), mesh.record.members[0])
+    client = AgentClient(mesh.network.dialer(name), mesh.record.members[0])
     await client.__aenter__()
     granted = await client.lease(name, 1.0, lambda _: None)
-    return client, messages.Load(granted.fence, name, granted.epoch, WEIGHTS)
+    return client, messages.Load(granted.fence, name, granted.ring_generation, WEIGHTS)
 
 
 def failed(load: messages.Load) -> messages.Failed:
-    return messages.Failed(load.epoch, load.job, "Raised", "The engine failed.", fatal=True)
+    return messages.Failed(
+        load.ring_generation, load.job, "Raised", "The engine failed.", fatal=True
+    )
 
 
 def test_an_abandoned_engine_that_failed_does_not_cost_the_next_holder_his(
@@ -91,13 +93,13 @@ def test_a_conversation_that_breaks_takes_its_lease_with_it(tmp_path: Path) -> N
     """Else it would be held for as long as the coordinator lives, which has forgotten it."""
 
     async def body(mesh: FakeMesh) -> None:
-        async with Driver(mesh.record, mesh.network.dialer()) as driver:
-            client = driver.clients[0]
+        async with AgentPool(mesh.record, mesh.network.dialer()) as pool:
+            client = pool.clients[0]
             await client.lease("job", 1.0, lambda _: None)
             assert mesh.services[0].leases.holder
-            driver.lost(0, client, "The cable was pulled.")
-            while not driver.clients:
-                await driver.change(1.0)
+            pool.lost(0, client, "The cable was pulled.")
+            while not pool.clients:
+                await pool.change(1.0)
             assert mesh.services[0].leases.holder == ""
 
     play(tmp_path, body)
@@ -120,7 +122,7 @@ def test_a_host_names_the_job_that_holds_it_also_between_two_units_of_its_work(
 def test_what_was_told_of_an_earlier_lease_is_not_taken_for_the_next(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh) -> None:
         first, _ = await leased(mesh, "first")
-        second = Client(mesh.network.dialer("second"), mesh.record.members[0])
+        second = AgentClient(mesh.network.dialer("second"), mesh.record.members[0])
         await second.__aenter__()
         await second.ask(messages.AskLease("old"), messages.Done)
         await first.ask(messages.LeaveQueue(), messages.Done)
@@ -141,9 +143,9 @@ def test_who_lost_the_place_in_line_gets_in_line_again(tmp_path: Path) -> None:
 
     async def body(mesh: FakeMesh) -> None:
         first, _ = await leased(mesh, "first")
-        second = Client(mesh.network.dialer("second"), mesh.record.members[0])
+        second = AgentClient(mesh.network.dialer("second"), mesh.record.members[0])
         await second.__aenter__()
-        waiting: list[messages.Queued] = []
+        waiting: list[messages.LeaseQueued] = []
         task = asyncio.create_task(second.lease("second", 1.0, waiting.append))
         while not waiting:
             await asyncio.sleep(0.05)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.wire import messages
 from fluxmesh_agent import upkeep
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from tests.fakes import FakeMesh
 
-WEIGHTS = Weights("tiny")
+WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = messages.Keep(WEIGHTS, 1, 0, PARTS)
 
@@ -35,8 +35,8 @@ def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-def client(mesh: FakeMesh) -> Client:
-    return Client(mesh.network.dialer("user"), mesh.record.members[0])
+def client(mesh: FakeMesh) -> AgentClient:
+    return AgentClient(mesh.network.dialer("user"), mesh.record.members[0])
 
 
 async def until(mesh: FakeMesh, is_so: Callable[[messages.Status], bool]) -> messages.Status:
@@ -107,10 +107,10 @@ def test_a_host_loads_beside_the_job_that_left_it_out(tmp_path: Path) -> None:
         async with client(mesh) as one:
             granted = await one.lease("job", 1.0, lambda _: None)
             await one.ask(KEEP, messages.Done)
-            head = (granted.fence, "job", granted.epoch, WEIGHTS)
+            head = (granted.fence, "job", granted.ring_generation, WEIGHTS)
             await one.ask(messages.Load(*head, components=("transformer",)), messages.Done)
             await until(mesh, lambda status: status.state == "ready")
-            await one.ask(messages.Kill(granted.fence, granted.epoch + 1), messages.Done)
+            await one.ask(messages.Kill(granted.fence, granted.ring_generation + 1), messages.Done)
             assert mesh.services[0].status().holds is None
             status = await until(mesh, lambda status: status.holds is not None)
             assert (status.holder != "", status.job) == (True, "job")
@@ -132,7 +132,9 @@ def test_a_lease_is_granted_while_the_host_loads_by_itself(tmp_path: Path) -> No
             status = mesh.services[0].status()
             assert (status.state, status.job, status.holds) == ("loading", "", None)
             granted = await one.lease("job", 1.0, lambda _: None)
-            load = messages.Load(granted.fence, "job", granted.epoch, WEIGHTS, 1, 0, PARTS)
+            load = messages.Load(
+                granted.fence, "job", granted.ring_generation, WEIGHTS, 1, 0, PARTS
+            )
             await one.ask(load, messages.Done)
             heard = [await one.report()]
             while not isinstance(heard[-1], messages.Loaded):
@@ -151,8 +153,8 @@ def test_a_job_with_other_weights_does_not_wait(tmp_path: Path) -> None:
             await one.ask(KEEP, messages.Done)
             await until(mesh, lambda status: status.loading is not None)
             granted = await one.lease("job", 1.0, lambda _: None)
-            other = Weights("dev")
-            load = messages.Load(granted.fence, "job", granted.epoch, other, 1, 0, PARTS)
+            other = ModelVariant("dev")
+            load = messages.Load(granted.fence, "job", granted.ring_generation, other, 1, 0, PARTS)
             await one.ask(load, messages.Done)
             while not isinstance(await one.report(), messages.Loaded):
                 continue
@@ -178,6 +180,6 @@ def test_an_idle_host_gets_ready_for_a_size_that_was_asked_for(tmp_path: Path) -
             assert mesh.services[0].status().compiled == ()  # a job has the host
             await one.ask(messages.LeaveQueue(), messages.Done)
             status = await until(mesh, lambda status: bool(status.compiled))
-            assert status.compiled == (messages.Compiled("data", 1, 64, 96),)
+            assert status.compiled == (StepShape.of(WEIGHTS, "data", 1, 64, 96),)
 
     play(tmp_path, body)

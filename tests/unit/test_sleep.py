@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.machine import clock
 from fluxmesh.wire import messages
 from fluxmesh_agent import leases, service
 from fluxmesh_coordinator.agents import client as coordinators_client
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.runtime import agent_pool
 from fluxmesh_coordinator.runtime import clock as coordinators_clock
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh, expected
 from tests.unit.meshes import ask, small
@@ -65,14 +65,16 @@ def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]], hosts: int =
     asyncio.run(run())
 
 
-async def leased(mesh: FakeMesh) -> tuple[Client, messages.Load]:
-    client = Client(mesh.network.dialer("user"), mesh.record.members[0])
+async def leased(mesh: FakeMesh) -> tuple[AgentClient, messages.Load]:
+    client = AgentClient(mesh.network.dialer("user"), mesh.record.members[0])
     await client.__aenter__()
     granted = await client.lease("job", 1.0, lambda _: None)
-    return client, messages.Load(granted.fence, "job", granted.epoch, Weights("tiny"))
+    return client, messages.Load(
+        granted.fence, "job", granted.ring_generation, ModelVariant("tiny")
+    )
 
 
-async def loaded(client: Client, load: messages.Load) -> None:
+async def loaded(client: AgentClient, load: messages.Load) -> None:
     await client.ask(load, messages.Done)
     while not isinstance(await client.report(), messages.Loaded):
         continue
@@ -88,7 +90,7 @@ def test_a_job_whose_conversations_broke_in_a_sleep_goes_on_with_the_weights_tha
     heard: list[events.Event] = []
 
     async def body(mesh: FakeMesh) -> None:
-        async with Driver(mesh.record, mesh.network.dialer()) as held:
+        async with AgentPool(mesh.record, mesh.network.dialer()) as held:
 
             def tell(event: events.Event) -> None:
                 heard.append(event)
@@ -192,7 +194,7 @@ def test_an_agent_that_is_slow_to_wake_is_not_started_again_with_its_weights(
             restarts.append(time.monotonic())
             return mesh.record.members[rank]
 
-        async with Driver(mesh.record, mesh.network.dialer(), restart) as held:
+        async with AgentPool(mesh.record, mesh.network.dialer(), restart) as held:
             mesh.services[0]._welcome = hang  # type: ignore[method-assign, assignment]
             woke = held._clock._woke = time.monotonic()
             held.lost(0, held.clients[0], "It is silent for too long.")

@@ -13,7 +13,7 @@ import pytest
 from fluxmesh.storage import atomic, durable
 from fluxmesh.storage.homes import write_private
 from fluxmesh.storage.safetensors import write_tensors
-from fluxmesh_agent.adapter_store import Adapters
+from fluxmesh_agent.adapter_store import AdapterStore
 from tests.unit.test_imports import PACKAGES, modules
 
 FULL = 51  # F_FULLFSYNC of <sys/fcntl.h> on macOS
@@ -91,7 +91,7 @@ def test_all_that_is_kept_is_synced(disk: Disk, tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", {"x": (np.zeros(3, np.float32), "F32")}, {})
     data = np.zeros(4, np.uint8)
     digest = "df3f619804a92fdb4057192dc43dd748ea778adc52bc498ce80524c014b81119"
-    Adapters(tmp_path / "adapters").put(digest, 0, 4, data)
+    AdapterStore(tmp_path / "adapters").put(digest, 0, 4, data)
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(kept) == 3
     assert {path.stat().st_ino for path in kept} <= {at for _, at in disk.asked}

@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, ModelVariant
 from fluxmesh.wire.messages import Reading, Status
 from fluxmesh_coordinator.console.tables import holds
 from tests.messages import sample
 
-WHOLE = Holding(Weights("dev"), 24 * 10**9)
-SHARD = Holding(Weights("dev", "bfloat16", 4), 2 * 10**9, 4, 1)
+WHOLE = Holding(ModelVariant("dev"), 24 * 10**9)
+SHARD = Holding(ModelVariant("dev", "bfloat16", 4), 2 * 10**9, 4, 1)
 
 
 def status(**fields: object) -> Status:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import events
-from fluxmesh.cluster.snapshot import Holding, LinkInfo, Weights
+from fluxmesh.cluster.snapshot import Holding, LinkInfo, ModelVariant
 from fluxmesh.errors import WeightsError
 from fluxmesh.training.data.encode_units import Caption, Crop
 from fluxmesh.training.events import Dealt
@@ -110,7 +110,9 @@ def test_a_slow_host_is_dealt_less() -> None:
     def feed(event: Any) -> None:
         if isinstance(event, Reported) and isinstance(event.report, training.Computed):
             seconds = 1.0 if event.rank == 0 else 0.25
-            report = training.Computed("job", event.report.epoch, event.report.number, seconds)
+            report = training.Computed(
+                "job", event.report.ring_generation, event.report.number, seconds
+            )
             event = Reported(event.rank, report)
         before(event)
 
@@ -156,7 +158,7 @@ def test_agents_of_one_device_share_its_memory() -> None:
             rank,
             device="gpu 0",
             free_bytes=40 * GB,
-            holds=Holding(Weights("m"), 1),
+            holds=Holding(ModelVariant("m"), 1),
             memory_bytes=GB * 60,
         )
         for rank in range(2)
@@ -212,19 +214,19 @@ def test_patience_ends_when_there_was_no_alarm_for_long() -> None:
         assert patience == [1, 1, 1]
 
 
-def test_what_an_engine_of_an_older_epoch_says_is_dropped() -> None:
+def test_what_an_engine_of_an_older_ring_generation_says_is_dropped() -> None:
     sim = TrainingSimulation(2).opened()
-    epoch = sim.session.state.hosts[0].epoch
+    ring_generation = sim.session.state.hosts[0].ring_generation
     sim.kill_engine(1)
     sim.number = 9
     sim.want(tasks.AdvanceTask(0))
     while not sim.messages(training.Update):
         sim.turn()
-    late = training.Moved("job", epoch, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    late = training.UpdateDone("job", ring_generation, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
     for rank in range(2):
         sim.feed(Reported(rank, late))
     assert not [answer for answer in sim.of(tasks.Answer) if answer.number == 9]
-    other = training.Moved("another", epoch + 5, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    other = training.UpdateDone("another", ring_generation + 5, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
     sim.feed(Reported(0, other))
     assert sim.session.state.hosts[0].moved is None
 
@@ -316,8 +318,8 @@ def test_an_update_without_a_usable_gradient_is_told_and_not_counted() -> None:
     before = sim.feed
 
     def feed(event: Any) -> None:
-        if isinstance(event, Reported) and isinstance(event.report, training.Moved):
-            event = Reported(event.rank, training.Moved(**vars(event.report) | {"bad": 2}))
+        if isinstance(event, Reported) and isinstance(event.report, training.UpdateDone):
+            event = Reported(event.rank, training.UpdateDone(**vars(event.report) | {"bad": 2}))
         before(event)
 
     sim.feed = feed  # type: ignore[method-assign]
@@ -330,9 +332,13 @@ def test_hosts_whose_moves_differ_end_the_run() -> None:
     before = sim.feed
 
     def feed(event: Any) -> None:
-        if isinstance(event, Reported) and isinstance(event.report, training.Moved) and event.rank:
+        if (
+            isinstance(event, Reported)
+            and isinstance(event.report, training.UpdateDone)
+            and event.rank
+        ):
             told = vars(event.report) | {"loss": 0.123}
-            event = Reported(event.rank, training.Moved(**told))
+            event = Reported(event.rank, training.UpdateDone(**told))
         before(event)
 
     sim.feed = feed  # type: ignore[method-assign]

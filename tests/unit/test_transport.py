@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.wire.messages import AskLogs, Done, Heartbeat, Message, Queued, Refused
+from fluxmesh.wire.messages import AskLogs, Done, Heartbeat, LeaseQueued, Message, Refused
 from fluxmesh.wire.protocol import ProtocolError
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer, Listener
 from fluxmesh.wire.transport.inproc import InprocConnection, Network
@@ -33,8 +33,10 @@ def test_messages_pass_both_ways_in_order() -> None:
         near, far = await pair(Network())
         assert (near.user, far.user) == ("key of the agent", "anna")
         for place in range(5):
-            await near.send(Queued(place, 0.5), place)
-        assert [await far.receive() for _ in range(5)] == [(i, Queued(i, 0.5)) for i in range(5)]
+            await near.send(LeaseQueued(place, 0.5), place)
+        assert [await far.receive() for _ in range(5)] == [
+            (i, LeaseQueued(i, 0.5)) for i in range(5)
+        ]
         await far.send(Done(), 4)
         assert await near.receive() == (4, Done())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,13 @@ import pytest
 
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.planning.plan import Plan, plan
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.deploy import trial_run
 from fluxmesh_coordinator.deploy import warmup as warm
 from fluxmesh_coordinator.deploy.trial_run import Programme, Way, keeps, programme
-from fluxmesh_coordinator.deploy.warmup import Layout, Warming
+from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, ask, full, held, mac, ring, small
 from tests.unit.test_warming import Told
@@ -25,8 +26,8 @@ from tests.unit.test_warming import Told
 SMALL, LARGE = (512, 512), (1024, 1024)
 
 
-def work(**keys: object) -> Work:
-    return Work.of(ask(**{"height": 512, "width": 512, **keys}), FLUX)
+def work(**keys: object) -> Workload:
+    return Workload.of(ask(**{"height": 512, "width": 512, **keys}), FLUX)
 
 
 def tried(view: MeshView, *sizes: tuple[int, int], shards: int = 1) -> Programme:
@@ -62,7 +63,7 @@ def test_a_ring_of_other_members_is_told_and_left_out_for_an_engine_is_in_one(
 ) -> None:
     """The ring of the first size stays."""
 
-    def chosen(work: Work, view: MeshView, size: tuple[int, int], images: int) -> Plan:
+    def chosen(work: Workload, view: MeshView, size: tuple[int, int], images: int) -> Plan:
         hosts = 2 if size == SMALL else 4
         found = plan(ask(height=size[0], width=size[1]), view, FLUX, placement="sequence")
         (way,) = (o for o in found.options if o.name == "sequence" and len(o.ranks) == hosts)
@@ -110,7 +111,9 @@ def play(
 
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
         if isinstance(unit, messages.Warm) and unit.placement != "data":
-            yield messages.Failed(unit.epoch, unit.job, "Raised", "A peer was lost.", fatal=True)
+            yield messages.Failed(
+                unit.ring_generation, unit.job, "Raised", "A peer was lost.", fatal=True
+            )
         else:
             yield from FakeEngine.work(engine, unit)
 
@@ -124,7 +127,7 @@ def play(
                 await asyncio.sleep(0.01)
             if break_first:
                 mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted = Work.of(ask(height=32, width=32), small())
+            wanted = Workload.of(ask(height=32, width=32), small())
             dialer, record = mesh.network.dialer(), mesh.record
             try:
                 for _ in range(times):
@@ -138,6 +141,7 @@ def play(
     return told, *asyncio.run(scene())
 
 
+TINY = Workload.of(ask(height=32, width=32), small()).weights
 DATA = Way((32, 32), "data", (0, 1, 2))
 PAIR = Way((32, 32), "sequence", (0, 2))
 
@@ -146,23 +150,34 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, _, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2))
-    assert told.ready == [("data", (0, 1, 2), (32, 32)), ("sequence", (0, 2), (32, 32))]
+    # Timing a step has made them ready by data; two of them ended for their ring, and are so again.
+    assert told.ready == [
+        ("data", (0, 1, 2), (32, 32)),
+        ("data", (0, 1, 2), (32, 32)),
+        ("sequence", (0, 2), (32, 32)),
+    ]
     assert [set(status.compiled) for status in statuses] == [
-        {DATA.compiled, PAIR.compiled},
-        {DATA.compiled},
-        {DATA.compiled, PAIR.compiled},
+        {DATA.shape(TINY), PAIR.shape(TINY)},
+        {DATA.shape(TINY)},
+        {DATA.shape(TINY), PAIR.shape(TINY)},
     ]
     assert ["text encoders" in status.components for status in statuses] == [True, False, False]
     # The ring of all, whose collectives were measured, is what two of them have left.
     assert [(s.ring_rank, s.ring_size) for s in statuses] == [(0, 2), (1, 3), (1, 2)]
     assert statuses[0].ring == statuses[2].ring
+    kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]["rings"]
+    assert [(one["backend"], one["ranks"]) for one in kept] == [
+        ("ring", [0, 1, 2]),
+        ("ring", [0, 2]),
+    ]
+    assert all(one["gathers"] and one["sums"] and one["forming_seconds"] > 0 for one in kept)
     assert [status.holder for status in statuses] == ["", "", ""]
 
 
 def test_the_second_time_it_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told, mesh, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2), times=2)
-    assert len(told.ready) == 2 and told.stages == []
-    assert [status.epoch for status in statuses] == [2, 1, 2]
+    assert len(told.ready) == 3 and told.stages == []
+    assert [status.ring_generation for status in statuses] == [2, 1, 2]
 
 
 def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
@@ -175,14 +190,16 @@ def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
     assert "A peer was lost." in note
     assert [status.holds is not None for status in statuses] == [True, True, True]
     assert [status.ring for status in statuses] == ["", "", ""]
-    assert [set(status.compiled) for status in statuses] == [{DATA.compiled}] * 3  # once more
+    assert [set(status.compiled) for status in statuses] == [{DATA.shape(TINY)}] * 3  # once more
     assert "text encoders" in statuses[0].components
 
 
 def test_agents_know_what_to_hold_when_up_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warm, "layout", lambda work, view: Layout((0, 2), 1, (1,), "too small"))
+    monkeypatch.setattr(
+        warm, "layout", lambda work, view: ShardLayout((0, 2), 1, (1,), "too small")
+    )
     _, mesh, _ = play(tmp_path, monkeypatch, (Way((32, 32), "data", (0, 2)),))
     texts = [(tmp_path / f"agent-{rank}" / "keep.json").read_text() for rank in range(3)]
     assert ["text encoders" in text for text in texts] == [True, False, False]

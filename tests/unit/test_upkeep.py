@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, Weights
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import (
     Account,
-    Compiled,
-    Counters,
     Device,
+    EngineCounters,
     Join,
     Keep,
     Kill,
@@ -25,10 +24,14 @@ from fluxmesh.wire.training_messages import CloseTraining
 from fluxmesh_agent.lifecycle import OWN, KillEngine, Lifecycle, Send, StartEngine
 from fluxmesh_agent.upkeep import AGAIN, IDLE, LEFT_OUT, Upkeep, from_json, to_json
 
-WEIGHTS = Weights("tiny")
+WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = Keep(WEIGHTS, 1, 0, PARTS)
 WHOLE = Holding(WEIGHTS, 100)
+
+
+def shape(height: int, width: int = 32) -> StepShape:
+    return StepShape.of(WEIGHTS, "data", 1, height, width)
 
 
 def started(*components: str, holds: Holding | None = None, compiled: Any = ()) -> Lifecycle:
@@ -36,7 +39,7 @@ def started(*components: str, holds: Holding | None = None, compiled: Any = ()) 
     life = Lifecycle()
     life.start()
     life.engine_said(Device("chip", "gpu", "1", 100, 1e9))
-    life.engine_said(Account(False, holds, Counters(), 0.0, components, compiled))
+    life.engine_said(Account(False, holds, EngineCounters(), 0.0, components, compiled))
     return life
 
 
@@ -44,8 +47,8 @@ def due(upkeep: Upkeep, life: Lifecycle, now: float = 100.0, **more: Any) -> Loa
     return upkeep.due(life, leased=more.get("leased", False), now=now)
 
 
-def load(*components: str, shards: int = 1, shard: int = 0, epoch: int = 0) -> Load:
-    return Load(0, OWN, epoch, WEIGHTS, shards, shard, components)
+def load(*components: str, shards: int = 1, shard: int = 0, ring_generation: int = 0) -> Load:
+    return Load(0, OWN, ring_generation, WEIGHTS, shards, shard, components)
 
 
 def test_an_engine_that_holds_nothing_loads_all_that_it_is_to_hold() -> None:
@@ -72,7 +75,7 @@ def test_a_shard_is_loaded_where_the_mesh_holds_shards_and_whole_weights_serve_a
 
 
 def test_weights_that_somebody_chose_meanwhile_stay() -> None:
-    other = Holding(Weights("dev"), 100)
+    other = Holding(ModelVariant("dev"), 100)
     assert due(Upkeep(KEEP), started("transformer", holds=other)) is None
     shard = Holding(WEIGHTS, 50, 4, 1)  # left by a job with --placement tensor
     assert due(Upkeep(KEEP), started("transformer", holds=shard)) is None
@@ -87,9 +90,9 @@ def test_a_host_that_was_used_a_moment_ago_is_left_alone() -> None:
 
 def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> None:
     upkeep, life = Upkeep(KEEP), started()
-    life.work(Load(1, "job", 0, Weights("dev")))
+    life.work(Load(1, "job", 0, ModelVariant("dev")))
     assert due(upkeep, life, 100.0) is None
-    life.engine_said(Account(True, None, Counters(), 0.0))
+    life.engine_said(Account(True, None, EngineCounters(), 0.0))
     assert due(upkeep, life, 100.5) is None
     assert due(upkeep, life, 100.0 + IDLE) is not None
 
@@ -110,7 +113,9 @@ def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> 
     upkeep.used(100.0)
     assert due(upkeep, life, 100.0 + LEFT_OUT - 0.1, leased=True) is None
     found = due(upkeep, life, 100.0 + LEFT_OUT, leased=True)
-    assert found == load("transformer", "autoencoder", epoch=5)  # encoders may have no room now
+    assert found == load(
+        "transformer", "autoencoder", ring_generation=5
+    )  # encoders may have no room now
 
 
 def leased_lives() -> dict[str, Lifecycle]:
@@ -118,12 +123,14 @@ def leased_lives() -> dict[str, Lifecycle]:
     new.work(Load(1, "before", 0, WEIGHTS))
     new.kill(Kill(1, 5))
     new.lease()  # a job that has asked for nothing yet
-    other.work(Load(1, "job", 0, Weights("dev")))
+    other.work(Load(1, "job", 0, ModelVariant("dev")))
     other.kill(Kill(1, 5))
     trains.work(CloseTraining(1, "job", 0))
     trains.kill(Kill(1, 5))
     alive.work(Load(1, "job", 0, WEIGHTS))
-    alive.engine_said(Account(True, None, Counters(), 0.0))  # with low memory, it holds nothing
+    alive.engine_said(
+        Account(True, None, EngineCounters(), 0.0)
+    )  # with low memory, it holds nothing
     return {"new": new, "other weights": other, "training": trains, "engine lives": alive}
 
 
@@ -137,7 +144,7 @@ def test_nothing_is_loaded_beside_a_job_whose_memory_it_might_need(name: str) ->
 def in_ring(nonce: bytes = b"n" * 32, holds: Holding | None = WHOLE) -> Lifecycle:
     life = started(*PARTS, holds=holds)
     life.join(Join(1, 3, 0, 2, nonce=nonce))
-    life.engine_said(Account(True, holds, Counters(), 0.0, PARTS))
+    life.engine_said(Account(True, holds, EngineCounters(), 0.0, PARTS))
     return life
 
 
@@ -145,11 +152,11 @@ def test_an_engine_leaves_a_ring_that_a_loss_had_left_and_loads_all_again() -> N
     upkeep, life = Upkeep(KEEP), in_ring()
     assert due(upkeep, life) is None and not upkeep.is_leaving(life)
     upkeep.leave(life.ring[0])
-    assert due(upkeep, life) == load(*PARTS, epoch=3) and upkeep.is_leaving(life)
-    assert life.renew(load(*PARTS, epoch=3)) == [
+    assert due(upkeep, life) == load(*PARTS, ring_generation=3) and upkeep.is_leaving(life)
+    assert life.renew(load(*PARTS, ring_generation=3)) == [
         KillEngine(),
         StartEngine(),
-        Send(load(*PARTS, epoch=3)),
+        Send(load(*PARTS, ring_generation=3)),
     ]
     assert (life.ring, life.holds) == (("", 0, 1), None) and not upkeep.is_leaving(life)
 
@@ -158,7 +165,7 @@ def test_a_ring_that_another_job_formed_since_is_not_left() -> None:
     upkeep = Upkeep(KEEP)
     upkeep.leave(in_ring().ring[0])
     assert due(upkeep, in_ring(b"x" * 32)) is None
-    other = in_ring(holds=Holding(Weights("dev"), 100))
+    other = in_ring(holds=Holding(ModelVariant("dev"), 100))
     assert due(upkeep, other) is None and not upkeep.is_leaving(other)
     nowhere = started(*PARTS, holds=WHOLE)
     upkeep.leave("")
@@ -188,7 +195,7 @@ def test_a_host_that_is_told_anew_what_to_hold_tries_at_once() -> None:
     upkeep.failed(100.0)
     upkeep.want(KEEP)  # the same as before: nothing has changed
     assert due(upkeep, life, 101.0) is None
-    upkeep.want(Keep(Weights("dev"), 1, 0, PARTS))
+    upkeep.want(Keep(ModelVariant("dev"), 1, 0, PARTS))
     assert due(upkeep, life, 101.0) is not None
 
 
@@ -196,11 +203,11 @@ def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
     upkeep = Upkeep(KEEP)
     for side in (64, 128, 64):
         upkeep.note(NoteSize(WEIGHTS, side, 32))
-    way = Compiled("data", 1, 64, 32)
+    way = shape(64)
     assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(0, OWN, 0, WEIGHTS, 64, 32)
     second = due(upkeep, started(*PARTS, holds=WHOLE, compiled=(way,)))
     assert second == Warm(0, OWN, 0, WEIGHTS, 128, 32)
-    both = (way, Compiled("data", 1, 128, 32))
+    both = (way, shape(128))
     assert due(upkeep, started(*PARTS, holds=WHOLE, compiled=both)) is None
 
 
@@ -209,7 +216,7 @@ def test_sizes_wait_for_the_weights_and_for_the_end_of_every_lease() -> None:
     upkeep.note(NoteSize(WEIGHTS, 64, 64))
     assert isinstance(due(upkeep, started()), Load)
     assert due(upkeep, started(*PARTS, holds=WHOLE), leased=True) is None
-    other = Holding(Weights("dev"), 100)
+    other = Holding(ModelVariant("dev"), 100)
     assert due(upkeep, started(*PARTS, holds=other)) is None
     upkeep.want(Keep(WEIGHTS, 2, 0, ("transformer",)))
     part = Holding(WEIGHTS, 50, 2, 0)  # no picture is made alone with it
@@ -220,9 +227,9 @@ def test_only_the_latest_sizes_are_remembered() -> None:
     upkeep = Upkeep()
     for side in range(16, 16 * 20, 16):
         upkeep.note(NoteSize(WEIGHTS, side, 16))
-    made: list[Compiled] = []
+    made: list[StepShape] = []
     while isinstance(work := due(upkeep, started(holds=WHOLE, compiled=tuple(made))), Warm):
-        made.append(Compiled("data", 1, work.height, 16))
+        made.append(shape(work.height, 16))
     assert [way.height for way in made] == [304, 288, 272, 256, 240, 224, 208, 192]
 
 
@@ -237,7 +244,7 @@ def test_a_size_that_fails_is_forgotten() -> None:
 
 
 def test_what_to_hold_outlives_the_agent() -> None:
-    adapted = Weights("dev", "bfloat16", 4, (AdapterRef("a" * 64, 0.5),), True)
+    adapted = ModelVariant("dev", "bfloat16", 4, (AdapterRef("a" * 64, 0.5),), True)
     for keep in (KEEP, Keep(None), Keep(adapted, 4, 3, ("transformer",))):
         assert from_json(to_json(keep)) == keep
 

@@ -15,19 +15,19 @@ import pytest
 
 from fluxmesh.cluster.snapshot import MeshView, Timings
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.deploy import warmup as warm
 from fluxmesh_coordinator.deploy.leased_work import Errand
-from fluxmesh_coordinator.deploy.warmup import Layout, Warming, layout, pairs
+from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming, layout, pairs
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, small
 
 
-def work(**keys: object) -> Work:
-    return Work.of(ask(height=512, width=512, **keys), FLUX)
+def work(**keys: object) -> Workload:
+    return Workload.of(ask(height=512, width=512, **keys), FLUX)
 
 
 def mesh(*gigabytes: int, **keys: object) -> MeshView:
@@ -126,7 +126,7 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
             yield from FakeEngine.work(engine, unit)
             return
         text = "transformer.safetensors is truncated."
-        yield messages.Failed(unit.epoch, unit.job, "WeightsError", text, fatal=False)
+        yield messages.Failed(unit.ring_generation, unit.job, "WeightsError", text, fatal=False)
 
     engine = FakeEngine()
 
@@ -135,7 +135,7 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
             while any(mesh.engine(rank).engine is None for rank in range(3)):
                 await asyncio.sleep(0.01)
             mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted, told = Work.of(ask(height=32, width=32), small()), Told()
+            wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
             warming = Warming(mesh.record, wanted, told, Home(tmp_path), allow_partial=allowed)
             dialer = mesh.network.dialer()
             try:
@@ -172,7 +172,7 @@ def test_weights_whose_files_have_changed_since_are_loaded_anew_or_refused(
             while any(mesh.engine(rank).engine is None for rank in range(2)):
                 await asyncio.sleep(0.01)
             mesh.engine(1).engine.content = "older"  # type: ignore[union-attr]
-            wanted = Work.of(ask(height=32, width=32), small())
+            wanted = Workload.of(ask(height=32, width=32), small())
             dialer = mesh.network.dialer()
             try:
                 up = await Warming(mesh.record, wanted, Told(), Home(tmp_path))._run(dialer)
@@ -200,12 +200,14 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
 ) -> None:
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
         if isinstance(unit, messages.Measure):
-            yield messages.Failed(unit.epoch, unit.job, "Raised", "A peer was lost.", fatal=True)
+            yield messages.Failed(
+                unit.ring_generation, unit.job, "Raised", "A peer was lost.", fatal=True
+            )
         else:
             yield from FakeEngine.work(engine, unit)
 
     engine = FakeEngine()
-    monkeypatch.setattr(warm, "layout", lambda work, view: Layout((0, 1), 2))
+    monkeypatch.setattr(warm, "layout", lambda work, view: ShardLayout((0, 1), 2))
 
     async def scene() -> tuple[list[str], list[messages.Status]]:
         async with FakeMesh(tmp_path, 2) as mesh:
@@ -213,7 +215,7 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
                 await asyncio.sleep(0.01)
             if fails:
                 mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted, told = Work.of(ask(height=32, width=32), small()), Told()
+            wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
                 up = await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
@@ -235,7 +237,7 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
         assert notes == []
         assert [one.ring_rank for one in statuses] == [0, 1]
         assert len({one.ring for one in statuses}) == 1 and statuses[0].ring
-        assert {one.epoch for one in statuses} == {1}
+        assert {one.ring_generation for one in statuses} == {1}
         (timed, also) = (measured for one in statuses for measured in one.measured)
         assert (timed.placement, timed.hosts) == (also.placement, also.hosts) == ("tensor", 2)
 
@@ -247,7 +249,9 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
         if isinstance(unit, messages.MeasureRing):
             is_gone = fails == "for good"
-            yield messages.Failed(unit.epoch, unit.job, "Raised", "A peer was lost.", is_gone)
+            yield messages.Failed(
+                unit.ring_generation, unit.job, "Raised", "A peer was lost.", is_gone
+            )
         else:
             yield from FakeEngine.work(engine, unit)
 
@@ -261,7 +265,7 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
                 mesh.engine(rank).engine.collective_rate = 5e9  # type: ignore[union-attr]
             if fails:
                 mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted, told = Work.of(ask(height=32, width=32), small()), Told()
+            wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
                 up = await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
@@ -288,11 +292,11 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
     kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]
     assert kept["rings"][0]["ranks"] == [0, 1, 2]
     assert [one.ring_rank for one in statuses] == [0, 1, 2]
-    assert {one.epoch for one in statuses} == {1}
+    assert {one.ring_generation for one in statuses} == {1}
 
 
 def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
-    class Agent:
+    class WarmingAgent:
         title = "host 0"
 
         def __init__(self) -> None:
@@ -301,7 +305,7 @@ def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
 
         async def ask(self, request: messages.Message, answer: type[messages.Message]) -> None:
             if isinstance(request, messages.Load):
-                loaded = messages.Loaded(request.job, request.epoch, held(), 0.1)
+                loaded = messages.Loaded(request.job, request.ring_generation, held(), 0.1)
                 self.reports.append(loaded)
 
         async def report(self) -> messages.Report:
@@ -309,9 +313,9 @@ def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
 
     async def scene() -> list[messages.Report]:
         granted = messages.Granted(7, 1, None)  # type: ignore[arg-type]
-        errand = Errand(Agent(), granted, work())  # type: ignore[arg-type]
+        errand = Errand(WarmingAgent(), granted, work())  # type: ignore[arg-type]
         await errand.begin_anew()
         return [report async for report in errand.do(messages.Load(*errand.common), 1.0)]
 
     (report,) = asyncio.run(scene())
-    assert isinstance(report, messages.Loaded) and report.epoch == 2
+    assert isinstance(report, messages.Loaded) and report.ring_generation == 2

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import HostInfo, Measured
+from fluxmesh.cluster.snapshot import HostInfo, StepTiming
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
-from fluxmesh.planning.workload import Work, split_tokens, tensor_problem
+from fluxmesh.planning.workload import Workload, split_tokens, tensor_problem
 from fluxmesh.request import SourceImage
 from tests.unit.meshes import FLUX, ask, mac, small
 
@@ -30,32 +30,32 @@ def test_the_arithmetic_of_flux_is_that_which_was_measured() -> None:
 
 
 def test_bytes_on_the_wire_follow_the_designs_formulas() -> None:
-    flux = Work.of(ask(), FLUX)
+    flux = Workload.of(ask(), FLUX)
     activation = 4608 * 3072 * 2
     for hosts in (2, 3, 4, 8):
         share = 2 * (hosts - 1) / hosts * activation
         assert flux.sent_a_step("tensor", hosts) == pytest.approx(76 * share, rel=1e-9)
         assert flux.sent_a_step("sequence", hosts) == pytest.approx(57 * share, rel=1e-9)
     assert flux.sent_a_step("data", 4) == flux.sent_a_step("tensor", 1) == 0
-    wide = Work.of(ask(dtype="float32"), FLUX)
+    wide = Workload.of(ask(dtype="float32"), FLUX)
     assert wide.sent_a_step("tensor", 2) == 2 * flux.sent_a_step("tensor", 2)
 
 
 def test_an_uneven_split_is_padded_to_the_longest_share() -> None:
-    flux = Work.of(ask(), FLUX)  # 4608 tokens over 7: 659 on the longest
+    flux = Workload.of(ask(), FLUX)  # 4608 tokens over 7: 659 on the longest
     assert flux.sent_a_step("sequence", 7) == 57 * 2 * 6 * 659 * 3072 * 2
 
 
 def test_memory_of_flux_is_that_of_its_12_billion_parameters() -> None:
-    flux = Work.of(ask(), FLUX)
+    flux = Workload.of(ask(), FLUX)
     assert flux.transformer.on_each_of(1) == pytest.approx(23.8e9, rel=2e-3)
     assert flux.transformer.kept < 0.01 * flux.transformer.split
     assert flux.transformer.on_each_of(4) <= (0.25 + 0.01) * flux.transformer.on_each_of(1)
     assert flux.text_bytes == pytest.approx(9.77e9, rel=1e-2)
-    quantized = Work.of(ask(bits=4), FLUX)
+    quantized = Workload.of(ask(bits=4), FLUX)
     assert quantized.transformer.on_each_of(1) == pytest.approx(6.8e9, rel=0.02)
     assert quantized.transformer_file == flux.transformer  # it is quantized while it loads
-    stored = Work.of(ask(), replace(FLUX, bits=4))
+    stored = Workload.of(ask(), replace(FLUX, bits=4))
     assert stored.transformer == quantized.transformer == stored.transformer_file
 
 
@@ -70,12 +70,12 @@ def test_bytes_of_weights_are_those_that_mlx_holds(bits: int | None) -> None:
             return isinstance(module, nn.Linear) and "_blocks." in path
 
         nn.quantize(model, group_size=64, bits=bits, class_predicate=in_a_block)
-    assert Work.of(ask(bits=bits), sizes).transformer.on_each_of(1) == nbytes(model)
+    assert Workload.of(ask(bits=bits), sizes).transformer.on_each_of(1) == nbytes(model)
 
 
 def test_low_memory_and_preload_change_what_is_held_when() -> None:
     plain, low, loaded = (
-        Work.of(ask(**keys), FLUX).memory("data", 1, 1)
+        Workload.of(ask(**keys), FLUX).memory("data", 1, 1)
         for keys in ({}, {"low_memory": True}, {"preload": True})
     )
     assert low.decode < plain.decode
@@ -84,7 +84,7 @@ def test_low_memory_and_preload_change_what_is_held_when() -> None:
 
 
 def test_float16_holds_as_many_weights_as_bfloat16_and_wider_tokens() -> None:
-    half, other = (Work.of(ask(dtype=name), FLUX) for name in ("float16", "bfloat16"))
+    half, other = (Workload.of(ask(dtype=name), FLUX) for name in ("float16", "bfloat16"))
     assert half.transformer == other.transformer and half.text_bytes == other.text_bytes
     (denoise, decode), (least, same) = (work.memory("data", 1, 1) for work in (half, other))
     assert decode == same and denoise - least == 6 * 4608 * 3072 * 2
@@ -93,17 +93,17 @@ def test_float16_holds_as_many_weights_as_bfloat16_and_wider_tokens() -> None:
 
 def test_decoding_in_tiles_takes_no_more_memory_than_a_tile() -> None:
     large, larger = (
-        Work.of(ask(height=side, width=side), FLUX).memory("data", 1, 1).decode
+        Workload.of(ask(height=side, width=side), FLUX).memory("data", 1, 1).decode
         for side in (1536, 4096)
     )
     assert large == larger
 
 
 def test_the_models_defaults_fill_in_what_the_user_left_out() -> None:
-    flux = Work.of(ask(), FLUX)
+    flux = Workload.of(ask(), FLUX)
     assert (flux.height, flux.width, flux.steps, flux.tokens) == (1024, 1024, 4, 4608)
     picture = np.zeros((256, 512, 3), np.uint8)
-    source = Work.of(ask(steps=10, source=SourceImage(picture, 0.5)), FLUX)
+    source = Workload.of(ask(steps=10, source=SourceImage(picture, 0.5)), FLUX)
     assert (source.height, source.width, source.steps) == (256, 512, 5)
     assert source.tokens == 512 + 16 * 32
 
@@ -116,19 +116,19 @@ def test_the_models_defaults_fill_in_what_the_user_left_out() -> None:
 def test_heads_of_flux_divide_or_are_told_not_to(
     hosts: int, problem: str, bits: int | None
 ) -> None:
-    told = tensor_problem(Work.of(ask(bits=bits), FLUX), hosts)
+    told = tensor_problem(Workload.of(ask(bits=bits), FLUX), hosts)
     assert told.startswith(problem) and bool(told) == bool(problem)
 
 
 def test_quantization_groups_stay_whole() -> None:
     sizes = small(heads=12, head_dim=16)  # hidden size 192, the embedded checkpoint's
-    assert tensor_problem(Work.of(ask(), sizes), 4) == ""
-    assert tensor_problem(Work.of(ask(bits=4), sizes), 3) == ""
-    assert tensor_problem(Work.of(ask(bits=4), sizes), 4) == (
+    assert tensor_problem(Workload.of(ask(), sizes), 4) == ""
+    assert tensor_problem(Workload.of(ask(bits=4), sizes), 3) == ""
+    assert tensor_problem(Workload.of(ask(bits=4), sizes), 4) == (
         "192 columns over 4 hosts are 48, not whole quantization groups of 64"
     )
     odd = small(heads=6, head_dim=16, mlp_ratio=3.03125)
-    assert tensor_problem(Work.of(ask(), odd), 2) == "291 MLP columns do not divide by 2"
+    assert tensor_problem(Workload.of(ask(), odd), 2) == "291 MLP columns do not divide by 2"
 
 
 @given(st.integers(1, 10**6), st.integers(1, 300))
@@ -147,7 +147,7 @@ def timed(*sizes: tuple[int, int, float], **keys: object) -> HostInfo:
     return mac(
         0,
         measured=tuple(
-            Measured(height=h, width=w, step_seconds=seconds, **fields)  # type: ignore[arg-type]
+            StepTiming(height=h, width=w, step_seconds=seconds, **fields)  # type: ignore[arg-type]
             for h, w, seconds in sizes
         ),
     )
@@ -155,13 +155,13 @@ def timed(*sizes: tuple[int, int, float], **keys: object) -> HostInfo:
 
 def test_a_step_takes_what_was_measured_at_its_size() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
-    found = step_time(host, Work.of(ask(), FLUX))
+    found = step_time(host, Workload.of(ask(), FLUX))
     assert (found.seconds, found.figure, found.measured) == (2.5, "step", True)
 
 
 def test_a_step_of_another_size_is_scaled_from_the_nearest() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
-    found = step_time(host, Work.of(ask(height=1024, width=768), FLUX))
+    found = step_time(host, Workload.of(ask(height=1024, width=768), FLUX))
     ratio = step_flops(FLUX, 1024, 768) / step_flops(FLUX, 1024, 1024)
     assert found.seconds == pytest.approx(2.5 * ratio)
     assert (found.figure, found.measured) == ("step of another size", False)
@@ -170,14 +170,14 @@ def test_a_step_of_another_size_is_scaled_from_the_nearest() -> None:
 @pytest.mark.parametrize("keys", [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}])
 def test_times_of_other_weights_tell_nothing(keys: dict[str, object]) -> None:
     host = timed((1024, 1024, 2.5), **keys)
-    found = step_time(host, Work.of(ask(), FLUX))
+    found = step_time(host, Workload.of(ask(), FLUX))
     assert found.seconds == pytest.approx(74.4e12 / 26e12, rel=1e-3)
     assert (found.figure, found.measured) == ("arithmetic", False)
 
 
 def test_a_decode_is_measured_scaled_or_counted() -> None:
     assert decode_flops(FLUX.autoencoder, 1024, 1024) == pytest.approx(10.5e12, rel=0.01)
-    flux = Work.of(ask(), FLUX)
+    flux = Workload.of(ask(), FLUX)
     assert decode_time(mac(0), flux) == pytest.approx(10.47e12 / 0.4 / 26e12, rel=1e-3)
-    host = mac(0, measured=(Measured("m", 512, 512, "bfloat16", 4, 1.0, 0.25),))
+    host = mac(0, measured=(StepTiming("m", 512, 512, "bfloat16", 4, 1.0, 0.25),))
     assert decode_time(host, flux) == pytest.approx(1.0)

@@ -47,7 +47,7 @@ LAST_SHAPES = (
 LONGEST = 64
 
 
-class Flow:
+class TinyFlow:
     """Text encoders and transformer in bfloat16, with float32 masters, their EMA and AdamW.
 
     `step(latents=, t5=, clip=, image_ids=)` runs one optimizer step at the rate in `rate` and
@@ -233,7 +233,7 @@ def train_flow(args: argparse.Namespace) -> None:
     else:
         latents = pools[128, 128].latents.float()
         shift, scale = latents.mean().item(), 1 / latents.std().item()
-    flow = Flow(args, shift, scale)
+    flow = TinyFlow(args, shift, scale)
     if state:
         flow.load(state)
     rng = np.random.default_rng(seed)
@@ -260,7 +260,7 @@ def train_flow(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def paint(
-    flow: Flow, modules: torch.nn.ModuleDict, autoencoder: torch.nn.Module, text: data.Text,
+    flow: TinyFlow, modules: torch.nn.ModuleDict, autoencoder: torch.nn.Module, text: data.Text,
     prompts: list[str], steps: int,
 ) -> np.ndarray:  # fmt: skip
     """Pictures of prompts at 128×128 by Euler's method, uint8 [prompts, 128, 128, 3]."""
@@ -282,7 +282,7 @@ def paint(
 
 
 def look(
-    args: argparse.Namespace, flow: Flow, autoencoder: torch.nn.Module, text: data.Text
+    args: argparse.Namespace, flow: TinyFlow, autoencoder: torch.nn.Module, text: data.Text
 ) -> None:
     """Scores held-out prompts and writes a contact sheet, `W/look.png`."""
     questions = scenes.questions(args.questions, 0)

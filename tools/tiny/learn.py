@@ -34,7 +34,7 @@ from fluxmesh.events import Picture
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.dataset import load_dataset
-from fluxmesh.training.data.encoding import Caption, Crop, Encoder
+from fluxmesh.training.data.encoding import Caption, Crop, DatasetEncoder
 from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
@@ -113,7 +113,7 @@ def held_out_loss(dataset: Path, cache: Path, base: Base, adapter: Path | None) 
     adapters = [str(adapter)] if adapter else []
     pipeline = FluxPipeline("tiny", dtype=base.dtype, bits=base.bits, adapters=adapters)
     plan = prepare(request, examples, pipeline.checkpoint)
-    encoder = Encoder(pipeline, FeatureCache(cache), examples, plan.sizes, SEED)
+    encoder = DatasetEncoder(pipeline, FeatureCache(cache), examples, plan.sizes, SEED)
     for unit in encoder.pending([*map(Caption, plan.captions), *(Crop(*i) for i in plan.crops)]):
         encoder.store(unit)
     # The learner's own LoRA, beside the adapter, begins at zero and stays there.

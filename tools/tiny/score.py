@@ -28,7 +28,7 @@ class Verdict:
     relation: bool | None
 
 
-class Reader:
+class SceneReader:
     """Holds the transformed renderings of all objects for pictures of one shape."""
 
     def __init__(self, sprites: np.ndarray, height: int, width: int) -> None:

@@ -29,7 +29,7 @@ NO_NEWS = 5.0  # seconds in line without a word; agents tell the place more ofte
 T = TypeVar("T", bound=messages.Message)
 
 
-class Client:
+class AgentClient:
     """A conversation with one agent; an async context manager that says `Hello` first."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Client:
         return report
 
     async def lease(
-        self, job: str, seconds: float, waiting: Callable[[messages.Queued], None]
+        self, job: str, seconds: float, waiting: Callable[[messages.LeaseQueued], None]
     ) -> messages.Granted:
         """Waits in line for this host's lease; `seconds` is how long it will be used.
 
@@ -134,7 +134,7 @@ class Client:
             match report:
                 case messages.Granted():
                     return report
-                case messages.Queued():
+                case messages.LeaseQueued():
                     waiting(report)
                 case messages.Lost() | None:  # this machine slept, and has lost its place
                     await self.ask(messages.AskLease(job, seconds), messages.Done)

@@ -19,10 +19,10 @@ from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
     LinkInfo,
-    Measured,
+    ModelVariant,
     RingTiming,
+    StepTiming,
     Timings,
-    Weights,
 )
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.planning.learning import learned
@@ -57,7 +57,7 @@ class MeshRecord:
     envs: tuple[tuple[str, str], ...] = ()  # of the engines: the hostfile's, and those of --env
     roots: tuple[str, ...] = ()  # folders beside each host's own in which models may lie
     links: tuple[LinkInfo, ...] = ()  # as plain sockets measured them
-    weights: Weights | None = None  # that were loaded
+    weights: ModelVariant | None = None  # that were loaded
     timings: Timings = Timings()  # of its rings and jobs
 
     @property
@@ -108,9 +108,9 @@ class MeshRecord:
         )
 
 
-def _weights(data: dict[str, Any]) -> Weights:
+def _weights(data: dict[str, Any]) -> ModelVariant:
     adapters = tuple(AdapterRef(**adapter) for adapter in data.pop("adapters"))
-    return Weights(adapters=adapters, **data)
+    return ModelVariant(adapters=adapters, **data)
 
 
 def _timings(data: dict[str, Any]) -> Timings:
@@ -130,7 +130,7 @@ def _ring(data: dict[str, Any]) -> RingTiming:
 
 
 def _job(data: dict[str, Any]) -> JobTiming:
-    ranks, measured = data.pop("ranks"), Measured(**data.pop("measured"))
+    ranks, measured = data.pop("ranks"), StepTiming(**data.pop("measured"))
     return JobTiming(ranks=tuple(ranks), measured=measured, **data)
 
 

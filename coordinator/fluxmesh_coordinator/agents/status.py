@@ -17,7 +17,7 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         device=status.device,
         platform=status.platform,
         machine_bytes=status.machine_bytes,
-        warm=status.warm,
+        compiled=status.compiled,
         ring=RingPlace(status.ring, status.ring_rank, status.ring_size),
     )
 
@@ -72,7 +72,7 @@ def user_keys(home: Home | None = None) -> Keys:
 def survey(record: MeshRecord, keys: Keys | None = None) -> Survey:
     """Asks every agent of a mesh for its status. Raises nothing for hosts that don't answer."""
 
-    async def one(client: Client) -> tuple[messages.Status, float]:
+    async def one(client: AgentClient) -> tuple[messages.Status, float]:
         begin = time.time()
         status = await client.ask(messages.AskStatus(), messages.Status)
         return status, status.clock - (begin + time.time()) / 2
@@ -103,14 +103,14 @@ def answering(found: Survey) -> Survey:
 
 
 def with_agents(
-    record: MeshRecord, do: Callable[[Client], Awaitable[T]], keys: Keys | None = None
+    record: MeshRecord, do: Callable[[AgentClient], Awaitable[T]], keys: Keys | None = None
 ) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
     """`do` with each agent of a mesh, side by side: (results, errors), each by rank."""
     keys = keys or user_keys()
 
     async def everyone(dialer: Dialer) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
         async def one(member: Member) -> T:
-            async with Client(dialer, member, names[member.rank]) as client:
+            async with AgentClient(dialer, member, names[member.rank]) as client:
                 return await do(client)
 
         ended = await asyncio.gather(*map(one, record.members), return_exceptions=True)

@@ -55,7 +55,7 @@ def grid(pictures: Sequence[np.ndarray], n_rows: int = 1) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Target:
+class PicturePath:
     """Where pictures go: a name that the user gave, or the next free one."""
 
     folder: Path
@@ -65,7 +65,7 @@ class Target:
     force: bool = False  # replace what is there
 
     @classmethod
-    def parse(cls, output: str | None, *, force: bool = False) -> Target:
+    def parse(cls, output: str | None, *, force: bool = False) -> PicturePath:
         """Reads `--output`: None, a folder, or the name of a PNG file.
 
         Raises `UsageError` for a name that isn't a PNG's, `OutputError` for a missing folder.
@@ -98,7 +98,7 @@ class PictureFiles:
     exactly these; else those of them that are free.
     """
 
-    target: Target
+    target: PicturePath
     n_prompts: int = 1
     n_images: int = 1
     save_raw: bool = False

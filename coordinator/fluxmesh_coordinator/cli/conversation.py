@@ -17,11 +17,11 @@ from typing import Any
 import click
 
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh_coordinator.artifacts.pictures import PictureFiles, Target
+from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath
 from fluxmesh_coordinator.cli.options import ImageSize
 from fluxmesh_coordinator.commands.generate import Painter, Spread
-from fluxmesh_coordinator.commands.settings import Settings, draw_seed
-from fluxmesh_coordinator.console.generate_report import TerminalReporter
+from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
+from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
 
 PROMPT = "fluxmesh> "
 HELP = """\
@@ -33,7 +33,7 @@ Type a prompt to paint it. A line that begins with / changes a setting until it 
 With no value, a setting goes back to what it is by itself (a seed is drawn for each prompt).
   /settings        what they are now
   /quit            the end (Ctrl-D too)"""
-# What is typed -> the field of `Settings`, and how its value is read.
+# What is typed -> the field of `GenerateSettings`, and how its value is read.
 SETTINGS: dict[str, tuple[str, click.ParamType]] = {
     "size": ("image_size", ImageSize()),
     "steps": ("steps", click.INT),
@@ -50,9 +50,9 @@ class Conversation:
 
     def __init__(
         self,
-        settings: Settings,
-        target: Target,
-        reporter: TerminalReporter,
+        settings: GenerateSettings,
+        target: PicturePath,
+        reporter: GenerateTerminalReporter,
         spread: Spread | None = None,
         read: Callable[[], str] | None = None,
     ) -> None:
@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
 def _read(field: str, kind: click.ParamType, text: str) -> dict[str, Any]:
     """A setting by name, from what was typed; nothing typed is its default."""
     if not text:
-        return {field: getattr(Settings(), field)}
+        return {field: getattr(GenerateSettings(), field)}
     try:
         return {field: kind.convert(text, None, None)}
     except click.UsageError as error:

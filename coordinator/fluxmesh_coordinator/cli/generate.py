@@ -55,19 +55,21 @@ def generate(
 
     Image k of a call is the one that seed + k gives alone, byte for byte.
     """
-    from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, Target
+    from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath, StepFiles
     from fluxmesh_coordinator.artifacts.recipe import read_recipe
     from fluxmesh_coordinator.cli.prompts import read_prompts
     from fluxmesh_coordinator.commands.generate import Painter, Spread
-    from fluxmesh_coordinator.commands.settings import Settings, draw_seed
+    from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
     from fluxmesh_coordinator.console.generate_report import (
-        JsonReporter,
+        GenerateJsonReporter,
+        GenerateTerminalReporter,
         Reporter,
-        TerminalReporter,
     )
 
     told = read_recipe(from_) if from_ else None
-    settings = (Settings.of_recipe(told) if told else Settings()).with_chosen(chosen(context))
+    settings = (GenerateSettings.of_recipe(told) if told else GenerateSettings()).with_chosen(
+        chosen(context)
+    )
     prompts = read_prompts(prompt, prompt_file, told.prompt if told else None)
     seed = draw_seed() if settings.seed is None else settings.seed
 
@@ -75,10 +77,12 @@ def generate(
     for text in prompts:
         settings.request(text, seed)
     images = settings.n_images
-    files = PictureFiles(Target.parse(output, force=force), len(prompts), images, save_raw)
+    files = PictureFiles(PicturePath.parse(output, force=force), len(prompts), images, save_raw)
     steps = StepFiles(stepwise, len(prompts), images, force=force) if stepwise else None
 
-    reporter: Reporter = JsonReporter() if as_json else TerminalReporter(verbose=verbose)
+    reporter: Reporter = (
+        GenerateJsonReporter() if as_json else GenerateTerminalReporter(verbose=verbose)
+    )
     spread = Spread(placement, force_shard, wait)
     with reporter, Painter(reporter, keep_warm=len(prompts) > 1, spread=spread) as painter:
         painter.introduce(settings, seed)

@@ -31,15 +31,15 @@ def interactive(
     A line is a prompt, or changes a setting if it begins with /; /help tells which there are.
     """
     from fluxmesh.errors import UsageError
-    from fluxmesh_coordinator.artifacts.pictures import Target
+    from fluxmesh_coordinator.artifacts.pictures import PicturePath
     from fluxmesh_coordinator.cli.conversation import Conversation
     from fluxmesh_coordinator.commands.generate import Spread
-    from fluxmesh_coordinator.commands.settings import Settings
-    from fluxmesh_coordinator.console.generate_report import TerminalReporter
+    from fluxmesh_coordinator.commands.settings import GenerateSettings
+    from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
 
-    target = Target.parse(output)
+    target = PicturePath.parse(output)
     if target.given:
         raise UsageError(f"--output {output}: interactive takes a folder, and names the files.")
-    settings = Settings().with_chosen(chosen(context))
-    with TerminalReporter(verbose=verbose) as reporter:
+    settings = GenerateSettings().with_chosen(chosen(context))
+    with GenerateTerminalReporter(verbose=verbose) as reporter:
         Conversation(settings, target, reporter, Spread(placement, force_shard, wait)).run()

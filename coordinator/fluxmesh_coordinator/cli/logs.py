@@ -21,7 +21,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
     from fluxmesh.errors import FluxmeshError, UsageError
     from fluxmesh.wire import messages
     from fluxmesh_coordinator.agents import mesh_file, remote
-    from fluxmesh_coordinator.agents.client import Client
+    from fluxmesh_coordinator.agents.client import AgentClient
     from fluxmesh_coordinator.agents.status import with_agents
     from fluxmesh_coordinator.cli.status import NO_MESH
 
@@ -35,7 +35,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
             raise UsageError(f"The mesh has no host {host!r}; it has {names}.")
         mesh = mesh.only(chosen)
 
-    async def ask(client: Client) -> tuple[str, ...]:
+    async def ask(client: AgentClient) -> tuple[str, ...]:
         return (await client.ask(messages.AskLogs(lines), messages.Logs)).lines
 
     found, _ = with_agents(mesh, ask)

@@ -57,7 +57,7 @@ def plan(
     from fluxmesh.planning import plan as planner
     from fluxmesh.weights import hub
     from fluxmesh_coordinator.agents import mesh_file
-    from fluxmesh_coordinator.commands.settings import Settings
+    from fluxmesh_coordinator.commands.settings import GenerateSettings
     from fluxmesh_coordinator.console import plan_table
     from fluxmesh_coordinator.deploy import what_if
     from fluxmesh_coordinator.jobs import remedies
@@ -65,7 +65,7 @@ def plan(
 
     if (hostfile is None) != (assume is None):
         raise UsageError("--hostfile and --assume describe a mesh together; give both.")
-    settings = Settings().with_chosen(chosen(context))
+    settings = GenerateSettings().with_chosen(chosen(context))
     if settings.image is not None:
         raise UsageError("plan looks at no picture; give --image-size instead of --image.")
     up = mesh_file.load() if hostfile is None else None
@@ -99,10 +99,10 @@ def plan(
 
 def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView:
     from fluxmesh.cluster import hostfile as hostfiles
-    from fluxmesh.planning.workload import Work
+    from fluxmesh.planning.workload import Workload
     from fluxmesh_coordinator.deploy import what_if
 
-    work = Work.of(request, sizes)
+    work = Workload.of(request, sizes)
     told = what_if.load_assumption(assume)
     return what_if.assumed_view(hostfiles.load(hostfile), told, work, work.weights)
 

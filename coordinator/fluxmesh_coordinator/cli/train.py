@@ -99,12 +99,12 @@ def train(context: click.Context, dataset: str, as_json: bool, **_fields: Any) -
     """
     from fluxmesh_coordinator.commands.train import conduct, request_of
     from fluxmesh_coordinator.console.train_report import (
-        JsonReporter,
-        TerminalReporter,
+        TrainJsonReporter,
         TrainReporter,
+        TrainTerminalReporter,
     )
 
     request = request_of(dataset, chosen(context))
-    reporter: TrainReporter = JsonReporter() if as_json else TerminalReporter()
+    reporter: TrainReporter = TrainJsonReporter() if as_json else TrainTerminalReporter()
     with reporter:
         conduct(request, reporter)

@@ -75,7 +75,7 @@ def up(
     """
     from fluxmesh.errors import UsageError
     from fluxmesh.machine.awake import kept_awake
-    from fluxmesh.planning.workload import ModelSizes, Work
+    from fluxmesh.planning.workload import ModelSizes, Workload
     from fluxmesh.request import GenerateRequest
     from fluxmesh.weights import hub
     from fluxmesh_coordinator.agents.status import survey
@@ -100,7 +100,7 @@ def up(
             dtype=dtype,
             bits=int(bits) if bits else 4 if quantize else None,
         )
-        work = Work.of(request, ModelSizes.of(checkpoint))
+        work = Workload.of(request, ModelSizes.of(checkpoint))
         wish = replace(
             _wish(hostfile, work.weights, envs, allow_partial, rotate_keys, force),
             keep_ssh=keep_ssh,

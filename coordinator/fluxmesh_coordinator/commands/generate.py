@@ -20,7 +20,7 @@ from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
 from fluxmesh_coordinator.artifacts.recipe import Recipe, SourceFiles, differences
-from fluxmesh_coordinator.commands.settings import Settings
+from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.console.generate_report import Reporter
 
 EMBEDDED = "tiny"
@@ -116,7 +116,7 @@ class Painter:
         if self._mesh is not None:
             self._mesh.close()
 
-    def checkpoint(self, settings: Settings) -> Any:
+    def checkpoint(self, settings: GenerateSettings) -> Any:
         """Name, revision and defaults of the settings' model, or of the default one.
 
         It is downloaded if it has to be, unless hosts of a mesh have it: what this machine then
@@ -141,7 +141,7 @@ class Painter:
                 return Elsewhere(name, sizes.defaults)
         return hub.resolve(name, progress=partial(self.reporter.downloading, name))
 
-    def introduce(self, settings: Settings, seed: int) -> None:
+    def introduce(self, settings: GenerateSettings, seed: int) -> None:
         """Says which model paints, at which size and from which seed; and how to get FLUX."""
         checkpoint = self.checkpoint(settings)
         request = _as_loaded(settings).request("", seed, defaults=checkpoint.defaults)
@@ -160,7 +160,7 @@ class Painter:
             )
 
     def source(
-        self, settings: Settings, checkpoint: Any
+        self, settings: GenerateSettings, checkpoint: Any
     ) -> tuple[SourceImage | None, SourceFiles | None]:
         """What `--image`, `--mask` and `--outpaint` name, as arrays and as a record of files."""
         if settings.image is None:
@@ -194,7 +194,7 @@ class Painter:
 
     def paint(
         self,
-        settings: Settings,
+        settings: GenerateSettings,
         prompt: str,
         seed: int,
         files: PictureFiles,
@@ -242,6 +242,6 @@ class Painter:
         return events
 
 
-def _as_loaded(settings: Settings) -> Settings:
+def _as_loaded(settings: GenerateSettings) -> GenerateSettings:
     up = mesh_file.load()
     return settings.as_loaded(up.weights if up else None)

@@ -16,12 +16,12 @@ from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
 from fluxmesh_coordinator.artifacts.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fluxmesh.cluster.snapshot import Weights
+    from fluxmesh.cluster.snapshot import ModelVariant
     from fluxmesh.weights.checkpoint import ModelDefaults
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerateSettings:
     """How to paint, whatever the prompt; None leaves a choice to the model or to chance."""
 
     model: str | None = None
@@ -78,9 +78,9 @@ class Settings:
         names = {field.name for field in fields(self)}
         return replace(self, **{name: chosen[name] for name in names & chosen.keys()})
 
-    def as_loaded(self, weights: Weights | None) -> Self:
+    def as_loaded(self, weights: ModelVariant | None) -> Self:
         """Who leaves the model to the mesh gets it as `fluxmesh up` loaded it, quantized or not."""
-        is_open = self.model is None and self.dtype == Settings.dtype
+        is_open = self.model is None and self.dtype == GenerateSettings.dtype
         if weights is None or not is_open or self.effective_bits is not None:
             return self
         return replace(self, dtype=weights.dtype, bits=weights.bits)

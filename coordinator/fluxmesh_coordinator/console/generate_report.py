@@ -87,7 +87,7 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-class TerminalReporter:
+class GenerateTerminalReporter:
     """A progress bar with time left, the files as they appear, peaks of memory when asked."""
 
     def __init__(self, *, verbose: bool = False, console: Console | None = None) -> None:
@@ -194,6 +194,8 @@ class TerminalReporter:
             ranks = ", ".join(map(str, event.hosts))
             hosts = f"host {ranks}" if len(event.hosts) == 1 else f"hosts {ranks}"
             self.note(f"Plan: {event.placement} on {hosts}, {event.seconds:.2f} s. {event.reason}")
+        if event.notice:
+            self.note(event.notice)
 
     def _loading(self, event: Loading) -> None:
         """One bar for all hosts that read the same."""
@@ -246,7 +248,7 @@ def _ordinal(number: int) -> str:
     return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
-class JsonReporter:
+class GenerateJsonReporter:
     """One JSON object a line: each event by its name, with its fields (pixels left out)."""
 
     def __init__(self) -> None:

@@ -65,7 +65,8 @@ def show(found: Plan, view: MeshView, now: float) -> None:
     if not console.is_terminal:
         console.width = WIDTH
     console.print(table)
-    for line in (found.reason, *decided_by(found, now), *rings(found, view, now)):
+    lines = (found.reason, found.notice, *decided_by(found, now), *rings(found, view, now))
+    for line in filter(None, lines):
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -145,6 +146,7 @@ def as_json(found: Plan, view: MeshView, now: float) -> dict[str, Any]:
         "winner": None if found.winner is None else found.options.index(found.winner),
         "warm": None if found.warm is None else found.options.index(found.warm),
         "reason": found.reason,
+        "notice": found.notice,
         "options": [
             {**asdict(option), "seconds": None if option.problem else option.seconds}
             for option in found.options

@@ -66,7 +66,7 @@ def _key(key: Any) -> str:
     return "x".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-class JsonReporter:
+class TrainJsonReporter:
     """One JSON object a line on stdout."""
 
     def __enter__(self) -> Self:
@@ -90,7 +90,7 @@ class JsonReporter:
         sys.stdout.flush()
 
 
-class TerminalReporter:
+class TrainTerminalReporter:
     """What will be done, then a bar with loss, memory and the time left; files on stdout."""
 
     def __init__(self, console: Console | None = None) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fluxmesh.cluster.hostfile import CONTROL_PORT, Host, Hostfile
-from fluxmesh.cluster.snapshot import LinkInfo, Timings, Weights
+from fluxmesh.cluster.snapshot import LinkInfo, ModelVariant, Timings
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys, store_keys
@@ -60,7 +60,7 @@ class Wish:
     hostfile: Hostfile
     name: str  # the hostfile's path, or `record.THIS_NAME`
     text: str  # of the hostfile
-    weights: Weights
+    weights: ModelVariant
     envs: tuple[tuple[str, str], ...] = ()  # the hostfile's, then those of --env
     roots: tuple[str, ...] = ()
     allow_partial: bool = False
@@ -303,7 +303,7 @@ def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshE
     Returns errors by rank, of the agents that may still run.
     """
     from fluxmesh.wire import messages
-    from fluxmesh_coordinator.agents.client import Client
+    from fluxmesh_coordinator.agents.client import AgentClient
 
     hostfile = mesh.hostfile
 
@@ -314,7 +314,7 @@ def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshE
     if not errors:
         return {}
 
-    async def end(client: Client) -> None:
+    async def end(client: AgentClient) -> None:
         await client.ask(messages.ShutDown(), messages.Done)
 
     ended, _ = with_agents(mesh.only(errors), end, keys)

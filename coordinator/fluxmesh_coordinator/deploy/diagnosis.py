@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fluxmesh.cluster.snapshot import Weights
+from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire.messages import Status
@@ -31,7 +31,7 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
     for rank, error in told.errors.items():
         found.append(Finding(rank, "agent", "fail", str(error)))
     for rank, status in told.statuses.items():
-        text = f"{status.state}, epoch {status.epoch}, {status.kind}"
+        text = f"{status.state}, ring generation {status.ring_generation}, {status.kind}"
         reason = status.reason.rstrip(".")
         if status.state == "failed":
             text = f"its engine failed: {reason}; the next job starts another."
@@ -60,7 +60,7 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
 
 def in_memory(statuses: Mapping[int, Status]) -> list[Finding]:
     """Whether hosts that hold a model by one name hold one model: its files may have changed."""
-    told: dict[Weights, dict[int, tuple[str, str]]] = {}
+    told: dict[ModelVariant, dict[int, tuple[str, str]]] = {}
     for rank, status in statuses.items():
         if status.holds is not None:
             one = told.setdefault(status.holds.weights, {})

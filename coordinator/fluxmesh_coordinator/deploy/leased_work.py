@@ -11,14 +11,15 @@ import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo, RingTiming
+from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
-from fluxmesh.planning.workload import Work
+from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
 from fluxmesh_coordinator.jobs.host import START, HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
@@ -27,7 +28,7 @@ from fluxmesh_coordinator.jobs.types import LeasedHost
 # What ends a unit of work that is given out here.
 LAST = (
     *(messages.Loaded, messages.Timed, messages.RingTimed),
-    *(messages.Encoded, messages.Warmed),
+    *(messages.TextEncoded, messages.Warmed),
 )
 
 MEASURING = 60.0  # seconds without a sign from engines that measure their ring
@@ -36,20 +37,20 @@ MEASURING = 60.0  # seconds without a sign from engines that measure their ring
 class Errand:
     """Work on one leased host."""
 
-    def __init__(self, client: Client, granted: messages.Granted, work: Work) -> None:
+    def __init__(self, client: AgentClient, granted: messages.Granted, work: Workload) -> None:
         self.client = client
-        self.fence, self.epoch = granted.fence, granted.epoch
+        self.fence, self.ring_generation = granted.fence, granted.ring_generation
         self._job, self._weights = f"up-{secrets.token_hex(4)}", work.weights
 
     @property
-    def common(self) -> tuple[int, str, int, messages.Weights]:
+    def common(self) -> tuple[int, str, int, messages.ModelVariant]:
         """What every unit of work begins with."""
-        return self.fence, self._job, self.epoch, self._weights
+        return self.fence, self._job, self.ring_generation, self._weights
 
     async def begin_anew(self) -> None:
         """Ends the engine, with all that it holds; the next work starts another."""
-        self.epoch += 1
-        await self.client.ask(messages.Kill(self.fence, self.epoch), messages.Done)
+        self.ring_generation += 1
+        await self.client.ask(messages.Kill(self.fence, self.ring_generation), messages.Done)
 
     async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
         """The reports about one unit of work, to the one that ends it.
@@ -66,7 +67,7 @@ class Errand:
     async def join(self, join: messages.Join) -> None:
         """Takes its place in a ring. Raises as `do`."""
         await self.client.ask(join, messages.Done)
-        self.epoch = join.epoch
+        self.ring_generation = join.ring_generation
         while not isinstance(await self._report(START), messages.Joined):
             continue
 
@@ -80,7 +81,7 @@ class Errand:
                     f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
                     "`fluxmesh logs`."
                 ) from None
-            if getattr(report, "epoch", self.epoch) < self.epoch:
+            if getattr(report, "ring_generation", self.ring_generation) < self.ring_generation:
                 continue  # left over from an engine that was ended
             if isinstance(report, messages.Failed):
                 raise error_of(report.kind, f"{self.client.title}: {report.text}")
@@ -95,8 +96,8 @@ class _Secret:
     def __init__(self) -> None:
         self._random = secrets.token_bytes(32)
 
-    def nonce(self, epoch: int) -> bytes:
-        return hashlib.sha256(self._random + epoch.to_bytes(8, "big")).digest()
+    def nonce(self, ring_generation: int) -> bytes:
+        return hashlib.sha256(self._random + ring_generation.to_bytes(8, "big")).digest()
 
 
 async def form_ring(
@@ -105,7 +106,7 @@ async def form_ring(
     infos: Mapping[int, HostInfo],
     backend: str,
 ) -> float:
-    """The engines of all errands become one ring, in rank order; each begins a new epoch.
+    """The engines of all errands become one ring, in rank order; each begins a new ring generation.
 
     `hosts` are those of the hostfile, by rank. Returns how many seconds that took, 0 where they are
     in that ring already. Raises `FluxmeshError` naming a host.
@@ -118,7 +119,7 @@ async def form_ring(
             info=info,
             host=hosts[rank],
             fence=one.fence,
-            epoch=one.epoch,
+            ring_generation=one.ring_generation,
             ring=info.ring.name,
             ring_rank=info.ring.rank,
             ring_size=info.ring.size,
@@ -139,6 +140,23 @@ async def form_ring(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )
     return time.monotonic() - begun
+
+
+async def form_known_ring(
+    errands: Mapping[int, Errand],
+    hosts: Sequence[Host],
+    infos: Mapping[int, HostInfo],
+    backend: str,
+    known: Timings,
+) -> Timings:
+    """As `form_ring`; what is news of it: its collectives too, where nobody has timed them."""
+    seconds = await form_ring(errands, hosts, infos, backend)
+    timing = known.ring(backend, tuple(sorted(errands)))
+    if timing is None:
+        return Timings((await measure_ring(errands, backend, seconds),))
+    if not seconds:
+        return Timings()
+    return Timings((replace(timing, gathers=(), sums=(), forming_seconds=seconds),))
 
 
 async def measure_ring(

@@ -18,7 +18,7 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.transport import local_network
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import remote
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import run, user_keys
 from fluxmesh_coordinator.deploy.checks import Finding
@@ -58,9 +58,9 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
     """The connections between neighbours that macOS may have forbidden."""
     names = {host.rank: host.name for host in mesh.hosts}
     async with AsyncExitStack() as stack:
-        clients: dict[int, Client] = {}
+        clients: dict[int, AgentClient] = {}
         for member in mesh.members:
-            client = Client(dialer, member, names[member.rank])
+            client = AgentClient(dialer, member, names[member.rank])
             try:
                 clients[member.rank] = await stack.enter_async_context(client)
             except FluxmeshError:

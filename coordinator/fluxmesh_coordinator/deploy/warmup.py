@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -27,16 +28,16 @@ from fluxmesh.planning.capacity import Memory, shortage
 from fluxmesh.planning.learning import learned
 from fluxmesh.planning.remedies import for_weights
 from fluxmesh.planning.step_times import neighbours
-from fluxmesh.planning.workload import Work, tensor_problem
+from fluxmesh.planning.workload import Workload, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import mesh_file
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring, together
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
@@ -52,7 +53,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Who holds what: shard i of `shards` on `ranks[i]`, or all of it on each where that is 1."""
 
     ranks: tuple[int, ...]
@@ -64,13 +65,13 @@ class Layout:
         return self.ranks.index(rank) if self.shards > 1 else 0
 
 
-def layout(work: Work, view: MeshView) -> Layout:
+def layout(work: Workload, view: MeshView) -> ShardLayout:
     """As `_layout`. Raises `DoesNotFitError`, with what helps, where no host can hold its part."""
     found = _layout(work, view)
     if found.ranks:
         return found
 
-    def fits(work: Work, view: MeshView) -> int | None:
+    def fits(work: Workload, view: MeshView) -> int | None:
         shards = _layout(work, view).shards
         placement: Placement = "tensor" if shards > 1 else "data"
         return Memory(work, view).needed(placement, shards, shards) if shards else None
@@ -79,7 +80,7 @@ def layout(work: Work, view: MeshView) -> Layout:
     raise DoesNotFitError(f"{work.weights.model} does not fit: {found.why}. {helps}")
 
 
-def _layout(work: Work, view: MeshView) -> Layout:
+def _layout(work: Workload, view: MeshView) -> ShardLayout:
     """Replicated where that fits, else sharded, else replicated on the hosts where it fits.
 
     Without ranks or shards where no host can hold its part.
@@ -88,17 +89,17 @@ def _layout(work: Work, view: MeshView) -> Layout:
     whole, part = memory.needed("data", 1, 1), memory.needed("tensor", size, size)
     needs = memory.needs(ranks, [whole] * size)
     if all(need.fits for need in needs):
-        return Layout(ranks, 1)
+        return ShardLayout(ranks, 1)
     if size > 1 and not tensor_problem(work, size):
         shares = memory.needs(ranks, [part] * size, size)
         if all(need.fits for need in shares):
-            return Layout(ranks, size)
+            return ShardLayout(ranks, size)
     able: tuple[int, ...] = ()
     for rank in ranks:
         if all(need.fits for need in memory.needs((*able, rank), [whole] * (len(able) + 1))):
             able = (*able, rank)
     idle = tuple(rank for rank in ranks if rank not in able)
-    return Layout(able, 1 if able else 0, idle, shortage(needs))
+    return ShardLayout(able, 1 if able else 0, idle, shortage(needs))
 
 
 def pairs(ranks: Sequence[int]) -> list[list[tuple[int, int]]]:
@@ -113,15 +114,15 @@ class Warming:
     """What `up` does once the agents of `mesh` listen."""
 
     mesh: MeshRecord
-    work: Work  # of one picture of the model's own size
+    work: Workload  # of one picture of the model's own size
     watcher: Watcher
     home: Home = field(default_factory=Home.default)
     allow_partial: bool = False
     content: str = ""  # `Checkpoint.content` of what shall be held; "" is whatever the hosts have
     sizes: tuple[Size, ...] = ()  # of pictures that the mesh shall be ready for
-    clients: dict[int, Client] = field(default_factory=dict)
+    clients: dict[int, AgentClient] = field(default_factory=dict)
     kept_out: dict[int, str] = field(default_factory=dict)  # by macOS, and in whose words
-    _place: Layout = field(default=Layout((), 1), init=False)
+    _place: ShardLayout = field(default=ShardLayout((), 1), init=False)
 
     def run(self) -> MeshRecord:
         """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
@@ -132,8 +133,8 @@ class Warming:
         async with AsyncExitStack() as stack:
             members = {member.rank: member for member in self.mesh.members}
 
-            async def connect(rank: int) -> Client:
-                client = Client(dialer, members[rank], names[rank])
+            async def connect(rank: int) -> AgentClient:
+                client = AgentClient(dialer, members[rank], names[rank])
                 return await stack.enter_async_context(client)
 
             self.clients = await self._each(connect, members)
@@ -157,7 +158,14 @@ class Warming:
         for rings in (True, False):
             hosts, shards = self._place.ranks, self._place.shards
             trial = TrialRun(
-                self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
+                mesh=self.mesh,
+                work=self.work,
+                watcher=self.watcher,
+                clients=self.clients,
+                hosts=hosts,
+                shards=shards,
+                sizes=self.sizes,
+                learn=self._learn,
             )
             try:
                 is_done = await trial.run(rings=rings)
@@ -172,6 +180,12 @@ class Warming:
             while not await self._fill():
                 continue
         return reader
+
+    def _learn(self, news: Timings) -> None:
+        """Puts what was measured of rings on the mesh's record."""
+        if news.rings:
+            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
+            mesh_file.save(self.mesh, self.home)
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
@@ -256,16 +270,16 @@ class Warming:
                 granted = await self._lease(rank)
                 jobs[rank] = Errand(self.clients[rank], granted, self.work)
                 infos[rank] = host_info(rank, granted.status)
-            seconds = await form_ring(jobs, self.mesh.hostfile.hosts, infos, backend)
-            news = Timings((await measure_ring(jobs, backend, seconds),))
+            self._learn(
+                await form_known_ring(
+                    jobs, self.mesh.hostfile.hosts, infos, backend, self.mesh.timings
+                )
+            )
         except FluxmeshError as error:
             self.watcher.note(f"The ring could not be measured: {error}")
             for job in jobs.values():  # a survivor of a broken ring can hang
                 with contextlib.suppress(FluxmeshError):
                     await job.begin_anew()
-        else:
-            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
-            mesh_file.save(self.mesh, self.home)
         for job in jobs.values():
             with contextlib.suppress(FluxmeshError):
                 await job.client.ask(messages.LeaveQueue(), messages.Done)
@@ -299,14 +313,14 @@ class Warming:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
         if untimed and place.shards == 1 and set(leases) <= set(self.clients):
-            self.watcher.stage("Timing a step")
-            await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
+            with self._timing("data", untimed):
+                await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
         for rank in leases:  # of one that failed too, if it still hears
             with contextlib.suppress(HostUnreachableError):
                 await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
         return set(leases) <= set(self.clients)
 
-    def _holds(self, status: messages.Status, place: Layout, rank: int) -> bool:
+    def _holds(self, status: messages.Status, place: ShardLayout, rank: int) -> bool:
         """Whole weights serve where a shard would do: nothing is thrown away."""
         held = status.holds
         if held is None or held.weights != self.work.weights or not self._is_meant(held):
@@ -317,7 +331,7 @@ class Warming:
         """Whether it came from the files that this machine has now under that name."""
         return self.content in ("", held.content)
 
-    def _untimed(self, view: MeshView, place: Layout) -> list[int]:
+    def _untimed(self, view: MeshView, place: ShardLayout) -> list[int]:
         """Who has to time a step of this size: one host of each device, or all that hold shards."""
         weights, work = self.work.weights, self.work
         how = ("data", 1) if place.shards == 1 else ("tensor", place.shards)
@@ -335,17 +349,17 @@ class Warming:
         return list(place.ranks) if all(view.link(a, b) for a, b in ring) else []
 
     async def _lease(self, rank: int) -> messages.Granted:
-        def waiting(queued: messages.Queued) -> None:
+        def waiting(queued: messages.LeaseQueued) -> None:
             self.watcher.note(f"Host {rank} is busy; this `up` is number {queued.place} in line.")
 
         return await self.clients[rank].lease(f"up-{secrets.token_hex(4)}", 60.0, waiting)
 
-    async def _load(self, job: Errand, place: Layout, rank: int) -> None:
+    async def _load(self, job: Errand, place: ShardLayout, rank: int) -> None:
         """Raises `WeightsError` where a host has other files under the model's name."""
         part = (place.shards, place.shard(rank), COMPONENTS)
         for is_last in (False, True):
             async for report in job.do(messages.Load(*job.common, *part), SILENCE):
-                if isinstance(report, messages.Progress):
+                if isinstance(report, messages.LoadProgress):
                     what, done, total = report.component, report.done_bytes, report.total_bytes
                     self.watcher.progress(rank, what, done, total)
                 elif isinstance(report, messages.Loaded) and self._is_meant(report.holding):
@@ -357,6 +371,16 @@ class Warming:
             f"{job.client.title} has other files under the name {model} than this machine. "
             f"{remedy(model)}"
         )
+
+    @contextlib.contextmanager
+    def _timing(self, placement: Placement, ranks: Sequence[int]) -> Iterator[None]:
+        """What is timed is ready from then on, which is told where anything is to be."""
+        self.watcher.stage("Timing a step")
+        start = time.monotonic()
+        yield
+        if self.sizes:
+            size = (self.work.height, self.work.width)
+            self.watcher.warmed(placement, ranks, size, time.monotonic() - start)
 
     async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
@@ -372,7 +396,7 @@ class Warming:
             ) from None
 
     async def _time_together(
-        self, jobs: Mapping[int, Errand], view: MeshView, place: Layout
+        self, jobs: Mapping[int, Errand], view: MeshView, place: ShardLayout
     ) -> bool:
         """Loads the shards and times a step of all of them; they stay the ring of the next job.
 
@@ -381,11 +405,15 @@ class Warming:
         ring = {rank: jobs[rank] for rank in place.ranks}
         infos = {host.rank: host for host in view.hosts}
         try:
-            await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
+            self._learn(
+                await form_known_ring(
+                    ring, self.mesh.hostfile.hosts, infos, view.backend, self.mesh.timings
+                )
+            )
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await together(self._load(ring[rank], place, rank) for rank in ring)
-            self.watcher.stage("Timing a step")
-            await together(self._time(ring[rank], "tensor") for rank in ring)
+            with self._timing("tensor", place.ranks):
+                await together(self._time(ring[rank], "tensor") for rank in ring)
         except FluxmeshError as error:
             self.watcher.note(f"A step of all hosts together could not be timed: {error}")
             for job in ring.values():  # a survivor of a broken ring can hang

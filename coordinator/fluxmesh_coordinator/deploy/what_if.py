@@ -18,15 +18,15 @@ from fluxmesh.cluster.snapshot import (
     Holding,
     HostInfo,
     LinkInfo,
-    Measured,
     MeshView,
+    ModelVariant,
     RingPlace,
-    Weights,
+    StepTiming,
 )
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.cold import RESTARTING
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
 
@@ -98,12 +98,12 @@ def load_assumption(path: Path) -> dict[str, Any]:
 
 
 def assumed_view(
-    hostfile: Hostfile, assumption: dict[str, Any], work: Work, weights: Weights
+    hostfile: Hostfile, assumption: dict[str, Any], work: Workload, weights: ModelVariant
 ) -> MeshView:
     """What the hosts of `hostfile` would tell, were they as `assumption` says."""
     steps: dict[tuple[int, int], float] = assumption.get("step_seconds", {})
     measured = tuple(
-        Measured(weights.model, height, width, weights.dtype, weights.bits, seconds)
+        StepTiming(weights.model, height, width, weights.dtype, weights.bits, seconds)
         for (height, width), seconds in steps.items()
     )
     memory, platform = assumption["memory"], assumption["platform"]

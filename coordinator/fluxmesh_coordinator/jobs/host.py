@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
@@ -23,10 +23,10 @@ from fluxmesh.wire.messages import (
     EncodeSource,
     Join,
     Load,
+    LoadProgress,
     MeasureRing,
     Message,
     Paint,
-    Progress,
     Report,
     Work,
 )
@@ -57,6 +57,10 @@ KILLING = 10.0  # seconds that an agent may take to end its engine
 # Work that is no part of the line: it is done at once, and nothing is told of it.
 SILENT = (PutVector, PutFeatures, DropFeatures, MakeRoom)
 
+Readiness = Literal["new engine", "new shape", "loading", "warm"]
+"""For a first step: no kernel of the model is compiled; those of this step aren't; all are, and
+its weights come first; nothing is to be done before."""
+
 T = TypeVar("T", bound=Message)
 
 
@@ -75,7 +79,7 @@ class HostState:
         self.entry: hostfile.Host = leased.host
         self.info: HostInfo = leased.info
         self.fence = leased.fence
-        self.epoch = leased.epoch
+        self.ring_generation = leased.ring_generation
         self.ring = (leased.ring, leased.ring_rank, leased.ring_size)
         self.line: deque[QueuedWork] = deque()
         self.is_loaded = False  # with what the phase needs
@@ -114,7 +118,7 @@ class HostState:
             self.line.append(QueuedWork(message, None if self.line else now))
 
     def answered(self, request: Message) -> None:
-        """The agent has taken a message of this epoch in."""
+        """The agent has taken a message of this ring generation in."""
 
     def find(self, kind: type[T], image: int | None = None) -> T | None:
         """The first in line of this kind (and with this image), None where there is none."""
@@ -136,16 +140,20 @@ class HostState:
         found = next((unit.since for unit in self.line if unit.message is message), None)
         return now if found is None else found
 
-    def is_warm(self, paint: Paint) -> bool:
-        """Whether its engine has made such a step before, in this job or an earlier one."""
-        held, shape = self.info.holds, StepShape(paint.placement, paint.height, paint.width)
-        return held is not None and held.weights == paint.weights and shape in self.info.warm
+    def readiness(self, paint: Paint) -> Readiness:
+        """How ready its engine is for the first step, by this job or earlier ones."""
+        held, weights = self.info.holds, paint.weights
+        if not self.info.has_kernels(weights):
+            return "new engine"
+        if self._kind(paint) not in self.info.compiled:
+            return "new shape"
+        return "warm" if held is not None and held.weights == weights else "loading"
 
     def heard(self, report: Report, now: float) -> None:
         """A sign from the engine."""
         self._heard, self._is_new = now, False
         self._at = report.doing if isinstance(report, Beat) else ""
-        if isinstance(report, Progress):
+        if isinstance(report, LoadProgress):
             self._read = now
 
     def stepped(self, paint: Paint, seconds: float, now: float, *, reused: bool = False) -> None:
@@ -157,8 +165,8 @@ class HostState:
         begun = self.since(paint, now)
         took = now - max(self._moved, begun) if shape in self._shapes else seconds
         self._shapes.add(shape)
-        if not self.is_warm(paint):
-            self.info = replace(self.info, warm=(*self.info.warm, StepShape(*shape)))
+        if (kind := self._kind(paint)) not in self.info.compiled:
+            self.info = replace(self.info, compiled=(*self.info.compiled, kind))
         known = self._step_seconds.get(shape, 0.0) if reused else 0.0
         self._step_seconds[shape] = max(seconds, took, known)
         self._moved = now
@@ -188,16 +196,18 @@ class HostState:
     def forget_unsent(self) -> None:
         """What waits here to be sent is not sent."""
 
-    def kill(self, epoch: int, now: float) -> None:
-        """The engine is being ended, with all that it held, knew and had in line; `epoch` begins.
+    def kill(self, ring_generation: int, now: float) -> None:
+        """The engine is being ended, with all that it held, knew and had in line; that generation
+        begins.
 
-        Nothing of an older epoch is done or told from then on, even if it is on its way now.
+        Nothing of an older ring generation is done or told from then on, even if it is on its way
+        now.
         """
-        self.epoch, self.killed = epoch, now
+        self.ring_generation, self.killed = ring_generation, now
         self.line.clear()
         self.is_loaded = False
         self.ring = ("", 0, 1)
-        self.info = replace(self.info, warm=())
+        self.info = replace(self.info, compiled=())
         self._shapes.clear()
         self._is_new = True
         self._at = ""
@@ -230,6 +240,11 @@ class HostState:
         budget = self._budget(message) * patience
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
         return f"{what} took more than {budget:.0f} s" if spent > budget else ""
+
+    def _kind(self, paint: Paint) -> StepShape:
+        """The kind of step that its engine makes of an image."""
+        hosts = self.ring[2]
+        return StepShape.of(paint.weights, paint.placement, hosts, paint.height, paint.width)
 
     def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""

@@ -115,16 +115,18 @@ class Recovery(Generic[H]):
         if ring is None:
             return
         members = [hosts[rank] for rank in ring.ranks if rank in hosts]
-        epoch = 1 + max([ring.epoch, *(member.epoch for member in members)])
+        ring_generation = 1 + max(
+            [ring.ring_generation, *(member.ring_generation for member in members)]
+        )
         self.state.ring_ends()
         for member in members:
             self.state.give_back(member)
-            self.kill(member, epoch, now)
+            self.kill(member, ring_generation, now)
 
-    def kill(self, host: HostState, epoch: int, now: float) -> None:
-        """Ends a host's engine, whatever it does; `epoch` begins there."""
-        host.kill(epoch, now)
-        self.send(host, messages.Kill(host.fence, epoch))
+    def kill(self, host: HostState, ring_generation: int, now: float) -> None:
+        """Ends a host's engine, whatever it does; `ring_generation` begins there."""
+        host.kill(ring_generation, now)
+        self.send(host, messages.Kill(host.fence, ring_generation))
 
     # Within
 
@@ -138,7 +140,7 @@ class Recovery(Generic[H]):
         else:
             self.state.give_back(host)
             # Also if it is dead: what is on its way would start another, and be told twice.
-            self.kill(host, host.epoch + 1, now)
+            self.kill(host, host.ring_generation + 1, now)
         if not self.takes(host.rank):
             self._leave_out(host, _twice(host, reason))
 

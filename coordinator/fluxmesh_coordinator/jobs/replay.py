@@ -23,7 +23,7 @@ from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.training import request as train_request
 from fluxmesh.training.data import dataset, encode_units
 from fluxmesh.training.micro_batches import Sampler, TimeSteps
-from fluxmesh.training.plan import Plan
+from fluxmesh.training.plan import TrainingPlan
 from fluxmesh.version import __version__
 from fluxmesh.weights import checkpoint
 from fluxmesh.wire import protocol
@@ -49,9 +49,9 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
         *(
             snapshot.HostInfo,
             snapshot.LinkInfo,
-            snapshot.Weights,
+            snapshot.ModelVariant,
             snapshot.Holding,
-            snapshot.Measured,
+            snapshot.StepTiming,
             snapshot.RingPlace,
             snapshot.StepShape,
             snapshot.Timings,
@@ -251,7 +251,7 @@ def _unpack_job(record: dict[str, Any], log: InputLog) -> JobSession[Any]:
     return TrainingSession(job)
 
 
-def _plan(**plain: Any) -> Plan:
+def _plan(**plain: Any) -> TrainingPlan:
     """As `training.plan.prepare` makes it."""
     request, sizes, times = plain["request"], plain["sizes"], plain["times"]
 
@@ -266,7 +266,7 @@ def _plan(**plain: Any) -> Plan:
         )
 
     priors = plain["priors"]
-    return Plan(
+    return TrainingPlan(
         sampler=sampler(plain["trained"], request.caption_dropout),
         prior_sampler=sampler(priors, 0.0) if priors else None,
         **plain,

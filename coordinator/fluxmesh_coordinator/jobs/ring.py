@@ -1,7 +1,8 @@
-"""How the engines of some hosts come to be one ring: fresh ports, one nonce, one epoch. Pure.
+"""How the engines of some hosts come to be one ring: fresh ports, one nonce, one generation. Pure.
 
 Below `session.py`, which sends what stands here. The steps: ask each member for ports, tell all of
-them to join, wait until all have. A failure on the way ends the epoch; the next one begins anew.
+them to join, wait until all have. A failure on the way ends the
+generation; the next one begins anew.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)
 class Secret(Protocol):
     """A job that a ring works for."""
 
-    def nonce(self, epoch: int) -> bytes:
-        """What the ring of `epoch` gathers: nobody else can know it."""
+    def nonce(self, ring_generation: int) -> bytes:
+        """What the ring of that generation gathers: nobody else can know it."""
 
 
 class Ring:
-    """A ring, from the first port to the end of its epoch. `ranks` are in its own order."""
+    """A ring, from the first port to the end of its generation. `ranks` are in its own order."""
 
-    def __init__(self, ranks: tuple[int, ...], epoch: int) -> None:
-        self.ranks, self.epoch = ranks, epoch
+    def __init__(self, ranks: tuple[int, ...], ring_generation: int) -> None:
+        self.ranks, self.ring_generation = ranks, ring_generation
         self.ports: dict[tuple[int, str], int | None] = {}  # (rank, address) -> port
         self.joined: set[int] = set()
         self.is_asked = False  # for ports
@@ -52,12 +53,13 @@ class Ring:
         members = [hosts[rank] for rank in ranks]
         name = members[0].ring[0]
         fits = all(
-            member.ring == (name, place, len(ranks)) and member.epoch == members[0].epoch
+            member.ring == (name, place, len(ranks))
+            and member.ring_generation == members[0].ring_generation
             for place, member in enumerate(members)
         )
         if not (name and fits):
-            return cls(ranks, 1 + max(member.epoch for member in members))
-        ring = cls(ranks, members[0].epoch)
+            return cls(ranks, 1 + max(member.ring_generation for member in members))
+        ring = cls(ranks, members[0].ring_generation)
         ring.is_asked = ring.is_told = True
         ring.joined = set(ranks)
         return ring
@@ -105,17 +107,17 @@ class Ring:
             [self.ports[entry.rank, ip] or 0 for ip in entry.ips if (entry.rank, ip) in self.ports]
             for entry in entries
         ]
-        nonce = job.nonce(self.epoch)
+        nonce = job.nonce(self.ring_generation)
         orders: Orders = []
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
             if host.ring[0] or backend in RESTARTING:  # the engine ends, and another one joins
-                host.info = replace(host.info, warm=())
-            host.epoch = self.epoch
+                host.info = replace(host.info, compiled=())
+            host.ring_generation = self.ring_generation
             host.ring = (ring_name(nonce), place, len(self.ranks))
             join = Join(
                 host.fence,
-                epoch=self.epoch,
+                ring_generation=self.ring_generation,
                 rank=place,
                 size=len(self.ranks),
                 backend=backend,

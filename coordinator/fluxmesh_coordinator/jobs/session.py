@@ -180,13 +180,13 @@ class JobSession(ABC, Generic[H]):
         if host is None or getattr(request, "fence", None) != host.fence:
             return
         if isinstance(request, messages.Kill):
-            if request.epoch != host.epoch:
+            if request.ring_generation != host.ring_generation:
                 return
             host.killed = None
             if isinstance(answer, messages.Refused):
                 self._gone(event.rank, answer.text)
             return
-        if getattr(request, "epoch", host.epoch) != host.epoch:
+        if getattr(request, "ring_generation", host.ring_generation) != host.ring_generation:
             return
         host.answered(request)
         if isinstance(answer, messages.Refused):
@@ -208,7 +208,7 @@ class JobSession(ABC, Generic[H]):
         if isinstance(report, messages.Lost):
             self._gone(event.rank, report.reason)
             return
-        if getattr(report, "epoch", host.epoch) != host.epoch:
+        if getattr(report, "ring_generation", host.ring_generation) != host.ring_generation:
             return  # left over from an engine that is gone
         if getattr(report, "job", "") not in ("", self.id):
             return
@@ -219,7 +219,7 @@ class JobSession(ABC, Generic[H]):
                 if self.state.ring is not None:
                     self.state.ring.joined.add(host.rank)
                 self.reported(host, report)
-            case messages.Progress():
+            case messages.LoadProgress():
                 part, done, total = report.component, report.done_bytes, report.total_bytes
                 self.tell(events.Loading(part, done, total, host.rank))
                 self.reported(host, report)
@@ -292,6 +292,6 @@ class JobSession(ABC, Generic[H]):
         hosts = list(self.state.hosts.values())
         for host in hosts:
             if not host.is_free and host.killed is None and self.now >= self._cancel_by:
-                self.recovery.kill(host, host.epoch + 1, self.now)
+                self.recovery.kill(host, host.ring_generation + 1, self.now)
         if all(host.is_free for host in hosts):
             self.finish()

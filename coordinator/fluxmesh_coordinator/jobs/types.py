@@ -29,9 +29,9 @@ class Job:
     id: str
     secret: bytes = field(repr=False)  # random; what rings prove themselves with comes from it
 
-    def nonce(self, epoch: int) -> bytes:
-        """What the ring of `epoch` gathers: nobody else can know it."""
-        return hashlib.sha256(self.secret + epoch.to_bytes(8, "big")).digest()
+    def nonce(self, ring_generation: int) -> bytes:
+        """What the ring of that generation gathers: nobody else can know it."""
+        return hashlib.sha256(self.secret + ring_generation.to_bytes(8, "big")).digest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class LeasedHost:
     info: HostInfo
     host: hostfile.Host
     fence: int
-    epoch: int
+    ring_generation: int
     is_up: bool = True  # whether its engine runs already
     ring: str = ""  # `messages.ring_name` of the ring that its engine is in
     ring_rank: int = 0

@@ -16,7 +16,7 @@ from fluxmesh.errors import AdapterError
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.wire.messages import Done, Found, HasFile, PutFile
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 
 PIECE = 4 << 20  # bytes a message
 
@@ -52,7 +52,9 @@ def _constant(text: str) -> Callable[[re.Match[str]], str]:
     return lambda _: text
 
 
-async def send(client: Client, fence: int, files: Files, tell: Callable[[int, int], None]) -> None:
+async def send(
+    client: AgentClient, fence: int, files: Files, tell: Callable[[int, int], None]
+) -> None:
     """Makes a host have these files; `tell` hears (bytes sent, in all) of each.
 
     Raises `FluxmeshError`.

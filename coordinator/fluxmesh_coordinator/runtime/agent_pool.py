@@ -1,8 +1,8 @@
 """The agents of a mesh in one event loop: connected, told apart, and connected again when lost.
 
 Between `client.py` (one agent) and `runtime/job_runner.py` (one job on them). A member that is lost
-is tried again for as long as the driver is open; one on this machine whose process has ended is
-started again first, if the driver knows how.
+is tried again for as long as the pool is open; one on this machine whose process has ended is
+started again first, if the pool knows how.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.learning import dated, learned
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs.types import Links
@@ -35,13 +35,13 @@ RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
 AGAIN = 3.0  # seconds that an agent that answered before may take to do so again
 TICK = 0.25  # seconds between two looks at the clock
 NOTE = 2.0  # seconds that an agent may take to hear what needs no answer
-RESTARTS = 3  # of one agent, in the life of a driver
+RESTARTS = 3  # of one agent, in the life of a pool
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
 Keep = Callable[[Timings], None]  # blocks; FluxmeshError
 
 
-class Driver:
+class AgentPool:
     """A mesh, as one coordinator holds it. An async context manager."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Driver:
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
         self.links = Links(record.links, record.hostfile.backend, record.timings)
         self._keep = keep
-        self.clients: dict[int, Client] = {}  # those that answer
+        self.clients: dict[int, AgentClient] = {}  # those that answer
         self.reasons: dict[int, str] = {}  # why the others do not
         self._members = {member.rank: member for member in record.members}
         self.one_job = asyncio.Lock()  # leases are a coordinator's, not a job's
@@ -115,7 +115,7 @@ class Driver:
         except FluxmeshError as error:  # the pictures are worth more than their times
             log.warning("what was measured is not kept: %s", error)
 
-    def lost(self, rank: int, client: Client, reason: str) -> None:
+    def lost(self, rank: int, client: AgentClient, reason: str) -> None:
         """A client's conversation is over: another one is begun. Twice is harmless."""
         if self.clients.get(rank) is not client:
             return
@@ -166,14 +166,14 @@ class Driver:
             await asyncio.sleep(TICK)
             self._clock.tick()
 
-    async def _reach(self, rank: int, old: Client | None = None) -> None:
+    async def _reach(self, rank: int, old: AgentClient | None = None) -> None:
         """Until the member answers: connects, or has it started again."""
         if old is not None:
             await old.close()
         pause, limit = RETRY
         while True:
             member = self._members[rank]
-            client = Client(self._dialer, member, self.hosts[rank].name, self._client)
+            client = AgentClient(self._dialer, member, self.hosts[rank].name, self._client)
             hangs = False
             try:
                 async with asyncio.timeout(AGAIN if old is not None else None):

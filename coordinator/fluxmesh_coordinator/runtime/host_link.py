@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.types import Answered, Input, Reported
 
 ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
@@ -23,9 +23,9 @@ class HostLink:
     def __init__(
         self,
         rank: int,
-        client: Client,
+        client: AgentClient,
         inbox: asyncio.Queue[Input],
-        lost: Callable[[int, Client, str], None],
+        lost: Callable[[int, AgentClient, str], None],
     ) -> None:
         """`lost` hears why the host is out of reach; more than once is harmless."""
         self.rank, self.client = rank, client

@@ -1,4 +1,4 @@
-"""One job on a driver's agents: leases, then its session until its end; again when it is stuck.
+"""One job on a pool's agents: leases, then its session until its end; again when it is stuck.
 
 The I/O around the pure sessions of `jobs/`: takes the leases of the hosts that the plan needs, in
 rank order (so that two coordinators never wait for each other), hands the session what agents say,
@@ -22,7 +22,7 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.wire import messages
-from fluxmesh_coordinator.agents.client import Client
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.input_log import InputLog
@@ -44,7 +44,7 @@ from fluxmesh_coordinator.jobs.types import (
     Tick,
 )
 from fluxmesh_coordinator.runtime import adapter_upload
-from fluxmesh_coordinator.runtime.agent_pool import Driver
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.clock import OwnClock
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.host_link import HostLink
@@ -61,43 +61,43 @@ class JobRunner:
 
     def __init__(
         self,
-        driver: Driver,
+        pool: AgentPool,
         session: JobSession[Any],
         files: adapter_upload.Files,
         tell: Callable[[Any], None],
         failed_jobs: FailedJobs | None = None,
     ) -> None:
         """`failed_jobs` keeps what led to a failure, if anybody is to."""
-        self.driver, self.session, self.files, self.tell = driver, session, files, tell
+        self.pool, self.session, self.files, self.tell = pool, session, files, tell
         self._failed_jobs = failed_jobs
         self._inputs = InputLog()
         self.stop = asyncio.Event()
         self._inbox: asyncio.Queue[Input] = asyncio.Queue()
         self._links: dict[int, HostLink] = {}  # to those whose lease is ours
-        self._leased: dict[int, Client] = {}
-        self._asked: dict[int, Client] = {}  # for a lease: granted, or we stand in line
+        self._leased: dict[int, AgentClient] = {}
+        self._asked: dict[int, AgentClient] = {}  # for a lease: granted, or we stand in line
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
         self._lessons: list[Timings] = []  # what it measured
         self._clock = OwnClock()
 
     async def run(self, wait: float | None = None) -> None:
-        """To the end of the job, after those before it on this driver; raises how it failed.
+        """To the end of the job, after those before it on this pool; raises how it failed.
 
         `wait` is how many seconds hosts may take to return.
         """
         with kept_awake():
-            await self._unless_stopped(self.driver.one_job.acquire())
+            await self._unless_stopped(self.pool.one_job.acquire())
             try:
                 await self._run(wait)
             finally:
-                self.driver.one_job.release()
+                self.pool.one_job.release()
 
     async def _run(self, wait: float | None) -> None:
         stopping = asyncio.create_task(self._watch_stop())
         try:
             while True:
-                leased = Leased(tuple(await self._lease(wait)), self.driver.links)
+                leased = Leased(tuple(await self._lease(wait)), self.pool.links)
                 self._returning = asyncio.create_task(self._bring_back())
                 end = await self._serve(leased)
                 await self._release()
@@ -123,7 +123,7 @@ class JobRunner:
         """Keeps what the session measured, once nobody waits for the hosts any more."""
         news, self._lessons = self._lessons, []
         for each in news:
-            await self.driver.learn(each)
+            await self.pool.learn(each)
 
     def feed(self, event: Input) -> None:
         """Gives the session an input that comes from no agent."""
@@ -139,8 +139,8 @@ class JobRunner:
         """The hosts of the best plan, leased; waits for hosts that may return."""
         deadline: float | None = None
         while True:
-            infos = await self.driver.infos()
-            plan = self.session.find(list(infos.values()), self.driver.links)
+            infos = await self.pool.infos()
+            plan = self.session.find(list(infos.values()), self.pool.links)
             if plan.winner is not None:
                 ranks = {*plan.winner.ranks, plan.winner.text_rank}
                 wanted = sorted(rank for rank in ranks if rank is not None)
@@ -154,12 +154,12 @@ class JobRunner:
 
     def _patience(self, infos: dict[int, HostInfo]) -> float:
         """How long a mesh that can't do the work may take to change, where nobody said."""
-        missing = self.driver.reasons
-        if set(self.driver.clients) - set(infos):
+        missing = self.pool.reasons
+        if set(self.pool.clients) - set(infos):
             return RETURN  # one came back while the others were asked
-        if set(self.driver.hosts) - set(self.driver.clients) - set(missing):
+        if set(self.pool.hosts) - set(self.pool.clients) - set(missing):
             return RETURN  # one has neither answered nor failed yet: its machine is busy
-        if self._was_lost or any(self.driver.can_restart(rank) for rank in missing):
+        if self._was_lost or any(self.pool.can_restart(rank) for rank in missing):
             return RETURN if missing else 0.0
         return 0.0
 
@@ -167,46 +167,50 @@ class JobRunner:
         self, deadline: float, plan: Proposal, infos: dict[int, HostInfo]
     ) -> None:
         """Until a host comes or goes. Raises where that takes too long."""
-        error = self.session.given_up(self.driver.hosts)
+        error = self.session.given_up(self.pool.hosts)
         if error is not None:
             raise self._named(error)
         left = deadline - self._now
         if left <= 0:
             if not infos:
-                raise self.driver.unreachable()
-            gone = sorted(self.driver.reasons)
+                raise self.pool.unreachable()
+            gone = sorted(self.pool.reasons)
             also = f" Hosts that do not answer: {', '.join(map(str, gone))}." if gone else ""
             helps = remedies.told(plan.remedies)
             raise DoesNotFitError(f"{plan.reason}{helps and f' {helps}'}{also}")
-        await self._unless_stopped(self.driver.change(min(left, LOOK)))
+        await self._unless_stopped(self.pool.change(min(left, LOOK)))
 
     async def _take(self, ranks: list[int], seconds: float) -> list[LeasedHost] | None:
         """The leases of these hosts, in rank order; None where one of them was lost meanwhile."""
         granted: dict[int, messages.Granted] = {}
         for rank in ranks:
-            client = self.driver.clients.get(rank)
+            client = self.pool.clients.get(rank)
             try:
                 if client is None:
-                    raise HostUnreachableError(self.driver.reasons.get(rank, "It is gone."))
+                    raise HostUnreachableError(self.pool.reasons.get(rank, "It is gone."))
                 lease = self._line_up(rank, client, seconds, self._teller(rank))
                 granted[rank] = await self._unless_stopped(lease)
                 self._leased[rank] = client
                 await self._unless_stopped(self._give_files(rank, client, granted[rank].fence))
             except HostUnreachableError as error:
                 if client is not None:
-                    self.driver.lost(rank, client, str(error))
+                    self.pool.lost(rank, client, str(error))
                 await self._release()
                 return None
         return [self._open(rank, granted[rank]) for rank in ranks]
 
     async def _line_up(
-        self, rank: int, client: Client, seconds: float, tell: Callable[[messages.Queued], None]
+        self,
+        rank: int,
+        client: AgentClient,
+        seconds: float,
+        tell: Callable[[messages.LeaseQueued], None],
     ) -> messages.Granted:
         """The lease of a host."""
         self._asked[rank] = client
         return await client.lease(self.session.id, seconds, tell)
 
-    async def _give_files(self, rank: int, client: Client, fence: int) -> None:
+    async def _give_files(self, rank: int, client: AgentClient, fence: int) -> None:
         """Sends a host the adapters that it lacks, before a session waits for its engine."""
 
         def tell(done: int, total: int) -> None:
@@ -214,7 +218,7 @@ class JobRunner:
 
         await adapter_upload.send(client, fence, self.files, tell)
 
-    def _teller(self, rank: int) -> Callable[[messages.Queued], None]:
+    def _teller(self, rank: int) -> Callable[[messages.LeaseQueued], None]:
         return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
 
     def _open(self, rank: int, granted: messages.Granted) -> LeasedHost:
@@ -223,9 +227,9 @@ class JobRunner:
         self._links[rank] = HostLink(rank, client, self._inbox, self._gone)
         return LeasedHost(
             info=host_info(rank, status),
-            host=self.driver.hosts[rank],
+            host=self.pool.hosts[rank],
             fence=granted.fence,
-            epoch=max(granted.epoch, status.epoch),
+            ring_generation=max(granted.ring_generation, status.ring_generation),
             is_up=status.engine_pid is not None,
             ring=status.ring,
             ring_rank=status.ring_rank,
@@ -244,33 +248,33 @@ class JobRunner:
             await self._links.pop(rank).close()
         await asyncio.gather(*(self._leave(rank, client) for rank, client in asked.items()))
 
-    async def _leave(self, rank: int, client: Client) -> None:
+    async def _leave(self, rank: int, client: AgentClient) -> None:
         try:
             await client.ask(messages.LeaveQueue(), messages.Done)
         except FluxmeshError as error:
-            self.driver.lost(rank, client, str(error))
+            self.pool.lost(rank, client, str(error))
 
     async def _bring_back(self) -> None:
         """Leases hosts of the job that were lost, when they answer again and their line is short.
 
         In the background: whoever holds one is never waited for with other leases in hand.
         """
-        wanted = set(self.driver.hosts) if self.session.grows else set(self._leased)
+        wanted = set(self.pool.hosts) if self.session.grows else set(self._leased)
         while True:
             await self._let_go()
             for rank in wanted - set(self._leased):
-                client = self.driver.clients.get(rank)
+                client = self.pool.clients.get(rank)
                 if client is None or self.session.given_up([rank]) is not None:
                     continue
                 try:
                     granted = await self._line_up(rank, client, 0.0, lambda _: None)
                     await self._give_files(rank, client, granted.fence)
                 except FluxmeshError as error:
-                    self.driver.lost(rank, client, str(error))
+                    self.pool.lost(rank, client, str(error))
                     continue
                 self._leased[rank] = client
                 self._inbox.put_nowait(Back(self._open(rank, granted)))
-            await self.driver.change(LOOK)
+            await self.pool.change(LOOK)
 
     async def _let_go(self) -> None:
         """Gives back the leases of hosts that the job uses no more: others may."""
@@ -328,10 +332,10 @@ class JobRunner:
                     end = instruction
         return end
 
-    def _gone(self, rank: int, client: Client, reason: str) -> None:
+    def _gone(self, rank: int, client: AgentClient, reason: str) -> None:
         if self._leased.get(rank) is client:
             del self._leased[rank], self._asked[rank]
-            self.driver.lost(rank, client, reason)
+            self.pool.lost(rank, client, reason)
             self._inbox.put_nowait(Gone(rank, reason))
 
     # Stopping

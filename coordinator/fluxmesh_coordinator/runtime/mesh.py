@@ -26,7 +26,7 @@ from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan
 from fluxmesh.planning.plan import plan as find_plan
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
@@ -41,7 +41,7 @@ from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
-from fluxmesh_coordinator.runtime.agent_pool import Driver, Keep, Restart
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from fluxmesh_coordinator.runtime.running import Running
@@ -74,11 +74,11 @@ class Mesh:
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
         self._thread.start()
 
-        async def begin() -> Driver:
-            return await Driver(record, dialer(), restart, keep).__aenter__()
+        async def begin() -> AgentPool:
+            return await AgentPool(record, dialer(), restart, keep).__aenter__()
 
         try:
-            self._driver: Driver = self._run(begin())
+            self._pool: AgentPool = self._run(begin())
         except BaseException:
             self._end()
             raise
@@ -193,7 +193,7 @@ class Mesh:
         box: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         async def begin() -> JobRunner:
-            return JobRunner(self._driver, session, files, box.put, FailedJobs())
+            return JobRunner(self._pool, session, files, box.put, FailedJobs())
 
         runner = self._run(begin())
         done = asyncio.run_coroutine_threadsafe(runner.run(wait), self._loop)
@@ -221,12 +221,10 @@ class Mesh:
         """Of each host by rank: what it says of itself, or why it does not answer."""
 
         async def ask() -> dict[int, messages.Status | str]:
-            driver = self._driver
-            found: dict[int, messages.Status | str] = dict(await driver.statuses())
+            pool = self._pool
+            found: dict[int, messages.Status | str] = dict(await pool.statuses())
             for member in self.record.members:
-                found.setdefault(
-                    member.rank, driver.reasons.get(member.rank, "It does not answer.")
-                )
+                found.setdefault(member.rank, pool.reasons.get(member.rank, "It does not answer."))
             return dict(sorted(found.items()))
 
         return self._run(ask())
@@ -234,7 +232,7 @@ class Mesh:
     @property
     def view(self) -> MeshView:
         """The hosts that answer now, as the planner sees them."""
-        return self._driver.links.view(self._run(self._driver.infos()).values())
+        return self._pool.links.view(self._run(self._pool.infos()).values())
 
     def close(self) -> None:
         """Cancels what runs and lets go of the agents; a mesh that was started by `connect` ends.
@@ -246,7 +244,7 @@ class Mesh:
         try:
             for running in list(self._jobs):
                 running.stop()
-            self._run(self._driver.__aexit__())
+            self._run(self._pool.__aexit__())
         finally:
             self._end()
 
@@ -263,18 +261,18 @@ class Mesh:
 
         By `data`: a ring that is up has made it already, or the plan has no use for one.
         """
-        work, view = Work.of(job.request, job.sizes), self.view
+        work, view = Workload.of(job.request, job.sizes), self.view
         memory = Memory(work, view)
         needed = [memory.needed("data", 1, 1)]
         note = messages.NoteSize(work.weights, work.height, work.width)
         fitting = [rank for rank in view.ranks if memory.needs((rank,), needed)[0].fits]
         if len(view.ranks) > 1 and not work.low_memory:
-            self._run(self._driver.tell(dict.fromkeys(fitting, note)))
+            self._run(self._pool.tell(dict.fromkeys(fitting, note)))
 
     def _leave_makeshift(self, plans: Sequence[Planned]) -> None:
         """A ring that was made of what a loss had left is of no use to the job that comes next."""
         if plans and plans[0].hosts != plans[-1].hosts:
-            self._run(self._driver.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
+            self._run(self._pool.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
 
     def _prepare(
         self,

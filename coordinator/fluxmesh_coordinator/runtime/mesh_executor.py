@@ -1,4 +1,4 @@
-"""A mesh as the crew of a training: what the run asks for becomes tasks of a `TrainingSession`.
+"""A mesh as the executor of a training: what the run asks for becomes tasks of a `TrainingSession`.
 
 The run (`fluxmesh/training/run.py`) reads the data set, keeps the cache and writes the files, here;
 hosts need no disk of ours. Every call blocks until the mesh has done it, whoever died meanwhile.
@@ -13,18 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import MeshView, Weights
+from fluxmesh.cluster.snapshot import MeshView, ModelVariant
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
-from fluxmesh.training.compute.parameter_vector import Layout
-from fluxmesh.training.data.encode_units import Crop, Reader, Unit, Units
+from fluxmesh.training.compute.parameter_vector import VectorLayout
+from fluxmesh.training.data.encode_units import Crop, EncoderIdentity, Unit, Units
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
-from fluxmesh.training.plan import Plan, prepare
+from fluxmesh.training.plan import TrainingPlan, prepare
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.training.run import Moved, Run, read_examples
+from fluxmesh.training.run import Run, UpdateResult, read_examples
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator.jobs.training import tasks
@@ -54,15 +54,15 @@ def train_on(mesh: Hosts, request: TrainRequest, tell: Tell) -> Generator[TrainE
 
     base = hub.resolve(request.model, progress=downloading)
     plan = prepare(request, examples, base)
-    with Crew(mesh, plan, base, tell) as crew:
-        yield from Run(plan, base, crew).events()
-        crew.finish()
+    with MeshExecutor(mesh, plan, base, tell) as executor:
+        yield from Run(plan, base, executor).events()
+        executor.finish()
 
 
-class Crew:
+class MeshExecutor:
     """The hosts of a mesh. A context manager, which lets them go."""
 
-    def __init__(self, mesh: Hosts, plan: Plan, base: Checkpoint, tell: Tell) -> None:
+    def __init__(self, mesh: Hosts, plan: TrainingPlan, base: Checkpoint, tell: Tell) -> None:
         request = plan.request
         self.plan, self.tell = plan, tell
         self._units = Units(plan.examples, plan.sizes, request.seed)
@@ -70,14 +70,14 @@ class Crew:
             Path(request.cache_dir) if request.cache_dir else default_folder()
         )
         bits = base.bits or request.bits
-        self._reader = Reader(base.revision, request.dtype, bits, _device(mesh))
+        self._reader = EncoderIdentity(base.revision, request.dtype, bits, _device(mesh))
         self._number = 0  # of the task
         self._update: int | None = None
         self._given: tuple[int, Mapping[str, np.ndarray]] | None = None  # by the hosts, last
         job = job_of(plan, base, self._features, self._units.pixels)
         self._running = mesh.start(TrainingSession(job), {})
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> MeshExecutor:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -110,13 +110,13 @@ class Crew:
         self._ask(tasks.OpenTask(update, vectors))
         self._update = update
 
-    def advance(self, update: int) -> Moved:
+    def advance(self, update: int) -> UpdateResult:
         self._update = None  # until it is known
-        moved: Moved = self._ask(tasks.AdvanceTask(update))
+        moved: UpdateResult = self._ask(tasks.AdvanceTask(update))
         self._update = update + 1
         return moved
 
-    def halt(self) -> Moved | None:
+    def halt(self) -> UpdateResult | None:
         halted: tasks.Halted = self._ask(tasks.HaltTask())
         self._update = halted.update
         return halted.moved
@@ -181,7 +181,7 @@ class Crew:
 
 
 def job_of(
-    plan: Plan,
+    plan: TrainingPlan,
     base: Checkpoint,
     features: Callable[[Unit], Mapping[str, np.ndarray]],
     pixels: Callable[[Crop], np.ndarray],
@@ -195,9 +195,9 @@ def job_of(
         id=secrets.token_hex(8),
         secret=secrets.token_bytes(32),
         plan=plan,
-        weights=Weights.of(asked, base.bits),
-        base_bytes=Work.of(asked, sizes).transformer.on_each_of(1),
-        size=Layout(base.transformer, request).size,
+        weights=ModelVariant.of(asked, base.bits),
+        base_bytes=Workload.of(asked, sizes).transformer.on_each_of(1),
+        size=VectorLayout(base.transformer, request).size,
         features=features,
         pixels=pixels,
     )

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.kernels.ops import gated_norm, gated_sum, gelu_beside, modulated_norm
-from fluxmesh.models.collectives import Mark, Pending, Ranks, Traffic
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock, run
 from fluxmesh.models.flux1.slicing import shard_of
@@ -39,8 +39,6 @@ from fluxmesh.models.spread import (
     sharded,
 )
 from fluxmesh.models.step_cache import StepCache
-
-__all__ = ["Mark", "Pending", "Ranks", "SequenceFlux", "SpreadFlux", "TensorFlux", "Traffic"]
 
 
 class SpreadFlux:

@@ -1,5 +1,4 @@
-"""Which part of the transformer each of N hosts holds for `tensor`, and which tokens it has for
-`sequence`. Pure geometry, no mlx.
+"""Which part of the transformer each of N hosts holds for `tensor`. Pure geometry, no mlx.
 
 Heads and the MLPs' hidden columns are dealt out evenly (Shoeybi et al. 2019, "Megatron-LM",
 https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that a
@@ -12,9 +11,7 @@ from __future__ import annotations
 
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups, token_run
-
-__all__ = ["Cut", "Shard", "check", "cuts", "obstacle", "token_run"]
+from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups
 
 
 def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from fluxmesh.models.flux1.partition import Shard, check, cuts
+from fluxmesh.models.flux1.partition import check, cuts
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.slicing import cut_linear, is_quantized, take_cuts
 
 __all__ = ["cut_linear", "hold_shard", "is_quantized", "shard_of"]

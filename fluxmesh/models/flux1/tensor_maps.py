@@ -3,8 +3,8 @@
 fluxmesh's modules carry the names of black-forest-labs/flux (transformer, autoencoder) and of
 transformers (T5, CLIP). A diffusers file stores some of BFL's tensors in pieces: the fused query,
 key and value apart, `linear1` of a single block as four matrices, and the halves of the last
-modulation in the other order. All of that is *data* here: a `Target` is a tensor of the model, and
-its `pieces` are ranges of rows of the tensors in a diffusers file that, stacked, make it. The
+modulation in the other order. All of that is *data* here: a `ModelTensor` is a tensor of the model,
+and its `pieces` are ranges of rows of the tensors in a diffusers file that, stacked, make it. The
 weight loader, the checkpoint verifier, the LoRA reader and the tests read the same tables.
 
 Shapes are PyTorch's (convolutions are out, in, height, width). Imports no mlx.
@@ -18,9 +18,9 @@ from fluxmesh.models.conv_tensors import decoder_tensors, encoder_tensors
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.models.tensor_map import (
     COMFY_PREFIX,
+    ModelTensor,
     Rows,
     Shape,
-    Target,
     Tensors,
     TensorTable,
     in_bfl_file,
@@ -34,7 +34,7 @@ __all__ = [
     "COMFY_PREFIX",
     "Rows",
     "Shape",
-    "Target",
+    "ModelTensor",
     "Tensors",
     "autoencoder_tensors",
     "clip_tensors",

@@ -29,9 +29,9 @@ from fluxmesh.models.flux1.layers import (
     rope_tables,
     timestep_embedding,
 )
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.tensor_maps import modulates
 from fluxmesh.models.layers import call
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 
 Part = Literal["all", "modulation", "blocks"]

@@ -118,8 +118,8 @@ class SequenceFlux2(SpreadFlux2):
         check_whole(flux)
         super().__init__(flux, ranks)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
-        self._doubles = [_DoubleBlock(block, D) for block in flux.double_blocks]
-        self._singles = [_SingleBlock(block, D, M) for block in flux.single_blocks]
+        self._doubles = [_SequenceDoubleBlock(block, D) for block in flux.double_blocks]
+        self._singles = [_SequenceSingleBlock(block, D, M) for block in flux.single_blocks]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
@@ -173,7 +173,7 @@ class SequenceFlux2(SpreadFlux2):
         return dealt_velocity(flux, self.ranks, img, txt, pe, final, first, rest, cache)
 
 
-class _DoubleBlock:
+class _SequenceDoubleBlock:
     """`layers.Flux2DoubleBlock` on this rank's tokens of each stream that it has."""
 
     def __init__(self, block: Flux2DoubleBlock, dim: int) -> None:
@@ -210,7 +210,7 @@ class _DoubleBlock:
         return out, every
 
 
-class _SingleBlock:
+class _SequenceSingleBlock:
     """`layers.Flux2SingleBlock` on this rank's tokens."""
 
     def __init__(self, block: Flux2SingleBlock, dim: int, mlp_hidden_dim: int) -> None:

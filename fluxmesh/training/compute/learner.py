@@ -20,14 +20,14 @@ from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training.compute import exact_sum, gradient_memory, optimizer
-from fluxmesh.training.compute.lora_layers import Adapters
+from fluxmesh.training.compute.lora_layers import TrainedLoras
 from fluxmesh.training.compute.loss import Batch, squared_errors, traced
 from fluxmesh.training.compute.lr_schedule import learning_rate
 from fluxmesh.training.compute.optimizer import State
 from fluxmesh.training.micro_batches import SCHNELL_STEPS
-from fluxmesh.training.plan import LEVELS, Part, Plan
+from fluxmesh.training.plan import LEVELS, Part, TrainingPlan
 from fluxmesh.training.rng import VALIDATION, generator
-from fluxmesh.training.run import Moved
+from fluxmesh.training.run import UpdateResult
 
 
 class Features(Protocol):
@@ -47,7 +47,7 @@ class Learner:
         self,
         pipeline: FluxPipeline,
         features: Features,
-        plan: Plan,
+        plan: TrainingPlan,
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
         """Loads the transformer where it is not in memory. All features must be encoded.
@@ -60,7 +60,7 @@ class Learner:
         self.plan = plan
         self.request = plan.request
         self.flux = pipeline.flow
-        self.adapters = Adapters(self.flux, self.request)
+        self.adapters = TrainedLoras(self.flux, self.request)
         self.state: State = optimizer.begin(
             self.adapters.flatten(self.adapters.weights()), self.request
         )
@@ -115,15 +115,15 @@ class Learner:
         weight = part.weight
         return exact_sum.on_grid(weight * gradient, weight * loss, part.images, parts)
 
-    def advance(self, total: mx.array) -> Moved:
+    def advance(self, total: mx.array) -> UpdateResult:
         """Moves the weights by the sum of a whole update."""
         found = exact_sum.read(total)
         rate = learning_rate(self.request, self.state.update)
         if found.bad:
-            return Moved(math.nan, math.nan, rate, found.images, found.bad)
+            return UpdateResult(math.nan, math.nan, rate, found.images, found.bad)
         self.state, norm = optimizer.advance(self.state, found.gradient, rate, self.request)
         self.adapters.install(self.adapters.unflatten(self.state.weights))
-        return Moved(found.loss, norm, rate, found.images, 0, mx.get_peak_memory())
+        return UpdateResult(found.loss, norm, rate, found.images, 0, mx.get_peak_memory())
 
     def batch(self, part: Part) -> Batch:
         """What the transformer sees of a part of a micro-batch."""

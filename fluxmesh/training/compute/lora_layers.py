@@ -17,7 +17,7 @@ from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.training.compute.custom_gradients import frozen, plus_low_rank
-from fluxmesh.training.compute.parameter_vector import Layout
+from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.rng import WEIGHTS, generator, number_of
 
@@ -55,13 +55,13 @@ class TrainedLinear(LoRALinear):
         return plus_low_rank(self._frozen(x), self.dropout(x), a, b)
 
 
-class Adapters:
+class TrainedLoras:
     """The LoRAs of one run, in place in a transformer."""
 
     def __init__(self, flux: Flux, request: TrainRequest) -> None:
         """Puts a `TrainedLinear` where the request asks for one; the rest of `flux` stays."""
         self.flux = flux
-        self.layout = Layout(flux.config, request)
+        self.layout = VectorLayout(flux.config, request)
         self.names = self.layout.names
         self.layers: dict[str, TrainedLinear] = {}
         shapes = self.layout.shapes

@@ -22,7 +22,7 @@ from fluxmesh.kernels import ops
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.sampling import latents
 from fluxmesh.training.compute import custom_gradients
-from fluxmesh.training.compute.lora_layers import Adapters, TrainedLinear, Weights
+from fluxmesh.training.compute.lora_layers import TrainedLinear, TrainedLoras, Weights
 
 
 class Batch(NamedTuple):
@@ -55,7 +55,7 @@ def squared_errors(flux: Flux, batch: Batch, guidance: float) -> mx.array:
 
 def loss_and_gradient(
     flux: Flux,
-    adapters: Adapters,
+    adapters: TrainedLoras,
     batch: Batch,
     guidance: float,
     keys: mx.array | np.ndarray | None = None,
@@ -88,7 +88,7 @@ def loss_and_gradient(
 
 
 def traced(
-    flux: Flux, adapters: Adapters, guidance: float, checkpoint: bool
+    flux: Flux, adapters: TrainedLoras, guidance: float, checkpoint: bool
 ) -> Callable[[Batch, np.ndarray | None], tuple[mx.array, mx.array]]:
     """`loss_and_gradient` of a batch and dropout's keys; on a GPU, traced once for each size.
 

@@ -43,7 +43,7 @@ def select(config: FluxConfig, blocks: int, targets: Sequence[str]) -> list[str]
     return sorted(found)
 
 
-class Layout:
+class VectorLayout:
     """The vector of one run."""
 
     def __init__(self, config: FluxConfig, request: TrainRequest) -> None:

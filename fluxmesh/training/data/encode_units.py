@@ -44,7 +44,7 @@ def crop_name(image: int, crop: int) -> str:
 
 
 @dataclass(frozen=True)
-class Reader:
+class EncoderIdentity:
     """The model that encodes, as far as numbers depend on it."""
 
     revision: str
@@ -62,7 +62,7 @@ class Units:
     sizes: Sequence[Size]  # that each example is trained at, in pixels
     seed: int
 
-    def key(self, unit: Unit, reader: Reader) -> str:
+    def key(self, unit: Unit, reader: EncoderIdentity) -> str:
         """The name of a unit's features in the cache."""
         model = {
             "revision": reader.revision,

@@ -19,13 +19,13 @@ from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
 from fluxmesh.sampling.img2img import to_model_range
 from fluxmesh.training.data.bucketing import Size
 from fluxmesh.training.data.dataset import Example
-from fluxmesh.training.data.encode_units import Caption, Crop, Reader, Unit, Units
+from fluxmesh.training.data.encode_units import Caption, Crop, EncoderIdentity, Unit, Units
 from fluxmesh.training.data.feature_cache import Arrays, FeatureCache
 
-__all__ = ["Caption", "Crop", "Encoder", "Unit"]
+__all__ = ["Caption", "Crop", "DatasetEncoder", "Unit"]
 
 
-class Encoder:
+class DatasetEncoder:
     """Latents and text features of a data set, by way of the cache."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Encoder:
     def key(self, unit: Unit) -> str:
         """The name of a unit's features in the cache: a hash of all that they depend on."""
         pipeline = self.pipeline
-        reader = Reader(
+        reader = EncoderIdentity(
             pipeline.checkpoint.revision,
             str(pipeline.dtype).rpartition(".")[2],
             pipeline.checkpoint.bits or pipeline.bits,

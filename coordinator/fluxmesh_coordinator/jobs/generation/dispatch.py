@@ -49,7 +49,7 @@ class GenerationDispatch:
             messages.Decode(
                 fence=host.fence,
                 job=state.job.id,
-                epoch=host.epoch,
+                ring_generation=host.ring_generation,
                 weights=state.work.weights,
                 images=group.images,
                 height=state.work.height,
@@ -96,7 +96,9 @@ class GenerationDispatch:
                 return False
             ring.timed = set()
             for host in members:
-                unit = messages.MeasureRing(fence=host.fence, job=state.job.id, epoch=host.epoch)
+                unit = messages.MeasureRing(
+                    fence=host.fence, job=state.job.id, ring_generation=host.ring_generation
+                )
                 self.send(host, unit)
         return ring.timed == set(ring.ranks)
 
@@ -121,7 +123,7 @@ class GenerationDispatch:
                 messages.Load(
                     fence=host.fence,
                     job=state.job.id,
-                    epoch=host.epoch,
+                    ring_generation=host.ring_generation,
                     weights=state.work.weights,
                     shards=shards,
                     shard=place if shards > 1 else 0,
@@ -141,7 +143,7 @@ class GenerationDispatch:
                 messages.Encode(
                     fence=reader.fence,
                     job=state.job.id,
-                    epoch=reader.epoch,
+                    ring_generation=reader.ring_generation,
                     weights=state.work.weights,
                     prompt=request.prompt,
                     t5_padding=request.t5_padding,
@@ -157,7 +159,7 @@ class GenerationDispatch:
                 messages.EncodeSource(
                     fence=reader.fence,
                     job=state.job.id,
-                    epoch=reader.epoch,
+                    ring_generation=reader.ring_generation,
                     weights=state.work.weights,
                     pixels=source.pixels,
                 ),
@@ -210,7 +212,7 @@ class GenerationDispatch:
         paint = messages.Paint(
             fence=host.fence,
             job=state.job.id,
-            epoch=host.epoch,
+            ring_generation=host.ring_generation,
             weights=state.work.weights,
             placement=phase.placement,
             image=image.index,

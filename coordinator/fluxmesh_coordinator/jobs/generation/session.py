@@ -79,14 +79,14 @@ class GenerationSession(JobSession[HostState]):
             case messages.RingTimed():
                 host.done(messages.MeasureRing, self.now)
                 self._learn(self._observer.ring_timed(host, report))
-            case messages.Progress():
+            case messages.LoadProgress():
                 self._observer.prepares()
             case messages.Loaded():
                 host.done(messages.Load, self.now)
                 host.is_loaded = not host.has(messages.Load)
                 self.state.holds(host, report.holding)
                 self.check_model(host, report.holding.content)
-            case messages.Encoded():
+            case messages.TextEncoded():
                 self._encoded(host, report)
             case messages.SourceEncoded():
                 host.done(messages.EncodeSource, self.now)
@@ -108,9 +108,10 @@ class GenerationSession(JobSession[HostState]):
         if option is None:
             self.stuck(settled.reason)
         elif not self.state.images.is_complete:
-            self.tell(events.Planned(option.name, option.ranks, option.seconds, settled.reason))
+            told = (option.seconds, settled.reason, settled.notice)
+            self.tell(events.Planned(option.name, option.ranks, *told))
 
-    def _encoded(self, host: HostState, report: messages.Encoded) -> None:
+    def _encoded(self, host: HostState, report: messages.TextEncoded) -> None:
         host.done(messages.Encode, self.now)
         self.check_model(host, report.content)
         if self.state.features is None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement
 from fluxmesh.planning.plan import Option, Phase, Plan, plan
-from fluxmesh.planning.workload import ModelSizes, Work
+from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
@@ -41,7 +41,7 @@ class GenerationState(JobState[HostState]):
     def __init__(self, job: GenerationJob) -> None:
         super().__init__(job, job.request.model)
         request = job.request
-        self.work = Work.of(request, job.sizes)
+        self.work = Workload.of(request, job.sizes)
         self.images = ImageTable(
             request.n_images,
             self.work.steps,
@@ -50,7 +50,7 @@ class GenerationState(JobState[HostState]):
         )
         self.option: Option | None = None  # how what is left is done; None: nothing can do it
         self.phases: list[Phase] = []  # the first is under way
-        self.features: messages.Encoded | None = None  # of the prompt
+        self.features: messages.TextEncoded | None = None  # of the prompt
         self.source: np.ndarray | None = None  # of the picture to begin from, float32 [1, L, 4C]
         self.needs_plan = False  # once all engines that are being ended have ended
 

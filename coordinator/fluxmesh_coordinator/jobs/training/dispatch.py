@@ -88,7 +88,7 @@ class TrainingDispatch:
                     work = messages.EncodeSource(
                         fence=host.fence,
                         job=job.id,
-                        epoch=host.epoch,
+                        ring_generation=host.ring_generation,
                         weights=job.weights,
                         pixels=job.pixels(unit),
                     )
@@ -96,7 +96,7 @@ class TrainingDispatch:
                     work = messages.Encode(
                         fence=host.fence,
                         job=job.id,
-                        epoch=host.epoch,
+                        ring_generation=host.ring_generation,
                         weights=job.weights,
                         prompt=unit.text,
                     )

@@ -71,7 +71,7 @@ class TrainingHost(HostState):
         self.job, self.names, self.pace, self._send = job, names, pace, send
         self.is_open = False
         self.has_room = False  # it was told to make room for encoders
-        self.moved: training.Moved | None = None  # what it said of the update under way
+        self.moved: training.UpdateDone | None = None  # what it said of the update under way
         self.seconds: float | None = None  # of a micro-batch
         self._computed = 0  # micro-batches, by this engine
         self._backlog: deque[messages.Changing] = deque()
@@ -132,8 +132,8 @@ class TrainingHost(HostState):
         for unit in after:
             unit.since = now
 
-    def kill(self, epoch: int, now: float) -> None:
-        super().kill(epoch, now)
+    def kill(self, ring_generation: int, now: float) -> None:
+        super().kill(ring_generation, now)
         self._backlog.clear()
         self._under_way = 0
         self._features.clear()
@@ -146,19 +146,21 @@ class TrainingHost(HostState):
     def make_room(self) -> None:
         """Has the transformer leave where it and the encoders don't fit together."""
         if not self.has_room:
-            self.put(training.MakeRoom(self.fence, self.job.id, self.epoch, self.job.weights))
+            self.put(
+                training.MakeRoom(self.fence, self.job.id, self.ring_generation, self.job.weights)
+            )
             self.has_room = True
 
     def open(self, opening: Opening, update: int, vectors: Vectors) -> None:
         """Hands it the run, at a state."""
-        fence, job, epoch = self.fence, self.job.id, self.epoch
+        fence, job, ring_generation = self.fence, self.job.id, self.ring_generation
         for name, vector in vectors.items() if update else ():
             for offset in range(0, len(vector), PIECE):
                 self.put(
                     training.PutVector(
                         fence=fence,
                         job=job,
-                        epoch=epoch,
+                        ring_generation=ring_generation,
                         vector=name,
                         offset=offset,
                         total=len(vector),
@@ -169,7 +171,7 @@ class TrainingHost(HostState):
             training.OpenTraining(
                 fence=fence,
                 job=job,
-                epoch=epoch,
+                ring_generation=ring_generation,
                 weights=self.job.weights,
                 request=opening.request,
                 update=update,
@@ -185,7 +187,7 @@ class TrainingHost(HostState):
             if name in self._features:
                 self._features.move_to_end(name)
         lacks = [
-            self.names.put(name, self.fence, self.epoch)
+            self.names.put(name, self.fence, self.ring_generation)
             for name in needed
             if name not in self._features
         ]
@@ -195,7 +197,9 @@ class TrainingHost(HostState):
         while sum(self._features.values()) > KEPT and next(iter(self._features)) not in needed:
             dropped.append(self._features.popitem(last=False)[0])
         if dropped:
-            drop = training.DropFeatures(self.fence, self.job.id, self.epoch, tuple(dropped))
+            drop = training.DropFeatures(
+                self.fence, self.job.id, self.ring_generation, tuple(dropped)
+            )
             self.put(drop)
         for features in lacks:
             self.put(features)
@@ -208,7 +212,7 @@ class TrainingHost(HostState):
             training.Update(
                 fence=self.fence,
                 job=self.job.id,
-                epoch=self.epoch,
+                ring_generation=self.ring_generation,
                 update=update,
                 numbers=tuple(numbers),
                 parts=parts,
@@ -219,20 +223,20 @@ class TrainingHost(HostState):
     def validate(self) -> None:
         """Has it measure on what was held out."""
         self.bring(self.names.held_out())
-        self.put(training.Validate(self.fence, self.job.id, self.epoch))
+        self.put(training.Validate(self.fence, self.job.id, self.ring_generation))
 
     def paint(self) -> None:
         """Has it paint the progress prompt."""
         self.bring(self.names.prompt())
-        self.put(training.PaintProgress(self.fence, self.job.id, self.epoch))
+        self.put(training.PaintProgress(self.fence, self.job.id, self.ring_generation))
 
     def give(self) -> None:
         """Has it send its state."""
-        self.put(training.GiveVectors(self.fence, self.job.id, self.epoch))
+        self.put(training.GiveVectors(self.fence, self.job.id, self.ring_generation))
 
     def close(self) -> None:
         """Has it leave the transformer as it was."""
-        self.put(training.CloseTraining(self.fence, self.job.id, self.epoch))
+        self.put(training.CloseTraining(self.fence, self.job.id, self.ring_generation))
 
     def computed(self, seconds: float) -> None:
         """A micro-batch is done; the first one of an engine compiles, and tells nothing."""

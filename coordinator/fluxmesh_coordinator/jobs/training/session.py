@@ -17,7 +17,7 @@ import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.training.run import Moved
+from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
 from fluxmesh_coordinator.jobs.session import JobSession
@@ -106,7 +106,7 @@ class TrainingSession(JobSession[TrainingHost]):
     def reported(self, host: TrainingHost, report: messages.Report) -> None:
         now = self.now
         match report:
-            case messages.Encoded():
+            case messages.TextEncoded():
                 host.done(messages.Encode, now)
                 self.check_model(host, report.content)
                 self._encoded(host, {"t5": report.t5, "clip": report.clip})
@@ -121,7 +121,7 @@ class TrainingSession(JobSession[TrainingHost]):
                 host.computed(report.seconds)
                 self.recovery.worked(host.rank)
                 self.state.pace.moves(now)
-            case training.Moved():
+            case training.UpdateDone():
                 host.done(training.Update, now)
                 host.moved = report
                 self._moved()
@@ -130,7 +130,7 @@ class TrainingSession(JobSession[TrainingHost]):
             case training.HeldOut():
                 host.done(training.Validate, now)
                 self._answer_if(ValidateTask, report.loss)
-            case training.Painted():
+            case training.ProgressPainted():
                 host.done(training.PaintProgress, now)
                 self._answer_if(PaintTask, report.pixels)
             case training.Closed():
@@ -170,7 +170,7 @@ class TrainingSession(JobSession[TrainingHost]):
         if len({(move.loss, move.images, move.bad) for move in moves}) > 1:
             self.end(FluxmeshError(f"The hosts' states differ. {state.remedy}"))
             return
-        moved = Moved(
+        moved = UpdateResult(
             loss=first.loss,
             norm=first.norm,
             rate=first.rate,

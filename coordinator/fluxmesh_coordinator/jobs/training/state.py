@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.training.data.encode_units import Unit
-from fluxmesh.training.run import Moved
+from fluxmesh.training.run import UpdateResult
 from fluxmesh_coordinator.jobs.state import JobState
 from fluxmesh_coordinator.jobs.training.host import Pace, TrainingHost
 from fluxmesh_coordinator.jobs.training.tasks import (
@@ -39,7 +39,7 @@ class TrainingState(JobState[TrainingHost]):
         self.saved: tuple[int, Vectors] = (0, {})  # to go on from: updates, and what they led to
         self.done: int | None = None  # updates that the ring's state has behind it, once it is open
         self.reached = 0  # updates that the run knows of
-        self.latest: Moved | None = None  # what the last of them did
+        self.latest: UpdateResult | None = None  # what the last of them did
         self.vectors: dict[str, np.ndarray] = {}  # that come
         self.units: list[Unit] = []  # to be encoded
         self.encoding: dict[int, list[Unit]] = {}  # by rank, in the order of its line

@@ -14,11 +14,11 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import HostInfo, Weights
+from fluxmesh.cluster.snapshot import HostInfo, ModelVariant
 from fluxmesh.planning.remedies import Remedy
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_name, crop_name
-from fluxmesh.training.plan import NO_CAPTION, Plan
-from fluxmesh.training.run import Moved
+from fluxmesh.training.plan import NO_CAPTION, TrainingPlan
+from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire.training_messages import PutFeatures
 from fluxmesh_coordinator.jobs.types import Asked, Job, Links, Result
 
@@ -31,8 +31,8 @@ NUMBER_BYTES = 64  # that a trained number costs an engine: its state, the sums,
 class TrainingJob(Job):
     """A run, ready for a mesh."""
 
-    plan: Plan
-    weights: Weights
+    plan: TrainingPlan
+    weights: ModelVariant
     base_bytes: int  # of the transformer in memory
     size: int  # numbers that are trained
     features: Callable[[Unit], Arrays] = field(repr=False)  # what a unit was encoded to
@@ -64,7 +64,7 @@ class OpenTask:
 
 @dataclass(frozen=True)
 class AdvanceTask:
-    """Gives a `Moved`."""
+    """Gives a `UpdateResult`."""
 
     update: int  # counted from 0
 
@@ -142,7 +142,7 @@ class Halted:
     """Nothing runs any more."""
 
     update: int | None  # updates that the hosts' state has behind it; None where there is none
-    moved: Moved | None  # the last of these
+    moved: UpdateResult | None  # the last of these
 
 
 # What engines are told of the run
@@ -225,9 +225,11 @@ class Names:
             return crop_name(unit.image, unit.crop)
         return caption_name(self._numbers[unit.text])
 
-    def put(self, name: str, fence: int, epoch: int) -> PutFeatures:
+    def put(self, name: str, fence: int, ring_generation: int) -> PutFeatures:
         """The message that brings features to a host."""
-        return PutFeatures(fence, self.job.id, epoch, name, **self.job.features(self.unit(name)))
+        return PutFeatures(
+            fence, self.job.id, ring_generation, name, **self.job.features(self.unit(name))
+        )
 
 
 # Who takes part
