@@ -36,7 +36,7 @@ from fluxmesh.models.waiting import InGraph, OnHost
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps
 from tests.flux2_models import random_flux2
-from tests.parallel.worker import Work, join
+from tests.parallel.worker import RankWork, join
 
 WAITING_SIZES = (2, 3)  # ranks that also run each case with a host that waits for collectives
 
@@ -149,7 +149,7 @@ def references() -> ReferenceTokens:
     return ReferenceTokens(mx.array(tokens), np.concatenate(ids), (4, 6))
 
 
-def run(case: Flux2Case, ranks: Ranks | None, work: Work | None = None) -> tuple[Any, Any]:
+def run(case: Flux2Case, ranks: Ranks | None, work: RankWork | None = None) -> tuple[Any, Any]:
     """A case's latents, and what this rank did; on one host without `ranks`."""
     whole = flux_of(case)
     flow: Any = whole
@@ -203,7 +203,7 @@ def run(case: Flux2Case, ranks: Ranks | None, work: Work | None = None) -> tuple
 
 def main(size: int, out: Path) -> None:
     assert Ranks.join().size == size
-    work = Work()
+    work = RankWork()
     latents: dict[str, np.ndarray] = {}
     did: dict[str, Any] = {}
     for case in cases(size):
