@@ -73,7 +73,7 @@ def read_picture(path: PictureFile) -> np.ndarray:
 
     Transparent parts become white. Raises `UsageError` naming the file.
     """
-    return _over(_open(Path(path), f"--image {path}"), background=255)
+    return _over(_open(Path(path), f"`image` {path}"), background=255)
 
 
 def decode_picture(data: bytes, name: str) -> np.ndarray:
@@ -87,7 +87,7 @@ def read_mask(path: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
     With `like`, the mask is brought to that picture's size; proportions that differ raise
     `UsageError`, since the mask was then drawn over something else.
     """
-    mask = _open(Path(path), f"--mask {path}")
+    mask = _open(Path(path), f"`mask` {path}")
     grey = np.asarray(Image.fromarray(_over(mask, background=0)).convert("L"))
     if like is None or grey.shape == like.shape[:2]:
         return grey
@@ -95,7 +95,7 @@ def read_mask(path: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
     skew = (grey.shape[1] * height) / (grey.shape[0] * width)
     if abs(skew - 1) > MAX_MASK_SKEW:
         raise UsageError(
-            f"--mask {path} is {grey.shape[1]}x{grey.shape[0]} pixels and the picture is "
+            f"`mask` {path} is {grey.shape[1]}x{grey.shape[0]} pixels and the picture is "
             f"{width}x{height}; draw the mask at the picture's size."
         )
     return np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
@@ -115,7 +115,9 @@ def outpaint_canvas(
     parts repeat the edge until the model paints them; `mask` adds parts of the old picture.
     """
     if any(margin < 0 for margin in margins):
-        raise UsageError(f"--outpaint has margins {margins}; each must be 0 or more pixels.")
+        raise UsageError.about(
+            "outpaint", f"has margins {margins}", "each must be 0 or more pixels"
+        )
     left, top, right, bottom = margins
     if round_up:
         top, bottom = _grow(pixels.shape[0], top, bottom)
@@ -134,8 +136,8 @@ def parse_margins(text: str) -> Margins:
     if len(parts) == 4 and all(part.strip().isdecimal() for part in parts):
         left, top, right, bottom = (int(part) for part in parts)
         return left, top, right, bottom
-    raise UsageError(
-        f"--outpaint is {text!r}; give left,top,right,bottom in pixels, such as 0,0,128,0."
+    raise UsageError.about(
+        "outpaint", f"is {text!r}", "give left,top,right,bottom in pixels, such as 0,0,128,0"
     )
 
 
@@ -230,7 +232,7 @@ def _check_side(height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
         raise UsageError(
             f"the picture would be {height}x{width}; a side is at most {MAX_SIDE} pixels, "
-            "so scale the input down or give --image-size."
+            "so scale the input down or give `image_size`."
         )
 
 
@@ -246,3 +248,8 @@ def _grow(side: int, before: int, after: int) -> tuple[int, int]:
     """Margins that bring `before + side + after` to a multiple of 16."""
     missing = -(before + side + after) % MULTIPLE
     return (before + missing, after) if before > after else (before, after + missing)
+
+
+def to_model_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] to float32 [1, H, W, 3] in [-1, 1], what the autoencoder encodes."""
+    return 2.0 * (pixels[None].astype(np.float32) / 255.0) - 1.0

@@ -41,7 +41,6 @@ __all__ = [
     "find_adapter",
     "join_adapters",
     "read_adapter",
-    "remove_adapters",
     "write_adapter",
 ]
 
@@ -125,10 +124,3 @@ def fused(linear: Any, low: LowRank) -> None:
     weight = linear.weight
     linear.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
     mx.eval(linear.weight)
-
-
-def remove_adapters(flux: Any) -> None:
-    """Takes every adapter that is not fused off a transformer, in place."""
-    for name, module in flux.named_modules():
-        if isinstance(module, LoRALinear):
-            replace_module(flux, name, module.linear)

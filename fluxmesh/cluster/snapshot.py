@@ -8,11 +8,11 @@ except `HostInfo.flops_per_second`, which stands in until a step at a size has b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
+from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards
 from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 
@@ -28,8 +28,8 @@ class ModelVariant:
 
     model: str
     dtype: str = "bfloat16"
-    bits: int | None = None
-    adapters: tuple[AdapterRef, ...] = ()
+    bits: Bits | None = None
+    adapters: Annotated[tuple[AdapterRef, ...], Count(64)] = ()
     fuse_adapters: bool = False
 
     @classmethod
@@ -44,14 +44,14 @@ class ModelVariant:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holding:
     """What an engine has in memory: all of the transformer, or shard `shard` of `shards`."""
 
     weights: ModelVariant
     nbytes: int  # everything that the engine would free by letting go of it
-    shards: int = 1
-    shard: int = 0
+    shards: Shards = 1
+    shard: ShardIndex = 0
     content: str = ""  # `Checkpoint.content` of the files that it came from
 
     def __post_init__(self) -> None:
@@ -64,38 +64,75 @@ class Holding:
         return "replicated" if self.shards == 1 else "sharded"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepTiming:
     """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
-    height: int  # pixels
-    width: int  # pixels
+    height: Pixels
+    width: Pixels
     dtype: str
-    bits: int | None
+    bits: Bits | None
     step_seconds: float  # one denoising step of one image
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
     hosts: int = 1  # of the ring
-    first_seconds: float | None = None  # by how much a first step, not yet compiled, took longer
+    # By how much a first step took longer than the next: of an engine that had made none of this
+    # model before, which compiles all kernels; and of one that had, at other sizes or placements.
+    kernels_seconds: float | None = None
+    first_seconds: float | None = None
     when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)
         if self.decode_seconds is not None:
             _check("decode_seconds", self.decode_seconds)
-        if self.first_seconds is not None:
-            _check("first_seconds", self.first_seconds, 0)
+        for name in ("kernels_seconds", "first_seconds"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, 0)
         _check("when", self.when, 0)
 
+    def with_firsts_of(self, older: StepTiming) -> StepTiming:
+        """This one, with what `older` tells of first steps where this one saw none."""
+        names = ("kernels_seconds", "first_seconds")
+        known = {name: getattr(self, name) for name in names}
+        kept = {name: getattr(older, name) for name in names if known[name] is None}
+        return replace(self, **kept)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """A kind of step for which an engine has compiled its kernels, with the weights it holds."""
+    """A kind of step that an engine has made: the next such one finds its kernels compiled.
 
+    They last as long as the engine's process, whatever it holds meanwhile.
+    """
+
+    model: str
+    dtype: str
+    bits: Bits | None
     placement: Placement
-    height: int  # pixels
-    width: int  # pixels
+    hosts: Shards  # of the ring; 1 for `data`
+    height: Pixels
+    width: Pixels
+
+    @classmethod
+    def of(
+        cls, weights: ModelVariant, placement: Placement, hosts: int, height: int, width: int
+    ) -> StepShape:
+        return cls(
+            model=weights.model,
+            dtype=weights.dtype,
+            bits=weights.bits,
+            placement=placement,
+            hosts=1 if placement == "data" else hosts,
+            height=height,
+            width=width,
+        )
+
+    def is_of(self, weights: ModelVariant) -> bool:
+        """Whether its kernels are those of these weights: adapters have few of their own."""
+        mine = (self.model, self.dtype, self.bits)
+        return mine == (weights.model, weights.dtype, weights.bits)
 
 
 @dataclass(frozen=True)
@@ -111,7 +148,7 @@ class RingPlace:
 class CollectiveTime:
     """One collective of one size: a gather along axis 0, or a sum."""
 
-    nbytes: int  # of the array that each rank gives
+    nbytes: Annotated[int, Range(1, 1 << 40)]  # of the array that each rank gives
     seconds: float  # until the slowest rank has its result
 
     def __post_init__(self) -> None:
@@ -119,7 +156,7 @@ class CollectiveTime:
         _check("seconds", self.seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RingTiming:
     """What collectives take the engines of some hosts, over the backend that runs them."""
 
@@ -137,7 +174,7 @@ class RingTiming:
         _check("when", self.when, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobTiming:
     """What jobs took on some hosts, of which the latest counts most (`planning/learning.py`)."""
 
@@ -167,7 +204,7 @@ class Timings:
         return next((r for r in self.rings if (r.backend, r.ranks) == (backend, ranks)), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """One host: an agent and the device that its engine computes on."""
 
@@ -183,7 +220,7 @@ class HostInfo:
     device: str = ""  # agents that name the same one share its memory and its time
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
-    warm: tuple[StepShape, ...] = ()  # that its engine has made a step of
+    compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of
     ring: RingPlace = RingPlace()  # that its engine is in
 
     def __post_init__(self) -> None:
@@ -201,8 +238,12 @@ class HostInfo:
     def held_bytes(self) -> int:
         return 0 if self.holds is None else self.holds.nbytes
 
+    def has_kernels(self, weights: ModelVariant) -> bool:
+        """Whether its engine has made a step of this model, at whatever size."""
+        return any(shape.is_of(weights) for shape in self.compiled)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class LinkInfo:
     """How fast `source` sends to `target`, both ranks, at the addresses that a ring would use."""
 
@@ -288,11 +329,6 @@ class MeshView:
             if measured.placement == "data"
         ]
         return tuple(sorted(found, key=lambda one: -one.when))
-
-    def without(self, ranks: Iterable[int]) -> MeshView:
-        """The mesh after these hosts are gone."""
-        gone = set(ranks)
-        return replace(self, hosts=tuple(host for host in self.hosts if host.rank not in gone))
 
 
 def _check(name: str, value: float, least: float | None = None) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -98,12 +99,17 @@ class _Job:
         strength = 1.0 if request.source is None else request.source.strength
         tokens = latent_size[0] * latent_size[1] // 4
         self.steps = len(timesteps(self.requested, tokens, checkpoint.schedule, strength)) - 1
-        self.work = (0, name, 0, self.weights)
+        self.work: dict[str, Any] = {  # what every unit begins with
+            "fence": 0,
+            "job": name,
+            "ring_generation": 0,
+            "weights": self.weights,
+        }
 
     def events(self) -> Iterator[Event]:
         request = self.request
         if request.preload:
-            preload = messages.Load(*self.work, components=tuple(COMPONENTS))
+            preload = messages.Load(**self.work, components=tuple(COMPONENTS))
             yield from self._loadings(preload)
         text = yield from self._encode()
         source = yield from self._encode_source()
@@ -137,7 +143,9 @@ class _Job:
     def _encode(self) -> Generator[Event, None, messages.TextEncoded]:
         request = self.request
         text: messages.TextEncoded | None = None
-        work = messages.Encode(*self.work, request.prompt, request.t5_padding, self.roomy)
+        work = messages.Encode(
+            **self.work, prompt=request.prompt, t5_padding=request.t5_padding, stay=self.roomy
+        )
         for report in self.worker.do(work):
             if isinstance(report, messages.LoadProgress):
                 yield _loading(report)
@@ -152,7 +160,9 @@ class _Job:
         if self.request.source is None:
             return None
         latents: np.ndarray | None = None
-        for report in self.worker.do(messages.EncodeSource(*self.work, self.request.source.pixels)):
+        for report in self.worker.do(
+            messages.EncodeSource(**self.work, pixels=self.request.source.pixels)
+        ):
             if isinstance(report, messages.LoadProgress):
                 yield _loading(report)
             elif isinstance(report, messages.SourceEncoded):
@@ -177,21 +187,37 @@ class _Job:
                     preview = report.preview
                     if preview is not None:
                         preview = self._kept(preview)
-                    step = (image, report.step, self.steps, report.seconds, preview)
-                    yield Step(*step, reused=report.reused)
+                    yield Step(
+                        image=image,
+                        step=report.step,
+                        steps=self.steps,
+                        seconds=report.seconds,
+                        preview=preview,
+                        reused=report.reused,
+                    )
         batch = self.request.decoding_batch_size
         for first in range(0, len(images), batch):
             part = tuple(images[first : first + batch])
-            x = np.concatenate([latents.pop(image) for image in part])
-            size = (self.height, self.width)
-            for report in self.worker.do(messages.Decode(*self.work, part, *size, x)):
+            decode = messages.Decode(
+                **self.work,
+                images=part,
+                height=self.height,
+                width=self.width,
+                latents=np.concatenate([latents.pop(image) for image in part]),
+            )
+            for report in self.worker.do(decode):
                 if isinstance(report, messages.LoadProgress):
                     yield _loading(report)
                 elif isinstance(report, messages.Pictured):
-                    image, spent = report.image, seconds[report.image] + report.seconds
-                    pixels = self._kept(report.pixels)
-                    told = (image, self.request.seed_of(image), pixels, spent)
-                    yield Picture(*told, steps=self.steps, reused=reused[image])
+                    image = report.image
+                    yield Picture(
+                        image=image,
+                        seed=self.request.seed_of(image),
+                        pixels=self._kept(report.pixels),
+                        seconds=seconds[image] + report.seconds,
+                        steps=self.steps,
+                        reused=reused[image],
+                    )
 
     def _painting(
         self, image: int, text: messages.TextEncoded, source: np.ndarray | None
@@ -201,7 +227,7 @@ class _Job:
             request.seed_of(image), self.height, self.width, config.z_channels, config.downsampling
         )
         return messages.Paint(
-            *self.work,
+            **self.work,
             placement="data",
             image=image,
             height=self.height,
@@ -214,8 +240,7 @@ class _Job:
             strength=1.0 if request.source is None else request.source.strength,
             latents=noise,
             noise=noise,
-            t5=text.t5,
-            clip=text.clip,
+            features=text.features,
             source=source,
             mask=None if request.source is None else request.source.mask,
             cache=request.cache,

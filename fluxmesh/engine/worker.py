@@ -28,8 +28,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape, StepTiming
-from fluxmesh.engine import device_memory, ring_probe
+from fluxmesh.cluster.snapshot import Holding, StepTiming
+from fluxmesh.engine import device_memory, features, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
@@ -68,7 +68,6 @@ class Worker(ModelStore):
         self.quiet = ""  # what it does, while it gives no other sign of life
         self._plans: dict[str, tuple[bytes, DenoisePlan]] = {}  # the latest of each placement
         self._warm: set[Any] = set()  # what steps were run at since something was read
-        self._compiled: set[tuple[ModelVariant, StepShape]] = set()  # what steps were ever run at
         self._job = ""
 
     def do(self, work: messages.Work) -> Iterator[Report]:
@@ -82,8 +81,11 @@ class Worker(ModelStore):
             self.meter.forget()
             self._job = work.job
         self._begin("loading")  # what was there leaves, and headers are read, maybe from afar
+        does = self.units().get(type(work))
         try:
-            yield from self._timed(self.units()[type(work)](work))
+            if does is None:
+                raise UsageError(f"This engine does no {type(work).__name__}.")
+            yield from self._timed(does(work))
         except Stopped:
             return
         except (RuntimeError, MemoryError) as error:
@@ -108,8 +110,8 @@ class Worker(ModelStore):
         self.count(busy_seconds=time.perf_counter() - start)
 
     def less_memory(self, work: messages.Work) -> str:
-        """What makes units like this one take less, as options."""
-        return "--quantize, --low-memory or a smaller --image-size"
+        """What makes units like this one take less memory."""
+        return "`quantize`, `low_memory` or a smaller `image_size`"
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:
         """What does each kind of unit."""
@@ -123,12 +125,6 @@ class Worker(ModelStore):
             Warm: self._warm_up,
             MeasureRing: self._measure_ring,
         }
-
-    @property
-    def warm(self) -> tuple[StepShape, ...]:
-        """Steps of the weights that it has in memory, and has made before."""
-        found = [shape for weights, shape in self._compiled if weights == self.weights]
-        return tuple(sorted(found, key=lambda one: (one.placement, one.height, one.width)))
 
     def end_job(self) -> None:
         """Lets go of what only the images of one job share."""
@@ -151,9 +147,19 @@ class Worker(ModelStore):
                     if work.low_memory:  # the modulation weights come first, with an image
                         continue
                 yield from self._loading(work, component)
-        part = (work.shards, work.shard, self.content)
-        holding = self.holding or Holding(work.weights, 0, *part)
-        yield messages.Loaded(work.job, work.ring_generation, holding, time.perf_counter() - start)
+        holding = self.holding or Holding(
+            weights=work.weights,
+            nbytes=0,
+            shards=work.shards,
+            shard=work.shard,
+            content=self.content,
+        )
+        yield messages.Loaded(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            holding=holding,
+            seconds=time.perf_counter() - start,
+        )
 
     def _encode(self, work: Encode) -> Reports:
         self.doing = "reading the prompt"
@@ -174,10 +180,17 @@ class Worker(ModelStore):
                 pipeline.reload_text_encoders()
             seconds = time.perf_counter() - start
             self.count(encodes=0 if cached else 1)
-            t5, clip = to_wire(text.t5), to_wire(text.clip)
+            named = features.of_text(text)
             peak = self.meter.now("text")
-        told = (seconds, cached, peak, self.content)
-        yield messages.TextEncoded(work.job, work.ring_generation, *told, t5, clip)
+        yield messages.TextEncoded(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            seconds=seconds,
+            cached=cached,
+            peak_bytes=peak,
+            content=self.content,
+            features=named,
+        )
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -187,13 +200,15 @@ class Worker(ModelStore):
             self._begin("encoding", "encode")
             source = pipeline.encode_source(SourceImage(work.pixels))
             self.quiet = ""
-        yield messages.SourceEncoded(work.job, work.ring_generation, np.array(source.clean))
+        yield messages.SourceEncoded(
+            job=work.job, ring_generation=work.ring_generation, latents=np.array(source.clean)
+        )
 
     def _paint(self, work: Paint) -> Reports:
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
-        shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
-        compiled = (work.weights, StepShape(work.placement, work.height, work.width))
+        tokens = features.tokens(work.features)
+        shape = (work.placement, work.weights, work.height, work.width, tokens)
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         pipeline.low_memory = work.low_memory
         key = _plan_key(work)
@@ -237,8 +252,7 @@ class Worker(ModelStore):
             for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
                 if number == work.first + 1:
-                    self.has_compiled(work)
-                self._compiled.add(compiled)
+                    self.has_made(self.shape_of(work))
                 done = int(number == plan.steps)
                 self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
@@ -247,15 +261,16 @@ class Worker(ModelStore):
                     preview = to_pixels(pipeline.decode(step.clean, self._latent_size(work)))[0]
                 self.quiet = ""
                 yield messages.Stepped(
-                    work.job,
-                    work.ring_generation,
-                    work.image,
-                    number,
-                    seconds,
-                    self.meter.now("denoise"),
-                    np.array(step.x) if is_first else None,
-                    preview,
-                    step.reused,
+                    job=work.job,
+                    ring_generation=work.ring_generation,
+                    image=work.image,
+                    step=number,
+                    is_last=number == plan.steps,
+                    seconds=seconds,
+                    peak_bytes=self.meter.now("denoise"),
+                    latents=np.array(step.x) if is_first else None,
+                    preview=preview,
+                    reused=step.reused,
                 )
 
     def _decode(self, work: Decode) -> Reports:
@@ -276,18 +291,26 @@ class Worker(ModelStore):
             self.count(decodes=len(pixels))
             peak = self.meter.now("decode")
         for image, picture in zip(work.images, pixels, strict=True):
-            yield messages.Pictured(work.job, work.ring_generation, image, seconds, peak, picture)
+            yield messages.Pictured(
+                job=work.job,
+                ring_generation=work.ring_generation,
+                image=image,
+                seconds=seconds,
+                peak_bytes=peak,
+                pixels=picture,
+            )
 
     def _measure(self, work: Measure) -> Reports:
-        """Steps and a decode of noise, after one of each to warm up. In a ring all are given it."""
-        weights, pipeline = work.weights, self.open(work.weights)
-        pipeline.low_memory = False
-        self.hold_for(work)
-        self.drop_incomplete(work.placement)
-        yield from self._loading(work, "transformer")
-        yield from self._loading(work, "autoencoder")
+        """Steps and a decode of noise, after a trial picture. In a ring all are given it."""
+        shape = self.shape_of(work)
+        has_kernels = any(made.is_of(work.weights) for made in self.compiled)
+        has_made = shape in self.compiled
+        first = yield from self._trial(work)
+        if self._agree(work, STOPS if first is None else GOES_ON) == STOPS or first is None:
+            return
+        weights, pipeline = work.weights, self.model
         self.doing = "measuring"
-        self._begin("first step")
+        self._begin("measuring")
         config, size = pipeline.checkpoint.transformer, self._latent_size(work)
         tokens = pipeline.checkpoint.defaults.t5_max_length
         text = Conditioning(
@@ -297,85 +320,108 @@ class Worker(ModelStore):
         plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
-        shape = (work.placement, weights, work.height, work.width, tuple(text.t5.shape))
-        compiled = (weights, StepShape(work.placement, work.height, work.width))
-        is_new = compiled not in self._compiled
         spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
         if len(spent) < plan.steps:  # it was told to stop
             return
-        self._warm.add(shape)
-        self._compiled.add(compiled)
         with pipeline.bounded_pixels(work.height, work.width):
             mx.eval(pipeline.decode(x, size))
             start = time.perf_counter()
             mx.eval(pipeline.decode(x, size))
+        step = min(spent[1:])
+        longer = max(0.0, first - step)
         measured = StepTiming(
-            weights.model,
-            work.height,
-            work.width,
-            weights.dtype,
-            weights.bits,
-            step_seconds=min(spent[1:]),
+            model=weights.model,
+            height=work.height,
+            width=work.width,
+            dtype=weights.dtype,
+            bits=weights.bits,
+            step_seconds=step,
             decode_seconds=time.perf_counter() - start,
             placement=work.placement,
-            hosts=1 if work.placement == "data" else self.ring().size,
-            first_seconds=max(0.0, spent[0] - min(spent[1:])) if is_new else None,
+            hosts=shape.hosts,
+            kernels_seconds=None if has_kernels else longer,
+            first_seconds=longer if has_kernels and not has_made else None,
             when=time.time(),
         )
-        yield messages.Timed(work.job, work.ring_generation, measured)
+        yield messages.Timed(job=work.job, ring_generation=work.ring_generation, measured=measured)
 
     def _warm_up(self, work: Warm) -> Reports:
-        """The first step of a picture and a decode, as a job would have them, thrown away."""
-        start, before = time.perf_counter(), self.done
+        """A trial picture, and no more."""
+        start = time.perf_counter()
+        if (yield from self._trial(work)) is not None:
+            spent = time.perf_counter() - start
+            yield messages.Warmed(job=work.job, ring_generation=work.ring_generation, seconds=spent)
+
+    def _trial(self, work: Measure | Warm) -> Generator[Report, None, float | None]:
+        """The first step of a picture and a decode, as a job would have them, thrown away.
+
+        Returns the step's seconds, or None where it was told to stop.
+        """
+        before = self.done
         pipeline = self.open(work.weights)
         config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
         tokens = pipeline.checkpoint.defaults.t5_max_length
-        size = (work.height, work.width)
-        noise = initial_noise(0, *size, ae.z_channels, ae.downsampling)
-        t5 = to_wire(mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype))
-        clip = to_wire(mx.zeros((1, config.vec_in_dim), pipeline.dtype))
-        head = (work.fence, work.job, work.ring_generation, work.weights)
+        noise = initial_noise(0, work.height, work.width, ae.z_channels, ae.downsampling)
+        text = Conditioning(
+            mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype),
+            mx.zeros((1, config.vec_in_dim), pipeline.dtype),
+        )
+        common: dict[str, Any] = {
+            "fence": work.fence,
+            "job": work.job,
+            "ring_generation": work.ring_generation,
+            "weights": work.weights,
+            "height": work.height,
+            "width": work.width,
+            "latents": noise,
+        }
         paint = Paint(
-            *head,
-            work.placement,
-            0,
-            *size,
+            **common,
+            placement=work.placement,
+            image=0,
             steps=1,
             first=0,
             guidance=GenerateRequest.guidance,
             low_memory=False,
             preview=False,
             strength=1.0,
-            latents=noise,
             noise=noise,
-            t5=t5,
-            clip=clip,
+            features=features.of_text(text),
         )
-        for unit in (self._paint(paint), self._decode(Decode(*head, (0,), *size, noise))):
+        seconds: float | None = None
+        for unit in (self._paint(paint), self._decode(Decode(**common, images=(0,)))):
             is_done = False
-            with contextlib.closing(unit) as reports:
+            with contextlib.closing(unit) as reports, contextlib.suppress(Stopped):
                 for report in reports:
                     is_done = isinstance(report, messages.Stepped | messages.Pictured)
+                    if isinstance(report, messages.Stepped):
+                        seconds = report.seconds
                     if not is_done:
                         yield report
             if not is_done:  # it was told to stop
-                return
+                return None
         self.done = replace(  # what jobs asked for is counted, and nobody asked for this
             self.done,
             images=before.images,
             steps=before.steps,
             decodes=before.decodes,
         )
-        yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
+        return seconds
 
     def _measure_ring(self, work: MeasureRing) -> Reports:
         """In a ring all are given it, and none stops on the way: it is short."""
         self.doing = "measuring the ring"
         self._begin("measuring")
         limit = self.options.memory_bytes or device_memory.memory_of_device()
-        found = ring_probe.timed(self.ring(), work.seconds, limit)
+        table = ring_probe.timed(self.ring(), work.seconds, limit)
         self.quiet = ""
-        yield messages.RingTimed(work.job, work.ring_generation, *found)
+        yield messages.RingTimed(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            gathers=table.gathers,
+            sums=table.sums,
+            hidden=table.hidden,
+        )
 
     # Parts of them
 
@@ -397,8 +443,13 @@ class Worker(ModelStore):
         for event in self.load(component):
             self._begin("loading")
             self._warm.clear()  # whatever runs next reads new weights, and may take long
-            told = (event.component, event.done_bytes, event.total_bytes)
-            yield messages.LoadProgress(work.job, work.ring_generation, *told)
+            yield messages.LoadProgress(
+                job=work.job,
+                ring_generation=work.ring_generation,
+                component=event.component,
+                done_bytes=event.done_bytes,
+                total_bytes=event.total_bytes,
+            )
         self.quiet = ""
 
     def _lacks(self, work: Paint, key: bytes) -> list[str]:
@@ -435,7 +486,7 @@ class Worker(ModelStore):
         if plan is None:
             self._plans.pop(work.placement, None)
             plan = self.model.plan(
-                Conditioning(from_wire(work.t5), from_wire(work.clip)),
+                features.text(work.features),
                 num_steps=work.steps,
                 guidance=work.guidance,
                 latent_size=self._latent_size(work),
@@ -488,17 +539,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in text for word in words)
 
 
-def to_wire(x: mx.array) -> np.ndarray:
-    """An array for a message: NumPy has no bfloat16, whose bits travel as uint16. Evaluates."""
-    mx.eval(x)
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
-
-
-def from_wire(x: np.ndarray) -> mx.array:
-    """What `to_wire` was given."""
-    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
-
-
 def _basis(work: Paint) -> Basis | None:
     """What a lost cache held; a request that begins has lost none."""
     if not work.cache or not work.first:
@@ -516,6 +556,6 @@ def _plan_key(work: Paint) -> bytes:
     """Equal for paintings that share a plan."""
     size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
     key = hashlib.blake2b(repr((work.job, work.ring_generation, work.weights, size)).encode())
-    for array in (work.t5, work.clip):
-        key.update(array.tobytes())
+    for name, array in sorted(work.features.items()):
+        key.update(repr((name, array.dtype.name, array.shape)).encode() + array.tobytes())
     return key.digest()

@@ -31,13 +31,13 @@ def transformer_bytes(request: TrainRequest, model: ModelSizes) -> int:
 
 
 def ways(request: TrainRequest, model: ModelSizes, size: Size) -> tuple[Remedy, ...]:
-    """How it can be done with --grad-checkpoint: as it is asked for, then with less and less.
+    """How it can be done with `grad_checkpoint`: as it is asked for, then with less and less.
 
     `size` is that of the largest picture.
     """
     return tuple(
         Remedy(
-            _needed(smaller, model, pixels),
+            needed=_needed(smaller, model, pixels),
             bits=smaller.bits if smaller.bits != request.bits else None,
             grad_checkpoint=not request.grad_checkpoint,
             lora_rank=smaller.lora_rank if smaller.lora_rank != request.lora_rank else 0,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ async def failed(one: Coordinator, seconds: float = GONE) -> messages.Failed:
         for report in one.heard:
             if isinstance(report, messages.Failed):
                 one.heard.clear()
-                one._read = 0
+                one.read = 0
                 return report
         await asyncio.sleep(0.02)
     raise AssertionError(f"nothing failed: {one.heard}")
@@ -92,7 +93,16 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(
                 step = await one.until(messages.Stepped)
                 assert step.step == number
                 assert step.latents is not None
-            await one.done(Decode(*one.head(), weights, (0,), 32, 32, step.latents))
+            await one.done(
+                Decode(
+                    **one.head(),
+                    weights=weights,
+                    images=(0,),
+                    height=32,
+                    width=32,
+                    latents=step.latents,
+                )
+            )
             picture = (await one.until(messages.Pictured)).pixels
             status = await one.status()
             assert (status.state, status.job, status.ring_generation) == ("ready", "job", 0)
@@ -150,11 +160,11 @@ def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
         async with coordinator(host) as one:
             await one.lease()
             engine = await engine_of(one)
-            await one.done(Load(*one.head(), ModelVariant(str(broken))))
+            await one.done(Load(**one.head(), weights=ModelVariant(str(broken))))
             report = await failed(one)
             assert (report.kind, report.fatal, report.job) == ("WeightsError", False, "job")
             assert file.name in report.text
-            await one.done(Load(*one.head(), weights))
+            await one.done(Load(**one.head(), weights=weights))
             await one.until(messages.Loaded)
             assert await engine_of(one) == engine
 
@@ -166,20 +176,27 @@ def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVari
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
-            await one.done(Measure(*one.head(), weights, 32, 32))
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
             timed = await one.until(messages.Timed)
             measured = (await one.status()).measured
             assert measured == (timed.measured,)
             assert measured[0].decode_seconds is not None
             assert 0 < measured[0].step_seconds < 10
-            assert measured[0].first_seconds is not None  # nothing was compiled before
+            assert measured[0].kernels_seconds is not None  # nothing was compiled before
+            assert measured[0].first_seconds is None
             assert abs(measured[0].when - time.time()) < 60
-            assert (await one.status()).warm == (StepShape("data", 32, 32),)
-            await one.done(Measure(*one.head(), weights, 32, 32))
+            made = StepShape.of(weights, "data", 1, 32, 32)
+            assert (await one.status()).compiled == (made,)
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
             again = (await one.until(messages.Timed)).measured
-            assert again.first_seconds is None and again.when > measured[0].when
-            await one.done(messages.Kill(one.fence, one.head()[2] + 1))
-            assert (await one.status()).warm == ()
+            assert again.kernels_seconds is None and again.when > measured[0].when
+            (kept,) = (await one.status()).measured  # what nobody will measure again
+            assert kept == replace(again, kernels_seconds=measured[0].kernels_seconds)
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=48))
+            other = (await one.until(messages.Timed)).measured
+            assert other.kernels_seconds is None and other.first_seconds is not None
+            await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
+            assert (await one.status()).compiled == ()
 
     play(scene())
 
@@ -203,13 +220,21 @@ def test_an_adapter_is_sent_once_and_changes_the_image(
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
-            assert await one.ask(messages.HasFile(one.fence, sha)) == messages.Found(False)
-            await one.done(Load(*one.head(), adapted))
+            assert await one.ask(messages.HasFile(fence=one.fence, sha256=sha)) == messages.Found(
+                False
+            )
+            await one.done(Load(**one.head(), weights=adapted))
             assert (await failed(one)).kind == "AdapterError"
             for start in range(0, len(data), 1500):
                 piece = data[start : start + 1500]
-                await one.done(messages.PutFile(one.fence, sha, start, len(data), piece))
-            assert await one.ask(messages.HasFile(one.fence, sha)) == messages.Found(True)
+                await one.done(
+                    messages.PutFile(
+                        fence=one.fence, sha256=sha, offset=start, total=len(data), data=piece
+                    )
+                )
+            assert await one.ask(messages.HasFile(fence=one.fence, sha256=sha)) == messages.Found(
+                True
+            )
             latents = []
             for each in (weights, adapted):
                 text = await encode(one, each)
@@ -228,7 +253,7 @@ def test_a_model_outside_of_the_roots_is_refused_and_the_engine_lives(
             await one.lease()
             engine = await engine_of(one)
             for name in ("/etc", str(host.state), "../.."):
-                await one.done(Load(*one.head(), ModelVariant(name)))
+                await one.done(Load(**one.head(), weights=ModelVariant(name)))
                 report = await failed(one)
                 assert (report.kind, report.fatal) == ("ModelNotFoundError", False)
             await encode(one, weights)
@@ -247,10 +272,12 @@ def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
             text = await encode(one, weights)
             noise = painting(one, weights, text).noise
             work = {
-                "load": Load(*one.head(), weights),
-                "encode": Encode(*one.head(), weights, "another"),
+                "load": Load(**one.head(), weights=weights),
+                "encode": Encode(**one.head(), weights=weights, prompt="another"),
                 "step": painting(one, weights, text),
-                "decode": Decode(*one.head(), weights, (0,), 32, 32, noise),
+                "decode": Decode(
+                    **one.head(), weights=weights, images=(0,), height=32, width=32, latents=noise
+                ),
             }[moment]
             engine = await engine_of(one)
             await one.done(work)
@@ -292,10 +319,10 @@ def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_i
             assert one.heard == []
             assert one.beats >= beats + 2
             assert (await one.status()).state == "busy"
-            await one.done(messages.Kill(one.fence, one.ring_generation + 1))
+            await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
             assert not is_running(engine)
             one.ring_generation += 1
-            one._read = 0
+            one.read = 0
             await one.done(painting(one, weights, text))
             assert (await one.until(messages.Stepped)).ring_generation == one.ring_generation
 
@@ -312,7 +339,7 @@ def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVarian
             await one.until(messages.Stepped)
             await one.until(messages.Stepped)
             one.heard.clear()
-            one._read = 0
+            one.read = 0
             await one.done(painting(one, weights, text, steps=1, image=1))
             await one.until(messages.Stepped)
             # Where kernels are compiled it says so: nobody grants it the minutes of a first step.
@@ -335,7 +362,7 @@ def test_cancel_stops_at_the_next_step_and_drops_what_waits(
                 await one.done(painting(one, weights, text, steps=500, image=image))
             await one.until(messages.Stepped)
             start = time.monotonic()
-            await one.done(messages.Cancel(one.fence, "job"))
+            await one.done(messages.Cancel(fence=one.fence, job="job"))
             await one.until(messages.Cancelled)
             assert time.monotonic() - start < 2.0
             steps = (await one.status()).counters.steps
@@ -355,10 +382,14 @@ def test_who_has_no_lease_changes_nothing(host: AgentProcess, weights: ModelVari
         async with coordinator(host) as one, coordinator(host) as other:
             await one.lease()
             for fence in (0, one.fence, one.fence + 1):
-                answer = await other.ask(Load(fence, "job", 0, weights))
+                answer = await other.ask(
+                    Load(fence=fence, job="job", ring_generation=0, weights=weights)
+                )
                 assert isinstance(answer, messages.Refused)
                 assert answer.code == "fence"
-            stale = await one.ask(Load(one.fence - 1, "job", 0, weights))
+            stale = await one.ask(
+                Load(fence=one.fence - 1, job="job", ring_generation=0, weights=weights)
+            )
             assert isinstance(stale, messages.Refused)
             assert (await one.status()).state == "idle"
 
@@ -371,7 +402,7 @@ def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
-            work = Encode(*one.head(), weights, "a cat")
+            work = Encode(**one.head(), weights=weights, prompt="a cat")
             for _ in range(5):
                 assert await one.repeat(work, 1000) == messages.Done()
             await one.until(messages.TextEncoded)
@@ -560,9 +591,9 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentPr
             assert answer.code == "version"
             assert __version__ in answer.text
             connection = one.connection
-            one._seq += 1
+            one.seq += 1
         async with coordinator(host) as one:
-            answer = await one.ask(messages.Joined(1, 1))
+            answer = await one.ask(messages.Joined(ring_generation=1, rank=1))
             assert isinstance(answer, messages.Refused)
             assert answer.code == "usage"
         with contextlib.suppress(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, ModelVariant
@@ -47,7 +48,9 @@ def ask(**keys: Any) -> GenerateRequest:
 
 def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:
     """What an engine with the weights of `ask(**keys)` holds."""
-    return Holding(ModelVariant.of(ask(**keys)), 24 * GB // shards, shards, shard)
+    return Holding(
+        weights=ModelVariant.of(ask(**keys)), nbytes=24 * GB // shards, shards=shards, shard=shard
+    )
 
 
 def mac(rank: int, **keys: Any) -> HostInfo:
@@ -61,7 +64,7 @@ def mac(rank: int, **keys: Any) -> HostInfo:
         "load_rate": 3e9,
         "holds": held(),
     }
-    return HostInfo(rank, **{**fields, **keys})
+    return HostInfo(rank=rank, **{**fields, **keys})
 
 
 def ring(*hosts: HostInfo, rate: float = 5e9) -> MeshView:
@@ -69,7 +72,14 @@ def ring(*hosts: HostInfo, rate: float = 5e9) -> MeshView:
     ranks = [host.rank for host in hosts]
     following = zip(ranks, ranks[1:] + ranks[:1], strict=True)
     pairs = {pair for a, b in following for pair in ((a, b), (b, a))}
-    return MeshView(hosts, tuple(LinkInfo(a, b, rate, 1e-4) for a, b in sorted(pairs) if a != b))
+    return MeshView(
+        hosts,
+        tuple(
+            LinkInfo(source=a, target=b, rate=rate, latency=1e-4)
+            for a, b in sorted(pairs)
+            if a != b
+        ),
+    )
 
 
 def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView:
@@ -77,7 +87,15 @@ def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView
     return MeshView(
         hosts,
         tuple(
-            LinkInfo(a.rank, b.rank, rate, 1e-4) for a in hosts for b in hosts if a.rank != b.rank
+            LinkInfo(source=a.rank, target=b.rank, rate=rate, latency=1e-4)
+            for a in hosts
+            for b in hosts
+            if a.rank != b.rank
         ),
         backend,
     )
+
+
+def without(view: MeshView, rank: int) -> MeshView:
+    """The mesh after a host is gone."""
+    return replace(view, hosts=tuple(host for host in view.hosts if host.rank != rank))

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fluxmesh_coordinator.agents import macos, remote
+from fluxmesh.deadlines import DEADLINES
+from fluxmesh_coordinator.agents import macos
 from fluxmesh_coordinator.agents import macos_tools as tools
 
 WHEEL = """\
@@ -257,14 +258,14 @@ def test_tools_that_all_hang_are_given_up_before_who_asks_gives_up(
     """As on a Mac that swaps."""
     now = [0.0]
 
-    def hang(*command: str, seconds: float = macos.SECONDS, **_: Any) -> None:
+    def hang(*command: str, seconds: float = DEADLINES.tool, **_: Any) -> None:
         assert seconds > 0
         now[0] += seconds
 
     monkeypatch.setattr(macos.time, "monotonic", lambda: now[0])
     found = macos.collect(None, hang)
     assert found["gpu"] is None and found["identities"] == [None, None]
-    assert macos.TOGETHER == now[0] < remote.SECONDS["look"]
+    assert DEADLINES.tools == now[0] < DEADLINES.ask_look
 
 
 def test_crash_reports_of_python_of_the_last_day_are_named(tmp_path: Path) -> None:

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.wire import messages
-from fluxmesh_agent import upkeep
 from fluxmesh_coordinator.agents.client import AgentClient
 from tests.fakes import FakeMesh
 
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
-KEEP = messages.Keep(WEIGHTS, 1, 0, PARTS)
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "IDLE", 0.1)
-    monkeypatch.setattr(upkeep, "LEFT_OUT", 0.3)
+KEEP = messages.Keep(weights=WEIGHTS, shards=1, shard=0, components=PARTS)
 
 
 def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
     """Runs `body` with one agent."""
 
     async def run() -> None:
-        async with FakeMesh(folder, 1) as mesh:
+        async with FakeMesh(folder, 1, replace(DEADLINES, idle=0.1, left_out=0.3)) as mesh:
             await asyncio.wait_for(body(mesh), 30)
 
     asyncio.run(run())
@@ -107,10 +100,19 @@ def test_a_host_loads_beside_the_job_that_left_it_out(tmp_path: Path) -> None:
         async with client(mesh) as one:
             granted = await one.lease("job", 1.0, lambda _: None)
             await one.ask(KEEP, messages.Done)
-            head = (granted.fence, "job", granted.ring_generation, WEIGHTS)
-            await one.ask(messages.Load(*head, components=("transformer",)), messages.Done)
+            load = messages.Load(
+                fence=granted.fence,
+                job="job",
+                ring_generation=granted.ring_generation,
+                weights=WEIGHTS,
+                components=("transformer",),
+            )
+            await one.ask(load, messages.Done)
             await until(mesh, lambda status: status.state == "ready")
-            await one.ask(messages.Kill(granted.fence, granted.ring_generation + 1), messages.Done)
+            await one.ask(
+                messages.Kill(fence=granted.fence, ring_generation=granted.ring_generation + 1),
+                messages.Done,
+            )
             assert mesh.services[0].status().holds is None
             status = await until(mesh, lambda status: status.holds is not None)
             assert (status.holder != "", status.job) == (True, "job")
@@ -133,7 +135,13 @@ def test_a_lease_is_granted_while_the_host_loads_by_itself(tmp_path: Path) -> No
             assert (status.state, status.job, status.holds) == ("loading", "", None)
             granted = await one.lease("job", 1.0, lambda _: None)
             load = messages.Load(
-                granted.fence, "job", granted.ring_generation, WEIGHTS, 1, 0, PARTS
+                fence=granted.fence,
+                job="job",
+                ring_generation=granted.ring_generation,
+                weights=WEIGHTS,
+                shards=1,
+                shard=0,
+                components=PARTS,
             )
             await one.ask(load, messages.Done)
             heard = [await one.report()]
@@ -154,7 +162,15 @@ def test_a_job_with_other_weights_does_not_wait(tmp_path: Path) -> None:
             await until(mesh, lambda status: status.loading is not None)
             granted = await one.lease("job", 1.0, lambda _: None)
             other = ModelVariant("dev")
-            load = messages.Load(granted.fence, "job", granted.ring_generation, other, 1, 0, PARTS)
+            load = messages.Load(
+                fence=granted.fence,
+                job="job",
+                ring_generation=granted.ring_generation,
+                weights=other,
+                shards=1,
+                shard=0,
+                components=PARTS,
+            )
             await one.ask(load, messages.Done)
             while not isinstance(await one.report(), messages.Loaded):
                 continue
@@ -180,6 +196,6 @@ def test_an_idle_host_gets_ready_for_a_size_that_was_asked_for(tmp_path: Path) -
             assert mesh.services[0].status().compiled == ()  # a job has the host
             await one.ask(messages.LeaveQueue(), messages.Done)
             status = await until(mesh, lambda status: bool(status.compiled))
-            assert status.compiled == (messages.Compiled("data", 1, 64, 96),)
+            assert status.compiled == (StepShape.of(WEIGHTS, "data", 1, 64, 96),)
 
     play(tmp_path, body)

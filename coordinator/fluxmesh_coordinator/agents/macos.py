@@ -1,7 +1,7 @@
 """Looks at a Mac for `starter.look`, with the tools that come with macOS.
 
 What comes out is JSON, judged by `deploy/macos_checks.py` on the coordinator. A tool that is not
-there, fails or hangs leaves its value out, as all do that have had no turn within `TOGETHER`.
+there, fails or hangs leaves its value out, as all do that had no turn within `DEADLINES.tools`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fluxmesh
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh_coordinator.agents import macos_tools as tools
 
-SECONDS = 5.0  # that a tool may take
-PROBING = 30.0  # loading MLX, from a cold disk
-TOGETHER = 40.0  # all of them: whoever asks for a look waits for 60 (`remote.py`)
 DAY = 86400.0  # seconds
 
 # MLX loads in a process of its own, which is over before an engine needs the memory.
@@ -39,7 +37,7 @@ T = TypeVar("T")
 
 
 def run(
-    *command: str, seconds: float = SECONDS, env: Mapping[str, str] | None = None
+    *command: str, seconds: float = DEADLINES.tool, env: Mapping[str, str] | None = None
 ) -> str | None:
     """What a command prints; None where it is not there, fails, or takes longer."""
     try:
@@ -60,9 +58,9 @@ def run(
 
 def collect(models: str | None, run: Run = run) -> dict[str, Any]:
     """All that a program can look at; `models` is the folder that the hostfile names."""
-    end = time.monotonic() + TOGETHER
+    end = time.monotonic() + DEADLINES.tools
 
-    def ask(*command: str, seconds: float = SECONDS, **more: Any) -> str | None:
+    def ask(*command: str, seconds: float = DEADLINES.tool, **more: Any) -> str | None:
         left = end - time.monotonic()
         return run(*command, seconds=min(seconds, left), **more) if left > 0 else None
 
@@ -97,7 +95,7 @@ def collect(models: str | None, run: Run = run) -> dict[str, Any]:
         "paths": paths(models),
         "hidden": hidden_files(Path(sysconfig.get_path("purelib"))),
         # Last, for they may take long.
-        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=PROBING),
+        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=DEADLINES.mlx_loads),
         "identities": identities(ask),
     }
 
@@ -151,4 +149,6 @@ def flags(path: Path) -> int:
 def identities(run: Run) -> list[str | None]:
     """What names this process, as programs of two languages and time zones take it."""
     code = START.format(pid=os.getpid())
-    return [run(sys.executable, "-c", code, seconds=PROBING, env=place) for place in PLACES]
+    return [
+        run(sys.executable, "-c", code, seconds=DEADLINES.mlx_loads, env=place) for place in PLACES
+    ]

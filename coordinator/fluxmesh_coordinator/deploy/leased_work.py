@@ -7,30 +7,24 @@ can go wrong; here a host that fails is an error that names it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo, RingTiming
+from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
-from fluxmesh_coordinator.jobs.host import START, HostState
+from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
-from fluxmesh_coordinator.jobs.types import LeasedHost
-
-# What ends a unit of work that is given out here.
-LAST = (
-    *(messages.Loaded, messages.Timed, messages.RingTimed),
-    *(messages.TextEncoded, messages.Warmed),
-)
-
-MEASURING = 60.0  # seconds without a sign from engines that measure their ring
+from fluxmesh_coordinator.jobs.types import Job, LeasedHost
 
 
 class Errand:
@@ -39,35 +33,38 @@ class Errand:
     def __init__(self, client: AgentClient, granted: messages.Granted, work: Workload) -> None:
         self.client = client
         self.fence, self.ring_generation = granted.fence, granted.ring_generation
-        self._job, self._weights = f"up-{secrets.token_hex(4)}", work.weights
+        self.weights = work.weights
+        self._job = f"up-{secrets.token_hex(4)}"
 
     @property
-    def common(self) -> tuple[int, str, int, messages.ModelVariant]:
-        """What every unit of work begins with."""
-        return self.fence, self._job, self.ring_generation, self._weights
+    def common(self) -> dict[str, Any]:
+        """The fields that every unit of work has."""
+        return {"fence": self.fence, "job": self._job, "ring_generation": self.ring_generation}
 
     async def begin_anew(self) -> None:
         """Ends the engine, with all that it holds; the next work starts another."""
         self.ring_generation += 1
-        await self.client.ask(messages.Kill(self.fence, self.ring_generation), messages.Done)
+        await self.client.ask(
+            messages.Kill(fence=self.fence, ring_generation=self.ring_generation), messages.Done
+        )
 
-    async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
+    async def do(self, work: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
         """The reports about one unit of work, to the one that ends it.
 
         Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
         """
-        await self.client.ask(message, messages.Done)
+        await self.client.ask(work, messages.Done)
         while True:
             report = await self._report(silence)
             yield report
-            if isinstance(report, LAST):
+            if work.is_ended_by(report):
                 return
 
     async def join(self, join: messages.Join) -> None:
         """Takes its place in a ring. Raises as `do`."""
         await self.client.ask(join, messages.Done)
         self.ring_generation = join.ring_generation
-        while not isinstance(await self._report(START), messages.Joined):
+        while not isinstance(await self._report(DEADLINES.first_sign), messages.Joined):
             continue
 
     async def _report(self, silence: float) -> messages.Report:
@@ -80,23 +77,15 @@ class Errand:
                     f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
                     "`fluxmesh logs`."
                 ) from None
-            if getattr(report, "ring_generation", self.ring_generation) < self.ring_generation:
+            if isinstance(report, messages.EngineReport) and (
+                report.ring_generation < self.ring_generation
+            ):
                 continue  # left over from an engine that was ended
             if isinstance(report, messages.Failed):
                 raise error_of(report.kind, f"{self.client.title}: {report.text}")
             if isinstance(report, messages.Lost):
                 raise FluxmeshError(f"{self.client.title}: {report.reason}")
             return report
-
-
-class _Secret:
-    """What a ring proves itself with."""
-
-    def __init__(self) -> None:
-        self._random = secrets.token_bytes(32)
-
-    def nonce(self, ring_generation: int) -> bytes:
-        return hashlib.sha256(self._random + ring_generation.to_bytes(8, "big")).digest()
 
 
 async def form_ring(
@@ -134,11 +123,28 @@ async def form_ring(
             assert isinstance(message, messages.AskPorts)
             told = await errands[rank].client.ask(message, messages.Ports)
             orders += ring.answered(rank, message.ip, told.ports, states)
-    joins: Orders = ring.join(states, _Secret(), backend)
+    joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )
     return time.monotonic() - begun
+
+
+async def form_known_ring(
+    errands: Mapping[int, Errand],
+    hosts: Sequence[Host],
+    infos: Mapping[int, HostInfo],
+    backend: str,
+    known: Timings,
+) -> Timings:
+    """As `form_ring`; what is news of it: its collectives too, where nobody has timed them."""
+    seconds = await form_ring(errands, hosts, infos, backend)
+    timing = known.ring(backend, tuple(sorted(errands)))
+    if timing is None:
+        return Timings((await measure_ring(errands, backend, seconds),))
+    if not seconds:
+        return Timings()
+    return Timings((replace(timing, gathers=(), sums=(), forming_seconds=seconds),))
 
 
 async def measure_ring(
@@ -151,8 +157,8 @@ async def measure_ring(
     found: dict[int, messages.RingTimed] = {}
 
     async def one(rank: int) -> None:
-        work = messages.MeasureRing(*ring[rank].common[:3])
-        async for report in ring[rank].do(work, MEASURING):
+        work = messages.MeasureRing(**ring[rank].common)
+        async for report in ring[rank].do(work, DEADLINES.engine_sign):
             if isinstance(report, messages.RingTimed):
                 found[rank] = report
 
@@ -160,16 +166,11 @@ async def measure_ring(
     await together(one(rank) for rank in ranks)
     told = found[ranks[0]]
     return RingTiming(
-        backend, ranks, told.gathers, told.sums, told.hidden, forming_seconds, time.time()
+        backend=backend,
+        ranks=ranks,
+        gathers=told.gathers,
+        sums=told.sums,
+        hidden=told.hidden,
+        forming_seconds=forming_seconds,
+        when=time.time(),
     )
-
-
-async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All of it side by side; where one raises, the others are broken off first."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -48,7 +48,7 @@ def sizes_of(model: str) -> tuple[str, ModelSizes, bool]:
     try:
         checkpoint = hub.resolve(model, download=False)
     except ModelNotFoundError:
-        alias = model.lower().removeprefix("flux-")
+        alias = hub.alias_of(model)
         if alias not in hub.REPOS:
             raise
         return alias, published(alias), False
@@ -72,15 +72,15 @@ def load_assumption(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--assume {path}: {error.strerror or error}.") from None
+        raise UsageError(f"`assume` {path}: {error.strerror or error}.") from None
     except ValueError as error:
-        raise UsageError(f"--assume {path}: it is not JSON ({error}).") from None
+        raise UsageError(f"`assume` {path}: it is not JSON ({error}).") from None
     if not isinstance(data, dict):
-        raise UsageError(f"--assume {path}: expected an object with {', '.join(REQUIRED)}.")
+        raise UsageError(f"`assume` {path}: expected an object with {', '.join(REQUIRED)}.")
     for key in (*data, *REQUIRED):
         if key not in KEYS or key not in data:
             what = "is missing" if key in KEYS else f"is no key; expected {', '.join(KEYS)}"
-            raise UsageError(f"--assume {path}: {key} {what}.")
+            raise UsageError(f"`assume` {path}: {key} {what}.")
     read = {
         "memory": hostfile_fields.memory,
         "kind": lambda value: value if isinstance(value, str) else None,
@@ -93,7 +93,7 @@ def load_assumption(path: Path) -> dict[str, Any]:
     checked = {key: read.get(key, _positive)(value) for key, value in data.items()}
     for key, value in checked.items():
         if value is None:
-            raise UsageError(f"--assume {path}: {key} can't be {json.dumps(data[key])[:60]}.")
+            raise UsageError(f"`assume` {path}: {key} can't be {json.dumps(data[key])[:60]}.")
     return {"kind": "assumed", "platform": "metal", "warm": True, **NUMBERS, **checked}
 
 
@@ -103,7 +103,14 @@ def assumed_view(
     """What the hosts of `hostfile` would tell, were they as `assumption` says."""
     steps: dict[tuple[int, int], float] = assumption.get("step_seconds", {})
     measured = tuple(
-        StepTiming(weights.model, height, width, weights.dtype, weights.bits, seconds)
+        StepTiming(
+            model=weights.model,
+            height=height,
+            width=width,
+            dtype=weights.dtype,
+            bits=weights.bits,
+            step_seconds=seconds,
+        )
         for (height, width), seconds in steps.items()
     )
     memory, platform = assumption["memory"], assumption["platform"]
@@ -126,7 +133,7 @@ def assumed_view(
                 flops_per_second=assumption["flops_per_second"],
                 load_rate=assumption["load_rate"],
                 measured=measured,
-                holds=Holding(weights, nbytes) if warm else None,
+                holds=Holding(weights=weights, nbytes=nbytes) if warm else None,
                 device=host.machine,
                 platform=platform,
                 machine_bytes=machine,
@@ -144,7 +151,7 @@ def _links(hostfile: Hostfile, assumption: dict[str, Any]) -> tuple[LinkInfo, ..
     near = assumption.get("links", "ring" if ring else "all") == "ring"
     rate, latency = assumption["link_rate"], assumption["link_latency"]
     return tuple(
-        LinkInfo(a, b, rate, latency)
+        LinkInfo(source=a, target=b, rate=rate, latency=latency)
         for a in range(count)
         for b in range(count)
         if a != b and (not near or (a - b) % count in (1, count - 1))

@@ -9,10 +9,9 @@ a sum. The modulations, 27% of FLUX, give up rows too. `loading.py` reads a shar
 
 from __future__ import annotations
 
-from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.partition import Cut, Shard
+from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups
 
 
 def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
@@ -55,23 +54,12 @@ def obstacle(config: FluxConfig, size: int, quantized: bool = False) -> str | No
         return f"{config.mlp_hidden_dim} MLP columns don't divide by {size}"
     if not quantized:
         return None
-    for name, cut in cuts(config, Shard(0, size)).items():
-        group = group_size("transformer", f"{name}.weight", (1, cut.length))
-        if cut.axis == 1 and group and any(end % group for span in cut.spans for end in span):
-            width = cut.spans[0][1] - cut.spans[0][0]
-            return (
-                f"a host's {width} columns of {name} are not whole quantization groups of {group}"
-            )
-    return None
+    return split_groups(
+        cuts(config, Shard(0, size)),
+        lambda name, columns: group_size("transformer", f"{name}.weight", (1, columns)),
+    )
 
 
 def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
     """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
-    reason = obstacle(config, size, quantized)
-    if reason is None:
-        return
-    fit = [n for n in range(1, config.num_heads + 1) if obstacle(config, n, quantized) is None]
-    raise UsageError(
-        f"The transformer can't be sharded over {size} hosts: {reason}; use "
-        f"{', '.join(map(str, fit))} of them, or --placement sequence."
-    )
+    refuse_obstacle(lambda n: obstacle(config, n, quantized), size, config.num_heads)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 from fluxmesh.cluster.snapshot import RingTiming, Timings
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 from fluxmesh_coordinator.jobs.generation.state import GenerationState
-from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.host import HostState, Readiness
 
 NOTHING = Timings()
 
@@ -41,8 +42,9 @@ class Observer:
             if ring is None or not self._leads(host):
                 return
             ranks = ring.ranks
-        is_warm = all(self.state.hosts[rank].is_warm(message) for rank in ranks)
-        self._times.given(message.image, (message.placement, ranks), now, is_warm=is_warm)
+        found = {self.state.hosts[rank].readiness(message) for rank in ranks}
+        readiness = min(found, key=get_args(Readiness).index)  # of the one that is least ready
+        self._times.given(message.image, (message.placement, ranks), now, readiness)
 
     def prepares(self) -> None:
         """A host loads."""
@@ -68,22 +70,38 @@ class Observer:
         ring.timed.add(host.rank)
         if ring.timed != set(ring.ranks):
             return NOTHING
-        found = (report.gathers, report.sums, report.hidden, ring.formed)
-        return Timings((RingTiming(backend, ring.ranks, *found),))
+        timing = RingTiming(
+            backend=backend,
+            ranks=ring.ranks,
+            gathers=report.gathers,
+            sums=report.sums,
+            hidden=report.hidden,
+            forming_seconds=ring.formed,
+        )
+        return Timings((timing,))
 
     def stepped(
-        self, host: HostState, paint: messages.Paint, report: messages.Stepped, now: float
+        self,
+        host: HostState,
+        paint: messages.Paint,
+        report: messages.Stepped,
+        now: float,
+        begun: float | None,
     ) -> None:
-        """A step is done; of a ring, the first rank's count."""
+        """A step is done; of a ring, the first rank's count. `begun`: when the image was next."""
         if paint.placement == "data" or self._leads(host):
-            painting = now - host.since(paint, now)
+            painting = 0.0 if begun is None else now - begun
             self._times.stepped(report.image, report.step, report.seconds, painting)
 
     def pictured(
-        self, host: HostState, decode: messages.Decode, report: messages.Pictured, now: float
+        self,
+        decode: messages.Decode,
+        report: messages.Pictured,
+        now: float,
+        begun: float | None,
     ) -> None:
-        """A picture is there."""
-        took = (now - host.since(decode, now)) / len(decode.images)
+        """A picture is there. `begun`: when its decode was next."""
+        took = 0.0 if begun is None else (now - begun) / len(decode.images)
         self._times.decoded(report.image, report.seconds, took)
 
     def finished(self) -> Timings:

@@ -10,21 +10,17 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator.jobs.host import SILENCE, SLACK, HostState
+from fluxmesh.wire.messages import training
+from fluxmesh_coordinator.jobs.host import SLACK, HostState
 from fluxmesh_coordinator.jobs.state import Sender
 from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainingJob, Vectors
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
 WINDOW = 16 << 20  # bytes on their way to a host that it has not answered yet
-PIECE = 1 << 20  # numbers of a vector in a message
 KEPT = 1 << 30  # bytes of features that a host keeps
 SMOOTH = 0.3  # of the running mean of a micro-batch's seconds
-FIRST = 300.0  # seconds in which a new ring's first micro-batch is done
-LEAST = 30.0  # seconds in which a later one is, at least
 LATE = 8.0  # times the longest that nothing was done before: then the ring hangs
 
 
@@ -34,6 +30,7 @@ class Pace:
 
     since: float = 0.0  # when something was done last
     longest: float | None = None  # seconds in which nothing was done, in this ring
+    deadlines: Deadlines = DEADLINES
 
     def begins(self, now: float) -> None:
         """An update does."""
@@ -51,7 +48,9 @@ class Pace:
     @property
     def limit(self) -> float:
         """Seconds in which something is done, if nothing hangs."""
-        return FIRST if self.longest is None else max(LEAST, LATE * self.longest)
+        if self.longest is None:
+            return self.deadlines.first_micro_batch
+        return max(self.deadlines.micro_batch, LATE * self.longest)
 
 
 class TrainingHost(HostState):
@@ -67,7 +66,7 @@ class TrainingHost(HostState):
         now: float,
     ) -> None:
         """`pace` is that of the ring that it is in, `send` puts a message on its way."""
-        super().__init__(leased, now)
+        super().__init__(leased, now, pace.deadlines)
         self.job, self.names, self.pace, self._send = job, names, pace, send
         self.is_open = False
         self.has_room = False  # it was told to make room for encoders
@@ -93,7 +92,7 @@ class TrainingHost(HostState):
 
     def cancel_deadline(self) -> float:
         """An update hears of a cancel between two micro-batches."""
-        return max(SILENCE, SLACK * (self.pace.longest or 0.0)) * self.patience
+        return max(self.deadlines.silence, SLACK * (self.pace.longest or 0.0)) * self.patience
 
     # Sending
 
@@ -105,7 +104,7 @@ class TrainingHost(HostState):
     def _pump(self) -> None:
         """Sends what the window allows."""
         while self._backlog:
-            size = _bytes(self._backlog[0])
+            size = self._backlog[0].array_bytes
             if self._under_way and size and self._under_way + size > WINDOW:
                 return
             message = self._backlog.popleft()
@@ -113,7 +112,7 @@ class TrainingHost(HostState):
             self._send(self, message)
 
     def answered(self, request: messages.Message) -> None:
-        self._under_way = max(0, self._under_way - _bytes(request))
+        self._under_way = max(0, self._under_way - request.array_bytes)
         self._pump()
 
     def forget_unsent(self) -> None:
@@ -147,7 +146,12 @@ class TrainingHost(HostState):
         """Has the transformer leave where it and the encoders don't fit together."""
         if not self.has_room:
             self.put(
-                training.MakeRoom(self.fence, self.job.id, self.ring_generation, self.job.weights)
+                training.MakeRoom(
+                    fence=self.fence,
+                    job=self.job.id,
+                    ring_generation=self.ring_generation,
+                    weights=self.job.weights,
+                )
             )
             self.has_room = True
 
@@ -155,7 +159,7 @@ class TrainingHost(HostState):
         """Hands it the run, at a state."""
         fence, job, ring_generation = self.fence, self.job.id, self.ring_generation
         for name, vector in vectors.items() if update else ():
-            for offset in range(0, len(vector), PIECE):
+            for offset, numbers in training.in_pieces(vector):
                 self.put(
                     training.PutVector(
                         fence=fence,
@@ -164,7 +168,7 @@ class TrainingHost(HostState):
                         vector=name,
                         offset=offset,
                         total=len(vector),
-                        numbers=vector[offset : offset + PIECE],
+                        numbers=numbers,
                     )
                 )
         self.put(
@@ -192,13 +196,16 @@ class TrainingHost(HostState):
             if name not in self._features
         ]
         for features in lacks:
-            self._features[features.name] = _bytes(features)
+            self._features[features.name] = features.array_bytes
         dropped = []
         while sum(self._features.values()) > KEPT and next(iter(self._features)) not in needed:
             dropped.append(self._features.popitem(last=False)[0])
         if dropped:
             drop = training.DropFeatures(
-                self.fence, self.job.id, self.ring_generation, tuple(dropped)
+                fence=self.fence,
+                job=self.job.id,
+                ring_generation=self.ring_generation,
+                features=tuple(dropped),
             )
             self.put(drop)
         for features in lacks:
@@ -223,20 +230,36 @@ class TrainingHost(HostState):
     def validate(self) -> None:
         """Has it measure on what was held out."""
         self.bring(self.names.held_out())
-        self.put(training.Validate(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.Validate(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def paint(self) -> None:
         """Has it paint the progress prompt."""
         self.bring(self.names.prompt())
-        self.put(training.PaintProgress(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.PaintProgress(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def give(self) -> None:
         """Has it send its state."""
-        self.put(training.GiveVectors(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.GiveVectors(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def close(self) -> None:
         """Has it leave the transformer as it was."""
-        self.put(training.CloseTraining(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.CloseTraining(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def computed(self, seconds: float) -> None:
         """A micro-batch is done; the first one of an engine compiles, and tells nothing."""
@@ -244,7 +267,3 @@ class TrainingHost(HostState):
         if self._computed > 1:
             known = seconds if self.seconds is None else self.seconds
             self.seconds = known + SMOOTH * (seconds - known)
-
-
-def _bytes(message: messages.Message) -> int:
-    return sum(value.nbytes for value in vars(message).values() if isinstance(value, np.ndarray))

@@ -1,0 +1,280 @@
+"""Training end to end on a random model: the same bytes however the work is cut up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxmesh.errors import (
+    CancelledError,
+    DoesNotFitError,
+    FluxmeshError,
+    OutputError,
+    UsageError,
+)
+from fluxmesh.training import checkpoint
+from fluxmesh.training.compute.learner import Learner, UpdateResult
+from fluxmesh.training.events import (
+    Prepared,
+    Progress,
+    Updated,
+    Validated,
+)
+from fluxmesh.training.local_executor import DivergedError, train
+from fluxmesh.training.micro_batches import deal
+from fluxmesh.training.run import Run
+from tests.trainings import FINAL, asked, final, learner, make_place, of, run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("training"))
+
+
+# --- the same training ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, dtype):
+    """20 updates of 8 micro-batches; 3 hosts don't divide 8. Each deal is summed on its own."""
+    request = asked(
+        place, tmp_path, dtype=dtype, iterations=160, grad_accumulate=8, batch_size=1, lora_blocks=2
+    )
+    made = learner(request)
+    start = made.state
+    found = []
+    for hosts in (1, 2, 3):
+        made.state = start
+        made.adapters.install(made.adapters.unflatten(start.weights))
+        for update in range(request.updates):
+            numbers = request.micro_batches(update)
+            totals = [made.total(hand, len(numbers)) for hand in deal(numbers, [1.0] * hosts)]
+            total = totals[-1]
+            for other in totals[:-1]:
+                total = total + other
+            assert made.advance(total).bad == 0
+        found.append(np.array(made.state.weights).tobytes())
+    assert found[0] == found[1] == found[2]
+    assert found[0] != np.array(start.weights).tobytes()
+
+
+def test_what_is_looked_at_on_the_way_changes_nothing(place, tmp_path):
+    run(asked(place, tmp_path / "a"))
+    events = run(
+        asked(
+            place,
+            tmp_path / "b",
+            progress_prompt="a cat",
+            progress_every=4,
+            checkpoint_every=16,
+            grad_checkpoint=True,
+        )
+    )
+    assert final(tmp_path / "a") == final(tmp_path / "b")
+    pictures = of(events, Progress)
+    assert [event.iteration for event in pictures] == [0, 4, 8, 12, 16]
+    assert pictures[0].pixels.shape == (32, 32, 3)
+    assert (pictures[0].pixels != pictures[-1].pixels).any()
+
+
+def test_another_seed_gives_another_adapter(place, tmp_path):
+    run(asked(place, tmp_path / "a"))
+    run(asked(place, tmp_path / "b", seed=8))
+    assert final(tmp_path / "a") != final(tmp_path / "b")
+
+
+# --- resume --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(place, tmp_path_factory) -> str:
+    """The adapter of a run that nothing stopped, with an average of weights and validation."""
+    out = tmp_path_factory.mktemp("straight")
+    run(asked(place, out, **RESUMED))
+    return final(out)
+
+
+RESUMED = {"ema": 0.95, "validation": 1, "optimizer": "adamw"}
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path, straight, updates):
+    events = train(asked(place, tmp_path, checkpoint_every=16, **RESUMED))
+    for event in events:
+        if isinstance(event, Updated) and event.update == updates:
+            break
+    events.close()
+    assert checkpoint.iterations(tmp_path) == [4 * updates]
+    again = run(asked(place, tmp_path, resume=True, **RESUMED))
+    assert of(again, Prepared)[0].begins_at == updates
+    assert [event.update for event in of(again, Updated)] == list(range(updates + 1, 5))
+    assert final(tmp_path) == straight
+
+
+PROGRAM = """
+import sys
+from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.local_executor import train
+for event in train(TrainRequest(**eval(sys.argv[1]))):
+    print(type(event).__name__, flush=True)
+"""
+
+
+def lines_until(process: subprocess.Popen, word: str, count: int) -> Iterator[str]:
+    for line in process.stdout:
+        yield line
+        count -= line.strip() == word
+        if not count:
+            return
+
+
+@pytest.mark.parametrize(("word", "count"), [("Updated", 2), ("CheckpointSaved", 2)])
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(place, tmp_path, straight, word, count):
+    fields = dataclasses.asdict(asked(place, tmp_path, **RESUMED))
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, repr(fields)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        assert list(lines_until(process, word, count))[-1].strip() == word
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / FINAL).exists()
+    run(asked(place, tmp_path, resume=True, **RESUMED))
+    assert final(tmp_path) == straight
+
+
+def test_resuming_a_run_that_is_done_trains_nothing(place, tmp_path):
+    run(asked(place, tmp_path))
+    before = final(tmp_path)
+    assert of(run(asked(place, tmp_path, resume=True)), Updated) == []
+    assert final(tmp_path) == before
+
+
+def test_a_resume_of_another_run_is_refused(place, tmp_path):
+    run(asked(place, tmp_path))
+    with pytest.raises(UsageError, match="lora_rank was 4 and is 8"):
+        run(asked(place, tmp_path, resume=True, lora_rank=8))
+    with pytest.raises(OutputError, match="`resume`"):
+        run(asked(place, tmp_path))
+
+
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_whole_update(
+    place, tmp_path, straight, monkeypatch
+):
+    gradient = Learner.gradient
+
+    def interrupted(self, part, *more):
+        if part.micro.number == 10:  # in the third update
+            raise KeyboardInterrupt
+        return gradient(self, part, *more)
+
+    monkeypatch.setattr(Learner, "gradient", interrupted)
+    with pytest.raises(CancelledError, match="iteration 8"):
+        run(asked(place, tmp_path, checkpoint_every=16, **RESUMED))
+    assert checkpoint.iterations(tmp_path) == [8]
+    monkeypatch.undo()
+    run(asked(place, tmp_path, resume=True, **RESUMED))
+    assert final(tmp_path) == straight
+
+
+def test_ctrl_c_before_an_update_is_counted_loses_nothing(place, tmp_path, straight, monkeypatch):
+    count, counted = Run._count, []
+
+    def interrupted(self, moved):
+        counted.append(moved)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        count(self, moved)
+
+    monkeypatch.setattr(Run, "_count", interrupted)
+    with pytest.raises(CancelledError, match="iteration 12"):
+        run(asked(place, tmp_path, checkpoint_every=16, **RESUMED))
+    assert counted[3] is counted[2]
+    monkeypatch.undo()
+    run(asked(place, tmp_path, resume=True, **RESUMED))
+    assert final(tmp_path) == straight
+
+
+def test_old_checkpoints_go_but_the_best_stays(place, tmp_path):
+    events = run(asked(place, tmp_path, validation=1, keep_checkpoints=1, learning_rate=0.5))
+    losses = {event.iteration: event.loss for event in of(events, Validated)}
+    best = min(losses, key=losses.__getitem__)
+    assert [event.iteration for event in of(events, Validated) if event.best][-1] == best
+    assert checkpoint.iterations(tmp_path) == sorted({best, 16})
+
+
+# --- when it goes wrong --------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(place, tmp_path, monkeypatch):
+    gradient = Learner.gradient
+
+    def broken(self, part, *more):
+        if part.micro.number == 9:
+            self.flux.img_in.bias = self.flux.img_in.bias * float("nan")
+        return gradient(self, part, *more)
+
+    monkeypatch.setattr(Learner, "gradient", broken)
+    with pytest.raises(DivergedError, match=r"iteration 12.*0000008_adapters"):
+        run(asked(place, tmp_path))
+    assert checkpoint.iterations(tmp_path) == [4, 8]
+    saved = checkpoint.latest(tmp_path)
+    assert all(np.isfinite(vector).all() for vector in saved.vectors.values())
+
+
+def test_a_loss_that_explodes_stops_the_run(place, tmp_path, monkeypatch):
+    advance = Learner.advance
+
+    def exploding(self, total) -> UpdateResult:
+        moved = advance(self, total)
+        factor = 1000 if self.state.update > 12 else 1
+        return dataclasses.replace(moved, loss=factor * moved.loss)
+
+    monkeypatch.setattr(Learner, "advance", exploding)
+    with pytest.raises(DivergedError, match="rose from"):
+        run(asked(place, tmp_path, iterations=40, grad_accumulate=2))
+
+
+# --- the device ----------------------------------------------------------------------------------
+
+METAL = "[METAL] Command buffer execution failed: "
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        (
+            f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            DoesNotFitError,
+            "Memory ran out while training .*; try `grad_checkpoint`, `quantize`",
+        ),
+        (
+            f"{METAL}Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+            FluxmeshError,
+            "macOS ended the GPU's work while training, because the display had to wait",
+        ),
+        ("shapes (2) and (3) can't be added", RuntimeError, "shapes"),  # a mistake of ours
+    ],
+)
+def test_what_the_device_fails_of_is_told_with_what_helps(
+    place, tmp_path, monkeypatch, said, kind, told
+):
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(Learner, "total", fail)
+    with pytest.raises(kind, match=told) as caught:
+        run(asked(place, tmp_path))
+    assert type(caught.value) is kind
