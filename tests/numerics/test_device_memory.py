@@ -101,7 +101,8 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
             Decode(**HEAD, weights=weights, images=(0,), height=32, width=48, latents=paint.noise),
             [for_pixels],
         ),
-        (Measure(**HEAD, weights=weights, height=32, width=48), [for_steps, for_pixels]),
+        # It begins with a trial picture.
+        (Measure(**HEAD, weights=weights, height=32, width=48), [for_steps, for_pixels] * 2),
     ]
     for unit, rooms in units:
         limits.clear()
