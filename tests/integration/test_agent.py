@@ -21,6 +21,7 @@ import pytest
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Picture
+from fluxmesh.kernels.ops import device
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.storage.processes import started_at
 from fluxmesh.version import __version__
@@ -128,13 +129,14 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProce
             status = await one.status()
             assert status.state == "idle"
             assert status.holds is None
-            # What Metal recommends is less than an idle Mac has free.
+            # What Metal recommends is less than an idle Mac has free. Without /proc nobody knows
+            # better than that all of it is.
             whole = psutil.virtual_memory().total
-            assert 1 << 20 < status.memory_bytes <= whole and 1 << 20 < status.free_bytes < whole
+            assert 1 << 20 < status.memory_bytes <= whole and 1 << 20 < status.free_bytes <= whole
             assert status.flops_per_second > 1e8
             assert abs(status.clock - time.time()) < 5
             assert status.kind != "unknown"
-            assert status.platform == "cpu" and status.machine_bytes > status.free_bytes
+            assert status.platform == device() and status.machine_bytes >= status.free_bytes
             assert status.pid == host.process.pid
 
     play(scene())

@@ -17,7 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
+from fluxmesh.kernels.ops import device
+from fluxmesh.planning.workload import ModelSizes, Workload
+from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.processes import started_at
+from fluxmesh.weights import hub
 from fluxmesh_coordinator.agents.launch import start_ephemeral
 from fluxmesh_coordinator.agents.status import survey
 from tests.integration.conftest import FinishedProcess, environment
@@ -145,8 +149,11 @@ def test_a_mesh_of_this_machine_needs_no_hostfile(machine: MeshMachine) -> None:
 
 
 def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: MeshMachine) -> None:
-    machine.model = Path("tiny")  # 29 MB whole, 21 MB for half of it
-    done = machine.up(machine.hostfile(2, memory="25MB"))
+    machine.model = Path("tiny")
+    work = Workload.of(GenerateRequest("", 0, "tiny"), ModelSizes.of(hub.resolve("tiny")))
+    # A decode takes more on Metal: 37 MB whole and 29 MB for half of it, where a CPU has 29 and 21.
+    needs = [max(work.memory("tensor", 2, shards, device())) for shards in (1, 2)]
+    done = machine.up(machine.hostfile(2, memory=sum(needs) // 2))
     hosts = done.of("up")[0]["hosts"]
     assert [(host["holds"]["shard"], host["holds"]["shards"]) for host in hosts] == [(0, 2), (1, 2)]
     whole = machine("plan", "--json").of("plan")[0]
