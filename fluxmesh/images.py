@@ -23,6 +23,10 @@ MULTIPLE = 16  # pixels: one packed 2x2 patch of latents, at 8 pixels a latent
 STRENGTH = 0.6  # of image-to-image, when the user gives none
 REPAINT = 1.0  # of inpainting and outpainting: nothing is kept of what is painted over
 MAX_MASK_SKEW = 0.02  # how far the mask's proportions may be from the picture's
+# iPhones save photos so, and Pillow alone does not read them.
+HEIF_SUFFIXES = (".heic", ".heif")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
+TO_JPEG = "on a Mac by `sips -s format jpeg IN.heic --out OUT.jpg`"
 
 PictureFile = str | PathLike[str]
 Margins = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -160,12 +164,31 @@ def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise UsageError(f"{name} has too many pixels; scale it down first.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if _is_heif(file):
+            raise UsageError(
+                f"{name} is HEIC, as iPhones save photos, which can't be read; make a JPEG of it, "
+                f"{TO_JPEG}."
+            ) from None
         unknown = isinstance(error, UnidentifiedImageError)  # whose text is Python's own name
         detail = "unknown format" if unknown else str(error).partition("\n")[0]
         detail = detail or type(error).__name__
         raise UsageError(
             f"{name} can't be read as a picture ({detail}); give a PNG, JPEG or WebP file."
         ) from None
+
+
+def _is_heif(file: Path | io.BytesIO) -> bool:
+    """By the brand in the box that such a file begins with (ISO/IEC 23008-12, annex B)."""
+    try:
+        head = file.getvalue()[:12] if isinstance(file, io.BytesIO) else _head(file, 12)
+    except OSError:
+        return False
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
+
+
+def _head(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def _over(picture: Image.Image, background: int) -> np.ndarray:

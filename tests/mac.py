@@ -79,7 +79,7 @@ class Mac:
 
     def is_awake(self) -> bool:
         """Whether one of them runs now."""
-        return any(_runs(pid) for pid, _ in self._started())
+        return any(runs(pid) for pid, _ in self._started())
 
     def _started(self) -> list[tuple[int, str]]:
         log = self.folder / "caffeinate.log"
@@ -93,7 +93,7 @@ class Mac:
         return path
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -31,6 +31,7 @@ done
 
 python=.venv/bin/python
 work="$(mktemp -d "${TMPDIR:-/tmp}/fluxmesh-check.XXXXXX")" || exit 1
+work="$(cd "$work" && pwd -P)"  # as programs print it: macOS's own has a link and a // in it
 report="$work/report"
 # Of this run alone, with ports of its own: a mesh of yours that is up is not touched.
 export FLUXMESH_HOME="$work/home" FLUXMESH_STATE="$work/state"
@@ -38,7 +39,7 @@ export FLUXMESH_HOME="$work/home" FLUXMESH_STATE="$work/state"
 running=""
 finish() {
   trap - EXIT INT TERM
-  [ -n "$running" ] && kill "$running" 2>/dev/null
+  [ -n "$running" ] && kill -- "-$running" 2>/dev/null
   [ -x "$python" ] && "$python" -m fluxmesh_coordinator down --force >/dev/null 2>&1
   rm -rf "$work"
 }
@@ -65,18 +66,21 @@ literal() {
   printf '%s' "$1" | sed 's/[][\.*^$(){}+?|#]/\\&/g'
 }
 
-# limit SECONDS COMMAND ...: macOS has no timeout(1). 124 where it takes longer.
+# limit SECONDS COMMAND ...: macOS has no timeout(1). 124 where it takes longer; then all ends that
+# the command has started.
 limit() {
   local seconds="$1" spent=0 pid
   shift
+  set -m  # it gets a process group of its own
   "$@" &
   pid=$!
+  set +m
   running=$pid
   while kill -0 "$pid" 2>/dev/null; do
     if [ "$spent" -ge "$seconds" ]; then
-      kill "$pid" 2>/dev/null
+      kill -- "-$pid" 2>/dev/null
       sleep 5
-      kill -9 "$pid" 2>/dev/null
+      kill -9 -- "-$pid" 2>/dev/null
       wait "$pid" 2>/dev/null
       running=""
       return 124
@@ -157,8 +161,9 @@ END
 
 # Whether anything keeps this Mac awake while a job runs.
 awake() {
-  cli generate "a red apple" --model tiny --steps 400 --seed 1 --output "$work/long.png" --force \
-    >/dev/null 2>&1 &
+  # Not by `cli`: its shell would end, and not what it runs.
+  "$python" -m fluxmesh_coordinator generate "a red apple" --model tiny --steps 400 --seed 1 \
+    --output "$work/long.png" --force >/dev/null 2>&1 &
   local job=$! tries=0
   while [ $tries -lt 20 ] && kill -0 $job 2>/dev/null; do
     sleep 1

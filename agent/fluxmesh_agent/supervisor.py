@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxmesh.deadlines import DEADLINES
+from fluxmesh.engine.gpu_errors import ON_DARWIN
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
@@ -31,13 +32,6 @@ from fluxmesh_agent import kernels
 from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
-
-# Of engines on a Mac, unless the environment says otherwise. Where a display is on, macOS may end
-# work of the GPU that the display has to wait for: trainings, and pictures of 2048 x 2048 pixels
-# (https://github.com/ml-explore/mlx/issues/3267). All engines have it, for the variable is set when
-# a process starts, and the same process paints and trains later. The price is a display that may
-# stutter meanwhile; the way to be sure is a display that sleeps.
-ON_DARWIN = {"AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,7 @@ class Supervisor:
             **({} if compiled is None else {kernels.VARIABLE: str(compiled)}),
             # MLX computes on one GPU; with two in sight and float32, it was seen to abort.
             "CUDA_VISIBLE_DEVICES": "0",
+            # Of all engines: one that paints now may train later.
             **(ON_DARWIN if sys.platform == "darwin" else {}),
             **os.environ,
             # float32 means float32; bfloat16 doesn't care. Read when mlx loads.

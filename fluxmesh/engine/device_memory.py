@@ -77,7 +77,7 @@ def decoding_room(
     config: AutoencoderConfig, height: int, width: int, dtype: mx.Dtype, scarce: bool
 ) -> float:
     """Bytes for what the decoder, or the encoder, computes of a picture of so many pixels."""
-    largest = height * width * config.widths[min(1, len(config.widths) - 1)] * dtype.size
+    largest = activations.largest_of_decode(config, height, width, dtype.size)
     return activations.decoding_room(largest, device(), scarce)
 
 

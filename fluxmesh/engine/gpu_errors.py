@@ -1,7 +1,7 @@
-"""What Metal says when macOS ends work of the GPU, in words that help. Pure: texts in, texts out.
+"""What Metal says when macOS ends work of the GPU, in words that help: texts in, texts out.
 
-Beside the worker, whose exceptions an engine shows to this before it reports them. MLX hands on
-the text of the command buffer's error, for example
+Beside the worker, whose exceptions an engine shows to this before it reports them, as a training
+without a mesh does. MLX hands on the text of the command buffer's error, for example
 
     [METAL] Command buffer execution failed: Impacting Interactivity
     (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity).
@@ -12,9 +12,16 @@ is not among them (`worker.is_out_of_memory`).
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 
 RELAX = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"  # "1": the driver gives a kernel longer before it ends it
+# Of what computes on a Mac, unless the environment says otherwise. Where a display is on, macOS may
+# end work of the GPU that the display has to wait for: trainings, and pictures of 2048 x 2048
+# pixels (https://github.com/ml-explore/mlx/issues/3267). The price is a display that may stutter
+# meanwhile; the way to be sure is a display that sleeps.
+ON_DARWIN = {RELAX: "1"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,13 @@ def gpu_end(error: BaseException) -> GpuEnd | None:
     """Which of them an exception of MLX tells of; None for any other."""
     text = str(error).lower()
     return next((end for end in ENDS if any(word in text for word in end.words)), None)
+
+
+def relax() -> None:
+    """On a Mac, has the driver give this process's own work longer; before anything loads MLX."""
+    if sys.platform == "darwin":
+        for name, value in ON_DARWIN.items():
+            os.environ.setdefault(name, value)
 
 
 def explain(end: GpuEnd, doing: str, *, in_ring: bool, relaxed: bool) -> str:

@@ -93,8 +93,7 @@ class Worker(ModelStore):
                 raise
             name = "the model" if self.weights is None else self.weights.model
             raise DoesNotFitError(
-                f"Memory ran out while {self.doing} with {name}; try `quantize`, "
-                "`low_memory` or a smaller `image_size`."
+                f"Memory ran out while {self.doing} with {name}; try {self.less_memory(work)}."
             ) from error
         finally:
             self.quiet = ""
@@ -109,6 +108,10 @@ class Worker(ModelStore):
                 yield report
                 start = time.perf_counter()
         self.count(busy_seconds=time.perf_counter() - start)
+
+    def less_memory(self, work: messages.Work) -> str:
+        """What makes units like this one take less, as options."""
+        return "`quantize`, `low_memory` or a smaller `image_size`"
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:
         """What does each kind of unit."""

@@ -1,4 +1,4 @@
-"""What a step and a decode hold beside the weights, in bytes, on each platform. Pure.
+"""What a step, a decode and a gradient hold beside the weights, in bytes. Pure.
 
 Below `workload.py`, which counts with it what a host must have, and `engine/device_memory.py`,
 which bounds with it how far MLX runs ahead of the device: planned and allowed are figures of one
@@ -9,6 +9,8 @@ the finest level, H x W pixels of its channels.
 from __future__ import annotations
 
 from fluxmesh.cluster.snapshot import Platform
+from fluxmesh.models.flux1.config import AutoencoderConfig
+from fluxmesh.models.tiling import UNTILED_LATENTS
 
 STATES = 24  # hidden states that a step holds at once, at most
 SPLIT_STATES = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
@@ -17,6 +19,10 @@ DECODE_ARRAYS = 4  # of the largest size that a decode holds at once
 # On Metal a 3x3 convolution is Winograd's (https://arxiv.org/abs/1509.09308): beside its input and
 # output it holds 3.7 times its input, as mlx#4102 measured.
 WINOGRAD = 3.7
+# Of a checkpointed gradient, in hidden states, measured on a CPU with nothing queued: what each
+# block leaves, and what the block whose turn it is takes.
+KEPT, IN_USE = 3, 90
+SCORES = 64 * 2**20  # bytes of attention weights at a time, on the way back
 
 
 def denoising_room(state: int, platform: Platform, scarce: bool) -> float:
@@ -29,6 +35,15 @@ def denoising_room(state: int, platform: Platform, scarce: bool) -> float:
     if scarce or platform != "cuda":
         return max(1.5e9, 70 * state)
     return max(3e9, 106 * state)  # a step's results together are about 500
+
+
+def largest_of_decode(config: AutoencoderConfig, height: int, width: int, size: int) -> int:
+    """Bytes of the largest array when so many pixels are decoded in numbers of `size` bytes.
+
+    A picture that is cut into tiles has none that is larger than the largest that isn't.
+    """
+    pixels = min(height * width, UNTILED_LATENTS * config.downsampling**2)
+    return pixels * config.widths[min(1, len(config.widths) - 1)] * size
 
 
 def decoding_room(largest: int, platform: Platform, scarce: bool) -> float:
@@ -46,3 +61,12 @@ def decoding_bytes(largest: int, platform: Platform) -> int:
     """Bytes that a decode takes at once, beside the autoencoder's weights."""
     arrays = DECODE_ARRAYS + (WINOGRAD if platform == "metal" else 0)
     return int(arrays * largest)
+
+
+def gradient_bytes(state: int, blocks: int) -> int:
+    """Bytes that a checkpointed gradient of a model of so many blocks takes at once, with some to
+    spare; beside the model, what is trained, and a sum for each number of that.
+
+    `state` is a hidden state's bytes, of all images of the micro-batch.
+    """
+    return (KEPT * blocks + IN_USE) * state + 3 * SCORES

@@ -4,13 +4,13 @@ Beside `capacity.py`. `plan.py` and `fluxmesh up` say how they tell whether some
 what is tried, in the order in which it costs the user least: weights of 8 bits, loading the
 transformer in two parts for each picture, fewer bits, a smaller picture. Beside these two things
 that change no request: memory that other programs hold, and the share of a Mac's memory that macOS
-lets a GPU use.
+lets a GPU use. A training has ways of its own (`training/needs.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fluxmesh.cluster.snapshot import HostInfo, MeshView
@@ -33,6 +33,9 @@ class Remedy:
     low_memory: bool = False
     one_by_one: bool = False  # text encoders only when they are needed, one picture decoded at once
     side: int = 0  # pixels of a square picture
+    grad_checkpoint: bool = False  # of a training, as the next two
+    lora_rank: int = 0
+    resolution: int = 0  # pixels of a side
     freed: bool = False  # other programs end
     wired_mib: int = 0  # what macOS is told to let the GPU use
 
@@ -55,6 +58,25 @@ def for_weights(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...
     found = list(_first(changed, view, fits))
     wired = _wired(work, view, fits)
     return (*found, wired) if wired is not None else tuple(found)
+
+
+def of_training(
+    ways: Sequence[Remedy], view: MeshView, fits: Callable[[int, MeshView], bool]
+) -> tuple[Remedy, ...]:
+    """As `remedies`: `ways` begin with the training as it is asked for, each with what it needs.
+
+    `fits` tells whether so many bytes do on a host of a view.
+    """
+    if not ways:
+        return ()
+    asked, *changed = ways
+    found = [way for way in changed if fits(way.needed, view)][:1]
+    if fits(asked.needed, _freed(view)):
+        found.append(replace(asked, freed=True))
+    limit = -(-asked.needed // STEP) * STEP
+    if fits(asked.needed, _raised_all(view, limit)):
+        found.append(replace(asked, wired_mib=limit // MIB))
+    return tuple(found)
 
 
 Changed = Iterator[tuple[Workload, Remedy]]
@@ -97,13 +119,16 @@ def _freed(view: MeshView) -> MeshView:
 
 def _wired(work: Workload, view: MeshView, fits: Fits) -> Remedy | None:
     """The limit of Macs' GPUs with which it fits as it is, if they have so much memory."""
-    needed = fits(work, replace(view, hosts=tuple(_raised(h, math.inf) for h in view.hosts)))
+    needed = fits(work, _raised_all(view, math.inf))
     if needed is None:
         return None
     limit = -(-max(needed, work.text_bytes) // STEP) * STEP
-    raised = replace(view, hosts=tuple(_raised(host, limit) for host in view.hosts))
-    needed = fits(work, raised)
+    needed = fits(work, _raised_all(view, limit))
     return None if needed is None else Remedy(needed=needed, wired_mib=limit // MIB)
+
+
+def _raised_all(view: MeshView, limit: float) -> MeshView:
+    return replace(view, hosts=tuple(_raised(host, limit) for host in view.hosts))
 
 
 def _raised(host: HostInfo, limit: float) -> HostInfo:

@@ -24,8 +24,13 @@ from fluxmesh.models.flux1.config import (
 )
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.partition import token_run
-from fluxmesh.models.tiling import UNTILED_LATENTS
-from fluxmesh.planning.activations import SPLIT_STATES, STATES, WIDE_STATES, decoding_bytes
+from fluxmesh.planning.activations import (
+    SPLIT_STATES,
+    STATES,
+    WIDE_STATES,
+    decoding_bytes,
+    largest_of_decode,
+)
 from fluxmesh.request import DTYPE_BYTES as BYTES
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.schedule import timesteps
@@ -222,12 +227,9 @@ class Workload:
         return Phases(transformer + working + extra, decode + transformer)
 
     def _decode_bytes(self, platform: Platform) -> int:
-        ae = self.model.autoencoder
-        latents = self.height * self.width // ae.downsampling**2
-        pixels = min(latents, UNTILED_LATENTS) * ae.downsampling**2
-        widest = ae.widths[min(1, len(ae.widths) - 1)]  # what comes in at the finest level
-        batch = min(self.decoding_batch_size, self.images)
-        return decoding_bytes(batch * pixels * widest * BYTES[self.weights.dtype], platform)
+        size, batch = BYTES[self.weights.dtype], min(self.decoding_batch_size, self.images)
+        largest = largest_of_decode(self.model.autoencoder, self.height, self.width, size)
+        return decoding_bytes(batch * largest, platform)
 
 
 def tensor_problem(work: Workload, hosts: int) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
 from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.worker import is_out_of_memory
+from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.training.compute.learner import Learner
@@ -16,7 +21,7 @@ from fluxmesh.training.data.encoding import DatasetEncoder
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
 from fluxmesh.training.plan import TrainingPlan, prepare
-from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.request import LESS_MEMORY, TrainRequest
 from fluxmesh.training.run import DivergedError, Run, UpdateResult, read_examples
 
 __all__ = ["DivergedError", "train"]
@@ -28,15 +33,31 @@ def train(
     """Runs a training, or goes on with one, to the adapter in `output_dir`.
 
     Raises `DatasetError`, `UsageError`, `OutputError`, `ModelNotFoundError`, `WeightsError`,
-    `DivergedError`, and `CancelledError` on Ctrl-C.
+    `DivergedError`, `DoesNotFitError` where memory runs out, and `CancelledError` on Ctrl-C.
     """
-    with kept_awake():
+    with kept_awake(), _in_words(request.model):
         examples = read_examples(request)
         pipeline = FluxPipeline(
             request.model, dtype=request.dtype, bits=request.bits, on_loading=on_loading
         )
         plan = prepare(request, examples, pipeline.checkpoint)
         yield from Run(plan, pipeline.checkpoint, LocalExecutor(pipeline, plan)).events()
+
+
+@contextmanager
+def _in_words(model: str) -> Iterator[None]:
+    """What the device fails of inside becomes a sentence that says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            text = f"Memory ran out while training {model}; try {LESS_MEMORY}."
+            raise DoesNotFitError(text) from error
+        end = gpu_end(error)
+        if end is None:
+            raise
+        relaxed = os.environ.get(RELAX) == "1"
+        raise FluxmeshError(explain(end, "training", in_ring=False, relaxed=relaxed)) from error
 
 
 class LocalExecutor:

@@ -28,7 +28,8 @@ from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.dataset import Example
 from fluxmesh.training.data.encode_units import caption_name, crop_name
 from fluxmesh.training.plan import prepare
-from fluxmesh.training.request import TrainRequest
+from fluxmesh.training.request import LESS_MEMORY, TrainRequest
+from fluxmesh.wire.messages import Work
 from fluxmesh.wire.messages.training import (
     STOPPED,
     Closed,
@@ -101,6 +102,10 @@ class TrainingWorker(Worker):
             PaintProgress: self._paint_progress,
             CloseTraining: self._close_training,
         }
+
+    def less_memory(self, work: Work) -> str:
+        is_training = type(work) not in super().units()
+        return LESS_MEMORY if is_training else super().less_memory(work)
 
     def end_job(self) -> None:
         super().end_job()

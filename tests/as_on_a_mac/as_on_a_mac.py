@@ -45,7 +45,7 @@ OPEN_FILES = 256
 SOCKET_BUFFER = 8192  # net.local.stream.sendspace and recvspace
 ARCHITECTURE = "applegpu_g17s"  # an M5's, which has tf32
 # Where `started_at` is, which on a Mac asks the kernel by a call that Linux lacks.
-PROCESSES = ("fluxmesh.storage.processes", "fluxmesh.storage.processes")
+PROCESSES = "fluxmesh.storage.processes"
 
 
 def words() -> set[str]:
@@ -71,7 +71,7 @@ def install() -> None:
         load_allocator()
     if "no-proc" in asked:
         after["psutil"] = [show_proc_to]
-        after |= dict.fromkeys(PROCESSES, [let_ask])
+        after[PROCESSES] = [let_ask]
         hide_proc()
     if "files" in asked:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

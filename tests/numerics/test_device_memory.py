@@ -20,11 +20,13 @@ from fluxmesh.engine.worker import Worker
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning import activations
+from fluxmesh.planning.workload import Workload
 from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure, Work
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
 from tests.numerics.test_worker import painting
+from tests.unit.meshes import FLUX, ask
 
 PLATFORMS = ("metal", "cuda", "cpu")
 HEAD: dict[str, Any] = {"fence": 1, "job": "job", "ring_generation": 0}
@@ -130,6 +132,18 @@ def test_what_may_wait_on_metal_and_one_convolution_are_what_is_planned(largest:
     one = (1 + activations.WINOGRAD) * largest  # its output, and its own
     assert waits + one <= activations.decoding_bytes(largest, "metal") + 0.25 * GB
     assert waits == activations.decoding_room(largest, "metal", True)
+
+
+@pytest.mark.parametrize("side", [1536, 2048, 4096])
+def test_a_decode_may_take_what_is_planned_also_where_it_goes_in_tiles(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Workload.of(ask(height=side, width=side, low_memory=True), FLUX)
+    for platform in ("metal", "cpu"):
+        on(platform, monkeypatch)
+        waits = device_memory.decoding_room(FLUX.autoencoder, side, side, mx.bfloat16, True)
+        planned = work.memory("data", 1, 1, platform).decode - work.autoencoder_bytes
+        assert waits <= planned
 
 
 def test_a_mac_may_use_what_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from mlx.utils import tree_map
 
 from fluxmesh.models.flux1 import layers
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.planning import activations
 from fluxmesh.training.compute import custom_gradients, gradient_memory
 from fluxmesh.training.compute.lora_layers import TrainedLoras
 from fluxmesh.training.compute.loss import Batch, loss_and_gradient
@@ -128,13 +129,13 @@ def peak(singles: int, checkpoint: bool) -> float:
     return (mx.get_peak_memory() - before) / ACTIVATION
 
 
-@pytest.mark.parametrize(("checkpoint", "most"), [(True, gradient_memory.KEPT), (False, 28)])
+@pytest.mark.parametrize(("checkpoint", "most"), [(True, activations.KEPT), (False, 28)])
 def test_a_block_leaves_little_behind(checkpoint, most):
     """Without these backward passes it is 7.5 with checkpointing, and 36 without."""
     few, many = peak(2, checkpoint), peak(6, checkpoint)
     assert 0.9 < (many - few) / 4 <= most
     if checkpoint:
-        assert many <= gradient_memory.KEPT * 7 + gradient_memory.IN_USE
+        assert many <= activations.KEPT * 7 + activations.IN_USE
 
 
 def test_the_limit_of_memory_holds_while_a_gradient_is_computed(tmp_path, monkeypatch):

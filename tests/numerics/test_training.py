@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.errors import CancelledError, OutputError, UsageError
+from fluxmesh.errors import (
+    CancelledError,
+    DoesNotFitError,
+    FluxmeshError,
+    OutputError,
+    UsageError,
+)
 from fluxmesh.training import checkpoint
 from fluxmesh.training.compute.learner import Learner, UpdateResult
 from fluxmesh.training.events import (
@@ -238,3 +244,37 @@ def test_a_loss_that_explodes_stops_the_run(place, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, "advance", exploding)
     with pytest.raises(DivergedError, match="rose from"):
         run(asked(place, tmp_path, iterations=40, grad_accumulate=2))
+
+
+# --- the device ----------------------------------------------------------------------------------
+
+METAL = "[METAL] Command buffer execution failed: "
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        (
+            f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            DoesNotFitError,
+            "Memory ran out while training .*; try --grad-checkpoint, --quantize",
+        ),
+        (
+            f"{METAL}Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+            FluxmeshError,
+            "macOS ended the GPU's work while training, because the display had to wait",
+        ),
+        ("shapes (2) and (3) can't be added", RuntimeError, "shapes"),  # a mistake of ours
+    ],
+)
+def test_what_the_device_fails_of_is_told_with_what_helps(
+    place, tmp_path, monkeypatch, said, kind, told
+):
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(Learner, "total", fail)
+    with pytest.raises(kind, match=told) as caught:
+        run(asked(place, tmp_path))
+    assert type(caught.value) is kind

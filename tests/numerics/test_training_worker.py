@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from fluxmesh.engine import device_memory
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, UsageError
+from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.encode_units import Unit
 from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.worker import TrainingWorker
@@ -109,6 +111,13 @@ class TrainingEngine:
         return {name: np.concatenate(found).tobytes() for name, found in parts.items()}
 
 
+def test_a_run_travels_with_how_it_could_take_less(job):
+    asked, *smaller = job.ways
+    assert asked.needed > job.needed_bytes, "activations come on top"
+    assert [(way.bits, way.resolution) for way in smaller] == [(8, 0), (4, 0)]
+    assert asked.grad_checkpoint and not asked.lora_rank  # it asks for the lowest one
+
+
 def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
     limits = []
     monkeypatch.setattr(device_memory, "device", lambda: "metal")
@@ -155,6 +164,20 @@ def test_a_state_that_is_not_whole_is_refused(job):
     host.do(training.PutVector(**HEAD, vector="weights", offset=0, total=100, numbers=piece))
     with pytest.raises(UsageError, match=f"A state of {job.size} numbers"):
         host.open(1)
+
+
+def test_where_memory_runs_out_the_options_of_a_training_are_named(job, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+    host = TrainingEngine(job)
+    host.open()
+    monkeypatch.setattr(Learner, "add", fail)
+    with pytest.raises(DoesNotFitError, match="while training with .* --resolution"):
+        host.update(0)
+    monkeypatch.setattr(FluxPipeline, "encode", fail)
+    with pytest.raises(DoesNotFitError, match="Memory ran out while .* --image-size"):
+        host.do(messages.Encode(*HEAD, job.weights, "two dogs"))
 
 
 def test_updates_come_in_their_order_and_with_their_features(job):

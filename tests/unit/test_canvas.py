@@ -72,6 +72,19 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
         images.load_source(tmp_path / "missing.png")
 
 
+def test_a_photo_of_an_iphone_is_told_with_how_to_convert_it(tmp_path: Path) -> None:
+    photo = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic"
+    path = tmp_path / "photo.jpg"  # whatever it is called
+    path.write_bytes(photo)
+    for read in (images.read_picture, images.load_source, lambda _: decode(photo)):
+        with pytest.raises(UsageError, match="is HEIC, .* `sips -s format jpeg"):
+            read(path)
+
+
+def decode(data: bytes) -> np.ndarray:
+    return images.decode_picture(data, "line 3")
+
+
 def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(64, 64)))
     path.write_bytes(path.read_bytes()[:-60])

@@ -46,6 +46,17 @@ def test_a_folder_of_pictures_takes_captions_from_its_txt_files(tmp_path):
     assert [example.caption for example in load_dataset(str(tmp_path))] == list(CAPTIONS)
 
 
+def test_photos_of_an_iphone_are_told_all_in_one_unless_they_were_converted(tmp_path):
+    write_pictures(tmp_path)
+    for name in ("0.HEIC", "IMG_1.HEIC", "IMG_2.heic", "._IMG_3.heic"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(DatasetError, match="1 problem: IMG_1.HEIC and 1 more: HEIC can't be read"):
+        load_dataset(str(tmp_path), trigger="sks")
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").rename(tmp_path / f"IMG_{number}.png")
+    assert len(load_dataset(str(tmp_path), trigger="sks")) == len(SIZES)
+
+
 def hub_folder(tmp_path, **columns):
     """What a Hub data set is on the disk: parquet files, pictures encoded inside."""
     import datasets

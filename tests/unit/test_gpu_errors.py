@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Generator
+
 import pytest
 
-from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
-from fluxmesh_agent.supervisor import ON_DARWIN
+from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end, relax
+from fluxmesh.training import local_executor
+from fluxmesh.training.events import TrainEvent
+from fluxmesh.training.request import TrainRequest
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.commands.train import conduct
+from fluxmesh_coordinator.console.train_report import TrainJsonReporter
 from tests.watchdog import TEXT
 
 METAL = "[METAL] Command buffer execution failed: "
@@ -67,5 +76,34 @@ def test_other_exceptions_are_left_as_they_are(said: str) -> None:
     assert gpu_end(RuntimeError(said)) is None
 
 
-def test_what_a_mac_sets_by_itself_is_what_the_text_names() -> None:
-    assert ON_DARWIN == {RELAX: "1"}
+@pytest.mark.parametrize(
+    ("system", "given", "relaxed"),
+    [("darwin", None, "1"), ("darwin", "0", "0"), ("linux", None, None)],
+)
+def test_a_mac_gives_work_of_this_process_longer_unless_its_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, system: str, given: str | None, relaxed: str | None
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setenv(RELAX, given or "")
+    if given is None:
+        monkeypatch.delenv(RELAX)
+    relax()
+    assert os.environ.get(RELAX) == relaxed
+
+
+def test_a_training_without_a_mesh_computes_in_this_process_and_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[str | None] = []
+
+    def trained(*_: object) -> Generator[TrainEvent, None, None]:
+        found.append(os.environ.get(RELAX))
+        yield from ()
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv(RELAX, "")  # so that it is as before afterwards
+    monkeypatch.delenv(RELAX)
+    monkeypatch.setattr(mesh_file, "load", lambda: None)
+    monkeypatch.setattr(local_executor, "train", trained)
+    conduct(TrainRequest("data", seed=1), TrainJsonReporter())
+    assert found == ["1"]

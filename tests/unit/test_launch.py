@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import stat
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,23 @@ def test_a_mac_that_refuses_ssh_is_told_with_remote_login(
         with pytest.raises(HostUnreachableError, match="switch on Remote Login") as caught:
             remote.ask(Host(1, f"me@{name}"), "look")
         assert ('"127.0.0.1"' in str(caught.value)) == is_own
+
+
+def test_a_connection_that_others_share_and_that_stays_open_holds_up_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ssh's ControlMaster outlives the command that began it, and holds its stderr."""
+    fake_ssh(tmp_path, "sleep 30 >/dev/null & cat >/dev/null; echo '{\"result\": {}}'", monkeypatch)
+    code = (
+        "from fluxmesh.cluster.hostfile import Host\n"
+        "from fluxmesh_coordinator.agents import remote\n"
+        "print(remote.ask(Host(1, 'me@mac1'), 'logs'))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    said, noise = process.communicate(timeout=20)
+    assert (process.returncode, said, noise) == (0, "{}\n", "")
 
 
 def test_what_a_login_script_prints_is_no_answer(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mac import runs, until
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "mac_check.sh"
 
@@ -73,6 +75,18 @@ def test_what_takes_too_long_is_ended_and_what_ends_has_its_own_code() -> None:
     assert function("limit 30 sh -c 'exit 3'; echo $?", "") == "3\n"
 
 
+def test_what_takes_too_long_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    """A step is a function of the script: to end its shell alone would leave the program."""
+    tell = f"sh -c 'echo $$ >>{tmp_path}/pids; exec sleep 60 >/dev/null 2>&1'"
+    step = f"step() {{ {tell} & {tell}; }}; "
+
+    assert function(f"{step}limit 1 step; echo $?", "").endswith("124\n")
+
+    pids = [int(line) for line in (tmp_path / "pids").read_text().splitlines()]
+    assert len(pids) == 2
+    until(lambda: not any(map(runs, pids)))
+
+
 @pytest.mark.parametrize("is_awake", [True, False])
 def test_whether_anything_keeps_the_mac_awake_during_a_job(tmp_path: Path, is_awake: bool) -> None:
     assertion = (
@@ -83,10 +97,14 @@ def test_whether_anything_keeps_the_mac_awake_during_a_job(tmp_path: Path, is_aw
     pmset = tmp_path / "pmset"
     pmset.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
     pmset.chmod(0o755)
-    job = "cli() { exec sleep 3; }; "
+    job = tmp_path / "python"
+    job.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 5\n")
+    job.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "work": str(tmp_path), "python": str(job)}
 
-    told = function(f"{job}awake", "", PATH=f"{tmp_path}:{os.environ['PATH']}", work=str(tmp_path))
+    told = function("awake", "", **env)
 
+    assert not runs(int((tmp_path / "pid").read_text())), "the job was for this alone"
     assert told.count("caffeinate command-line tool") == is_awake
     assert f"PreventUserIdleSystemSleep    {int(is_awake)}" in told
 

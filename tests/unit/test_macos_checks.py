@@ -32,6 +32,8 @@ MAC: dict[str, Any] = {
     "thunderbolt": ["en2", "en3"],
     "wired_limit_mb": 0,
     "pressure": 1,
+    "heat": 1,
+    "crashes": [],
     "has_tools": True,
     "has_remote_login": True,
     "home": "/Users/me",
@@ -57,7 +59,7 @@ def told(
 
 def test_a_mac_that_is_well_and_one_of_which_nothing_is_known_have_nothing_to_tell() -> None:
     assert told() == told(backend="jaccl") == told(gpu=M5) == {}
-    kept = ("home", "paths", "hidden", "identities", "is_translated", "has_tools")
+    kept = ("home", "paths", "hidden", "identities", "is_translated", "has_tools", "crashes")
     unknown = dict.fromkeys(key for key in MAC if key not in kept)
     assert told(**unknown) == told(backend="jaccl", **unknown) == {}
 
@@ -77,6 +79,9 @@ def test_another_system_has_none_of_these_checks() -> None:
         ("memory pressure", "warn", "end other programs", {"pressure": 2}),
         ("firewall", "warn", "Firewall > Options", {"firewall": 2}),
         ("power", "warn", "switch it off", {"low_power": True}),
+        ("heat", "warn", "give it air", {"heat": 2}),
+        ("crashes", "warn", "put a.ips, of ~/Library", {"crashes": ["a.ips"]}),
+        ("crashes", "warn", "put b.ips and 2 more, of", {"crashes": ["b.ips", "c", "d"]}),
         ("power", "warn", "plug it in", {"battery": {"in_use": True, "percent": 70}}),
         ("power", "warn", "(7%, little is left)", {"battery": {"in_use": True, "percent": 7}}),
         ("files", "warn", "run chflags nohidden /a.pth /b.pth", {"hidden": ["/a.pth", "/b.pth"]}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh_coordinator.agents import macos
 from fluxmesh_coordinator.agents import macos_tools as tools
 
@@ -164,6 +165,11 @@ def test_low_power_mode_by_both_its_names(form: str) -> None:
     assert tools.low_power(" sleep                1\n") is None
 
 
+def test_heat() -> None:
+    assert [tools.heat(f"{tools.HEAT} {level}\n") for level in range(5)] == [0, 1, 2, 3, 4]
+    assert tools.heat("com.apple.system.other 3\n") is None
+
+
 def test_the_battery() -> None:
     assert tools.battery(PLUGGED) == {"in_use": False, "percent": 80}
     assert tools.battery(UNPLUGGED) == {"in_use": True, "percent": 17}
@@ -184,7 +190,7 @@ def test_single_thunderbolt_ports_in_english_and_german(bridge: str) -> None:
 def test_what_no_tool_prints_is_nothing_and_no_error(text: str) -> None:
     for parse in (tools.version, tools.wheel_target, tools.gpu, tools.rdma_state, tools.firewall):
         assert parse(text) is None
-    for parse in (tools.low_power, tools.battery, tools.number):
+    for parse in (tools.low_power, tools.heat, tools.battery, tools.number):
         assert parse(text) is None
     assert tools.rdma_devices(text) == tools.thunderbolt_ports(text) == []
     assert tools.bridge(text) == {"members": [], "addresses": []}
@@ -199,6 +205,7 @@ OUTPUTS = {
     "networksetup": PORTS.format(bridge="Thunderbolt Bridge"),
     "xcode-select": "/Library/Developer/CommandLineTools\n",
     "nc": "",
+    "notifyutil": f"{tools.HEAT} 0\n",
 }
 SYSCTL = {
     "iogpu.wired_limit_mb": "0\n",
@@ -234,6 +241,7 @@ def test_a_look_at_a_mac_asks_system_tools_by_their_paths() -> None:
     assert found["bridge"]["members"] == found["thunderbolt"] == ["en1", "en2"]
     assert (found["has_tools"], found["has_remote_login"]) == (True, True)
     assert (found["wired_limit_mb"], found["pressure"], found["is_translated"]) == (0, 1, False)
+    assert found["heat"] == 0
     assert found["paths"]["models"] == str(Path.home().resolve() / "models")
     assert len(set(found["identities"])) == 1
 
@@ -242,6 +250,31 @@ def test_a_mac_without_any_of_the_tools_is_looked_at_without_an_error() -> None:
     found = macos.collect(None, lambda *command, **more: None)
     known = {key for key, value in found.items() if value not in (None, False, [], [None, None])}
     assert known == {"home", "paths"}
+
+
+def test_tools_that_all_hang_are_given_up_before_who_asks_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a Mac that swaps."""
+    now = [0.0]
+
+    def hang(*command: str, seconds: float = DEADLINES.tool, **_: Any) -> None:
+        assert seconds > 0
+        now[0] += seconds
+
+    monkeypatch.setattr(macos.time, "monotonic", lambda: now[0])
+    found = macos.collect(None, hang)
+    assert found["gpu"] is None and found["identities"] == [None, None]
+    assert DEADLINES.tools == now[0] < DEADLINES.ask_look
+
+
+def test_crash_reports_of_python_of_the_last_day_are_named(tmp_path: Path) -> None:
+    ages = {"python3.13-a.ips": 60, "Python-b.ips": 3600, "python3-c.ips": 90_000, "Finder.ips": 9}
+    for name, age in ages.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    assert macos.crashes(tmp_path, 1e9) == ["python3.13-a.ips", "Python-b.ips"]
+    assert macos.crashes(tmp_path / "none", 1e9) == []
 
 
 def test_a_tool_that_is_missing_fails_or_hangs_says_nothing(tmp_path: Path) -> None:

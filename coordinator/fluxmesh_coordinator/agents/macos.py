@@ -1,7 +1,7 @@
 """Looks at a Mac for `starter.look`, with the tools that come with macOS.
 
 What comes out is JSON, judged by `deploy/macos_checks.py` on the coordinator. A tool that is not
-there, fails or hangs leaves its value out.
+there, fails or hangs leaves its value out, as all do that have had no turn in `Deadlines.tools`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ from typing import Any, TypeVar
 import fluxmesh
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh_coordinator.agents import macos_tools as tools
+
+DAY = 86400.0  # seconds
 
 # MLX loads in a process of its own, which is over before an engine needs the memory.
 PROBE = """\
@@ -54,9 +58,14 @@ def run(
 
 def collect(models: str | None, run: Run = run) -> dict[str, Any]:
     """All that a program can look at; `models` is the folder that the hostfile names."""
+    end = time.monotonic() + DEADLINES.tools
+
+    def ask(*command: str, seconds: float = DEADLINES.tool, **more: Any) -> str | None:
+        left = end - time.monotonic()
+        return run(*command, seconds=min(seconds, left), **more) if left > 0 else None
 
     def told(parse: Callable[[str], T], *command: str, **more: Any) -> T | None:
-        text = run(*command, **more)
+        text = ask(*command, **more)
         return None if text is None else parse(text)
 
     def sysctl(name: str) -> int | None:
@@ -66,7 +75,6 @@ def collect(models: str | None, run: Run = run) -> dict[str, Any]:
     return {
         "version": told(tools.version, "/usr/bin/sw_vers", "-productVersion"),
         "wheel": wheel(),
-        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=DEADLINES.mlx_loads),
         "is_translated": sysctl("sysctl.proc_translated") == 1,
         "rdma_devices": told(tools.rdma_devices, "/usr/bin/ibv_devices"),
         "rdma_state": told(tools.rdma_state, "/usr/bin/rdma_ctl", "status"),
@@ -79,12 +87,16 @@ def collect(models: str | None, run: Run = run) -> dict[str, Any]:
         ),
         "wired_limit_mb": sysctl("iogpu.wired_limit_mb"),
         "pressure": sysctl("kern.memorystatus_vm_pressure_level"),
-        "has_tools": run("/usr/bin/xcode-select", "-p") is not None,
-        "has_remote_login": run("/usr/bin/nc", "-z", "-G", "1", "127.0.0.1", "22") is not None,
+        "heat": told(tools.heat, "/usr/bin/notifyutil", "-g", tools.HEAT),
+        "has_tools": ask("/usr/bin/xcode-select", "-p") is not None,
+        "has_remote_login": ask("/usr/bin/nc", "-z", "-G", "1", "127.0.0.1", "22") is not None,
+        "crashes": crashes(Path.home() / "Library" / "Logs" / "DiagnosticReports", time.time()),
         "home": str(Path.home()),
         "paths": paths(models),
         "hidden": hidden_files(Path(sysconfig.get_path("purelib"))),
-        "identities": identities(run),
+        # Last, for they may take long.
+        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=DEADLINES.mlx_loads),
+        "identities": identities(ask),
     }
 
 
@@ -115,6 +127,18 @@ def paths(models: str | None) -> dict[str, str]:
 def hidden_files(folder: Path) -> list[str]:
     """The `.pth` files that Python skips there, since they have the flag of hidden files."""
     return sorted(str(path) for path in folder.glob("*.pth") if flags(path) & stat.UF_HIDDEN)
+
+
+def crashes(folder: Path, now: float) -> list[str]:
+    """Names of the reports in `folder` on a Python that crashed in the last day, newest first.
+
+    `now` is in seconds since 1970.
+    """
+    found: list[tuple[float, str]] = []
+    for path in folder.glob("[Pp]ython*.ips"):
+        with suppress(OSError):  # macOS tidies up there
+            found.append((path.stat().st_mtime, path.name))
+    return [name for when, name in sorted(found, reverse=True) if when > now - DAY]
 
 
 def flags(path: Path) -> int:

@@ -11,6 +11,8 @@ import json
 import re
 from typing import Any
 
+HEAT = "com.apple.system.thermalpressurelevel"  # what macOS notifies programs of
+
 
 def version(text: str) -> str | None:
     """`sw_vers -productVersion`: "26.2"."""
@@ -61,6 +63,15 @@ def low_power(text: str) -> bool | None:
     found = re.search(r"^\s*lowpowermode\s+(\d)", text, re.MULTILINE)
     found = found or re.search(r"^\s*powermode\s+(\d)", text, re.MULTILINE)
     return found[1] == "1" if found else None
+
+
+def heat(text: str) -> int | None:
+    """`notifyutil -g HEAT`: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping.
+
+    The values are those of <libkern/OSThermalNotification.h>.
+    """
+    found = re.fullmatch(rf"{re.escape(HEAT)}\s+(\d)", text.strip())
+    return int(found[1]) if found else None
 
 
 def battery(text: str) -> dict[str, Any] | None:

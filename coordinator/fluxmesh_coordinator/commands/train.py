@@ -60,11 +60,12 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
     """Runs a training on the mesh that is up, or here; raises what `trainer.train` raises."""
-    from fluxmesh.engine import tf32
+    from fluxmesh.engine import gpu_errors, tf32
 
     tf32.prepare(request.dtype)
     reporter.started(request)
     if mesh_file.load() is None:
+        gpu_errors.relax()
         from fluxmesh.training.local_executor import train
 
         follow(train(request, reporter.event), request, reporter)

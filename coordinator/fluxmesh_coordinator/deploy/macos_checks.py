@@ -18,6 +18,7 @@ WHEEL = 26  # the macOS whose wheel of MLX holds both
 ACCELERATED = 17  # the GPU generation (M5) from which on a GPU has neural accelerators
 SYSTEM = 4 << 30  # bytes that macOS itself needs: to wire the rest was seen to panic
 LOW = 20  # per cent of a battery
+HOT = 2  # of `macos_tools.heat`: macOS slows processor and GPU down by half or more
 
 Told = tuple[str, Level, str]
 
@@ -203,6 +204,12 @@ def _power(mac: Look) -> Iterator[Told]:
             "warn",
             "Low Power Mode slows the GPU; switch it off in System Settings > Battery (or Energy).",
         )
+    if (mac["heat"] or 0) >= HOT:
+        yield (
+            "heat",
+            "warn",
+            "so hot that macOS slows its GPU down; open its lid, give it air, or let it rest.",
+        )
     battery = mac["battery"]
     if battery is not None and battery["in_use"]:
         low = ", little is left" if battery["percent"] < LOW else ""
@@ -248,4 +255,13 @@ def _processes(mac: Look) -> Iterator[Told]:
             "fail",
             "a process has another name in another language or time zone, so that agents which run "
             "are taken for gone; install a newer fluxmesh.",
+        )
+    if mac["crashes"]:
+        newest, *others = mac["crashes"]
+        more = f" and {len(others)} more" if others else ""
+        yield (
+            "crashes",
+            "warn",
+            f"a Python crashed in the last day; if it was fluxmesh's, put {newest}{more}, of "
+            "~/Library/Logs/DiagnosticReports there, into an issue.",
         )

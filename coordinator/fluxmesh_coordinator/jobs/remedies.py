@@ -1,6 +1,7 @@
 """What a user can do about a request that does not fit, in sentences that name the options.
 
-`fluxmesh/planning/remedies.py` has found out what helps; `plan`, `generate` and `up` tell it.
+`fluxmesh/planning/remedies.py` has found out what helps; `plan`, `generate`, `train` and `up` tell
+it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ def told(remedies: Sequence[Remedy]) -> str:
     said = [f"It fits with {_options(one)} ({one.needed / 1e9:.1f} GB)." for one in changes]
     for one in remedies:
         if one.freed:
-            said.append("It fits as it is once other programs there give memory back.")
+            said.append(f"It fits {_with(one)} once other programs there give memory back.")
         if one.wired_mib:
             said.append(
-                "On a Mac that nobody sits at, it fits as it is after "
+                f"On a Mac that nobody sits at, it fits {_with(one)} after "
                 f"`sudo sysctl iogpu.wired_limit_mb={one.wired_mib}`, until that restarts."
             )
     return " ".join(said)
+
+
+def _with(remedy: Remedy) -> str:
+    options = _options(remedy)
+    return f"with {options}" if options else "as it is"
 
 
 def _options(remedy: Remedy) -> str:
@@ -35,4 +41,10 @@ def _options(remedy: Remedy) -> str:
         options.append("`low_memory`")
     if remedy.side:
         options.append(f"`image_size` {remedy.side}x{remedy.side}")
+    if remedy.grad_checkpoint:
+        options.append("`grad_checkpoint`")
+    if remedy.lora_rank:
+        options.append(f"`lora_rank` {remedy.lora_rank}")
+    if remedy.resolution:
+        options.append(f"`resolution` {remedy.resolution}x{remedy.resolution}")
     return " ".join(options)

@@ -6,6 +6,7 @@ hosts need no disk of ours. Every call blocks until the mesh has done it, whoeve
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
@@ -16,13 +17,14 @@ import numpy as np
 from fluxmesh.cluster.snapshot import MeshView, ModelVariant
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
-from fluxmesh.planning.workload import ModelSizes, Workload
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage import bfloat16
 from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.data.encode_units import Crop, EncoderIdentity, Unit, Units
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
 from fluxmesh.training.events import Encoding, TrainEvent
+from fluxmesh.training.needs import transformer_bytes, ways
 from fluxmesh.training.plan import TrainingPlan, prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Run, UpdateResult, read_examples
@@ -202,10 +204,11 @@ def job_of(
         secret=secrets.token_bytes(32),
         plan=plan,
         weights=ModelVariant.of(asked, base.bits),
-        base_bytes=Workload.of(asked, sizes).transformer.on_each_of(1),
+        base_bytes=transformer_bytes(request, sizes),
         size=VectorLayout(base.transformer, request).size,
         features=features,
         pixels=pixels,
+        ways=ways(request, sizes, max(plan.sizes, key=math.prod)),
     )
 
 

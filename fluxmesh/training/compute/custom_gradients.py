@@ -27,8 +27,7 @@ import mlx.nn as nn
 from fluxmesh.kernels import ops
 from fluxmesh.models.flux1 import layers
 from fluxmesh.models.flux1.transformer import Flux
-
-SCORES = 64 * 2**20  # bytes of attention weights at a time, on the way back
+from fluxmesh.planning.activations import SCORES
 
 F = TypeVar("F", bound=Callable[..., Any])
 Back = Callable[[Any, Any, Any], Any]  # of inputs, the outputs' gradients, outputs

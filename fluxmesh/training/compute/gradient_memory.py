@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from fluxmesh.engine.device_memory import bounded
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.training.compute.custom_gradients import SCORES
+from fluxmesh.planning import activations
 
 __all__ = ["bounded", "needed"]
 
-# Of a checkpointed gradient, in activations ([B, S, D] each), measured on a CPU with nothing
-# queued: what each block leaves, and what the block whose turn it is takes.
-KEPT, IN_USE = 3, 90
 A_NUMBER = 30  # bytes for each number that is trained: its gradient, and sums of it in int64
 
 
@@ -25,6 +22,6 @@ def needed(flux: Flux, tokens: int, trained: int) -> int:
     `tokens` counts those of all images of the micro-batch, `trained` the numbers of the LoRAs.
     """
     config = flux.config
-    activation = tokens * config.hidden_size * flux.dtype.size
+    state = tokens * config.hidden_size * flux.dtype.size
     blocks = config.depth + config.depth_single_blocks
-    return (KEPT * blocks + IN_USE) * activation + 3 * SCORES + A_NUMBER * trained
+    return activations.gradient_bytes(state, blocks) + A_NUMBER * trained

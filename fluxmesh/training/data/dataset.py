@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fluxmesh.errors import ModelNotFoundError, UsageError
-from fluxmesh.images import decode_picture
+from fluxmesh.images import HEIF_SUFFIXES, TO_JPEG, decode_picture
 from fluxmesh.storage import apple_double
 from fluxmesh.training.data.bucketing import Size
 
@@ -166,7 +166,7 @@ def _rows(name: str, report: Report, split: str, image: str, caption: str) -> It
         return _index(folder / "index.json")
     if any(apple_double.without(folder.rglob("*.parquet"))):
         return _hub(str(folder), split, image, caption)
-    return _captioned(folder)
+    return _captioned(folder, report)
 
 
 def _lines(file: Path, report: Report) -> Iterator[_Row]:
@@ -205,10 +205,23 @@ def _index(file: Path) -> Iterator[_Row]:
         yield _Row(where, _path(file.parent, entry.get("image")), entry.get("text"))
 
 
-def _captioned(folder: Path) -> Iterator[_Row]:
-    """Pictures by name, each with a `.txt` file; without one, the trigger alone must do."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+def _captioned(folder: Path, report: Report) -> Iterator[_Row]:
+    """Pictures by name, each with a `.txt` file; without one, the trigger alone must do.
+
+    Photos of an iPhone are a problem, all in one, where no picture that can be read is beside them.
+    """
+    files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+    read = {file.stem for file in files if file.suffix.lower() in SUFFIXES}
+    photos = [
+        file.name
+        for file in files
+        if file.suffix.lower() in HEIF_SUFFIXES and file.stem not in read
+    ]
+    if photos:
+        more = f" and {len(photos) - 1} more" if len(photos) > 1 else ""
+        report(f"{photos[0]}{more}: HEIC can't be read; make JPEGs of them, {TO_JPEG}")
+    for file in files:
+        if file.suffix.lower() in SUFFIXES:
             text = file.with_suffix(".txt")
             caption = " ".join(_text(text).split()) if text.is_file() else ""
             yield _Row(f"{text.name} for {file.name}", file, caption)

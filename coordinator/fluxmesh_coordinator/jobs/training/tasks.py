@@ -14,9 +14,10 @@ from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import HostInfo, ModelVariant
-from fluxmesh.planning.remedies import Remedy
+from fluxmesh.cluster.snapshot import HostInfo, MeshView, ModelVariant
+from fluxmesh.planning.remedies import Remedy, of_training
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_name, crop_name
+from fluxmesh.training.needs import NUMBER_BYTES
 from fluxmesh.training.plan import NO_CAPTION, TrainingPlan
 from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire.messages.training import PutFeatures
@@ -25,7 +26,6 @@ from fluxmesh_coordinator.jobs.types import Asked, Job, Links, Result
 A = TypeVar("A")
 Vectors = Mapping[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
-NUMBER_BYTES = 64  # that a trained number costs an engine: its state, the sums, an update of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class TrainingJob(Job):
     weights: ModelVariant
     base_bytes: int  # of the transformer in memory
     size: int  # numbers that are trained
+    ways: tuple[Remedy, ...] = ()  # how it can be done, as `training/needs.py` has them
     features: Callable[[Unit], Arrays] = field(repr=False)  # what a unit was encoded to
     pixels: Callable[[Crop], np.ndarray] = field(repr=False)  # uint8 [height, width, 3]
 
@@ -247,29 +248,46 @@ class Choice:
 
     winner: Chosen | None
     reason: str = ""
-    remedies: tuple[Remedy, ...] = ()  # as a plan has them; the reason says it all
+    remedies: tuple[Remedy, ...] = ()  # as a plan has them
 
 
 def choose(job: TrainingJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
     """As many hosts as have the memory and can form a ring."""
     if not hosts:
         return Choice(None, "The mesh has no host.")
-    fitting: list[int] = []
-    room: dict[str, int] = {}  # by device
-    for host in hosts:
-        room[host.device_key] = room.get(host.device_key, host.free_bytes) + host.held_bytes
-    for host in sorted(hosts, key=lambda host: host.rank):
-        if job.needed_bytes <= min(host.memory_bytes, room[host.device_key]):
-            room[host.device_key] -= job.needed_bytes
-            fitting.append(host.rank)
+    fitting = _fitting(job.needed_bytes, hosts)
     if not fitting:
-        most = max(host.memory_bytes for host in hosts)
+        room = _room(hosts)
+        most = max(min(host.memory_bytes, room[host.device_key]) for host in hosts)
         return Choice(
             None,
-            f"Training {job.weights.model} needs {job.needed_bytes / 1e9:.1f} GB on a host, and "
-            f"none has more than {most / 1e9:.1f} GB free; try `quantize`.",
+            f"Training {job.weights.model} needs {job.needed_bytes / 1e9:.1f} GB on a host for the "
+            f"weights alone, and none may use more than {most / 1e9:.1f} GB.",
+            of_training(
+                job.ways,
+                MeshView(tuple(hosts)),
+                lambda needed, view: bool(_fitting(needed, view.hosts)),
+            ),
         )
     return Choice(Chosen(next(ring for ring in _rings(fitting) if _is_linked(ring, links))))
+
+
+def _fitting(needed: int, hosts: Sequence[HostInfo]) -> list[int]:
+    """The hosts that have so many bytes for it, where those of one device share its memory."""
+    fitting, room = [], _room(hosts)
+    for host in sorted(hosts, key=lambda host: host.rank):
+        if needed <= min(host.memory_bytes, room[host.device_key]):
+            room[host.device_key] -= needed
+            fitting.append(host.rank)
+    return fitting
+
+
+def _room(hosts: Sequence[HostInfo]) -> dict[str, int]:
+    """Bytes that each device has, once its hosts have let go of what they hold."""
+    room: dict[str, int] = {}
+    for host in hosts:
+        room[host.device_key] = room.get(host.device_key, host.free_bytes) + host.held_bytes
+    return room
 
 
 def _rings(ranks: Sequence[int]) -> Iterator[tuple[int, ...]]:
