@@ -26,7 +26,7 @@ MAX_MASK_SKEW = 0.02  # how far the mask's proportions may be from the picture's
 # iPhones save photos so, and Pillow alone does not read them.
 HEIF_SUFFIXES = (".heic", ".heif")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
-TO_JPEG = "on a Mac by `sips -s format jpeg IN.heic --out OUT.jpg`"
+TO_JPEG = "on a Mac by `sips -s format jpeg -o OUT.jpg IN.heic`"
 
 PictureFile = str | PathLike[str]
 Margins = tuple[int, int, int, int]  # left, top, right, bottom, in pixels

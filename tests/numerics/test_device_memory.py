@@ -99,7 +99,8 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
             Decode(**HEAD, weights=weights, images=(0,), height=32, width=48, latents=paint.noise),
             [for_pixels],
         ),
-        (Measure(**HEAD, weights=weights, height=32, width=48), [for_steps, for_pixels]),
+        # A trial picture, and then what is timed.
+        (Measure(**HEAD, weights=weights, height=32, width=48), 2 * [for_steps, for_pixels]),
     ]
     for unit, rooms in units:
         limits.clear()

@@ -298,7 +298,7 @@ def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
         home, work = Home(tmp_path), Workload.of(job().request, small())
         made = up(tmp_path, mesh, sockets, collectives)
         dialer = mesh.network.dialer()
-        await Warming(made, work, Told(), home)._run(dialer)
+        await Warming(made, work, Told(), home).run_with(dialer)
         await dialer.close()
         kept = mesh_file.load(home)
         assert kept is not None and kept.timings.ring("ring", (0, 1)) is not None
@@ -317,7 +317,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         home, work = Home(tmp_path), Workload.of(job().request, small())
         dialer = mesh.network.dialer()
-        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home)._run(dialer)
+        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home).run_with(dialer)
         await dialer.close()
         for rank in range(2):
             engine = mesh.engine(rank).engine
