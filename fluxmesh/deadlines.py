@@ -77,7 +77,7 @@ class Deadlines:
     port_answers: float = 1.0  # on this machine, or where macOS forbids it: at once
     keeper_looks: float = 1.0  # between two looks at an agent for which ssh is kept open
     tool: float = 5.0  # of the system; they take milliseconds
-    tools: float = 40.0  # all that a look at a host runs: `ask_look` waits for longer
+    tools: float = 40.0  # all of a Mac's together, well within `ask_look`
     mlx_loads: float = 30.0  # from a cold disk, to say what it computes on
     watch: float = 1.0  # between two looks of `status --watch`
 

@@ -232,6 +232,8 @@ if [ "$measure" = yes ]; then
   step "Times by dtype" 300 5 "$python" -m tools.mac_measure times $small
   # shellcheck disable=SC2086
   step "Memory of a decode" 600 5 "$python" -m tools.mac_measure decode $small
+  # shellcheck disable=SC2086
+  step "A ring whose second host comes 8 s late" 180 5 "$python" -m tools.mac_measure late $small
 fi
 [ -d "$HOME/Library/Logs/DiagnosticReports" ] && step "Crash reports of Python since it began" 30 3 crashes
 

@@ -1,7 +1,8 @@
-"""What `tools/mac_check.sh` can't ask another program: times by dtype, memory of a decode.
+"""What `tools/mac_check.sh` can't ask another program: times, memory, a late host.
 
     python -m tools.mac_measure times  [--small]   # a product and an attention of a FLUX step
     python -m tools.mac_measure decode [--small]   # the peak of an autoencoder of random weights
+    python -m tools.mac_measure late   [--small]   # a ring whose second rank comes 8 s late
 
 `--small` is for a CPU, to try this program. No weights are read from anywhere.
 """
@@ -9,28 +10,43 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 
 from fluxmesh.engine.device_memory import bounded, decoding_room
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
+from fluxmesh.models.waiting import InGraph, OnHost, Waiting
 
 ROUNDS = 10
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+LATE, LATE_SMALL = 8.0, 1.0  # seconds
+RANK, WAY = "MLX_RANK", "FLUXMESH_WAITING"  # in the environment of each rank of `late`
+WAYS: dict[str, type[Waiting]] = {"host": OnHost, "graph": InGraph}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("times", "decode"))
+    measures = {"times": times, "decode": decode, "late": late}
+    parser.add_argument("what", choices=measures)
     parser.add_argument("--small", action="store_true", help="little, to try this program")
     options = parser.parse_args()
-    measure = times if options.what == "times" else decode
-    measure(options.small)
+    if RANK in os.environ:
+        rank(LATE_SMALL if options.small else LATE)
+    else:
+        measures[options.what](options.small)
 
 
 def times(small: bool) -> None:
@@ -83,6 +99,65 @@ def peak(compute: Callable[[], mx.array]) -> int:
     mx.reset_peak_memory()
     mx.eval(compute())
     return mx.get_peak_memory() - before
+
+
+def late(small: bool) -> None:
+    """Two ranks on this machine: whether the first one's GPU survives to wait for the second.
+
+    macOS is known to end work of a GPU that waits for more than 5 s. Where the host waits for a
+    collective (`models/waiting.py`), the GPU never does; where the graph does, this tells whether
+    that is so on this Mac.
+    """
+    for way in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            hosts = Path(folder, "hosts.json")
+            hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+            command = [sys.executable, "-m", "tools.mac_measure", "late"]
+            ranks = [
+                subprocess.Popen(
+                    [*command, *(["--small"] if small else [])],
+                    env={**os.environ, "MLX_HOSTFILE": str(hosts), RANK: str(k), WAY: way},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                for k in range(2)
+            ]
+            try:
+                said, _ = ranks[0].communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                said = "it hangs"
+            for one in ranks:
+                one.kill()
+                one.communicate()
+        print(f"the {way} waits: {(said.strip().splitlines() or ['it said nothing'])[-1]}")
+
+
+def rank(seconds: float) -> None:
+    """One of the two: a collective that the second comes late to, and a product with its result."""
+    group = mx.distributed.init(strict=True, backend="ring")
+    ranks = Ranks(group, waiting=WAYS[os.environ[WAY]]())
+    x = mx.ones((1, 512, 512))
+    mx.eval(ranks.gather(x))  # both are there
+    begin = time.perf_counter()
+    if ranks.rank:
+        time.sleep(seconds)
+    every = ranks.gather(x @ x)
+    try:
+        mx.eval(every @ every)
+        print(f"all is well after {time.perf_counter() - begin:.1f} s", flush=True)
+    except RuntimeError as error:
+        print(f"{error} (after {time.perf_counter() - begin:.1f} s)", flush=True)
+    time.sleep(1.0)  # the other one reads what was sent
+    os._exit(0)
+
+
+def free_ports(count: int) -> list[int]:
+    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in taken]
+    for one in taken:
+        one.close()
+    return ports
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class Worker(ModelStore):
         self.count(busy_seconds=time.perf_counter() - start)
 
     def less_memory(self, work: messages.Work) -> str:
-        """What makes units like this one take less, as options."""
+        """What makes units like this one take less memory."""
         return "`quantize`, `low_memory` or a smaller `image_size`"
 
     def units(self) -> dict[type, Callable[[Any], Reports]]:

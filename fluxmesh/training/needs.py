@@ -31,7 +31,7 @@ def transformer_bytes(request: TrainRequest, model: ModelSizes) -> int:
 
 
 def ways(request: TrainRequest, model: ModelSizes, size: Size) -> tuple[Remedy, ...]:
-    """How it can be done with --grad-checkpoint: as it is asked for, then with less and less.
+    """How it can be done with `grad_checkpoint`: as it is asked for, then with less and less.
 
     `size` is that of the largest picture.
     """

@@ -18,7 +18,7 @@ TRAIN_BITS = (4, 8)
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 TIMESTEPS = ("auto", "uniform", "logit-normal", "schnell")
-# What makes a training take less memory, as options, beginning with what costs its user least.
+# What makes a training take less memory, beginning with what costs its user least.
 LESS_MEMORY = "`grad_checkpoint`, `quantize`, a lower `lora_rank` or a smaller `resolution`"
 MULTIPLE = 16  # of pixels that each side of a training picture has
 MAX_ITERATIONS = 10_000_000

@@ -273,13 +273,17 @@ def test_no_network_is_said_in_one_sentence(server, monkeypatch):
     assert "network" in sentence(caught)
 
 
-def test_too_small_a_disk_is_known_before_the_first_byte(server, monkeypatch):
+@pytest.mark.parametrize("system", ["Darwin", "Linux"])
+def test_too_small_a_disk_is_known_before_the_first_byte(server, monkeypatch, system):
+    monkeypatch.setattr(download.platform, "system", lambda: system)
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError) as caught:
         hub.resolve("schnell")
     assert "free" in sentence(caught)
     assert "HF_HUB_CACHE" in sentence(caught)
+    # Finder shows more: what it would clear by itself counts there.
+    assert ("not what macOS would clear" in sentence(caught)) == (system == "Darwin")
     assert server.fetched == []
 
 

@@ -21,7 +21,9 @@ from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning import activations
 from fluxmesh.planning.workload import Workload
-from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure, Work
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure
+from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
@@ -61,9 +63,9 @@ def test_a_decode_that_is_held_back_takes_half_the_memory_and_gives_the_same_bit
     """Not held back it takes 37 of its largest arrays on a CPU, of which a convolution's own are
     nine."""
     made = AutoEncoder(AutoencoderConfig(widths=(32, 64, 64, 64), num_res_blocks=2))
-    z = mx.random.normal((1, 24, 24, made.config.z_channels), key=mx.random.key(1))
+    z = mx.random.normal((1, 16, 16, made.config.z_channels), key=mx.random.key(1))
     mx.eval(made.parameters(), z)
-    largest = 192 * 192 * 64 * 4
+    largest = 128 * 128 * 64 * 4
 
     def peak() -> tuple[float, np.ndarray]:
         mx.clear_cache()
@@ -89,7 +91,7 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
     assert limits == [], "T5's activations are small"
     for_steps = activations.denoising_room(0, platform, False)
     for_pixels = activations.decoding_room(0, platform, False)
-    units: list[tuple[Work, list[float]]] = [
+    units: list[tuple[messages.Work, list[float]]] = [
         (
             EncodeSource(**HEAD, weights=weights, pixels=np.zeros((32, 48, 3), np.uint8)),
             [for_pixels],
@@ -99,8 +101,8 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
             Decode(**HEAD, weights=weights, images=(0,), height=32, width=48, latents=paint.noise),
             [for_pixels],
         ),
-        # A trial picture, and then what is timed.
-        (Measure(**HEAD, weights=weights, height=32, width=48), 2 * [for_steps, for_pixels]),
+        # It begins with a trial picture.
+        (Measure(**HEAD, weights=weights, height=32, width=48), [for_steps, for_pixels] * 2),
     ]
     for unit, rooms in units:
         limits.clear()
@@ -203,6 +205,24 @@ def test_an_idle_engine_gives_its_cache_back_and_one_at_work_keeps_it(
     threading.Thread(target=lambda: (given_back.wait(10), idle._line.put(AskStatus()))).start()
     idle._next()
     assert given_back.is_set() and mx.get_cache_memory() == 0
+
+
+def test_an_engine_bounds_its_cache_before_its_first_unit(
+    idle: engine.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    on("metal", monkeypatch)
+    monkeypatch.setattr(mx, "set_cache_limit", given.append)
+    for thread in ("_read", "_beat"):  # they would end this process with the agent
+        monkeypatch.setattr(idle, thread, lambda: None)
+
+    def closed() -> None:
+        raise ConnectionClosed("the agent is gone")
+
+    monkeypatch.setattr(idle, "_next", closed)
+    with pytest.raises(ConnectionClosed):
+        idle.run()
+    assert len(given) == 1 and 0 < given[0] <= device_memory.CACHE_BYTES
 
 
 def test_a_cuda_gpus_memory_is_its_own_and_stays_cached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,7 +257,7 @@ METAL = "[METAL] Command buffer execution failed: "
         (
             f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
             DoesNotFitError,
-            "Memory ran out while training .*; try --grad-checkpoint, --quantize",
+            "Memory ran out while training .*; try `grad_checkpoint`, `quantize`",
         ),
         (
             f"{METAL}Impacting Interactivity "

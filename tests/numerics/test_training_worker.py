@@ -173,11 +173,11 @@ def test_where_memory_runs_out_the_options_of_a_training_are_named(job, monkeypa
     host = TrainingEngine(job)
     host.open()
     monkeypatch.setattr(Learner, "add", fail)
-    with pytest.raises(DoesNotFitError, match="while training with .* --resolution"):
+    with pytest.raises(DoesNotFitError, match="while training with .* `resolution`"):
         host.update(0)
     monkeypatch.setattr(FluxPipeline, "encode", fail)
-    with pytest.raises(DoesNotFitError, match="Memory ran out while .* --image-size"):
-        host.do(messages.Encode(*HEAD, job.weights, "two dogs"))
+    with pytest.raises(DoesNotFitError, match="Memory ran out while .* `image_size`"):
+        host.do(messages.Encode(**HEAD, weights=job.weights, prompt="two dogs"))
 
 
 def test_updates_come_in_their_order_and_with_their_features(job):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,31 @@ def test_a_report_of_this_machine_has_no_name_in_it(tmp_path: Path) -> None:
     assert "(exit 0" in report and "Traceback" not in report
     for private in (platform.node(), str(Path.home()) + "/", str(ROOT)):
         assert private not in report
+
+
+def measured(what: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.mac_measure", what, "--small"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_host_that_comes_late_is_waited_for_in_both_ways() -> None:
+    lines = measured("late")
+    ways = [re.fullmatch(r"the (\w+) waits: all is well after ([\d.]+) s", line) for line in lines]
+    assert [way and way[1] for way in ways] == ["host", "graph"]
+    assert all(way and float(way[2]) >= 1 for way in ways), "it came a second late"
+
+
+def test_times_and_memory_are_told_by_dtype_and_by_bound() -> None:
+    assert [line.split()[0] for line in measured("times")] == [
+        f"mlx.core.{name}" for name in ("float16", "bfloat16", "float32")
+    ]
+    peaks = [float(line.split(": ")[1].split()[0]) for line in measured("decode")]
+    assert len(peaks) == 3 and all(peak >= 0 for peak in peaks)

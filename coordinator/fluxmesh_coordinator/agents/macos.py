@@ -1,7 +1,7 @@
 """Looks at a Mac for `starter.look`, with the tools that come with macOS.
 
 What comes out is JSON, judged by `deploy/macos_checks.py` on the coordinator. A tool that is not
-there, fails or hangs leaves its value out, as all do that have had no turn in `Deadlines.tools`.
+there, fails or hangs leaves its value out, as all do that had no turn within `DEADLINES.tools`.
 """
 
 from __future__ import annotations

@@ -20,16 +20,8 @@ OPTIONS = {
 SAME = {
     *("adapter", "allow_partial", "assume", "batch_size", "bits", "cache"),
     *("caption_dropout", "checkpoint_every", "clip_norm", "decoding_batch_size", "dtype"),
-    *(
-        "ema",
-        "env",
-        "force",
-        "force_shard",
-        "grad_accumulate",
-        "grad_checkpoint",
-        "guidance",
-        "image",
-    ),
+    *("ema", "env", "force", "force_shard", "grad_accumulate", "grad_checkpoint"),
+    *("guidance", "image"),
     *("image_size", "iterations", "keep_checkpoints", "learning_rate", "lora_alpha"),
     *("lora_blocks", "lora_dropout", "lora_rank", "lora_targets", "low_memory"),
     *("lr_schedule", "mask", "model", "n_images", "n_rows", "num_augmentations"),
