@@ -12,6 +12,9 @@ it, the SHA-256 of each tensor of the adapter, what the command said of its requ
 and which `--json` lines there were, with which fields. Times are in none of it. It takes some
 minutes. `compare` prints what differs, and ends with 1 where anything does.
 
+Which hosts a plan takes depends on what they measure: `tensor` on two of them rounds otherwise than
+on three. The plan stands beside the pictures, so that this is seen to be why.
+
 The interpreter is the one that runs this: both trees are measured with the same libraries.
 """
 
@@ -44,7 +47,7 @@ from tools.same_cases import INPUTS, MODEL, PICTURES, TRAINING, write_inputs
 HOSTS = 3
 PATIENCE = 600.0  # seconds for one command
 # Lines of `--json` whose values depend on the request alone; of the others the fields are compared.
-FIXED = ("note", "start", "saved", "done", "error", "prepared", "dealt")
+FIXED = ("note", "start", "saved", "done", "error", "hostlost", "prepared", "dealt")
 Json = dict[str, Any]
 
 
@@ -177,6 +180,11 @@ def timed(line: CommandLine, road: str, name: str, command: list[str], said: lis
         "values": sorted(
             json.dumps(each, sort_keys=True) for each in lines if each["event"] in FIXED
         ),
+        "plans": [
+            f"{each['placement']} on {', '.join(map(str, each['hosts']))}"
+            for each in lines
+            if each["event"] == "planned"
+        ],
         "pictures": {
             str(path.relative_to(line.folder)): picture_of(path)
             for path in sorted(folder.rglob("*.png"))

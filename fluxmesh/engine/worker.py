@@ -36,7 +36,7 @@ from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.request import GenerateRequest, SourceImage
+from fluxmesh.request import SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import Basis, DenoisePlan, StepState, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
@@ -217,6 +217,8 @@ class Worker(ModelStore):
                 return
             self.doing = "denoising"
             plan = self._plan(work, key)
+            if work.first and work.latents is None:
+                raise UsageError(f"The latents after {work.first} steps are missing; send them.")
             if work.first >= plan.steps:
                 raise UsageError(f"The image has {plan.steps} steps, all of them done; decode it.")
             walk = denoise(
@@ -225,7 +227,7 @@ class Worker(ModelStore):
                 mx.array(work.noise),
                 source=self._source(work),
                 first=work.first,
-                latents=mx.array(work.latents),
+                latents=None if work.latents is None else mx.array(work.latents),
                 cache=self._cache(work),
                 basis=_basis(work),
             )
@@ -339,11 +341,11 @@ class Worker(ModelStore):
             *size,
             steps=1,
             first=0,
-            guidance=GenerateRequest.guidance,
+            guidance=pipeline.checkpoint.defaults.guidance,
             low_memory=False,
             preview=False,
             strength=1.0,
-            latents=noise,
+            latents=None,
             noise=noise,
             t5=t5,
             clip=clip,

@@ -274,7 +274,8 @@ class Paint(Work):
     low_memory: bool
     preview: bool  # decode the expected picture after each step
     strength: float  # of `source`; 1.0 without one
-    latents: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C] after `first` steps
+    # float32 [1, L, 4C] after `first` steps; None where that is none: it begins from the noise
+    latents: np.ndarray | None = field(repr=False, compare=False)
     noise: np.ndarray = field(repr=False, compare=False)  # float32 [1, L, 4C]
     t5: np.ndarray = field(repr=False, compare=False)  # as `TextEncoded` gave it
     clip: np.ndarray = field(repr=False, compare=False)

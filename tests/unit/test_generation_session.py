@@ -434,6 +434,6 @@ def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
     (paint,) = mesh.messages(messages.Paint)
     host = mesh.session.state.hosts[0]
     for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
-        told = messages.Stepped("job", host.ring_generation, 0, step, seconds, 1, paint.latents)
+        told = messages.Stepped("job", host.ring_generation, 0, step, seconds, 1, paint.noise)
         mesh.feed(Reported(0, replace(told, reused=reused)))
         assert host.step_deadline(paint) == 80.0

@@ -64,14 +64,15 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
 
     tf32.prepare(request.dtype)
     reporter.started(request)
-    if mesh_file.load() is None:
+    record = mesh_file.load()
+    if record is None:
         from fluxmesh.training.local_executor import train
 
         follow(train(request, reporter.event), request, reporter)
         return
     from fluxmesh_coordinator.runtime.mesh import Mesh
 
-    with Mesh.connect() as mesh:
+    with Mesh.of_user(record) as mesh:
         follow(mesh.train(request, reporter.event), request, reporter)
 
 

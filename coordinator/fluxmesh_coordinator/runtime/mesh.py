@@ -26,7 +26,7 @@ from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan
 from fluxmesh.planning.plan import plan as find_plan
-from fluxmesh.planning.workload import ModelSizes, Workload
+from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
@@ -36,14 +36,14 @@ from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, learn, load, save
 from fluxmesh_coordinator.agents.status import user_keys
-from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
-from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
+from fluxmesh_coordinator.runtime.adapter_upload import Files
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
+from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 from fluxmesh_coordinator.runtime.running import Running
 
 T = TypeVar("T")
@@ -92,9 +92,17 @@ class Mesh:
         """
         if record is not None:
             return cls._of(record, keys or user_keys(), lambda _: None)
-        record = load()
+        return cls.of_user(load())
+
+    @classmethod
+    def of_user(cls, record: MeshRecord | None) -> Self:
+        """The mesh that `fluxmesh up` left, as the user's `mesh.json` has it; None: there is none.
+
+        What is measured, and agents that are started again, are written down there. Raises as
+        `connect`.
+        """
         if record is not None:
-            return cls._of(record, keys or user_keys(), _remember, partial(learn, record.text))
+            return cls._of(record, user_keys(), _remember, partial(learn, record.text))
         started = launch.start_ephemeral()
         ephemeral = [started]
         one, is_over = threading.Lock(), threading.Event()
@@ -161,8 +169,28 @@ class Mesh:
         step. Raises `UsageError`, `ModelNotFoundError`, `WeightsError`, `AdapterError`,
         `HostUnreachableError` or `DoesNotFitError`.
         """
-        job, files = self._prepare(request, placement, force_shard, keep_warm)
-        running = self.start(GenerationSession(job), files, wait)
+        resolved = self.resolve(request)
+        yield from self.paint(resolved, placement, force_shard, wait, keep_warm=keep_warm)
+
+    def resolve(self, request: GenerateRequest) -> Resolved:
+        """The request as this mesh can do it: its model found, its adapters hashed, all filled in.
+
+        A model that a mesh of this machine lacks is fetched. Raises as `generate`.
+        """
+        return Resolved.of(request, ResolvedModel.for_mesh(request.model, self.record))
+
+    def paint(
+        self,
+        resolved: Resolved,
+        placement: Placement | None = None,
+        force_shard: bool = False,
+        wait: float | None = None,
+        *,
+        keep_warm: bool = True,
+    ) -> Generator[Event, None, None]:
+        """`generate`, for a request that is resolved."""
+        job = self._job(resolved, placement, force_shard, keep_warm)
+        running = self.start(GenerationSession(job), resolved.files, wait)
         plans: list[Planned] = []
         try:
             for event in running.events():
@@ -214,7 +242,7 @@ class Mesh:
         force_shard: bool = False,
     ) -> Plan:
         """What `generate` would do now, and every other way."""
-        job, _ = self._prepare(request, placement, force_shard, True)
+        job = self._job(self.resolve(request), placement, force_shard, True)
         return plan_of(job, self.view)
 
     def status(self) -> dict[int, messages.Status | str]:
@@ -274,36 +302,18 @@ class Mesh:
         if plans and plans[0].hosts != plans[-1].hosts:
             self._run(self._pool.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
 
-    def _prepare(
-        self,
-        request: GenerateRequest,
-        asked: Placement | None,
-        force_shard: bool,
-        keep_warm: bool,
-    ) -> tuple[GenerationJob, Files]:
-        """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
-        from fluxmesh.weights import hub
-
-        sizes, name = self._sizes(request.model), hub.full_name(request.model)
-        named, files = by_hash(request.adapters)
-        job = GenerationJob(
+    def _job(
+        self, resolved: Resolved, asked: Placement | None, force_shard: bool, keep_warm: bool
+    ) -> GenerationJob:
+        return GenerationJob(
             id=secrets.token_hex(8),
             secret=secrets.token_bytes(32),
-            request=replace(request, model=name, adapters=named),
-            sizes=sizes,
+            request=resolved.request,
+            sizes=resolved.model.sizes,
             placement=asked,
             force_shard=force_shard,
             warm=self.keeps_warm or keep_warm,
         )
-        return job, files
-
-    def _sizes(self, model: str) -> ModelSizes:
-        """What planning must know of a model; a mesh may have one that this machine lacks."""
-        from fluxmesh.weights import hub
-
-        if self.record.is_this_machine:
-            return ModelSizes.of(hub.resolve(model))
-        return what_if.sizes_of(model)[1]
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the loop's thread."""
