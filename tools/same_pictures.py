@@ -12,8 +12,8 @@ it, the SHA-256 of each tensor of the adapter, what the command said of its requ
 and which `--json` lines there were, with which fields. Times are in none of it. It takes some
 minutes. `compare` prints what differs, and ends with 1 where anything does.
 
-Which hosts a plan takes depends on what they measure: `tensor` on two of them rounds otherwise than
-on three. The plan stands beside the pictures, so that this is seen to be why.
+How many hosts a plan takes depends on what they measure, and `tensor` on two rounds otherwise than
+on three. Pictures whose plans are not alike in that are counted apart, and not compared.
 
 The interpreter is the one that runs this: both trees are measured with the same libraries.
 """
@@ -241,16 +241,42 @@ def free_ports(count: int) -> list[int]:
 
 def compare(before: Json, now: Json) -> int:
     """Prints a table of what differs; 1 where anything does, 0 where nothing does."""
+    apart = set_apart(before, now)
     table = Table("where", "before", "now", show_lines=True)
-    counted = 0
     for where, old, new in differences(before, now):
         table.add_row(where, str(old)[:400], str(new)[:400])
-        counted += 1
     pictures = sum(len(case.get("pictures", ())) for road in now.values() for case in road.values())
-    if counted:
+    if table.row_count:
         Console().print(table)
-    print(f"{pictures} pictures; {counted or 'no'} difference{'s' if counted != 1 else ''}.")
-    return 1 if counted else 0
+    for where, plans in apart.items():
+        print(f"{where}: not compared, planned as {plans[0]} before and {plans[1]} now.")
+    print(f"{pictures - len(apart)} pictures compared; differences: {table.row_count}.")
+    return 1 if table.row_count else 0
+
+
+def set_apart(before: Json, now: Json) -> dict[str, tuple[list[str], list[str]]]:
+    """Takes away the bytes of pictures that more or fewer hosts made, and which ranks made any.
+
+    Returns the plans of those pictures by their place.
+    """
+    apart: dict[str, tuple[list[str], list[str]]] = {}
+    for road in before.keys() & now.keys():
+        for name in sorted(before[road].keys() & now[road].keys()):
+            cases = before[road][name], now[road][name]
+            plans = [case.pop("plans", []) for case in cases]
+            if len({tuple(map(kind_of, each)) for each in plans}) == 1:
+                continue
+            for path in sorted(cases[0]["pictures"].keys() & cases[1]["pictures"].keys()):
+                apart[f"{road} / {path}"] = (plans[0], plans[1])
+                for case in cases:
+                    case["pictures"][path] |= {"pixels": "", "file": ""}
+    return apart
+
+
+def kind_of(plan: str) -> tuple[str, int]:
+    """("tensor", 2) for "tensor on 0, 2"; by `data` the number of hosts changes no byte."""
+    placement, _, hosts = plan.partition(" on ")
+    return placement, 1 if placement == "data" else hosts.count(",") + 1
 
 
 ABSENT = "(absent)"

@@ -1,8 +1,8 @@
 """The units of work of one engine: load, encode, paint, decode, measure, warm. Holds no socket.
 
 A unit goes in as a message (`messages.Work`), reports come out, one after another, from a
-generator: whoever asks (the engine of a mesh, or `reference.py` on one machine) sends them on, and
-closes the generator to stop. Stands on `residency.py` (the models in memory, the place in a ring).
+generator: whoever asks (the engine's process, `fluxmesh_agent/engine.py`) sends them on, and closes
+the generator to stop. Stands on `residency.py` (the models in memory, the place in a ring).
 
 What stays in memory (the memory policy):
 
