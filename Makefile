@@ -1,7 +1,7 @@
 # fluxmesh: from a fresh clone,
 #
 #   make demo      set up .venv, then paint a picture (no download of weights)
-#   make test      unit and integration tests, and a sample of faults
+#   make test      unit, numerics and integration tests, and a sample of faults
 #   make faults    every process killed and stopped at every moment: Linux, as root, 30 to 60 minutes
 #   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3
 #   make learn     the embedded checkpoint is taught a robot: a minute or two of training

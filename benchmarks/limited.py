@@ -5,7 +5,9 @@
 
 Each host is a network namespace at the end of a pair of virtual interfaces whose queues let `rate`
 bytes a second through (`tc tbf`); a bridge joins them. This process is outside, as a laptop is.
-Needs Linux, root and iproute2. Used by `plans.py`.
+A host computes on processors of its own (`shares`), also while the others rest: else a host alone
+would be faster than beside others, which no plan could know. Needs Linux, root, iproute2 and
+taskset. Used by `plans.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Skipped, say
@@ -29,7 +31,11 @@ SSH = """\
 while [ "$1" != "--" ]; do shift; done
 host=$2
 shift 2
-exec ip netns exec "{name}-${{host##*.}}" sh -c "$*"
+case ${{host##*.}} in
+{cases}
+esac
+export OMP_NUM_THREADS=$threads OPENBLAS_NUM_THREADS=$threads
+exec ip netns exec "{name}-${{host##*.}}" taskset -c "$cores" sh -c "$*"
 """
 
 
@@ -44,9 +50,14 @@ def limited(hosts: int, rate: float, model: str) -> Iterator[Path]:
     name, net = f"fm{secrets.token_hex(2)}", f"10.214.{secrets.randbelow(250)}"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxmesh-links-")))
-        _join(stack, name, net, hosts, rate)
+        own = shares(sorted(os.sched_getaffinity(0)), hosts)
+        _join(stack, name, net, own, rate)
         ssh = folder / "ssh"
-        ssh.write_text(SSH.format(name=name))
+        cases = "\n".join(
+            f"{i}) cores={','.join(map(str, cores))} threads={len(cores)} ;;"
+            for i, cores in enumerate(own, start=2)
+        )
+        ssh.write_text(SSH.format(name=name, cases=cases))
         ssh.chmod(0o700)
         hostfile = folder / "hosts.json"
         entries = [
@@ -57,21 +68,38 @@ def limited(hosts: int, rate: float, model: str) -> Iterator[Path]:
         home = folder / "home"
         home.mkdir(mode=0o700)
         mine = {"FLUXMESH_HOME": str(home), "FLUXMESH_SSH": str(ssh), "HOME": str(home)}
-        mine |= {"OMP_NUM_THREADS": "1"}
-        stack.enter_context(_environment(mine))
+        stack.enter_context(environment(mine))
         stack.callback(_fluxmesh, "down")
         _fluxmesh("up", str(hostfile), "--model", model)
         yield hostfile
 
 
-def _join(stack: contextlib.ExitStack, name: str, net: str, hosts: int, rate: float) -> None:
+def shares(cores: Sequence[int], hosts: int) -> list[tuple[int, ...]]:
+    """Which processors each host computes on: as many as every other host, and nobody else's.
+
+    Where there are fewer than hosts, some share one: they are agents of one device.
+    """
+    each = len(cores) // hosts
+    if each:
+        return [tuple(cores[i * each : (i + 1) * each]) for i in range(hosts)]
+    return [(cores[i % len(cores)],) for i in range(hosts)]
+
+
+def _join(
+    stack: contextlib.ExitStack,
+    name: str,
+    net: str,
+    shares: Sequence[tuple[int, ...]],
+    rate: float,
+) -> None:
     """A bridge at `net`.1, and a namespace behind a slow link at `net`.2 and each after it."""
     bridge = f"{name}br"
     _run("ip", "link", "add", bridge, "type", "bridge")
     stack.callback(_run, "ip", "link", "del", bridge)
     _run("ip", "addr", "add", f"{net}.1/24", "dev", bridge)
     _run("ip", "link", "set", bridge, "up")
-    for i in range(2, hosts + 2):
+    devices = {cores: secrets.token_hex(16) for cores in shares}
+    for i, cores in enumerate(shares, start=2):
         space, near, far = f"{name}-{i}", f"{name}v{i}", f"{name}p{i}"
         _run("ip", "netns", "add", space)
         stack.callback(_run, "ip", "netns", "del", space)  # and its link with it
@@ -80,18 +108,20 @@ def _join(stack: contextlib.ExitStack, name: str, net: str, hosts: int, rate: fl
         _run("ip", "-n", space, "addr", "add", f"{net}.{i}/24", "dev", far)
         _run("ip", "-n", space, "link", "set", far, "up")
         _run("ip", "-n", space, "link", "set", "lo", "up")
-        # `ip netns exec` shows it as /etc/machine-id: these are hosts with a device each.
+        # `ip netns exec` shows it as /etc/machine-id: hosts with a device each, but for those that
+        # share a processor.
         own = Path("/etc/netns") / space
         own.mkdir(parents=True)
         stack.callback(shutil.rmtree, own)
-        (own / "machine-id").write_text(secrets.token_hex(16) + "\n")
+        (own / "machine-id").write_text(devices[cores] + "\n")
         burst = max(LEAST, round(rate / TICKS))
         limit = ("rate", f"{round(8 * rate)}bit", "burst", str(burst), "latency", "50ms")
         _run("tc", "-n", space, "qdisc", "add", "dev", far, "root", "tbf", *limit)
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """These variables for a while, for this process and those that it starts."""
     before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
     try:

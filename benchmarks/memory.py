@@ -152,7 +152,7 @@ def sharded(case: Result, sizes: Sizes) -> None:
     import mlx.core as mx
 
     from fluxmesh.engine.worker import Worker
-    from fluxmesh.models.flux1.parallel import Ranks
+    from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
         raise Skipped("nccl needs NVIDIA GPUs")

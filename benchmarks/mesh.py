@@ -99,7 +99,7 @@ def measure(case: Result) -> None:
     """One process of the group: builds, joins, and runs what all ranks run."""
     import mlx.core as mx
 
-    from fluxmesh.models.flux1.parallel import Ranks
+    from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
         raise Skipped("nccl needs NVIDIA GPUs")

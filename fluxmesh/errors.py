@@ -1,10 +1,14 @@
 """Errors whose text is the one sentence that the user reads.
 
 Each kind carries the process exit code that the command line ends with. A message says what
-happened, where, and what to do; it never holds a traceback or a newline.
+happened, where, and what to do; it never holds a traceback or a newline. It names a setting by its
+field in backticks, `n_images`: whoever shows it says --n-images, or a server's parameter.
 """
 
 from __future__ import annotations
+
+import re
+from typing import Self
 
 
 class FluxmeshError(Exception):
@@ -17,6 +21,17 @@ class UsageError(FluxmeshError):
     """The request itself is wrong: an option, a prompt, a size."""
 
     exit_code = 2
+
+    @classmethod
+    def about(cls, setting: str, problem: str, remedy: str = "") -> Self:
+        """Of one setting: what is wrong with it, and what would be right."""
+        return cls(f"`{setting}` {problem}{remedy and f'; {remedy}'}.")
+
+    @property
+    def setting(self) -> str:
+        """The one that it is about, by its field; "" where it is about none, or several."""
+        name = re.match(r"`(\w+)`(?! and )", str(self))
+        return name[1] if name else ""
 
 
 class ModelNotFoundError(FluxmeshError):

@@ -39,6 +39,7 @@ class Planned:
     hosts: tuple[int, ...]  # ranks
     seconds: float  # predicted, from now to the last picture
     reason: str  # why so
+    notice: str = ""  # what takes longer this once, in a sentence
 
 
 @dataclass(frozen=True)

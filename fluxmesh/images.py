@@ -70,7 +70,7 @@ def read_picture(file: PictureFile) -> np.ndarray:
 
     Transparent parts become white. Raises `UsageError` naming the file.
     """
-    return _over(_open(*_named(file, "--image")), background=255)
+    return _over(_open(*_named(file, "image")), background=255)
 
 
 def decode_picture(data: bytes, name: str) -> np.ndarray:
@@ -84,7 +84,7 @@ def read_mask(file: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
     With `like`, the mask is brought to that picture's size; proportions that differ raise
     `UsageError`, since the mask was then drawn over something else.
     """
-    opened, name = _named(file, "--mask")
+    opened, name = _named(file, "mask")
     mask = _open(opened, name)
     grey = np.asarray(Image.fromarray(_over(mask, background=0)).convert("L"))
     if like is None or grey.shape == like.shape[:2]:
@@ -113,7 +113,9 @@ def outpaint_canvas(
     parts repeat the edge until the model paints them; `mask` adds parts of the old picture.
     """
     if any(margin < 0 for margin in margins):
-        raise UsageError(f"--outpaint has margins {margins}; each must be 0 or more pixels.")
+        raise UsageError.about(
+            "outpaint", f"has margins {margins}", "each must be 0 or more pixels"
+        )
     left, top, right, bottom = margins
     if round_up:
         top, bottom = _grow(pixels.shape[0], top, bottom)
@@ -132,8 +134,8 @@ def parse_margins(text: str) -> Margins:
     if len(parts) == 4 and all(part.strip().isdecimal() for part in parts):
         left, top, right, bottom = (int(part) for part in parts)
         return left, top, right, bottom
-    raise UsageError(
-        f"--outpaint is {text!r}; give left,top,right,bottom in pixels, such as 0,0,128,0."
+    raise UsageError.about(
+        "outpaint", f"is {text!r}", "give left,top,right,bottom in pixels, such as 0,0,128,0"
     )
 
 
@@ -149,11 +151,11 @@ def composite(pixels: np.ndarray, source: SourceImage) -> np.ndarray:
     return np.round(blended).astype(np.uint8)
 
 
-def _named(file: PictureFile, option: str) -> tuple[Path | io.BytesIO, str]:
+def _named(file: PictureFile, field: str) -> tuple[Path | io.BytesIO, str]:
     """What to open, and what messages call it."""
     if isinstance(file, bytes):
-        return io.BytesIO(file), option
-    return Path(file), f"{option} {os.fspath(file)}"
+        return io.BytesIO(file), f"`{field}`"
+    return Path(file), f"`{field}` {os.fspath(file)}"
 
 
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
@@ -216,7 +218,7 @@ def _check_side(height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
         raise UsageError(
             f"the picture would be {height}x{width}; a side is at most {MAX_SIDE} pixels, "
-            "so scale the input down or give --image-size."
+            "so scale the input down or give `image_size`."
         )
 
 

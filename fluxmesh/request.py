@@ -79,41 +79,43 @@ class GenerateRequest:
                 "The prompt is not valid UTF-8; check the terminal's encoding."
             ) from error
         if not 1 <= self.n_images <= MAX_IMAGES:
-            raise UsageError(f"--n-images is {self.n_images}; it must be 1 to {MAX_IMAGES}.")
+            raise UsageError.about(
+                "n_images", f"is {self.n_images}", f"it must be 1 to {MAX_IMAGES}"
+            )
         if not 0 <= self.seed <= self.seed_of(self.n_images - 1) <= MAX_SEED:
             raise UsageError(
-                f"--seed is {self.seed}; it must be 0 or more, and the last image's 2^63 - 1 at "
+                f"`seed` is {self.seed}; it must be 0 or more, and the last image's 2^63 - 1 at "
                 "most."
             )
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and not (16 <= side <= MAX_SIDE and side % 16 == 0):
                 raise UsageError(
-                    f"--image-size has {name} {side}; each side must be a multiple of 16 "
+                    f"`image_size` has {name} {side}; each side must be a multiple of 16 "
                     f"from 16 to {MAX_SIDE}."
                 )
         if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise UsageError(f"--steps is {self.steps}; it must be 1 to 1000.")
+            raise UsageError.about("steps", f"is {self.steps}", "it must be 1 to 1000")
         guidance = self.guidance
         if guidance is not None and not (math.isfinite(guidance) and 0 <= guidance <= 100):
-            raise UsageError(f"--guidance is {self.guidance}; it must be 0 to 100.")
+            raise UsageError.about("guidance", f"is {guidance}", "it must be 0 to 100")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
+            raise UsageError.about("dtype", f"is {self.dtype!r}", f"choose {', '.join(DTYPES)}")
         if self.bits is not None and self.bits not in BITS:
-            raise UsageError(f"--bits is {self.bits}; choose 3, 4, 5, 6 or 8.")
+            raise UsageError.about("bits", f"is {self.bits}", "choose 3, 4, 5, 6 or 8")
         if self.decoding_batch_size < 1:
-            raise UsageError("--decoding-batch-size must be at least 1.")
+            raise UsageError("`decoding_batch_size` must be at least 1.")
         if not 0 <= self.cache <= MAX_CACHE:
-            raise UsageError(
-                f"--cache is {self.cache}; it must be 0 (off) to {MAX_CACHE}; try 0.1."
+            raise UsageError.about(
+                "cache", f"is {self.cache}; it must be 0 (off) to {MAX_CACHE}", "try 0.1"
             )
         if self.preload and self.low_memory:
-            raise UsageError("--preload-models and --low-memory exclude each other; choose one.")
+            raise UsageError("`preload` and `low_memory` exclude each other; choose one.")
         for adapter in self.adapters:
             if not math.isfinite(adapter.scale):
-                raise UsageError(f"--adapter {adapter.path} has scale {adapter.scale}.")
+                raise UsageError(f"`adapter` {adapter.path} has scale {adapter.scale}.")
         if self.source is not None and not 0 < self.source.strength <= 1:
-            raise UsageError(
-                f"--strength is {self.source.strength}; it must be above 0 and at most 1."
+            raise UsageError.about(
+                "strength", f"is {self.source.strength}", "it must be above 0 and at most 1"
             )
 
     def seed_of(self, image: int) -> int:

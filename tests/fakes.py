@@ -18,7 +18,8 @@ from typing import Self
 
 import numpy as np
 
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepTiming
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepShape, StepTiming
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.latents import initial_noise
@@ -85,10 +86,11 @@ class FakeEngine:
         self.counters = messages.EngineCounters()
         self.content = "same"  # of the files that it reads
         self.components: tuple[str, ...] = ()
-        self.compiled: tuple[messages.Compiled, ...] = ()
+        self.compiled: tuple[StepShape, ...] = ()
         self.training = FakeTraining()
         self.collective_rate = 1e18  # bytes/s of its ring
         self.ring_step_seconds = 0.1  # that it tells of a step with others
+        self.kernels_seconds = self.shape_seconds = 0.0  # that its first steps take longer
 
     def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
@@ -120,11 +122,10 @@ class FakeEngine:
                 how = (unit.weights.model, unit.height, unit.width)
                 ring = (unit.placement, 1 if unit.placement == "data" else self.size)
                 timed = StepTiming(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
+                self._has_made(unit)
                 yield messages.Timed(unit.job, unit.ring_generation, timed)
             case messages.Warm():
-                hosts = 1 if unit.placement == "data" else self.size
-                way = messages.Compiled(unit.placement, hosts, unit.height, unit.width)
-                self.compiled = (*self.compiled, way)
+                self._has_made(unit)
                 self.holding = self.holding or Holding(unit.weights, GB, content=self.content)
                 yield messages.Beat(unit.job, unit.ring_generation, "first step")
                 yield messages.Warmed(unit.job, unit.ring_generation, 0.1)
@@ -155,11 +156,21 @@ class FakeEngine:
                 basis = (step - 1, latents)
                 latents = one_step(latents, step)
             self.steps.append((unit.image, step))
+            compiling = self._has_made(unit)
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
             told = latents if unit.placement == "data" or self.rank == 0 else None
             head = (unit.job, unit.ring_generation, unit.image, step)
             seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
-            yield messages.Stepped(*head, seconds, 4, told, reused=reused)
+            yield messages.Stepped(*head, seconds + compiling, 4, told, reused=reused)
+
+    def _has_made(self, unit: messages.Paint | messages.Measure | messages.Warm) -> float:
+        """Keeps a step in mind; seconds that it took to compile."""
+        shape = StepShape.of(unit.weights, unit.placement, self.size, unit.height, unit.width)
+        if shape in self.compiled:
+            return 0.0
+        is_new = not any(made.is_of(unit.weights) for made in self.compiled)
+        self.compiled = (*self.compiled, shape)
+        return self.shape_seconds + is_new * self.kernels_seconds
 
     def _has(self, component: str) -> None:
         self.components = tuple(dict.fromkeys((*self.components, component)))
@@ -256,8 +267,8 @@ class FakeSupervisor:
 class FakeMesh:
     """Agents in this event loop, real but for their engines, on the in-process transport."""
 
-    def __init__(self, folder: Path, hosts: int) -> None:
-        self.network = Network()
+    def __init__(self, folder: Path, hosts: int, deadlines: Deadlines = DEADLINES) -> None:
+        self.network, self.deadlines = Network(), deadlines
         self.folder = folder
         self.services: dict[int, Service] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -282,7 +293,8 @@ class FakeMesh:
     def start(self, rank: int) -> None:
         """An agent of that rank, as after `fluxmesh up`."""
         home = AgentHome(private_folder(self.folder / f"agent-{rank}"))
-        service = Service(self.network.listen(f"host:{rank}"), home, EngineOptions())
+        listener = self.network.listen(f"host:{rank}")
+        service = Service(listener, home, EngineOptions(), deadlines=self.deadlines)
         service.supervisor = FakeSupervisor(  # type: ignore[assignment]
             service._engine_said, service._engine_ended
         )

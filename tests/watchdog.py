@@ -24,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.waiting import InGraph, OnHost
 
 LIMIT = 5.0  # seconds that Metal lets a command buffer wait

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.wire.messages import Done, Heartbeat
 from fluxmesh.wire.transport.base import Connection
@@ -64,11 +65,11 @@ async def echo(near: Connection, far: Connection) -> None:
 
 
 @contextlib.asynccontextmanager
-async def wire(folder: Path) -> AsyncIterator[Wire]:
+async def wire(folder: Path, deadlines: Deadlines = DEADLINES) -> AsyncIterator[Wire]:
     keys, anna = Keys.new(), Keys.new()
     allowlist = Allowlist(folder / "authorized")
     allowlist.add("anna", anna.public)
-    listener = await CurveListener.open("127.0.0.1:0", keys, allowlist)
+    listener = await CurveListener.open("127.0.0.1:0", keys, allowlist, deadlines)
     made = Wire(keys, anna, allowlist, listener, CurveDialer(anna))
     try:
         yield made

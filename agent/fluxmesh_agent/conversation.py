@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 
 from fluxmesh.wire.messages import Message
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed
 
 REMEMBERED = 256  # answers, for requests that come again
@@ -44,8 +45,7 @@ class CoordinatorConversation:
         return True
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _send(self) -> None:
         with contextlib.suppress(ConnectionClosed):  # whoever receives from it is told as well

@@ -19,13 +19,15 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mlx.core as mx
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.engine import device_memory as memory
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
 from fluxmesh.engine.residency import WorkerOptions
@@ -33,7 +35,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.kernels import ops
 from fluxmesh.machine.open_files import allow_many_files
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
@@ -69,8 +71,6 @@ from fluxmesh_agent.model_paths import Roots
 
 log = logging.getLogger("engine")
 
-BEAT_SECONDS = 1.0
-IDLE_SECONDS = 1.0  # without work, until freed memory is given back
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
 LAST = (  # after the last of these, a unit is over
     *(Loaded, TextEncoded, SourceEncoded, Pictured, Timed, RingTimed, Warmed),
@@ -96,8 +96,8 @@ class Config:
 class Engine:
     """One life: from the first message to the end of the stream."""
 
-    def __init__(self, config: Config, channel: Channel) -> None:
-        self.config, self.channel = config, channel
+    def __init__(self, config: Config, channel: Channel, deadlines: Deadlines = DEADLINES) -> None:
+        self.config, self.channel, self.deadlines = config, channel, deadlines
         roots = Roots(
             Path(config.adapters),
             Path(config.models) if config.models else None,
@@ -153,7 +153,7 @@ class Engine:
         Not after each unit: what one frees the next one takes.
         """
         try:
-            return self._line.get(timeout=IDLE_SECONDS)
+            return self._line.get(timeout=self.deadlines.engine_idle)
         except queue.Empty:
             memory.give_back()
             return self._line.get()
@@ -168,7 +168,6 @@ class Engine:
                 worker.load_rate,
                 worker.components,
                 worker.compiled,
-                worker.warm,
             )
         )
 
@@ -283,7 +282,7 @@ class Engine:
 
     def _beat(self) -> None:
         while True:
-            time.sleep(BEAT_SECONDS)
+            time.sleep(self.deadlines.heartbeat)
             work, doing = self._work, self.worker.quiet
             if work is not None and doing:
                 try:
@@ -331,7 +330,7 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "CPU")
 
 
-def _pauses(text: str) -> Any:
+def _pauses(text: str) -> Callable[[str], None]:
     """What makes an engine slower in each phase, from "step=0.5,load=1"."""
     seconds = {
         name: float(value)

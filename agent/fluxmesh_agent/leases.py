@@ -2,16 +2,15 @@
 
 A lease carries a fencing number that rises with every grant, and begins above those of the agent's
 earlier lives: a message from a coordinator that has lost its lease without noticing is told apart.
-A coordinator that stays silent for `SILENCE` seconds loses its lease, or its place in line.
-`service.py` asks, and sends the notices.
+A coordinator that stays silent for too long (`Deadlines.silence`) loses its lease, or its place in
+line. `service.py` asks, and sends the notices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SILENCE = 5.0  # seconds
-TELL_EVERY = 2.0  # seconds between two `InLine`s that say the same place
+from fluxmesh.deadlines import DEADLINES, Deadlines
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,9 @@ class _Asked:
 class Leases:
     """The lease of one host."""
 
-    def __init__(self, first_fence: int = 1) -> None:
+    def __init__(self, first_fence: int = 1, deadlines: Deadlines = DEADLINES) -> None:
         """`first_fence` is above every fence of this host's earlier lives."""
+        self.deadlines = deadlines
         self._fence = first_fence
         self._holder: _Asked | None = None
         self._line: list[_Asked] = []
@@ -109,13 +109,14 @@ class Leases:
     def tick(self, now: float, is_free: bool = True) -> list[Notice]:
         """What time has brought. `is_free`: nothing is left of the last holder's work."""
         notices: list[Notice] = []
+        limit = self.deadlines.silence
         for client in [asked.client for asked in (self._holder, *self._line) if asked]:
             silence = now - self._heard.get(client, now)
-            if silence > SILENCE:
+            if silence > limit:
                 self.leave(client)
                 notices.append(Loses(client, f"nothing was heard of it for {silence:.0f} s"))
         # Every command is a client of its own: those of yesterday are forgotten.
-        self._heard = {c: heard for c, heard in self._heard.items() if now - heard <= SILENCE}
+        self._heard = {c: heard for c, heard in self._heard.items() if now - heard <= limit}
         if self._holder is None and self._line and is_free:
             self._holder = self._line.pop(0)
             self._holder.fence, self._holder.since = self._fence, now
@@ -130,7 +131,7 @@ class Leases:
             seconds = max(0.0, self._holder.seconds - (now - self._holder.since))
         for place, asked in enumerate(self._line, start=1):
             told_place, when = asked.told
-            if place != told_place or now - when >= TELL_EVERY:
+            if place != told_place or now - when >= self.deadlines.tell_place:
                 asked.told = (place, now)
                 notices.append(InLine(asked.client, place, seconds))
             seconds += asked.seconds

@@ -28,7 +28,6 @@ from fluxmesh.wire.messages import (
     Beat,
     Cancel,
     Cancelled,
-    Compiled,
     Decode,
     Device,
     Encode,
@@ -121,12 +120,11 @@ class Lifecycle:
         self.ring_generation = 0
         self.reason = ""  # of the last failure
         self.holds: Holding | None = None
-        self.warm: tuple[StepShape, ...] = ()  # steps that the engine has compiled its kernels for
         self.counters = EngineCounters()
         self.load_rate = 0.0
         self.device: Device | None = None
         self.components: tuple[str, ...] = ()  # that are in memory
-        self.compiled: tuple[Compiled, ...] = ()
+        self.compiled: tuple[StepShape, ...] = ()  # what the engine has made steps of
         self.loading: Reading | None = None
         self.served: ModelVariant | None = None  # what the last work for others painted with
         self.is_bare = True  # an engine has ended, or never was, and nobody asked for it since
@@ -281,8 +279,8 @@ class Lifecycle:
             return []  # it has told its end, and holds nothing
         if isinstance(message, Account):
             self.holds, self.load_rate = message.holds, message.load_rate or self.load_rate
-            self.counters, self.warm = message.counters, message.warm
-            self.components, self.compiled = message.components, message.compiled
+            self.counters, self.components = message.counters, message.components
+            self.compiled = message.compiled
             if message.is_over and self._pending:
                 self._pending.popleft()
                 self.loading = None
@@ -348,8 +346,8 @@ class Lifecycle:
     def _end(self) -> list[Instruction]:
         was, self._runs = self._runs, False
         self._ring, self.holds, self.reason = None, None, ""
-        self.counters, self.warm = EngineCounters(), ()
-        self.components, self.compiled, self.loading = (), (), None
+        self.counters, self.loading = EngineCounters(), None
+        self.components, self.compiled = (), ()
         self._pending.clear()
         self.is_bare = True
         return [KillEngine()] if was else []

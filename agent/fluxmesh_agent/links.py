@@ -7,6 +7,7 @@ thread, since that is what a ring uses too, and no event loop is as fast as a th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hmac
 import ipaddress
@@ -14,7 +15,9 @@ import logging
 import socket
 import struct
 import time
+from collections.abc import Iterator
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.wire.messages import LinkRate
 from fluxmesh.wire.transport import local_network
@@ -22,25 +25,26 @@ from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 20.0  # seconds that a port stays open, and that each read or write may take
-CONNECT = 4.0  # seconds to reach it; where no cable leads, packets are often lost without a word
 PINGS = 8
 BLOCK = 1 << 20
 LIMIT = 1 << 30  # bytes of one probe
 _HEAD = struct.Struct(">QB")  # bytes that follow, length of the token
 
 
-def listen(ip: str, token: bytes) -> int:
+def listen(ip: str, token: bytes, deadlines: Deadlines = DEADLINES) -> int:
     """Opens a port at `ip` for one probe that knows `token`, and returns it.
 
     Raises `UsageError` where `ip` is not an address of this machine.
     """
     try:
         server = _server(ip)
+        with _closed_on_error(server):
+            server.listen(4)
     except (OSError, ValueError) as error:
         raise _no_address(ip, error) from None
+    server.settimeout(deadlines.link_open)
     port: int = server.getsockname()[1]
-    task = asyncio.create_task(in_thread(lambda: _serve(server, token)))
+    task = asyncio.create_task(in_thread(lambda: _serve(server, token, deadlines.link_open)))
     _running.add(task)
     task.add_done_callback(_running.discard)
     return port
@@ -49,7 +53,9 @@ def listen(ip: str, token: bytes) -> int:
 _running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no task alive
 
 
-async def probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
+async def probe(
+    ip: str, port: int, token: bytes, nbytes: int, deadlines: Deadlines = DEADLINES
+) -> LinkRate:
     """What a link carries. Raises `FluxmeshError` where nobody listens, or stops listening.
 
     That is a `LocalNetworkError` where macOS may have forbidden the connection.
@@ -57,7 +63,7 @@ async def probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
     if not 0 < nbytes <= LIMIT:
         raise UsageError(f"A probe sends 1 to {LIMIT} bytes, not {nbytes}.")
     try:
-        return await in_thread(lambda: _probe(ip, port, token, nbytes))
+        return await in_thread(lambda: _probe(ip, port, token, nbytes, deadlines))
     except OSError as error:
         kind = LocalNetworkError if local_network.is_kept_out(error) else FluxmeshError
         reason = local_network.reason(error)
@@ -69,7 +75,7 @@ def free_ports(ip: str, count: int) -> tuple[int, ...]:
     taken: list[socket.socket] = []
     try:
         for _ in range(count):
-            taken.append(_server(ip, listening=False))
+            taken.append(_server(ip))
         return tuple(one.getsockname()[1] for one in taken)
     except (OSError, ValueError) as error:
         raise _no_address(ip, error) from None
@@ -83,25 +89,29 @@ def _no_address(ip: str, error: OSError | ValueError) -> UsageError:
     return UsageError(f"{ip!r} is not an address of this host: {reason}.")
 
 
-def _server(ip: str, listening: bool = True) -> socket.socket:
+def _server(ip: str) -> socket.socket:
+    """A socket at a port of its own, which does not listen yet."""
     if ipaddress.ip_address(ip).is_unspecified:
         raise OSError(errno.EADDRNOTAVAIL, "it means all addresses")
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     server = socket.socket(family)
-    try:
+    with _closed_on_error(server):
         server.bind((ip, 0))
-        if listening:
-            server.settimeout(PATIENCE)
-            server.listen(4)
-    except OSError:
-        server.close()
-        raise
     return server
 
 
-def _serve(server: socket.socket, token: bytes) -> None:
+@contextlib.contextmanager
+def _closed_on_error(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        sock.close()
+        raise
+
+
+def _serve(server: socket.socket, token: bytes, seconds: float) -> None:
     """Takes probes until one knows the token, or time is up."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + seconds
     with server:
         while time.monotonic() < end:
             try:
@@ -109,7 +119,7 @@ def _serve(server: socket.socket, token: bytes) -> None:
             except OSError:
                 return
             with peer:
-                peer.settimeout(PATIENCE)
+                peer.settimeout(seconds)
                 try:
                     if _take(peer, token):
                         return
@@ -134,9 +144,9 @@ def _take(peer: socket.socket, token: bytes) -> bool:
     return True
 
 
-def _probe(ip: str, port: int, token: bytes, nbytes: int) -> LinkRate:
-    with socket.create_connection((ip, port), timeout=CONNECT) as peer:
-        peer.settimeout(PATIENCE)
+def _probe(ip: str, port: int, token: bytes, nbytes: int, deadlines: Deadlines) -> LinkRate:
+    with socket.create_connection((ip, port), timeout=deadlines.link_connect) as peer:
+        peer.settimeout(deadlines.link_open)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer.sendall(_HEAD.pack(nbytes, len(token)) + token)
         trips = []

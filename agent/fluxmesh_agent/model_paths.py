@@ -40,14 +40,14 @@ class Roots:
 
     def model(self, name: str) -> str:
         """What `hub.resolve` takes; raises `ModelNotFoundError`."""
-        short = name.lower().removeprefix("flux-")
-        if short == hub.TINY:
+        alias = hub.alias_of(name)
+        if alias == hub.TINY:
             return name
         if self.models is not None and not os.path.isabs(name):
             inside = self._inside(self.models / name)
             if inside is not None:
                 return inside
-        if short in hub.REPOS:
+        if alias is not None:
             return name
         if os.path.isabs(name) or name.startswith("~"):
             inside = self._inside(Path(os.path.expanduser(name)))

@@ -109,7 +109,7 @@ def _alone(home: AgentHome) -> Iterator[None]:
         except OSError:
             raise FluxmeshError(
                 f"An agent runs with {home.folder} already; stop it with `fluxmesh down`, or "
-                "choose another --state."
+                "choose another folder for its state."
             ) from None
         yield
 

@@ -19,13 +19,16 @@ import time
 from collections.abc import Coroutine, Sequence
 
 from fluxmesh.cluster.snapshot import StepTiming
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.machine.awake import Wakefulness
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh.storage.homes import AgentHome, read_private, write_private
+from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
 from fluxmesh_agent import links, upkeep
 from fluxmesh_agent.adapter_store import AdapterStore
@@ -41,18 +44,13 @@ from fluxmesh_agent.lifecycle import (
     StartEngine,
     Tell,
 )
-from fluxmesh_agent.status import last_lines, status_of
+from fluxmesh_agent.status import status_of
 from fluxmesh_agent.supervisor import EngineOptions, Supervisor
 from fluxmesh_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT = 1.0  # seconds
-TICK = 0.25  # seconds between two looks at the leases
-# Seconds that an engine has at least to stop for a coordinator that is gone. It has as many as
-# loading its weights again would take: to wait longer than that costs more than to end it.
-LETTING_GO = 3.0
-FIRST_WORD = 20.0  # seconds that a newcomer waits for an engine that has just been started
+LINE = 2000  # characters of a log's line that are shown
 
 
 class AgentClock(RunningClock):
@@ -71,16 +69,18 @@ class Service:
         home: AgentHome,
         options: EngineOptions,
         stopping: asyncio.Event | None = None,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         """It ends when `stopping` is set, from then on or before."""
         self.boot = secrets.token_hex(8)
+        self.deadlines = deadlines
         self.listener, self.home = listener, home
         self.lifecycle = Lifecycle(options.envs)
         # Fences of earlier lives were smaller: it begins with the time.
-        self.leases = Leases(first_fence=int(time.time() * 1000))
+        self.leases = Leases(first_fence=int(time.time() * 1000), deadlines=deadlines)
         self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
         self.adapters = AdapterStore(home.adapters)
-        self.upkeep = Upkeep(_kept(home))
+        self.upkeep = Upkeep(_kept(home), deadlines)
         self.measured: dict[tuple[object, ...], StepTiming] = {}
         self.stopping = stopping or asyncio.Event()
         self._clients: dict[str, CoordinatorConversation] = {}
@@ -103,9 +103,7 @@ class Service:
             log.info("the agent ends")
             self.home.keep.unlink(missing_ok=True)  # on purpose: the mesh is no more
         finally:
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await end(*self._tasks)
             await self.supervisor.kill()
             self._wakefulness.let_go()
             await self.listener.close()
@@ -129,7 +127,7 @@ class Service:
         beat = 0.0
         while True:
             now = self._clock.tick()
-            if now - beat >= HEARTBEAT:
+            if now - beat >= self.deadlines.heartbeat:
                 beat = now
                 for client in self._clients.values():
                     client.tell(Heartbeat())
@@ -145,7 +143,7 @@ class Service:
                 self._wakefulness.hold()
             else:
                 self._wakefulness.let_go()
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(self.deadlines.tick)
 
     # Conversations
 
@@ -209,7 +207,8 @@ class Service:
         if isinstance(message, messages.AskStatus):
             return self.status()
         if isinstance(message, messages.AskLogs):
-            return messages.Logs(last_lines(self.home.log, message.lines))
+            lines = last_lines(self.home.log, message.lines)
+            return messages.Logs(tuple(line[:LINE] for line in lines))
         if isinstance(message, messages.AskLease):
             self._notify(self.leases.ask(client.name, message.job, message.seconds, now))
             asyncio.get_running_loop().call_soon(self._tick)
@@ -220,9 +219,10 @@ class Service:
             asyncio.get_running_loop().call_soon(self._tick)
             return Done()
         if isinstance(message, messages.ListenForLink):
-            return messages.Ports((links.listen(message.ip, message.token),))
+            return messages.Ports((links.listen(message.ip, message.token, self.deadlines),))
         if isinstance(message, messages.ProbeLink):
-            return await links.probe(message.ip, message.port, message.token, message.nbytes)
+            link = (message.ip, message.port, message.token, message.nbytes)
+            return await links.probe(*link, self.deadlines)
         if isinstance(message, messages.Keep):
             self.upkeep.want(message)
             write_private(self.home.keep, upkeep.to_json(message))
@@ -268,7 +268,7 @@ class Service:
             text = f"This host has fluxmesh {__version__} and you {hello.version}; update one."
             return Refused("version", text)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._engine_known.wait(), FIRST_WORD)
+            await asyncio.wait_for(self._engine_known.wait(), self.deadlines.first_word)
         if self._clients.get(client.name) is client:
             del self._clients[client.name]
         client.name = f"{client.user}/{hello.client}"
@@ -322,7 +322,9 @@ class Service:
         self.upkeep.used(time.monotonic())
         if self.lifecycle.is_free:
             return
-        self._late = self._clock.tick() + max(LETTING_GO, self.lifecycle.seconds_to_load)
+        # As long as loading its weights again would take: to wait longer costs more than to end it.
+        patience = max(self.deadlines.letting_go, self.lifecycle.seconds_to_load)
+        self._late = self._clock.tick() + patience
         self._send_all(self.lifecycle.abandon())
 
     def _due(self, now: float) -> messages.Load | messages.Warm | None:
@@ -384,7 +386,7 @@ class Service:
         if isinstance(message, messages.Timed):
             m = message.measured
             what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
-            self.measured[what] = m
+            self.measured[what] = m.with_firsts_of(self.measured.get(what, m))
         instructions = self.lifecycle.engine_said(message)
         if getattr(message, "job", "") == OWN:
             self._own_ended(message)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from pathlib import Path
 
 from fluxmesh.cluster.snapshot import StepTiming
 from fluxmesh.machine import identity
@@ -16,8 +15,6 @@ from fluxmesh_agent.lifecycle import Lifecycle
 
 LOAD_RATE = 1e9  # bytes/s, until a load was timed
 FLOPS = 1e9  # a second, until the engine has told
-TAIL = 1 << 20  # bytes of the log that are looked at
-LINE = 2000  # characters of a line that are shown
 
 
 def status_of(
@@ -71,17 +68,4 @@ def status_of(
         loading=life.loading,
         components=life.components,
         compiled=life.compiled,
-        warm=life.warm,
     )
-
-
-def last_lines(path: Path, count: int) -> tuple[str, ...]:
-    """The last `count` lines of a log; none where there is no log yet."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - TAIL))
-            text = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ()
-    lines = text.splitlines()
-    return tuple(line[:LINE] for line in lines[max(0, len(lines) - count) :])

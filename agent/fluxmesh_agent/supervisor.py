@@ -19,10 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import AsyncChannel, pair
 from fluxmesh_agent import kernels
@@ -30,7 +32,6 @@ from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
 
-GONE_SECONDS = 10.0  # after SIGKILL
 # Of engines on a Mac, unless the environment says otherwise. Where a display is on, macOS may end
 # work of the GPU that the display has to wait for: trainings, and pictures of 2048 x 2048 pixels
 # (https://github.com/ml-explore/mlx/issues/3267). All engines have it, for the variable is set when
@@ -155,13 +156,12 @@ class Supervisor:
         life.is_wanted = False
         life.process.kill()
         try:
-            await asyncio.wait_for(in_thread(life.process.wait), GONE_SECONDS)
+            await asyncio.wait_for(in_thread(life.process.wait), DEADLINES.engine_ends)
         except TimeoutError:
             log.error("engine %d does not end", life.process.pid)
         log.info("engine %d was ended", life.process.pid)
         kernels.drop_half_written(self.home)
-        life.task.cancel()
-        await asyncio.gather(life.task, return_exceptions=True)
+        await end(life.task)
         self.home.engine.unlink(missing_ok=True)
 
     async def _serve(self, life: _Life, near: socket.socket) -> None:

@@ -15,27 +15,25 @@ import json
 from collections import deque
 from dataclasses import asdict
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
-from fluxmesh.wire.messages import Compiled, Keep, Load, NoteSize, Warm
+from fluxmesh.wire.messages import Keep, Load, NoteSize, Warm
 from fluxmesh_agent.lifecycle import OWN, Lifecycle
 
-IDLE = 2.0  # seconds without a lease, before the host does something of its own
-LEFT_OUT = 3.0  # seconds in which a job that ended the engine may have a use for the next one
 SIZES = 8  # that are remembered, the latest ones
-AGAIN = (15.0, 960.0)  # seconds after a failure: at first, doubled each time, and at most
 
 
 class Upkeep:
     """What is to be held, and what has been tried."""
 
-    def __init__(self, keep: Keep | None = None) -> None:
-        self.keep = keep
+    def __init__(self, keep: Keep | None = None, deadlines: Deadlines = DEADLINES) -> None:
+        self.keep, self.deadlines = keep, deadlines
         self._sizes: deque[NoteSize] = deque(maxlen=SIZES)
         self._used = float("-inf")  # when somebody last had a use for the host
         self._not_before = float("-inf")
-        self._pause = AGAIN[0]
+        self._pause = self.deadlines.load_again[0]
         self._tries: Load | Warm | None = None
         self._leaves = ""  # the name of a ring that is of no more use
 
@@ -44,7 +42,7 @@ class Upkeep:
     def want(self, keep: Keep) -> None:
         """`fluxmesh up` says what to hold."""
         if keep != self.keep:
-            self._pause, self._not_before = AGAIN[0], float("-inf")
+            self._pause, self._not_before = self.deadlines.load_again[0], float("-inf")
         self.keep = keep
 
     def note(self, size: NoteSize) -> None:
@@ -70,12 +68,12 @@ class Upkeep:
             self._sizes = deque(kept, SIZES)
             return
         self._not_before = now + self._pause
-        self._pause = min(AGAIN[1], 2 * self._pause)
+        self._pause = min(self.deadlines.load_again[1], 2 * self._pause)
 
     def worked(self) -> None:
         """What was due last is done."""
         self._tries = None
-        self._pause, self._not_before = AGAIN[0], float("-inf")
+        self._pause, self._not_before = self.deadlines.load_again[0], float("-inf")
 
     # What follows
 
@@ -92,7 +90,8 @@ class Upkeep:
         """What the engine shall do now; None where it is asked for, or nothing is missing."""
         if not life.is_free:
             self._used = now
-        if life.own is not None or now - self._used < (LEFT_OUT if leased else IDLE):
+        pause = self.deadlines.left_out if leased else self.deadlines.idle
+        if life.own is not None or now - self._used < pause:
             return None
         found: Load | Warm | None = None
         if now >= self._not_before:
@@ -136,8 +135,8 @@ class Upkeep:
         if held is None or held.shards > 1:
             return None
         for size in reversed(self._sizes):
-            way = Compiled("data", 1, size.height, size.width)
-            if size.weights == held.weights and way not in life.compiled:
+            shape = StepShape.of(size.weights, "data", 1, size.height, size.width)
+            if size.weights == held.weights and shape not in life.compiled:
                 return Warm(0, OWN, life.ring_generation, held.weights, size.height, size.width)
         return None
 

@@ -60,4 +60,4 @@ def _read(file: Path, configs: Sequence[FluxConfig]) -> tuple[Adapter, FluxConfi
             errors.append(error)
     if len(configs) == 1:
         raise errors[0]
-    raise AdapterError(f"{errors[0]} Name its model with --model if that is not FLUX.1.")
+    raise AdapterError(f"{errors[0]} Name its model with `model` if that is not FLUX.1.")

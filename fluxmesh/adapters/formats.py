@@ -28,7 +28,7 @@ import numpy as np
 from fluxmesh.errors import AdapterError, ModelNotFoundError, UsageError, WeightsError
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers, transformer_tensors
-from fluxmesh.storage import apple_double
+from fluxmesh.storage import apple_double, bfloat16
 from fluxmesh.storage.atomic import Opens, new_file
 from fluxmesh.storage.safetensors import Entry, Header, read_header, read_tensor, write_tensors
 
@@ -223,7 +223,7 @@ def _low_rank(file: Path, module: str, part: _Part, peft_scale: float) -> LowRan
 def _float32(entry: Entry) -> np.ndarray:
     values = read_tensor(entry)
     if entry.dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16.to_float32(values)
     return values.astype(np.float32)
 
 

@@ -17,6 +17,7 @@ from fluxmesh.adapters.lora import Adapter, Paths, find_adapter, join_adapters
 from fluxmesh.errors import UsageError
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.models.flux1.tensor_maps import Rows, to_diffusers
+from fluxmesh.storage import bfloat16
 from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
@@ -145,13 +146,12 @@ def _fused(reader: ComponentReader, rows: tuple[Rows, ...], adapter: Adapter) ->
 
 def _float32(stored: Stored) -> np.ndarray:
     if stored.dtype == "BF16":
-        return (stored.values.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16.to_float32(stored.values)
     return stored.values.astype(np.float32)
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 as the file's dtype stores it, to the nearest and ties to even."""
     if dtype == "BF16":
-        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return bfloat16.of_float32(values)
     return values.astype(np.float16 if dtype == "F16" else np.float32)

@@ -25,10 +25,11 @@ from fluxmesh.adapters.formats import (
     write_adapter,
 )
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.partition import Cut, cuts
+from fluxmesh.models.flux1.partition import cuts
 from fluxmesh.models.flux1.transformer import Part, is_part
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut
 
 __all__ = [
     "FORMATS",
@@ -40,7 +41,6 @@ __all__ = [
     "find_adapter",
     "join_adapters",
     "read_adapter",
-    "remove_adapters",
     "write_adapter",
 ]
 
@@ -124,10 +124,3 @@ def fused(linear: Any, low: LowRank) -> None:
     weight = linear.weight
     linear.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
     mx.eval(linear.weight)
-
-
-def remove_adapters(flux: Any) -> None:
-    """Takes every adapter that is not fused off a transformer, in place."""
-    for name, module in flux.named_modules():
-        if isinstance(module, LoRALinear):
-            replace_module(flux, name, module.linear)

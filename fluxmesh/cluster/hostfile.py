@@ -114,11 +114,6 @@ class Hostfile:
         return Endpoint(address, CONTROL_PORT + self.local_index(rank))
 
 
-def this_machine() -> Hostfile:
-    """The mesh of one that runs where no hostfile is given."""
-    return Hostfile((Host(0, "127.0.0.1", ("127.0.0.1",)),))
-
-
 def load(path: Path) -> Hostfile:
     """Reads a hostfile. Raises `HostfileError`, which is a `UsageError`."""
     try:
@@ -177,12 +172,12 @@ def allowed_envs(
         if key == FAST_SYNCH:
             warnings.append(
                 f"envs: {key} is left out, since it can hang the GPU until the Mac restarts; "
-                f"--env {key}={value} insists on it."
+                f"`env` {key}={value} insists on it."
             )
         elif key not in ENVS:
             warnings.append(
                 f"envs: {key} is left out, since a hostfile may not set it; "
-                "--env KEY=VALUE on the command line does."
+                "`env` KEY=VALUE on the command line does."
             )
         else:
             kept[key] = value

@@ -8,7 +8,6 @@ except `HostInfo.flops_per_second`, which stands in until a step at a size has b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -77,25 +76,55 @@ class StepTiming:
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
     hosts: int = 1  # of the ring
-    first_seconds: float | None = None  # by how much a first step, not yet compiled, took longer
+    # By how much a first step took longer than the next: of an engine that had made none of this
+    # model before, which compiles all kernels; and of one that had, at other sizes or placements.
+    kernels_seconds: float | None = None
+    first_seconds: float | None = None
     when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)
         if self.decode_seconds is not None:
             _check("decode_seconds", self.decode_seconds)
-        if self.first_seconds is not None:
-            _check("first_seconds", self.first_seconds, 0)
+        for name in ("kernels_seconds", "first_seconds"):
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, 0)
         _check("when", self.when, 0)
+
+    def with_firsts_of(self, older: StepTiming) -> StepTiming:
+        """This one, with what `older` tells of first steps where this one saw none."""
+        names = ("kernels_seconds", "first_seconds")
+        known = {name: getattr(self, name) for name in names}
+        kept = {name: getattr(older, name) for name in names if known[name] is None}
+        return replace(self, **kept)
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """A kind of step for which an engine has compiled its kernels, with the weights it holds."""
+    """A kind of step that an engine has made: the next such one finds its kernels compiled.
 
+    They last as long as the engine's process, whatever it holds meanwhile.
+    """
+
+    model: str
+    dtype: str
+    bits: int | None
     placement: Placement
+    hosts: int  # of the ring; 1 for `data`
     height: int  # pixels
     width: int  # pixels
+
+    @classmethod
+    def of(
+        cls, weights: ModelVariant, placement: Placement, hosts: int, height: int, width: int
+    ) -> StepShape:
+        how = (placement, 1 if placement == "data" else hosts)
+        return cls(weights.model, weights.dtype, weights.bits, *how, height, width)
+
+    def is_of(self, weights: ModelVariant) -> bool:
+        """Whether its kernels are those of these weights: adapters have few of their own."""
+        mine = (self.model, self.dtype, self.bits)
+        return mine == (weights.model, weights.dtype, weights.bits)
 
 
 @dataclass(frozen=True)
@@ -183,7 +212,7 @@ class HostInfo:
     device: str = ""  # agents that name the same one share its memory and its time
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
-    warm: tuple[StepShape, ...] = ()  # that its engine has made a step of
+    compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of
     ring: RingPlace = RingPlace()  # that its engine is in
 
     def __post_init__(self) -> None:
@@ -200,6 +229,10 @@ class HostInfo:
     @property
     def held_bytes(self) -> int:
         return 0 if self.holds is None else self.holds.nbytes
+
+    def has_kernels(self, weights: ModelVariant) -> bool:
+        """Whether its engine has made a step of this model, at whatever size."""
+        return any(shape.is_of(weights) for shape in self.compiled)
 
 
 @dataclass(frozen=True)
@@ -288,11 +321,6 @@ class MeshView:
             if measured.placement == "data"
         ]
         return tuple(sorted(found, key=lambda one: -one.when))
-
-    def without(self, ranks: Iterable[int]) -> MeshView:
-        """The mesh after these hosts are gone."""
-        gone = set(ranks)
-        return replace(self, hosts=tuple(host for host in self.hosts if host.rank not in gone))
 
 
 def _check(name: str, value: float, least: float | None = None) -> None:

@@ -6,7 +6,6 @@ come from the checkpoint's configs, so that the answer is there before any weigh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from fluxmesh.kernels.ops import device
+from fluxmesh.machine import memory
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
 from fluxmesh.planning import activations
@@ -50,7 +50,7 @@ def memory_of_device() -> int:
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if key in known:
             return int(known[key])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory.total_bytes()
 
 
 def is_roomy(

@@ -9,7 +9,7 @@ resident when.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic, Self, TypeVar, overload
 
 import mlx.core as mx
 
@@ -17,35 +17,47 @@ from fluxmesh.adapters import lora
 from fluxmesh.engine import tf32
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.partition import Shard
-from fluxmesh.models.flux1.transformer import Part
+from fluxmesh.models.flux1.autoencoder import AutoEncoder
+from fluxmesh.models.flux1.clip import ClipTextModel
+from fluxmesh.models.flux1.t5 import T5Encoder
+from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
+from fluxmesh.models.flux1.transformer import Flux, Part
+from fluxmesh.models.partition import Shard
 from fluxmesh.request import BITS, DTYPES, AdapterRef
 from fluxmesh.weights import hub, loading
 
+M = TypeVar("M")
 FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
 
 
-class Lazy:
+class Lazy(Generic[M]):
     """An attribute that is made when it is first read, and leaves memory with `del`."""
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
+    def __init__(self, make: Callable[[Any], M]) -> None:
         self.make = make
         self.__doc__ = make.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, models: Any, owner: type | None = None) -> Any:
+    @overload
+    def __get__(self, models: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, models: object, owner: type) -> M: ...
+
+    def __get__(self, models: object | None, owner: type) -> M | Self:
         if models is None:
             return self
         if self.name not in models.__dict__:
             models.__dict__[self.name] = self.make(models)
-        return models.__dict__[self.name]
+        model: M = models.__dict__[self.name]
+        return model
 
-    def __set__(self, models: Any, model: Any) -> None:
+    def __set__(self, models: object, model: M) -> None:
         models.__dict__[self.name] = model
 
-    def __delete__(self, models: Any) -> None:
+    def __delete__(self, models: object) -> None:
         # Not an error when it is not there: it may never have been needed.
         if models.__dict__.pop(self.name, None) is not None:
             mx.clear_cache()
@@ -90,36 +102,36 @@ class Models:
             lora.check_adapters(self._adapter_pairs(), self.checkpoint.transformer)
 
     @Lazy
-    def t5(self) -> Any:
+    def t5(self) -> T5Encoder:
         """The T5 encoder: a prompt's features, one vector a token."""
         tell = self._tell("text encoders", "t5", before="clip")
         return loading.load_t5(self.checkpoint, self.dtype_beside, self.bits, tell)
 
     @Lazy
-    def clip(self) -> Any:
+    def clip(self) -> ClipTextModel:
         """The CLIP text encoder: a prompt's pooled vector."""
         tell = self._tell("text encoders", "clip", after="t5")
         return loading.load_clip(self.checkpoint, self.dtype_beside, self.bits, tell)
 
     @Lazy
-    def flow(self) -> Any:
+    def flow(self) -> Flux:
         """The transformer, with the adapters applied."""
         return self._transformer("blocks" if self.low_memory else "all")
 
     @Lazy
-    def modulation(self) -> Any:
+    def modulation(self) -> Flux:
         """As much of the transformer as `modulations` needs: a quarter, for `low_memory`."""
         return self._transformer("modulation")
 
     @Lazy
-    def ae(self) -> Any:
+    def ae(self) -> AutoEncoder:
         """The autoencoder: latents to pictures and back."""
         return loading.load_autoencoder(
             self.checkpoint, self.dtype_beside, self._tell("autoencoder", "ae")
         )
 
     @Lazy
-    def tokenizers(self) -> Any:
+    def tokenizers(self) -> tuple[ClipTokenizer, T5Tokenizer]:
         """(CLIP's tokenizer, T5's tokenizer)."""
         return loading.load_tokenizers(self.checkpoint)
 
@@ -141,7 +153,7 @@ class Models:
         """Bytes of the files of `t5`, `clip`, `flow` or `ae` together."""
         return sum(self.checkpoint.components[FOLDERS[name]].nbytes for name in names)
 
-    def _transformer(self, part: Part) -> Any:
+    def _transformer(self, part: Part) -> Flux:
         tell = self._tell("transformer", "flow", goes_on=part == "blocks")
         how = (self.dtype, self.bits, tell, self.shard, part)
         flow = loading.load_transformer(self.checkpoint, *how)

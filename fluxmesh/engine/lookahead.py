@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.sampling.denoise import StepState
 
 SHORT = 0.25  # seconds: a step after which nobody minds to wait for another one until it stops

@@ -27,6 +27,8 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.lazy_models import Models
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import MAX_SEED, AdapterRef, GenerateRequest, SourceImage
 from fluxmesh.sampling import latents
@@ -129,7 +131,7 @@ class FluxPipeline(Models):
         guidance: float = 4.0,
         latent_size: LatentSize = (64, 64),
         strength: float = 1.0,
-        flow: Any = None,
+        flow: Flux | TensorFlux | SequenceFlux | None = None,
     ) -> DenoisePlan:
         """What all images of a request share; with `low_memory`, drops the modulation weights.
 
@@ -149,7 +151,7 @@ class FluxPipeline(Models):
             mx.clear_cache()
         return made
 
-    def planner(self) -> Any:
+    def planner(self) -> Flux:
         """What makes modulations: the transformer, or with `low_memory` no more than it takes.
 
         A transformer that is in memory and still has them serves as it is.
@@ -174,7 +176,7 @@ class FluxPipeline(Models):
         source: SourceImage | None = None,
         guide: Guide | None = None,
         cache: float = 0.0,
-    ) -> Iterator[Any]:
+    ) -> Iterator[Any]:  # the first is a tuple, as Apple's is
         """A generator: first the conditioning, then the latents after each step, all lazy.
 
         The first value is (x_T, x_positions, t5_conditioning, t5_positions, clip_conditioning);

@@ -15,18 +15,20 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard
-from fluxmesh.wire.messages import Compiled, EngineCounters, Measure, Paint
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
+from fluxmesh.wire.messages import EngineCounters, Measure, Paint, Warm
 
 COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
 PARTS = {**COMPONENTS, "modulation": ("modulation",)}  # that one is of the transformer
-COMPILED = 32  # ways of making a step that are remembered
+COMPILED = 32  # shapes of steps that are remembered
 BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
 
 
@@ -59,7 +61,7 @@ class ModelStore:
         self.load_rate = 0.0  # bytes/s of the last load; 0 before one
         self.done = EngineCounters()  # what was done since the start
         self.weights: ModelVariant | None = None  # under the names that they were asked for
-        self.compiled: tuple[Compiled, ...] = ()  # with these weights, the latest one last
+        self.compiled: tuple[StepShape, ...] = ()  # made in this process, the latest one last
         self._content = ""
         self._spread: dict[str, TensorFlux | SequenceFlux] = {}
         self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
@@ -108,12 +110,15 @@ class ModelStore:
             return ()
         return tuple(name for name in COMPONENTS if not self.missing(name))
 
-    def has_compiled(self, work: Paint) -> None:
-        """Keeps in mind that a step was made in this way."""
+    def shape_of(self, work: Paint | Measure | Warm) -> StepShape:
+        """The kind of step that this work makes here. Raises as `ring`."""
         hosts = 1 if work.placement == "data" else self.ring().size
-        way = Compiled(work.placement, hosts, work.height, work.width)
-        others = tuple(other for other in self.compiled if other != way)
-        self.compiled = (*others, way)[-COMPILED:]
+        return StepShape.of(work.weights, work.placement, hosts, work.height, work.width)
+
+    def has_made(self, shape: StepShape) -> None:
+        """Keeps in mind that such a step was made."""
+        others = tuple(other for other in self.compiled if other != shape)
+        self.compiled = (*others, shape)[-COMPILED:]
 
     def count(self, **more: float) -> None:
         """Adds to the counters."""
@@ -162,7 +167,6 @@ class ModelStore:
     def release(self) -> None:
         """Lets every model leave memory."""
         self.pipeline, self.weights = None, None
-        self.compiled = ()
         self._spread.clear()
         mx.clear_cache()
 
@@ -193,7 +197,7 @@ class ModelStore:
         elif self.model.shard != Shard() or self.model.low_memory:
             self.hold(self.ring().shard)
 
-    def flow(self, placement: str) -> Any:
+    def flow(self, placement: str) -> Flux | TensorFlux | SequenceFlux:
         """The transformer as the placement runs it."""
         if placement == "data":
             return self.model.flow
@@ -201,14 +205,14 @@ class ModelStore:
             self._spread[placement] = self._spread_out(self.model.flow, placement)
         return self._spread[placement]
 
-    def planner(self, placement: str) -> Any:
+    def planner(self, placement: str) -> Flux | TensorFlux | SequenceFlux:
         """What makes modulations (`FluxPipeline.planner`), as the placement runs it."""
         planner = self.model.planner()
         if self.model.is_loaded("flow"):
             return self.flow(placement)
         return planner if placement == "data" else self._spread_out(planner, placement)
 
-    def _spread_out(self, flux: Any, placement: str) -> TensorFlux | SequenceFlux:
+    def _spread_out(self, flux: Flux, placement: str) -> TensorFlux | SequenceFlux:
         return (TensorFlux if placement == "tensor" else SequenceFlux)(flux, self.ring())
 
     def missing(self, component: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from fluxmesh.cluster.snapshot import CollectiveTime
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 
 SIZES = tuple(4**k << 10 for k in range(1, 8)) + (32 << 20,)  # bytes that a rank gives: 4 KiB on
 CHAIN = 8  # collectives one after another in one graph, as in a step

@@ -28,13 +28,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape, StepTiming
+from fluxmesh.cluster.snapshot import Holding, StepTiming
 from fluxmesh.engine import device_memory, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.numpy_bits import from_numpy, to_numpy
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
@@ -68,7 +69,6 @@ class Worker(ModelStore):
         self.quiet = ""  # what it does, while it gives no other sign of life
         self._plans: dict[str, tuple[bytes, DenoisePlan]] = {}  # the latest of each placement
         self._warm: set[Any] = set()  # what steps were run at since something was read
-        self._compiled: set[tuple[ModelVariant, StepShape]] = set()  # what steps were ever run at
         self._job = ""
 
     def do(self, work: messages.Work) -> Iterator[Report]:
@@ -91,8 +91,8 @@ class Worker(ModelStore):
                 raise
             name = "the model" if self.weights is None else self.weights.model
             raise DoesNotFitError(
-                f"Memory ran out while {self.doing} with {name}; try --quantize, "
-                "--low-memory or a smaller --image-size."
+                f"Memory ran out while {self.doing} with {name}; try `quantize`, "
+                "`low_memory` or a smaller `image_size`."
             ) from error
         finally:
             self.quiet = ""
@@ -120,12 +120,6 @@ class Worker(ModelStore):
             Warm: self._warm_up,
             MeasureRing: self._measure_ring,
         }
-
-    @property
-    def warm(self) -> tuple[StepShape, ...]:
-        """Steps of the weights that it has in memory, and has made before."""
-        found = [shape for weights, shape in self._compiled if weights == self.weights]
-        return tuple(sorted(found, key=lambda one: (one.placement, one.height, one.width)))
 
     def end_job(self) -> None:
         """Lets go of what only the images of one job share."""
@@ -190,7 +184,6 @@ class Worker(ModelStore):
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
         shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
-        compiled = (work.weights, StepShape(work.placement, work.height, work.width))
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         pipeline.low_memory = work.low_memory
         key = _plan_key(work)
@@ -236,8 +229,7 @@ class Worker(ModelStore):
             for number, (step, seconds) in enumerate(pace, start=work.first + 1):
                 self._warm.add(shape)
                 if number == work.first + 1:
-                    self.has_compiled(work)
-                self._compiled.add(compiled)
+                    self.has_made(self.shape_of(work))
                 done = int(number == plan.steps)
                 self.count(steps=1, reused=int(step.reused), images=done)
                 preview = None
@@ -278,15 +270,16 @@ class Worker(ModelStore):
             yield messages.Pictured(work.job, work.ring_generation, image, seconds, peak, picture)
 
     def _measure(self, work: Measure) -> Reports:
-        """Steps and a decode of noise, after one of each to warm up. In a ring all are given it."""
-        weights, pipeline = work.weights, self.open(work.weights)
-        pipeline.low_memory = False
-        self.hold_for(work)
-        self.drop_incomplete(work.placement)
-        yield from self._loading(work, "transformer")
-        yield from self._loading(work, "autoencoder")
+        """Steps and a decode of noise, after a trial picture. In a ring all are given it."""
+        shape = self.shape_of(work)
+        has_kernels = any(made.is_of(work.weights) for made in self.compiled)
+        has_made = shape in self.compiled
+        first = yield from self._trial(work)
+        if self._agree(work, STOPS if first is None else GOES_ON) == STOPS or first is None:
+            return
+        weights, pipeline = work.weights, self.model
         self.doing = "measuring"
-        self._begin("first step")
+        self._begin("measuring")
         config, size = pipeline.checkpoint.transformer, self._latent_size(work)
         tokens = pipeline.checkpoint.defaults.t5_max_length
         text = Conditioning(
@@ -296,36 +289,43 @@ class Worker(ModelStore):
         plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
         mx.eval(plan.modulations, plan.pe)
         x = pipeline.noise(0, size)
-        shape = (work.placement, weights, work.height, work.width, tuple(text.t5.shape))
-        compiled = (weights, StepShape(work.placement, work.height, work.width))
-        is_new = compiled not in self._compiled
         spent = [seconds for _, seconds in self._walked(work, denoise(flow, plan, x), plan.steps)]
         if len(spent) < plan.steps:  # it was told to stop
             return
-        self._warm.add(shape)
-        self._compiled.add(compiled)
         with pipeline.bounded_pixels(work.height, work.width):
             mx.eval(pipeline.decode(x, size))
             start = time.perf_counter()
             mx.eval(pipeline.decode(x, size))
+        step = min(spent[1:])
+        longer = max(0.0, first - step)
         measured = StepTiming(
             weights.model,
             work.height,
             work.width,
             weights.dtype,
             weights.bits,
-            step_seconds=min(spent[1:]),
+            step_seconds=step,
             decode_seconds=time.perf_counter() - start,
             placement=work.placement,
-            hosts=1 if work.placement == "data" else self.ring().size,
-            first_seconds=max(0.0, spent[0] - min(spent[1:])) if is_new else None,
+            hosts=shape.hosts,
+            kernels_seconds=None if has_kernels else longer,
+            first_seconds=longer if has_kernels and not has_made else None,
             when=time.time(),
         )
         yield messages.Timed(work.job, work.ring_generation, measured)
 
     def _warm_up(self, work: Warm) -> Reports:
-        """The first step of a picture and a decode, as a job would have them, thrown away."""
-        start, before = time.perf_counter(), self.done
+        """A trial picture, and no more."""
+        start = time.perf_counter()
+        if (yield from self._trial(work)) is not None:
+            yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
+
+    def _trial(self, work: Measure | Warm) -> Generator[Report, None, float | None]:
+        """The first step of a picture and a decode, as a job would have them, thrown away.
+
+        Returns the step's seconds, or None where it was told to stop.
+        """
+        before = self.done
         pipeline = self.open(work.weights)
         config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
         tokens = pipeline.checkpoint.defaults.t5_max_length
@@ -350,22 +350,25 @@ class Worker(ModelStore):
             t5=t5,
             clip=clip,
         )
+        seconds: float | None = None
         for unit in (self._paint(paint), self._decode(Decode(*head, (0,), *size, noise))):
             is_done = False
-            with contextlib.closing(unit) as reports:
+            with contextlib.closing(unit) as reports, contextlib.suppress(Stopped):
                 for report in reports:
                     is_done = isinstance(report, messages.Stepped | messages.Pictured)
+                    if isinstance(report, messages.Stepped):
+                        seconds = report.seconds
                     if not is_done:
                         yield report
             if not is_done:  # it was told to stop
-                return
+                return None
         self.done = replace(  # what jobs asked for is counted, and nobody asked for this
             self.done,
             images=before.images,
             steps=before.steps,
             decodes=before.decodes,
         )
-        yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
+        return seconds
 
     def _measure_ring(self, work: MeasureRing) -> Reports:
         """In a ring all are given it, and none stops on the way: it is short."""
@@ -434,7 +437,7 @@ class Worker(ModelStore):
         if plan is None:
             self._plans.pop(work.placement, None)
             plan = self.model.plan(
-                Conditioning(from_wire(work.t5), from_wire(work.clip)),
+                Conditioning(from_numpy(work.t5), from_numpy(work.clip)),
                 num_steps=work.steps,
                 guidance=work.guidance,
                 latent_size=self._latent_size(work),
@@ -488,14 +491,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def to_wire(x: mx.array) -> np.ndarray:
-    """An array for a message: NumPy has no bfloat16, whose bits travel as uint16. Evaluates."""
-    mx.eval(x)
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x.astype(mx.float32))
-
-
-def from_wire(x: np.ndarray) -> mx.array:
-    """What `to_wire` was given."""
-    return mx.array(x).view(mx.bfloat16) if x.dtype == np.uint16 else mx.array(x)
+    """Features for a message: bfloat16 as it is, all else as float32. Evaluates."""
+    return to_numpy(x if x.dtype == mx.bfloat16 else x.astype(mx.float32))
 
 
 def _basis(work: Paint) -> Basis | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-STANDSTILL = 2.0  # seconds without a look at the clock, in which this process did not run
+from fluxmesh.deadlines import DEADLINES
 
 
 class RunningClock:
@@ -27,9 +27,9 @@ class RunningClock:
         """The time now. Notices that this process stood still."""
         before, self._last = self._last, (time.monotonic(), time.time())
         spent, seen = (now - then for now, then in zip(self._last, before, strict=True))
-        if spent > STANDSTILL:
+        if spent > DEADLINES.standstill:
             self._lost += spent
-        if max(spent, seen) > STANDSTILL:  # some machines' clocks sleep with them
+        if max(spent, seen) > DEADLINES.standstill:  # some machines' clocks sleep with them
             self.woke(self._last[0], max(spent, seen))
         return self._last[0] - self._lost
 

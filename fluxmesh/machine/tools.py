@@ -10,14 +10,14 @@ import os
 import platform
 import subprocess
 
-SECONDS = 5.0  # that a tool may take; they take milliseconds
+from fluxmesh.deadlines import DEADLINES
 
 
 def is_mac() -> bool:
     return platform.system() == "Darwin"
 
 
-def output_of(*command: str) -> str:
+def output_of(*command: str, seconds: float = DEADLINES.tool) -> str:
     """What a tool, named by its whole path, prints in English and UTC; "" where it fails."""
     try:
         return subprocess.run(
@@ -25,7 +25,7 @@ def output_of(*command: str) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"},
-            timeout=SECONDS,
+            timeout=seconds,
             check=True,
             encoding="utf-8",
             errors="replace",

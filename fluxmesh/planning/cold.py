@@ -1,8 +1,10 @@
 """What a mesh is not ready for: rings to form, engines that end for it, steps never made. Pure.
 
 Beside `cost.py`, which has the times of what is warm. A ring of other members ends the engines that
-are in another one, and all that they hold; the first step of a size compiles its kernels. What
-that takes is known from `up` and from jobs; where nobody measured it, nothing is added.
+are in another one, and all that they hold. An engine compiles a model's kernels at its first step,
+whatever its size, and the few that another size or placement needs at the first step of those: one
+takes from seconds to minutes, the other as good as nothing on CUDA. What each takes is known from
+`up` and from jobs; where nobody measured it, nothing is added.
 """
 
 from __future__ import annotations
@@ -11,14 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fluxmesh.cluster.snapshot import (
-    HostInfo,
-    JobTiming,
-    MeshView,
-    Placement,
-    StepShape,
-    StepTiming,
-)
+from fluxmesh.cluster.snapshot import JobTiming, MeshView, Placement, StepShape, StepTiming
 from fluxmesh.planning.cost import is_of
 from fluxmesh.planning.workload import Workload
 
@@ -30,6 +25,21 @@ class Extras(NamedTuple):
 
     begin: float  # seconds before its first step: the prompt is read
     gap: float  # seconds of each image: what travels, and waits
+
+
+class Distance(NamedTuple):
+    """How unlike a measurement is to what is asked about: the least is the best known."""
+
+    is_other_placement: bool
+    size: float
+    hosts: int
+    has_other_members: bool
+    age: float
+
+    @property
+    def besides_size(self) -> Distance:
+        """For what takes as long at every size."""
+        return self._replace(size=0.0)
 
 
 class Cold:
@@ -78,16 +88,30 @@ class Cold:
 
     def first_seconds(self, placement: Placement, ranks: Sequence[int]) -> float:
         """By how much the first step takes longer than the next; 0 where these have made one."""
-        shape = StepShape(placement, self.work.height, self.work.width)
-        ready = placement == "data" or self.is_formed(ranks)
-        if ready and all(self._has_made(self.view.host(rank), shape) for rank in ranks):
+        work, hosts = self.work, [self.view.host(rank) for rank in ranks]
+        ending = () if placement == "data" else self.ending(ranks)
+        shape = StepShape.of(work.weights, placement, len(ranks), work.height, work.width)
+        if ending or not all(host.has_kernels(work.weights) for host in hosts):
+            seconds = self._kernels_seconds(placement, ranks)
+            if seconds is not None:  # with what the shape takes
+                return seconds
+        elif all(shape in host.compiled for host in hosts):
             return 0.0
         known = [
             (self._distance(measured, placement, members, ranks), measured.first_seconds)
             for measured, members in self._measured()
             if measured.first_seconds is not None
         ]
-        return min(known, default=((), 0.0))[1] or 0.0
+        return min(known, default=((), 0.0))[1]
+
+    def _kernels_seconds(self, placement: Placement, ranks: Sequence[int]) -> float | None:
+        """By how much the first step of an engine took longer, at whatever size."""
+        known = [
+            (self._distance(measured, placement, members, ranks).besides_size, seconds)
+            for measured, members in self._measured()
+            if (seconds := measured.kernels_seconds) is not None
+        ]
+        return min(known)[1] if known else None
 
     def extras(self, placement: Placement, ranks: Sequence[int]) -> Extras:
         """As jobs measured them, on these hosts at about this size if they did."""
@@ -111,10 +135,6 @@ class Cold:
         ]
         return max(found, key=lambda job: job.measured.when, default=None)
 
-    def _has_made(self, host: HostInfo, shape: StepShape) -> bool:
-        held = host.holds
-        return held is not None and held.weights == self.work.weights and shape in host.warm
-
     def _measured(self) -> list[tuple[StepTiming, tuple[int, ...]]]:
         """Everything timed on these weights, with the hosts that it was timed on."""
         told = [
@@ -131,10 +151,12 @@ class Cold:
         placement: Placement,
         members: tuple[int, ...],
         ranks: Sequence[int],
-    ) -> tuple[bool, float, int, bool, float]:
-        """How unlike a measurement is to what is asked about: the least is the best known."""
+    ) -> Distance:
         pixels = self.work.height * self.work.width
-        size = abs(math.log(pixels / (measured.height * measured.width)))
-        others = len(set(members) ^ set(ranks))
-        is_other = measured.placement != placement
-        return (is_other, size, abs(measured.hosts - len(ranks)), others > 0, -measured.when)
+        return Distance(
+            measured.placement != placement,
+            abs(math.log(pixels / (measured.height * measured.width))),
+            abs(measured.hosts - len(ranks)),
+            set(members) != set(ranks),
+            -measured.when,
+        )

@@ -7,7 +7,8 @@ sockets found them, stand in. Three things with a meaning make a step's collecti
 - `PLAIN_HIDDEN` and `RingTiming.hidden`: the part of a gather that passes while products run
   beside it. `sequence` sends keys and values first and computes queries and the MLP half of a
   single block meanwhile; there is never more to hide behind than that. Nothing stands beside a
-  sum of `tensor`, which the next layer waits for.
+  sum of `tensor`, which the next layer waits for. Two collectives are never in flight at once:
+  each waits for the one before (`Ranks`), so that their times add up.
 - `WAIT`: what each collective costs beside its own time, because ranks wait for the last one and
   the device starts anew after it.
 - `UNSPLIT`: the part of one host's step that does not become less on more hosts: what every rank

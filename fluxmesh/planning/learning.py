@@ -75,6 +75,8 @@ def _measured(old: StepTiming, new: StepTiming) -> StepTiming:
         new,
         step_seconds=_average(old.step_seconds, new.step_seconds),
         decode_seconds=_known(old.decode_seconds, new.decode_seconds),
+        # What one engine has compiled the next one may find on its disk: the latest counts.
+        kernels_seconds=old.kernels_seconds if new.kernels_seconds is None else new.kernels_seconds,
         first_seconds=_known(old.first_seconds, new.first_seconds),
     )
 

@@ -4,9 +4,9 @@ The last of the pure modules between a request and the mesh: `planning/` works o
 `plan` chooses. It never fails: where nothing can be done, the plan says why. It formats no table;
 `fluxmesh plan` does.
 
-Predictions come from measured step times and link rates; the bytes are those of DESIGN §4. Where
-two ways are predicted to take the same time, the one whose pictures are the very bytes that one
-host would give is taken.
+Predictions come from measured step times and link rates; `collectives.py`
+counts the bytes. Where two ways are predicted to take the same time, the one whose pictures are the
+very bytes that one host would give is taken.
 """
 
 from __future__ import annotations
@@ -42,6 +42,16 @@ class Plan:
     reason: str  # why the winner won, or why there is none
     remedies: tuple[Remedy, ...] = ()  # with which there would be one
     warm: Option | None = None  # what would win, had all of them made such a request before
+
+    @property
+    def notice(self) -> str:
+        """What only the first such request takes, in a sentence, where it is worth one; else ""."""
+        winner = self.winner
+        if winner is None or winner.cold_seconds < max(COLD, COLD_PART * winner.seconds):
+            return ""
+        seconds = winner.cold_seconds
+        about = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+        return f"The first picture at this size takes about {about} s longer than the next."
 
 
 def plan(
@@ -146,7 +156,7 @@ def _best(options: Sequence[Option], warm: float = 0.0) -> Option | None:
 def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) -> str:
     """One or two sentences about an option that can be taken."""
     if len(view.hosts) == 1:
-        return f"The mesh has one host.{_told_cold(winner)}"
+        return "The mesh has one host."
     others = [option for option in allowed if not option.problem and option is not winner]
     told = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
     if not others:
@@ -160,7 +170,6 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
             reason = f"{told}; the next best, {than}."
     if asked:
         reason = f"You asked for {asked}. {reason}"
-    reason += _told_cold(winner)
     wider = [
         option
         for option in allowed
@@ -171,23 +180,11 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
     return reason
 
 
-def _told_cold(winner: Option) -> str:
-    """What only the first such request takes, where it is worth a sentence."""
-    if winner.cold_seconds < COLD or winner.cold_seconds < COLD_PART * winner.seconds:
-        return ""
-    about = (
-        f"{winner.cold_seconds:.0f}"
-        if winner.cold_seconds >= 10
-        else (f"{winner.cold_seconds:.1f}")
-    )
-    return f" The first picture at this size takes about {about} s longer than the next."
-
-
 def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:
     if not view.hosts:
         return "The mesh has no host."
     if not allowed and asked == "data":
-        return "--placement data and --force-shard exclude each other; choose one."
+        return "`placement` data and `force_shard` exclude each other; choose one."
     if not allowed:
         return f"You asked for {asked}, which needs two hosts; the mesh has {len(view.hosts)}."
     what = f"You asked for {asked}, which can't be done" if asked else "No placement can be done"

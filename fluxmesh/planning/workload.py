@@ -22,8 +22,8 @@ from fluxmesh.models.flux1.config import (
     ScheduleConfig,
     T5Config,
 )
-from fluxmesh.models.flux1.partition import token_run
 from fluxmesh.models.flux1.quantization import group_size
+from fluxmesh.models.partition import token_run
 from fluxmesh.models.tiling import UNTILED_LATENTS
 from fluxmesh.planning.activations import SPLIT_STATES, STATES, WIDE_STATES, decoding_bytes
 from fluxmesh.request import DTYPE_BYTES as BYTES

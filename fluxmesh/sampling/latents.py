@@ -1,7 +1,7 @@
 """Initial noise, and the shapes that latents take. NumPy only: imports no mlx.
 
 An image's noise is a function of its seed and size alone, drawn here and nowhere else, so that
-image k of a request is the same on every host, placement and backend (DESIGN, "Noise and seeds").
+image k of a request is the same on every host, placement and backend.
 
 The transformer reads latents "packed": each token is a square of 2x2 latents. `pack` and `unpack`
 take NumPy and MLX arrays alike. Channel order inside a token (channel, row, column) is that of

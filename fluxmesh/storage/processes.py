@@ -19,9 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.storage.homes import read_private
-
-KILL_SECONDS = 5.0
 
 
 def started_at(pid: int) -> str | None:
@@ -79,7 +78,7 @@ def _of_darwin(pid: int) -> str | None:
 
 
 def end_process(
-    pid: int, start: str, number: int = signal.SIGKILL, seconds: float = KILL_SECONDS
+    pid: int, start: str, number: int = signal.SIGKILL, seconds: float = DEADLINES.process_ends
 ) -> bool:
     """Sends a signal to the process that started then, and waits; whether it is gone."""
     if started_at(pid) != start:

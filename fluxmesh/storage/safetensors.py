@@ -2,7 +2,8 @@
 
 MLX loads a truncated file without noticing and always reads whole tensors. Here every size in a
 header is checked against the file before anything is read, a short read is an error, and any range
-of rows of a tensor can be read alone, which is what a shard of a model is.
+of rows of a tensor can be read alone, which is what a shard of a model is. The safetensors package
+reads rows too, but no bfloat16 into NumPy, and nothing into memory that MLX has already.
 
 Format: 8 bytes of header length (little endian), a JSON header, then the tensors' bytes
 (https://github.com/huggingface/safetensors#format).

@@ -3,6 +3,10 @@
 `0000050_state.safetensors` holds the weights, Adam's averages and the average of weights, all
 float32, and in its header the counters, the request and the data's fingerprint. Beside it lies
 `0000050_adapters.safetensors`, the same weights as other tools read them. Imports no mlx.
+
+Not `mlx.optimizers`' state or a pickle: one file that is there whole or not at all can't hold
+weights of one update and averages of another, any safetensors reader opens it, and no code is run
+by it.
 """
 
 from __future__ import annotations
@@ -119,8 +123,8 @@ def check_same(saved: Saved, request: Mapping[str, Any], data: str, model: str) 
         differing.append(f"the model was {saved.model} and is {model}")
     if differing:
         raise UsageError(
-            f"--resume can't go on from iteration {saved.counters.iteration}: "
-            f"{'; '.join(differing)}; give what the run began with, or another --output-dir."
+            f"`resume` can't go on from iteration {saved.counters.iteration}: "
+            f"{'; '.join(differing)}; give what the run began with, or another `output_dir`."
         )
 
 
@@ -128,7 +132,7 @@ def check_new(folder: Path) -> None:
     """Raises `OutputError` where `folder` holds a training already."""
     if iterations(folder) or (folder / FINAL).exists():
         raise OutputError(
-            f"{folder} holds a training already; go on with --resume, or name another --output-dir."
+            f"{folder} holds a training already; go on with `resume`, or name another `output_dir`."
         )
 
 

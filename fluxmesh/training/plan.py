@@ -117,7 +117,7 @@ def prepare(
     else:
         if any(side % multiple for side in request.resolution):
             raise UsageError(
-                f"--resolution is {'x'.join(map(str, request.resolution))}; this model needs "
+                f"`resolution` is {'x'.join(map(str, request.resolution))}; this model needs "
                 f"multiples of {multiple}."
             )
         sizes = (request.resolution,) * len(examples)
@@ -125,7 +125,7 @@ def prepare(
     priors = tuple(i for i, example in enumerate(examples) if example.prior)
     if request.validation >= len(shown):
         raise UsageError(
-            f"--validation holds out {request.validation} of {len(shown)} images, which leaves "
+            f"`validation` holds out {request.validation} of {len(shown)} images, which leaves "
             "none to train on; give fewer."
         )
     order = generator(request.seed, VALIDATION, 0).permutation(len(shown)).tolist()

@@ -95,66 +95,70 @@ class TrainRequest:
     def __post_init__(self) -> None:
         """Raises `UsageError` naming the option and what is allowed."""
         if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"--seed is {self.seed}; it must be 0 to 2^63 - 1.")
+            raise UsageError.about("seed", f"is {self.seed}", "it must be 0 to 2^63 - 1")
         if self.dtype == "float16":
-            raise UsageError(
-                "--dtype is float16, in which small gradients are lost; train in bfloat16."
+            raise UsageError.about(
+                "dtype", "is float16, in which small gradients are lost", "train in bfloat16"
             )
-        self._choose("--dtype", self.dtype, DTYPES)
-        self._choose("--optimizer", self.optimizer, OPTIMIZERS)
-        self._choose("--lr-schedule", self.lr_schedule, SCHEDULES)
-        self._choose("--timesteps", self.timesteps, TIMESTEPS)
+        self._choose("dtype", self.dtype, DTYPES)
+        self._choose("optimizer", self.optimizer, OPTIMIZERS)
+        self._choose("lr_schedule", self.lr_schedule, SCHEDULES)
+        self._choose("timesteps", self.timesteps, TIMESTEPS)
         if self.bits is not None and self.bits not in TRAIN_BITS:
-            raise UsageError(f"--bits is {self.bits}; training takes 4 or 8.")
+            raise UsageError.about("bits", f"is {self.bits}", "training takes 4 or 8")
         for side in self.resolution or ():
             if not (MULTIPLE <= side <= MAX_SIDE and side % MULTIPLE == 0):
                 raise UsageError(
-                    f"--resolution has a side of {side}; each must be a multiple of {MULTIPLE} "
+                    f"`resolution` has a side of {side}; each must be a multiple of {MULTIPLE} "
                     f"from {MULTIPLE} to {MAX_SIDE}."
                 )
         whole = {
-            "--num-augmentations": (self.num_augmentations, 1, 10_000),
-            "--validation": (self.validation, 0, 10_000),
-            "--iterations": (self.iterations, 1, MAX_ITERATIONS),
-            "--batch-size": (self.batch_size, 1, 1024),
-            "--grad-accumulate": (self.grad_accumulate, 1, 65_536),
-            "--lora-rank": (self.lora_rank, 1, MAX_RANK),
-            "--warmup-steps": (self.warmup_steps, 0, MAX_ITERATIONS),
-            "--checkpoint-every": (self.checkpoint_every, 1, MAX_ITERATIONS),
-            "--keep-checkpoints": (self.keep_checkpoints, 1, 10_000),
-            "--progress-every": (self.progress_every, 1, MAX_ITERATIONS),
+            "num_augmentations": (self.num_augmentations, 1, 10_000),
+            "validation": (self.validation, 0, 10_000),
+            "iterations": (self.iterations, 1, MAX_ITERATIONS),
+            "batch_size": (self.batch_size, 1, 1024),
+            "grad_accumulate": (self.grad_accumulate, 1, 65_536),
+            "lora_rank": (self.lora_rank, 1, MAX_RANK),
+            "warmup_steps": (self.warmup_steps, 0, MAX_ITERATIONS),
+            "checkpoint_every": (self.checkpoint_every, 1, MAX_ITERATIONS),
+            "keep_checkpoints": (self.keep_checkpoints, 1, 10_000),
+            "progress_every": (self.progress_every, 1, MAX_ITERATIONS),
         }
-        for option, (number, least, most) in whole.items():
+        for setting, (number, least, most) in whole.items():
             if not least <= number <= most:
-                raise UsageError(f"{option} is {number}; it must be {least} to {most}.")
+                raise UsageError.about(setting, f"is {number}", f"it must be {least} to {most}")
         if self.progress_steps is not None and not 1 <= self.progress_steps <= 1000:
-            raise UsageError(f"--progress-steps is {self.progress_steps}; it must be 1 to 1000.")
+            raise UsageError.about(
+                "progress_steps", f"is {self.progress_steps}", "it must be 1 to 1000"
+            )
         if self.lora_blocks != -1 and self.lora_blocks < 1:
-            raise UsageError(f"--lora-blocks is {self.lora_blocks}; it must be 1 or more, or -1.")
-        self._within("--learning-rate", self.learning_rate, 0, 10)
-        self._within("--guidance", self.guidance, 0, 100)
-        self._within("--prior-weight", self.prior_weight, 0, 1000)
-        self._within("--weight-decay", self.weight_decay, 0, 10)
-        for option, share in (
-            ("--caption-dropout", self.caption_dropout),
-            ("--lora-dropout", self.lora_dropout),
-            ("--ema", self.ema),
+            raise UsageError.about(
+                "lora_blocks", f"is {self.lora_blocks}", "it must be 1 or more, or -1"
+            )
+        self._within("learning_rate", self.learning_rate, 0, 10)
+        self._within("guidance", self.guidance, 0, 100)
+        self._within("prior_weight", self.prior_weight, 0, 1000)
+        self._within("weight_decay", self.weight_decay, 0, 10)
+        for setting, share in (
+            ("caption_dropout", self.caption_dropout),
+            ("lora_dropout", self.lora_dropout),
+            ("ema", self.ema),
         ):
             if share is not None and not 0 <= share < 1:
-                raise UsageError(f"{option} is {share}; it must be 0 or more and below 1.")
-        for option, value in (("--lora-alpha", self.lora_alpha), ("--clip-norm", self.clip_norm)):
+                raise UsageError.about(setting, f"is {share}", "it must be 0 or more and below 1")
+        for setting, value in (("lora_alpha", self.lora_alpha), ("clip_norm", self.clip_norm)):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{option} is {value}; it must be above 0.")
+                raise UsageError.about(setting, f"is {value}", "it must be above 0")
 
     @staticmethod
-    def _choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    def _choose(setting: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:
-            raise UsageError(f"{option} is {value!r}; choose {', '.join(allowed)}.")
+            raise UsageError.about(setting, f"is {value!r}", f"choose {', '.join(allowed)}")
 
     @staticmethod
-    def _within(option: str, value: float, least: float, most: float) -> None:
+    def _within(setting: str, value: float, least: float, most: float) -> None:
         if not (math.isfinite(value) and least <= value <= most):
-            raise UsageError(f"{option} is {value}; it must be {least} to {most}.")
+            raise UsageError.about(setting, f"is {value}", f"it must be {least} to {most}")
 
     @property
     def scale(self) -> float:

@@ -141,7 +141,7 @@ class Run:
             if self.saved_at is None:
                 raise CancelledError("Stopped before a checkpoint was saved.") from None
             raise CancelledError(
-                f"Stopped after iteration {self.saved_at}; go on with --resume."
+                f"Stopped after iteration {self.saved_at}; go on with `resume`."
             ) from None
         yield self._finish()
 
@@ -223,7 +223,7 @@ class Run:
         )
         return DivergedError(
             f"The loss {how} by iteration {iteration}, so the training has stopped; {kept}: try a "
-            "lower --learning-rate or a longer --warmup-steps."
+            "lower `learning_rate` or a longer `warmup_steps`."
         )
 
     def _look(self) -> Iterator[TrainEvent]:

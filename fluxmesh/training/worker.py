@@ -19,9 +19,10 @@ import numpy as np
 
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.residency import Stopped, WorkerOptions
-from fluxmesh.engine.worker import Reports, Worker, from_wire
+from fluxmesh.engine.worker import Reports, Worker
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.models.flux1.partition import Shard
+from fluxmesh.models.numpy_bits import from_numpy
+from fluxmesh.models.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training.compute import exact_sum
 from fluxmesh.training.compute.learner import Learner
@@ -48,9 +49,9 @@ from fluxmesh.wire.training_messages import (
     UpdateDone,
     Validate,
     VectorPart,
+    in_pieces,
 )
 
-PIECE = 1 << 20  # numbers of a vector in a message
 NO_LOSS = 1e30  # stands for one that is no number, which no message may hold
 
 
@@ -71,7 +72,7 @@ class Given:
         found = self._find(caption_name(caption))
         if found.t5 is None or found.clip is None:
             raise FluxmeshError(f"The features of caption {caption} came without their arrays.")
-        return Conditioning(from_wire(found.t5), from_wire(found.clip))
+        return Conditioning(from_numpy(found.t5), from_numpy(found.clip))
 
     def latents(self, image: int, crop: int) -> mx.array:
         found = self._find(crop_name(image, crop))
@@ -233,12 +234,11 @@ class TrainingWorker(Worker):
         vectors = learner.vectors()
         last = list(vectors)[-1]
         for name, vector in vectors.items():
-            for offset in range(0, len(vector), PIECE):
+            for offset, numbers in in_pieces(vector):
                 self._go_on()
-                piece = vector[offset : offset + PIECE]
-                is_last = name == last and offset + PIECE >= len(vector)
+                is_last = name == last and offset + len(numbers) == len(vector)
                 place = (learner.state.update, name, offset, len(vector), is_last)
-                yield VectorPart(work.job, work.ring_generation, *place, piece)
+                yield VectorPart(work.job, work.ring_generation, *place, numbers)
 
     def _validate(self, work: Validate) -> Reports:
         self.doing = "measuring on what was held out"

@@ -3,6 +3,13 @@
 Stands below `hub.py`. An interrupted download goes on where it stopped; the free space is checked
 before the first byte, and each large file's SHA-256 after the last. Every way in which this fails
 becomes one sentence. Imports huggingface_hub when called, never before.
+
+Not `snapshot_download`, which fetches several files at once. One file already takes as many
+connections as help: hf_xet, which comes with huggingface_hub, fetches its pieces side by side. What
+one after another gives: small files first, so that a wrong repository costs nothing; each hash
+while the next file is yet to come, so that a damaged one is told at once and not after 30 GB; a
+Ctrl-C that ends now, where threads would finish their files first; and a count of bytes, for the
+one class that `snapshot_download` takes for its bars is asked to count files and bytes alike.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def resolve(name: str, *, download: bool = True, progress: Progress | None = Non
     name that leads nowhere, a gated repository, no network; `WeightsError` for broken files;
     `OutputError` when the disk is full.
     """
-    alias = _alias(name)
+    alias = alias_of(name)
     if alias == TINY:
         return _embedded()
     if alias is not None:
@@ -101,7 +101,7 @@ def full_name(name: str) -> str:
     An alias in its short form (also where a folder is called so), a path from the root, a Hub id.
     """
     path = os.path.expanduser(name)
-    return _alias(name) or (os.path.abspath(path) if os.path.exists(path) else name)
+    return alias_of(name) or (os.path.abspath(path) if os.path.exists(path) else name)
 
 
 def _embedded() -> Checkpoint:
@@ -133,7 +133,7 @@ def pull(name: str, progress: Progress | None = None) -> Checkpoint:
 
     Raises what `resolve` does.
     """
-    alias = _alias(name)
+    alias = alias_of(name)
     repo = REPOS.get(alias or "", name)
     if alias == TINY or not is_hub_id(repo) or os.path.isabs(full_name(name)):
         return resolve(name, progress=progress)
@@ -206,7 +206,8 @@ def cached_snapshot(repo: str) -> Path | None:
     return snapshot if re.fullmatch(r"[0-9a-f]{7,64}", commit) and snapshot.is_dir() else None
 
 
-def _alias(name: str) -> str | None:
+def alias_of(name: str) -> str | None:
+    """The alias that a name means, in its short form (`FLUX-dev` is `dev`), or None."""
     short = name.lower().removeprefix("flux-")
     return short if short == TINY or short in REPOS else None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,13 +20,14 @@ import numpy as np
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
-from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
+from fluxmesh.models.flux1.partition import check, cuts
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.slicing import hold_shard
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part, is_part
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut, Shard
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh.weights.reader import ComponentReader, tables, verify
 from fluxmesh.weights.zero_copy import filled
@@ -42,6 +43,7 @@ __all__ = [
     "verify",
 ]
 
+M = TypeVar("M", bound=nn.Module)
 BLOCK_NUMBERS = 1 << 23  # numbers of a tensor in memory at once while columns are picked from it
 OnBytes = Callable[[int, int], None]  # bytes of the component read, and in all
 Wanted = Callable[[str], bool]  # whether a tensor is to be read, by its name
@@ -250,18 +252,18 @@ def tensors(
 
 
 def _load(
-    model: Any,
+    model: M,
     reader: ComponentReader,
     dtype: mx.Dtype,
     bits: int | None,
     on_bytes: OnBytes | None,
     parts: Mapping[str, Cut] = MappingProxyType({}),
     wanted: Wanted = lambda name: True,
-) -> Any:
+) -> M:
     stored_bits = reader.checkpoint.bits
     if stored_bits and bits not in (None, stored_bits):
         raise UsageError(
-            f"{reader.checkpoint.name} is stored in {stored_bits} bits; leave --bits out, or name "
+            f"{reader.checkpoint.name} is stored in {stored_bits} bits; leave `bits` out, or name "
             "the model that it was made from."
         )
     bits = stored_bits or bits

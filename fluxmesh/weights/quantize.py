@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxmesh.errors import UsageError
 from fluxmesh.machine.awake import kept_awake
+from fluxmesh.models.numpy_bits import to_numpy
 from fluxmesh.request import BITS
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
@@ -45,7 +46,7 @@ def quantize_checkpoint(
     source that is quantized already, `WeightsError` for a broken source.
     """
     if bits not in BITS:
-        raise UsageError(f"--bits is {bits}; choose 3, 4, 5, 6 or 8.")
+        raise UsageError.about("bits", f"is {bits}", "choose 3, 4, 5, 6 or 8")
     if source.bits:
         raise UsageError(
             f"{source.name} is quantized to {source.bits} bits already; name the model that it "
@@ -94,7 +95,7 @@ def _write_component(
 
     for name, array in tensors(reader, mx.bfloat16, bits, on_bytes):
         kind = NAMES[array.dtype]
-        shard[name] = (np.array(array.view(mx.uint16) if kind == "BF16" else array), kind)
+        shard[name] = (to_numpy(array), kind)
         size += array.nbytes
         if size >= SHARD_BYTES:
             flush()

@@ -37,7 +37,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "size": (1, 1024),
     "shards": (1, 1024),
     "shard": (0, 1023),
-    "Compiled.hosts": (1, 1024),
+    "StepShape.hosts": (1, 1024),
     "bits": (2, 16),
     "ProbeLink.nbytes": (1, 4 << 30),
     "CollectiveTime.nbytes": (1, 1 << 40),

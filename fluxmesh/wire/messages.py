@@ -303,7 +303,10 @@ class Decode(Work):
 
 @dataclass(frozen=True)
 class Measure(Work):
-    """Times a step and a decode, alone or with the ring, and warm. Reported by `Timed`."""
+    """Times a step and a decode, alone or with the ring, after a trial picture (`Warm`).
+
+    Reported by `Timed`.
+    """
 
     weights: ModelVariant
     height: int  # pixels
@@ -390,17 +393,6 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """How an engine has made a step since it holds its weights: the next such one finds its kernels
-    compiled."""
-
-    placement: Literal["data", "sequence", "tensor"]
-    hosts: int  # of the ring; 1 for `data`
-    height: int  # pixels
-    width: int
-
-
-@dataclass(frozen=True)
 class Status(Message):
     """One host at one moment."""
 
@@ -433,8 +425,7 @@ class Status(Message):
     pressure: str = ""  # "warning" or "critical": the machine is short of memory
     loading: Reading | None = None  # what its engine reads now
     components: tuple[str, ...] = ()  # that are in memory: `holds` tells of which weights
-    compiled: tuple[Compiled, ...] = ()
-    warm: tuple[StepShape, ...] = ()  # steps whose kernels its engine has compiled
+    compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of, the latest one last
 
 
 @dataclass(frozen=True)
@@ -649,5 +640,4 @@ class Account(Message):
     counters: EngineCounters
     load_rate: float  # bytes/s of the last load; 0 before one
     components: tuple[str, ...] = ()
-    compiled: tuple[Compiled, ...] = ()
-    warm: tuple[StepShape, ...] = ()  # steps that it has made since its weights were read
+    compiled: tuple[StepShape, ...] = ()  # what it has made steps of, the latest one last

@@ -8,6 +8,7 @@ ring get every `Update`, each with its own numbers; in it their sums meet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,13 @@ from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire.messages import Report, Work
 
 STOPPED = 1 << 32  # beside the micro-batches that failed: a rank was told to stop
+PIECE = 1 << 20  # numbers of a vector in a message
+
+
+def in_pieces(vector: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(offset, numbers) of a vector [size], as messages carry it."""
+    for offset in range(0, len(vector), PIECE):
+        yield offset, vector[offset : offset + PIECE]
 
 
 @dataclass(frozen=True)

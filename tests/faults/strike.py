@@ -36,7 +36,7 @@ from tests.faults.mesh import LIMIT, Outcome, Up, paint
 STEP, DECODE, LOAD = 0.3, 0.3, 0.2  # seconds that an engine pauses
 DELAYS = f"step={STEP},encode=0.2,decode={DECODE},load={LOAD}"
 STEPS = 4
-DEADLINE = 5.0  # seconds of silence that mean death (DESIGN §5), for steps as short as ours
+DEADLINE = 5.0  # seconds of silence that mean death, for steps as short as ours
 SLACK = 10.0  # seconds that a death may cost beside the lost step; our loads are within it
 
 # 6 heads: they divide by 1, 2 and 3 hosts.

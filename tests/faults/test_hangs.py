@@ -1,4 +1,4 @@
-"""A hang is a death: SIGSTOP of every engine and agent, noticed within DESIGN §5's deadline.
+"""A hang is a death: SIGSTOP of every engine and agent, noticed within the deadline of its kind.
 
 After that a job goes on as after a death. Waking what hung, later, does no harm.
 """

@@ -106,15 +106,15 @@ class Coordinator:
         self.fence = self.ring_generation = 0
         self.heard: list[Message] = []  # all reports but heartbeats
         self.beats = 0  # heartbeats of the agent
-        self._read = 0
+        self.read = 0
         self._news = asyncio.Condition()
-        self._seq = 0
+        self.seq = 0
         self._answers: dict[int, Message] = {}
 
     async def ask(self, message: Message) -> Message:
         """The answer, `Refused` too."""
-        self._seq += 1
-        return await self.repeat(message, self._seq)
+        self.seq += 1
+        return await self.repeat(message, self.seq)
 
     async def repeat(self, message: Message, seq: int) -> Message:
         """Sends under a number that may have been sent before."""
@@ -133,7 +133,7 @@ class Coordinator:
         """The next report of a kind that was not returned yet; a `Failed` in between fails."""
 
         def found() -> int | None:
-            for i in range(self._read, len(self.heard)):
+            for i in range(self.read, len(self.heard)):
                 if isinstance(self.heard[i], kind | messages.Failed):
                     return i
             return None
@@ -142,7 +142,7 @@ class Coordinator:
             await asyncio.wait_for(self._news.wait_for(lambda: found() is not None), seconds)
         at = found()
         assert at is not None
-        self._read = at + 1
+        self.read = at + 1
         report = self.heard[at]
         assert isinstance(report, kind), report
         return report

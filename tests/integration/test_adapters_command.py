@@ -20,8 +20,8 @@ from fluxmesh.weights import hub, loading
 from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import Run
-from tests.integration.loading import assert_same, parameters
-from tests.integration.test_lora import assert_same_change, random_adapter
+from tests.numerics.loading import assert_same, parameters
+from tests.numerics.test_lora import assert_same_change, random_adapter
 
 PAINT = ("generate", "a dog", "--seed", 3, "--steps", 2, "--dtype", "float32")
 MODULES = ["double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.2", "single_blocks.1.linear1"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ async def failed(one: Coordinator, seconds: float = GONE) -> messages.Failed:
         for report in one.heard:
             if isinstance(report, messages.Failed):
                 one.heard.clear()
-                one._read = 0
+                one.read = 0
                 return report
         await asyncio.sleep(0.02)
     raise AssertionError(f"nothing failed: {one.heard}")
@@ -170,14 +171,21 @@ def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVari
             assert measured == (timed.measured,)
             assert measured[0].decode_seconds is not None
             assert 0 < measured[0].step_seconds < 10
-            assert measured[0].first_seconds is not None  # nothing was compiled before
+            assert measured[0].kernels_seconds is not None  # nothing was compiled before
+            assert measured[0].first_seconds is None
             assert abs(measured[0].when - time.time()) < 60
-            assert (await one.status()).warm == (StepShape("data", 32, 32),)
+            made = StepShape.of(weights, "data", 1, 32, 32)
+            assert (await one.status()).compiled == (made,)
             await one.done(Measure(*one.head(), weights, 32, 32))
             again = (await one.until(messages.Timed)).measured
-            assert again.first_seconds is None and again.when > measured[0].when
+            assert again.kernels_seconds is None and again.when > measured[0].when
+            (kept,) = (await one.status()).measured  # what nobody will measure again
+            assert kept == replace(again, kernels_seconds=measured[0].kernels_seconds)
+            await one.done(Measure(*one.head(), weights, 32, 48))
+            other = (await one.until(messages.Timed)).measured
+            assert other.kernels_seconds is None and other.first_seconds is not None
             await one.done(messages.Kill(one.fence, one.head()[2] + 1))
-            assert (await one.status()).warm == ()
+            assert (await one.status()).compiled == ()
 
     play(scene())
 
@@ -293,7 +301,7 @@ def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_i
             await one.done(messages.Kill(one.fence, one.ring_generation + 1))
             assert not is_running(engine)
             one.ring_generation += 1
-            one._read = 0
+            one.read = 0
             await one.done(painting(one, weights, text))
             assert (await one.until(messages.Stepped)).ring_generation == one.ring_generation
 
@@ -310,7 +318,7 @@ def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVarian
             await one.until(messages.Stepped)
             await one.until(messages.Stepped)
             one.heard.clear()
-            one._read = 0
+            one.read = 0
             await one.done(painting(one, weights, text, steps=1, image=1))
             await one.until(messages.Stepped)
             # Where kernels are compiled it says so: nobody grants it the minutes of a first step.
@@ -558,7 +566,7 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentPr
             assert answer.code == "version"
             assert __version__ in answer.text
             connection = one.connection
-            one._seq += 1
+            one.seq += 1
         async with coordinator(host) as one:
             answer = await one.ask(messages.Joined(1, 1))
             assert isinstance(answer, messages.Refused)

@@ -258,7 +258,7 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
             for one in ones:
                 await one.done(messages.Kill(one.fence, 2))
                 one.heard.clear()  # the survivor fails too, sooner or later
-                one._read = 0
+                one.read = 0
             assert [(await one.status()).engine_pid for one in ones] == [None, None]
             await join_ring(ones, 2)
             works = [
@@ -305,7 +305,7 @@ def test_a_stranger_on_the_rings_port_ends_the_ring_generation_and_fresh_ports_f
             for one in ones:
                 await one.done(messages.Kill(one.fence, 2))
                 assert (await one.status()).counters.transformer_bytes == 0
-                one._read = len(one.heard)
+                one.read = len(one.heard)
             stranger.close()
             await join_ring(ones, 2)
             text = await encode(ones[0], weights)

@@ -154,10 +154,10 @@ def run_tests(*what: str, **env: str) -> subprocess.CompletedProcess[str]:
 PART = (
     "tests/unit/test_precision.py",
     "tests/unit/test_stream.py",
-    "tests/integration/test_fused.py",
-    "tests/integration/test_weights.py::test_loading_holds_the_model_and_one_tensor_more",
-    "tests/integration/test_worker.py::test_sizes_in_memory_are_estimated_from_the_configs",
-    "tests/integration/test_worker.py::test_what_is_held_is_said_and_leaves_for_other_weights",
+    "tests/numerics/test_fused.py",
+    "tests/numerics/test_weights.py::test_loading_holds_the_model_and_one_tensor_more",
+    "tests/numerics/test_worker.py::test_sizes_in_memory_are_estimated_from_the_configs",
+    "tests/numerics/test_worker.py::test_what_is_held_is_said_and_leaves_for_other_weights",
     "tests/parallel/test_sharding.py::test_loading_a_shard_never_holds_more_than_it_and_one_tensor",
 )
 

@@ -170,3 +170,26 @@ def test_warm_compares_the_first_request_after_up_with_the_next(
     assert first["loads"] == [] and first["how"] == "data" and first["ranks"] == [0]
     ratio = f"{first['seconds'] / second['seconds']:.2f}"
     assert f"| data | data on 1 | {first['seconds']:.2f} |" in printed and ratio in printed
+
+
+def test_plans_holds_what_was_predicted_against_what_agents_took(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    options = ("--hosts", "2", "--model", str(checkpoint), "--sizes", "32x32", "--steps", "1")
+    more = ("--images", "1", "--rounds", "1", "--placements", "data", "sequence")
+    printed, results = run(tmp_path, "plans", *options, *more)
+    *cases, choice = results
+    assert [(one["placement"], len(one["hosts"])) for one in cases] == [
+        ("data", 1),
+        ("sequence", 2),
+    ]
+    for one in cases:
+        assert one["measured"] > 0 and one["predicted"] > 0 and one["unseen"] > 0
+        assert 1 <= len(one["rounds"]) <= 3
+    assert choice["chosen"] in ("data", "sequence", "tensor", "mixed")
+    for text in (
+        "| predicted s | measured s | off |",
+        "| chosen |",
+        "ring of hosts (0, 1) over ring",
+    ):
+        assert text in printed

@@ -8,12 +8,14 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire.messages import Done, Heartbeat, LeaseQueued, Stepped
 from fluxmesh.wire.transport import listener as listening
@@ -221,9 +223,8 @@ asyncio.run(main())
 
 
 def test_a_coordinator_that_reads_nothing_is_put_out_and_holds_up_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(listening, "_PATIENCE", 0.5)
     large = Stepped("job", 1, 0, 1, 0.5, 0, np.zeros((1, 4096, 16), np.float32))
 
     async def fill(far: listening.AcceptedConnection) -> None:
@@ -231,7 +232,7 @@ def test_a_coordinator_that_reads_nothing_is_put_out_and_holds_up_nobody(
             await far.send(large)
 
     async def main() -> None:
-        async with wire(tmp_path) as made:
+        async with wire(tmp_path, replace(DEADLINES, full_line=0.5)) as made:
             near, far = await made.pair()
             filling = asyncio.create_task(fill(far))
             good = await made.pair()

@@ -248,7 +248,7 @@ def test_ctrl_c_in_an_update_leaves_the_last_whole_one(place, tmp_path, three, a
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        with pytest.raises(CancelledError, match="go on with --resume"):
+        with pytest.raises(CancelledError, match="go on with `resume`"):
             for event in three.train(request):
                 if isinstance(event, Updated) and event.update == 1:
                     signal.setitimer(signal.ITIMER_REAL, 0.06)  # an update takes 0.15 s at least

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxmesh.adapters.formats import write_adapter
+from fluxmesh.events import Picture
+from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, store_keys
 from fluxmesh.weights import hub
@@ -27,8 +28,8 @@ from fluxmesh_coordinator.cli import main
 from fluxmesh_coordinator.runtime.host_link import HostLink
 from tests.datasets import picture
 from tests.integration.agents import agent
-from tests.integration.test_lora import random_adapter
-from tests.integration.test_mesh import record_of
+from tests.integration.test_mesh import mesh_of, record_of
+from tests.integration.test_one_host import adapter
 
 PROMPTS = ("a red dog", "two cats")
 
@@ -88,16 +89,14 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
 
 
 @pytest.fixture
-def place(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, an adapter, a picture and prompts; nothing is up."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with an adapter, a picture and prompts; nothing is up."""
     home = tmp_path / "home"
     monkeypatch.setenv("FLUXMESH_HOME", str(home))
     monkeypatch.setenv("FLUXMESH_STATE", str(tmp_path / "state"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    config = hub.resolve(str(checkpoint)).transformer
-    names = ["double_blocks.0.img_attn.proj", "single_blocks.0.linear1"]
-    write_adapter(tmp_path / "dog.safetensors", random_adapter(3, names), config)
+    Path(adapter(tmp_path, 1)).rename(tmp_path / "dog.safetensors")
     picture(4, (64, 48)).save(tmp_path / "source.png")
     Image.fromarray(np.eye(64, 48, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
     (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
@@ -138,3 +137,23 @@ def test_a_call_looks_at_mesh_model_and_files_once(
     assert looks.models == {str(checkpoint): 1}
     assert looks.files == {"dog.safetensors": 1, "source.png": 1, "mask.png": 1}
     assert looks.noises == [1] * len(PROMPTS)
+
+
+def test_a_python_program_has_its_request_resolved_once(
+    place: Path, checkpoint: Path, looks: Looks
+) -> None:
+    request = GenerateRequest(
+        "a red dog",
+        3,
+        model=str(checkpoint),
+        steps=2,
+        adapters=(AdapterRef("dog.safetensors", 0.5),),
+    )
+    with mesh_of(place, 1, checkpoint) as mesh:
+        told = list(mesh.generate(request))
+    (picture,) = [event for event in told if isinstance(event, Picture)]
+    defaults = hub.resolve(str(checkpoint)).defaults
+    assert picture.pixels.shape == (defaults.height, defaults.width, 3)
+    assert looks.models == {str(checkpoint): 2}, "one is this test's"
+    assert looks.files == {"dog.safetensors": 1}
+    assert (looks.mesh, looks.noises) == (0, [1])

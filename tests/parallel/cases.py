@@ -13,12 +13,14 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.adapters.lora import LowRank, beside, fused
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard, cuts
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.partition import cuts
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Shard
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import DenoisePlan, Flow, Guide, plan

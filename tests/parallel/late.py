@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.engine.lookahead import walked
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.models.waiting import InGraph, OnHost
 from fluxmesh.sampling.denoise import denoise

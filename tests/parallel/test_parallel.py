@@ -139,7 +139,7 @@ def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, 
     case, config = found.case, found.case.config
     number = 4 if case.dtype == "float32" else 2
     sums = (2 * config.depth + config.depth_single_blocks) * STEPS * case.images
-    activations = case.tokens * config.hidden_size * number  # DESIGN's A
+    activations = case.tokens * config.hidden_size * number  # bytes of all tokens, at one place
     modulations = (12 * config.depth + 3 * config.depth_single_blocks + 2) * config.hidden_size
     once = (size - 1) * (STEPS * modulations * number // size)
     for did in found.did:

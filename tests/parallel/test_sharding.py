@@ -12,11 +12,13 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.adapters.lora import Adapter, LowRank, apply_adapters, write_adapter
 from fluxmesh.errors import UsageError
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.parallel import Ranks, SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import Shard, cuts, obstacle
+from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
+from fluxmesh.models.flux1.partition import cuts, obstacle
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
 from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer
 from fluxmesh.weights.quantize import quantize_checkpoint

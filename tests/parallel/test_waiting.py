@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from fluxmesh.engine.lookahead import walked
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting, waiting_here
 from fluxmesh.sampling.denoise import StepState
 from tests.parallel.cases import SHALLOW, ParallelCase, flow_of, noise_of, plan_of
@@ -62,6 +62,28 @@ def test_all_that_does_not_need_a_collective_is_given_to_the_device_before_the_h
     assert done == ["commit 1", "commit 2", "wait"]
     ranks.sum(every + 1)  # one after another: the first is waited for before the next is sent
     assert done[3:] == ["wait", "commit 1", "commit 0", "wait"]
+
+
+def test_no_two_collectives_are_in_flight_at_once() -> None:
+    """Each is told to come after the one before: their times add up, as plans have them."""
+
+    class Chained(InGraph):
+        def __init__(self) -> None:
+            self.before: list[mx.array] = []
+            self.begun: list[mx.array] = []
+
+        def after(self, last: mx.array, x: mx.array) -> mx.array:
+            self.before.append(last)
+            return super().after(last, x)
+
+        def begin(self, result: mx.array) -> None:
+            self.begun.append(result)
+
+    for placement in ("sequence", "tensor"):
+        chained = Chained()
+        mx.eval(one_step(placement, chained))
+        assert len(chained.begun) > 2
+        assert all(a is b for a, b in zip(chained.begun[:-1], chained.before, strict=True))
 
 
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])

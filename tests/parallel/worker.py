@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from fluxmesh.models.flux1.parallel import Ranks
+from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.models.flux1.tensor_maps import Tensors
 
-BOUND = 1e-4  # relative L2 error, DESIGN §3
+BOUND = 1e-4  # relative L2 error
 
 torch.set_num_threads(1)
 

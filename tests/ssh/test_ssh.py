@@ -7,8 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,14 @@ class User:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("a user and an sshd of the tests' own need Linux and root")
-    server = Server(tmp_path_factory.mktemp("sshd"))
-    yield server
-    server.close()
+    # Not below pytest's own folder: each pytest that starts closes that to other users.
+    with tempfile.TemporaryDirectory(prefix="fluxmesh-sshd-") as folder:
+        server = Server(Path(folder))
+        yield server
+        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +220,41 @@ def test_a_host_that_refuses_our_key_is_named_and_the_rest_can_go_on(
     assert partial.code == 0, partial.err
     assert [line["host"] for line in partial.of("left_out")] == [1]
     assert [(host["rank"], host["answers"]) for host in seen] == [(0, True)]
+
+
+def held(server: Server) -> int:
+    """How many starters stay for a connection that is kept."""
+    return sum("fluxmesh_coordinator.agents.bootstrap" in words for words in server.processes())
+
+
+def test_a_connection_is_kept_while_its_agent_lives_and_may_break(
+    server: Server, hostfile: Path, tmp_path: Path
+) -> None:
+    user = User(tmp_path, server, "keeper")
+    command = ("up", hostfile, "--model", "tiny", "--keep-ssh", "--json")
+    try:
+        assert user(*command).code == 0
+        here, there = user.status()
+        assert held(server) == 1
+
+        server.cut()
+        wait_for(lambda: held(server) == 0)
+        assert [host["pid"] for host in user.status()] == [here["pid"], there["pid"]]
+
+        assert user(*command).code == 0
+        again = user.status()
+        assert again[0]["pid"] == here["pid"] and again[1]["pid"] != there["pid"]
+        assert held(server) == 1
+    finally:
+        assert user("down", "--force").code == 0
+    wait_for(lambda: server.processes() == [])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_agent_without_an_address_listens_where_ssh_came(server: Server, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, ModelVariant
@@ -88,3 +89,8 @@ def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView
         ),
         backend,
     )
+
+
+def without(view: MeshView, rank: int) -> MeshView:
+    """The mesh after a host is gone."""
+    return replace(view, hosts=tuple(host for host in view.hosts if host.rank != rank))

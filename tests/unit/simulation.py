@@ -205,9 +205,9 @@ class Simulation(Generic[S]):
 
     def feed(self, event: Input) -> None:
         self.heard.append((self.now, event))
-        self._do(self.session.handle(event, self.now))
+        self.carry_out(self.session.handle(event, self.now))
 
-    def _do(self, instructions: list[Instruction]) -> None:
+    def carry_out(self, instructions: list[Instruction]) -> None:
         self.out.append(instructions)
         for instruction in instructions:
             match instruction:

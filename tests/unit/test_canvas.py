@@ -66,7 +66,7 @@ def test_transparent_parts_become_white(mode: str, tmp_path: Path) -> None:
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.png"
     path.write_text("not a picture")
-    with pytest.raises(UsageError, match=r"--image .*notes\.png can't be read"):
+    with pytest.raises(UsageError, match=r"`image` .*notes\.png can't be read"):
         images.load_source(path)
     with pytest.raises(UsageError, match="does not exist"):
         images.load_source(tmp_path / "missing.png")

@@ -82,7 +82,7 @@ def test_a_resume_with_other_settings_is_refused_by_what_differs(changed, said):
 def test_a_folder_that_holds_a_training_is_not_written_over(tmp_path):
     checkpoint.check_new(tmp_path / "new")
     checkpoint.save(tmp_path, saved())
-    with pytest.raises(OutputError, match="--resume"):
+    with pytest.raises(OutputError, match="`resume`"):
         checkpoint.check_new(tmp_path)
 
 

@@ -36,7 +36,7 @@ def test_a_host_that_a_job_holds_is_not_ended(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(survey, "survey", lambda mesh: survey.Survey(mesh, {0: status}, {}, {}))
     monkeypatch.setattr(bringup, "take_down", take_down)
     monkeypatch.setattr(mesh_file, "remove", lambda: None)
-    with pytest.raises(FluxmeshError, match="Host 0 works on a1b2; wait .*--force"):
+    with pytest.raises(FluxmeshError, match="Host 0 works on a1b2; wait .*`force`"):
         down.main([], standalone_mode=False)
     assert ended == []
     down.main(["--force"], standalone_mode=False)

@@ -18,7 +18,6 @@ from fluxmesh.cluster.hostfile import (
     HostfileError,
     load,
     parse,
-    this_machine,
 )
 from fluxmesh.errors import UsageError
 
@@ -144,11 +143,6 @@ def test_another_user_of_this_machine_is_reached_by_ssh_and_shares_its_ports() -
     assert [host.is_local for host in found.hosts] == [True, False]
     assert [host.machine for host in found.hosts] == ["localhost", "localhost"]
     assert found.control(0).port + 1 == found.control(1).port
-
-
-def test_a_mesh_of_one_needs_no_file() -> None:
-    assert this_machine().hosts[0].is_local
-    assert len(this_machine().hosts) == 1
 
 
 @pytest.mark.parametrize(

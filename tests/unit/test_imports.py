@@ -41,7 +41,8 @@ COMPUTES = (
 DESCRIBES = (
     *("fluxmesh.models.tiling", "fluxmesh.models.flux1.config"),
     *("fluxmesh.models.flux1.tensor_maps", "fluxmesh.models.flux1.single_file"),
-    *("fluxmesh.models.flux1.partition", "fluxmesh.models.flux1.quantization"),
+    *("fluxmesh.models.partition", "fluxmesh.models.flux1.partition"),
+    "fluxmesh.models.flux1.quantization",
     *("fluxmesh.models.flux1.tokenizers", "fluxmesh.sampling.schedule"),
     *("fluxmesh.sampling.latents", "fluxmesh.engine.tf32"),
     *("fluxmesh.training.compute.lr_schedule", "fluxmesh.training.compute.parameter_vector"),
@@ -73,7 +74,7 @@ def test_only_what_computes_imports_mlx() -> None:
 
 def test_only_one_module_calls_a_collective() -> None:
     found = [name for name, path in ALL.items() if "mx.distributed" in path.read_text("utf-8")]
-    assert found == ["fluxmesh.models.flux1.parallel"]
+    assert found == ["fluxmesh.models.collectives"]
 
 
 def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:

@@ -11,6 +11,7 @@ import pytest
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.planning.learning import learned
 from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
@@ -24,6 +25,7 @@ from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask, held, small
 from tests.unit.simulated_jobs import GenerationSimulation
+from tests.unit.simulation import SimulatedMachine
 from tests.unit.test_mesh import Heard, job, play
 from tests.unit.test_warming import Told
 
@@ -35,10 +37,12 @@ def times(**keys: Any) -> JobTimes:
     return JobTimes(Workload.of(request, small()), request)
 
 
-def paint(on: JobTimes, image: int = 0, first: float = 1.0, warm: bool = True, **keys: Any) -> None:
+def paint(
+    on: JobTimes, image: int = 0, first: float = 1.0, readiness: Any = "warm", **keys: Any
+) -> None:
     """An image of four steps of a second each, with 0.4 s in between and 0.3 s round its decode."""
     members = keys.get("members", RING)
-    on.given(image, members, 10.0, is_warm=warm)
+    on.given(image, members, 10.0, readiness)
     for step in range(1, 5):
         seconds = first if step == 1 else 1.0
         on.stepped(image, step, seconds, first + step - 1 + 0.1 * step)
@@ -72,20 +76,23 @@ def test_by_data_what_goes_on_round_the_decode_is_time_of_the_image() -> None:
 
 def test_a_first_step_that_compiled_is_told_apart_and_spoils_nothing() -> None:
     seen = times()
-    paint(seen, first=21.0, warm=False)
+    paint(seen, first=21.0, readiness="new engine")
     (job,) = seen.news("ring").jobs
     assert job.measured.step_seconds == 1.0
-    assert job.measured.first_seconds == pytest.approx(20.0)
+    assert job.measured.kernels_seconds == pytest.approx(20.0)
     assert (job.measured.decode_seconds, job.gap_seconds) == (None, None)
     paint(seen, 1)
+    paint(seen, 2, first=1.5, readiness="new shape")
+    paint(seen, 3, first=90.0, readiness="loading")  # its weights came first: nobody counts on it
     (job,) = seen.news("ring").jobs
-    assert job.measured.first_seconds == pytest.approx(20.0)
+    assert job.measured.kernels_seconds == pytest.approx(20.0)
+    assert job.measured.first_seconds == pytest.approx(0.5)
     assert job.gap_seconds == pytest.approx(0.4)
 
 
 def test_one_step_that_is_cold_tells_nothing() -> None:
     seen = times(steps=1)
-    seen.given(0, RING, 0.0, is_warm=False)
+    seen.given(0, RING, 0.0, "new engine")
     seen.stepped(0, 1, 30.0, 30.0)
     seen.decoded(0, 1.0, 1.0)
     assert seen.news("ring") == Timings()
@@ -111,7 +118,7 @@ def test_images_that_were_not_seen_from_the_first_step_on_tell_nothing() -> None
     seen = times()
     seen.stepped(0, 3, 1.0, 1.0)
     seen.decoded(0, 1.0, 1.0)
-    seen.given(1, RING, 0.0, is_warm=True)
+    seen.given(1, RING, 0.0, "warm")
     seen.stepped(1, 1, 1.0, 1.0)
     seen.stepped(1, 3, 1.0, 1.0)
     seen.decoded(1, 1.0, 1.0)
@@ -172,26 +179,66 @@ def test_a_ring_that_is_known_is_not_measured_again_but_its_forming_is() -> None
 
 
 def test_whether_a_first_step_compiled_is_known_from_what_the_engines_say() -> None:
-    shape = StepShape("sequence", 32, 32)
+    shape = StepShape.of(held().weights, "sequence", 2, 32, 32)
     for warm in ([], [0], [0, 1]):
         simulation = GenerationSimulation(2, placement="sequence")
         for rank, machine in simulation.machines.items():
-            info = replace(machine.leased.info, holds=held(), warm=(shape,) if rank in warm else ())
+            info = replace(
+                machine.leased.info, holds=held(), compiled=(shape,) if rank in warm else ()
+            )
             machine.leased = replace(machine.leased, info=info)
         (timing,) = simulation.run().learned.jobs
-        assert (timing.measured.first_seconds is None) == (warm == [0, 1])
+        assert (timing.measured.kernels_seconds is None) == (warm == [0, 1])
 
 
 def test_an_engine_that_ends_to_join_another_ring_has_nothing_compiled() -> None:
-    shape = StepShape("sequence", 32, 32)
+    shape = StepShape.of(held().weights, "sequence", 2, 32, 32)
     simulation = GenerationSimulation(2, placement="sequence")
     for rank, machine in simulation.machines.items():
-        info = replace(machine.leased.info, holds=held(), warm=(shape,))
+        info = replace(machine.leased.info, holds=held(), compiled=(shape,))
         machine.leased = replace(
             machine.leased, info=info, ring="another", ring_rank=rank, ring_size=3
         )
     (timing,) = simulation.run().learned.jobs
-    assert timing.measured.first_seconds is not None
+    assert timing.measured.kernels_seconds is not None
+
+
+@pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])
+def test_a_plan_knows_what_compiles_once_an_engine_and_what_once_a_shape(placement: Any) -> None:
+    """Engines that compile all kernels for 19 s, and for an eighth of a second at each new size."""
+
+    def job_on(
+        machines: dict[int, SimulatedMachine], side: int, known: Timings
+    ) -> GenerationSimulation:
+        simulation = GenerationSimulation(2, placement=placement, width=side, n_images=2)
+        for rank, machine in machines.items():
+            engine, info = machine.engine, machine.leased.info
+            engine.kernels_seconds, engine.shape_seconds = 19.0, 0.125
+            info = replace(info, holds=engine.holding, compiled=engine.compiled)
+            is_ring = engine.size > 1
+            place = {"ring": "ring", "ring_rank": engine.rank, "ring_size": 2} if is_ring else {}
+            leased = replace(machine.leased, info=info, **place)
+            simulation.machines[rank] = SimulatedMachine(leased, engine)
+        simulation.links = replace(simulation.links, timings=known)
+        return simulation
+
+    def cold(simulation: GenerationSimulation) -> float:
+        found = [o for o in simulation.plan().options if (o.name, len(o.ranks)) == (placement, 2)]
+        return found[0].cold_seconds
+
+    first = job_on(GenerationSimulation(2).machines, 32, Timings())
+    assert cold(first) == 0.0  # nobody knows
+    known = first.run().learned
+    second = job_on(first.machines, 48, known)
+    assert cold(second) == 0.0
+    known = learned(known, second.run().learned)
+    third = job_on(second.machines, 64, known)
+    assert cold(third) == pytest.approx(0.125)
+    taken = learned(Timings(), third.run().learned).jobs
+    assert {round(job.measured.first_seconds or 0.0, 9) for job in taken} == {0.125}
+    new = job_on(GenerationSimulation(2).machines, 64, known)
+    assert cold(new) == pytest.approx(19.125, abs=0.02)  # and a ring that forms
+    assert cold(job_on(third.machines, 64, known)) == 0.0
 
 
 @pytest.mark.parametrize("fault", ["kill_engine", "stop_engine", "lose"])
@@ -249,7 +296,7 @@ def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
         home, work = Home(tmp_path), Workload.of(job().request, small())
         made = up(tmp_path, mesh, sockets, collectives)
         dialer = mesh.network.dialer()
-        await Warming(made, work, Told(), home)._run(dialer)
+        await Warming(made, work, Told(), home).run_with(dialer)
         await dialer.close()
         kept = mesh_file.load(home)
         assert kept is not None and kept.timings.ring("ring", (0, 1)) is not None
@@ -268,7 +315,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         home, work = Home(tmp_path), Workload.of(job().request, small())
         dialer = mesh.network.dialer()
-        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home)._run(dialer)
+        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home).run_with(dialer)
         await dialer.close()
         for rank in range(2):
             engine = mesh.engine(rank).engine

@@ -6,11 +6,13 @@ import os
 import platform
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fluxmesh.cluster.hostfile import Host, parse
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.agents import launch, remote
@@ -114,9 +116,8 @@ def test_progress_is_heard_before_the_answer(
 
 def test_a_host_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_ssh(tmp_path, "exec sleep 60", monkeypatch)
-    monkeypatch.setitem(remote.SECONDS, "look", 0.3)
     with pytest.raises(HostUnreachableError, match="does not answer"):
-        remote.ask(REMOTE, "look")
+        remote.ask(REMOTE, "look", deadlines=replace(DEADLINES, ask_look=0.3))
 
 
 def test_another_version_there_is_told() -> None:

@@ -13,6 +13,7 @@ from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
     MeshView,
+    ModelVariant,
     Placement,
     RingPlace,
     RingTiming,
@@ -22,7 +23,8 @@ from fluxmesh.cluster.snapshot import (
 )
 from fluxmesh.planning.learning import MOST, dated, kind, learned
 from fluxmesh.planning.plan import Option, plan
-from tests.unit.meshes import FLUX, ask, full, held, mac
+from fluxmesh.request import AdapterRef
+from tests.unit.meshes import FLUX, ask, full, held, mac, without
 
 
 def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> StepTiming:
@@ -38,10 +40,8 @@ def job(
 ) -> JobTiming:
     placement: Placement = keys.pop("placement", "sequence" if len(ranks) > 1 else "data")
     more = {"begin_seconds": None, "gap_seconds": None, **keys}
-    first = more.pop("first_seconds", None)
-    measured = timed(
-        seconds, when, side, placement=placement, hosts=len(ranks), first_seconds=first
-    )
+    firsts = {name: more.pop(name, None) for name in ("kernels_seconds", "first_seconds")}
+    measured = timed(seconds, when, side, placement=placement, hosts=len(ranks), **firsts)
     backend = more.pop("backend", "ring" if len(ranks) > 1 else "")
     return JobTiming(backend, ranks, measured, seconds, **more)
 
@@ -148,7 +148,7 @@ def test_what_a_ring_was_off_by_at_one_size_it_is_off_by_at_another() -> None:
 def test_other_members_and_other_backends_tell_nothing() -> None:
     hosts = [mac(rank) for rank in range(3)]
     for other in (job(9.0, (0, 1, 2)), job(9.0, (0, 2)), job(9.0, backend="jaccl")):
-        found = replace(full(*hosts).without([2]), timings=Timings(jobs=(other,)))
+        found = replace(without(full(*hosts), 2), timings=Timings(jobs=(other,)))
         assert option(found, "sequence").phases[0].figure == "links"
 
 
@@ -181,32 +181,33 @@ def test_a_host_that_timed_nothing_is_taken_to_be_as_fast_as_others_of_its_kind(
 # What is not warm
 
 
+def made(placement: Placement, hosts: int = 2, side: int = 1024) -> StepShape:
+    return StepShape.of(ModelVariant("m"), placement, hosts, side, side)
+
+
 def warm(rank: int, *placements: Placement, **keys: Any) -> Any:
-    shapes = tuple(StepShape(placement, 1024, 1024) for placement in placements)
-    return mac(rank, **{"warm": shapes, **keys})
+    return mac(rank, **{"compiled": tuple(map(made, placements)), **keys})
 
 
 def in_ring(rank: int, size: int = 2, name: str = "ring", **keys: Any) -> Any:
-    return warm(rank, "data", "sequence", ring=RingPlace(name, rank, size), **keys)
+    shapes = (made("data"), made("sequence", size))
+    return mac(rank, **{"compiled": shapes, "ring": RingPlace(name, rank, size), **keys})
 
 
 def test_a_first_step_that_compiles_is_counted_once_and_told() -> None:
-    jobs = [job(0.1, first_seconds=20.0), job(0.5, (0,), first_seconds=6.0)]
+    jobs = [job(0.1, kernels_seconds=20.0), job(0.5, (0,), kernels_seconds=6.0)]
     cold = option(view_of(jobs=jobs), "sequence", steps=50)
     ready = option(view_of(in_ring(0), in_ring(1), jobs=jobs), "sequence", steps=50)
     assert (cold.cold_seconds, ready.cold_seconds) == (20.0, 0.0)
     assert cold.seconds == pytest.approx(ready.seconds + 20.0)
     found = plan(ask(steps=50, n_images=9), view_of(jobs=jobs), FLUX, placement="sequence")
-    assert found.reason.endswith(
-        "The first picture at this size takes about 20 s longer than the next."
-    )
-    told = plan(ask(steps=50), view_of(in_ring(0), in_ring(1), jobs=jobs), FLUX)
-    assert "longer than the next" not in told.reason
+    assert found.notice == "The first picture at this size takes about 20 s longer than the next."
+    assert plan(ask(steps=50), view_of(in_ring(0), in_ring(1), jobs=jobs), FLUX).notice == ""
 
 
 def test_a_cold_ring_is_taken_only_where_it_pays() -> None:
     """One quick picture is painted by the host that is warm; fifty steps are worth a ring."""
-    jobs = [job(0.4, first_seconds=8.0), job(1.0, (0,)), job(1.0, (1,))]
+    jobs = [job(0.4, first_seconds=8.0, kernels_seconds=99.0), job(1.0, (0,)), job(1.0, (1,))]
     rings = [ring_of(forming_seconds=5.0)]
     hosts = [warm(0, "data"), warm(1, "data")]
     found = plan(ask(steps=4), view_of(*hosts, jobs=jobs, rings=rings), FLUX)
@@ -255,11 +256,67 @@ def test_engines_that_are_not_this_very_ring_are_none(places: list[RingPlace]) -
     assert option(view_of(*hosts, rings=rings), "sequence").cold_seconds > 5.0
 
 
-def test_kernels_of_other_weights_are_no_help() -> None:
-    jobs = [job(1.0, (0,), first_seconds=6.0)]
-    other = warm(0, "data", holds=held(model="other"))
-    assert option(view_of(other, jobs=jobs), "data").cold_seconds == 6.0
+@pytest.mark.parametrize(
+    "other",
+    [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}],
+    ids=lambda one: next(iter(one)),
+)
+def test_kernels_of_another_model_or_precision_are_no_help(other: dict[str, Any]) -> None:
+    jobs = [job(1.0, (0,), kernels_seconds=6.0, first_seconds=0.1)]
+    engine = mac(0, compiled=(replace(made("data"), **other),))
+    assert option(view_of(engine, jobs=jobs), "data").cold_seconds == 6.0
     assert option(view_of(warm(0, "data"), jobs=jobs), "data").cold_seconds == 0.0
+
+
+def test_kernels_outlast_what_the_engine_holds_and_serve_other_adapters() -> None:
+    jobs = [job(1.0, (0,), kernels_seconds=6.0)]
+    for holds in (None, held(model="other")):
+        found = option(view_of(warm(0, "data", holds=holds), jobs=jobs), "data")
+        assert found.load_seconds > 0 and found.cold_seconds == 0.0
+    adapter = AdapterRef("style.safetensors")
+    found = option(view_of(warm(0, "data"), jobs=jobs), "data", adapters=(adapter,))
+    assert found.cold_seconds == 0.0
+
+
+def test_an_unseen_shape_costs_an_engine_with_kernels_what_unseen_shapes_cost() -> None:
+    """Not what the very first step of a process took, which compiled all kernels."""
+    up = timed(1.0, kernels_seconds=19.0)
+    hosts = [warm(rank, "data", measured=(up,)) for rank in range(2)]
+    unseen = {"height": 512, "width": 512}
+    assert option(view_of(*hosts), "data", **unseen).cold_seconds == 0.0  # nobody knows yet
+    assert option(view_of(*hosts), "sequence").cold_seconds == 0.0
+    view = view_of(*hosts, jobs=[job(0.6, side=768, first_seconds=0.125)])
+    assert option(view, "data", **unseen).cold_seconds == 0.125
+    assert option(view, "sequence", **unseen).cold_seconds == 0.125
+    assert option(view, "data").cold_seconds == 0.0
+    assert plan(ask(**unseen), view, FLUX, placement="sequence").notice == ""
+
+
+def test_a_ring_of_other_sizes_has_shapes_of_its_own() -> None:
+    hosts = [in_ring(rank, 3) for rank in range(3)]
+    jobs = [job(0.5, (0, 1, 2), first_seconds=0.25, kernels_seconds=9.0)]
+    alone = [replace(host, ring=RingPlace("two", host.rank, 2)) for host in hosts[:2]]
+    assert option(view_of(*hosts, jobs=jobs), "sequence", 3).cold_seconds == 0.0
+    assert option(view_of(*alone, jobs=jobs), "sequence", 2).cold_seconds == 0.25
+
+
+def test_an_engine_that_ends_for_its_ring_compiles_all_kernels_again() -> None:
+    hosts = [warm(rank, "data", "sequence", holds=None) for rank in range(2)]
+    jobs = [job(0.5, kernels_seconds=9.0, first_seconds=0.25, backend="nccl")]
+    apart = replace(view_of(*hosts, jobs=jobs), backend="nccl")
+    assert option(apart, "sequence").cold_seconds == 9.0
+    assert option(apart, "data").cold_seconds == 0.0
+
+
+def test_kernels_take_as_long_at_every_size_as_the_engine_that_compiled_them_last() -> None:
+    """Which may have found on its disk what others compiled: no average with the first one's."""
+    first, second = job(1.0, kernels_seconds=69.0), job(1.0, kernels_seconds=3.0, when=2.0)
+    (found,) = learned(Timings(jobs=(first,)), Timings(jobs=(second,))).jobs
+    assert found.measured.kernels_seconds == 3.0
+    (found,) = learned(Timings(jobs=(found,)), Timings(jobs=(job(1.0, when=3.0),))).jobs
+    assert found.measured.kernels_seconds == 3.0
+    near, late = job(1.0, kernels_seconds=69.0), job(1.0, when=9.0, side=512, kernels_seconds=3.0)
+    assert option(view_of(jobs=[near, late]), "sequence").cold_seconds == 3.0
 
 
 def test_a_ring_that_never_formed_takes_as_long_as_one_of_about_its_size() -> None:

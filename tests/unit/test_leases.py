@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxmesh_agent.leases import SILENCE, TELL_EVERY, Holds, InLine, Leases, Loses
+from fluxmesh.deadlines import DEADLINES
+from fluxmesh_agent.leases import Holds, InLine, Leases, Loses
 
 
 def granted(leases: Leases, client: str, now: float = 0.0) -> int:
@@ -33,9 +34,10 @@ def test_those_who_wait_hear_of_a_new_place_at_once_and_of_the_old_one_now_and_t
     leases.ask("c", "job", 5.0, 0.0)
     assert len(leases.tick(0.1)) == 2
     assert leases.tick(0.2) == []
-    assert [n.place for n in leases.tick(0.2 + TELL_EVERY) if isinstance(n, InLine)] == [1, 2]
+    notices = leases.tick(0.2 + DEADLINES.tell_place)
+    assert [n.place for n in notices if isinstance(n, InLine)] == [1, 2]
     leases.leave("b")
-    (notice,) = leases.tick(0.3 + TELL_EVERY)
+    (notice,) = leases.tick(0.3 + DEADLINES.tell_place)
     assert isinstance(notice, InLine)
     assert (notice.client, notice.place) == ("c", 1)
 
@@ -66,8 +68,8 @@ def test_who_falls_silent_loses_the_lease_and_who_waits_loses_the_place() -> Non
     granted(leases, "a")
     leases.ask("b", "job", 5.0, 0.0)
     leases.ask("c", "job", 5.0, 0.0)
-    leases.hear("c", SILENCE)
-    notices = leases.tick(SILENCE + 0.1)
+    leases.hear("c", DEADLINES.silence)
+    notices = leases.tick(DEADLINES.silence + 0.1)
     assert [n.client for n in notices if isinstance(n, Loses)] == ["a", "b"]
     assert Holds("c", 2) in notices
     assert leases.waiting == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.wire.messages import LinkRate
 from fluxmesh_agent import links
@@ -39,17 +41,15 @@ def test_where_nobody_listens_there_is_no_rate() -> None:
         asyncio.run(links.probe("127.0.0.1", port, b"token", 1000))
 
 
-def test_where_packets_are_lost_without_a_word_the_probe_ends_soon(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_packets_are_lost_without_a_word_the_probe_ends_soon() -> None:
     """As between two hosts of a thunderbolt ring that no cable joins."""
-    monkeypatch.setattr(links, "CONNECT", 0.3)
+    soon = replace(DEADLINES, link_connect=0.3)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
         address = server.getsockname()
         with socket.create_connection(address):  # the line is full: nobody else is answered
             start = time.monotonic()
             with pytest.raises(FluxmeshError, match="can't be measured"):
-                asyncio.run(links.probe(*address, b"token", 1000))
+                asyncio.run(links.probe(*address, b"token", 1000, soon))
             assert time.monotonic() - start < 3
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, LocalNetworkError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
@@ -131,17 +132,15 @@ def test_a_coordinator_that_macos_keeps_out_is_told_so_and_not_that_nobody_liste
 def test_up_tells_of_a_host_without_a_single_link_once(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "PATIENCE", 0.5)
-
     async def scene() -> list[str]:
-        async with FakeMesh(tmp_path, 3) as mesh:
+        async with FakeMesh(tmp_path, 3, replace(DEADLINES, link_open=0.5)) as mesh:
             while any(mesh.engine(rank).engine is None for rank in range(3)):
                 await asyncio.sleep(0.01)
             told, dialer = Told(), mesh.network.dialer()
             unmeasured = replace(mesh.record, links=())
             work = Workload.of(ask(height=32, width=32), small())
             try:
-                await Warming(unmeasured, work, told, Home(tmp_path))._run(dialer)
+                await Warming(unmeasured, work, told, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
             return told.notes
@@ -155,10 +154,8 @@ def test_up_tells_of_a_host_without_a_single_link_once(
 def test_doctor_asks_agents_and_tries_the_same_from_ssh(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_ssh: bool
 ) -> None:
-    monkeypatch.setattr(links, "PATIENCE", 3.0)
-
     async def scene() -> tuple[list[reach.Denied], list[Finding]]:
-        async with FakeMesh(tmp_path, 2) as mesh:
+        async with FakeMesh(tmp_path, 2, replace(DEADLINES, link_open=3.0)) as mesh:
             dialer = mesh.network.dialer()
             try:
                 denied = await reach.denied(mesh.record, dialer)

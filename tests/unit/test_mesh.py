@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import events
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,
@@ -26,12 +28,11 @@ from fluxmesh.wire import messages
 from fluxmesh_agent.adapter_store import AdapterStore
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.agents.mesh_file import Member
-from fluxmesh_coordinator.jobs import host
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.replay import from_bytes
 from fluxmesh_coordinator.jobs.types import Reported
-from fluxmesh_coordinator.runtime import adapter_upload, host_link
+from fluxmesh_coordinator.runtime import adapter_upload
 from fluxmesh_coordinator.runtime.adapter_upload import by_hash, with_names
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
@@ -92,7 +93,9 @@ def play(
             restart = more.get("restart")
             if restart is not None:
                 restart = restart(mesh, asyncio.get_running_loop())
-            async with AgentPool(mesh.record, mesh.network.dialer(), restart) as pool:
+            deadlines = more.get("deadlines", DEADLINES)
+            pool = AgentPool(mesh.record, mesh.network.dialer(), restart, deadlines=deadlines)
+            async with pool:
                 await asyncio.wait_for(body(mesh, pool), 60)
 
     asyncio.run(run())
@@ -252,7 +255,7 @@ def test_what_would_make_it_fit_is_told_with_the_refusal(tmp_path: Path) -> None
             await JobRunner(pool, GenerationSession(asked), {}, Heard()).run()
         assert str(caught.value) == (
             "No placement can be done: host 0 needs 28.1 GB and may use 11.8 GB. "
-            "It fits with --quantize --bits 8 --low-memory (9.9 GB)."
+            "It fits with `quantize` `bits` 8 `low_memory` (9.9 GB)."
         )
 
     play(tmp_path, 1, body)
@@ -362,8 +365,7 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     path.write_bytes(bytes(600))
     named, files = by_hash([AdapterRef(str(path))])
     monkeypatch.setattr(adapter_upload, "PIECE", 100)
-    monkeypatch.setattr(host, "SILENCE", 0.5)
-    put = AdapterStore.put
+    put, soon = AdapterStore.put, replace(DEADLINES, silence=0.5)
 
     def slowly(self: AdapterStore, *piece: Any) -> None:
         time.sleep(0.2)
@@ -373,7 +375,7 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     asked, heard = job(adapters=named), Heard()
 
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
-        await JobRunner(pool, GenerationSession(asked), files, heard).run()
+        await JobRunner(pool, GenerationSession(asked, soon), files, heard).run()
         check(heard, asked)
         assert heard.of(events.HostLost) == []
         told = [event for event in heard.of(events.Loading) if event.component == "adapter"]
@@ -410,15 +412,14 @@ def test_messages_that_come_twice_or_late_or_break_off_change_no_picture(
 
 
 def test_a_word_that_is_lost_is_asked_for_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(client, "NO_NEWS", 0.3)
-    monkeypatch.setattr(host_link, "ANSWER", 0.5)
+    soon = replace(DEADLINES, hear_place=0.3, order=0.5)
     faults = Faults(seed=1, drop=0.4, only=(messages.Granted, messages.Ports))
 
     async def body(mesh: FakeMesh, _: AgentPool) -> None:
         dialer = BrokenDialer(mesh.network.dialer("broken"), faults)
-        async with AgentPool(mesh.record, dialer) as pool:
+        async with AgentPool(mesh.record, dialer, deadlines=soon) as pool:
             asked, heard = job(placement="sequence"), Heard()
             await JobRunner(pool, GenerationSession(asked), {}, heard).run(wait=20)
             check(heard, asked)
@@ -568,7 +569,6 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
 
     monkeypatch.setattr(FakeSupervisor, "_run", slowly)
     monkeypatch.setattr(FakeSupervisor, "start", start)
-    monkeypatch.setattr("fluxmesh_coordinator.runtime.agent_pool.OTHERS", 0.2)
 
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         assert list(pool.clients) == [0] and pool.reasons == {}
@@ -576,4 +576,4 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
         await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)
 
-    play(tmp_path, 2, body)
+    play(tmp_path, 2, body, deadlines=replace(DEADLINES, others=0.2))

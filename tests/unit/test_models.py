@@ -178,7 +178,7 @@ def test_released_modulation_gives_the_same_step_and_says_so_when_asked_again() 
 
 
 def test_a_distilled_model_asks_for_guidance() -> None:
-    with pytest.raises(UsageError, match="--guidance"):
+    with pytest.raises(UsageError, match="`guidance`"):
         Flux(FLUX).modulations(mx.array([0.5]), mx.ones((1, 12)), guidance=None)
 
 

@@ -118,7 +118,7 @@ def test_an_adapter_has_a_scale_unless_a_file_has_that_name(tmp_path: Path) -> N
 
 def test_margins_are_four_numbers() -> None:
     assert Margins().convert("1,2,3,4", None, None) == (1, 2, 3, 4)
-    with pytest.raises(UsageError, match="--outpaint"):
+    with pytest.raises(UsageError, match="`outpaint`"):
         Margins().convert("1,2,3", None, None)
 
 

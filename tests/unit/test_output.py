@@ -96,9 +96,9 @@ def test_a_given_name_is_refused_before_and_while_writing(tmp_path: Path) -> Non
     path = tmp_path / "dog.png"
     files = PictureFiles(PicturePath.parse(str(path)))
     path.write_bytes(b"theirs")
-    with pytest.raises(OutputError, match=r"dog\.png exists already: add --force"):
+    with pytest.raises(OutputError, match=r"dog\.png exists already: add `force`"):
         files.save(0, None, b"mine")
-    with pytest.raises(OutputError, match=r"dog\.png exists already: add --force"):
+    with pytest.raises(OutputError, match=r"dog\.png exists already: add `force`"):
         PictureFiles(PicturePath.parse(str(path)))
     with pytest.raises(OutputError, match=r"dog\.1\.png exists already"):
         (tmp_path / "dog.1.png").write_bytes(b"theirs")

@@ -208,7 +208,7 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
             reporter.event(Queued(place, seconds, 3))
         reporter.event(Planned("tensor", (0, 1), 12.5, "It is the only way."))
         reporter.event(HostLost(1, "mac1", "Its agent is silent."))
-        reporter.event(Planned("data", (0,), 20.0, "The mesh has one host."))
+        reporter.event(Planned("data", (0,), 20.0, "The mesh has one host.", "The first is slow."))
         reporter.event(Peak("decode", 1))
     shown = screen.getvalue()
     assert shown.count("in line") == 2
@@ -216,7 +216,7 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
     assert "Host 3 is in use: 1st in line." in shown
     assert "Plan: tensor on hosts 0, 1, 12.50 s. It is the only way." in shown
     assert "Host 1 (mac1) is lost: Its agent is silent." in shown
-    assert "Plan: data on host 0" in shown
+    assert "Plan: data on host 0" in shown and shown.count("The first is slow.") == 1
     assert "Took 0.0" in shown and "20.0" in shown.rpartition("Took")[2]
 
 

@@ -26,7 +26,7 @@ from fluxmesh.cluster.snapshot import (
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.plan import CLOSE, Option, Plan, plan
 from fluxmesh.planning.workload import tensor_problem
-from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small
+from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small, without
 
 
 def option(found: Plan, name: str, hosts: int | None = None) -> Option:
@@ -133,7 +133,7 @@ def test_sequence_takes_any_number_of_hosts() -> None:
 
 
 def test_a_ring_exists_only_where_cables_do() -> None:
-    view = ring(*(mac(rank) for rank in range(4))).without([2])
+    view = without(ring(*(mac(rank) for rank in range(4))), 2)
     found = plan(ask(), view, FLUX)
     assert option(found, "sequence", 3).problem == "no link from host 1 to host 3"
     assert option(found, "sequence", 2).ranks in ((0, 1), (0, 3))
@@ -206,7 +206,7 @@ def test_going_back_to_replicated_is_a_reload_that_is_priced() -> None:
 
 def test_shards_of_another_split_are_read_again() -> None:
     hosts = [mac(rank, memory_bytes=16 * GB, holds=held(4, rank)) for rank in range(4)]
-    three = full(*hosts).without([3])
+    three = without(full(*hosts), 3)
     found = plan(ask(), three, FLUX)
     assert won(found).phases[0].layout == "sharded"
     assert all(need.load_bytes > 0 for need in won(found).memory)
@@ -394,6 +394,7 @@ def views(draw: st.DrawFn) -> MeshView:
         shards = draw(st.integers(1, 4))
         bits = draw(st.sampled_from([None, 4]))
         holds = held(shards, draw(st.integers(0, shards - 1)), bits=bits)
+        made = StepShape("m", "bfloat16", bits, "data", 1, 64, 64)
         holds = replace(holds, nbytes=draw(st.integers(0, 10**6)))
         hosts.append(
             mac(
@@ -404,7 +405,7 @@ def views(draw: st.DrawFn) -> MeshView:
                 load_rate=draw(powers(6, 9)),
                 holds=draw(st.sampled_from([None, holds])),
                 device=draw(st.sampled_from(["", "", "gpu", "other"])),
-                warm=draw(st.sampled_from([(), (StepShape("data", 64, 64),)])),
+                compiled=draw(st.sampled_from([(), (made,)])),
                 ring=RingPlace(draw(st.sampled_from(["", "a"])), len(hosts), len(ranks)),
             )
         )

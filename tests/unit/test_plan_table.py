@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from fluxmesh.planning.plan import plan
-from fluxmesh_coordinator.console import plan_table
+from fluxmesh_coordinator.console import plan_table, terminal
 from tests.unit.meshes import FLUX, ask
 from tests.unit.test_learning import job, mac, ring_of, timed, view_of, warm
 
@@ -46,7 +44,7 @@ def test_what_up_measured_is_measured_too_and_what_nobody_did_is_a_dash() -> Non
 
 
 def test_what_only_a_first_request_takes_is_a_column_of_its_own() -> None:
-    jobs = [job(0.1, first_seconds=20.0)]
+    jobs = [job(0.1, kernels_seconds=20.0)]
     assert cell(rows(view_of(jobs=jobs))["sequence", "0,1"], "cold") == "20.00 s"
     assert cell(rows(view_of(warm(0, "data")))["data", "0"], "cold") == ""
 
@@ -89,12 +87,16 @@ def test_a_program_is_told_all_of_it() -> None:
     assert option["cold_seconds"] == 0.0
 
 
-def test_the_table_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    monkeypatch.setattr("rich.console.Console", lambda **keys: Console(file=out, **keys))
-    view = view_of(jobs=[job(2.0, when=NOW - 60)], rings=[ring_of(when=NOW)])
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    view = view_of(jobs=[job(2.0, when=NOW - 60, kernels_seconds=20.0)], rings=[ring_of(when=NOW)])
     plan_table.show(plan(ask(n_images=3), view, FLUX), view, NOW)
-    printed = out.getvalue()
-    for text in ("last measured", "2.00 s, 60 s ago", "Decided by", "Ring of hosts 0,1"):
+    printed = capsys.readouterr().out
+    for text in (
+        "takes about 20 s longer",
+        "last measured",
+        "2.00 s, 60 s ago",
+        "Decided by",
+        "Ring of hosts 0,1",
+    ):
         assert text in printed
-    assert max(map(len, printed.splitlines()[:4])) <= plan_table.WIDTH
+    assert max(map(len, printed.splitlines()[:4])) <= terminal.PLAIN_WIDTH

@@ -25,8 +25,6 @@ LINUX = (
     "tests/faults/test_namespaces.py",
     "tests/ssh/server.py",
     "benchmarks/limited.py",
-    # It forks before any thread or framework is there, which a Mac allows.
-    "coordinator/fluxmesh_coordinator/agents/keeper.py",
     "tests/integration/test_as_on_a_mac.py",
 )
 RULES = ("tests/portable.py", "tests/unit/test_portable.py", "tests/as_on_a_mac/as_on_a_mac.py")

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from fluxmesh.cluster.snapshot import CollectiveTime, Holding, ModelVariant
+from fluxmesh.cluster.snapshot import CollectiveTime, Holding, ModelVariant, StepShape
 from fluxmesh.wire import limits, messages
 from fluxmesh.wire.messages import (
     Done,
@@ -67,7 +67,7 @@ def test_every_array_of_the_contract_has_its_dtypes_and_shape() -> None:
 
 def test_every_limit_is_that_of_a_field() -> None:
     kinds = [*TYPES.values(), ModelVariant, Holding, CollectiveTime]
-    kinds += [messages.EngineCounters, messages.Compiled]
+    kinds += [messages.EngineCounters, StepShape]
     known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     known |= {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
     for table in (limits.INTEGERS, limits.TEXTS, limits.PATTERNS, limits.COUNTS, limits.ARRAYS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from click.testing import CliRunner
 
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.planning.plan import Plan, plan
+from fluxmesh.planning.remedies import Remedy
 from fluxmesh.planning.workload import Workload
 from fluxmesh_coordinator.cli.plan import plan as plan_command
+from fluxmesh_coordinator.console.option_names import in_options
 from fluxmesh_coordinator.deploy.what_if import published
-from fluxmesh_coordinator.jobs.remedies import told
+from fluxmesh_coordinator.jobs import remedies
 from tests.unit.meshes import FLUX, ask, full, mac
 
 GIB = 1 << 30
@@ -33,6 +36,11 @@ def a_mac(gib: int, rank: int = 0, **keys: Any) -> Any:
 def planned(gib: int, model: str, **keys: Any) -> Plan:
     request = ask(**{"model": model, "height": 1024, "width": 1024, **keys})
     return plan(request, MeshView((a_mac(gib),)), published(model))
+
+
+def told(helps: Sequence[Remedy]) -> str:
+    """As the command line says it."""
+    return in_options(remedies.told(helps))
 
 
 Q8, Q4, LOW = {"bits": 8}, {"bits": 4}, {"low_memory": True}

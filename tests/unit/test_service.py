@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire import messages
-from fluxmesh_agent import service
 from fluxmesh_agent.leases import Loses
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
@@ -19,11 +20,13 @@ from tests.fakes import FakeMesh, FakeSupervisor
 WEIGHTS = ModelVariant("tiny")
 
 
-def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
+def play(
+    folder: Path, body: Callable[[FakeMesh], Awaitable[None]], deadlines: Deadlines = DEADLINES
+) -> None:
     """Runs `body` with one agent."""
 
     async def run() -> None:
-        async with FakeMesh(folder, 1) as mesh:
+        async with FakeMesh(folder, 1, deadlines) as mesh:
             await asyncio.wait_for(body(mesh), 30)
 
     asyncio.run(run())
@@ -44,10 +47,8 @@ def failed(load: messages.Load) -> messages.Failed:
 
 
 def test_an_abandoned_engine_that_failed_does_not_cost_the_next_holder_his(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(service, "LETTING_GO", 1.0)
-
     async def body(mesh: FakeMesh) -> None:
         first, load = await leased(mesh, "first")
         mesh.engine(0).stop()
@@ -63,7 +64,7 @@ def test_an_abandoned_engine_that_failed_does_not_cost_the_next_holder_his(
         await first.close()
         await second.close()
 
-    play(tmp_path, body)
+    play(tmp_path, body, replace(DEADLINES, letting_go=1.0))
 
 
 def test_work_that_comes_while_an_engine_ends_finds_a_new_one(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.wire import messages
-from fluxmesh_agent import upkeep
 from fluxmesh_coordinator.agents.client import AgentClient
 from tests.fakes import FakeMesh
 
@@ -19,17 +18,11 @@ PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = messages.Keep(WEIGHTS, 1, 0, PARTS)
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "IDLE", 0.1)
-    monkeypatch.setattr(upkeep, "LEFT_OUT", 0.3)
-
-
 def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
     """Runs `body` with one agent."""
 
     async def run() -> None:
-        async with FakeMesh(folder, 1) as mesh:
+        async with FakeMesh(folder, 1, replace(DEADLINES, idle=0.1, left_out=0.3)) as mesh:
             await asyncio.wait_for(body(mesh), 30)
 
     asyncio.run(run())
@@ -180,6 +173,6 @@ def test_an_idle_host_gets_ready_for_a_size_that_was_asked_for(tmp_path: Path) -
             assert mesh.services[0].status().compiled == ()  # a job has the host
             await one.ask(messages.LeaveQueue(), messages.Done)
             status = await until(mesh, lambda status: bool(status.compiled))
-            assert status.compiled == (messages.Compiled("data", 1, 64, 96),)
+            assert status.compiled == (StepShape.of(WEIGHTS, "data", 1, 64, 96),)
 
     play(tmp_path, body)

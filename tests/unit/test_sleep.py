@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +19,14 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.machine import clock
 from fluxmesh.wire import messages
-from fluxmesh_agent import leases, service
-from fluxmesh_coordinator.agents import client as coordinators_client
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
-from fluxmesh_coordinator.runtime import agent_pool
-from fluxmesh_coordinator.runtime import clock as coordinators_clock
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh, expected
@@ -57,9 +55,14 @@ def sleeper(monkeypatch: pytest.MonkeyPatch) -> Sleeper:
     return made
 
 
-def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]], hosts: int = 1) -> None:
+def play(
+    folder: Path,
+    body: Callable[[FakeMesh], Awaitable[None]],
+    hosts: int = 1,
+    **deadlines: float,
+) -> None:
     async def run() -> None:
-        async with FakeMesh(folder, hosts) as mesh:
+        async with FakeMesh(folder, hosts, replace(DEADLINES, **deadlines)) as mesh:
             await asyncio.wait_for(body(mesh), 60)
 
     asyncio.run(run())
@@ -82,10 +85,9 @@ async def loaded(client: AgentClient, load: messages.Load) -> None:
 
 @pytest.mark.parametrize("placement", ["data", "sequence"])
 def test_a_job_whose_conversations_broke_in_a_sleep_goes_on_with_the_weights_that_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Any
+    tmp_path: Path, placement: Any
 ) -> None:
     """A step takes longer than an engine has to let go; to load the weights again, longer still."""
-    monkeypatch.setattr(service, "LETTING_GO", 0.2)
     request = ask(height=32, width=32, steps=4)
     heard: list[events.Event] = []
 
@@ -118,7 +120,7 @@ def test_a_job_whose_conversations_broke_in_a_sleep_goes_on_with_the_weights_tha
             await JobRunner(held, GenerationSession(asked), {}, tell).run()
             assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
 
-    play(tmp_path, body, hosts=2)
+    play(tmp_path, body, hosts=2, letting_go=0.2)
     (picture,) = [event for event in heard if isinstance(event, events.Picture)]
     assert np.array_equal(picture.pixels, expected(request, SIZES, 0))
 
@@ -138,10 +140,8 @@ def test_an_agent_that_slept_has_not_heard_its_coordinators_silence(
 
 
 def test_the_silence_of_a_coordinator_that_did_not_wake_counts_from_then(
-    tmp_path: Path, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sleeper: Sleeper
 ) -> None:
-    monkeypatch.setattr(leases, "SILENCE", 1.5)
-
     async def body(mesh: FakeMesh) -> None:
         client, _ = await leased(mesh)
         sleeper.slept += 600.0
@@ -154,14 +154,12 @@ def test_the_silence_of_a_coordinator_that_did_not_wake_counts_from_then(
                 await asyncio.sleep(0.05)
         await client.close()
 
-    play(tmp_path, body)
+    play(tmp_path, body, silence=1.5)
 
 
 def test_an_engine_that_slept_with_its_agent_is_given_its_time_after_that(
-    tmp_path: Path, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sleeper: Sleeper
 ) -> None:
-    monkeypatch.setattr(service, "LETTING_GO", 2.5)
-
     async def body(mesh: FakeMesh) -> None:
         client, load = await leased(mesh)
         await loaded(client, load)
@@ -176,15 +174,13 @@ def test_an_engine_that_slept_with_its_agent_is_given_its_time_after_that(
                 await asyncio.sleep(0.05)
         await client.close()
 
-    play(tmp_path, body)
+    play(tmp_path, body, letting_go=2.5)
 
 
 def test_an_agent_that_is_slow_to_wake_is_not_started_again_with_its_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(agent_pool, "AGAIN", 0.2)
-    monkeypatch.setattr(coordinators_clock, "WAKING", 1.5)
-    restarts: list[float] = []
+    slow, restarts = replace(DEADLINES, answer_again=0.2, waking=1.5), list[float]()
 
     async def body(mesh: FakeMesh) -> None:
         async def hang(*_: Any) -> None:
@@ -194,7 +190,7 @@ def test_an_agent_that_is_slow_to_wake_is_not_started_again_with_its_weights(
             restarts.append(time.monotonic())
             return mesh.record.members[rank]
 
-        async with AgentPool(mesh.record, mesh.network.dialer(), restart) as held:
+        async with AgentPool(mesh.record, mesh.network.dialer(), restart, deadlines=slow) as held:
             mesh.services[0]._welcome = hang  # type: ignore[method-assign, assignment]
             woke = held._clock._woke = time.monotonic()
             held.lost(0, held.clients[0], "It is silent for too long.")
@@ -216,7 +212,7 @@ def test_a_coordinator_that_slept_has_not_heard_its_agents_silence(
         sleeper.slept += 600.0
         await asyncio.sleep(2.5)
         await client.ask(messages.AskStatus(), messages.Status)
-        monkeypatch.setattr(coordinators_client, "SILENT", 1.5)
+        client.deadlines = replace(DEADLINES, silence=1.5)
         with pytest.raises(HostUnreachableError, match="silent"):
             async with asyncio.timeout(10):
                 while True:

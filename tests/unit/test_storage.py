@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxmesh.storage import atomic, durable
+from fluxmesh.storage import atomic, bfloat16, durable, log_tail
 from fluxmesh.storage.homes import write_private
+from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh_agent.adapter_store import AdapterStore
 from tests.unit.test_imports import PACKAGES, modules
@@ -127,3 +128,26 @@ def test_a_file_that_is_there_gives_way_only_where_it_may(tmp_path: Path) -> Non
     assert path.read_bytes() == b"third"
     assert path.stat().st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even_and_read_exactly() -> None:
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -0.0, 3e38], np.float32)
+    bits = bfloat16.of_float32(values)
+    read = bfloat16.to_float32(bits)
+    assert read[:4].tolist() == [1.0, 1.0, 1 + 2**-6, 1 + 2**-7]
+    assert np.signbit(read[4]) and read[5] == pytest.approx(3e38, rel=2**-8)
+    assert np.array_equal(bfloat16.of_float32(read), bits)
+    assert (bfloat16.kind(bits), bfloat16.kind(values)) == ("BF16", "F32")
+
+
+def test_the_end_of_a_log_is_read_from_where_it_may_begin(tmp_path: Path) -> None:
+    log = tmp_path / "agent.log"
+    assert last_lines(log, 3) == []
+    log.write_bytes(b"one\ntwo\nthr\xffee\n")
+    assert last_lines(log, 2) == ["two", "thr�ee"]
+    assert last_lines(log, 9) == ["one", "two", "thr�ee"]
+    assert last_lines(log, 0) == []
+    assert last_lines(log, 9, begin=4) == ["two", "thr�ee"]
+    assert last_lines(log, 9, begin=400) == []
+    log.write_bytes(b"x" * log_tail.LOOKED_AT + b"\nlast\n")
+    assert [len(line) for line in last_lines(log, 9)] == [log_tail.LOOKED_AT - 6, 4]

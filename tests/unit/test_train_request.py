@@ -14,32 +14,32 @@ def request(**fields):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value"),
     [
-        ("seed", -1, "--seed"),
-        ("dtype", "float16", "--dtype"),
-        ("bits", 3, "--bits"),
-        ("resolution", (512, 500), "--resolution"),
-        ("num_augmentations", 0, "--num-augmentations"),
-        ("iterations", 0, "--iterations"),
-        ("batch_size", 0, "--batch-size"),
-        ("grad_accumulate", 0, "--grad-accumulate"),
-        ("lora_rank", 0, "--lora-rank"),
-        ("lora_blocks", 0, "--lora-blocks"),
-        ("lora_alpha", 0.0, "--lora-alpha"),
-        ("lora_dropout", 1.0, "--lora-dropout"),
-        ("caption_dropout", -0.1, "--caption-dropout"),
-        ("ema", 1.0, "--ema"),
-        ("learning_rate", float("nan"), "--learning-rate"),
-        ("clip_norm", float("inf"), "--clip-norm"),
-        ("timesteps", "sigmoid", "--timesteps"),
-        ("optimizer", "sgd", "--optimizer"),
-        ("lr_schedule", "step", "--lr-schedule"),
-        ("progress_steps", 0, "--progress-steps"),
+        ("seed", -1),
+        ("dtype", "float16"),
+        ("bits", 3),
+        ("resolution", (512, 500)),
+        ("num_augmentations", 0),
+        ("iterations", 0),
+        ("batch_size", 0),
+        ("grad_accumulate", 0),
+        ("lora_rank", 0),
+        ("lora_blocks", 0),
+        ("lora_alpha", 0.0),
+        ("lora_dropout", 1.0),
+        ("caption_dropout", -0.1),
+        ("ema", 1.0),
+        ("learning_rate", float("nan")),
+        ("clip_norm", float("inf")),
+        ("timesteps", "sigmoid"),
+        ("optimizer", "sgd"),
+        ("lr_schedule", "step"),
+        ("progress_steps", 0),
     ],
 )
-def test_a_number_out_of_range_is_refused_by_the_option_s_name(field, value, said):
-    with pytest.raises(UsageError, match=said):
+def test_a_number_out_of_range_is_refused_by_its_name(field, value):
+    with pytest.raises(UsageError, match=f"`{field}` "):
         TrainRequest(**{"dataset": "data", "seed": 1, field: value})
 
 

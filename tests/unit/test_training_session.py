@@ -82,11 +82,11 @@ def test_hosts_share_out_what_is_encoded() -> None:
 
 
 def test_a_state_is_sent_a_few_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_host, "PIECE", 10)
+    monkeypatch.setattr(training, "PIECE", 10)
     monkeypatch.setattr(training_host, "WINDOW", 80)
     sim = TrainingSimulation(2)
     batches: list[int] = []
-    do = sim._do
+    do = sim.carry_out
 
     def count(instructions: list[Any]) -> None:  # that leave together, before any answer
         pieces = [
@@ -95,7 +95,7 @@ def test_a_state_is_sent_a_few_pieces_at_a_time(monkeypatch: pytest.MonkeyPatch)
         batches.append(sum(piece.message.numbers.nbytes for piece in pieces if piece.rank == 0))
         do(instructions)
 
-    sim._do = count  # type: ignore[method-assign]
+    sim.carry_out = count  # type: ignore[method-assign]
     weights = np.full(SIZE, 2, np.float32)
     sim.ask(tasks.OpenTask(2, {"weights": weights, "first": weights, "second": weights}))
     assert [m.engine.training.update for m in sim.machines.values()] == [2, 2]
@@ -149,7 +149,7 @@ def test_hosts_without_the_memory_are_left_out() -> None:
     found = tasks.choose(training_job(), small, Links())
     assert found.winner is not None and found.winner.ranks == (0, 2)
     none = tasks.choose(training_job(), [small[1]], Links())
-    assert none.winner is None and "--quantize" in none.reason
+    assert none.winner is None and "`quantize`" in none.reason
 
 
 def test_agents_of_one_device_share_its_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def play(
                 for _ in range(times):
                     told.stages.clear()
                     up = Warming(record, wanted, told, Home(folder), sizes=((32, 32),))
-                    record = await up._run(dialer)
+                    record = await up.run_with(dialer)
             finally:
                 await dialer.close()
             return mesh, [service.status() for service in mesh.services.values()]
@@ -140,6 +141,7 @@ def play(
     return told, *asyncio.run(scene())
 
 
+TINY = Workload.of(ask(height=32, width=32), small()).weights
 DATA = Way((32, 32), "data", (0, 1, 2))
 PAIR = Way((32, 32), "sequence", (0, 2))
 
@@ -148,22 +150,33 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told, _, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2))
-    assert told.ready == [("data", (0, 1, 2), (32, 32)), ("sequence", (0, 2), (32, 32))]
+    # Timing a step has made them ready by data; two of them ended for their ring, and are so again.
+    assert told.ready == [
+        ("data", (0, 1, 2), (32, 32)),
+        ("data", (0, 1, 2), (32, 32)),
+        ("sequence", (0, 2), (32, 32)),
+    ]
     assert [set(status.compiled) for status in statuses] == [
-        {DATA.compiled, PAIR.compiled},
-        {DATA.compiled},
-        {DATA.compiled, PAIR.compiled},
+        {DATA.shape(TINY), PAIR.shape(TINY)},
+        {DATA.shape(TINY)},
+        {DATA.shape(TINY), PAIR.shape(TINY)},
     ]
     assert ["text encoders" in status.components for status in statuses] == [True, False, False]
     # The ring of all, whose collectives were measured, is what two of them have left.
     assert [(s.ring_rank, s.ring_size) for s in statuses] == [(0, 2), (1, 3), (1, 2)]
     assert statuses[0].ring == statuses[2].ring
+    kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]["rings"]
+    assert [(one["backend"], one["ranks"]) for one in kept] == [
+        ("ring", [0, 1, 2]),
+        ("ring", [0, 2]),
+    ]
+    assert all(one["gathers"] and one["sums"] and one["forming_seconds"] > 0 for one in kept)
     assert [status.holder for status in statuses] == ["", "", ""]
 
 
 def test_the_second_time_it_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told, mesh, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2), times=2)
-    assert len(told.ready) == 2 and told.stages == []
+    assert len(told.ready) == 3 and told.stages == []
     assert [status.ring_generation for status in statuses] == [2, 1, 2]
 
 
@@ -177,7 +190,7 @@ def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
     assert "A peer was lost." in note
     assert [status.holds is not None for status in statuses] == [True, True, True]
     assert [status.ring for status in statuses] == ["", "", ""]
-    assert [set(status.compiled) for status in statuses] == [{DATA.compiled}] * 3  # once more
+    assert [set(status.compiled) for status in statuses] == [{DATA.shape(TINY)}] * 3  # once more
     assert "text encoders" in statuses[0].components
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.wire.messages import (
     Account,
-    Compiled,
     Device,
     EngineCounters,
     Join,
@@ -23,12 +23,16 @@ from fluxmesh.wire.messages import (
 )
 from fluxmesh.wire.training_messages import CloseTraining
 from fluxmesh_agent.lifecycle import OWN, KillEngine, Lifecycle, Send, StartEngine
-from fluxmesh_agent.upkeep import AGAIN, IDLE, LEFT_OUT, Upkeep, from_json, to_json
+from fluxmesh_agent.upkeep import Upkeep, from_json, to_json
 
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = Keep(WEIGHTS, 1, 0, PARTS)
 WHOLE = Holding(WEIGHTS, 100)
+
+
+def shape(height: int, width: int = 32) -> StepShape:
+    return StepShape.of(WEIGHTS, "data", 1, height, width)
 
 
 def started(*components: str, holds: Holding | None = None, compiled: Any = ()) -> Lifecycle:
@@ -81,8 +85,8 @@ def test_weights_that_somebody_chose_meanwhile_stay() -> None:
 def test_a_host_that_was_used_a_moment_ago_is_left_alone() -> None:
     upkeep = Upkeep(KEEP)
     upkeep.used(100.0)
-    assert due(upkeep, started(), 100.0 + IDLE - 0.1) is None
-    assert due(upkeep, started(), 100.0 + IDLE) is not None
+    assert due(upkeep, started(), 100.0 + DEADLINES.idle - 0.1) is None
+    assert due(upkeep, started(), 100.0 + DEADLINES.idle) is not None
 
 
 def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> None:
@@ -91,7 +95,7 @@ def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> Non
     assert due(upkeep, life, 100.0) is None
     life.engine_said(Account(True, None, EngineCounters(), 0.0))
     assert due(upkeep, life, 100.5) is None
-    assert due(upkeep, life, 100.0 + IDLE) is not None
+    assert due(upkeep, life, 100.0 + DEADLINES.idle) is not None
 
 
 def test_what_is_under_way_is_not_begun_again() -> None:
@@ -108,8 +112,8 @@ def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> 
     life.work(Load(1, "job", 0, WEIGHTS))
     life.kill(Kill(1, 5))
     upkeep.used(100.0)
-    assert due(upkeep, life, 100.0 + LEFT_OUT - 0.1, leased=True) is None
-    found = due(upkeep, life, 100.0 + LEFT_OUT, leased=True)
+    assert due(upkeep, life, 100.0 + DEADLINES.left_out - 0.1, leased=True) is None
+    found = due(upkeep, life, 100.0 + DEADLINES.left_out, leased=True)
     assert found == load(
         "transformer", "autoencoder", ring_generation=5
     )  # encoders may have no room now
@@ -179,11 +183,12 @@ def test_what_fails_is_tried_again_later_and_ever_later() -> None:
         while due(upkeep, life, now) is None:
             now += 1.0
         pauses.append(now - begun)
-    assert pauses[:3] == [AGAIN[0], 2 * AGAIN[0], 4 * AGAIN[0]]
-    assert pauses[-1] == AGAIN[1]
+    first, most = DEADLINES.load_again
+    assert pauses[:3] == [first, 2 * first, 4 * first]
+    assert pauses[-1] == most
     upkeep.worked()
     upkeep.failed(now)
-    assert due(upkeep, life, now + AGAIN[0]) is not None
+    assert due(upkeep, life, now + DEADLINES.load_again[0]) is not None
 
 
 def test_a_host_that_is_told_anew_what_to_hold_tries_at_once() -> None:
@@ -200,11 +205,11 @@ def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
     upkeep = Upkeep(KEEP)
     for side in (64, 128, 64):
         upkeep.note(NoteSize(WEIGHTS, side, 32))
-    way = Compiled("data", 1, 64, 32)
+    way = shape(64)
     assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(0, OWN, 0, WEIGHTS, 64, 32)
     second = due(upkeep, started(*PARTS, holds=WHOLE, compiled=(way,)))
     assert second == Warm(0, OWN, 0, WEIGHTS, 128, 32)
-    both = (way, Compiled("data", 1, 128, 32))
+    both = (way, shape(128))
     assert due(upkeep, started(*PARTS, holds=WHOLE, compiled=both)) is None
 
 
@@ -224,9 +229,9 @@ def test_only_the_latest_sizes_are_remembered() -> None:
     upkeep = Upkeep()
     for side in range(16, 16 * 20, 16):
         upkeep.note(NoteSize(WEIGHTS, side, 16))
-    made: list[Compiled] = []
+    made: list[StepShape] = []
     while isinstance(work := due(upkeep, started(holds=WHOLE, compiled=tuple(made))), Warm):
-        made.append(Compiled("data", 1, work.height, 16))
+        made.append(shape(work.height, 16))
     assert [way.height for way in made] == [304, 288, 272, 256, 240, 224, 208, 192]
 
 

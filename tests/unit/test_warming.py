@@ -66,7 +66,7 @@ def test_a_model_that_no_host_can_hold_is_refused() -> None:
         layout(work(), mesh(10))
     assert str(told.value) == (
         "m does not fit: host 0 needs 24.5 GB and may use 10.0 GB. "
-        "It fits with --quantize --bits 4 (7.5 GB)."
+        "It fits with `quantize` `bits` 4 (7.5 GB)."
     )
     with pytest.raises(DoesNotFitError, match=r"may use 4.0 GB. Use more hosts.$"):
         layout(work(), mesh(4))
@@ -140,11 +140,11 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
             dialer = mesh.network.dialer()
             try:
                 if allowed:
-                    done = await warming._run(dialer)
+                    done = await warming.run_with(dialer)
                     assert replace(done, timings=Timings()) == mesh.record
                 else:
-                    with pytest.raises(FluxmeshError, match="truncated.*--allow-partial goes on"):
-                        await warming._run(dialer)
+                    with pytest.raises(FluxmeshError, match="truncated.*`allow_partial` goes on"):
+                        await warming.run_with(dialer)
             finally:
                 await dialer.close()
             lives = [service.lifecycle for service in mesh.services.values()]
@@ -175,14 +175,14 @@ def test_weights_whose_files_have_changed_since_are_loaded_anew_or_refused(
             wanted = Workload.of(ask(height=32, width=32), small())
             dialer = mesh.network.dialer()
             try:
-                up = await Warming(mesh.record, wanted, Told(), Home(tmp_path))._run(dialer)
+                up = await Warming(mesh.record, wanted, Told(), Home(tmp_path)).run_with(dialer)
                 mesh.engine(1).content = "same" if is_here else "older"
                 again = Warming(up, wanted, Told(), Home(tmp_path), content="same")
                 if is_here:
-                    await again._run(dialer)
+                    await again.run_with(dialer)
                 else:
                     with pytest.raises(FluxmeshError, match="host 1 .*has other files .*pull"):
-                        await again._run(dialer)
+                        await again.run_with(dialer)
             finally:
                 await dialer.close()
             lives = [service.lifecycle for service in mesh.services.values()]
@@ -218,9 +218,9 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
             wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
-                up = await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+                up = await Warming(mesh.record, wanted, told, Home(tmp_path)).run_with(dialer)
                 if not fails:  # again, it only looks
-                    await Warming(up, wanted, told, Home(tmp_path))._run(dialer)
+                    await Warming(up, wanted, told, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
             return told.notes, [service.status() for service in mesh.services.values()]
@@ -268,10 +268,10 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
             wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
-                up = await Warming(mesh.record, wanted, told, Home(tmp_path))._run(dialer)
+                up = await Warming(mesh.record, wanted, told, Home(tmp_path)).run_with(dialer)
                 again = up
                 if not fails:
-                    again = await Warming(up, wanted, told, Home(tmp_path))._run(dialer)
+                    again = await Warming(up, wanted, told, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
             return told, [up, again], [one.status() for one in mesh.services.values()]

@@ -5,7 +5,7 @@
 One JSON object comes in on stdin and JSON lines go out on stdout, so that nothing that a shell
 could misread, and no key, is ever part of a command line. `remote.py` is the other end. The agent
 is started in a session of its own with none of this process's streams, so that it outlives both
-ssh and the command line; what it says first (`READY`) is read through a pipe and passed on.
+ssh and the command line; what it says first (`READY ...`) is read through a pipe and passed on.
 """
 
 from __future__ import annotations
@@ -28,19 +28,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.machine.memory import total_bytes
 from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
 from fluxmesh.storage.keys import Allowlist
+from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.storage.processes import end_process, kill_recorded, read_record, started_at
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import addresses, macos, tcc
 
-READY = 60.0  # seconds within which an agent must listen
-GONE = 8.0  # seconds within which it must end when asked to, before it is killed
-ANSWERS = 1.0  # seconds within which whoever listens on this machine takes a connection
-TAIL = 64 << 10  # bytes of a log that are looked at
-KEPT = 1.0  # seconds between two looks at an agent for which a connection is kept
 SOMEBODY = "whoever started it there"  # neither of `up`'s users: launchd, or a person by hand
 
 Spec = dict[str, Any]  # address, port, models, memory, envs, roots: what an agent is started with
@@ -111,7 +108,7 @@ class Agent:
         if ready is None:
             process.kill()
             process.wait()
-            said = [line for line in tail(self.log, 5, begin) if line.strip()]
+            said = [line for line in last_lines(self.log, 5, begin) if line.strip()]
             why = said[-1] if said else "it said nothing"
             raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
         told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
@@ -134,7 +131,8 @@ class Agent:
                 kill_recorded(self.home.engine)
             return False
         pid, start = told["pid"], told["start"]
-        if not end_process(pid, start, signal.SIGTERM, GONE) and not end_process(pid, start):
+        asked = end_process(pid, start, signal.SIGTERM, DEADLINES.agent_ends)
+        if not asked and not end_process(pid, start):
             raise FluxmeshError(f"Its agent, process {pid}, does not end; restart the machine.")
         kill_recorded(self.home.engine)  # one that hangs does not see that its agent is gone
         return True
@@ -169,7 +167,7 @@ def hand_over(
         return None
     line = b""
     while not line.endswith(b"\n"):
-        left = READY - (time.monotonic() - watch)
+        left = DEADLINES.agent_listens - (time.monotonic() - watch)
         if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
             return None
         piece = os.read(process.stdout.fileno(), 4096)
@@ -181,18 +179,6 @@ def hand_over(
     except ValueError:
         return None
     return ready
-
-
-def tail(path: Path, lines: int, begin: int = 0) -> list[str]:
-    """The last lines of a log, none from before byte `begin`."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(begin, size - TAIL))
-            text = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    return text.splitlines()[-lines:] if lines else []
 
 
 # What can be asked
@@ -251,7 +237,7 @@ def can_bind(address: str, port: int) -> bool:
         return True
     # On macOS that lets us in beside whoever listens at all addresses: nobody may answer, either.
     with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.settimeout(ANSWERS)
+        sock.settimeout(DEADLINES.port_answers)
         is_answered = sock.connect_ex((address, port)) == 0
         return not is_answered or sock.getsockname() == sock.getpeername()  # our own echo
 
@@ -339,7 +325,7 @@ def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
 
 def logs(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The end of the agent's log, also of one that is gone."""
-    return {"lines": tail(Agent(request["port"]).log, request["lines"])}
+    return {"lines": last_lines(Agent(request["port"]).log, request["lines"])}
 
 
 def pull(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -364,7 +350,7 @@ def keep(pid: int) -> None:
     lets into the local network for having come over ssh. The agent outlives the connection.
     """
     while True:
-        if select.select([0], [], [], KEPT)[0] and not os.read(0, 4096):
+        if select.select([0], [], [], DEADLINES.keeper_looks)[0] and not os.read(0, 4096):
             return  # whoever held the connection is gone
         try:
             if os.waitpid(pid, os.WNOHANG)[0]:

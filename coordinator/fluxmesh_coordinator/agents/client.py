@@ -13,18 +13,15 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.machine.clock import RunningClock
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Dialer
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs.failures import REFUSALS, error_of
-
-BEAT = 1.0  # seconds between two heartbeats
-SILENT = 5.0  # seconds without a sign of life, after which an agent counts as dead
-ANSWER = 30.0  # seconds within which an agent answers
-NO_NEWS = 5.0  # seconds in line without a word; agents tell the place more often
 
 T = TypeVar("T", bound=messages.Message)
 
@@ -33,11 +30,16 @@ class AgentClient:
     """A conversation with one agent; an async context manager that says `Hello` first."""
 
     def __init__(
-        self, dialer: Dialer, member: Member, name: str = "", client: str | None = None
+        self,
+        dialer: Dialer,
+        member: Member,
+        name: str = "",
+        client: str | None = None,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         """`client` is who we are to the agent, the same in every conversation of a coordinator."""
         self._client = client or secrets.token_hex(16)
-        self.member = member
+        self.member, self.deadlines = member, deadlines
         self.title = f"host {member.rank} ({name or member.address})"
         self._dialer = dialer
         self._connection: Connection | None = None
@@ -74,8 +76,14 @@ class AgentClient:
     ) -> None:
         await self.close()
 
-    async def ask(self, message: messages.Message, kind: type[T], seconds: float = ANSWER) -> T:
-        """The answer to a request. Raises `FluxmeshError` that names the host."""
+    async def ask(
+        self, message: messages.Message, kind: type[T], seconds: float | None = None
+    ) -> T:
+        """The answer to a request. Raises `FluxmeshError` that names the host.
+
+        It has `seconds` to come, or as many as an answer may take (`Deadlines`).
+        """
+        seconds = self.deadlines.answer if seconds is None else seconds
         future = await self.post(message)
         try:
             async with asyncio.timeout(seconds):
@@ -127,7 +135,7 @@ class AgentClient:
         await self.ask(messages.AskLease(job, seconds), messages.Done)
         while True:
             try:
-                async with asyncio.timeout(NO_NEWS):
+                async with asyncio.timeout(self.deadlines.hear_place):
                     report: messages.Report | None = await self.report()
             except TimeoutError:  # asking again is harmless, and tells what was not heard
                 report = None
@@ -147,9 +155,7 @@ class AgentClient:
 
     async def close(self) -> None:
         """Ends the conversation, and with it the lease."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         self._tasks = []
         if self._connection is not None:
             await self._connection.close()
@@ -172,13 +178,13 @@ class AgentClient:
         assert self._connection is not None
         with contextlib.suppress(ConnectionClosed):
             while True:
-                await asyncio.sleep(BEAT)
+                await asyncio.sleep(self.deadlines.heartbeat)
                 now = self._clock.tick()
                 self._seq += 1
                 await self._connection.send(messages.Heartbeat(), self._seq)
                 if self.welcome is None:
                     continue  # a new agent answers when its engine has said what it is
-                if now - self._heard > SILENT:
+                if now - self._heard > self.deadlines.silence:
                     self._end(f"{self.title}: its agent is silent; see whether the host hangs.")
                     return
 

@@ -3,21 +3,21 @@
     python -m fluxmesh_coordinator.agents.keeper ssh ... HOST COMMAND
 
 Stands between `remote.py` and ssh, and looks like ssh to who asks: the request goes in, the answer
-and the exit code come out. Once the answer is a result it goes on in the background: it holds
-ssh's stdin open, by which the starter on the host knows that somebody still holds the connection,
-until ssh ends. That happens when the agent has ended, or when the connection breaks; the agent
-outlives the latter, and so it does the end of this process.
+and the exit code come out. Once the answer is a result it leaves a `cat` behind and ends: that
+holds ssh's stdin open, by which the starter on the host knows that somebody still holds the
+connection, and reads ssh's output until ssh ends. That happens when the agent has ended, or when
+the connection breaks; the agent outlives the latter, and so it does the end of `cat`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from typing import IO
 
 
 def main() -> None:
@@ -37,12 +37,8 @@ def main() -> None:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
             if is_result(line):
-                if os.fork():
-                    os._exit(0)
-                _detach()
-                while process.stdout.read(1):
-                    continue
-                os._exit(0)
+                hold(process.stdin, process.stdout)
+                return
         code = process.wait()
         errors.seek(0)
         shutil.copyfileobj(errors, sys.stderr.buffer)
@@ -58,12 +54,20 @@ def is_result(line: bytes) -> bool:
     return isinstance(told, dict) and "result" in told
 
 
-def _detach() -> None:
-    """Lets go of whoever asked."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
-    os.chdir("/")
+def hold(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Leaves a process behind that keeps ssh's stdin open until its stdout ends.
+
+    It shares nothing with whoever asked: neither streams, nor a terminal's Ctrl-C, nor a folder.
+    """
+    subprocess.Popen(
+        ["cat"],
+        stdin=answers,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[requests.fileno()],
+        start_new_session=True,
+        cwd="/",
+    )
 
 
 if __name__ == "__main__":

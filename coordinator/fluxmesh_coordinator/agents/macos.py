@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fluxmesh
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh_coordinator.agents import macos_tools as tools
-
-SECONDS = 5.0  # that a tool may take
-PROBING = 30.0  # loading MLX, from a cold disk
 
 # MLX loads in a process of its own, which is over before an engine needs the memory.
 PROBE = """\
@@ -35,7 +33,7 @@ T = TypeVar("T")
 
 
 def run(
-    *command: str, seconds: float = SECONDS, env: Mapping[str, str] | None = None
+    *command: str, seconds: float = DEADLINES.tool, env: Mapping[str, str] | None = None
 ) -> str | None:
     """What a command prints; None where it is not there, fails, or takes longer."""
     try:
@@ -68,7 +66,7 @@ def collect(models: str | None, run: Run = run) -> dict[str, Any]:
     return {
         "version": told(tools.version, "/usr/bin/sw_vers", "-productVersion"),
         "wheel": wheel(),
-        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=PROBING),
+        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=DEADLINES.mlx_loads),
         "is_translated": sysctl("sysctl.proc_translated") == 1,
         "rdma_devices": told(tools.rdma_devices, "/usr/bin/ibv_devices"),
         "rdma_state": told(tools.rdma_state, "/usr/bin/rdma_ctl", "status"),
@@ -127,4 +125,6 @@ def flags(path: Path) -> int:
 def identities(run: Run) -> list[str | None]:
     """What names this process, as programs of two languages and time zones take it."""
     code = START.format(pid=os.getpid())
-    return [run(sys.executable, "-c", code, seconds=PROBING, env=place) for place in PLACES]
+    return [
+        run(sys.executable, "-c", code, seconds=DEADLINES.mlx_loads, env=place) for place in PLACES
+    ]

@@ -2,6 +2,9 @@
 
 A host is asked one thing at a time, by a JSON line on the stdin of a `starter` that runs there;
 several hosts are asked side by side (`each`). `launch.py` starts agents by this.
+
+The command of OpenSSH and no library: only it reads ~/.ssh/config, with its jumps, agents, hardware
+keys and certificates, knows the hosts that its user knows, and is on every Mac.
 """
 
 from __future__ import annotations
@@ -18,12 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 from fluxmesh.cluster.hostfile import Host
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import find_python, tcc
 
-SECONDS = {"look": 60.0, "start": 120.0, "stop": 60.0, "logs": 30.0, "pull": 86400.0}
-SECONDS["dial"] = 30.0
 SSH_FAILED = 255  # ssh's own exit code for what went wrong before the command ran
 NOT_FOUND = (126, 127)  # a shell's
 MANY = 32  # hosts that are asked at once
@@ -39,7 +41,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def ask(
-    host: Host, action: str, tell: Tell | None = None, *, keep_ssh: bool = False, **fields: Any
+    host: Host,
+    action: str,
+    tell: Tell | None = None,
+    *,
+    keep_ssh: bool = False,
+    deadlines: Deadlines = DEADLINES,
+    **fields: Any,
 ) -> dict[str, Any]:
     """What the starter on `host` answers; `tell` hears of its progress.
 
@@ -55,7 +63,8 @@ def ask(
         start_new_session=keep_ssh,  # no Ctrl-C and no closing window ends it
     )
     assert process.stdin and process.stdout and process.stderr
-    late = threading.Timer(SECONDS[action], process.kill)
+    seconds: float = getattr(deadlines, f"ask_{action}")
+    late = threading.Timer(seconds, process.kill)
     late.daemon = True
     late.start()
     heard: list[bytes] = []

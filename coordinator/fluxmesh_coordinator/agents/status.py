@@ -59,7 +59,7 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         device=status.device,
         platform=status.platform,
         machine_bytes=status.machine_bytes,
-        warm=status.warm,
+        compiled=status.compiled,
         ring=RingPlace(status.ring, status.ring_rank, status.ring_size),
     )
 
@@ -90,7 +90,7 @@ def in_use(found: Survey) -> str:
     """Why its agents should not be ended now, in a sentence; "" where nobody holds one."""
     for rank, status in found.statuses.items():
         if status.job:
-            return f"Host {rank} works on {status.job}; wait until it is done, or use --force."
+            return f"Host {rank} works on {status.job}; wait until it is done, or use `force`."
     return ""
 
 

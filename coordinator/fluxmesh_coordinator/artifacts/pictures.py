@@ -76,17 +76,17 @@ class PicturePath:
         if path.is_dir():
             target = cls(path, force=force)
         elif output.endswith(("/", os.sep)):
-            raise OutputError(f"--output {output}: the folder does not exist; make it first.")
+            raise OutputError(f"`output` {output}: the folder does not exist; make it first.")
         elif path.suffix.lower() in ("", ".png") and path.name:
             target = cls(path.parent, path.stem, path.suffix or ".png", given=True, force=force)
         else:
-            raise UsageError(f"--output {output}: pictures are written as PNG; end it in .png.")
+            raise UsageError(f"`output` {output}: pictures are written as PNG; end it in .png.")
         if not target.folder.is_dir():
             raise OutputError(
-                f"--output {output}: the folder {target.folder} does not exist; make it first."
+                f"`output` {output}: the folder {target.folder} does not exist; make it first."
             )
         if not os.access(target.folder, os.W_OK):
-            raise OutputError(f"--output {output}: the folder {target.folder} can't be written to.")
+            raise OutputError(f"`output` {output}: the folder {target.folder} can't be written to.")
         return target
 
 
@@ -166,7 +166,7 @@ class PictureFiles:
 
 
 def _exists(path: Path) -> str:
-    return f"{path} exists already: add --force to replace it, or name another with --output."
+    return f"{path} exists already: add `force` to replace it, or name another with `output`."
 
 
 class StepFiles:
@@ -179,9 +179,9 @@ class StepFiles:
         self.n_images = n_images
         self.force = force
         if os.path.lexists(self.folder) and not self.folder.is_dir():
-            raise OutputError(f"--stepwise {folder} is no folder: name a new one.")
+            raise OutputError(f"`stepwise` {folder} is no folder: name a new one.")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not force:
-            raise OutputError(f"--stepwise {folder} is not empty: name a new folder.")
+            raise OutputError(f"`stepwise` {folder} is not empty: name a new folder.")
 
     def save(self, prompt: int, image: int, step: int, steps: int, data: bytes) -> Path:
         """Writes the preview after `step` (from 1) of `steps`; prompt and image count from 0."""
@@ -195,10 +195,10 @@ class StepFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"--stepwise: the folder {self.folder} can't be made: {error.strerror}."
+                f"`stepwise`: the folder {self.folder} can't be made: {error.strerror}."
             ) from error
         try:
             write_file(path, data, replace=self.force)
         except FileExistsError as error:
-            raise OutputError(f"--stepwise: {path} exists already: name a new folder.") from error
+            raise OutputError(f"`stepwise`: {path} exists already: name a new folder.") from error
         return path

@@ -2,7 +2,8 @@
 
 Made from what lies in the output folder (`metrics.jsonl`, `*_progress.png`), so that it is the
 same after a resume. The pictures are inside the file, the curve is SVG: it opens anywhere, and
-loads nothing from elsewhere.
+loads nothing from elsewhere. The SVG is written here, for a plotting library would be a large
+dependency for one polyline, and its file a picture whose points can't be read.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ that `fluxmesh --help` answers at once; a command imports what it computes with 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -17,6 +16,8 @@ import click
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.machine.open_files import allow_many_files
 from fluxmesh.version import __version__
+from fluxmesh_coordinator.console.json_lines import emit
+from fluxmesh_coordinator.console.option_names import in_options
 
 COMMANDS = {
     "generate": "fluxmesh_coordinator.cli.generate:generate",
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         sys.exit(_fail(arguments, error.format_message(), error.exit_code))
     except FluxmeshError as error:
-        code = _fail(arguments, str(error), error.exit_code)
+        code = _fail(arguments, in_options(str(error)), error.exit_code)
         if {"-v", "--verbose"} & set(arguments):
             for note in getattr(error, "__notes__", ()):
                 click.echo(note, err=True)
@@ -96,5 +97,4 @@ def _fail(arguments: Sequence[str], message: str, code: int) -> int:
 
 def _tell_program(arguments: Sequence[str], message: str, code: int) -> None:
     if "--json" in arguments:
-        line = {"event": "error", "message": message, "exit_code": code}
-        click.echo(json.dumps(line, ensure_ascii=False))
+        emit("error", message=message, exit_code=code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -35,6 +34,7 @@ def convert(source: str, target: Path, file_format: str, model: str | None, as_j
     """
     from fluxmesh.adapters import convert as conversion
     from fluxmesh.weights import hub
+    from fluxmesh_coordinator.console.json_lines import emit
 
     if model is None:
         configs = conversion.known_configs()
@@ -42,8 +42,7 @@ def convert(source: str, target: Path, file_format: str, model: str | None, as_j
         configs = [hub.resolve(model, download=False).transformer]
     adapter = conversion.convert_adapter(Path(source), target, FORMATS[file_format], configs)
     if as_json:
-        line = {"event": "converted", "file": str(target), "format": file_format}
-        click.echo(json.dumps(line | {"linears": len(adapter)}, ensure_ascii=False))
+        emit("converted", file=str(target), format=file_format, linears=len(adapter))
     else:
         click.echo(f"Wrote {target}: {len(adapter)} linears, {file_format}'s keys.")
 
@@ -60,6 +59,7 @@ def fuse(model: str, loras: tuple[tuple[str, float], ...], folder: Path, as_json
     """
     from fluxmesh.adapters.fuse import fuse_checkpoint
     from fluxmesh.weights import hub
+    from fluxmesh_coordinator.console.json_lines import emit
 
     with bar_of_bytes(f"Fetching {model}", as_json) as progress:
         checkpoint = hub.resolve(model, progress=progress)
@@ -67,7 +67,6 @@ def fuse(model: str, loras: tuple[tuple[str, float], ...], folder: Path, as_json
         fuse_checkpoint(checkpoint, folder, loras, progress)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if as_json:
-        line = {"event": "fused", "folder": str(folder), "bytes": size}
-        click.echo(json.dumps(line, ensure_ascii=False))
+        emit("fused", folder=str(folder), bytes=size)
     else:
         click.echo(f"Wrote {folder}: {size_text(size)}.")

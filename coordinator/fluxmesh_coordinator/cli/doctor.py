@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +23,8 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
     """
     from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.console.json_lines import emit
+    from fluxmesh_coordinator.console.option_names import in_options
     from fluxmesh_coordinator.deploy.bringup import examine, this_machine
     from fluxmesh_coordinator.deploy.diagnosis import keys_of_this_user, of_agents
 
@@ -38,22 +39,16 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
     found.sort(key=lambda finding: finding.rank)
     if as_json:
         for finding in found:
-            click.echo(json.dumps({"event": "check", **asdict(finding)}, ensure_ascii=False))
+            emit("check", **asdict(finding))
     else:
-        from rich.console import Console
-        from rich.table import Table
+        from fluxmesh_coordinator.console import terminal
 
-        table = Table(box=None, pad_edge=False)
-        for heading in ("host", "check", "", "found"):
-            table.add_column(heading, overflow="fold")
+        table = terminal.table(("host", "check", "", "found"))
         for finding in found:
             host = "here" if finding.rank < 0 else f"{finding.rank}"
-            table.add_row(host, finding.check, MARKS[finding.level], finding.text)
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = 160
-        console.print(table)
+            table.add_row(host, finding.check, MARKS[finding.level], in_options(finding.text))
+        terminal.output().print(table)
         for warning in hosts.warnings:
-            click.echo(warning)
+            click.echo(in_options(warning))
     if any(finding.level == "fail" for finding in found):
         context.exit(1)

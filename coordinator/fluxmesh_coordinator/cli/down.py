@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 
@@ -19,11 +17,15 @@ def down(force: bool, as_json: bool) -> None:
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.agents.status import in_use, survey
     from fluxmesh_coordinator.cli.status import NO_MESH
+    from fluxmesh_coordinator.console.json_lines import emit
     from fluxmesh_coordinator.deploy.bringup import take_down
 
     mesh = mesh_file.load()
     if mesh is None:
-        click.echo(json.dumps({"event": "down", "hosts": []}) if as_json else NO_MESH)
+        if as_json:
+            emit("down", hosts=[])
+        else:
+            click.echo(NO_MESH)
         return
     if not force and (why_not := in_use(survey(mesh))):
         raise FluxmeshError(why_not)
@@ -33,7 +35,7 @@ def down(force: bool, as_json: bool) -> None:
         raise FluxmeshError(" ".join(str(error) for error in errors.values()))
     mesh_file.remove()
     if as_json:
-        click.echo(json.dumps({"event": "down", "hosts": [m.rank for m in mesh.members]}))
+        emit("down", hosts=[member.rank for member in mesh.members])
     else:
         count = len(mesh.members)
         click.echo(f"The mesh is down: {count} agent{'' if count == 1 else 's'} ended.")

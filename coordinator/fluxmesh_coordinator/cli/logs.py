@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 
@@ -24,6 +22,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
     from fluxmesh_coordinator.agents.client import AgentClient
     from fluxmesh_coordinator.agents.status import with_agents
     from fluxmesh_coordinator.cli.status import NO_MESH
+    from fluxmesh_coordinator.console.json_lines import emit
 
     mesh = mesh_file.load()
     if mesh is None:
@@ -50,6 +49,6 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
             found[each.rank] = tuple(told)
         for line in found[each.rank]:
             if as_json:
-                click.echo(json.dumps({"event": "log", "host": each.rank, "line": line}))
+                emit("log", host=each.rank, line=line)
             else:
                 click.echo(f"{each.rank} | {line}" if len(mesh.hosts) > 1 else line)

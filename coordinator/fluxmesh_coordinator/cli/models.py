@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -22,12 +21,12 @@ def models() -> None:
 def list_command(as_json: bool) -> None:
     """What `--model` can be: the embedded model, the aliases, and FLUX models from the Hub."""
     from fluxmesh.weights import hub
+    from fluxmesh_coordinator.console.json_lines import emit
 
     found = hub.list_models()
     if as_json:
         for model in found:
             line = {
-                "event": "model",
                 "name": model.name,
                 "source": model.source,
                 "revision": model.revision,
@@ -35,20 +34,17 @@ def list_command(as_json: bool) -> None:
                 "usable": model.revision is not None,
                 "note": model.note,
             }
-            click.echo(json.dumps(line, ensure_ascii=False))
+            emit("model", **line)
         return
-    from rich.console import Console
-    from rich.table import Table
+    from fluxmesh_coordinator.console import terminal
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("model", "from", "size", "state"):
-        table.add_column(heading, overflow="fold")
+    table = terminal.table(("model", "from", "size", "state"))
     default = hub.default_model()
     for model in found:
         name = f"{model.name} (default)" if model.name == default else model.name
         state = f"here, {model.revision[:14]}" if model.revision else model.note
         table.add_row(name, model.source, size_text(model.nbytes) if model.nbytes else "", state)
-    Console().print(table)
+    terminal.output().print(table)
     click.echo("Fetch one with `fluxmesh models pull MODEL`. A Hub id (owner/repo), a folder or a")
     click.echo(".safetensors file is a model too.")
 
@@ -64,14 +60,14 @@ def pull(model: str, as_json: bool) -> None:
     """
     from fluxmesh.weights import hub
     from fluxmesh.weights.reader import verify
+    from fluxmesh_coordinator.console.json_lines import emit
 
     with bar_of_bytes(f"Fetching {model}", as_json) as progress:
         checkpoint = hub.pull(model, progress)
     verify(checkpoint)
     total = sum(part.nbytes for part in checkpoint.components.values())
     if as_json:
-        line = {"event": "pulled", "name": checkpoint.name, "revision": checkpoint.revision}
-        click.echo(json.dumps(line | {"bytes": total}, ensure_ascii=False))
+        emit("pulled", name=checkpoint.name, revision=checkpoint.revision, bytes=total)
     else:
         click.echo(f"{model} is here: {size_text(total)}, revision {checkpoint.revision}.")
 
@@ -91,6 +87,7 @@ def quantize(source: str, folder: Path, bits: str, as_json: bool) -> None:
     """
     from fluxmesh.weights import hub
     from fluxmesh.weights.quantize import quantize_checkpoint
+    from fluxmesh_coordinator.console.json_lines import emit
 
     with bar_of_bytes(f"Fetching {source}", as_json) as progress:
         checkpoint = hub.resolve(source, progress=progress)
@@ -98,7 +95,6 @@ def quantize(source: str, folder: Path, bits: str, as_json: bool) -> None:
         quantize_checkpoint(checkpoint, folder, int(bits), progress)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if as_json:
-        line = {"event": "quantized", "folder": str(folder), "bits": int(bits), "bytes": size}
-        click.echo(json.dumps(line, ensure_ascii=False))
+        emit("quantized", folder=str(folder), bits=int(bits), bytes=size)
     else:
         click.echo(f"Wrote {folder}: {size_text(size)}, {bits} bits.")

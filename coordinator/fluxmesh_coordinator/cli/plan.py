@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +57,8 @@ def plan(
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.commands.settings import GenerateSettings
     from fluxmesh_coordinator.console import plan_table
+    from fluxmesh_coordinator.console.json_lines import emit
+    from fluxmesh_coordinator.console.option_names import in_options
     from fluxmesh_coordinator.jobs import remedies
     from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
@@ -81,13 +82,13 @@ def plan(
     if as_json:
         said = plan_table.as_json(found, view, now)
         said["remedies"] = remedies.told(found.remedies)
-        click.echo(json.dumps(said, ensure_ascii=False))
+        emit(**said)
     else:
         if not model.is_here:
             click.echo(f"{model.name} is not on this machine: planned with its published sizes.")
         plan_table.show(found, view, now)
         if found.remedies:
-            click.echo(remedies.told(found.remedies))
+            click.echo(in_options(remedies.told(found.remedies)))
     if found.winner is None:
         context.exit(4)
 

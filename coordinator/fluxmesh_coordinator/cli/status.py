@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import click
 
-EVERY = 1.0  # seconds between two looks with --watch
+from fluxmesh.deadlines import DEADLINES
+
 NO_MESH = "No mesh is up; `fluxmesh up` starts one."
 
 
@@ -23,18 +23,19 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
     from fluxmesh_coordinator.agents import mesh_file
     from fluxmesh_coordinator.agents.status import Survey, answering, survey
     from fluxmesh_coordinator.console import tables
+    from fluxmesh_coordinator.console.json_lines import emit
 
     mesh = mesh_file.load()
     if mesh is None:
         if as_json:
-            click.echo(json.dumps({"event": "status", "mesh": None, "hosts": [], "links": []}))
+            emit("status", mesh=None, hosts=[], links=[])
         else:
             click.echo(NO_MESH)
         return
 
     def tell(found: Survey) -> None:
         if as_json:
-            click.echo(json.dumps(tables.as_json(found), ensure_ascii=False))
+            emit(**tables.as_json(found))
         else:
             tables.show(found)
 
@@ -43,16 +44,17 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
         tell(found)
         answering(found)
         return
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console(highlight=False)
+    from fluxmesh_coordinator.console import terminal
+
+    console = terminal.output()
     if as_json or not console.is_terminal:
         while True:
             tell(found)
-            time.sleep(EVERY)
+            time.sleep(DEADLINES.watch)
             found = survey(mesh)
     with Live(tables.mesh_table(found), console=console, auto_refresh=False) as live:
         while True:
-            time.sleep(EVERY)
+            time.sleep(DEADLINES.watch)
             live.update(tables.mesh_table(survey(mesh)), refresh=True)

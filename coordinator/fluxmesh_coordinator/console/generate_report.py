@@ -6,7 +6,6 @@ People read notes and progress on stderr and the names of finished files on stdo
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import fields
@@ -37,6 +36,8 @@ from fluxmesh.events import (
     Step,
 )
 from fluxmesh.request import GenerateRequest
+from fluxmesh_coordinator.console.json_lines import emit
+from fluxmesh_coordinator.console.terminal import say
 
 PHASES = {"text": "text", "denoise": "generation", "decode": "decoding"}
 
@@ -116,7 +117,7 @@ class GenerateTerminalReporter:
         self.progress.stop()
 
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        say(self.console, text)
 
     def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
         self._bytes(f"Downloading {model}", done_bytes, total_bytes)
@@ -194,6 +195,8 @@ class GenerateTerminalReporter:
             ranks = ", ".join(map(str, event.hosts))
             hosts = f"host {ranks}" if len(event.hosts) == 1 else f"hosts {ranks}"
             self.note(f"Plan: {event.placement} on {hosts}, {event.seconds:.2f} s. {event.reason}")
+        if event.notice:
+            self.note(event.notice)
 
     def _loading(self, event: Loading) -> None:
         """One bar for all hosts that read the same."""
@@ -296,5 +299,4 @@ class GenerateJsonReporter:
         self._line("done", {"files": self.files})
 
     def _line(self, event: str, values: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps({"event": event, **values}) + "\n")
-        sys.stdout.flush()
+        emit(event, **values)

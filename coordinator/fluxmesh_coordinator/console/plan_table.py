@@ -18,8 +18,7 @@ HEADINGS = (
     *("", "placement", "hosts", "time", "loading", "cold", "a step", "last measured"),
     *("memory a host", "sends"),
 )
-LEFT = ("", "placement", "hosts")
-WIDTH = 160  # characters, where the output is no terminal
+LEFT = {"", "placement", "hosts"}
 # What a predicted step comes from: in a row, and where it decided.
 FIGURES: dict[Figure, tuple[str, str]] = {
     "step": ("", "a step at this size on these hosts"),
@@ -43,30 +42,26 @@ FIGURES: dict[Figure, tuple[str, str]] = {
 
 def show(found: Plan, view: MeshView, now: float) -> None:
     """Prints a plan on stdout."""
-    from rich.console import Console
-    from rich.table import Table
+    from fluxmesh_coordinator.console import terminal
 
     work = found.work
     kinds = sorted({host.kind for host in view.hosts})
     images = f"{work.images} image{'' if work.images == 1 else 's'}"
-    table = Table(
-        box=None,
-        pad_edge=False,
-        title_justify="left",
-        title=f"{images} of {work.height}x{work.width}, {work.steps} steps with "
-        f"{work.weights.model}, on {len(view.hosts)} x {', '.join(kinds)}",
+    table = terminal.table((*HEADINGS, ""), right=set(HEADINGS) - LEFT)
+    table.title_justify = "left"
+    table.title = (
+        f"{images} of {work.height}x{work.width}, {work.steps} steps with "
+        f"{work.weights.model}, on {len(view.hosts)} x {', '.join(kinds)}"
     )
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in LEFT else "right", no_wrap=True)
-    table.add_column("", overflow="fold")
+    for column in table.columns[:-1]:
+        column.no_wrap = True
     for option in found.options:
         table.add_row(*row(option, option is found.winner, now))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = terminal.output()
     console.print(table)
-    for line in (found.reason, *decided_by(found, now), *rings(found, view, now)):
-        console.print(line, soft_wrap=True, markup=False)
+    lines = (found.reason, found.notice, *decided_by(found, now), *rings(found, view, now))
+    for line in filter(None, lines):
+        terminal.say(console, line)
 
 
 def row(option: Option, wins: bool, now: float) -> list[str]:
@@ -145,6 +140,7 @@ def as_json(found: Plan, view: MeshView, now: float) -> dict[str, Any]:
         "winner": None if found.winner is None else found.options.index(found.winner),
         "warm": None if found.warm is None else found.options.index(found.warm),
         "reason": found.reason,
+        "notice": found.notice,
         "options": [
             {**asdict(option), "seconds": None if option.problem else option.seconds}
             for option in found.options

@@ -17,17 +17,13 @@ if TYPE_CHECKING:
 
 HEADINGS = ("host", "name", "device", "state", "model", "memory", "free", "step", "link", "queue")
 RIGHT = ("memory", "free", "step", "link")
-PLAIN_WIDTH = 160  # characters, where the output is no terminal
 
 
 def mesh_table(found: Survey) -> Table:
     """One row a host, in rank order; hosts that don't answer with the reason below."""
-    from rich.table import Table
+    from fluxmesh_coordinator.console import terminal
 
-    table = Table(box=None, pad_edge=False)
-    for heading in HEADINGS:
-        justify: Any = "right" if heading in RIGHT else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
+    table = terminal.table(HEADINGS, right=RIGHT)
     for host in found.record.hosts:
         table.add_row(*row(found, host))
     return table
@@ -107,14 +103,12 @@ def as_json(found: Survey) -> dict[str, Any]:
 
 def show(found: Survey) -> None:
     """Prints the mesh on stdout."""
-    from rich.console import Console
+    from fluxmesh_coordinator.console import terminal
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
+    console = terminal.output()
     console.print(mesh_table(found))
     for error in found.errors.values():
-        console.print(str(error), soft_wrap=True, markup=False)
+        terminal.say(console, str(error))
 
 
 def _seconds(seconds: float) -> str:

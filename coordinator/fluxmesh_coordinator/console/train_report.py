@@ -6,7 +6,6 @@ one JSON object a line on stdout.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +27,8 @@ from fluxmesh.training.events import (
 )
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.console.generate_report import progress_bar
+from fluxmesh_coordinator.console.json_lines import emit
+from fluxmesh_coordinator.console.terminal import say
 
 
 class TrainReporter(Protocol):
@@ -77,17 +78,13 @@ class TrainJsonReporter:
 
     def started(self, request: TrainRequest) -> None:
         values = {"dataset": request.dataset, "model": request.model, **request.identity()}
-        self._line({"event": "start", **values})
+        emit("start", **values)
 
     def event(self, event: TrainEvent | Loading | HostLost | Queued) -> None:
-        self._line(told(event))
+        emit(**told(event))
 
     def saved(self, path: Path) -> None:
-        self._line({"event": "saved", "path": str(path)})
-
-    def _line(self, values: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        emit("saved", path=str(path))
 
 
 class TrainTerminalReporter:
@@ -158,7 +155,7 @@ class TrainTerminalReporter:
             self._note(f"Going on after update {event.begins_at}.")
 
     def _note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        say(self.console, text)
 
     def _show(self, doing: str, done: int, total: int, unit: str) -> None:
         if doing != self.doing or self.task is None:

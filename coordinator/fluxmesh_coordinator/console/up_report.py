@@ -5,7 +5,6 @@ Twins of `generate_report.py` for a job. Both are `bringup.Watcher`s.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -14,6 +13,9 @@ from typing import Any, Self
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from fluxmesh_coordinator.console.json_lines import emit
+from fluxmesh_coordinator.console.terminal import say
 
 
 def watcher(*, as_json: bool, pull: bool) -> TerminalWatcher | JsonWatcher:
@@ -60,7 +62,7 @@ class TerminalWatcher:
         self.note(f"{text} ...")
 
     def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        say(self.console, text)
 
     def failed(self, rank: int, text: str) -> None:
         self.note(f"Left out: {text}")
@@ -108,30 +110,26 @@ class JsonWatcher:
         sys.stdout.flush()
 
     def stage(self, text: str) -> None:
-        self._line("stage", {"text": text})
+        emit("stage", text=text)
 
     def note(self, text: str) -> None:
-        self._line("note", {"text": text})
+        emit("note", text=text)
 
     def failed(self, rank: int, text: str) -> None:
-        self._line("left_out", {"host": rank, "reason": text})
+        emit("left_out", host=rank, reason=text)
 
     def progress(self, rank: int, what: str, done: int, total: int) -> None:
         values = {"host": rank, "what": what, "done_bytes": done, "total_bytes": total}
-        self._line("progress", values)
+        emit("progress", **values)
 
     def warmed(
         self, placement: str, ranks: Sequence[int], size: tuple[int, int], seconds: float
     ) -> None:
         values = {"placement": placement, "hosts": list(ranks), "height": size[0]}
-        self._line("warmed", {**values, "width": size[1], "seconds": round(seconds, 3)})
+        emit("warmed", **{**values, "width": size[1], "seconds": round(seconds, 3)})
 
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         return self.pull
 
     def ready(self, told: dict[str, Any] | None) -> None:
-        self._line("up", {key: value for key, value in (told or {}).items() if key != "event"})
-
-    def _line(self, event: str, values: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        emit("up", **{key: value for key, value in (told or {}).items() if key != "event"})

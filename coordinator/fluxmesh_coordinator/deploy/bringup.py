@@ -233,7 +233,7 @@ def leave_out(
         return
     told = " ".join(str(error) for error in errors.values())
     kinds = {type(error) for error in errors.values()}
-    go_on = " --allow-partial goes on without." if others else ""
+    go_on = " `allow_partial` goes on without." if others else ""
     # One reason is told by its own kind, which has an exit code of its own.
     raise (kinds.pop() if len(kinds) == 1 and not others else FluxmeshError)(f"{told}{go_on}")
 

@@ -7,30 +7,29 @@ can go wrong; here a host that fails is an error that names it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo, RingTiming
+from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.failures import error_of
-from fluxmesh_coordinator.jobs.host import START, HostState
+from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
-from fluxmesh_coordinator.jobs.types import LeasedHost
+from fluxmesh_coordinator.jobs.types import Job, LeasedHost
 
 # What ends a unit of work that is given out here.
 LAST = (
     *(messages.Loaded, messages.Timed, messages.RingTimed),
     *(messages.TextEncoded, messages.Warmed),
 )
-
-MEASURING = 60.0  # seconds without a sign from engines that measure their ring
 
 
 class Errand:
@@ -67,7 +66,7 @@ class Errand:
         """Takes its place in a ring. Raises as `do`."""
         await self.client.ask(join, messages.Done)
         self.ring_generation = join.ring_generation
-        while not isinstance(await self._report(START), messages.Joined):
+        while not isinstance(await self._report(DEADLINES.first_sign), messages.Joined):
             continue
 
     async def _report(self, silence: float) -> messages.Report:
@@ -87,16 +86,6 @@ class Errand:
             if isinstance(report, messages.Lost):
                 raise FluxmeshError(f"{self.client.title}: {report.reason}")
             return report
-
-
-class _Secret:
-    """What a ring proves itself with."""
-
-    def __init__(self) -> None:
-        self._random = secrets.token_bytes(32)
-
-    def nonce(self, ring_generation: int) -> bytes:
-        return hashlib.sha256(self._random + ring_generation.to_bytes(8, "big")).digest()
 
 
 async def form_ring(
@@ -134,11 +123,28 @@ async def form_ring(
             assert isinstance(message, messages.AskPorts)
             told = await errands[rank].client.ask(message, messages.Ports)
             orders += ring.answered(rank, message.ip, told.ports, states)
-    joins: Orders = ring.join(states, _Secret(), backend)
+    joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )
     return time.monotonic() - begun
+
+
+async def form_known_ring(
+    errands: Mapping[int, Errand],
+    hosts: Sequence[Host],
+    infos: Mapping[int, HostInfo],
+    backend: str,
+    known: Timings,
+) -> Timings:
+    """As `form_ring`; what is news of it: its collectives too, where nobody has timed them."""
+    seconds = await form_ring(errands, hosts, infos, backend)
+    timing = known.ring(backend, tuple(sorted(errands)))
+    if timing is None:
+        return Timings((await measure_ring(errands, backend, seconds),))
+    if not seconds:
+        return Timings()
+    return Timings((replace(timing, gathers=(), sums=(), forming_seconds=seconds),))
 
 
 async def measure_ring(
@@ -152,7 +158,7 @@ async def measure_ring(
 
     async def one(rank: int) -> None:
         work = messages.MeasureRing(*ring[rank].common[:3])
-        async for report in ring[rank].do(work, MEASURING):
+        async for report in ring[rank].do(work, DEADLINES.engine_sign):
             if isinstance(report, messages.RingTimed):
                 found[rank] = report
 
@@ -162,14 +168,3 @@ async def measure_ring(
     return RingTiming(
         backend, ranks, told.gathers, told.sums, told.hidden, forming_seconds, time.time()
     )
-
-
-async def together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All of it side by side; where one raises, the others are broken off first."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

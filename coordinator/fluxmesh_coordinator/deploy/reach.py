@@ -8,13 +8,14 @@ On other systems agents never say so, and there is nothing to find.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, LocalNetworkError
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh.wire.transport import local_network
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import remote
@@ -22,8 +23,6 @@ from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import run, user_keys
 from fluxmesh_coordinator.deploy.checks import Finding
-
-SECONDS = 10.0  # for one byte over one cable
 
 Denied = tuple[int, int, str, int]  # source and target by rank, the target's address and port
 
@@ -70,12 +69,12 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
             token = secrets.token_bytes(32)
             try:
                 listen = messages.ListenForLink(ip, token)
-                (port,) = (await clients[target].ask(listen, messages.Ports, SECONDS)).ports
+                (port,) = (await clients[target].ask(listen, messages.Ports, DEADLINES.cable)).ports
             except FluxmeshError:
                 return None
             try:
                 probe = messages.ProbeLink(ip, port, token, 1)
-                await clients[source].ask(probe, messages.LinkRate, SECONDS)
+                await clients[source].ask(probe, messages.LinkRate, DEADLINES.cable)
             except LocalNetworkError:
                 return source, target, ip, port
             except FluxmeshError:
@@ -86,12 +85,10 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
         pairs = {*zip(ranks, ranks[1:] + ranks[:1], strict=True)}
         pairs |= {(target, source) for source, target in pairs}
         hosts = mesh.hostfile.hosts
-        ended = await asyncio.gather(
-            *(
-                dial(source, target, ip)
-                for source, target in sorted(pairs)
-                if source != target
-                for ip in hosts[target].ips
-            )
+        ended = await together(
+            dial(source, target, ip)
+            for source, target in sorted(pairs)
+            if source != target
+            for ip in hosts[target].ips
         )
     return [one for one in ended if one is not None]

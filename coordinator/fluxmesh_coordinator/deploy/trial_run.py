@@ -11,24 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fluxmesh.cluster.snapshot import MeshView, Placement
+from fluxmesh.cluster.snapshot import MeshView, ModelVariant, Placement, StepShape, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
 from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Compiled
+from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.deploy.bringup import Watcher
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, together
-
-SILENCE = 60.0  # seconds without a sign from an engine, which beats each second
-FIRST_STEP = 600.0  # seconds that a step and a decode may take: kernels compile
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring
 
 Size = tuple[int, int]  # height, width
 
@@ -41,11 +39,9 @@ class Way:
     placement: Placement
     ranks: tuple[int, ...]
 
-    @property
-    def compiled(self) -> Compiled:
+    def shape(self, weights: ModelVariant) -> StepShape:
         """What an engine tells that has made a step in this way."""
-        hosts = 1 if self.placement == "data" else len(self.ranks)
-        return Compiled(self.placement, hosts, *self.size)
+        return StepShape.of(weights, self.placement, len(self.ranks), *self.size)
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,7 @@ class TrialRun:
     hosts: Sequence[int]
     shards: int  # in how many parts
     sizes: Sequence[Size]
+    learn: Callable[[Timings], None]  # hears what is measured of a ring that is new
     reader: int | None = None  # who has the text encoders in memory afterwards
     _errands: dict[int, Errand] = field(default_factory=dict)
 
@@ -143,20 +140,22 @@ class TrialRun:
                 f"{_title(way)} is not made ready: its ring has other members than the one for "
                 f"{'x'.join(map(str, self.sizes[0]))}."
             )
-        has_ring = not todo.ring or _is_ring(statuses, todo.ring)
+        new_ring = () if _is_ring(statuses, todo.ring) else todo.ring  # may end its engines
         reads = todo.reader is not None and (
             "text encoders" not in statuses[todo.reader].components
         )
-        cold = [way for way in todo.ways if not _is_ready(way, statuses, has_ring)]
+        cold = [
+            way
+            for way in todo.ways
+            if not (self._is_ready(way, statuses) and set(way.ranks).isdisjoint(new_ring))
+        ]
         ranks = {rank for way in cold for rank in way.ranks}
         if reads and todo.reader is not None:
             ranks.add(todo.reader)
         try:
             for rank in sorted(ranks):  # in rank order, so that no two can deadlock
                 self._errands[rank] = await self._lease(rank)
-            return await self._try(
-                cold, () if has_ring else todo.ring, todo.reader if reads else None
-            )
+            return await self._try(cold, new_ring, todo.reader if reads else None)
         finally:
             for errand in self._errands.values():
                 with contextlib.suppress(FluxmeshError):
@@ -166,7 +165,7 @@ class TrialRun:
         async def ask(rank: int) -> messages.Status:
             return await self.clients[rank].ask(messages.AskStatus(), messages.Status)
 
-        told = await asyncio.gather(*map(ask, self.clients))
+        told = await together(map(ask, self.clients))
         return dict(sorted(zip(self.clients, told, strict=True)))
 
     async def _lease(self, rank: int) -> Errand:
@@ -192,6 +191,8 @@ class TrialRun:
             if ring:
                 self.watcher.stage("Forming the ring")
                 await self._form(ring)
+                statuses = await self._statuses()
+                ways = [way for way in ways if not self._is_ready(way, statuses)]
         except HostUnreachableError:
             raise
         except FluxmeshError as error:
@@ -221,12 +222,20 @@ class TrialRun:
             self.watcher.warmed(way.placement, way.ranks, way.size, seconds)
         return True
 
+    def _is_ready(self, way: Way, statuses: Mapping[int, messages.Status]) -> bool:
+        """Whether every host of it has made such a step, in the ring that it is in."""
+        if way.placement != "data" and not _is_ring(statuses, way.ranks):
+            return False
+        shape = way.shape(self.work.weights)
+        return all(shape in statuses[rank].compiled for rank in way.ranks)
+
     async def _form(self, ring: tuple[int, ...]) -> None:
         infos = {
             host.rank: host for host in Survey(self.mesh, await self._statuses(), {}, {}).view.hosts
         }
         members = {rank: self._errands[rank] for rank in ring}
-        await form_ring(members, self.mesh.hostfile.hosts, infos, self.mesh.hostfile.backend)
+        hostfile, timings = self.mesh.hostfile, self.mesh.timings
+        self.learn(await form_known_ring(members, hostfile.hosts, infos, hostfile.backend, timings))
 
     async def _end_engines(self, ranks: Iterable[int]) -> None:
         """A survivor of a broken ring can hang."""
@@ -242,15 +251,15 @@ class TrialRun:
         """Raises what the engine failed with."""
         errand = self._errands[rank]
         try:
-            async with asyncio.timeout(FIRST_STEP):
-                async for report in errand.do(work, SILENCE):
+            async with asyncio.timeout(DEADLINES.tried_step):
+                async for report in errand.do(work, DEADLINES.engine_sign):
                     if isinstance(report, messages.LoadProgress):
                         told = (report.component, report.done_bytes, report.total_bytes)
                         self.watcher.progress(rank, *told)
         except TimeoutError:
             raise FluxmeshError(
-                f"{errand.client.title}: a first step is not done after {FIRST_STEP:.0f} s; look "
-                "at `fluxmesh logs`."
+                f"{errand.client.title}: a first step is not done after "
+                f"{DEADLINES.tried_step:.0f} s; look at `fluxmesh logs`."
             ) from None
 
 
@@ -261,6 +270,8 @@ def _title(way: Way) -> str:
 
 def _is_ring(statuses: Mapping[int, messages.Status], ranks: tuple[int, ...]) -> bool:
     """Whether the engines of these hosts are one ring already, in this order."""
+    if not ranks:
+        return False
     first = statuses[ranks[0]]
     return bool(first.ring) and all(
         (statuses[rank].ring, statuses[rank].ring_rank, statuses[rank].ring_size)
@@ -268,13 +279,6 @@ def _is_ring(statuses: Mapping[int, messages.Status], ranks: tuple[int, ...]) ->
         and statuses[rank].ring_generation == first.ring_generation
         for place, rank in enumerate(ranks)
     )
-
-
-def _is_ready(way: Way, statuses: Mapping[int, messages.Status], has_ring: bool) -> bool:
-    """Whether every host of it has made such a picture, in the ring that it is in."""
-    if way.placement != "data" and not has_ring:
-        return False
-    return all(way.compiled in statuses[rank].compiled for rank in way.ranks)
 
 
 def keeps(

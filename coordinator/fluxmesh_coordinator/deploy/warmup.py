@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, Placement, Timings
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import (
     DoesNotFitError,
     FluxmeshError,
@@ -30,22 +32,20 @@ from fluxmesh.planning.step_times import neighbours
 from fluxmesh.planning.workload import Workload, tensor_problem
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import together
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_ring, measure_ring, together
+from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring
 from fluxmesh_coordinator.deploy.trial_run import Size, TrialRun, keeps
 from fluxmesh_coordinator.jobs import remedies
 from fluxmesh_coordinator.jobs.model_check import remedy
 
 FAR = 8  # hosts; in a larger mesh only neighbours are measured
 PROBE = 16 << 20  # bytes that a link is measured with
-LINK = 60.0  # seconds that measuring a link may take: a slow one is a link too
-SILENCE = 60.0  # seconds without a byte, after which a load counts as hung
-MEASURING = 300.0  # seconds that timing a step may take: kernels compile
 COMPONENTS = ("transformer", "autoencoder")
 
 T = TypeVar("T")
@@ -125,9 +125,9 @@ class Warming:
 
     def run(self) -> MeshRecord:
         """The mesh, warm and on record. Raises `FluxmeshError` naming the host that failed."""
-        return run(user_keys(self.home), self._run)
+        return run(user_keys(self.home), self.run_with)
 
-    async def _run(self, dialer: Dialer) -> MeshRecord:
+    async def run_with(self, dialer: Dialer) -> MeshRecord:
         names = {host.rank: host.name for host in self.mesh.hosts}
         async with AsyncExitStack() as stack:
             members = {member.rank: member for member in self.mesh.members}
@@ -157,7 +157,14 @@ class Warming:
         for rings in (True, False):
             hosts, shards = self._place.ranks, self._place.shards
             trial = TrialRun(
-                self.mesh, self.work, self.watcher, self.clients, hosts, shards, self.sizes
+                mesh=self.mesh,
+                work=self.work,
+                watcher=self.watcher,
+                clients=self.clients,
+                hosts=hosts,
+                shards=shards,
+                sizes=self.sizes,
+                learn=self._learn,
             )
             try:
                 is_done = await trial.run(rings=rings)
@@ -172,6 +179,12 @@ class Warming:
             while not await self._fill():
                 continue
         return reader
+
+    def _learn(self, news: Timings) -> None:
+        """Puts what was measured of rings on the mesh's record."""
+        if news.rings:
+            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
+            mesh_file.save(self.mesh, self.home)
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
@@ -213,7 +226,7 @@ class Warming:
     async def _links(self) -> tuple[LinkInfo, ...]:
         found: list[LinkInfo] = []
         for each in pairs(list(self.clients)):
-            links = await asyncio.gather(*(self._link(*pair) for pair in each))
+            links = await together(self._link(*pair) for pair in each)
             found += [link for link in links if link is not None]
         for source in {*self.kept_out} - {link.source for link in found}:
             self.watcher.note(self.kept_out[source])
@@ -227,9 +240,11 @@ class Warming:
             token = secrets.token_bytes(32)
             try:
                 listen = messages.ListenForLink(ip, token)
-                ports = await self.clients[target].ask(listen, messages.Ports, LINK)
+                ports = await self.clients[target].ask(listen, messages.Ports, DEADLINES.link)
                 probe = messages.ProbeLink(ip, ports.ports[0], token, PROBE)
-                rates.append(await self.clients[source].ask(probe, messages.LinkRate, LINK))
+                rates.append(
+                    await self.clients[source].ask(probe, messages.LinkRate, DEADLINES.link)
+                )
             except HostUnreachableError:
                 raise
             except FluxmeshError as error:
@@ -256,16 +271,16 @@ class Warming:
                 granted = await self._lease(rank)
                 jobs[rank] = Errand(self.clients[rank], granted, self.work)
                 infos[rank] = host_info(rank, granted.status)
-            seconds = await form_ring(jobs, self.mesh.hostfile.hosts, infos, backend)
-            news = Timings((await measure_ring(jobs, backend, seconds),))
+            self._learn(
+                await form_known_ring(
+                    jobs, self.mesh.hostfile.hosts, infos, backend, self.mesh.timings
+                )
+            )
         except FluxmeshError as error:
             self.watcher.note(f"The ring could not be measured: {error}")
             for job in jobs.values():  # a survivor of a broken ring can hang
                 with contextlib.suppress(FluxmeshError):
                     await job.begin_anew()
-        else:
-            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
-            mesh_file.save(self.mesh, self.home)
         for job in jobs.values():
             with contextlib.suppress(FluxmeshError):
                 await job.client.ask(messages.LeaveQueue(), messages.Done)
@@ -299,8 +314,8 @@ class Warming:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await self._each(lambda rank: self._load(jobs[rank], place, rank), cold)
         if untimed and place.shards == 1 and set(leases) <= set(self.clients):
-            self.watcher.stage("Timing a step")
-            await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
+            with self._timing("data", untimed):
+                await self._each(lambda rank: self._time(jobs[rank], "data"), untimed)
         for rank in leases:  # of one that failed too, if it still hears
             with contextlib.suppress(HostUnreachableError):
                 await jobs[rank].client.ask(messages.LeaveQueue(), messages.Done)
@@ -344,7 +359,7 @@ class Warming:
         """Raises `WeightsError` where a host has other files under the model's name."""
         part = (place.shards, place.shard(rank), COMPONENTS)
         for is_last in (False, True):
-            async for report in job.do(messages.Load(*job.common, *part), SILENCE):
+            async for report in job.do(messages.Load(*job.common, *part), DEADLINES.engine_sign):
                 if isinstance(report, messages.LoadProgress):
                     what, done, total = report.component, report.done_bytes, report.total_bytes
                     self.watcher.progress(rank, what, done, total)
@@ -358,17 +373,27 @@ class Warming:
             f"{remedy(model)}"
         )
 
+    @contextlib.contextmanager
+    def _timing(self, placement: Placement, ranks: Sequence[int]) -> Iterator[None]:
+        """What is timed is ready from then on, which is told where anything is to be."""
+        self.watcher.stage("Timing a step")
+        start = time.monotonic()
+        yield
+        if self.sizes:
+            size = (self.work.height, self.work.width)
+            self.watcher.warmed(placement, ranks, size, time.monotonic() - start)
+
     async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
         measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
         try:
-            async with asyncio.timeout(MEASURING):
-                async for _ in job.do(measure, MEASURING):
+            async with asyncio.timeout(DEADLINES.timed_step):
+                async for _ in job.do(measure, DEADLINES.timed_step):
                     pass  # it beats until it is done
         except TimeoutError:
             raise HostUnreachableError(
-                f"{job.client.title}: a step is not done after {MEASURING:.0f} s; look at "
-                "`fluxmesh logs`."
+                f"{job.client.title}: a step is not done after {DEADLINES.timed_step:.0f} s; "
+                "look at `fluxmesh logs`."
             ) from None
 
     async def _time_together(
@@ -381,11 +406,15 @@ class Warming:
         ring = {rank: jobs[rank] for rank in place.ranks}
         infos = {host.rank: host for host in view.hosts}
         try:
-            await form_ring(ring, self.mesh.hostfile.hosts, infos, view.backend)
+            self._learn(
+                await form_known_ring(
+                    ring, self.mesh.hostfile.hosts, infos, view.backend, self.mesh.timings
+                )
+            )
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await together(self._load(ring[rank], place, rank) for rank in ring)
-            self.watcher.stage("Timing a step")
-            await together(self._time(ring[rank], "tensor") for rank in ring)
+            with self._timing("tensor", place.ranks):
+                await together(self._time(ring[rank], "tensor") for rank in ring)
         except FluxmeshError as error:
             self.watcher.note(f"A step of all hosts together could not be timed: {error}")
             for job in ring.values():  # a survivor of a broken ring can hang

@@ -55,15 +55,15 @@ def load_assumption(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--assume {path}: {error.strerror or error}.") from None
+        raise UsageError(f"`assume` {path}: {error.strerror or error}.") from None
     except ValueError as error:
-        raise UsageError(f"--assume {path}: it is not JSON ({error}).") from None
+        raise UsageError(f"`assume` {path}: it is not JSON ({error}).") from None
     if not isinstance(data, dict):
-        raise UsageError(f"--assume {path}: expected an object with {', '.join(REQUIRED)}.")
+        raise UsageError(f"`assume` {path}: expected an object with {', '.join(REQUIRED)}.")
     for key in (*data, *REQUIRED):
         if key not in KEYS or key not in data:
             what = "is missing" if key in KEYS else f"is no key; expected {', '.join(KEYS)}"
-            raise UsageError(f"--assume {path}: {key} {what}.")
+            raise UsageError(f"`assume` {path}: {key} {what}.")
     read = {
         "memory": hostfile_fields.memory,
         "kind": lambda value: value if isinstance(value, str) else None,
@@ -76,7 +76,7 @@ def load_assumption(path: Path) -> dict[str, Any]:
     checked = {key: read.get(key, _positive)(value) for key, value in data.items()}
     for key, value in checked.items():
         if value is None:
-            raise UsageError(f"--assume {path}: {key} can't be {json.dumps(data[key])[:60]}.")
+            raise UsageError(f"`assume` {path}: {key} can't be {json.dumps(data[key])[:60]}.")
     return {"kind": "assumed", "platform": "metal", "warm": True, **NUMBERS, **checked}
 
 

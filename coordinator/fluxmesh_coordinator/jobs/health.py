@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
+
 MAX_FAILURES = 2  # of one host, one soon after another; then it is left out
-APART = 300.0  # seconds after which a failure is forgiven
 ENOUGH = 20  # steps or micro-batches that a host has done since: it is forgiven too
 
 
@@ -25,7 +26,8 @@ class _Record:
 class HostHealth:
     """Of one job, by rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadlines: Deadlines = DEADLINES) -> None:
+        self._forgiven = deadlines.forgiven
         self._hosts: dict[int, _Record] = {}
 
     def takes(self, rank: int) -> bool:
@@ -39,7 +41,7 @@ class HostHealth:
     def failed(self, rank: int, now: float) -> None:
         """A host is to blame for a loss."""
         host = self._of(rank)
-        if now - host.last >= APART or host.done >= ENOUGH:
+        if now - host.last >= self._forgiven or host.done >= ENOUGH:
             host.failures = 0
         host.failures += 1
         host.last, host.done = now, 0

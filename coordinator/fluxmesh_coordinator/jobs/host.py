@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
@@ -44,18 +45,17 @@ from fluxmesh.wire.training_messages import (
 )
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
-SILENCE = 5.0  # seconds without a sign from work that ticks, or the least that a step may take
 SLACK = 4.0  # times what a step took before
-START = 60.0  # seconds until a new engine gives its first sign: it imports MLX, or joins a ring
-STALLED = 60.0  # seconds in which not one byte was loaded
-FIRST = 30.0  # seconds, at least, for an image's first step whose kernels are compiled
 # Seconds that work may take once its weights are read; per picture, and more for large ones.
-BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0, Join: START}
+BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0}
 BUDGETS |= {MeasureRing: 60.0}
 AREA = 1 << 20  # pixels, up to which a picture is not large
-KILLING = 10.0  # seconds that an agent may take to end its engine
 # Work that is no part of the line: it is done at once, and nothing is told of it.
 SILENT = (PutVector, PutFeatures, DropFeatures, MakeRoom)
+
+Readiness = Literal["new engine", "new shape", "loading", "warm"]
+"""For a first step: no kernel of the model is compiled; those of this step aren't; all are, and
+its weights come first; nothing is to be done before."""
 
 T = TypeVar("T", bound=Message)
 
@@ -71,7 +71,8 @@ class QueuedWork:
 class HostState:
     """One host, its engine, and what it was given."""
 
-    def __init__(self, leased: LeasedHost, now: float) -> None:
+    def __init__(self, leased: LeasedHost, now: float, deadlines: Deadlines = DEADLINES) -> None:
+        self.deadlines = deadlines
         self.entry: hostfile.Host = leased.host
         self.info: HostInfo = leased.info
         self.fence = leased.fence
@@ -136,10 +137,14 @@ class HostState:
         found = next((unit.since for unit in self.line if unit.message is message), None)
         return now if found is None else found
 
-    def is_warm(self, paint: Paint) -> bool:
-        """Whether its engine has made such a step before, in this job or an earlier one."""
-        held, shape = self.info.holds, StepShape(paint.placement, paint.height, paint.width)
-        return held is not None and held.weights == paint.weights and shape in self.info.warm
+    def readiness(self, paint: Paint) -> Readiness:
+        """How ready its engine is for the first step, by this job or earlier ones."""
+        held, weights = self.info.holds, paint.weights
+        if not self.info.has_kernels(weights):
+            return "new engine"
+        if self._kind(paint) not in self.info.compiled:
+            return "new shape"
+        return "warm" if held is not None and held.weights == weights else "loading"
 
     def heard(self, report: Report, now: float) -> None:
         """A sign from the engine."""
@@ -157,15 +162,16 @@ class HostState:
         begun = self.since(paint, now)
         took = now - max(self._moved, begun) if shape in self._shapes else seconds
         self._shapes.add(shape)
-        if not self.is_warm(paint):
-            self.info = replace(self.info, warm=(*self.info.warm, StepShape(*shape)))
+        if (kind := self._kind(paint)) not in self.info.compiled:
+            self.info = replace(self.info, compiled=(*self.info.compiled, kind))
         known = self._step_seconds.get(shape, 0.0) if reused else 0.0
         self._step_seconds[shape] = max(seconds, took, known)
         self._moved = now
 
     def step_deadline(self, paint: Paint) -> float:
         """Seconds in which a step that is not the first of its shape must come."""
-        return max(SILENCE, SLACK * self._step_seconds.get(_shape(paint), 0.0)) * self.patience
+        expected = self._step_seconds.get(_shape(paint), 0.0)
+        return max(self.deadlines.silence, SLACK * expected) * self.patience
 
     def expect(self, paint: Paint, seconds: float, *, measured: bool) -> None:
         """How long a step takes by what was measured, or was reckoned, until one is timed here."""
@@ -175,7 +181,7 @@ class HostState:
     def cancel_deadline(self) -> float:
         """Seconds in which it lets go of what it does: it hears of a cancel between two steps."""
         paints = [unit.message for unit in self.line if isinstance(unit.message, Paint)]
-        return max([SILENCE, *map(self.step_deadline, paints)])
+        return max([self.deadlines.silence, *map(self.step_deadline, paints)])
 
     def let_go(self) -> None:
         """The engine does nothing more of what it had in line."""
@@ -199,7 +205,7 @@ class HostState:
         self.line.clear()
         self.is_loaded = False
         self.ring = ("", 0, 1)
-        self.info = replace(self.info, warm=())
+        self.info = replace(self.info, compiled=())
         self._shapes.clear()
         self._is_new = True
         self._at = ""
@@ -214,7 +220,8 @@ class HostState:
     def overdue(self, now: float) -> str:
         """What did not happen in time, "" where all is well."""
         if self.killed is not None:
-            return "its agent does not end its engine" if now - self.killed > KILLING else ""
+            late = now - self.killed > self.deadlines.kill
+            return "its agent does not end its engine" if late else ""
         if not self.line:
             return ""
         unit = self.line[0]
@@ -227,22 +234,31 @@ class HostState:
         silent, limit = now - max(self._heard, unit.since), self._silence(unit) * patience
         if silent > limit:
             return f"it gave no sign for {silent:.0f} s while {what}"
-        if isinstance(message, Load) and now - max(self._read, unit.since) > STALLED * patience:
-            return f"not one byte was loaded for {STALLED * patience:.0f} s"
+        stalled = self.deadlines.load_moves * patience
+        if isinstance(message, Load) and now - max(self._read, unit.since) > stalled:
+            return f"not one byte was loaded for {stalled:.0f} s"
         budget = self._budget(message) * patience
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
         return f"{what} took more than {budget:.0f} s" if spent > budget else ""
 
+    def _kind(self, paint: Paint) -> StepShape:
+        """The kind of step that its engine makes of an image."""
+        hosts = self.ring[2]
+        return StepShape.of(paint.weights, paint.placement, hosts, paint.height, paint.width)
+
     def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""
-        return START if self._is_new or isinstance(unit.message, Join) else SILENCE
+        begins = self._is_new or isinstance(unit.message, Join)
+        return self.deadlines.first_sign if begins else self.deadlines.silence
 
     def _budget(self, message: Message) -> float:
         """Seconds that a unit may take, or its first step, while it ticks."""
         if isinstance(message, Paint) and self._at == WARM_STEP:
             shape = _shape(message)
             expected = self._step_seconds.get(shape, self._guesses.get(shape, 0.0))
-            return max(FIRST, SLACK * expected)
+            return max(self.deadlines.first_step, SLACK * expected)
+        if isinstance(message, Join):
+            return self.deadlines.first_sign
         return BUDGETS.get(type(message), math.inf) * _pictures(message)
 
 

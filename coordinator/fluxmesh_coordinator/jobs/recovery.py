@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Generic
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import HostLost
 from fluxmesh.wire import messages
@@ -31,9 +32,10 @@ class Recovery(Generic[H]):
         send: Sender,
         tell: Callable[[HostLost], None],
         end: Callable[[FluxmeshError], None],
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         self.state, self.send, self.tell, self.end = state, send, tell, end
-        self._health = HostHealth()
+        self._health = HostHealth(deadlines)
         self._reasons: dict[int, FluxmeshError] = {}  # why hosts take part no more
         self._attempts = 0
         self._calm = 0  # steps or micro-batches since somebody was overdue

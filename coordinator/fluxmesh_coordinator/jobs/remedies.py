@@ -28,11 +28,11 @@ def told(remedies: Sequence[Remedy]) -> str:
 def _options(remedy: Remedy) -> str:
     options = []
     if remedy.one_by_one:
-        options.append("neither --preload-models nor --decoding-batch-size")
+        options.append("neither `preload` nor `decoding_batch_size`")
     if remedy.bits is not None:
-        options.append(f"--quantize --bits {remedy.bits}")
+        options.append(f"`quantize` `bits` {remedy.bits}")
     if remedy.low_memory:
-        options.append("--low-memory")
+        options.append("`low_memory`")
     if remedy.side:
-        options.append(f"--image-size {remedy.side}x{remedy.side}")
+        options.append(f"`image_size` {remedy.side}x{remedy.side}")
     return " ".join(options)

@@ -9,21 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from fluxmesh.cluster.rendezvous import joining
 from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.types import Job
 
 Orders = list[tuple[int, Changing]]  # (rank in the mesh, what is sent there)
-
-
-class Secret(Protocol):
-    """A job that a ring works for."""
-
-    def nonce(self, ring_generation: int) -> bytes:
-        """What the ring of that generation gathers: nobody else can know it."""
 
 
 class Ring:
@@ -64,7 +57,7 @@ class Ring:
         ring.joined = set(ranks)
         return ring
 
-    def advance(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
+    def advance(self, hosts: Mapping[int, HostState], job: Job, backend: str) -> Orders:
         """What brings it one step nearer, if anything does now. Raises as `join`."""
         orders = [] if self.is_asked else self.ask(hosts, backend)
         if self.has_ports and not self.is_told:
@@ -99,7 +92,7 @@ class Ring:
             return [(rank, AskPorts(hosts[rank].fence, ip))]
         return []
 
-    def join(self, hosts: Mapping[int, HostState], job: Secret, backend: str) -> Orders:
+    def join(self, hosts: Mapping[int, HostState], job: Job, backend: str) -> Orders:
         """What each member is told. Raises `UsageError` where addresses don't match."""
         self.is_told = True
         entries = [hosts[rank].entry for rank in self.ranks]
@@ -112,7 +105,7 @@ class Ring:
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
             if host.ring[0] or backend in RESTARTING:  # the engine ends, and another one joins
-                host.info = replace(host.info, warm=())
+                host.info = replace(host.info, compiled=())
             host.ring_generation = self.ring_generation
             host.ring = (ring_name(nonce), place, len(self.ranks))
             join = Join(

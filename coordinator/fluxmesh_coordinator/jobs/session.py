@@ -14,8 +14,8 @@ from typing import Generic
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.training.events import TrainEvent
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs import failures
 from fluxmesh_coordinator.jobs.host import HostState
@@ -35,11 +35,11 @@ from fluxmesh_coordinator.jobs.types import (
     Links,
     Proposal,
     Reported,
-    Result,
     SendToAgent,
     Stop,
     TellUser,
     Tick,
+    Told,
 )
 
 
@@ -48,9 +48,9 @@ class JobSession(ABC, Generic[H]):
 
     grows = False  # whether hosts that answer late are wanted too, not just those it began with
 
-    def __init__(self, state: JobState[H]) -> None:
-        self.state = state
-        self.recovery: Recovery[H] = Recovery(state, self.send, self.tell, self.end)
+    def __init__(self, state: JobState[H], deadlines: Deadlines = DEADLINES) -> None:
+        self.state, self.deadlines = state, deadlines
+        self.recovery: Recovery[H] = Recovery(state, self.send, self.tell, self.end, deadlines)
         self.now = 0.0
         self._out: list[Instruction] = []
         self._error: FluxmeshError | None = None  # how it ends
@@ -145,7 +145,7 @@ class JobSession(ABC, Generic[H]):
         host.sent(message, self.now)
         self._out.append(SendToAgent(host.rank, message))
 
-    def tell(self, event: events.Event | TrainEvent | Result) -> None:
+    def tell(self, event: Told) -> None:
         self._out.append(TellUser(event))
 
     def instruct(self, instruction: Instruction) -> None:

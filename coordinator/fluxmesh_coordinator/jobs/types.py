@@ -18,7 +18,7 @@ from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, Timings
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.planning.remedies import Remedy
-from fluxmesh.training.events import TrainEvent
+from fluxmesh.training.events import Dealt, TrainEvent
 from fluxmesh.wire.messages import Changing, Message, Report
 
 
@@ -175,11 +175,16 @@ class SendToAgent:
     message: Changing
 
 
+Told = events.Event | TrainEvent | Result  # what a job tells the program that began it
+# What of it a training's user hears beside the events of the run itself.
+Heard = events.Loading | events.Queued | events.HostLost | Dealt
+
+
 @dataclass(frozen=True)
 class TellUser:
     """An event for the user."""
 
-    event: events.Event | TrainEvent | Result
+    event: Told
 
 
 @dataclass(frozen=True)

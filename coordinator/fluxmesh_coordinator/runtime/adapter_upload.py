@@ -33,7 +33,7 @@ def by_hash(adapters: Iterable[AdapterRef]) -> tuple[tuple[AdapterRef, ...], Fil
             sha256 = sha256_of(path)
         except OSError as error:
             raise AdapterError(
-                f"--adapter {adapter.path} can't be read: {error.strerror or error}."
+                f"`adapter` {adapter.path} can't be read: {error.strerror or error}."
             ) from error
         files[sha256] = (adapter.path, path)
         named.append(AdapterRef(sha256, adapter.scale))
@@ -69,7 +69,7 @@ async def send(
             for offset in range(0, total, PIECE):
                 piece = file.read(PIECE)
                 if not piece:
-                    raise AdapterError(f"--adapter {name} shrinks while it is read; try again.")
+                    raise AdapterError(f"`adapter` {name} shrinks while it is read; try again.")
                 data = np.frombuffer(piece, np.uint8)
                 await client.ask(PutFile(fence, sha256, offset, total, data), Done)
                 tell(offset + len(piece), total)

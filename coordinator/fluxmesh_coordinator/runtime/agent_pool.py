@@ -18,9 +18,11 @@ from typing import Self
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo, Timings
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.learning import dated, learned
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end, together
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
@@ -30,11 +32,6 @@ from fluxmesh_coordinator.runtime.clock import OwnClock
 
 log = logging.getLogger(__name__)
 
-OTHERS = 1.0  # seconds that the first host that answers waits for the others
-RETRY = (0.3, 5.0)  # seconds between two attempts: at first, and at most
-AGAIN = 3.0  # seconds that an agent that answered before may take to do so again
-TICK = 0.25  # seconds between two looks at the clock
-NOTE = 2.0  # seconds that an agent may take to hear what needs no answer
 RESTARTS = 3  # of one agent, in the life of a pool
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
@@ -50,9 +47,10 @@ class AgentPool:
         dialer: Dialer,
         restart: Restart | None = None,
         keep: Keep | None = None,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         """`keep` writes down what jobs measure, for other coordinators of the mesh."""
-        self.record = record
+        self.record, self.deadlines = record, deadlines
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
         self.links = Links(record.links, record.hostfile.backend, record.timings)
         self._keep = keep
@@ -65,7 +63,7 @@ class AgentPool:
         self._restarts: dict[int, int] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._clock = OwnClock()
+        self._clock = OwnClock(deadlines)
         self._ticking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -74,16 +72,14 @@ class AgentPool:
         for rank in self._members:
             self._tasks[rank] = asyncio.create_task(self._reach(rank))
         while len(self.clients) + len(self.reasons) < len(self._members):
-            if not await self.change(OTHERS if self.clients else None):
+            if not await self.change(self.deadlines.others if self.clients else None):
                 break
         return self
 
     async def __aexit__(self, *_error: object) -> None:
         tasks = [*self._tasks.values(), *([self._ticking] if self._ticking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(client.close() for client in self.clients.values()))
+        await end(*tasks)
+        await together(client.close() for client in self.clients.values())
         await self._dialer.close()
 
     async def change(self, seconds: float | None = None) -> bool:
@@ -137,7 +133,7 @@ class AgentPool:
                 self.lost(rank, client, str(error))
                 return None
 
-        found = await asyncio.gather(*map(one, self._members))
+        found = await together(map(one, self._members))
         return {rank: status for rank, status in zip(self._members, found, strict=True) if status}
 
     async def infos(self) -> dict[int, HostInfo]:
@@ -151,9 +147,9 @@ class AgentPool:
             client = self.clients.get(rank)
             if client is not None:
                 with contextlib.suppress(FluxmeshError):
-                    await client.ask(note, messages.Done, NOTE)
+                    await client.ask(note, messages.Done, self.deadlines.note)
 
-        await asyncio.gather(*(one(rank, note) for rank, note in notes.items()))
+        await together(one(rank, note) for rank, note in notes.items())
 
     def unreachable(self) -> HostUnreachableError:
         """Why no host answers, in a sentence."""
@@ -163,20 +159,22 @@ class AgentPool:
     async def _tick(self) -> None:
         """Several times a second, so that a standstill is noticed also between two jobs."""
         while True:
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(self.deadlines.tick)
             self._clock.tick()
 
     async def _reach(self, rank: int, old: AgentClient | None = None) -> None:
         """Until the member answers: connects, or has it started again."""
         if old is not None:
             await old.close()
-        pause, limit = RETRY
+        (pause, limit), again = self.deadlines.reconnect, self.deadlines.answer_again
         while True:
             member = self._members[rank]
-            client = AgentClient(self._dialer, member, self.hosts[rank].name, self._client)
+            client = AgentClient(
+                self._dialer, member, self.hosts[rank].name, self._client, self.deadlines
+            )
             hangs = False
             try:
-                async with asyncio.timeout(AGAIN if old is not None else None):
+                async with asyncio.timeout(again if old is not None else None):
                     await client.__aenter__()
                     if old is not None:
                         # To the agent we are the same: a lease that nobody here knows of any

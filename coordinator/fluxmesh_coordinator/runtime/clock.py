@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import time
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.machine.clock import RunningClock
-
-WAKING = 10.0  # seconds after a standstill, in which hosts may turn out to have given us up
 
 
 class OwnClock(RunningClock):
     """Knows for a while that it has just woken."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadlines: Deadlines = DEADLINES) -> None:
+        self._waking = deadlines.waking
         self._woke = -math.inf
         super().__init__()
 
@@ -26,4 +26,4 @@ class OwnClock(RunningClock):
 
     @property
     def has_just_woken(self) -> bool:
-        return time.monotonic() - self._woke < WAKING
+        return time.monotonic() - self._woke < self._waking

@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.types import Answered, Input, Reported
-
-ANSWER = 15.0  # seconds in which an agent answers whatever it is asked
 
 
 class HostLink:
@@ -41,9 +40,7 @@ class HostLink:
         self._outbox.put_nowait(message)
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     def _gone(self, reason: str) -> None:
         self._lost(self.rank, self.client, reason)
@@ -69,7 +66,9 @@ class HostLink:
                 self._inbox.put_nowait(Answered(self.rank, message, refused))
                 continue
             answer.add_done_callback(self._answerer(message))
-            asyncio.get_running_loop().call_later(ANSWER, self._must_be_there, answer)
+            asyncio.get_running_loop().call_later(
+                self.client.deadlines.order, self._must_be_there, answer
+            )
 
     def _answerer(
         self, message: messages.Changing
@@ -83,4 +82,5 @@ class HostLink:
 
     def _must_be_there(self, answer: asyncio.Future[messages.Message]) -> None:
         if not answer.done():
-            self._gone(f"{self.client.title}: its agent does not answer within {ANSWER:.0f} s.")
+            seconds = self.client.deadlines.order
+            self._gone(f"{self.client.title}: its agent does not answer within {seconds:.0f} s.")

@@ -22,6 +22,7 @@ from fluxmesh.errors import (
 from fluxmesh.events import Loading, Queued
 from fluxmesh.machine.awake import kept_awake
 from fluxmesh.wire import messages
+from fluxmesh.wire.tasks import end, together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs import remedies
@@ -42,16 +43,13 @@ from fluxmesh_coordinator.jobs.types import (
     Stop,
     TellUser,
     Tick,
+    Told,
 )
 from fluxmesh_coordinator.runtime import adapter_upload
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.clock import OwnClock
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.host_link import HostLink
-
-TICK = 0.25  # seconds
-LOOK = 1.0  # seconds between two looks at who is there
-RETURN = 15.0  # seconds in which a host that was lost may come back, if none else can do the work
 
 T = TypeVar("T")
 
@@ -64,7 +62,7 @@ class JobRunner:
         pool: AgentPool,
         session: JobSession[Any],
         files: adapter_upload.Files,
-        tell: Callable[[Any], None],
+        tell: Callable[[Told], None],
         failed_jobs: FailedJobs | None = None,
     ) -> None:
         """`failed_jobs` keeps what led to a failure, if anybody is to."""
@@ -79,7 +77,8 @@ class JobRunner:
         self._returning: asyncio.Task[None] | None = None
         self._was_lost = False
         self._lessons: list[Timings] = []  # what it measured
-        self._clock = OwnClock()
+        self.deadlines = pool.deadlines
+        self._clock = OwnClock(self.deadlines)
 
     async def run(self, wait: float | None = None) -> None:
         """To the end of the job, after those before it on this pool; raises how it failed.
@@ -154,13 +153,13 @@ class JobRunner:
 
     def _patience(self, infos: dict[int, HostInfo]) -> float:
         """How long a mesh that can't do the work may take to change, where nobody said."""
-        missing = self.pool.reasons
+        missing, seconds = self.pool.reasons, self.deadlines.comes_back
         if set(self.pool.clients) - set(infos):
-            return RETURN  # one came back while the others were asked
+            return seconds  # one came back while the others were asked
         if set(self.pool.hosts) - set(self.pool.clients) - set(missing):
-            return RETURN  # one has neither answered nor failed yet: its machine is busy
+            return seconds  # one has neither answered nor failed yet: its machine is busy
         if self._was_lost or any(self.pool.can_restart(rank) for rank in missing):
-            return RETURN if missing else 0.0
+            return seconds if missing else 0.0
         return 0.0
 
     async def _await_change(
@@ -178,7 +177,7 @@ class JobRunner:
             also = f" Hosts that do not answer: {', '.join(map(str, gone))}." if gone else ""
             helps = remedies.told(plan.remedies)
             raise DoesNotFitError(f"{plan.reason}{helps and f' {helps}'}{also}")
-        await self._unless_stopped(self.pool.change(min(left, LOOK)))
+        await self._unless_stopped(self.pool.change(min(left, self.deadlines.look)))
 
     async def _take(self, ranks: list[int], seconds: float) -> list[LeasedHost] | None:
         """The leases of these hosts, in rank order; None where one of them was lost meanwhile."""
@@ -239,14 +238,13 @@ class JobRunner:
     async def _release(self) -> None:
         """Gives back all leases, and places in line."""
         if self._returning is not None:
-            self._returning.cancel()
-            await asyncio.gather(self._returning, return_exceptions=True)
+            await end(self._returning)
             self._returning = None
         asked, self._asked = self._asked, {}
         self._leased = {}
         for rank in list(self._links):
             await self._links.pop(rank).close()
-        await asyncio.gather(*(self._leave(rank, client) for rank, client in asked.items()))
+        await together(self._leave(rank, client) for rank, client in asked.items())
 
     async def _leave(self, rank: int, client: AgentClient) -> None:
         try:
@@ -274,7 +272,7 @@ class JobRunner:
                     continue
                 self._leased[rank] = client
                 self._inbox.put_nowait(Back(self._open(rank, granted)))
-            await self.pool.change(LOOK)
+            await self.pool.change(self.deadlines.look)
 
     async def _let_go(self) -> None:
         """Gives back the leases of hosts that the job uses no more: others may."""
@@ -293,7 +291,7 @@ class JobRunner:
         end = self._handle(leased)
         while end is None:
             try:
-                async with asyncio.timeout(TICK):
+                async with asyncio.timeout(self.deadlines.tick):
                     event: Input = await self._inbox.get()
             except TimeoutError:
                 event = Tick()
@@ -303,7 +301,7 @@ class JobRunner:
                 if event.rank in self._links:
                     await self._links.pop(event.rank).close()
             end = self._handle(event)
-            if end is None and self._now - ticked >= TICK:
+            if end is None and self._now - ticked >= self.deadlines.tick:
                 ticked = self._now
                 end = self._handle(Tick())
         return end
@@ -346,14 +344,12 @@ class JobRunner:
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that waits for others. Raises `CancelledError` on a stop."""
-        task = asyncio.ensure_future(waiting)
-        stopped = asyncio.ensure_future(self.stop.wait())
+        task = asyncio.create_task(waiting)
+        stopped = asyncio.create_task(self.stop.wait())
         try:
             await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise CancelledError("Cancelled.")
         finally:
-            task.cancel()
-            stopped.cancel()
-            await asyncio.gather(task, stopped, return_exceptions=True)
+            await end(task, stopped)

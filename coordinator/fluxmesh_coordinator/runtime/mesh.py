@@ -18,9 +18,10 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from fluxmesh.cluster.snapshot import MeshView, Placement
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
@@ -39,6 +40,7 @@ from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
+from fluxmesh_coordinator.jobs.types import Heard, Told
 from fluxmesh_coordinator.runtime.adapter_upload import Files
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
@@ -61,12 +63,13 @@ class Mesh:
         keep: Keep | None = None,
         close: Callable[[], None] = lambda: None,
         keeps_warm: bool = True,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         """`connect` is the usual way in. `dialer` is called in the loop's thread; `restart`
         starts the agent of a rank again, `keep` writes down what jobs measure, `close` ends what
         was started for this mesh alone.
         """
-        self.record = record
+        self.record, self.deadlines = record, deadlines
         self.keeps_warm = keeps_warm  # whether weights serve others after this program
         self._close = close
         self._jobs: set[Running] = set()  # that run now
@@ -75,7 +78,7 @@ class Mesh:
         self._thread.start()
 
         async def begin() -> AgentPool:
-            return await AgentPool(record, dialer(), restart, keep).__aenter__()
+            return await AgentPool(record, dialer(), restart, keep, deadlines).__aenter__()
 
         try:
             self._pool: AgentPool = self._run(begin())
@@ -190,13 +193,13 @@ class Mesh:
     ) -> Generator[Event, None, None]:
         """`generate`, for a request that is resolved."""
         job = self._job(resolved, placement, force_shard, keep_warm)
-        running = self.start(GenerationSession(job), resolved.files, wait)
+        running = self.start(GenerationSession(job, self.deadlines), resolved.files, wait)
         plans: list[Planned] = []
         try:
             for event in running.events():
                 if isinstance(event, Planned):
                     plans.append(event)
-                yield event
+                yield cast(Event, event)  # a job that paints tells nothing else
         finally:
             running.stop()
         if self.keeps_warm:
@@ -204,7 +207,7 @@ class Mesh:
             self._leave_makeshift(plans)
 
     def train(
-        self, request: TrainRequest, tell: Callable[[Any], None] = lambda _: None
+        self, request: TrainRequest, tell: Callable[[Heard], None] = lambda _: None
     ) -> Generator[TrainEvent, None, None]:
         """Runs a training, or goes on with one, to the adapter in `output_dir`.
 
@@ -218,7 +221,7 @@ class Mesh:
 
     def start(self, session: JobSession[Any], files: Files, wait: float | None = None) -> Running:
         """Begins a job in the background."""
-        box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        box: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
 
         async def begin() -> JobRunner:
             return JobRunner(self._pool, session, files, box.put, FailedJobs())

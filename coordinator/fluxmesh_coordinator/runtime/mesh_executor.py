@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fluxmesh.errors import FluxmeshError
 from fluxmesh.events import Loading
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
+from fluxmesh.storage import bfloat16
 from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.data.encode_units import Crop, EncoderIdentity, Unit, Units
 from fluxmesh.training.data.feature_cache import FeatureCache, default_folder
@@ -30,10 +31,12 @@ from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.session import TrainingSession
 from fluxmesh_coordinator.jobs.training.tasks import TrainingJob, UnitEncoded, Wanted
+from fluxmesh_coordinator.jobs.types import Heard, Told
 from fluxmesh_coordinator.runtime.adapter_upload import Files
 from fluxmesh_coordinator.runtime.running import Running
 
-Tell = Callable[[Any], None]  # hears of `fluxmesh.events`, and of `Dealt`
+Tell = Callable[[Heard], None]
+A = TypeVar("A")
 
 
 class Hosts(Protocol):
@@ -99,9 +102,9 @@ class MeshExecutor:
             done = 0
             for event in self._events(tasks.EncodeTask(tuple(todo))):
                 if not isinstance(event, UnitEncoded):
-                    self.tell(event)
+                    self._tell(event)
                 else:
-                    kinds = {name: _stored(array) for name, array in event.arrays.items()}
+                    kinds = {name: (a, bfloat16.kind(a)) for name, a in event.arrays.items()}
                     self._cache.put(self._key(event.unit), kinds)
                     done += 1
                     yield Encoding(what, done, len(todo))
@@ -112,12 +115,12 @@ class MeshExecutor:
 
     def advance(self, update: int) -> UpdateResult:
         self._update = None  # until it is known
-        moved: UpdateResult = self._ask(tasks.AdvanceTask(update))
+        moved = self._ask(tasks.AdvanceTask(update))
         self._update = update + 1
         return moved
 
     def halt(self) -> UpdateResult | None:
-        halted: tasks.Halted = self._ask(tasks.HaltTask())
+        halted = self._ask(tasks.HaltTask())
         self._update = halted.update
         return halted.moved
 
@@ -126,12 +129,10 @@ class MeshExecutor:
         return self._update
 
     def validate(self) -> float:
-        loss: float = self._ask(tasks.ValidateTask())
-        return loss
+        return self._ask(tasks.ValidateTask())
 
     def paint(self) -> np.ndarray:
-        pixels: np.ndarray = self._ask(tasks.PaintTask())
-        return pixels
+        return self._ask(tasks.PaintTask())
 
     def vectors(self) -> Mapping[str, np.ndarray]:
         if self._given is None or self._given[0] != self._update:
@@ -141,30 +142,35 @@ class MeshExecutor:
 
     # Within
 
-    def _want(self, task: tasks.Task) -> int:
+    def _want(self, task: tasks.Task[Any]) -> int:
         self._number += 1
         self._running.feed(Wanted(self._number, task))
         return self._number
 
-    def _events(self, task: tasks.Task) -> Generator[object, None, object]:
+    def _events(self, task: tasks.Task[A]) -> Generator[Told, None, A]:
         """What is told until the task is done; returns what it gave."""
         number = self._want(task)
         for event in self._running.events():
             if isinstance(event, tasks.Answer):
                 if event.number == number:  # else of one that was broken off
-                    return event.value
+                    return cast(A, event.value)  # the session answers as the task says
             else:
                 yield event
         raise FluxmeshError("The training ended on its hosts before it was done.")
 
-    def _ask(self, task: tasks.Task) -> Any:
+    def _ask(self, task: tasks.Task[A]) -> A:
         events = self._events(task)
         while True:
             try:
                 event = next(events)
             except StopIteration as end:
-                return end.value
-            self.tell(event)
+                answer: A = end.value
+                return answer
+            self._tell(event)
+
+    def _tell(self, event: Told) -> None:
+        assert isinstance(event, Heard), event
+        self.tell(event)
 
     def _key(self, unit: Unit) -> str:
         return self._units.key(unit, self._reader)
@@ -175,7 +181,7 @@ class MeshExecutor:
         if found is None:
             path = self._cache.path(self._key(unit))
             raise FluxmeshError(
-                f"{path} is missing or damaged, although it was written; start again with --resume."
+                f"{path} is missing or damaged, although it was written; start again with `resume`."
             )
         return {name: array for name, (array, _) in found.items()}
 
@@ -203,11 +209,6 @@ def job_of(
         features=features,
         pixels=pixels,
     )
-
-
-def _stored(array: np.ndarray) -> tuple[np.ndarray, str]:
-    """As the cache takes it: bfloat16 travels as uint16."""
-    return array, "BF16" if array.dtype == np.uint16 else "F32"
 
 
 def _device(mesh: Hosts) -> str:

@@ -62,7 +62,7 @@ class ResolvedModel:
         try:
             return cls.of(hub.resolve(name, download=False))
         except ModelNotFoundError:
-            alias = name.lower().removeprefix("flux-")
+            alias = hub.alias_of(name)
             if alias not in hub.REPOS:
                 raise
             return cls(alias, alias, published(alias), is_here=False)

@@ -9,9 +9,8 @@ import asyncio
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
 
-from fluxmesh_coordinator.jobs.types import Input
+from fluxmesh_coordinator.jobs.types import Input, Told
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 
 
@@ -23,7 +22,7 @@ class Running:
         loop: asyncio.AbstractEventLoop,
         runner: JobRunner,
         done: Future[None],
-        box: queue.SimpleQueue[Any],
+        box: queue.SimpleQueue[Told | None],
     ) -> None:
         self._loop, self._runner, self._done, self._box = loop, runner, done, box
 
@@ -31,7 +30,7 @@ class Running:
         """Gives the job's session an input."""
         self._loop.call_soon_threadsafe(self._runner.feed, event)
 
-    def events(self) -> Iterator[Any]:
+    def events(self) -> Iterator[Told]:
         """What it tells, as it happens, to its end. Raises how it failed."""
         while (event := self._box.get()) is not None:
             yield event

@@ -1,57 +1,23 @@
-"""Which part of the transformer each of N hosts holds for `tensor`, and which tokens it has for
-`sequence`. Pure geometry, no mlx.
+"""Which part of the transformer each of N hosts holds for `tensor`. Pure geometry, no mlx.
 
 Heads and the MLPs' hidden columns are dealt out evenly (Shoeybi et al. 2019, "Megatron-LM",
 https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that a
 host computes whole heads; the linear out of it gives up columns, so that each host gets a part of
 a sum. The modulations, 27% of FLUX, give up rows too. `loading.py` reads a shard by these cuts,
 `slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py` runs it.
+
+Not `mlx.nn.layers.distributed`, which cuts linears of a model that is in memory whole, evenly, and
+asks the group for its place: a cut that is known as data is read from files without the rest,
+planned for before anything loads, and follows heads, fused layers and quantized groups where those
+end.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-
 from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.quantization import group_size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part `rank` of `size`; by default, the whole."""
-
-    rank: int = 0
-    size: int = 1
-
-
-def token_run(tokens: int, rank: int, ranks: int) -> tuple[int, int]:
-    """A rank's run of ceil(S / N) of S tokens under `sequence`; what lies beyond S is filling."""
-    count = -(-tokens // ranks)
-    return rank * count, (rank + 1) * count
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The part of one linear's weight [out, in] that a shard holds."""
-
-    axis: int  # 0: outputs. 1: inputs; the outputs are then parts of a sum over the hosts
-    spans: tuple[tuple[int, int], ...]  # from, to; in the order in which they are held
-    length: int  # of the whole axis
-
-    def spans_of(self, stored: int) -> tuple[tuple[int, int], ...]:
-        """The spans in an axis stored as `stored` numbers: a quantized row has fewer than columns.
-
-        Exact where the spans are whole quantization groups, which `check` sees to.
-        """
-        return tuple((a * stored // self.length, b * stored // self.length) for a, b in self.spans)
-
-    @property
-    def indices(self) -> np.ndarray:
-        """The places along the whole axis that are held, int64."""
-        return np.concatenate([np.arange(start, stop) for start, stop in self.spans])
+from fluxmesh.models.partition import Cut, Shard
 
 
 def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
@@ -112,5 +78,5 @@ def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
     fit = [n for n in range(1, config.num_heads + 1) if obstacle(config, n, quantized) is None]
     raise UsageError(
         f"The transformer can't be sharded over {size} hosts: {reason}; use "
-        f"{', '.join(map(str, fit))} of them, or --placement sequence."
+        f"{', '.join(map(str, fit))} of them, or `placement` sequence."
     )

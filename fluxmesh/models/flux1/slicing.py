@@ -12,10 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.models.flux1.layers import RMSNorm
-from fluxmesh.models.flux1.partition import Cut, Shard, check, cuts
+from fluxmesh.models.flux1.partition import check, cuts
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut, Shard
 
 
 def shard_of(flux: Flux, shard: Shard) -> Flux:

@@ -83,10 +83,6 @@ class ClipTokenizer:
         ids = [self.start_id, *self._ids(text)[: self.max_length - 2], self.end_id]
         return _padded(ids, self.max_length, self.pad_id) if pad else ids
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """One padded row a prompt."""
-        return [self.encode(text) for text in texts]
-
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(self._markers.split(text)):
@@ -174,10 +170,6 @@ class T5Tokenizer:
         """At most `max_length` ids, exactly as many with `pad`; the end token is always there."""
         ids = [*self._ids(text)[: self.max_length - 1], self.end_id]
         return _padded(ids, self.max_length, self.pad_id) if pad else ids
-
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """One padded row a prompt."""
-        return [self.encode(text) for text in texts]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []

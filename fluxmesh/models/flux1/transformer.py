@@ -30,8 +30,8 @@ from fluxmesh.models.flux1.layers import (
     rope_tables,
     timestep_embedding,
 )
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 
 Part = Literal["all", "modulation", "blocks"]
@@ -236,7 +236,7 @@ class Flux(nn.Module):
         if not self.config.guidance_embed:
             return vec
         if guidance is None:
-            raise UsageError("This model was distilled with guidance; give --guidance a number.")
+            raise UsageError("This model was distilled with guidance; give `guidance` a number.")
         return vec + self.guidance_in(timestep_embedding(guidance).astype(self.dtype))
 
     def _vector(self, y: mx.array) -> mx.array:

@@ -3,6 +3,10 @@
 Kingma & Ba 2015 (https://arxiv.org/abs/1412.6980) with bias correction; decoupled decay from
 Loshchilov & Hutter 2019 (https://arxiv.org/abs/1711.05101). All is float32, and a function of the
 state and the summed gradient: hosts that hold the same state and sum move to the same bytes.
+
+Not `mlx.optimizers`: those keep a tree of arrays that they change in place. Here the state is one
+value, a few flat vectors, so that it travels, is saved and is taken back by its bytes, and an
+update that is broken off has changed nothing.
 """
 
 from __future__ import annotations

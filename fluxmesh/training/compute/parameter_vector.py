@@ -37,7 +37,7 @@ def select(config: FluxConfig, blocks: int, targets: Sequence[str]) -> list[str]
             found.append(module)
     if not found:
         raise UsageError(
-            f"--lora-targets {', '.join(targets)} matches no linear of the last "
+            f"`lora_targets` {', '.join(targets)} matches no linear of the last "
             f"{every - first} blocks; name some, such as '*attn.qkv' or 'single_blocks.*'."
         )
     return sorted(found)

@@ -7,16 +7,17 @@ can share them; `features` then only reads. The autoencoder's answer is the post
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.models.numpy_bits import from_numpy, to_numpy
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
 from fluxmesh.sampling.img2img import to_model_range
+from fluxmesh.storage import bfloat16
 from fluxmesh.training.data.bucketing import Size
 from fluxmesh.training.data.dataset import Example
 from fluxmesh.training.data.encode_units import Caption, Crop, EncoderIdentity, Unit, Units
@@ -86,31 +87,25 @@ class DatasetEncoder:
         known = self._texts.get(caption, True)
         if known is None:
             found = self._read(Caption(caption))
-            known = Conditioning(_array(found["t5"]), _array(found["clip"]))
+            known = Conditioning(from_numpy(found["t5"][0]), from_numpy(found["clip"][0]))
             self._texts.put(caption, True, known)
         return known
 
     def latents(self, image: int, crop: int) -> mx.array:
         """A crop's latents, packed float32 [1, L, 4C]."""
-        return _array(self._read(Crop(image, crop))["latents"])
+        return from_numpy(self._read(Crop(image, crop))["latents"][0])
 
     def _read(self, unit: Unit) -> Arrays:
         found = self.cache.get(self.key(unit))
         if found is None:
             raise FluxmeshError(
                 f"{self.cache.path(self.key(unit))} is missing or damaged, although it was "
-                "written; start again with --resume."
+                "written; start again with `resume`."
             )
         return found
 
 
 def _stored(array: mx.array) -> tuple[np.ndarray, str]:
-    """An array with its dtype's name, bfloat16 as uint16 of the same bits; evaluates."""
-    if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)), "BF16"
-    return np.array(array.astype(mx.float32)), "F32"
-
-
-def _array(stored: tuple[np.ndarray, str]) -> Any:
-    values, kind = stored
-    return mx.array(values).view(mx.bfloat16) if kind == "BF16" else mx.array(values)
+    """An array as the cache takes it, with its dtype's name; evaluates."""
+    bits = to_numpy(array if array.dtype == mx.bfloat16 else array.astype(mx.float32))
+    return bits, bfloat16.kind(bits)

@@ -15,6 +15,7 @@ import zmq.asyncio
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.protocol import decode, encode
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport import local_network, sockets
 from fluxmesh.wire.transport.base import ConnectionClosed, NotAllowed
 from fluxmesh.wire.transport.mailbox import Mailbox
@@ -62,9 +63,7 @@ class DialledConnection:
 
     async def close(self) -> None:
         self._box.end(f"The connection to {self.label} is closed.")
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         sockets.close_watched(self._socket, self._monitor)
 
     async def _read(self) -> None:

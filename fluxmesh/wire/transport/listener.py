@@ -17,9 +17,11 @@ from typing import Self
 import zmq
 import zmq.asyncio
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.wire.messages import Message, Refused
 from fluxmesh.wire.protocol import Frame, ProtocolError, decode, encode
+from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport import sockets
 from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.gate import DOMAIN, Gate
@@ -28,7 +30,6 @@ from fluxmesh.wire.transport.mailbox import Mailbox
 log = logging.getLogger(__name__)
 
 _FULL = 1024  # messages that a peer sent and nobody received: it floods, and is put out
-_PATIENCE = 5.0  # seconds that a peer may leave its line full before it counts as gone
 _TOLD = sockets.REFUSALS[zmq.EVENT_HANDSHAKE_FAILED_AUTH]  # by the gate, with the key
 
 
@@ -50,7 +51,7 @@ class AcceptedConnection:
             if await self._listener.push(frames):
                 await asyncio.sleep(0)  # who sends in a loop lets others run, the end be noticed
                 return
-            if waited >= _PATIENCE:
+            if waited >= self._listener.deadlines.full_line:
                 await self._end(f"{self.label} does not read what it is sent.")
                 break
             await asyncio.sleep(0.05)
@@ -80,8 +81,10 @@ class AcceptedConnection:
 class CurveListener:
     """Listens with CURVE for those in an allowlist; make one with `await CurveListener.open`."""
 
-    def __init__(self, router: zmq.asyncio.Socket, gate: Gate, address: str) -> None:
-        self.address = address
+    def __init__(
+        self, router: zmq.asyncio.Socket, gate: Gate, address: str, deadlines: Deadlines
+    ) -> None:
+        self.address, self.deadlines = address, deadlines
         self._router = router
         self._gate = gate
         self._monitor = sockets.watch(router)
@@ -93,7 +96,9 @@ class CurveListener:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def open(cls, address: str, keys: Keys, allowlist: Allowlist) -> Self:
+    async def open(
+        cls, address: str, keys: Keys, allowlist: Allowlist, deadlines: Deadlines = DEADLINES
+    ) -> Self:
         """Listens at "host:port", no other address; port 0 takes a free one.
 
         Raises `ConnectionClosed` where the address is taken, or not this machine's.
@@ -102,7 +107,7 @@ class CurveListener:
         context = zmq.asyncio.Context()
         gate = Gate(context, allowlist)
         router = context.socket(zmq.ROUTER)
-        listener = cls(router, gate, address)
+        listener = cls(router, gate, address, deadlines)
         try:
             sockets.guard(router, host)
             router.setsockopt(zmq.CURVE_SERVER, 1)
@@ -134,15 +139,13 @@ class CurveListener:
     async def close(self) -> None:
         for connection in list(self._by_identity.values()):
             await connection.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         self._tasks = []
         self._arrived.put_nowait(None)
         if not self._router.closed:
             sockets.close_watched(self._router, self._monitor)
             await self._gate.close()
-            # Waits until what was sent last has left, LINGER_MS at most.
+            # Waits until what was sent last has left, `Deadlines.linger` at most.
             await asyncio.to_thread(self._router.context.term)
 
     async def push(self, frames: list[Frame]) -> bool:

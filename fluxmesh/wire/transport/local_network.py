@@ -13,6 +13,8 @@ import errno
 import platform
 import socket
 
+from fluxmesh.deadlines import DEADLINES
+
 REMEDY = (
     "allow its Python in System Settings > Privacy & Security > Local Network of that Mac, or keep "
     "open the ssh connection that starts its agent, or have launchd start it (docs/macos.md)"
@@ -21,7 +23,6 @@ SENTENCE = (
     "No route to host: macOS keeps this Python out of the local network, or no cable leads there; "
     f"look at the cable, and {REMEDY}"
 )
-SECONDS = 1.0  # a connection that macOS forbids fails at once
 
 
 def is_kept_out(error: OSError) -> bool:
@@ -50,7 +51,7 @@ def keeps_out(address: str, port: int) -> bool:
     if platform.system() != "Darwin":
         return False
     try:
-        socket.create_connection((address, port), timeout=SECONDS).close()
+        socket.create_connection((address, port), timeout=DEADLINES.port_answers).close()
     except OSError as error:
         return is_kept_out(error)
     return False

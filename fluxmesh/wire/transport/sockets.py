@@ -10,12 +10,9 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.wire import limits
 
-HEARTBEAT_MS = 1000  # a ping after so much silence
-SILENCE_MS = 5000  # a peer that answers none of them for so long is gone
-HANDSHAKE_MS = 5000  # a stranger who connects and does not prove a key is put out
-LINGER_MS = 1000  # how long what was sent last may take to leave when a side closes
 HIGH_WATER = 256  # messages in line to one peer
 
 GOODBYE = b""  # one empty frame: the other side closes; no message of the codec looks like it
@@ -47,15 +44,19 @@ class SocketEvent:
 
 def guard(sock: zmq.asyncio.Socket, host: str) -> None:
     """The options of every socket: limits, heartbeats, an end to waiting."""
-    sock.setsockopt(zmq.LINGER, LINGER_MS)
+    milliseconds = {
+        zmq.LINGER: DEADLINES.linger,
+        zmq.HEARTBEAT_IVL: DEADLINES.heartbeat,  # a ping after so much silence
+        zmq.HEARTBEAT_TIMEOUT: DEADLINES.silence - DEADLINES.heartbeat,
+        zmq.HEARTBEAT_TTL: DEADLINES.silence,
+        zmq.HANDSHAKE_IVL: DEADLINES.handshake,
+    }
+    for option, seconds in milliseconds.items():
+        sock.setsockopt(option, int(1000 * seconds))
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER)
     sock.setsockopt(zmq.RCVHWM, HIGH_WATER)
     # CURVE wraps a frame in some more bytes.
     sock.setsockopt(zmq.MAXMSGSIZE, limits.MAX_FRAME + 1024)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS - HEARTBEAT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TTL, SILENCE_MS)
-    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     sock.setsockopt(zmq.IPV6, int(":" in host))
 
 

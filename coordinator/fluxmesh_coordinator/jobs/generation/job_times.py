@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fluxmesh.cluster.snapshot import JobTiming, Placement, StepTiming, Timings
 from fluxmesh.planning.workload import Workload
 from fluxmesh.request import FilledRequest
+from fluxmesh_coordinator.jobs.host import Readiness
 
 Members = tuple[Placement, tuple[int, ...]]  # how, and by which ranks in the order of their ring
 
@@ -23,7 +24,7 @@ class _Image:
     """One image on its way, as the first rank of its ring paints it."""
 
     members: Members
-    is_warm: bool  # whether its painters had made such a step before
+    readiness: Readiness  # of its painters
     steps: list[float] = field(default_factory=list)  # seconds, as the engine told them
     painting: float = 0.0  # seconds from when it was first in line to its last step
 
@@ -33,7 +34,8 @@ class _Seen:
     """What images of one placement on the same hosts took."""
 
     steps: list[float] = field(default_factory=list)  # without first ones
-    firsts: list[float] = field(default_factory=list)  # seconds that a cold step took longer
+    kernels: list[float] = field(default_factory=list)  # seconds that a new engine's took longer
+    firsts: list[float] = field(default_factory=list)  # the same, of other engines
     gaps: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
 
@@ -58,9 +60,9 @@ class JobTimes:
         if self._begin is None:
             self._begun = None
 
-    def given(self, image: int, members: Members, now: float, *, is_warm: bool) -> None:
+    def given(self, image: int, members: Members, now: float, readiness: Readiness) -> None:
         """An image is given out from its first step on."""
-        self._images[image] = _Image(members, is_warm)
+        self._images[image] = _Image(members, readiness)
         if self._begin is None and self._begun is not None:
             self._begin = now - self._begun
 
@@ -78,10 +80,11 @@ class JobTimes:
         if known is None or len(known.steps) != self.work.steps:
             return
         seen, rest = self._seen.setdefault(known.members, _Seen()), known.steps[1:]
-        if not known.is_warm:
-            if rest:
-                seen.steps += rest
-                seen.firsts.append(max(0.0, known.steps[0] - statistics.median(rest)))
+        if known.readiness != "warm":
+            seen.steps += rest
+            if rest and known.readiness != "loading":
+                firsts = seen.kernels if known.readiness == "new engine" else seen.firsts
+                firsts.append(max(0.0, known.steps[0] - statistics.median(rest)))
             return
         seen.steps += rest or known.steps
         typical = statistics.median(rest or known.steps)
@@ -117,6 +120,7 @@ class JobTimes:
             decode_seconds=_typical(seen.decodes),
             placement=placement,
             hosts=len(ranks),
+            kernels_seconds=max(seen.kernels, default=None),
             first_seconds=max(seen.firsts, default=None),
         )
         return JobTiming(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 from fluxmesh.cluster.snapshot import RingTiming, Timings
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 from fluxmesh_coordinator.jobs.generation.state import GenerationState
-from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.host import HostState, Readiness
 
 NOTHING = Timings()
 
@@ -41,8 +42,9 @@ class Observer:
             if ring is None or not self._leads(host):
                 return
             ranks = ring.ranks
-        is_warm = all(self.state.hosts[rank].is_warm(message) for rank in ranks)
-        self._times.given(message.image, (message.placement, ranks), now, is_warm=is_warm)
+        found = {self.state.hosts[rank].readiness(message) for rank in ranks}
+        readiness = min(found, key=get_args(Readiness).index)  # of the one that is least ready
+        self._times.given(message.image, (message.placement, ranks), now, readiness)
 
     def prepares(self) -> None:
         """A host loads."""

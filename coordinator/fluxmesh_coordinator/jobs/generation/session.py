@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo, Timings
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.images import composite
 from fluxmesh.planning.plan import Plan
 from fluxmesh.wire import messages
@@ -30,8 +31,8 @@ class GenerationSession(JobSession[HostState]):
 
     state: GenerationState
 
-    def __init__(self, job: GenerationJob) -> None:
-        super().__init__(GenerationState(job))
+    def __init__(self, job: GenerationJob, deadlines: Deadlines = DEADLINES) -> None:
+        super().__init__(GenerationState(job), deadlines)
         self._dispatch = GenerationDispatch(self.state, self.send)
         self._observer = Observer(self.state)
         self._peaks: dict[str, int] = {}
@@ -43,7 +44,7 @@ class GenerationSession(JobSession[HostState]):
         self._observer.sent(host, message, self.now)
 
     def new_host(self, leased: LeasedHost) -> HostState:
-        return HostState(leased, self.now)
+        return HostState(leased, self.now, self.deadlines)
 
     def propose(self, hosts: Sequence[HostInfo]) -> Plan:
         return self.state.find(hosts)
@@ -108,7 +109,8 @@ class GenerationSession(JobSession[HostState]):
         if option is None:
             self.stuck(settled.reason)
         elif not self.state.images.is_complete:
-            self.tell(events.Planned(option.name, option.ranks, option.seconds, settled.reason))
+            told = (option.seconds, settled.reason, settled.notice)
+            self.tell(events.Planned(option.name, option.ranks, *told))
 
     def _encoded(self, host: HostState, report: messages.TextEncoded) -> None:
         host.done(messages.Encode, self.now)

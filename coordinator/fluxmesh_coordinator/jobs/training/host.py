@@ -12,19 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire import messages
 from fluxmesh.wire import training_messages as training
-from fluxmesh_coordinator.jobs.host import SILENCE, SLACK, HostState
+from fluxmesh_coordinator.jobs.host import SLACK, HostState
 from fluxmesh_coordinator.jobs.state import Sender
 from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainingJob, Vectors
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
 WINDOW = 16 << 20  # bytes on their way to a host that it has not answered yet
-PIECE = 1 << 20  # numbers of a vector in a message
 KEPT = 1 << 30  # bytes of features that a host keeps
 SMOOTH = 0.3  # of the running mean of a micro-batch's seconds
-FIRST = 300.0  # seconds in which a new ring's first micro-batch is done
-LEAST = 30.0  # seconds in which a later one is, at least
 LATE = 8.0  # times the longest that nothing was done before: then the ring hangs
 
 
@@ -34,6 +32,7 @@ class Pace:
 
     since: float = 0.0  # when something was done last
     longest: float | None = None  # seconds in which nothing was done, in this ring
+    deadlines: Deadlines = DEADLINES
 
     def begins(self, now: float) -> None:
         """An update does."""
@@ -51,7 +50,9 @@ class Pace:
     @property
     def limit(self) -> float:
         """Seconds in which something is done, if nothing hangs."""
-        return FIRST if self.longest is None else max(LEAST, LATE * self.longest)
+        if self.longest is None:
+            return self.deadlines.first_micro_batch
+        return max(self.deadlines.micro_batch, LATE * self.longest)
 
 
 class TrainingHost(HostState):
@@ -67,7 +68,7 @@ class TrainingHost(HostState):
         now: float,
     ) -> None:
         """`pace` is that of the ring that it is in, `send` puts a message on its way."""
-        super().__init__(leased, now)
+        super().__init__(leased, now, pace.deadlines)
         self.job, self.names, self.pace, self._send = job, names, pace, send
         self.is_open = False
         self.has_room = False  # it was told to make room for encoders
@@ -93,7 +94,7 @@ class TrainingHost(HostState):
 
     def cancel_deadline(self) -> float:
         """An update hears of a cancel between two micro-batches."""
-        return max(SILENCE, SLACK * (self.pace.longest or 0.0)) * self.patience
+        return max(self.deadlines.silence, SLACK * (self.pace.longest or 0.0)) * self.patience
 
     # Sending
 
@@ -155,7 +156,7 @@ class TrainingHost(HostState):
         """Hands it the run, at a state."""
         fence, job, ring_generation = self.fence, self.job.id, self.ring_generation
         for name, vector in vectors.items() if update else ():
-            for offset in range(0, len(vector), PIECE):
+            for offset, numbers in training.in_pieces(vector):
                 self.put(
                     training.PutVector(
                         fence=fence,
@@ -164,7 +165,7 @@ class TrainingHost(HostState):
                         vector=name,
                         offset=offset,
                         total=len(vector),
-                        numbers=vector[offset : offset + PIECE],
+                        numbers=numbers,
                     )
                 )
         self.put(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fluxmesh.cluster.snapshot import HostInfo
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire import messages
@@ -49,8 +50,9 @@ class TrainingSession(JobSession[TrainingHost]):
     state: TrainingState
     grows = True
 
-    def __init__(self, job: TrainingJob) -> None:
-        super().__init__(TrainingState(job))
+    def __init__(self, job: TrainingJob, deadlines: Deadlines = DEADLINES) -> None:
+        super().__init__(TrainingState(job), deadlines)
+        self.state.pace.deadlines = deadlines
         self.is_halting = False
         self._dispatch = TrainingDispatch(
             state=self.state,

@@ -29,7 +29,7 @@ class TrainingState(JobState[TrainingHost]):
     """One run's state."""
 
     job: TrainingJob
-    remedy = "Go on with --resume."
+    remedy = "Go on with `resume`."
 
     def __init__(self, job: TrainingJob) -> None:
         super().__init__(job, job.weights.model)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire.training_messages import PutFeatures
 from fluxmesh_coordinator.jobs.types import Asked, Job, Links, Result
 
+A = TypeVar("A")
 Vectors = Mapping[str, np.ndarray]
 Arrays = Mapping[str, np.ndarray]
 NUMBER_BYTES = 64  # that a trained number costs an engine: its state, the sums, an update of them
@@ -47,15 +48,19 @@ class TrainingJob(Job):
 # What a run asks for
 
 
+class Task(Generic[A]):
+    """Base of what a run asks for; `A` is what it is answered with."""
+
+
 @dataclass(frozen=True)
-class EncodeTask:
+class EncodeTask(Task[None]):
     """Every unit becomes an `UnitEncoded`, in any order."""
 
     units: tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
-class OpenTask:
+class OpenTask(Task[None]):
     """The hosts get ready, at a state that `update` updates have led to."""
 
     update: int
@@ -63,47 +68,35 @@ class OpenTask:
 
 
 @dataclass(frozen=True)
-class AdvanceTask:
+class AdvanceTask(Task[UpdateResult]):
     """Gives a `UpdateResult`."""
 
     update: int  # counted from 0
 
 
 @dataclass(frozen=True)
-class ValidateTask:
+class ValidateTask(Task[float]):
     """Gives the loss."""
 
 
 @dataclass(frozen=True)
-class PaintTask:
+class PaintTask(Task[np.ndarray]):
     """Gives the pixels."""
 
 
 @dataclass(frozen=True)
-class GiveTask:
+class GiveTask(Task[Vectors]):
     """Gives the state's vectors. What a host that dies later costs is counted from here."""
 
 
 @dataclass(frozen=True)
-class HaltTask:
+class HaltTask(Task["Halted"]):
     """Breaks off whatever runs. Gives a `Halted`."""
 
 
 @dataclass(frozen=True)
-class FinishTask:
+class FinishTask(Task[None]):
     """The end: hosts let go of the training."""
-
-
-Task = (
-    EncodeTask
-    | OpenTask
-    | AdvanceTask
-    | ValidateTask
-    | PaintTask
-    | GiveTask
-    | HaltTask
-    | FinishTask
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Wanted(Asked):
     """The run asks for something."""
 
     number: int  # of the task, so that an answer that comes late is known for one
-    task: Task
+    task: Task[Any]
 
     def with_arrays(self, change: Callable[[np.ndarray], np.ndarray]) -> Self:
         if not isinstance(self.task, OpenTask):
@@ -270,7 +263,7 @@ def choose(job: TrainingJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
         return Choice(
             None,
             f"Training {job.weights.model} needs {job.needed_bytes / 1e9:.1f} GB on a host, and "
-            f"none has more than {most / 1e9:.1f} GB free; try --quantize.",
+            f"none has more than {most / 1e9:.1f} GB free; try `quantize`.",
         )
     return Choice(Chosen(next(ring for ring in _rings(fitting) if _is_linked(ring, links))))
 

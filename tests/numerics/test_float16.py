@@ -21,17 +21,17 @@ from fluxmesh.kernels import ops
 from fluxmesh.models.flux1 import layers, transformer
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.partition import Shard
 from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import AdapterRef
 from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights import hub, loading
 from tests.checkpoints import AUTOENCODER, T5, make_checkpoint
-from tests.integration.test_worker import latents, painting
+from tests.numerics.test_worker import latents, painting
 from tests.parallel.cases import ODD, ParallelCase, noise_of, plan_of, random_flux
 
 LARGEST = 65504  # of float16

@@ -11,8 +11,8 @@ from fluxmesh.adapters.fuse import fuse_checkpoint
 from fluxmesh.training.local_executor import train
 from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
-from tests.integration.loading import resolved
 from tests.mac import Mac, mac, until
+from tests.numerics.loading import resolved
 from tests.trainings import asked, make_place
 
 

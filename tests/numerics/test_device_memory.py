@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.worker import Worker
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
@@ -22,7 +24,7 @@ from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure, Wor
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
-from tests.integration.test_worker import painting
+from tests.numerics.test_worker import painting
 
 PLATFORMS = ("metal", "cuda", "cpu")
 HEAD = (1, "job", 0)
@@ -149,12 +151,11 @@ def test_metals_cache_is_bounded_but_not_a_trainings(
 
 
 @pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[engine.Engine]:
+def idle(tmp_path: Path) -> Iterator[engine.Engine]:
     """An engine whose agent says nothing."""
     near, far = socket.socketpair()
     config = engine.Config(0, str(tmp_path), str(tmp_path), None, [], None)
-    monkeypatch.setattr(engine, "IDLE_SECONDS", 0.05)
-    yield engine.Engine(config, Channel(near))
+    yield engine.Engine(config, Channel(near), replace(DEADLINES, engine_idle=0.05))
     near.close()
     far.close()
 

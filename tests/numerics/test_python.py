@@ -178,7 +178,7 @@ def test_a_cache_skips_steps_only_where_it_is_asked_for(flux: FluxPipeline) -> N
     cached = paint(cache=0.7, n_images=2)
     assert not np.array_equal(plain, cached[:1])
     assert np.array_equal(cached[:1], paint(cache=0.7))  # image k shares no cache with another
-    with pytest.raises(UsageError, match="--cache is 2"):
+    with pytest.raises(UsageError, match="`cache` is 2"):
         paint(cache=2.0)
 
 
@@ -201,7 +201,7 @@ def test_odd_sizes_are_refused(flux: FluxPipeline, latent_size: tuple[int, int])
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"n_images": 0}, "n-images"), ({"num_steps": 0}, "steps"), ({"seed": -1}, "seed")],
+    [({"n_images": 0}, "n_images"), ({"num_steps": 0}, "steps"), ({"seed": -1}, "seed")],
 )
 def test_numbers_out_of_range_are_refused(
     flux: FluxPipeline, options: dict[str, int], told: str

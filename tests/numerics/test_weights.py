@@ -13,7 +13,7 @@ from fluxmesh.weights.reader import ComponentReader, tables
 from tests import checkpoints
 from tests.allocation import allocated
 from tests.checkpoints import make_checkpoint
-from tests.integration.loading import (
+from tests.numerics.loading import (
     FILES,
     LOADERS,
     assert_same,

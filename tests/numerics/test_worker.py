@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -12,16 +13,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.engine.worker import Worker, from_wire, to_wire
+from fluxmesh.engine.worker import STOPS, Worker, to_wire
 from fluxmesh.errors import DoesNotFitError, ModelNotFoundError, UsageError
+from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import (
-    Compiled,
     Decode,
     Encode,
     EncodeSource,
@@ -35,6 +36,10 @@ from tests.checkpoints import TRANSFORMER, make_checkpoint
 
 HEAD = (0, "job", 0)
 R = TypeVar("R", bound=Report)
+
+
+def shape(weights: ModelVariant, height: int, width: int) -> StepShape:
+    return StepShape.of(weights, "data", 1, height, width)
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +386,7 @@ def test_names_that_were_sent_are_not_those_that_are_opened(weights: ModelVarian
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_features_travel_without_a_rounding(dtype: mx.Dtype) -> None:
     x = mx.random.normal((1, 5, 7)).astype(dtype)
-    y = from_wire(to_wire(x))
+    y = from_numpy(to_wire(x))
     assert y.dtype == dtype
     assert mx.array_equal(x, y)
 
@@ -422,7 +427,7 @@ def test_a_trial_picture_loads_and_compiles_and_counts_as_nothing(
     assert isinstance(reports[-1], messages.Warmed) and reports[-1].seconds > 0
     assert not any(isinstance(r, messages.Stepped | messages.Pictured) for r in reports)
     assert worker.components == ("transformer", "autoencoder")
-    assert worker.compiled == (Compiled("data", 1, 32, 48),)
+    assert worker.compiled == (shape(weights, 32, 48),)
     counters = worker.counters
     assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
     assert counters.busy_seconds > 0
@@ -437,7 +442,7 @@ def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: ModelVaria
         if isinstance(report, messages.Stepped):
             latents = report.latents
     assert np.array_equal(alone, latents)
-    assert other.compiled == (Compiled("data", 1, 32, 48),)
+    assert other.compiled == (shape(weights, 32, 48),)
 
 
 def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant) -> None:
@@ -450,14 +455,73 @@ def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant)
     assert stopped.compiled == () and stopped.counters.steps == 0
 
 
-def test_what_was_compiled_is_of_the_weights_at_hand_and_the_latest_ones(
-    worker: Worker, weights: ModelVariant
+def test_a_measurement_that_is_told_to_stop_at_its_trial_tells_the_other_ranks(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who left by itself would leave them in the collectives of the steps that are timed."""
+    stops: list[bool] = []
+    agreed: list[int] = []
+
+    def agree(work: messages.Work, own: int) -> int:
+        agreed.append(own)
+        return own
+
+    def pause(phase: str) -> None:
+        if phase == "step" and halts == "decode":
+            stops.append(True)
+        if phase == "load" and halts == "load" and worker.components:
+            stops.append(True)
+
+    for halts in ("decode", "load"):
+        stops.clear()
+        worker = Worker(WorkerOptions(stopping=lambda: bool(stops), pause=pause))
+        monkeypatch.setattr(worker, "_agree", agree)
+        assert only(worker, Measure(*HEAD, weights, 32, 48), messages.Timed) == []
+        assert agreed[-1] == STOPS and stops, halts
+
+
+def test_what_was_compiled_stays_when_other_weights_come_and_the_latest_is_last(
+    worker: Worker, weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for side in (32, 48, 32):
         only(worker, Warm(*HEAD, weights, side, 32), messages.Warmed)
-    assert [way.height for way in worker.compiled] == [48, 32]
-    only(worker, Warm(*HEAD, replace(weights, dtype="bfloat16"), 16, 16), messages.Warmed)
-    assert worker.compiled == (Compiled("data", 1, 16, 16),)
+    assert worker.compiled == (shape(weights, 48, 32), shape(weights, 32, 32))
+    other = replace(weights, dtype="bfloat16")
+    monkeypatch.setattr("fluxmesh.engine.residency.COMPILED", 2)
+    only(worker, Warm(*HEAD, other, 16, 16), messages.Warmed)
+    assert worker.compiled == (shape(weights, 32, 32), shape(other, 16, 16))
+
+
+def test_a_first_step_is_timed_apart_for_a_new_engine_and_for_a_new_size(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a false clock: the next step takes `extra` seconds to compile, and any step one."""
+    clock, extra = [0.0], [0.0]
+
+    def pause(phase: str) -> None:
+        if phase == "step":
+            clock[0] += 1.0 + extra[0]
+            extra[0] = 0.0
+
+    monkeypatch.setattr(
+        "fluxmesh.engine.lookahead.time", SimpleNamespace(perf_counter=lambda: clock[0])
+    )
+    worker = Worker(WorkerOptions(pause=pause))
+
+    def measured(compiling: float, side: int, of: ModelVariant = weights) -> tuple[float, ...]:
+        extra[0] = compiling
+        (timed,) = only(worker, Measure(*HEAD, of, side, 32), messages.Timed)
+        found = timed.measured
+        return found.step_seconds, found.kernels_seconds, found.first_seconds
+
+    assert measured(19.0, 32) == (1.0, 19.0, None)
+    assert measured(0.0, 32) == (1.0, None, None)
+    assert measured(0.25, 48) == (1.0, None, 0.25)
+    assert measured(7.0, 48, replace(weights, dtype="bfloat16")) == (1.0, 7.0, None)
+    assert measured(0.0, 48) == (1.0, None, None)  # compiled before, whatever came between
+    assert measured(0.125, 64) == (1.0, None, 0.125)
+    counters = worker.counters
+    assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -491,7 +555,7 @@ def test_what_left_is_not_held_by_anything_else(weights: ModelVariant, low_memor
     [
         (
             "[metal::malloc] Unable to allocate 99 bytes.",
-            "decoding .*--low-memory",
+            "decoding .*`low_memory`",
             DoesNotFitError,
         ),
         ("something else", "something else", RuntimeError),

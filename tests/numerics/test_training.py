@@ -159,7 +159,7 @@ def test_a_resume_of_another_run_is_refused(place, tmp_path):
     run(asked(place, tmp_path))
     with pytest.raises(UsageError, match="lora_rank was 4 and is 8"):
         run(asked(place, tmp_path, resume=True, lora_rank=8))
-    with pytest.raises(OutputError, match="--resume"):
+    with pytest.raises(OutputError, match="`resume`"):
         run(asked(place, tmp_path))
 
 

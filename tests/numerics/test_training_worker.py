@@ -13,7 +13,6 @@ import pytest
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.training import worker as workers
 from fluxmesh.training.data.encode_units import Unit
 from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.worker import TrainingWorker
@@ -107,7 +106,7 @@ def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
 
 
 def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
-    monkeypatch.setattr(workers, "PIECE", 1000)
+    monkeypatch.setattr(training, "PIECE", 1000)
     first = TrainingEngine(job)
     first.open()
     *computed, moved = first.update(0)

@@ -10,7 +10,7 @@ from fluxmesh.errors import OutputError, UsageError, WeightsError
 from fluxmesh.weights import hub, loading
 from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.checkpoints import make_checkpoint
-from tests.integration.loading import (
+from tests.numerics.loading import (
     LOADERS,
     assert_same,
     parameters,

@@ -12,7 +12,7 @@ import pytest
 from fluxmesh.errors import WeightsError
 from fluxmesh.weights import hub, loading
 from tests.checkpoints import make_checkpoint
-from tests.integration.loading import (
+from tests.numerics.loading import (
     FILES,
     assert_refused,
     resolved,
