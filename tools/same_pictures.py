@@ -47,7 +47,8 @@ from tools.same_cases import INPUTS, MODEL, PICTURES, TRAINING, write_inputs
 HOSTS = 3
 PATIENCE = 600.0  # seconds for one command
 # Lines of `--json` whose values depend on the request alone; of the others the fields are compared.
-FIXED = ("note", "start", "saved", "done", "error", "hostlost", "prepared", "dealt")
+FIXED = ("note", "start", "saved", "done", "error", "prepared", "dealt")
+ACCIDENTS = ("hostlost", "queued")  # that a loaded machine alone can cause
 Json = dict[str, Any]
 
 
@@ -177,9 +178,7 @@ def timed(line: CommandLine, road: str, name: str, command: list[str], said: lis
     return {
         "exit": code,
         "problem": stderr if code else "",
-        "values": sorted(
-            json.dumps(each, sort_keys=True) for each in lines if each["event"] in FIXED
-        ),
+        "values": sorted(told_of(each) for each in lines if each["event"] in FIXED),
         "plans": [
             f"{each['placement']} on {', '.join(map(str, each['hosts']))}"
             for each in lines
@@ -190,6 +189,11 @@ def timed(line: CommandLine, road: str, name: str, command: list[str], said: lis
             for path in sorted(folder.rglob("*.png"))
         },
     }
+
+
+def told_of(line: Json) -> str:
+    """A line; files in order of their names, for hosts finish them in any."""
+    return json.dumps(line | ({"files": sorted(line["files"])} if "files" in line else {}))
 
 
 def picture_of(path: Path) -> Json:
@@ -221,6 +225,8 @@ def fields_of(lines: Iterable[Json]) -> dict[str, dict[str, list[str]]]:
     """By event, every field that any line had, with the types of its values."""
     shape: dict[str, dict[str, set[str]]] = {}
     for line in lines:
+        if line["event"] in ACCIDENTS:
+            continue
         fields = shape.setdefault(line["event"], {})
         for name, value in line.items():
             fields.setdefault(name, set()).add(type(value).__name__)
@@ -264,7 +270,7 @@ def set_apart(before: Json, now: Json) -> dict[str, tuple[list[str], list[str]]]
         for name in sorted(before[road].keys() & now[road].keys()):
             cases = before[road][name], now[road][name]
             plans = [case.pop("plans", []) for case in cases]
-            if len({tuple(map(kind_of, each)) for each in plans}) == 1:
+            if not all(plans) or len({tuple(map(kind_of, each)) for each in plans}) == 1:
                 continue
             for path in sorted(cases[0]["pictures"].keys() & cases[1]["pictures"].keys()):
                 apart[f"{road} / {path}"] = (plans[0], plans[1])

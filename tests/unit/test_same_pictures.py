@@ -82,7 +82,8 @@ def test_tensors_are_told_apart_by_name_and_bytes(tmp_path: Path) -> None:
 
 
 def test_fields_of_lines_are_names_and_types_without_values() -> None:
-    lines = [{"event": "step", "seconds": 0.1}, {"event": "step", "seconds": 2, "host": None}]
+    lost = {"event": "hostlost", "reason": "a step did not come within 5 s"}
+    lines = [lost, {"event": "step", "seconds": 0.1}, {"event": "step", "seconds": 2, "host": None}]
     assert fields_of(lines) == {
         "step": {"event": ["str"], "seconds": ["float", "int"], "host": ["NoneType"]}
     }

@@ -35,6 +35,7 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, learn, load, save
 from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -73,6 +74,7 @@ class Mesh:
         self.keeps_warm = keeps_warm  # whether weights serve others after this program
         self._close = close
         self._jobs: set[Running] = set()  # that run now
+        self._noted: dict[int, tuple[AgentClient, messages.NoteSize]] = {}  # told to ranks last
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
         self._thread.start()
@@ -290,15 +292,21 @@ class Mesh:
     def _note_size(self, job: GenerationJob) -> None:
         """Hosts that can make such a picture alone get ready for the next one, once they are idle.
 
-        By `data`: a ring that is up has made it already, or the plan has no use for one.
+        By `data`: a ring that is up has made it already, or the plan has no use for one. Who was
+        told of this size last is not asked again: a warm request pays for each message.
         """
-        work, view = Workload.of(job.request, job.sizes), self.view
+        work = Workload.of(job.request, job.sizes)
+        note = messages.NoteSize(work.weights, work.height, work.width)
+        clients = dict(self._pool.clients)
+        unaware = {k for k, client in clients.items() if self._noted.get(k) != (client, note)}
+        if len(clients) < 2 or not unaware or work.low_memory:
+            return
+        view = self.view
         memory = Memory(work, view)
         needed = [memory.needed("data", 1, 1)]
-        note = messages.NoteSize(work.weights, work.height, work.width)
-        fitting = [rank for rank in view.ranks if memory.needs((rank,), needed)[0].fits]
-        if len(view.ranks) > 1 and not work.low_memory:
-            self._run(self._pool.tell(dict.fromkeys(fitting, note)))
+        fitting = [k for k in view.ranks if k in unaware and memory.needs((k,), needed)[0].fits]
+        self._run(self._pool.tell(dict.fromkeys(fitting, note)))
+        self._noted |= {rank: (clients[rank], note) for rank in fitting}
 
     def _leave_makeshift(self, plans: Sequence[Planned]) -> None:
         """A ring that was made of what a loss had left is of no use to the job that comes next."""
