@@ -178,19 +178,37 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
 
     options = VARIANTS[case["what"]][1]
     weights = ModelVariant(case["folder"], bits=options.get("bits"))
-    head: Any = (0, "job", 0, weights)
+    common: Any = {"fence": 0, "job": "job", "ring_generation": 0, "weights": weights}
     low_memory = options.get("low_memory", False)
-    size = (sizes.height, sizes.width)
     config = sizes.transformer
     text = np.ones((1, sizes.text_tokens, config.context_in_dim), dtype=np.float32)
-    noise = initial_noise(7, *size)
+    noise = initial_noise(7, sizes.height, sizes.width)
     if rank == 0:
-        yield Encode(*head, PROMPT, True, False)
-    yield Load(*head, engines, rank, ("transformer",), low_memory)
-    paint = ("tensor", 0, *size, case["steps"], 0, 4.0, low_memory, False, 1.0)
+        yield Encode(**common, prompt=PROMPT, stay=False)
+    yield Load(
+        **common,
+        shards=engines,
+        shard=rank,
+        components=("transformer",),
+        low_memory=low_memory,
+    )
+    common |= {"height": sizes.height, "width": sizes.width}
     vector = np.ones((1, config.vec_in_dim), dtype=np.float32)
-    yield Paint(*head, *paint, None, noise, text, vector)
-    yield Decode(*head, (0,), *size, noise)
+    yield Paint(
+        **common,
+        placement="tensor",
+        image=0,
+        steps=case["steps"],
+        first=0,
+        guidance=4.0,
+        low_memory=low_memory,
+        preview=False,
+        strength=1.0,
+        latents=None,
+        noise=noise,
+        features={"t5": text, "clip": vector},
+    )
+    yield Decode(**common, images=(0,), latents=noise)
 
 
 # What is printed

@@ -237,12 +237,27 @@ def _planned_step(result: Result, one: float) -> float:
     request = GenerateRequest(
         "a cat", 0, model="m", height=side, width=side, dtype=dtype, bits=bits
     )
-    timed = StepTiming("m", side, side, dtype, bits, one)
+    timed = StepTiming(model="m", height=side, width=side, dtype=dtype, bits=bits, step_seconds=one)
     room = 1 << 50  # memory is not the question here
     ranks = range(result["engines"])
-    hosts = [HostInfo(rank, f"gpu{rank}", "", room, room, 1e12, 1e9, (timed,)) for rank in ranks]
+    hosts = [
+        HostInfo(
+            rank=rank,
+            name=f"gpu{rank}",
+            kind="",
+            memory_bytes=room,
+            free_bytes=room,
+            flops_per_second=1e12,
+            load_rate=1e9,
+            measured=(timed,),
+        )
+        for rank in ranks
+    ]
     links = [
-        LinkInfo(a, b, result["rate"], result["latency"]) for a in ranks for b in ranks if a != b
+        LinkInfo(source=a, target=b, rate=result["rate"], latency=result["latency"])
+        for a in ranks
+        for b in ranks
+        if a != b
     ]
     view = MeshView(tuple(hosts), tuple(links), result["backend"])
     option = Candidates(Workload.of(request, model), view).ring(result["what"], tuple(ranks), (0,))

@@ -8,7 +8,8 @@
 For each size and number of images, every placement is asked for, and the time from the request to
 its last picture is laid beside what `plan` said just before: "unseen" is what it said when no such
 request had been made on this mesh, "predicted" after one had. Each request has a prompt of its own,
-which is read. Then, for each size and number, what `generate` would choose by itself, and whether
+which is read. "first" is the very first of its way at a size, where kernels compile and hosts load.
+Then, for each size and number, what `generate` would choose by itself, and whether
 that was the fastest; ways within 5% of each other are a tie.
 
 All kinds of requests take turns, `--rounds` times; of each the median counts. Where the hosts are
@@ -54,7 +55,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="else the one that is loaded")
-    parser.add_argument("--sizes", nargs="+", default=["512x512", "1024x1024"], type=size)
+    parser.add_argument("--sizes", nargs="+", default=[(512, 512), (1024, 1024)], type=size)
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--steps", type=int, help="else the model's own number")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=PLACEMENTS)
@@ -202,6 +203,20 @@ class Session:
         busy = others.end() / (os.cpu_count() or 1) if self._is_here else 0.0
         return {**found, "others": busy}
 
+    def first(self, common: dict[str, Any], images: int, placement: Any) -> Result:
+        """As `paint`, of a way that was not taken at this size: what was it expected to take?"""
+        option = self.plan(common, images, placement)
+        assert option is not None
+        more = {"cold": option.cold_seconds, "load": option.load_seconds, **common}
+        took = self.paint(common, images, placement)["measured"]
+        return {
+            "first": placement,
+            "images": images,
+            "predicted": option.seconds,
+            "took": took,
+            **more,
+        }
+
     @property
     def _is_here(self) -> bool:
         addresses = [member.address for member in self.mesh.record.members]
@@ -238,8 +253,10 @@ def measure(mesh: Mesh, options: argparse.Namespace) -> list[Result]:
                     cases.append(Case(common, images, placement, option.seconds, option))
         for placement in dict.fromkeys(case.placement for case in cases):
             # Kernels compile, rings form, all hosts load; then it is seen how long the rest takes.
-            for images in (2 * hosts if placement == "data" else 2, 1):
-                session.paint(common, images, placement)
+            first = session.first(common, 2 * hosts if placement == "data" else 2, placement)
+            results.append(first)
+            say(line_of(first))
+            session.paint(common, 1, placement)
         chosen: dict[int, Option] = {}
         for number in range(options.rounds * (1 + MORE)):
             is_late = time.monotonic() - start > 60 * options.minutes

@@ -21,6 +21,10 @@ COLD = 0.05  # seconds beside the warm request, which loading and forming a ring
 def line_of(result: Result) -> str:
     """One result as it comes."""
     where = f"{_size(result)}, {_images(result)}"
+    if "first" in result:
+        predicted, took = result["predicted"], result["took"]
+        first = f"{where}, the first by {result['first']}"
+        return f"{first}: {predicted:.3f} s predicted, {took:.3f} taken"
     hosts = len(result["hosts"])
     if "chosen" in result:
         return f"{where}: {result['chosen']} on {hosts} is chosen"

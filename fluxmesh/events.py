@@ -31,7 +31,7 @@ class Queued:
     host: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planned:
     """How the job, or what is left of it, will be done."""
 
@@ -60,7 +60,7 @@ class Encoded:
     cached: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One denoising step of one image is done, and evaluated."""
 
@@ -74,7 +74,7 @@ class Step:
     reused: bool = False  # approximated from an earlier step, because the request allowed it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """One finished image."""
 

@@ -234,3 +234,8 @@ def _grow(side: int, before: int, after: int) -> tuple[int, int]:
     """Margins that bring `before + side + after` to a multiple of 16."""
     missing = -(before + side + after) % MULTIPLE
     return (before + missing, after) if before > after else (before, after + missing)
+
+
+def to_model_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] to float32 [1, H, W, 3] in [-1, 1], what the autoencoder encodes."""
+    return 2.0 * (pixels[None].astype(np.float32) / 255.0) - 1.0

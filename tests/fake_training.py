@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 
 SIZE = 100  # numbers that are trained
 
@@ -37,7 +37,9 @@ class FakeTraining:
                 if unit.update:  # the state says how old it is: see `GiveVectors`
                     assert self.vectors["weights"][0] == unit.update
                 self.update = unit.update
-                yield training.Opened(job, ring_generation, SIZE, content)
+                yield training.Opened(
+                    job=job, ring_generation=ring_generation, trained=SIZE, content=content
+                )
             case training.PutFeatures():
                 self.features.add(unit.name)
             case training.DropFeatures():
@@ -45,7 +47,9 @@ class FakeTraining:
             case training.Update():
                 assert unit.update == self.update
                 for number in unit.numbers:
-                    yield training.Computed(job, ring_generation, number, 0.5)
+                    yield training.Computed(
+                        job=job, ring_generation=ring_generation, number=number, seconds=0.5
+                    )
                 self.update += 1
                 yield training.UpdateDone(
                     job=job,
@@ -73,8 +77,10 @@ class FakeTraining:
                         numbers=np.full(SIZE, self.update, np.float32),
                     )
             case training.Validate():
-                yield training.HeldOut(job, ring_generation, 0.5)
+                yield training.HeldOut(job=job, ring_generation=ring_generation, loss=0.5)
             case training.PaintProgress():
-                yield training.ProgressPainted(job, ring_generation, np.zeros((8, 8, 3), np.uint8))
+                yield training.ProgressPainted(
+                    job=job, ring_generation=ring_generation, pixels=np.zeros((8, 8, 3), np.uint8)
+                )
             case training.CloseTraining():
-                yield training.Closed(job, ring_generation)
+                yield training.Closed(job=job, ring_generation=ring_generation)

@@ -32,7 +32,9 @@ from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from tests.fake_training import FakeTraining
 
 GB = 10**9
-_TEXT = ((1, 4, 8), (1, 8))  # shapes of a prompt's features, which hold its length
+# Shapes of a prompt's features, which hold its length: no real model's, for nobody but an engine
+# knows what they are.
+FEATURES = {"words": (1, 4, 8), "mood": (1, 8), "pose": (2, 3, 3, 2)}
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # of nobody: the in-process transport asks none
 
 
@@ -92,53 +94,116 @@ class FakeEngine:
         self.ring_step_seconds = 0.1  # that it tells of a step with others
         self.kernels_seconds = self.shape_seconds = 0.0  # that its first steps take longer
 
-    def work(self, unit: messages.Work | messages.Join) -> Iterator[messages.Report]:
+    def work(self, unit: messages.EngineUnit) -> Iterator[messages.Report]:
         """Its reports, one a `next`."""
         match unit:
             case messages.Join():
                 self.rank, self.size = unit.rank, unit.size
-                yield messages.Joined(unit.ring_generation, unit.rank)
+                yield messages.Joined(ring_generation=unit.ring_generation, rank=unit.rank)
             case messages.Load():
                 for component in unit.components:
-                    yield messages.LoadProgress(unit.job, unit.ring_generation, component, 0, 8)
-                    yield messages.LoadProgress(unit.job, unit.ring_generation, component, 8, 8)
+                    yield messages.LoadProgress(
+                        job=unit.job,
+                        ring_generation=unit.ring_generation,
+                        component=component,
+                        done_bytes=0,
+                        total_bytes=8,
+                    )
+                    yield messages.LoadProgress(
+                        job=unit.job,
+                        ring_generation=unit.ring_generation,
+                        component=component,
+                        done_bytes=8,
+                        total_bytes=8,
+                    )
                     self._has(component)
-                self.holding = Holding(unit.weights, GB, unit.shards, unit.shard, self.content)
-                yield messages.Loaded(unit.job, unit.ring_generation, self.holding, 0.1)
+                self.holding = Holding(
+                    weights=unit.weights,
+                    nbytes=GB,
+                    shards=unit.shards,
+                    shard=unit.shard,
+                    content=self.content,
+                )
+                yield messages.Loaded(
+                    job=unit.job,
+                    ring_generation=unit.ring_generation,
+                    holding=self.holding,
+                    seconds=0.1,
+                )
             case messages.Encode():
                 self._count(encodes=1)
                 self._has("text encoders")
-                t5, clip = (np.full(size, len(unit.prompt), np.uint16) for size in _TEXT)
+                features = {
+                    name: np.full(shape, len(unit.prompt), np.uint16)
+                    for name, shape in FEATURES.items()
+                }
                 yield messages.TextEncoded(
-                    unit.job, unit.ring_generation, 0.1, False, 3, self.content, t5, clip
+                    job=unit.job,
+                    ring_generation=unit.ring_generation,
+                    seconds=0.1,
+                    cached=False,
+                    peak_bytes=3,
+                    content=self.content,
+                    features=features,
                 )
             case messages.EncodeSource():
                 yield messages.SourceEncoded(
-                    unit.job, unit.ring_generation, np.zeros((1, 4, 16), np.float32)
+                    job=unit.job,
+                    ring_generation=unit.ring_generation,
+                    latents=np.zeros((1, 4, 16), np.float32),
                 )
             case messages.Paint():
                 yield from self._paint(unit)
             case messages.Measure():
-                how = (unit.weights.model, unit.height, unit.width)
-                ring = (unit.placement, 1 if unit.placement == "data" else self.size)
-                timed = StepTiming(*how, unit.weights.dtype, unit.weights.bits, 0.1, 0.1, *ring)
+                timed = StepTiming(
+                    model=unit.weights.model,
+                    height=unit.height,
+                    width=unit.width,
+                    dtype=unit.weights.dtype,
+                    bits=unit.weights.bits,
+                    step_seconds=0.1,
+                    decode_seconds=0.1,
+                    placement=unit.placement,
+                    hosts=1 if unit.placement == "data" else self.size,
+                )
                 self._has_made(unit)
-                yield messages.Timed(unit.job, unit.ring_generation, timed)
+                yield messages.Timed(
+                    job=unit.job, ring_generation=unit.ring_generation, measured=timed
+                )
             case messages.Warm():
                 self._has_made(unit)
-                self.holding = self.holding or Holding(unit.weights, GB, content=self.content)
-                yield messages.Beat(unit.job, unit.ring_generation, "first step")
-                yield messages.Warmed(unit.job, unit.ring_generation, 0.1)
+                self.holding = self.holding or Holding(
+                    weights=unit.weights, nbytes=GB, content=self.content
+                )
+                yield messages.Beat(
+                    job=unit.job, ring_generation=unit.ring_generation, doing="first step"
+                )
+                yield messages.Warmed(
+                    job=unit.job, ring_generation=unit.ring_generation, seconds=0.1
+                )
             case messages.MeasureRing():
                 rate = self.collective_rate
                 table = tuple(CollectiveTime(4 << k, (4 << k) / rate) for k in (10, 17, 23))
-                yield messages.RingTimed(unit.job, unit.ring_generation, table, table, 0.5)
+                yield messages.RingTimed(
+                    job=unit.job,
+                    ring_generation=unit.ring_generation,
+                    gathers=table,
+                    sums=table,
+                    hidden=0.5,
+                )
             case messages.Decode():
                 for place, image in enumerate(unit.images):
                     self._count(decodes=1)
                     latents = unit.latents[place : place + 1]
                     pixels = developed(latents, unit.height, unit.width)
-                    yield messages.Pictured(unit.job, unit.ring_generation, image, 0.1, 5, pixels)
+                    yield messages.Pictured(
+                        job=unit.job,
+                        ring_generation=unit.ring_generation,
+                        image=image,
+                        seconds=0.1,
+                        peak_bytes=5,
+                        pixels=pixels,
+                    )
             case _:
                 yield from self.training.work(unit, self.content)
 
@@ -158,10 +223,18 @@ class FakeEngine:
             self.steps.append((unit.image, step))
             compiling = self._has_made(unit)
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
-            told = latents if unit.placement == "data" or self.rank == 0 else None
-            head = (unit.job, unit.ring_generation, unit.image, step)
             seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
-            yield messages.Stepped(*head, seconds + compiling, 4, told, reused=reused)
+            yield messages.Stepped(
+                job=unit.job,
+                ring_generation=unit.ring_generation,
+                image=unit.image,
+                step=step,
+                is_last=step == unit.steps,
+                seconds=seconds + compiling,
+                peak_bytes=4,
+                latents=latents if unit.placement == "data" or self.rank == 0 else None,
+                reused=reused,
+            )
 
     def _has_made(self, unit: messages.Paint | messages.Measure | messages.Warm) -> float:
         """Keeps a step in mind; seconds that it took to compile."""
@@ -245,23 +318,36 @@ class FakeSupervisor:
             self._task.cancel()
 
     async def _run(self, engine: FakeEngine) -> None:
-        device = messages.Device("fake device", f"fake {id(self)}", "0", 100 * GB, 1e15)
+        device = messages.Device(
+            kind="fake device",
+            name=f"fake {id(self)}",
+            mlx_version="0",
+            memory_bytes=100 * GB,
+            flops_per_second=1e15,
+        )
         self.on_message(device)
         while True:
             unit = await self._line.get()
             if isinstance(unit, messages.Cancel):
                 self._cancelled -= Counter([unit.job])  # what comes after it is new work
-                self.on_message(messages.Cancelled(unit.job, 0))
+                self.on_message(messages.Cancelled(job=unit.job, ring_generation=0))
                 continue
-            if isinstance(unit, messages.Work | messages.Join):
+            if isinstance(unit, messages.EngineUnit):
                 for report in engine.work(unit):
                     await asyncio.sleep(self.pause)
                     await self._goes.wait()
                     if getattr(unit, "job", "") in self._cancelled:
                         break
                     self.on_message(report)
-                told = (engine.holding, engine.counters, 1e9, engine.components, engine.compiled)
-                self.on_message(messages.Account(True, *told))
+                account = messages.Account(
+                    is_over=True,
+                    holds=engine.holding,
+                    counters=engine.counters,
+                    load_rate=1e9,
+                    components=engine.components,
+                    compiled=engine.compiled,
+                )
+                self.on_message(account)
 
 
 class FakeMesh:
@@ -278,7 +364,7 @@ class FakeMesh:
         ]
         members = [Member(rank, f"host:{rank}", KEY, "", "", "") for rank in range(hosts)]
         pairs = [(a, b) for a in range(hosts) for b in range(hosts) if a != b]
-        links = tuple(LinkInfo(a, b, 1e18) for a, b in pairs)
+        links = tuple(LinkInfo(source=a, target=b, rate=1e18) for a, b in pairs)
         self.record = MeshRecord("mesh.json", json.dumps(entries), tuple(members), links=links)
 
     async def __aenter__(self) -> Self:

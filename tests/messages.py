@@ -6,12 +6,14 @@ import dataclasses
 import random
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgpack
 import numpy as np
 
-from fluxmesh.wire import limits
+from fluxmesh.bounds import ArrayOf, Bytes, Count, NamedArrays, Range, Text
+from fluxmesh.wire.fields import bounded, hints_of
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.protocol import TYPES, Frame, encode
 
@@ -21,11 +23,7 @@ NAMES = "abcdef0123456789"
 
 def sample(kind: type[Any], draw: random.Random) -> Any:
     """A dataclass whose every field holds something that it may."""
-    hints = typing.get_type_hints(kind)
-    values = {
-        field.name: _value(hints[field.name], f"{kind.__name__}.{field.name}", draw)
-        for field in dataclasses.fields(kind)
-    }
+    values = {name: _value(hint, draw) for name, hint in hints_of(kind).items()}
     if {"shard", "shards"} <= values.keys():  # `Holding` looks whether the two fit
         values["shard"] = values["shard"] % values["shards"]
     return kind(**values)
@@ -36,40 +34,42 @@ def samples(draw: random.Random, rounds: int = 1) -> list[Message]:
     return [sample(kind, draw) for _ in range(rounds) for kind in TYPES.values()]
 
 
-def _limit(table: dict[str, Any], where: str, default: Any) -> Any:
-    return table.get(where, table.get(where.rpartition(".")[2], default))
-
-
-def _value(hint: Any, where: str, draw: random.Random) -> Any:
+def _value(hint: Any, draw: random.Random) -> Any:
+    hint, bound = bounded(hint)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if hint is np.ndarray:
-        return _array(where, draw)
+    match bound:
+        case ArrayOf():
+            return _array(bound.dtypes, bound.shape, draw)
+        case NamedArrays():
+            shapes = [(None,) * draw.randint(1, 4) for _ in range(draw.randint(1, bound.most))]
+            return {f"n{k}": _array(bound.dtypes, shape, draw) for k, shape in enumerate(shapes)}
+        case Range():
+            whole = draw.randint(bound.least, bound.most)
+            return draw.choice([bound.least, bound.most, whole])
+        case Bytes():
+            return draw.randbytes(draw.randint(0, bound.most))
+        case Text():
+            letters = TEXT if bound.pattern is None else NAMES
+            return "".join(draw.choice(letters) for _ in range(64))
+        case Count():
+            if parts[-1] is Ellipsis:
+                return tuple(_value(parts[0], draw) for _ in range(draw.randint(0, 3)))
+            return tuple(_value(part, draw) for part in parts)
     if dataclasses.is_dataclass(hint):
         return sample(typing.cast(type, hint), draw)
     if hint is bool:
         return draw.random() < 0.5
-    if hint is int:
-        least, most = _limit(limits.INTEGERS, where, (0, limits.MAX_INTEGER))
-        return draw.choice([least, most, draw.randint(least, most)])
     if hint is float:
         return draw.uniform(0.001, 1e6)
-    if hint is bytes:
-        return draw.randbytes(draw.randint(0, limits.MAX_BYTES))
-    if hint is str:
-        letters = NAMES if _limit(limits.PATTERNS, where, None) else TEXT
-        return "".join(draw.choice(letters) for _ in range(64))
     if origin is Literal:
         return draw.choice(parts)
-    if origin in (types.UnionType, typing.Union):
-        return None if draw.random() < 0.5 else _value(parts[0], where, draw)
-    assert origin is tuple, where
-    if parts[-1] is Ellipsis:
-        return tuple(_value(parts[0], where, draw) for _ in range(draw.randint(0, 3)))
-    return tuple(_value(part, where, draw) for part in parts)
+    assert origin in (types.UnionType, typing.Union), hint
+    return None if draw.random() < 0.5 else _value(parts[0], draw)
 
 
-def _array(where: str, draw: random.Random) -> np.ndarray:
-    dtypes, shape = _limit(limits.ARRAYS, where, None)
+def _array(
+    dtypes: tuple[str, ...], shape: tuple[int | None, ...], draw: random.Random
+) -> np.ndarray:
     sizes = [draw.randint(1, 9) if length is None else length for length in shape]
     numbers = np.frombuffer(draw.randbytes(int(np.prod(sizes))), np.uint8)
     return numbers.astype(draw.choice(dtypes)).reshape(sizes)
@@ -77,13 +77,20 @@ def _array(where: str, draw: random.Random) -> np.ndarray:
 
 def same(one: Message, other: Message) -> bool:
     """Whether two messages say the same, arrays too, which `==` leaves out."""
-    if one != other:
-        return False
-    for field in dataclasses.fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(a, np.ndarray) and (a.dtype != b.dtype or not np.array_equal(a, b)):
-            return False
-    return True
+    return one == other and _arrays(one) == _arrays(other)
+
+
+def _arrays(message: Message) -> list[tuple[object, ...]]:
+    """Each of its arrays: where it is, dtype, shape, bytes."""
+    found: list[tuple[object, ...]] = []
+    for name, value in vars(message).items():
+        named = value if isinstance(value, Mapping) else {"": value}
+        found += [
+            (name, key, array.dtype.str, array.shape, array.tobytes())
+            for key, array in named.items()
+            if isinstance(array, np.ndarray)
+        ]
+    return found
 
 
 JUNK: list[Any] = [

@@ -72,7 +72,7 @@ def learner(request: TrainRequest) -> Learner:
     plan = prepare(request, examples, pipeline.checkpoint)
     cache = FeatureCache(Path(request.cache_dir))
     encoder = DatasetEncoder(pipeline, cache, examples, plan.sizes, request.seed)
-    units = [*map(Caption, plan.captions), *(Crop(*item) for item in plan.crops)]
+    units = [*map(Caption, plan.captions), *(Crop(image, crop) for image, crop in plan.crops)]
     for unit in encoder.pending(units):
         encoder.store(unit)
     return Learner(pipeline, encoder, plan)

@@ -37,7 +37,6 @@ from fluxmesh.kernels import ops
 from fluxmesh.machine.open_files import allow_many_files
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.training.worker import TrainingWorker
-from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
     PEER_LATE,
     Account,
@@ -48,20 +47,9 @@ from fluxmesh.wire.messages import (
     Failed,
     Join,
     Joined,
-    Loaded,
     LoadProgress,
-    Measure,
-    MeasureRing,
     Message,
-    Paint,
-    Pictured,
     Report,
-    RingTimed,
-    SourceEncoded,
-    TextEncoded,
-    Timed,
-    Warm,
-    Warmed,
     Work,
 )
 from fluxmesh.wire.transport import local_network
@@ -72,11 +60,6 @@ from fluxmesh_agent.model_paths import Roots
 log = logging.getLogger("engine")
 
 PROGRESS_SECONDS = 0.05  # between two reports of bytes
-LAST = (  # after the last of these, a unit is over
-    *(Loaded, TextEncoded, SourceEncoded, Pictured, Timed, RingTimed, Warmed),
-    *(training.Opened, training.UpdateDone),
-    *(training.VectorPart, training.HeldOut, training.ProgressPainted, training.Closed),
-)
 BROKEN = 70  # exit code: the engine told why, or could not
 DELAYS = "FLUXMESH_DELAYS"  # "step=0.5,load=1": seconds, so that a test can hit a phase
 
@@ -132,7 +115,7 @@ class Engine:
                 self._cancel(message.job, -1)  # what comes after it is new work
                 if message.fence:  # else the agent's own, for a coordinator that is gone
                     self.channel.send(
-                        Cancelled(message.job, 0)
+                        Cancelled(job=message.job, ring_generation=0)
                     )  # the agent knows the ring generation
                 else:
                     self.worker.end_job()
@@ -162,12 +145,12 @@ class Engine:
         worker = self.worker
         self.channel.send(
             Account(
-                is_over,
-                worker.holding,
-                worker.counters,
-                worker.load_rate,
-                worker.components,
-                worker.compiled,
+                is_over=is_over,
+                holds=worker.holding,
+                counters=worker.counters,
+                load_rate=worker.load_rate,
+                components=worker.components,
+                compiled=worker.compiled,
             )
         )
 
@@ -176,21 +159,14 @@ class Engine:
     def _do(self, work: Work) -> Report | None:
         """Does a unit and sends its reports, but for the last one, which is returned."""
         # In a ring even what is cancelled begins: the ranks must agree that they stop.
-        together = (
-            isinstance(work, MeasureRing)
-            or (isinstance(work, Paint | Warm) and work.placement != "data")
-            or (isinstance(work, training.Update) and work.together)
-        )
-        if work.job in self._cancelled and not together:
+        if work.job in self._cancelled and not work.is_collective:
             return None
         self._work = work
         last: Report | None = None
         try:
             for report in self.worker.do(work):
-                if last is not None:
-                    self.channel.send(last)
-                last = report if isinstance(report, LAST) else None
-                if last is not None:
+                if work.is_ended_by(report):
+                    last = report
                     continue
                 if not isinstance(report, LoadProgress):
                     self._account(is_over=False)
@@ -200,18 +176,33 @@ class Engine:
             if isinstance(error, ConnectionClosed):
                 raise
             kind = type(error).__name__
-            return Failed(work.ring_generation, work.job, kind, str(error), fatal=False)
+            return Failed(
+                ring_generation=work.ring_generation,
+                job=work.job,
+                kind=kind,
+                text=str(error),
+                fatal=False,
+            )
         except Exception as error:
             end = gpu_end(error)
             if end is None:
                 return self._give_up(
                     work.ring_generation, work.job, f"while {self.worker.doing}", error
                 )
-            in_ring = together or (isinstance(work, Measure) and work.placement != "data")
+            in_ring = work.is_collective
             relaxed = os.environ.get(RELAX) == "1"
             text = explain(end, self.worker.doing, in_ring=in_ring, relaxed=relaxed)
             kind = PEER_LATE if in_ring and end.is_late else "Raised"
-            return self._end(Failed(work.ring_generation, work.job, kind, text, fatal=True), error)
+            return self._end(
+                Failed(
+                    ring_generation=work.ring_generation,
+                    job=work.job,
+                    kind=kind,
+                    text=text,
+                    fatal=True,
+                ),
+                error,
+            )
         finally:
             self._work = None
 
@@ -233,14 +224,17 @@ class Engine:
         except Exception as error:
             return self._give_up(join.ring_generation, "", "while joining the ring", error)
         self.worker.join(ranks)
-        return Joined(join.ring_generation, join.rank)
+        return Joined(ring_generation=join.ring_generation, rank=join.rank)
 
     def _give_up(self, ring_generation: int, job: str, doing: str, error: Exception) -> NoReturn:
         """Ends the process: what raised such a thing may have left anything behind."""
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         said = local_network.explained(said)
         text = f"The engine failed {doing}: {said.rstrip('.')}."
-        self._end(Failed(ring_generation, job, "Raised", text, fatal=True), error)
+        self._end(
+            Failed(ring_generation=ring_generation, job=job, kind="Raised", text=text, fatal=True),
+            error,
+        )
 
     def _end(self, failed: Failed, error: Exception) -> NoReturn:
         """Tells why, and ends the process."""
@@ -262,8 +256,15 @@ class Engine:
         now, work = time.monotonic(), self._work
         if work is not None and now - self._told >= PROGRESS_SECONDS:
             self._told = now
-            told = (event.component, event.done_bytes, event.total_bytes)
-            self.channel.send(LoadProgress(work.job, work.ring_generation, *told))
+            self.channel.send(
+                LoadProgress(
+                    job=work.job,
+                    ring_generation=work.ring_generation,
+                    component=event.component,
+                    done_bytes=event.done_bytes,
+                    total_bytes=event.total_bytes,
+                )
+            )
 
     # The other threads
 
@@ -286,7 +287,9 @@ class Engine:
             work, doing = self._work, self.worker.quiet
             if work is not None and doing:
                 try:
-                    self.channel.send(Beat(work.job, work.ring_generation, doing))
+                    self.channel.send(
+                        Beat(job=work.job, ring_generation=work.ring_generation, doing=doing)
+                    )
                 except ConnectionClosed:
                     return  # the reader ends the process
 

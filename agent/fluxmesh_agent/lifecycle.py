@@ -22,17 +22,15 @@ from typing import Literal
 
 from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.wire import training_messages as training
 from fluxmesh.wire.messages import (
     Account,
     Beat,
     Cancel,
     Cancelled,
-    Decode,
     Device,
-    Encode,
-    EncodeSource,
     EngineCounters,
+    EngineReport,
+    EngineUnit,
     Failed,
     Join,
     Joined,
@@ -40,21 +38,14 @@ from fluxmesh.wire.messages import (
     Load,
     Loaded,
     LoadProgress,
-    Measure,
     Message,
-    Paint,
-    Pictured,
+    ModelWork,
     Reading,
     Report,
-    RingTimed,
-    SourceEncoded,
     State,
-    Stepped,
-    TextEncoded,
-    Timed,
     Warm,
-    Warmed,
     Work,
+    WorkReport,
     ring_name,
 )
 
@@ -68,13 +59,6 @@ RING_ENVS = frozenset(
 RING_FILES = frozenset({"MLX_HOSTFILE", "MLX_IBV_DEVICES"})
 START_ENVS = frozenset({"CUDA_VISIBLE_DEVICES"})  # read when the engine's process starts
 OWN = "own"  # the job of what the agent gives its engine by itself; no coordinator's
-PAINTING = (Load, Encode, EncodeSource, Paint, Decode, Measure, Warm)  # what uses a model as it is
-
-_OF_GENERATION = (
-    *(Joined, Failed, LoadProgress, Beat, Loaded, TextEncoded, SourceEncoded, Stepped, Pictured),
-    *(Timed, RingTimed, Warmed, Cancelled, training.Opened, training.Computed, training.UpdateDone),
-    *(training.VectorPart, training.HeldOut, training.ProgressPainted, training.Closed),
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +116,7 @@ class Lifecycle:
         self._own_envs = _of_start(envs)
         self._start_envs = self._own_envs
         self._ring: Join | None = None
-        self._pending: deque[Work | Join] = deque()
+        self._pending: deque[EngineUnit] = deque()
 
     @property
     def state(self) -> State:
@@ -161,9 +145,9 @@ class Lifecycle:
         return first if isinstance(first, Work) and first.job == OWN else None
 
     @property
-    def _asked(self) -> list[Work | Join]:
+    def _asked(self) -> list[EngineUnit]:
         """What others have asked for, and the engine has not ended."""
-        return [one for one in self._pending if one is not self.own]
+        return [unit for unit in self._pending if unit is not self.own]
 
     @property
     def seconds_to_load(self) -> float:
@@ -206,9 +190,12 @@ class Lifecycle:
         if old is not None and join.size > 1:
             known = replace(join, fence=old.fence, ring_generation=old.ring_generation)
             if known == old and self._runs:
-                return [Tell(Joined(join.ring_generation, join.rank))]
+                return [Tell(Joined(ring_generation=join.ring_generation, rank=join.rank))]
         if join.size == 1 and old is None:
-            return [*self.start(), Tell(Joined(join.ring_generation, join.rank))]
+            return [
+                *self.start(),
+                Tell(Joined(ring_generation=join.ring_generation, rank=join.rank)),
+            ]
         # The device that the agent was given; the coordinator counts only the ring's members.
         envs = self._own_envs or _of_start(join.envs)
         done: list[Instruction] = []
@@ -217,7 +204,7 @@ class Lifecycle:
         if not self._runs:
             done += self._start(envs)
         if join.size == 1:
-            return [*done, Tell(Joined(join.ring_generation, join.rank))]
+            return [*done, Tell(Joined(ring_generation=join.ring_generation, rank=join.rank))]
         self._ring = join
         done += self._make_way(join)
         self._pending.append(join)
@@ -229,7 +216,7 @@ class Lifecycle:
         self._enter(work.ring_generation)
         done = [*self.start(), *self._make_way(work)]
         self._pending.append(work)
-        self.served = work.weights if isinstance(work, PAINTING) else None
+        self.served = work.weights if isinstance(work, ModelWork) else None
         self.is_bare = False
         return [*done, Send(work)]
 
@@ -244,23 +231,23 @@ class Lifecycle:
         """The agent's own work, for an engine that takes the place of one that is in a ring."""
         return [*self._end(), *self.upkeep(work)]
 
-    def _make_way(self, work: Work | Join) -> list[Instruction]:
+    def _make_way(self, work: EngineUnit) -> list[Instruction]:
         """The agent's own work stops for `work`, unless that would have to do it again."""
         own = self.own
         if own is None or _goes_on(own, work):
             return []
-        return [Send(Cancel(0, OWN))]
+        return [Send(Cancel(fence=0, job=OWN))]
 
     def cancel(self, cancel: Cancel) -> list[Instruction]:
         if self._runs and not self.is_free:
-            own = [] if self.own is None else [Send(Cancel(0, OWN))]
+            own = [] if self.own is None else [Send(Cancel(fence=0, job=OWN))]
             return [*own, Send(cancel)]
-        return [Tell(Cancelled(cancel.job, self.ring_generation))]
+        return [Tell(Cancelled(job=cancel.job, ring_generation=self.ring_generation))]
 
     def abandon(self) -> list[Instruction]:
         """The holder has lost its lease: what it left in line is cancelled."""
         jobs = dict.fromkeys(work.job for work in self._asked if isinstance(work, Work))
-        return [Send(Cancel(0, job)) for job in jobs]
+        return [Send(Cancel(fence=0, job=job)) for job in jobs]
 
     def give_up(self) -> list[Instruction]:
         """What was abandoned does not end by itself."""
@@ -288,11 +275,10 @@ class Lifecycle:
         if isinstance(message, Loaded):
             self.holds = message.holding
         if isinstance(message, LoadProgress):
-            told = (message.component, message.done_bytes, message.total_bytes)
-            self.loading = Reading(*told)
+            self.loading = Reading(message.component, message.done_bytes, message.total_bytes)
         if isinstance(message, Cancelled):
             return [Tell(replace(message, ring_generation=self.ring_generation))]
-        if getattr(message, "job", "") == OWN:
+        if isinstance(message, WorkReport) and message.job == OWN:
             return self._own_told(message)
         if isinstance(message, Failed) and message.fatal:
             # The process may take a while to end, or hang while it does.
@@ -308,7 +294,9 @@ class Lifecycle:
     def _lost(self, kind: str, text: str) -> list[Instruction]:
         """The engine is gone. Where nobody had asked it for anything, nobody has lost anything."""
         is_own = self.own is not None and self.is_free
-        failed = Failed(self.ring_generation, self.job, kind, text, fatal=True)
+        failed = Failed(
+            ring_generation=self.ring_generation, job=self.job, kind=kind, text=text, fatal=True
+        )
         died = self._died(text)
         return died if is_own else [*died, Tell(failed)]
 
@@ -321,7 +309,7 @@ class Lifecycle:
         return []
 
     def _told(self, message: Message) -> list[Instruction]:
-        if isinstance(message, _OF_GENERATION) and message.ring_generation >= self.ring_generation:
+        if isinstance(message, EngineReport) and message.ring_generation >= self.ring_generation:
             return [Tell(message)]
         return []
 
@@ -353,9 +341,9 @@ class Lifecycle:
         return [KillEngine()] if was else []
 
 
-def _goes_on(own: Work, work: Work | Join) -> bool:
+def _goes_on(own: Work, work: EngineUnit) -> bool:
     """Whether `work` needs what the agent loads by itself, and would load it otherwise."""
-    if not isinstance(own, Load) or not isinstance(work, PAINTING) or work.weights != own.weights:
+    if not isinstance(own, Load) or not isinstance(work, ModelWork) or work.weights != own.weights:
         return False
     if isinstance(work, Load):
         part = (work.shards, work.shard)

@@ -388,7 +388,7 @@ class Service:
             what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
             self.measured[what] = m.with_firsts_of(self.measured.get(what, m))
         instructions = self.lifecycle.engine_said(message)
-        if getattr(message, "job", "") == OWN:
+        if isinstance(message, messages.WorkReport) and message.job == OWN:
             self._own_ended(message)
         self._engine_known.set()
         self._send_all(instructions)

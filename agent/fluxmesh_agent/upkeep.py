@@ -124,10 +124,16 @@ class Upkeep:
         keep = self.keep
         if keep is None or keep.weights is None or not components:
             return None
-        head = (0, OWN, life.ring_generation, keep.weights)
-        held = life.holds  # whole weights serve where a shard would do
-        part = (keep.shards, keep.shard) if held is None else (held.shards, held.shard)
-        return Load(*head, *part, components)
+        part = keep if life.holds is None else life.holds  # whole weights serve for a shard
+        return Load(
+            fence=0,
+            job=OWN,
+            ring_generation=life.ring_generation,
+            weights=keep.weights,
+            shards=part.shards,
+            shard=part.shard,
+            components=components,
+        )
 
     def _unready(self, life: Lifecycle) -> Warm | None:
         """The size asked for last for which this engine has not compiled yet."""
@@ -137,7 +143,14 @@ class Upkeep:
         for size in reversed(self._sizes):
             shape = StepShape.of(size.weights, "data", 1, size.height, size.width)
             if size.weights == held.weights and shape not in life.compiled:
-                return Warm(0, OWN, life.ring_generation, held.weights, size.height, size.width)
+                return Warm(
+                    fence=0,
+                    job=OWN,
+                    ring_generation=life.ring_generation,
+                    weights=held.weights,
+                    height=size.height,
+                    width=size.width,
+                )
         return None
 
 
@@ -159,6 +172,6 @@ def from_json(text: str) -> Keep:
         if weights is not None:
             adapters = tuple(AdapterRef(**adapter) for adapter in weights.pop("adapters"))
             weights = ModelVariant(adapters=adapters, **weights)
-        return Keep(weights, components=tuple(data.pop("components")), **data)
+        return Keep(weights=weights, components=tuple(data.pop("components")), **data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FluxmeshError(f"It does not say what this host is to hold ({error}).") from None

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
+from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards
 from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 
@@ -27,8 +28,8 @@ class ModelVariant:
 
     model: str
     dtype: str = "bfloat16"
-    bits: int | None = None
-    adapters: tuple[AdapterRef, ...] = ()
+    bits: Bits | None = None
+    adapters: Annotated[tuple[AdapterRef, ...], Count(64)] = ()
     fuse_adapters: bool = False
 
     @classmethod
@@ -43,14 +44,14 @@ class ModelVariant:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holding:
     """What an engine has in memory: all of the transformer, or shard `shard` of `shards`."""
 
     weights: ModelVariant
     nbytes: int  # everything that the engine would free by letting go of it
-    shards: int = 1
-    shard: int = 0
+    shards: Shards = 1
+    shard: ShardIndex = 0
     content: str = ""  # `Checkpoint.content` of the files that it came from
 
     def __post_init__(self) -> None:
@@ -63,15 +64,15 @@ class Holding:
         return "replicated" if self.shards == 1 else "sharded"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepTiming:
     """Times of one model with nothing else running, at one size: on one host, or on a ring."""
 
     model: str
-    height: int  # pixels
-    width: int  # pixels
+    height: Pixels
+    width: Pixels
     dtype: str
-    bits: int | None
+    bits: Bits | None
     step_seconds: float  # one denoising step of one image
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
@@ -99,7 +100,7 @@ class StepTiming:
         return replace(self, **kept)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepShape:
     """A kind of step that an engine has made: the next such one finds its kernels compiled.
 
@@ -108,18 +109,25 @@ class StepShape:
 
     model: str
     dtype: str
-    bits: int | None
+    bits: Bits | None
     placement: Placement
-    hosts: int  # of the ring; 1 for `data`
-    height: int  # pixels
-    width: int  # pixels
+    hosts: Shards  # of the ring; 1 for `data`
+    height: Pixels
+    width: Pixels
 
     @classmethod
     def of(
         cls, weights: ModelVariant, placement: Placement, hosts: int, height: int, width: int
     ) -> StepShape:
-        how = (placement, 1 if placement == "data" else hosts)
-        return cls(weights.model, weights.dtype, weights.bits, *how, height, width)
+        return cls(
+            model=weights.model,
+            dtype=weights.dtype,
+            bits=weights.bits,
+            placement=placement,
+            hosts=1 if placement == "data" else hosts,
+            height=height,
+            width=width,
+        )
 
     def is_of(self, weights: ModelVariant) -> bool:
         """Whether its kernels are those of these weights: adapters have few of their own."""
@@ -140,7 +148,7 @@ class RingPlace:
 class CollectiveTime:
     """One collective of one size: a gather along axis 0, or a sum."""
 
-    nbytes: int  # of the array that each rank gives
+    nbytes: Annotated[int, Range(1, 1 << 40)]  # of the array that each rank gives
     seconds: float  # until the slowest rank has its result
 
     def __post_init__(self) -> None:
@@ -148,7 +156,7 @@ class CollectiveTime:
         _check("seconds", self.seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RingTiming:
     """What collectives take the engines of some hosts, over the backend that runs them."""
 
@@ -166,7 +174,7 @@ class RingTiming:
         _check("when", self.when, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobTiming:
     """What jobs took on some hosts, of which the latest counts most (`planning/learning.py`)."""
 
@@ -196,7 +204,7 @@ class Timings:
         return next((r for r in self.rings if (r.backend, r.ranks) == (backend, ranks)), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """One host: an agent and the device that its engine computes on."""
 
@@ -235,7 +243,7 @@ class HostInfo:
         return any(shape.is_of(weights) for shape in self.compiled)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinkInfo:
     """How fast `source` sends to `target`, both ranks, at the addresses that a ring would use."""
 

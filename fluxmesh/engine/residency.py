@@ -101,7 +101,13 @@ class ModelStore:
         names = (name for every in COMPONENTS.values() for name in every)
         nbytes = sum(self._bytes_of(name) for name in names if pipeline.is_loaded(name))
         shard = pipeline.shard
-        return Holding(self.weights, nbytes, shard.size, shard.rank, self.content)
+        return Holding(
+            weights=self.weights,
+            nbytes=nbytes,
+            shards=shard.size,
+            shard=shard.rank,
+            content=self.content,
+        )
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -29,12 +29,11 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Holding, StepTiming
-from fluxmesh.engine import device_memory, ring_probe
+from fluxmesh.engine import device_memory, features, ring_probe
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.pipeline import to_pixels
 from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
-from fluxmesh.models.numpy_bits import from_numpy, to_numpy
 from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import SourceImage
@@ -82,8 +81,11 @@ class Worker(ModelStore):
             self.meter.forget()
             self._job = work.job
         self._begin("loading")  # what was there leaves, and headers are read, maybe from afar
+        does = self.units().get(type(work))
         try:
-            yield from self._timed(self.units()[type(work)](work))
+            if does is None:
+                raise UsageError(f"This engine does no {type(work).__name__}.")
+            yield from self._timed(does(work))
         except Stopped:
             return
         except (RuntimeError, MemoryError) as error:
@@ -142,9 +144,19 @@ class Worker(ModelStore):
                     if work.low_memory:  # the modulation weights come first, with an image
                         continue
                 yield from self._loading(work, component)
-        part = (work.shards, work.shard, self.content)
-        holding = self.holding or Holding(work.weights, 0, *part)
-        yield messages.Loaded(work.job, work.ring_generation, holding, time.perf_counter() - start)
+        holding = self.holding or Holding(
+            weights=work.weights,
+            nbytes=0,
+            shards=work.shards,
+            shard=work.shard,
+            content=self.content,
+        )
+        yield messages.Loaded(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            holding=holding,
+            seconds=time.perf_counter() - start,
+        )
 
     def _encode(self, work: Encode) -> Reports:
         self.doing = "reading the prompt"
@@ -165,10 +177,17 @@ class Worker(ModelStore):
                 pipeline.reload_text_encoders()
             seconds = time.perf_counter() - start
             self.count(encodes=0 if cached else 1)
-            t5, clip = to_wire(text.t5), to_wire(text.clip)
+            named = features.of_text(text)
             peak = self.meter.now("text")
-        told = (seconds, cached, peak, self.content)
-        yield messages.TextEncoded(work.job, work.ring_generation, *told, t5, clip)
+        yield messages.TextEncoded(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            seconds=seconds,
+            cached=cached,
+            peak_bytes=peak,
+            content=self.content,
+            features=named,
+        )
 
     def _encode_source(self, work: EncodeSource) -> Reports:
         pipeline = self.open(work.weights)
@@ -178,12 +197,15 @@ class Worker(ModelStore):
             self._begin("encoding", "encode")
             source = pipeline.encode_source(SourceImage(work.pixels))
             self.quiet = ""
-        yield messages.SourceEncoded(work.job, work.ring_generation, np.array(source.clean))
+        yield messages.SourceEncoded(
+            job=work.job, ring_generation=work.ring_generation, latents=np.array(source.clean)
+        )
 
     def _paint(self, work: Paint) -> Reports:
         """One image: a step, evaluated, its report, the next; a ring agrees before each."""
         pipeline = self.open(work.weights)
-        shape = (work.placement, work.weights, work.height, work.width, work.t5.shape)
+        tokens = features.tokens(work.features)
+        shape = (work.placement, work.weights, work.height, work.width, tokens)
         self._begin_step(shape)  # already here, for the ranks of a ring wait for one another
         pipeline.low_memory = work.low_memory
         key = _plan_key(work)
@@ -238,15 +260,16 @@ class Worker(ModelStore):
                     preview = to_pixels(pipeline.decode(step.clean, self._latent_size(work)))[0]
                 self.quiet = ""
                 yield messages.Stepped(
-                    work.job,
-                    work.ring_generation,
-                    work.image,
-                    number,
-                    seconds,
-                    self.meter.now("denoise"),
-                    np.array(step.x) if is_first else None,
-                    preview,
-                    step.reused,
+                    job=work.job,
+                    ring_generation=work.ring_generation,
+                    image=work.image,
+                    step=number,
+                    is_last=number == plan.steps,
+                    seconds=seconds,
+                    peak_bytes=self.meter.now("denoise"),
+                    latents=np.array(step.x) if is_first else None,
+                    preview=preview,
+                    reused=step.reused,
                 )
 
     def _decode(self, work: Decode) -> Reports:
@@ -267,7 +290,14 @@ class Worker(ModelStore):
             self.count(decodes=len(pixels))
             peak = self.meter.now("decode")
         for image, picture in zip(work.images, pixels, strict=True):
-            yield messages.Pictured(work.job, work.ring_generation, image, seconds, peak, picture)
+            yield messages.Pictured(
+                job=work.job,
+                ring_generation=work.ring_generation,
+                image=image,
+                seconds=seconds,
+                peak_bytes=peak,
+                pixels=picture,
+            )
 
     def _measure(self, work: Measure) -> Reports:
         """Steps and a decode of noise, after a trial picture. In a ring all are given it."""
@@ -299,11 +329,11 @@ class Worker(ModelStore):
         step = min(spent[1:])
         longer = max(0.0, first - step)
         measured = StepTiming(
-            weights.model,
-            work.height,
-            work.width,
-            weights.dtype,
-            weights.bits,
+            model=weights.model,
+            height=work.height,
+            width=work.width,
+            dtype=weights.dtype,
+            bits=weights.bits,
             step_seconds=step,
             decode_seconds=time.perf_counter() - start,
             placement=work.placement,
@@ -312,13 +342,14 @@ class Worker(ModelStore):
             first_seconds=longer if has_kernels and not has_made else None,
             when=time.time(),
         )
-        yield messages.Timed(work.job, work.ring_generation, measured)
+        yield messages.Timed(job=work.job, ring_generation=work.ring_generation, measured=measured)
 
     def _warm_up(self, work: Warm) -> Reports:
         """A trial picture, and no more."""
         start = time.perf_counter()
         if (yield from self._trial(work)) is not None:
-            yield messages.Warmed(work.job, work.ring_generation, time.perf_counter() - start)
+            spent = time.perf_counter() - start
+            yield messages.Warmed(job=work.job, ring_generation=work.ring_generation, seconds=spent)
 
     def _trial(self, work: Measure | Warm) -> Generator[Report, None, float | None]:
         """The first step of a picture and a decode, as a job would have them, thrown away.
@@ -329,16 +360,23 @@ class Worker(ModelStore):
         pipeline = self.open(work.weights)
         config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
         tokens = pipeline.checkpoint.defaults.t5_max_length
-        size = (work.height, work.width)
-        noise = initial_noise(0, *size, ae.z_channels, ae.downsampling)
-        t5 = to_wire(mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype))
-        clip = to_wire(mx.zeros((1, config.vec_in_dim), pipeline.dtype))
-        head = (work.fence, work.job, work.ring_generation, work.weights)
+        noise = initial_noise(0, work.height, work.width, ae.z_channels, ae.downsampling)
+        text = Conditioning(
+            mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype),
+            mx.zeros((1, config.vec_in_dim), pipeline.dtype),
+        )
+        common: dict[str, Any] = {
+            "fence": work.fence,
+            "job": work.job,
+            "ring_generation": work.ring_generation,
+            "weights": work.weights,
+            "height": work.height,
+            "width": work.width,
+        }
         paint = Paint(
-            *head,
-            work.placement,
-            0,
-            *size,
+            **common,
+            placement=work.placement,
+            image=0,
             steps=1,
             first=0,
             guidance=pipeline.checkpoint.defaults.guidance,
@@ -347,11 +385,11 @@ class Worker(ModelStore):
             strength=1.0,
             latents=None,
             noise=noise,
-            t5=t5,
-            clip=clip,
+            features=features.of_text(text),
         )
         seconds: float | None = None
-        for unit in (self._paint(paint), self._decode(Decode(*head, (0,), *size, noise))):
+        decode = Decode(**common, images=(0,), latents=noise)
+        for unit in (self._paint(paint), self._decode(decode)):
             is_done = False
             with contextlib.closing(unit) as reports, contextlib.suppress(Stopped):
                 for report in reports:
@@ -375,9 +413,15 @@ class Worker(ModelStore):
         self.doing = "measuring the ring"
         self._begin("measuring")
         limit = self.options.memory_bytes or device_memory.memory_of_device()
-        found = ring_probe.timed(self.ring(), work.seconds, limit)
+        table = ring_probe.timed(self.ring(), work.seconds, limit)
         self.quiet = ""
-        yield messages.RingTimed(work.job, work.ring_generation, *found)
+        yield messages.RingTimed(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            gathers=table.gathers,
+            sums=table.sums,
+            hidden=table.hidden,
+        )
 
     # Parts of them
 
@@ -399,8 +443,13 @@ class Worker(ModelStore):
         for event in self.load(component):
             self._begin("loading")
             self._warm.clear()  # whatever runs next reads new weights, and may take long
-            told = (event.component, event.done_bytes, event.total_bytes)
-            yield messages.LoadProgress(work.job, work.ring_generation, *told)
+            yield messages.LoadProgress(
+                job=work.job,
+                ring_generation=work.ring_generation,
+                component=event.component,
+                done_bytes=event.done_bytes,
+                total_bytes=event.total_bytes,
+            )
         self.quiet = ""
 
     def _lacks(self, work: Paint, key: bytes) -> list[str]:
@@ -437,7 +486,7 @@ class Worker(ModelStore):
         if plan is None:
             self._plans.pop(work.placement, None)
             plan = self.model.plan(
-                Conditioning(from_numpy(work.t5), from_numpy(work.clip)),
+                features.text(work.features),
                 num_steps=work.steps,
                 guidance=work.guidance,
                 latent_size=self._latent_size(work),
@@ -490,11 +539,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in text for word in words)
 
 
-def to_wire(x: mx.array) -> np.ndarray:
-    """Features for a message: bfloat16 as it is, all else as float32. Evaluates."""
-    return to_numpy(x if x.dtype == mx.bfloat16 else x.astype(mx.float32))
-
-
 def _basis(work: Paint) -> Basis | None:
     """What a lost cache held; a request that begins has lost none."""
     if not work.cache or not work.first:
@@ -512,6 +556,6 @@ def _plan_key(work: Paint) -> bytes:
     """Equal for paintings that share a plan."""
     size = (work.height, work.width, work.steps, work.guidance, work.strength, work.low_memory)
     key = hashlib.blake2b(repr((work.job, work.ring_generation, work.weights, size)).encode())
-    for array in (work.t5, work.clip):
-        key.update(array.tobytes())
+    for name, array in sorted(work.features.items()):
+        key.update(repr((name, array.dtype.name, array.shape)).encode() + array.tobytes())
     return key.digest()

@@ -137,6 +137,20 @@ def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     return _chosen("gelu_beside", fits, start=start)(attn, x)
 
 
+def swiglu(x: mx.array) -> mx.array:
+    """silu of the first half of x [..., 2M] times the second: [..., M].
+
+    With room for the linear that follows. Source: Shazeer 2020, "GLU Variants Improve Transformer"
+    (https://arxiv.org/abs/2002.05202).
+    """
+    return _chosen("swiglu", False)(x)
+
+
+def swiglu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
+    """attn [B, S, D], and beside it `swiglu` of the columns of x from `start` on."""
+    return _chosen("swiglu_beside", False, start=start)(attn, x)
+
+
 def group_norm(
     x: mx.array, weight: mx.array, bias: mx.array, offset: mx.array, groups: int, silu: bool
 ) -> mx.array:
@@ -236,6 +250,17 @@ def plain_gelu_beside(attn: mx.array, x: mx.array, *, start: int) -> mx.array:
     return mx.concatenate([attn, plain_gelu(x[..., start:])], axis=-1)
 
 
+def plain_swiglu(x: mx.array) -> mx.array:
+    gate, up = mx.split(x, 2, axis=-1)
+    if x.dtype == mx.float16:  # a product of two may be beyond float16
+        return (nn.silu(gate.astype(mx.float32)) * up / HEADROOM).astype(x.dtype)
+    return nn.silu(gate) * up
+
+
+def plain_swiglu_beside(attn: mx.array, x: mx.array, *, start: int) -> mx.array:
+    return mx.concatenate([attn, plain_swiglu(x[..., start:])], axis=-1)
+
+
 def plain_group_norm(
     x: mx.array,
     weight: mx.array,
@@ -305,6 +330,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "turned_heads": plain_turned_heads,
     "gelu": plain_gelu,
     "gelu_beside": plain_gelu_beside,
+    "swiglu": plain_swiglu,
+    "swiglu_beside": plain_swiglu_beside,
     "group_norm": plain_group_norm,
     "offset_sum": plain_offset_sum,
 }

@@ -5,9 +5,12 @@ A family says which of its linears are cut, and where (`flux1/partition.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from fluxmesh.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,33 @@ class Cut:
     def indices(self) -> np.ndarray:
         """The places along the whole axis that are held, int64."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.spans])
+
+
+def split_groups(cuts: Mapping[str, Cut], group_of: Callable[[str, int], int | None]) -> str | None:
+    """Which of a host's columns are not whole quantization groups, as a clause, or None.
+
+    `cuts` are of any one host, `group_of` gives the group of a module's rows of so many columns.
+    """
+    for name, cut in cuts.items():
+        group = group_of(name, cut.length)
+        if cut.axis == 1 and group and any(end % group for span in cut.spans for end in span):
+            width = cut.spans[0][1] - cut.spans[0][0]
+            return (
+                f"a host's {width} columns of {name} are not whole quantization groups of {group}"
+            )
+    return None
+
+
+def refuse_obstacle(obstacle: Callable[[int], str | None], size: int, most: int) -> None:
+    """Raises `UsageError` where there is an obstacle to `size` hosts, naming those that would do.
+
+    `most` is the largest number of hosts that may.
+    """
+    reason = obstacle(size)
+    if reason is None:
+        return
+    fit = [n for n in range(1, most + 1) if obstacle(n) is None]
+    raise UsageError(
+        f"The transformer can't be sharded over {size} hosts: {reason}; use "
+        f"{', '.join(map(str, fit))} of them, or `placement` sequence."
+    )

@@ -25,7 +25,7 @@ SAME = 1.02  # times that differ by less are the same, and more hosts are taken
 MANY = 16  # hosts; on larger meshes not every set of neighbours is tried
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """Some of a request's images, by one placement; phases of an option follow each other."""
 
@@ -43,7 +43,7 @@ class Phase:
     last_when: float = 0.0  # that job was
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Option:
     """One way to do the request; `problem` is "" where it can be taken."""
 
@@ -84,7 +84,9 @@ class Candidates:
                 usable.append(rank)
         if not usable:
             needs = self.memory.needs(order[:1], [needed])
-            return Option("data", tuple(order[:1]), memory=needs, problem=shortage(needs))
+            return Option(
+                name="data", ranks=tuple(order[:1]), memory=needs, problem=shortage(needs)
+            )
         counts = range(1, len(usable) + 1)
         if len(usable) > MANY:
             counts = range(len(usable), 0, -(len(usable) // MANY))
@@ -104,7 +106,7 @@ class Candidates:
         """`sequence` or `tensor` on the `hosts` hosts that are fastest at it together."""
         problem = self._split_problem(placement, hosts)
         if problem:
-            return Option(placement, (), problem=problem)
+            return Option(name=placement, ranks=(), problem=problem)
         options = [self.ring(placement, ranks, images) for ranks in self._groups(placement, hosts)]
         return min(options, key=lambda option: (bool(option.problem), option.seconds))
 
@@ -116,7 +118,7 @@ class Candidates:
         needs = self.memory.needs(ranks, needed, shards)
         problem = self._link_problem(ranks) or shortage(needs)
         if problem:
-            return Option(placement, ranks, memory=needs, problem=problem)
+            return Option(name=placement, ranks=ranks, memory=needs, problem=problem)
         step = self.times.together(placement, ranks)
         extras, cold = self.cold.extras(placement, ranks), self._ring_cold(placement, needs, shards)
         ready = max(self.memory.load_seconds(need) for need in needs)
@@ -197,18 +199,18 @@ class Candidates:
         size = len(ranks)
         last = self.cold.last_job(placement, ranks) if placement != "data" else self._slowest(ranks)
         return Phase(
-            placement,
-            layout,
-            images,
-            ranks,
-            owners,
-            step.seconds,
-            split_tokens(self.work.tokens, size) if placement == "sequence" else (),
-            self.work.sent_a_step(placement, size),
-            step.figure,
-            step.when,
-            None if last is None else last.last_seconds,
-            0.0 if last is None else last.measured.when,
+            placement=placement,
+            layout=layout,
+            images=images,
+            ranks=ranks,
+            owners=owners,
+            step_seconds=step.seconds,
+            tokens=split_tokens(self.work.tokens, size) if placement == "sequence" else (),
+            sent_a_step=self.work.sent_a_step(placement, size),
+            figure=step.figure,
+            figure_when=step.when,
+            last_seconds=None if last is None else last.last_seconds,
+            last_when=0.0 if last is None else last.measured.when,
         )
 
     def _slowest(self, ranks: tuple[int, ...]) -> JobTiming | None:
@@ -290,15 +292,17 @@ class Candidates:
             problem = problem or f"no host has {text / 1e9:.1f} GB for the text encoders{beside}"
         load = max((self.memory.load_seconds(need) for need in needs), default=0.0)
         return Option(
-            name,
-            ranks,
-            phases,
-            needs,
-            math.inf if problem else end,
-            load,
-            cold,
-            step is not None and step.measured or all(self.steps[rank].measured for rank in ranks),
-            None if where is None else where.rank,
-            not crowded,
-            problem,
+            name=name,
+            ranks=ranks,
+            phases=phases,
+            memory=needs,
+            seconds=math.inf if problem else end,
+            load_seconds=load,
+            cold_seconds=cold,
+            measured=step is not None
+            and step.measured
+            or all(self.steps[rank].measured for rank in ranks),
+            text_rank=None if where is None else where.rank,
+            text_stays=not crowded,
+            problem=problem,
         )

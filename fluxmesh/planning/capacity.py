@@ -13,7 +13,7 @@ from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement
 from fluxmesh.planning.workload import Workload
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Need:
     """Memory of one host that takes part, in bytes."""
 
@@ -51,7 +51,12 @@ class Memory:
         """What each rank needs, where rank i of `ranks` holds shard i of `shards` (or all)."""
         asked = dict(zip(ranks, needed, strict=True))
         return tuple(
-            Need(rank, asked[rank], self.room(rank, asked), self._load(rank, shards, shard))
+            Need(
+                rank=rank,
+                needed=asked[rank],
+                available=self.room(rank, asked),
+                load_bytes=self._load(rank, shards, shard),
+            )
             for shard, rank in enumerate(ranks)
         )
 

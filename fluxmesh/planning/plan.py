@@ -32,7 +32,7 @@ MAX_LAST = 8  # images that a mixed plan tries to leave for the ring
 MAX_RINGS = 4  # rings, the fastest ones, that it tries
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What `plan` found. `options` holds every way: those that can be taken first, by time."""
 
@@ -98,7 +98,9 @@ def plan(
             seconds = warm.seconds - warm.cold_seconds
             reason += f" Once it is warm, {_title(warm)} would take {seconds:.3g} s."
     helping = remedies(work, view, fits) if winner is None and allowed else ()
-    return Plan(work, tuple(found), winner, reason, helping, warm)
+    return Plan(
+        work=work, options=tuple(found), winner=winner, reason=reason, remedies=helping, warm=warm
+    )
 
 
 def _options(options: Candidates) -> Iterator[Option]:

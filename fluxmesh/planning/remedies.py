@@ -24,7 +24,7 @@ STEP = 512 * MIB  # the limit of a Mac's GPU is told in such steps
 SIDES = (1024, 768, 512)  # of smaller pictures, in pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Remedy:
     """One change, or changes that go together, with which it fits."""
 
@@ -42,14 +42,16 @@ def remedies(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     found = list(_first(_changed(work), view, fits))
     needed = fits(work, _freed(view))
     if needed is not None:
-        found.append(Remedy(needed, freed=True))
+        found.append(Remedy(needed=needed, freed=True))
     wired = _wired(work, view, fits)
     return (*found, wired) if wired is not None else tuple(found)
 
 
 def for_weights(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     """As `remedies`, where nothing but the weights is asked for: of changes, fewer bits alone."""
-    changed = ((each, how) for each, how in _changed(work) if how == Remedy(0, how.bits))
+    changed = (
+        (each, how) for each, how in _changed(work) if how == Remedy(needed=0, bits=how.bits)
+    )
     found = list(_first(changed, view, fits))
     wired = _wired(work, view, fits)
     return (*found, wired) if wired is not None else tuple(found)
@@ -70,7 +72,7 @@ def _changed(work: Workload) -> Changed:
     """The work with each change, in the order in which they are tried."""
     if work.preload or work.decoding_batch_size > 1:
         work = replace(work, preload=False, decoding_batch_size=1)
-        yield work, Remedy(0, one_by_one=True)
+        yield work, Remedy(needed=0, one_by_one=True)
     least = work
     for bits, low_memory in ((8, False), (None, True), (8, True), (4, False), (4, True)):
         now = work.weights.bits
@@ -80,8 +82,8 @@ def _changed(work: Workload) -> Changed:
             continue
         weights = work.weights if bits is None else replace(work.weights, bits=bits)
         least = replace(work, weights=weights, low_memory=low_memory or work.low_memory)
-        yield least, Remedy(0, bits, low_memory)
-    given = Remedy(0, least.weights.bits, least.low_memory)
+        yield least, Remedy(needed=0, bits=bits, low_memory=low_memory)
+    given = Remedy(needed=0, bits=least.weights.bits, low_memory=least.low_memory)
     for side in SIDES:
         if side**2 < work.height * work.width:
             yield replace(least, height=side, width=side), replace(given, side=side)
@@ -101,7 +103,7 @@ def _wired(work: Workload, view: MeshView, fits: Fits) -> Remedy | None:
     limit = -(-max(needed, work.text_bytes) // STEP) * STEP
     raised = replace(view, hosts=tuple(_raised(host, limit) for host in view.hosts))
     needed = fits(work, raised)
-    return None if needed is None else Remedy(needed, wired_mib=limit // MIB)
+    return None if needed is None else Remedy(needed=needed, wired_mib=limit // MIB)
 
 
 def _raised(host: HostInfo, limit: float) -> HostInfo:

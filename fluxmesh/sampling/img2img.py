@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.images import composite
+from fluxmesh.images import composite, to_model_range
 from fluxmesh.sampling import latents
 
 __all__ = ["SourceLatents", "composite", "mask_latents", "to_model_range"]
@@ -35,11 +35,6 @@ class SourceLatents:
         if self.painted is None:
             return x
         return (1 - self.painted) * self.noised(noise, t) + self.painted * x
-
-
-def to_model_range(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] to float32 [1, H, W, 3] in [-1, 1], what the autoencoder encodes."""
-    return 2.0 * (pixels[None].astype(np.float32) / 255.0) - 1.0
 
 
 def mask_latents(mask: np.ndarray, downsampling: int, channels: int) -> mx.array:

@@ -3,20 +3,25 @@
 An image's noise is a function of its seed and size alone, drawn here and nowhere else, so that
 image k of a request is the same on every host, placement and backend.
 
-The transformer reads latents "packed": each token is a square of 2x2 latents. `pack` and `unpack`
-take NumPy and MLX arrays alike. Channel order inside a token (channel, row, column) is that of
-black-forest-labs/flux `src/flux/sampling.py`: "b c (h ph) (w pw) -> b (h w) (c ph pw)".
+The transformer reads latents packed into tokens (`models/packing.py`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from fluxmesh.errors import UsageError
+from fluxmesh.models.packing import PATCH, pack, unpack
 
-PATCH = 2  # latents along one side of a token
+__all__ = [
+    "PATCH",
+    "image_positions",
+    "initial_noise",
+    "pack",
+    "text_positions",
+    "token_grid",
+    "unpack",
+]
 
 
 def initial_noise(
@@ -43,24 +48,6 @@ def token_grid(height: int, width: int, downsampling: int = 8) -> tuple[int, int
     if height < side or width < side or height % side or width % side:
         raise UsageError(f"The image is {height}x{width}; each side must be a multiple of {side}.")
     return height // side, width // side
-
-
-def pack(latents: Any) -> Any:
-    """Latents [B, h, w, C] to tokens [B, (h/2) * (w/2), 4C]."""
-    B, h, w, C = latents.shape
-    x = latents.reshape(B, h // PATCH, PATCH, w // PATCH, PATCH, C)
-    x = x.transpose(0, 1, 3, 5, 2, 4)  # [B, h/2, w/2, C, 2, 2]
-    return x.reshape(B, (h // PATCH) * (w // PATCH), C * PATCH * PATCH)
-
-
-def unpack(tokens: Any, latent_size: tuple[int, int]) -> Any:
-    """Tokens [B, (h/2) * (w/2), 4C] to latents [B, h, w, C]; `latent_size` is (h, w)."""
-    h, w = latent_size
-    B, _, channels = tokens.shape
-    C = channels // (PATCH * PATCH)
-    x = tokens.reshape(B, h // PATCH, w // PATCH, C, PATCH, PATCH)
-    x = x.transpose(0, 1, 4, 2, 5, 3)  # [B, h/2, 2, w/2, 2, C]
-    return x.reshape(B, h, w, C)
 
 
 def image_positions(rows: int, columns: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 FLUX is a rectified flow: x_t = (1 - t) * image + t * noise, and the model predicts the velocity
 noise - image. Sampling goes from t = 1 to t = 0 with Euler steps, and the steps are shifted
-towards t = 1, the more the longer the image is in tokens.
+towards t = 1, the more the longer the image is in tokens (and, in FLUX.2, the fewer they are).
 
 The numbers are those of diffusers' `FluxPipeline` with `FlowMatchEulerDiscreteScheduler`, which
 computes them in float32: same order of operations, same bits. The shift itself is equation 23 of
@@ -12,15 +12,27 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers" (https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.models.flux1.config import ScheduleConfig
+
+
+class Shifting(Protocol):
+    """How a family shifts its time steps: `flux1.config.ScheduleConfig`, and others'."""
+
+    @property
+    def use_dynamic_shifting(self) -> bool: ...
+
+    @property
+    def shift(self) -> float: ...  # used when not dynamic
+
+    def mu(self, image_seq_len: int, steps: int, /) -> float: ...
 
 
 def timesteps(
-    steps: int, image_seq_len: int, schedule: ScheduleConfig, strength: float = 1.0
+    steps: int, image_seq_len: int, schedule: Shifting, strength: float = 1.0
 ) -> list[float]:
     """Noise levels, from the first one down to exactly 0.0: one more than there are steps to run.
 
@@ -38,7 +50,7 @@ def timesteps(
 
     linear = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if schedule.use_dynamic_shifting:
-        factor = math.exp(schedule.mu(image_seq_len))
+        factor = math.exp(schedule.mu(image_seq_len, steps))
         levels = factor / (factor + (1 / linear - 1))
     else:
         levels = schedule.shift * linear / (1 + (schedule.shift - 1) * linear)

@@ -25,7 +25,7 @@ class Prepared:
     revision: str  # of the base model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dealt:
     """The hosts of a mesh are ready: how an update's micro-batches are dealt out at first."""
 

@@ -74,7 +74,7 @@ class TrainingPlan:
     def units(self) -> Iterator[tuple[str, list[Unit]]]:
         """What is encoded, in two heaps: captions, then crops; each with its name in the plural."""
         yield "captions", [Caption(text) for text in self.captions]
-        yield "pictures", [Crop(*item) for item in self.crops]
+        yield "pictures", [Crop(image, crop) for image, crop in self.crops]
 
     def parts(self, number: int) -> list[Part]:
         """What micro-batch `number` is made of: images of the data set, then as many of the prior.

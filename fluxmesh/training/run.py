@@ -48,7 +48,7 @@ class DivergedError(FluxmeshError):
     """The loss is no number, or explodes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpdateResult:
     """What an update did."""
 

@@ -17,11 +17,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.engine import device_memory
+from fluxmesh.engine import device_memory, features
 from fluxmesh.engine.residency import Stopped, WorkerOptions
 from fluxmesh.engine.worker import Reports, Worker
 from fluxmesh.errors import FluxmeshError, UsageError
-from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.models.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.training.compute import exact_sum
@@ -30,7 +29,7 @@ from fluxmesh.training.data.dataset import Example
 from fluxmesh.training.data.encode_units import caption_name, crop_name
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
-from fluxmesh.wire.training_messages import (
+from fluxmesh.wire.messages.training import (
     STOPPED,
     Closed,
     CloseTraining,
@@ -59,28 +58,22 @@ class Given:
     """Features as they were sent. Captions are numbers."""
 
     def __init__(self) -> None:
-        self._held: dict[str, PutFeatures] = {}
+        self._held: dict[str, Mapping[str, np.ndarray]] = {}
 
-    def put(self, features: PutFeatures) -> None:
-        self._held[features.name] = features
+    def put(self, work: PutFeatures) -> None:
+        self._held[work.name] = work.features
 
     def drop(self, names: tuple[str, ...]) -> None:
         for name in names:
             self._held.pop(name, None)
 
     def text(self, caption: str) -> Conditioning:
-        found = self._find(caption_name(caption))
-        if found.t5 is None or found.clip is None:
-            raise FluxmeshError(f"The features of caption {caption} came without their arrays.")
-        return Conditioning(from_numpy(found.t5), from_numpy(found.clip))
+        return features.text(self._find(caption_name(caption)))
 
     def latents(self, image: int, crop: int) -> mx.array:
-        found = self._find(crop_name(image, crop))
-        if found.latents is None:
-            raise FluxmeshError(f"Crop {crop} of picture {image} came without its latents.")
-        return mx.array(found.latents)
+        return features.latents(self._find(crop_name(image, crop)))
 
-    def _find(self, name: str) -> PutFeatures:
+    def _find(self, name: str) -> Mapping[str, np.ndarray]:
         if name not in self._held:
             raise FluxmeshError(f"The features {name!r} were not sent to this host.")
         return self._held[name]
@@ -181,7 +174,12 @@ class TrainingWorker(Worker):
                 learner.restore(work.update, vectors)
             self._learner = learner
         device_memory.free_cache()
-        yield Opened(work.job, work.ring_generation, learner.adapters.size, self.content)
+        yield Opened(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            trained=learner.adapters.size,
+            content=self.content,
+        )
 
     def _update(self, work: Update) -> Reports:
         learner = self.learner
@@ -201,7 +199,12 @@ class TrainingWorker(Worker):
                 start = time.perf_counter()
                 self.options.pause("step")
                 total = learner.add(total, number, work.parts)
-                yield Computed(work.job, work.ring_generation, number, time.perf_counter() - start)
+                yield Computed(
+                    job=work.job,
+                    ring_generation=work.ring_generation,
+                    number=number,
+                    seconds=time.perf_counter() - start,
+                )
             if is_stopped or self.options.stopping():
                 total = total.at[-exact_sum.TAIL].add(mx.array(STOPPED, dtype=mx.int64))
             mx.eval(total)
@@ -215,17 +218,17 @@ class TrainingWorker(Worker):
             self.count(steps=1)
             peak = self.meter.now("training")
         yield UpdateDone(
-            work.job,
-            work.ring_generation,
-            work.update + 1,
-            moved.loss if math.isfinite(moved.loss) else 0.0,
-            moved.norm if math.isfinite(moved.norm) else 0.0,
-            moved.rate,
-            moved.images,
+            job=work.job,
+            ring_generation=work.ring_generation,
+            update=work.update + 1,
+            loss=moved.loss if math.isfinite(moved.loss) else 0.0,
+            norm=moved.norm if math.isfinite(moved.norm) else 0.0,
+            rate=moved.rate,
+            images=moved.images,
             # Bad is also what the norm alone shows.
-            max(moved.bad, int(not (math.isfinite(moved.loss) and math.isfinite(moved.norm)))),
-            time.perf_counter() - started,
-            peak,
+            bad=max(moved.bad, int(not (math.isfinite(moved.loss) and math.isfinite(moved.norm)))),
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak,
         )
 
     def _give_vectors(self, work: GiveVectors) -> Reports:
@@ -237,26 +240,38 @@ class TrainingWorker(Worker):
             for offset, numbers in in_pieces(vector):
                 self._go_on()
                 is_last = name == last and offset + len(numbers) == len(vector)
-                place = (learner.state.update, name, offset, len(vector), is_last)
-                yield VectorPart(work.job, work.ring_generation, *place, numbers)
+                yield VectorPart(
+                    job=work.job,
+                    ring_generation=work.ring_generation,
+                    update=learner.state.update,
+                    vector=name,
+                    offset=offset,
+                    total=len(vector),
+                    is_last=is_last,
+                    numbers=numbers,
+                )
 
     def _validate(self, work: Validate) -> Reports:
         self.doing = "measuring on what was held out"
         self._begin("validating")
         with self.meter.phase("training"):
             loss = self.learner.validate()
-        yield HeldOut(work.job, work.ring_generation, loss if math.isfinite(loss) else NO_LOSS)
+        yield HeldOut(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            loss=loss if math.isfinite(loss) else NO_LOSS,
+        )
 
     def _paint_progress(self, work: PaintProgress) -> Reports:
         self.doing = "painting the progress prompt"
         self._begin("painting")
         with self.meter.phase("training"):
             pixels = self.learner.paint()
-        yield ProgressPainted(work.job, work.ring_generation, pixels)
+        yield ProgressPainted(job=work.job, ring_generation=work.ring_generation, pixels=pixels)
 
     def _close_training(self, work: CloseTraining) -> Reports:
         self.end_job()
-        yield Closed(work.job, work.ring_generation)
+        yield Closed(job=work.job, ring_generation=work.ring_generation)
 
     def _go_on(self) -> None:
         if self.options.stopping():

@@ -224,7 +224,7 @@ def heal(up: Up, mesh: Mesh, placement: Placement, *, cold: bool = False) -> Non
         assert warm.error is None, warm.error
         return
     # Nothing is to be loaded before the job asks for it.
-    mesh._run(mesh._pool.tell({rank: messages.Keep(None) for rank in range(hosts)}))
+    mesh._run(mesh._pool.tell({rank: messages.Keep(weights=None) for rank in range(hosts)}))
     for rank in range(hosts):
         pid = up.status(mesh, rank).engine_pid
         if pid is not None:

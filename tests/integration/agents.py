@@ -158,9 +158,9 @@ class Coordinator:
         granted = await self.until(messages.Granted)
         self.fence, self.ring_generation = granted.fence, granted.ring_generation
 
-    def head(self, job: str = "job") -> tuple[int, str, int]:
-        """What all work begins with."""
-        return self.fence, job, self.ring_generation
+    def head(self, job: str = "job") -> dict[str, Any]:
+        """What all work has."""
+        return {"fence": self.fence, "job": job, "ring_generation": self.ring_generation}
 
     async def listen(self) -> None:
         while True:
@@ -220,7 +220,7 @@ def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 async def encode(
     one: Coordinator, weights: ModelVariant, prompt: str = "a cat"
 ) -> messages.TextEncoded:
-    await one.done(messages.Encode(*one.head(), weights, prompt))
+    await one.done(messages.Encode(**one.head(), weights=weights, prompt=prompt))
     return await one.until(messages.TextEncoded)
 
 
@@ -243,22 +243,21 @@ def painting(
     """One image of `size` x `size` pixels."""
     noise = initial_noise(seed, size, size, channels, 8)
     return messages.Paint(
-        *one.head(job),
-        weights,
-        placement,
-        image,
-        size,
-        size,
-        steps,
-        first,
+        **one.head(job),
+        weights=weights,
+        placement=placement,
+        image=image,
+        height=size,
+        width=size,
+        steps=steps,
+        first=first,
         guidance=4.0,
         low_memory=low_memory,
         preview=False,
         strength=1.0,
         latents=noise if latents is None else latents,
         noise=noise,
-        t5=text.t5,
-        clip=text.clip,
+        features=text.features,
     )
 
 
@@ -266,7 +265,7 @@ async def join_ring(ones: list[Coordinator], ring_generation: int) -> None:
     """All of them form a ring on loopback, in their order."""
     ports: list[tuple[int, ...]] = []
     for one in ones:
-        answer = await one.ask(messages.AskPorts(one.fence, "127.0.0.1"))
+        answer = await one.ask(messages.AskPorts(fence=one.fence, ip="127.0.0.1"))
         assert isinstance(answer, messages.Ports), answer
         ports.append(answer.ports)
     for one, join in zip(ones, joins_of(ones, ring_generation, ports), strict=True):
@@ -283,6 +282,15 @@ def joins_of(
     size, nonce = len(ones), secrets.token_bytes(32)
     hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(size)]
     return [
-        messages.Join(one.fence, ring_generation, rank, size, "ring", told.envs, told.files, nonce)
+        messages.Join(
+            fence=one.fence,
+            ring_generation=ring_generation,
+            rank=rank,
+            size=size,
+            backend="ring",
+            envs=told.envs,
+            files=told.files,
+            nonce=nonce,
+        )
         for rank, (one, told) in enumerate(zip(ones, joining("ring", hosts, ports), strict=True))
     ]

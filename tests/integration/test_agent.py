@@ -92,7 +92,16 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(
                 step = await one.until(messages.Stepped)
                 assert step.step == number
                 assert step.latents is not None
-            await one.done(Decode(*one.head(), weights, (0,), 32, 32, step.latents))
+            await one.done(
+                Decode(
+                    **one.head(),
+                    weights=weights,
+                    images=(0,),
+                    height=32,
+                    width=32,
+                    latents=step.latents,
+                )
+            )
             picture = (await one.until(messages.Pictured)).pixels
             status = await one.status()
             assert (status.state, status.job, status.ring_generation) == ("ready", "job", 0)
@@ -149,11 +158,11 @@ def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
         async with coordinator(host) as one:
             await one.lease()
             engine = await engine_of(one)
-            await one.done(Load(*one.head(), ModelVariant(str(broken))))
+            await one.done(Load(**one.head(), weights=ModelVariant(str(broken))))
             report = await failed(one)
             assert (report.kind, report.fatal, report.job) == ("WeightsError", False, "job")
             assert file.name in report.text
-            await one.done(Load(*one.head(), weights))
+            await one.done(Load(**one.head(), weights=weights))
             await one.until(messages.Loaded)
             assert await engine_of(one) == engine
 
@@ -165,7 +174,7 @@ def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVari
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
-            await one.done(Measure(*one.head(), weights, 32, 32))
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
             timed = await one.until(messages.Timed)
             measured = (await one.status()).measured
             assert measured == (timed.measured,)
@@ -176,15 +185,15 @@ def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVari
             assert abs(measured[0].when - time.time()) < 60
             made = StepShape.of(weights, "data", 1, 32, 32)
             assert (await one.status()).compiled == (made,)
-            await one.done(Measure(*one.head(), weights, 32, 32))
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
             again = (await one.until(messages.Timed)).measured
             assert again.kernels_seconds is None and again.when > measured[0].when
             (kept,) = (await one.status()).measured  # what nobody will measure again
             assert kept == replace(again, kernels_seconds=measured[0].kernels_seconds)
-            await one.done(Measure(*one.head(), weights, 32, 48))
+            await one.done(Measure(**one.head(), weights=weights, height=32, width=48))
             other = (await one.until(messages.Timed)).measured
             assert other.kernels_seconds is None and other.first_seconds is not None
-            await one.done(messages.Kill(one.fence, one.head()[2] + 1))
+            await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
             assert (await one.status()).compiled == ()
 
     play(scene())
@@ -209,13 +218,21 @@ def test_an_adapter_is_sent_once_and_changes_the_image(
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
-            assert await one.ask(messages.HasFile(one.fence, sha)) == messages.Found(False)
-            await one.done(Load(*one.head(), adapted))
+            assert await one.ask(messages.HasFile(fence=one.fence, sha256=sha)) == messages.Found(
+                False
+            )
+            await one.done(Load(**one.head(), weights=adapted))
             assert (await failed(one)).kind == "AdapterError"
             for start in range(0, len(data), 1500):
                 piece = data[start : start + 1500]
-                await one.done(messages.PutFile(one.fence, sha, start, len(data), piece))
-            assert await one.ask(messages.HasFile(one.fence, sha)) == messages.Found(True)
+                await one.done(
+                    messages.PutFile(
+                        fence=one.fence, sha256=sha, offset=start, total=len(data), data=piece
+                    )
+                )
+            assert await one.ask(messages.HasFile(fence=one.fence, sha256=sha)) == messages.Found(
+                True
+            )
             latents = []
             for each in (weights, adapted):
                 text = await encode(one, each)
@@ -234,7 +251,7 @@ def test_a_model_outside_of_the_roots_is_refused_and_the_engine_lives(
             await one.lease()
             engine = await engine_of(one)
             for name in ("/etc", str(host.state), "../.."):
-                await one.done(Load(*one.head(), ModelVariant(name)))
+                await one.done(Load(**one.head(), weights=ModelVariant(name)))
                 report = await failed(one)
                 assert (report.kind, report.fatal) == ("ModelNotFoundError", False)
             await encode(one, weights)
@@ -253,10 +270,12 @@ def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
             text = await encode(one, weights)
             noise = painting(one, weights, text).noise
             work = {
-                "load": Load(*one.head(), weights),
-                "encode": Encode(*one.head(), weights, "another"),
+                "load": Load(**one.head(), weights=weights),
+                "encode": Encode(**one.head(), weights=weights, prompt="another"),
                 "step": painting(one, weights, text),
-                "decode": Decode(*one.head(), weights, (0,), 32, 32, noise),
+                "decode": Decode(
+                    **one.head(), weights=weights, images=(0,), height=32, width=32, latents=noise
+                ),
             }[moment]
             engine = await engine_of(one)
             await one.done(work)
@@ -298,7 +317,7 @@ def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_i
             assert one.heard == []
             assert one.beats >= beats + 2
             assert (await one.status()).state == "busy"
-            await one.done(messages.Kill(one.fence, one.ring_generation + 1))
+            await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
             assert not is_running(engine)
             one.ring_generation += 1
             one.read = 0
@@ -341,7 +360,7 @@ def test_cancel_stops_at_the_next_step_and_drops_what_waits(
                 await one.done(painting(one, weights, text, steps=500, image=image))
             await one.until(messages.Stepped)
             start = time.monotonic()
-            await one.done(messages.Cancel(one.fence, "job"))
+            await one.done(messages.Cancel(fence=one.fence, job="job"))
             await one.until(messages.Cancelled)
             assert time.monotonic() - start < 2.0
             steps = (await one.status()).counters.steps
@@ -361,10 +380,14 @@ def test_who_has_no_lease_changes_nothing(host: AgentProcess, weights: ModelVari
         async with coordinator(host) as one, coordinator(host) as other:
             await one.lease()
             for fence in (0, one.fence, one.fence + 1):
-                answer = await other.ask(Load(fence, "job", 0, weights))
+                answer = await other.ask(
+                    Load(fence=fence, job="job", ring_generation=0, weights=weights)
+                )
                 assert isinstance(answer, messages.Refused)
                 assert answer.code == "fence"
-            stale = await one.ask(Load(one.fence - 1, "job", 0, weights))
+            stale = await one.ask(
+                Load(fence=one.fence - 1, job="job", ring_generation=0, weights=weights)
+            )
             assert isinstance(stale, messages.Refused)
             assert (await one.status()).state == "idle"
 
@@ -377,7 +400,7 @@ def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
     async def scene() -> None:
         async with coordinator(host) as one:
             await one.lease()
-            work = Encode(*one.head(), weights, "a cat")
+            work = Encode(**one.head(), weights=weights, prompt="a cat")
             for _ in range(5):
                 assert await one.repeat(work, 1000) == messages.Done()
             await one.until(messages.TextEncoded)
@@ -568,7 +591,7 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentPr
             connection = one.connection
             one.seq += 1
         async with coordinator(host) as one:
-            answer = await one.ask(messages.Joined(1, 1))
+            answer = await one.ask(messages.Joined(ring_generation=1, rank=1))
             assert isinstance(answer, messages.Refused)
             assert answer.code == "usage"
         with contextlib.suppress(Exception):

@@ -141,7 +141,7 @@ def test_an_agent_ends_whose_engine_loads_for_a_coordinator(tmp_path: Path) -> N
         async def scene() -> None:
             async with coordinator(host) as user:
                 await user.lease()
-                await user.done(Load(*user.head(), ModelVariant("tiny", "float32")))
+                await user.done(Load(**user.head(), weights=ModelVariant("tiny", "float32")))
                 await user.until(messages.LoadProgress)
                 one.ends()
 

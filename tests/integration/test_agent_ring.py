@@ -81,7 +81,7 @@ def test_low_memory_in_a_ring_paints_the_same_and_holds_less(
                 ]
 
             for one in ones:
-                await one.done(Load(*one.head(), weights, low_memory=True))
+                await one.done(Load(**one.head(), weights=weights, low_memory=True))
                 assert (await one.until(messages.Loaded)).holding.nbytes == 0
             low, held = await painted(low_memory=True)
             plain, whole = await painted(job="another")  # what was released is loaded again
@@ -108,7 +108,9 @@ def test_two_engines_paint_in_a_ring_what_one_paints(
             await join_ring(ones, 1)
             text = await encode(ones[0], weights)
             for shard, one in enumerate(ones):
-                load = Load(*one.head(), weights, shards, shard if shards > 1 else 0)
+                load = Load(
+                    **one.head(), weights=weights, shards=shards, shard=shard if shards > 1 else 0
+                )
                 await one.done(load)
                 holding = (await one.until(messages.Loaded)).holding
                 assert (holding.shards, holding.shard) == (shards, shard if shards > 1 else 0)
@@ -164,14 +166,18 @@ def test_shards_with_an_adapter_and_quantized_ones_paint_what_the_whole_paints(
     async def scene() -> None:
         async with mesh(tmp_path, adapted) as ones:
             for one in ones:
-                await one.done(messages.PutFile(one.fence, sha, 0, len(data), data))
+                await one.done(
+                    messages.PutFile(
+                        fence=one.fence, sha256=sha, offset=0, total=len(data), data=data
+                    )
+                )
             text = await encode(ones[0], adapted)
             await ones[0].done(painting(ones[0], adapted, text))
             for _ in range(3):
                 alone = await ones[0].until(messages.Stepped)
             await join_ring(ones, 1)
             for shard, one in enumerate(ones):
-                await one.done(Load(*one.head(), adapted, 2, shard))
+                await one.done(Load(**one.head(), weights=adapted, shards=2, shard=shard))
                 await one.until(messages.Loaded)
             works = [painting(one, adapted, text, placement="tensor") for one in ones]
             steps = await paint(ones, works)
@@ -189,7 +195,7 @@ def test_a_shard_is_a_shard_in_the_engine_and_while_it_loads(
             for shards in (1, 2):
                 for shard, one in enumerate(ones):
                     part = shard if shards > 1 else 0
-                    await one.done(Load(*one.head(), weights, shards, part))
+                    await one.done(Load(**one.head(), weights=weights, shards=shards, shard=part))
                     await one.until(messages.Loaded)
                     counted[shards, shard] = (await one.status()).counters
             whole = counted[1, 0].block_bytes
@@ -216,9 +222,9 @@ def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
                     more = {"steps": 40, "image": image, "placement": "tensor"}
                     await one.done(painting(one, weights, text, **more))
             await ones[0].until(messages.Stepped)
-            await ones[0].done(messages.Cancel(ones[0].fence, "job"))
+            await ones[0].done(messages.Cancel(fence=ones[0].fence, job="job"))
             await asyncio.sleep(0.4)  # one rank hears of it later, and stops at the same step
-            await ones[1].done(messages.Cancel(ones[1].fence, "job"))
+            await ones[1].done(messages.Cancel(fence=ones[1].fence, job="job"))
             for one in ones:
                 await one.until(messages.Cancelled)
             counted = [(await one.status()).counters for one in ones]
@@ -230,7 +236,14 @@ def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
             ]
             steps = await paint(ones, works)
             await ones[0].done(
-                Decode(*ones[0].head("next"), weights, (0,), 32, 32, steps[1].latents)
+                Decode(
+                    **ones[0].head("next"),
+                    weights=weights,
+                    images=(0,),
+                    height=32,
+                    width=32,
+                    latents=steps[1].latents,
+                )
             )
             assert (await ones[0].until(messages.Pictured)).pixels.shape == (32, 32, 3)
 
@@ -256,7 +269,7 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
             last = [m for m in ones[0].heard if isinstance(m, messages.Stepped)][-1]
             assert last.step >= kept.step
             for one in ones:
-                await one.done(messages.Kill(one.fence, 2))
+                await one.done(messages.Kill(fence=one.fence, ring_generation=2))
                 one.heard.clear()  # the survivor fails too, sooner or later
                 one.read = 0
             assert [(await one.status()).engine_pid for one in ones] == [None, None]
@@ -291,7 +304,7 @@ def test_a_stranger_on_the_rings_port_ends_the_ring_generation_and_fresh_ports_f
         async with mesh(tmp_path, weights) as ones:
             ports = []
             for one in ones:
-                answer = await one.ask(messages.AskPorts(one.fence, "127.0.0.1"))
+                answer = await one.ask(messages.AskPorts(fence=one.fence, ip="127.0.0.1"))
                 assert isinstance(answer, messages.Ports)
                 ports.append(answer.ports)
             joins = joins_of(ones, 1, ports)
@@ -303,7 +316,7 @@ def test_a_stranger_on_the_rings_port_ends_the_ring_generation_and_fresh_ports_f
             heard = [report for one in ones for report in one.heard]
             assert not any(isinstance(report, messages.Joined) for report in heard)
             for one in ones:
-                await one.done(messages.Kill(one.fence, 2))
+                await one.done(messages.Kill(fence=one.fence, ring_generation=2))
                 assert (await one.status()).counters.transformer_bytes == 0
                 one.read = len(one.heard)
             stranger.close()
@@ -333,14 +346,16 @@ def test_engines_time_their_ring_alike_within_the_time_they_have(
     async def scene() -> None:
         async with mesh(tmp_path, weights, 3) as ones:
             await join_ring(ones, 1)
-            ring_generation = ones[0].head()[2]
+            ring_generation = ones[0].ring_generation
             for one in reversed(ones):  # the first one comes last, and all others wait for it
                 for job in ("job", "cancelled"):
                     await one.done(
-                        messages.MeasureRing(one.fence, job, ring_generation, seconds=0.5)
+                        messages.MeasureRing(
+                            fence=one.fence, job=job, ring_generation=ring_generation, seconds=0.5
+                        )
                     )
                 if one is ones[1]:
-                    await one.done(messages.Cancel(one.fence, "cancelled"))
+                    await one.done(messages.Cancel(fence=one.fence, job="cancelled"))
             for _ in range(2):
                 found = [await one.until(messages.RingTimed) for one in ones]
                 assert found[0] == found[1] == found[2]

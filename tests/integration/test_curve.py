@@ -50,7 +50,18 @@ def test_latents_of_a_large_picture_arrive_whole(tmp_path: Path) -> None:
         async with wire(tmp_path) as made:
             near, far = await made.pair()
             for step in (1, 2, 3):
-                await far.send(Stepped("job", 1, 0, step, 0.5, 0, latents))
+                await far.send(
+                    Stepped(
+                        job="job",
+                        ring_generation=1,
+                        image=0,
+                        step=step,
+                        is_last=False,
+                        seconds=0.5,
+                        peak_bytes=0,
+                        latents=latents,
+                    )
+                )
                 _, arrived = await near.receive()
                 assert isinstance(arrived, Stepped) and arrived.latents is not None
                 assert arrived.step == step and np.array_equal(arrived.latents, latents)
@@ -225,7 +236,16 @@ asyncio.run(main())
 def test_a_coordinator_that_reads_nothing_is_put_out_and_holds_up_nobody(
     tmp_path: Path,
 ) -> None:
-    large = Stepped("job", 1, 0, 1, 0.5, 0, np.zeros((1, 4096, 16), np.float32))
+    large = Stepped(
+        job="job",
+        ring_generation=1,
+        image=0,
+        step=1,
+        is_last=False,
+        seconds=0.5,
+        peak_bytes=0,
+        latents=np.zeros((1, 4096, 16), np.float32),
+    )
 
     async def fill(far: listening.AcceptedConnection) -> None:
         while True:

@@ -44,7 +44,7 @@ def record_of(agents: list[Any]) -> MeshRecord:
         for rank, one in enumerate(agents)
     ]
     pairs = [(a, b) for a in range(len(agents)) for b in range(len(agents)) if a != b]
-    links = tuple(LinkInfo(a, b, 1e9) for a, b in pairs)
+    links = tuple(LinkInfo(source=a, target=b, rate=1e9) for a, b in pairs)
     return MeshRecord("loopback.json", json.dumps(entries), tuple(members), links=links)
 
 

@@ -20,7 +20,7 @@ def test_a_coordinator_finds_its_lease_and_its_weights_after_the_agent_slept(
     async def scene(host: AgentProcess) -> None:
         async with coordinator(host, client="me") as one:
             await one.lease()
-            await one.done(Load(*one.head(), ModelVariant("tiny", "float32")))
+            await one.done(Load(**one.head(), weights=ModelVariant("tiny", "float32")))
             await one.until(messages.Loaded)
             before, fence = await one.status(), one.fence
             host.process.send_signal(signal.SIGSTOP)

@@ -65,7 +65,19 @@ def test_latents_of_megabytes_pass_to_an_engine_and_back_eight_kilobytes_at_a_ti
     home = AgentHome(tmp_path / "agent")
     home.folder.mkdir(mode=0o700)
     values = np.random.default_rng(1).standard_normal((1, 4096, 256), np.float32)  # 4 MB
-    sent = [Stepped("job", 1, 0, step, 0.5, 0, values + step) for step in (1, 2, 3)]
+    sent = [
+        Stepped(
+            job="job",
+            ring_generation=1,
+            image=0,
+            step=step,
+            is_last=False,
+            seconds=0.5,
+            peak_bytes=0,
+            latents=values + step,
+        )
+        for step in (1, 2, 3)
+    ]
 
     async def main() -> tuple[list[Message], list[str]]:
         came, ended = asyncio.Queue[Message](), list[str]()

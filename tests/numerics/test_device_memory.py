@@ -27,7 +27,7 @@ from tests.checkpoints import make_checkpoint
 from tests.numerics.test_worker import painting
 
 PLATFORMS = ("metal", "cuda", "cpu")
-HEAD = (1, "job", 0)
+HEAD: dict[str, Any] = {"fence": 1, "job": "job", "ring_generation": 0}
 GB = 10**9
 
 
@@ -88,10 +88,16 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
     for_steps = activations.denoising_room(0, platform, False)
     for_pixels = activations.decoding_room(0, platform, False)
     units: list[tuple[Work, list[float]]] = [
-        (EncodeSource(*HEAD, weights, np.zeros((32, 48, 3), np.uint8)), [for_pixels]),
+        (
+            EncodeSource(**HEAD, weights=weights, pixels=np.zeros((32, 48, 3), np.uint8)),
+            [for_pixels],
+        ),
         (paint, [for_steps]),
-        (Decode(*HEAD, weights, (0,), 32, 48, paint.noise), [for_pixels]),
-        (Measure(*HEAD, weights, 32, 48), [for_steps, for_pixels]),
+        (
+            Decode(**HEAD, weights=weights, images=(0,), height=32, width=48, latents=paint.noise),
+            [for_pixels],
+        ),
+        (Measure(**HEAD, weights=weights, height=32, width=48), [for_steps, for_pixels]),
     ]
     for unit, rooms in units:
         limits.clear()

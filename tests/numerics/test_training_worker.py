@@ -18,13 +18,12 @@ from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
-from fluxmesh.wire.messages import Report
+from fluxmesh.wire.messages import Report, training
 from fluxmesh_coordinator.jobs.training.tasks import Names, TrainingJob
 from fluxmesh_coordinator.runtime.mesh_executor import job_of
 from tests.trainings import asked, learner, make_place
 
-HEAD = (0, "job", 0)
+HEAD: dict[str, Any] = {"fence": 0, "job": "job", "ring_generation": 0}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +68,23 @@ class TrainingEngine:
 
     def open(self, update: int = 0, parts: list[training.VectorPart] | None = None) -> None:
         for part in parts or []:
-            place = (part.vector, part.offset, part.total, part.numbers)
-            assert self.do(training.PutVector(*HEAD, *place)) == []
+            put = training.PutVector(
+                **HEAD,
+                vector=part.vector,
+                offset=part.offset,
+                total=part.total,
+                numbers=part.numbers,
+            )
+            assert self.do(put) == []
         told = self.names.opening()
         work = training.OpenTraining(
-            *HEAD, self.job.weights, told.request, update, told.sizes, told.captions, told.priors
+            **HEAD,
+            weights=self.job.weights,
+            request=told.request,
+            update=update,
+            sizes=told.sizes,
+            captions=told.captions,
+            priors=told.priors,
         )
         (opened,) = (r for r in self.do(work) if not isinstance(r, messages.LoadProgress))
         assert opened.trained == self.job.size
@@ -85,11 +96,15 @@ class TrainingEngine:
     def update(self, update: int) -> list[Report]:
         numbers = tuple(self.job.plan.request.micro_batches(update))
         self.bring(self.names.of_micro_batches(numbers))
-        return self.do(training.Update(*HEAD, update, numbers, len(numbers), False))
+        return self.do(
+            training.Update(
+                **HEAD, update=update, numbers=numbers, parts=len(numbers), together=False
+            )
+        )
 
     def state(self) -> dict[str, bytes]:
         parts: dict[str, list[np.ndarray]] = {}
-        for part in self.do(training.GiveVectors(*HEAD)):
+        for part in self.do(training.GiveVectors(**HEAD)):
             parts.setdefault(part.vector, []).append(part.numbers)
         return {name: np.concatenate(found).tobytes() for name, found in parts.items()}
 
@@ -101,7 +116,7 @@ def test_metals_cache_is_not_bounded_while_a_training_is_open(job, monkeypatch):
     host = TrainingEngine(job)
     host.open()
     assert limits == [device_memory.memory_of_device()]
-    host.do(training.CloseTraining(*HEAD))
+    host.do(training.CloseTraining(**HEAD))
     assert len(limits) == 2 and limits[1] <= device_memory.CACHE_BYTES
 
 
@@ -112,7 +127,7 @@ def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
     *computed, moved = first.update(0)
     assert [report.number for report in computed] == [0, 1, 2]
     assert (moved.update, moved.bad, moved.images) == (1, 0, moved.images) and moved.loss > 0
-    parts = first.do(training.GiveVectors(*HEAD))
+    parts = first.do(training.GiveVectors(**HEAD))
     assert len(parts) == 4 * -(-job.size // 1000)
     assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
     second = TrainingEngine(job)
@@ -125,7 +140,7 @@ def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
 
 def test_an_engine_that_painted_in_low_memory_trains_the_same(job):
     plain, scarce = TrainingEngine(job), TrainingEngine(job)
-    scarce.do(messages.Load(*HEAD, job.weights, low_memory=True))
+    scarce.do(messages.Load(**HEAD, weights=job.weights, low_memory=True))
     for host in (plain, scarce):
         host.open()
     (one, two) = (host.update(0)[-1] for host in (plain, scarce))
@@ -136,8 +151,8 @@ def test_a_state_that_is_not_whole_is_refused(job):
     host = TrainingEngine(job)
     piece = np.zeros(10, np.float32)
     with pytest.raises(UsageError, match="beyond its end"):
-        host.do(training.PutVector(*HEAD, "weights", 95, 100, piece))
-    host.do(training.PutVector(*HEAD, "weights", 0, 100, piece))
+        host.do(training.PutVector(**HEAD, vector="weights", offset=95, total=100, numbers=piece))
+    host.do(training.PutVector(**HEAD, vector="weights", offset=0, total=100, numbers=piece))
     with pytest.raises(UsageError, match=f"A state of {job.size} numbers"):
         host.open(1)
 
@@ -145,14 +160,14 @@ def test_a_state_that_is_not_whole_is_refused(job):
 def test_updates_come_in_their_order_and_with_their_features(job):
     host = TrainingEngine(job)
     with pytest.raises(UsageError, match="No training is open"):
-        host.do(training.Update(*HEAD, 0, (0,), 3, False))
+        host.do(training.Update(**HEAD, update=0, numbers=(0,), parts=3, together=False))
     host.open()
     with pytest.raises(UsageError, match="after 0 updates"):
         host.update(1)
     host.bring(host.names.of_micro_batches([0]))
-    host.do(training.DropFeatures(*HEAD, tuple(host.names.of_micro_batches([0])[:1])))
+    host.do(training.DropFeatures(**HEAD, features=tuple(host.names.of_micro_batches([0])[:1])))
     with pytest.raises(FluxmeshError, match="were not sent"):
-        host.do(training.Update(*HEAD, 0, (0,), 3, False))
+        host.do(training.Update(**HEAD, update=0, numbers=(0,), parts=3, together=False))
 
 
 @pytest.mark.parametrize("done", [0, 1])
@@ -164,7 +179,9 @@ def test_an_update_that_is_stopped_moves_nothing(job, done):
     host.bring(host.names.of_micro_batches([0, 1, 2]))
     reports = []
     asked[0] = done == 0
-    for report in host.worker.do(training.Update(*HEAD, 0, (0, 1, 2), 3, False)):
+    for report in host.worker.do(
+        training.Update(**HEAD, update=0, numbers=(0, 1, 2), parts=3, together=False)
+    ):
         reports.append(report)
         asked[0] = len(reports) == done
     assert [type(report) for report in reports] == [training.Computed] * done
@@ -179,9 +196,9 @@ def test_what_a_host_is_asked_on_the_way_disturbs_nothing(job):
         host.open()
         host.update(0)
     looked_at.bring(looked_at.names.held_out() + looked_at.names.prompt())
-    (held_out,) = looked_at.do(training.Validate(*HEAD))
+    (held_out,) = looked_at.do(training.Validate(**HEAD))
     assert held_out.loss > 0
-    (painted,) = looked_at.do(training.PaintProgress(*HEAD))
+    (painted,) = looked_at.do(training.PaintProgress(**HEAD))
     assert painted.pixels.shape == (32, 32, 3)
     plain.update(1), looked_at.update(1)
     assert plain.state() == looked_at.state()
@@ -193,12 +210,12 @@ def test_the_transformer_is_what_it_was_once_the_training_is_closed(job):
     names = {type(module).__name__ for _, module in host.worker.model.flow.named_modules()}
     assert "TrainedLinear" in names
     flow = host.worker.model.flow
-    (closed,) = host.do(training.CloseTraining(*HEAD))
+    (closed,) = host.do(training.CloseTraining(**HEAD))
     assert isinstance(closed, training.Closed)
     assert host.worker.model.flow is flow, "it stays in memory"
     assert "TrainedLinear" not in {type(m).__name__ for _, m in flow.named_modules()}
     with pytest.raises(UsageError, match="No training is open"):
-        host.do(training.GiveVectors(*HEAD))
+        host.do(training.GiveVectors(**HEAD))
 
 
 def test_a_request_that_is_none_is_refused(job):
@@ -207,6 +224,13 @@ def test_a_request_that_is_none_is_refused(job):
         with pytest.raises(UsageError):
             list(
                 TrainingWorker().do(
-                    training.OpenTraining(*HEAD, job.weights, text, 0, told.sizes, told.captions)
+                    training.OpenTraining(
+                        **HEAD,
+                        weights=job.weights,
+                        request=text,
+                        update=0,
+                        sizes=told.sizes,
+                        captions=told.captions,
+                    )
                 )
             )

@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.engine import device_memory
+from fluxmesh.engine.features import to_wire
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.engine.worker import STOPS, Worker, to_wire
+from fluxmesh.engine.worker import STOPS, Worker
 from fluxmesh.errors import DoesNotFitError, ModelNotFoundError, UsageError
 from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
@@ -34,7 +35,7 @@ from fluxmesh.wire.messages import (
 )
 from tests.checkpoints import TRANSFORMER, make_checkpoint
 
-HEAD = (0, "job", 0)
+HEAD: dict[str, Any] = {"fence": 0, "job": "job", "ring_generation": 0}
 R = TypeVar("R", bound=Report)
 
 
@@ -59,7 +60,7 @@ def only(worker: Worker, work: messages.Work, kind: type[R]) -> list[R]:
 
 def painting(worker: Worker, weights: ModelVariant, **more: Any) -> Paint:
     """A painting of 3 steps, 32 x 48 pixels."""
-    (text,) = only(worker, Encode(*HEAD, weights, "two dogs"), messages.TextEncoded)
+    (text,) = only(worker, Encode(**HEAD, weights=weights, prompt="two dogs"), messages.TextEncoded)
     noise = initial_noise(7, 32, 48, 16, 8)
     fields: dict[str, Any] = {
         "placement": "data",
@@ -74,10 +75,9 @@ def painting(worker: Worker, weights: ModelVariant, **more: Any) -> Paint:
         "strength": 1.0,
         "latents": noise,
         "noise": noise,
-        "t5": text.t5,
-        "clip": text.clip,
+        "features": text.features,
     }
-    return Paint(*HEAD, weights, **(fields | more))
+    return Paint(**HEAD, weights=weights, **(fields | more))
 
 
 def latents(worker: Worker, work: Paint) -> list[np.ndarray]:
@@ -98,7 +98,9 @@ def test_an_image_goes_on_from_any_step_to_the_same_bytes(
     more: dict[str, Any] = {"steps": 4, "low_memory": kind == "low memory"}
     if kind in ("source", "mask"):
         pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-        (source,) = only(worker, EncodeSource(*HEAD, weights, pixels), messages.SourceEncoded)
+        (source,) = only(
+            worker, EncodeSource(**HEAD, weights=weights, pixels=pixels), messages.SourceEncoded
+        )
         more |= {"source": source.latents, "strength": 0.7}
     if kind == "mask":
         more["mask"] = np.tile(np.array([0, 255], np.uint8), (32, 24))
@@ -177,7 +179,20 @@ def test_low_memory_paints_the_same_and_the_transformer_leaves_before_the_decode
         assert np.array_equal(latents(worker, work)[-1], expected)
         assert worker.model.flow.modulation_released
     assert np.array_equal(latents(worker, replace(work, job="next"))[-1], expected)
-    list(worker.do(Decode(0, "next", 0, weights, (0,), 32, 48, expected)))
+    list(
+        worker.do(
+            Decode(
+                fence=0,
+                job="next",
+                ring_generation=0,
+                weights=weights,
+                images=(0,),
+                height=32,
+                width=48,
+                latents=expected,
+            )
+        )
+    )
     assert "flow" not in loaded(worker)
 
 
@@ -226,15 +241,17 @@ def test_low_memory_that_is_stopped_leaves_nothing(weights: ModelVariant) -> Non
 def test_encoders_that_may_not_stay_make_room_and_leave(
     worker: Worker, weights: ModelVariant
 ) -> None:
-    list(worker.do(Load(*HEAD, weights, components=("transformer", "autoencoder"))))
+    list(worker.do(Load(**HEAD, weights=weights, components=("transformer", "autoencoder"))))
     assert loaded(worker) == ["flow", "ae"]
-    list(worker.do(Encode(*HEAD, weights, "one", stay=False)))
+    list(worker.do(Encode(**HEAD, weights=weights, prompt="one", stay=False)))
     assert loaded(worker) == ["ae"]
-    list(worker.do(Load(*HEAD, weights)))
-    (again,) = only(worker, Encode(*HEAD, weights, "one", stay=False), messages.TextEncoded)
+    list(worker.do(Load(**HEAD, weights=weights)))
+    (again,) = only(
+        worker, Encode(**HEAD, weights=weights, prompt="one", stay=False), messages.TextEncoded
+    )
     assert again.cached
     assert loaded(worker) == ["flow", "ae"]  # nothing had to run
-    list(worker.do(Encode(*HEAD, weights, "two")))
+    list(worker.do(Encode(**HEAD, weights=weights, prompt="two")))
     assert loaded(worker) == ["t5", "clip", "flow", "ae"]
 
 
@@ -242,15 +259,15 @@ def test_what_is_held_is_said_and_leaves_for_other_weights(
     worker: Worker, weights: ModelVariant
 ) -> None:
     assert worker.holding is None
-    (whole,) = only(worker, Load(*HEAD, weights), messages.Loaded)
+    (whole,) = only(worker, Load(**HEAD, weights=weights), messages.Loaded)
     flow = worker.counters.transformer_bytes
     assert (whole.holding.weights, whole.holding.nbytes) == (weights, flow)
-    list(worker.do(Load(*HEAD, weights, components=("autoencoder",))))
+    list(worker.do(Load(**HEAD, weights=weights, components=("autoencoder",))))
     assert worker.holding is not None
     assert worker.holding.nbytes > flow
     half = replace(weights, dtype="bfloat16")
     before = mx.get_active_memory()
-    (other,) = only(worker, Load(*HEAD, half), messages.Loaded)
+    (other,) = only(worker, Load(**HEAD, weights=half), messages.Loaded)
     assert other.holding.weights == half
     assert worker.counters.transformer_bytes * 2 == flow
     assert mx.get_active_memory() < before
@@ -260,10 +277,12 @@ def test_a_shard_is_loaded_alone_and_the_whole_comes_back_for_data(
     worker: Worker, weights: ModelVariant
 ) -> None:
     expected = latents(Worker(), painting(worker, weights))[-1]
-    (whole,) = only(worker, Load(*HEAD, weights), messages.Loaded)
+    (whole,) = only(worker, Load(**HEAD, weights=weights), messages.Loaded)
     blocks = worker.counters.block_bytes
     for shard in (0, 1):
-        (part,) = only(worker, Load(*HEAD, weights, 2, shard), messages.Loaded)
+        (part,) = only(
+            worker, Load(**HEAD, weights=weights, shards=2, shard=shard), messages.Loaded
+        )
         assert (part.holding.shards, part.holding.shard) == (2, shard)
         assert blocks / 2 <= worker.counters.block_bytes <= (1 / 2 + 0.01) * blocks
     assert np.array_equal(latents(worker, painting(worker, weights))[-1], expected)
@@ -281,17 +300,17 @@ def test_bytes_are_told_before_and_after_and_an_early_stop_leaves_nothing(
     worker = Worker(
         WorkerOptions(hear=lambda event: heard.append(event.done_bytes), stopping=lambda: stop)
     )
-    reports = list(worker.do(Load(*HEAD, weights)))
+    reports = list(worker.do(Load(**HEAD, weights=weights)))
     told = [r for r in reports if isinstance(r, messages.LoadProgress)]
     assert [r.done_bytes for r in told] == [0, told[-1].total_bytes]
     assert len(heard) > 10
     worker.drop_transformer()
     stop = True
-    reports = list(worker.do(Load(*HEAD, weights)))
+    reports = list(worker.do(Load(**HEAD, weights=weights)))
     assert not any(isinstance(report, messages.Loaded) for report in reports)
     assert loaded(worker) == []
     stop = False
-    assert only(worker, Load(*HEAD, weights), messages.Loaded)
+    assert only(worker, Load(**HEAD, weights=weights), messages.Loaded)
 
 
 def test_an_image_stops_before_the_next_step(weights: ModelVariant) -> None:
@@ -309,7 +328,14 @@ def test_what_was_done_is_counted(worker: Worker, weights: ModelVariant) -> None
     x = latents(worker, work)[-1]
     pictures = only(
         worker,
-        Decode(*HEAD, weights, (4, 5), 32, 48, np.concatenate([x, x])),
+        Decode(
+            **HEAD,
+            weights=weights,
+            images=(4, 5),
+            height=32,
+            width=48,
+            latents=np.concatenate([x, x]),
+        ),
         messages.Pictured,
     )
     assert [picture.image for picture in pictures] == [4, 5]
@@ -327,7 +353,11 @@ def test_previews_are_decoded_when_they_are_asked_for(
     assert all(step.preview is not None and step.preview.shape == (32, 48, 3) for step in steps)
     assert steps[-1].latents is not None
     (last,) = only(
-        worker, Decode(*HEAD, weights, (0,), 32, 48, steps[-1].latents), messages.Pictured
+        worker,
+        Decode(
+            **HEAD, weights=weights, images=(0,), height=32, width=48, latents=steps[-1].latents
+        ),
+        messages.Pictured,
     )
     assert steps[-1].preview is not None
     assert np.abs(steps[-1].preview.astype(int) - last.pixels).max() <= 1
@@ -352,8 +382,8 @@ def test_a_step_and_a_decode_are_measured_whatever_is_held(
     worker: Worker, weights: ModelVariant
 ) -> None:
     latents(worker, painting(worker, weights, low_memory=True))
-    list(worker.do(Load(*HEAD, weights, 2, 1)))
-    (timed,) = only(worker, Measure(*HEAD, weights, 32, 48), messages.Timed)
+    list(worker.do(Load(**HEAD, weights=weights, shards=2, shard=1)))
+    (timed,) = only(worker, Measure(**HEAD, weights=weights, height=32, width=48), messages.Timed)
     measured = timed.measured
     assert (measured.model, measured.height, measured.width) == (weights.model, 32, 48)
     assert (measured.dtype, measured.bits) == ("float32", None)
@@ -369,9 +399,9 @@ def test_without_a_ring_no_image_is_painted_together(
 
 def test_mistakes_are_told_in_words(worker: Worker, weights: ModelVariant) -> None:
     with pytest.raises(UsageError, match="no 'heart'"):
-        list(worker.do(Load(*HEAD, weights, components=("heart",))))
+        list(worker.do(Load(**HEAD, weights=weights, components=("heart",))))
     with pytest.raises(ModelNotFoundError):
-        list(worker.do(Load(*HEAD, ModelVariant("nonesuch"))))
+        list(worker.do(Load(**HEAD, weights=ModelVariant("nonesuch"))))
     with pytest.raises(UsageError, match="even"):
         list(worker.do(painting(worker, weights, width=40)))
     assert latents(worker, painting(worker, weights))  # and it works on
@@ -379,7 +409,7 @@ def test_mistakes_are_told_in_words(worker: Worker, weights: ModelVariant) -> No
 
 def test_names_that_were_sent_are_not_those_that_are_opened(weights: ModelVariant) -> None:
     worker = Worker(WorkerOptions(locate=lambda sent: replace(sent, model=weights.model)))
-    (report,) = only(worker, Load(*HEAD, replace(weights, model="alias")), messages.Loaded)
+    (report,) = only(worker, Load(**HEAD, weights=replace(weights, model="alias")), messages.Loaded)
     assert report.holding.weights.model == "alias"
 
 
@@ -403,11 +433,11 @@ def test_every_unit_ticks_while_it_finds_its_weights(weights: ModelVariant) -> N
     paint = painting(one, weights)
     pixels = np.zeros((32, 48, 3), np.uint8)
     units: list[messages.Work] = [
-        Encode(*HEAD, weights, "a dog"),
-        EncodeSource(*HEAD, weights, pixels),
-        Load(*HEAD, weights),
+        Encode(**HEAD, weights=weights, prompt="a dog"),
+        EncodeSource(**HEAD, weights=weights, pixels=pixels),
+        Load(**HEAD, weights=weights),
         paint,
-        Decode(*HEAD, weights, (0,), 32, 48, paint.latents),
+        Decode(**HEAD, weights=weights, images=(0,), height=32, width=48, latents=paint.latents),
     ]
     for unit in units:
         one.release()
@@ -419,7 +449,7 @@ def test_every_unit_ticks_while_it_finds_its_weights(weights: ModelVariant) -> N
 def test_a_trial_picture_loads_and_compiles_and_counts_as_nothing(
     worker: Worker, weights: ModelVariant
 ) -> None:
-    reports = list(worker.do(Warm(*HEAD, weights, 32, 48)))
+    reports = list(worker.do(Warm(**HEAD, weights=weights, height=32, width=48)))
     assert {r.component for r in reports if isinstance(r, messages.LoadProgress)} == {
         "transformer",
         "autoencoder",
@@ -437,7 +467,7 @@ def test_a_picture_after_a_trial_is_the_same(worker: Worker, weights: ModelVaria
     paint = painting(worker, weights)
     alone = only(worker, paint, messages.Stepped)[-1].latents
     other = Worker()
-    only(other, Warm(*HEAD, weights, 32, 48), messages.Warmed)
+    only(other, Warm(**HEAD, weights=weights, height=32, width=48), messages.Warmed)
     for report in other.do(painting(other, weights)):
         if isinstance(report, messages.Stepped):
             latents = report.latents
@@ -449,9 +479,9 @@ def test_a_trial_that_is_told_to_stop_ends_without_a_word(weights: ModelVariant)
     stops: list[bool] = []
     stopped = Worker(WorkerOptions(stopping=lambda: bool(stops)))
     for component in ("transformer", "autoencoder"):
-        only(stopped, Load(*HEAD, weights, components=(component,)), messages.Loaded)
+        only(stopped, Load(**HEAD, weights=weights, components=(component,)), messages.Loaded)
     stops.append(True)
-    assert list(stopped.do(Warm(*HEAD, weights, 32, 48))) == []
+    assert list(stopped.do(Warm(**HEAD, weights=weights, height=32, width=48))) == []
     assert stopped.compiled == () and stopped.counters.steps == 0
 
 
@@ -476,7 +506,10 @@ def test_a_measurement_that_is_told_to_stop_at_its_trial_tells_the_other_ranks(
         stops.clear()
         worker = Worker(WorkerOptions(stopping=lambda: bool(stops), pause=pause))
         monkeypatch.setattr(worker, "_agree", agree)
-        assert only(worker, Measure(*HEAD, weights, 32, 48), messages.Timed) == []
+        assert (
+            only(worker, Measure(**HEAD, weights=weights, height=32, width=48), messages.Timed)
+            == []
+        )
         assert agreed[-1] == STOPS and stops, halts
 
 
@@ -484,11 +517,11 @@ def test_what_was_compiled_stays_when_other_weights_come_and_the_latest_is_last(
     worker: Worker, weights: ModelVariant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for side in (32, 48, 32):
-        only(worker, Warm(*HEAD, weights, side, 32), messages.Warmed)
+        only(worker, Warm(**HEAD, weights=weights, height=side, width=32), messages.Warmed)
     assert worker.compiled == (shape(weights, 48, 32), shape(weights, 32, 32))
     other = replace(weights, dtype="bfloat16")
     monkeypatch.setattr("fluxmesh.engine.residency.COMPILED", 2)
-    only(worker, Warm(*HEAD, other, 16, 16), messages.Warmed)
+    only(worker, Warm(**HEAD, weights=other, height=16, width=16), messages.Warmed)
     assert worker.compiled == (shape(weights, 32, 32), shape(other, 16, 16))
 
 
@@ -510,7 +543,7 @@ def test_a_first_step_is_timed_apart_for_a_new_engine_and_for_a_new_size(
 
     def measured(compiling: float, side: int, of: ModelVariant = weights) -> tuple[float, ...]:
         extra[0] = compiling
-        (timed,) = only(worker, Measure(*HEAD, of, side, 32), messages.Timed)
+        (timed,) = only(worker, Measure(**HEAD, weights=of, height=side, width=32), messages.Timed)
         found = timed.measured
         return found.step_seconds, found.kernels_seconds, found.first_seconds
 
@@ -522,6 +555,11 @@ def test_a_first_step_is_timed_apart_for_a_new_engine_and_for_a_new_size(
     assert measured(0.125, 64) == (1.0, None, 0.125)
     counters = worker.counters
     assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
+
+
+def decoding(weights: ModelVariant, latents: np.ndarray) -> Decode:
+    size = {"height": 32, "width": 48}
+    return Decode(**HEAD, weights=weights, images=(0,), **size, latents=latents)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -536,11 +574,12 @@ def test_what_left_is_not_held_by_anything_else(weights: ModelVariant, low_memor
         mx.synchronize()
         return int(mx.get_active_memory()) - before
 
-    (text,) = only(worker, Encode(*HEAD, weights, "a cat", stay=False), messages.TextEncoded)
+    reading = Encode(**HEAD, weights=weights, prompt="a cat", stay=False)
+    (text,) = only(worker, reading, messages.TextEncoded)
     size = {name: worker.model.file_bytes(name) for name in ("t5", "flow")}
     assert held() < 0.1 * size["t5"]  # the prompt's features
-    (*_, last) = latents(worker, replace(work, t5=text.t5, clip=text.clip))
-    list(worker.do(Decode(*HEAD, weights, (0,), 32, 48, last)))
+    (*_, last) = latents(worker, replace(work, features=text.features))
+    list(worker.do(decoding(weights, last)))
     worker.model.__dict__.pop("ae")
     if low_memory:
         assert held() < 0.1 * size["flow"]
@@ -574,7 +613,7 @@ def test_running_out_of_memory_says_what_to_do_and_nothing_else_is_called_that(
 
     monkeypatch.setattr(FluxPipeline, "decode", fail)
     with pytest.raises(kind, match=told):
-        list(worker.do(Decode(*HEAD, weights, (0,), 32, 48, initial_noise(7, 32, 48, 16, 8))))
+        list(worker.do(decoding(weights, initial_noise(7, 32, 48, 16, 8))))
 
 
 def test_to_go_on_takes_the_latents_that_were_left(worker: Worker, weights: ModelVariant) -> None:

@@ -45,8 +45,9 @@ def load(module: nn.Module, tensors: Tensors, oracle: torch.nn.Module) -> None:
         if value.ndim == 4:
             value = value.transpose(0, 2, 3, 1)  # MLX's convolutions: out, height, width, in
         weights.append((name, mx.array(value)))
-    tied = {"encoder.embed_tokens.weight"}  # a second name of T5's `shared.weight`
-    assert set(state) - used <= tied
+    # a second name of T5's `shared.weight`; how many batches a batch norm has seen
+    unread = {"encoder.embed_tokens.weight", "bn.num_batches_tracked"}
+    assert set(state) - used <= unread
     assert {name for name, _ in tree_flatten(module.parameters())} == set(tensors)
     module.load_weights(weights, strict=True)
 

@@ -55,7 +55,9 @@ def resolved(request: GenerateRequest, revision: str = "abc") -> Resolved:
 
 def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:
     """What an engine with the weights of `ask(**keys)` holds."""
-    return Holding(ModelVariant.of(ask(**keys)), 24 * GB // shards, shards, shard)
+    return Holding(
+        weights=ModelVariant.of(ask(**keys)), nbytes=24 * GB // shards, shards=shards, shard=shard
+    )
 
 
 def mac(rank: int, **keys: Any) -> HostInfo:
@@ -69,7 +71,7 @@ def mac(rank: int, **keys: Any) -> HostInfo:
         "load_rate": 3e9,
         "holds": held(),
     }
-    return HostInfo(rank, **{**fields, **keys})
+    return HostInfo(rank=rank, **{**fields, **keys})
 
 
 def ring(*hosts: HostInfo, rate: float = 5e9) -> MeshView:
@@ -77,7 +79,14 @@ def ring(*hosts: HostInfo, rate: float = 5e9) -> MeshView:
     ranks = [host.rank for host in hosts]
     following = zip(ranks, ranks[1:] + ranks[:1], strict=True)
     pairs = {pair for a, b in following for pair in ((a, b), (b, a))}
-    return MeshView(hosts, tuple(LinkInfo(a, b, rate, 1e-4) for a, b in sorted(pairs) if a != b))
+    return MeshView(
+        hosts,
+        tuple(
+            LinkInfo(source=a, target=b, rate=rate, latency=1e-4)
+            for a, b in sorted(pairs)
+            if a != b
+        ),
+    )
 
 
 def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView:
@@ -85,7 +94,10 @@ def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView
     return MeshView(
         hosts,
         tuple(
-            LinkInfo(a.rank, b.rank, rate, 1e-4) for a in hosts for b in hosts if a.rank != b.rank
+            LinkInfo(source=a.rank, target=b.rank, rate=rate, latency=1e-4)
+            for a in hosts
+            for b in hosts
+            if a.rank != b.rank
         ),
         backend,
     )

@@ -19,7 +19,7 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import UpdateResult
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.training import tasks
@@ -27,7 +27,7 @@ from fluxmesh_coordinator.jobs.training.session import TrainingSession
 from fluxmesh_coordinator.jobs.training.tasks import TrainingJob, Wanted
 from fluxmesh_coordinator.jobs.types import Links
 from tests.fake_training import SIZE
-from tests.fakes import expected
+from tests.fakes import FEATURES, expected
 from tests.unit.meshes import GB, ask, full, mac, small
 from tests.unit.simulation import SimulatedMachine, Simulation
 
@@ -119,7 +119,7 @@ def training_job(**changed: Any) -> TrainingJob:
     def features(unit: Unit) -> dict[str, np.ndarray]:
         if isinstance(unit, Crop):
             return {"latents": np.zeros((1, 16, 64), np.float32)}
-        return {"t5": np.zeros((1, 4, 8), np.uint16), "clip": np.zeros((1, 8), np.uint16)}
+        return {name: np.zeros(shape, np.uint16) for name, shape in FEATURES.items()}
 
     def pixels(crop: Crop) -> np.ndarray:
         return np.zeros((64, 64, 3), np.uint8)
@@ -231,7 +231,8 @@ class TrainingSimulation(Simulation[TrainingSession]):
         )
         for told in self.of(tasks.UnitEncoded):
             if isinstance(told.unit, Caption):
-                assert told.arrays["t5"].flat[0] == len(told.unit.text)
+                assert {name: array.shape for name, array in told.arrays.items()} == FEATURES
+                assert {array.flat[0] for array in told.arrays.values()} == {len(told.unit.text)}
         values = [answer.value for answer in self.of(tasks.Answer)]
         moves = [value for value in values if isinstance(value, UpdateResult)]
         updates = self.session.state.job.plan.request.updates

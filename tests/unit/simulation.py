@@ -38,7 +38,6 @@ from tests.fakes import FakeEngine
 from tests.unit.meshes import mac
 
 SILENT_AGENT = "Its agent is silent."
-Unit = messages.Work | messages.Join
 S = TypeVar("S", bound=JobSession[Any])
 
 
@@ -55,14 +54,14 @@ class SimulatedMachine:
 
     leased: LeasedHost
     engine: FakeEngine = field(default_factory=FakeEngine)
-    line: deque[Unit] = field(default_factory=deque)
+    line: deque[messages.EngineUnit] = field(default_factory=deque)
     running: Iterator[messages.Report] | None = None
     is_stopped: bool = False  # SIGSTOP of the engine
     made: list[tuple[int, int]] = field(default_factory=list)  # (image, step), of all its engines
     computed: list[int] = field(default_factory=list)  # micro-batches, the same
 
     @property
-    def at(self) -> Unit | None:
+    def at(self) -> messages.EngineUnit | None:
         return self.line[0] if self.line else None
 
     @property
@@ -238,8 +237,13 @@ class Simulation(Generic[S]):
                 if not (machine.is_stopped or isinstance(machine.at, messages.Join)):
                     machine.break_off()
                     ring_generation = self.session.state.hosts[rank].ring_generation
-                    self.feed(Reported(rank, messages.Cancelled(message.job, ring_generation)))
-            case messages.Work() | messages.Join():
+                    self.feed(
+                        Reported(
+                            rank,
+                            messages.Cancelled(job=message.job, ring_generation=ring_generation),
+                        )
+                    )
+            case messages.EngineUnit():
                 machine.line.append(message)
         self.feed(Answered(rank, message, answer))
 
@@ -270,7 +274,16 @@ class Simulation(Generic[S]):
         host = self.session.state.hosts.get(rank)
         if host is not None:
             self.feed(
-                Reported(rank, messages.Failed(host.ring_generation, "job", kind, text, fatal))
+                Reported(
+                    rank,
+                    messages.Failed(
+                        ring_generation=host.ring_generation,
+                        job="job",
+                        kind=kind,
+                        text=text,
+                        fatal=fatal,
+                    ),
+                )
             )
 
     def lose(self, rank: int, *, counts: bool = True) -> None:

@@ -22,7 +22,7 @@ from fluxmesh.errors import (
 )
 from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.types import Reported, Stop
 from tests.unit.simulated_jobs import GenerationSimulation, TrainingSimulation
 from tests.unit.simulation import Simulation

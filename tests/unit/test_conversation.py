@@ -49,7 +49,7 @@ class CountingMesh:
         if request.prompt == "stop":
             raise KeyboardInterrupt
         for k in range(request.n_images):
-            yield Picture(k, request.seed_of(k), np.zeros((16, 16, 3), np.uint8))
+            yield Picture(image=k, seed=request.seed_of(k), pixels=np.zeros((16, 16, 3), np.uint8))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.types import Answered, Gone, Reported
+from tests.fakes import FEATURES
 from tests.unit.simulated_jobs import GenerationSimulation
 
 PLACEMENTS = ["data", "sequence", "tensor"]
@@ -321,7 +322,9 @@ def test_an_engine_that_ticks_is_not_taken_for_dead() -> None:
     ring_generation = mesh.session.state.hosts[0].ring_generation
     for _ in range(20):
         mesh.now += 3.0
-        mesh.feed(Reported(0, messages.Beat("job", ring_generation, "encoding")))
+        mesh.feed(
+            Reported(0, messages.Beat(job="job", ring_generation=ring_generation, doing="encoding"))
+        )
         mesh.tick()
     assert mesh.of(events.HostLost) == []
     mesh.now += 6.0
@@ -338,12 +341,27 @@ def test_a_load_must_tick_and_its_bytes_must_come(every: float, seconds: int, re
     while not isinstance(mesh.machines[0].at, messages.Load):
         mesh.report(0)
     ring_generation = mesh.session.state.hosts[0].ring_generation
-    mesh.feed(Reported(0, messages.LoadProgress("job", ring_generation, "transformer", 1, 100)))
+    mesh.feed(
+        Reported(
+            0,
+            messages.LoadProgress(
+                job="job",
+                ring_generation=ring_generation,
+                component="transformer",
+                done_bytes=1,
+                total_bytes=100,
+            ),
+        )
+    )
     for _ in range(seconds):
         assert mesh.of(events.HostLost) == []
         mesh.now += 1.0
         if every:
-            mesh.feed(Reported(0, messages.Beat("job", ring_generation, "loading")))
+            mesh.feed(
+                Reported(
+                    0, messages.Beat(job="job", ring_generation=ring_generation, doing="loading")
+                )
+            )
         mesh.tick()
     assert reason in mesh.of(events.HostLost)[0].reason
 
@@ -377,8 +395,36 @@ def test_what_is_left_over_from_another_ring_generation_or_job_is_dropped() -> N
     while not mesh.of(events.Step):
         mesh.turn()
     latents = np.full((1, 4, 16), 9.0, np.float32)
-    mesh.feed(Reported(0, messages.Stepped("job", 7, 0, 3, 0.1, 1, latents)))
-    mesh.feed(Reported(0, messages.Stepped("other", 0, 0, 3, 0.1, 1, latents)))
+    mesh.feed(
+        Reported(
+            0,
+            messages.Stepped(
+                job="job",
+                ring_generation=7,
+                image=0,
+                step=3,
+                is_last=True,
+                seconds=0.1,
+                peak_bytes=1,
+                latents=latents,
+            ),
+        )
+    )
+    mesh.feed(
+        Reported(
+            0,
+            messages.Stepped(
+                job="other",
+                ring_generation=0,
+                image=0,
+                step=3,
+                is_last=True,
+                seconds=0.1,
+                peak_bytes=1,
+                latents=latents,
+            ),
+        )
+    )
     mesh.go_on().check()
 
 
@@ -387,6 +433,19 @@ def test_an_old_fence_means_that_the_host_is_lost() -> None:
     load = mesh.messages(messages.Load)[0]
     mesh.feed(Answered(0, load, messages.Refused("fence", "Another coordinator holds it.")))
     assert mesh.stuck and mesh.of(events.HostLost)[0].reason == "Another coordinator holds it."
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_prompts_features_reach_whoever_paints_as_they_were_given(placement: Any) -> None:
+    """By names that no model has: nobody but an engine knows what they are."""
+    mesh = GenerationSimulation(2, n_images=2, placement=placement).run()
+    mesh.check()
+    paints = mesh.messages(messages.Paint)
+    assert {rank for rank in (0, 1) if mesh.messages(messages.Paint, rank)} == {0, 1}
+    for paint in paints:
+        assert {name: array.shape for name, array in paint.features.items()} == FEATURES
+        given = {array.flat[0] for array in paint.features.values()}
+        assert given == {len(mesh.request.prompt)}
 
 
 def test_the_users_own_pixels_stay_outside_of_the_mask() -> None:
@@ -434,6 +493,15 @@ def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
     (paint,) = mesh.messages(messages.Paint)
     host = mesh.session.state.hosts[0]
     for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
-        told = messages.Stepped("job", host.ring_generation, 0, step, seconds, 1, paint.noise)
+        told = messages.Stepped(
+            job="job",
+            ring_generation=host.ring_generation,
+            image=0,
+            step=step,
+            is_last=False,
+            seconds=seconds,
+            peak_bytes=1,
+            latents=paint.noise,
+        )
         mesh.feed(Reported(0, replace(told, reused=reused)))
         assert host.step_deadline(paint) == 80.0

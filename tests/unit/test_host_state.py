@@ -43,8 +43,7 @@ def paint(side: int) -> messages.Paint:
         strength=1.0,
         latents=LATENTS,
         noise=LATENTS,
-        t5=np.zeros((1, 4, 8), np.uint16),
-        clip=np.zeros((1, 8), np.uint16),
+        features={"words": np.zeros((1, 4, 8), np.uint16)},
     )
 
 
@@ -58,7 +57,7 @@ def decode(side: int, images: int) -> messages.Decode:
 def ticks(one: HostState, seconds: int) -> str:
     """What is overdue after so many seconds in which the engine ticks."""
     for now in range(1, seconds + 1):
-        one.heard(messages.Beat("job", 0, "at work"), float(now))
+        one.heard(messages.Beat(job="job", ring_generation=0, doing="at work"), float(now))
         if reason := one.overdue(float(now)):
             return reason
     return ""
@@ -68,11 +67,20 @@ def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -
     one = host()
     one.sent(messages.Encode(**COMMON, prompt="a dog"), 0.0)
     for now in range(0, 300, 10):
-        one.heard(messages.LoadProgress("job", 0, "text encoders", now, 300), float(now))
+        one.heard(
+            messages.LoadProgress(
+                job="job",
+                ring_generation=0,
+                component="text encoders",
+                done_bytes=now,
+                total_bytes=300,
+            ),
+            float(now),
+        )
         assert one.overdue(float(now)) == ""
-    one.heard(messages.Beat("job", 0, "encoding"), 409.0)
+    one.heard(messages.Beat(job="job", ring_generation=0, doing="encoding"), 409.0)
     assert one.overdue(409.0) == ""
-    one.heard(messages.Beat("job", 0, "encoding"), 411.0)
+    one.heard(messages.Beat(job="job", ring_generation=0, doing="encoding"), 411.0)
     assert "reading the prompt took more than 120 s" in one.overdue(411.0)
 
 
@@ -85,7 +93,7 @@ def test_a_decode_may_take_longer_for_more_and_larger_pictures(
     one = host()
     one.sent(decode(side, images), 0.0)
     assert ticks(one, budget) == ""
-    one.heard(messages.Beat("job", 0, "decoding"), budget + 1.0)
+    one.heard(messages.Beat(job="job", ring_generation=0, doing="decoding"), budget + 1.0)
     assert f"decoding took more than {budget} s" in one.overdue(budget + 1.0)
 
 
@@ -93,7 +101,7 @@ def test_a_large_first_step_may_take_longer() -> None:
     one = host()
     one.sent(paint(2048), 0.0)
     assert ticks(one, 1200) == ""
-    one.heard(messages.Beat("job", 0, "first step"), 1201.0)
+    one.heard(messages.Beat(job="job", ring_generation=0, doing="first step"), 1201.0)
     assert "a first step took more than 1200 s" in one.overdue(1201.0)
 
 
@@ -109,14 +117,14 @@ def test_a_first_step_whose_kernels_are_compiled_has_four_times_what_was_reckone
         one.expect(paint(1024), seconds, measured=is_measured)
     one.sent(paint(1024), 0.0)
     for now in range(1, int(limit) + 1):
-        one.heard(messages.Beat("job", 0, messages.WARM_STEP), float(now))
+        one.heard(messages.Beat(job="job", ring_generation=0, doing=messages.WARM_STEP), float(now))
         assert one.overdue(float(now)) == ""
     assert f"took more than {limit:.0f} s" in one.overdue(limit + 1.0)
 
 
 def test_an_engine_that_hangs_in_a_first_step_is_found_by_its_silence() -> None:
     one = host()
-    one.heard(messages.Beat("other", 0, "decoding"), 0.0)
+    one.heard(messages.Beat(job="other", ring_generation=0, doing="decoding"), 0.0)
     one.expect(paint(1024), 50.0, measured=False)
     one.sent(paint(1024), 1.0)
     assert one.overdue(6.0) == ""

@@ -25,7 +25,8 @@ IMPURE = {
 PURE = (
     *("fluxmesh.cluster.", "fluxmesh.planning.", "fluxmesh_coordinator.jobs."),
     *("fluxmesh_agent.leases", "fluxmesh_agent.lifecycle"),
-    *("fluxmesh.wire.messages", "fluxmesh.wire.training_messages"),
+    *("fluxmesh.bounds", "fluxmesh.wire.messages"),
+    *("fluxmesh.wire.fields", "fluxmesh.wire.values"),
     *("fluxmesh.wire.protocol", "fluxmesh.wire.limits"),
 )
 
@@ -39,11 +40,17 @@ COMPUTES = (
 )
 # Below those folders, what describes a model or a request without computing.
 DESCRIBES = (
-    *("fluxmesh.models.tiling", "fluxmesh.models.flux1.config"),
+    *("fluxmesh.models.tiling", "fluxmesh.models.tensor_map", "fluxmesh.models.conv_tensors"),
+    *("fluxmesh.models.partition", "fluxmesh.models.packing", "fluxmesh.models.flux1.config"),
     *("fluxmesh.models.flux1.tensor_maps", "fluxmesh.models.flux1.single_file"),
     *("fluxmesh.models.partition", "fluxmesh.models.flux1.partition"),
     "fluxmesh.models.flux1.quantization",
     *("fluxmesh.models.flux1.tokenizers", "fluxmesh.sampling.schedule"),
+    *("fluxmesh.models.file_shapes", "fluxmesh.models.flux2.config"),
+    *("fluxmesh.models.flux2.tensor_maps", "fluxmesh.models.flux2.single_file"),
+    *("fluxmesh.models.flux2.quantization", "fluxmesh.models.flux2.positions"),
+    *("fluxmesh.models.flux2.partition",),
+    *("fluxmesh.models.flux2.tokenizer", "fluxmesh.models.flux2.references"),
     *("fluxmesh.sampling.latents", "fluxmesh.engine.tf32"),
     *("fluxmesh.training.compute.lr_schedule", "fluxmesh.training.compute.parameter_vector"),
 )

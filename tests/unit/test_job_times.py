@@ -281,7 +281,9 @@ def up(folder: Path, mesh: FakeMesh, sockets: float, collectives: float) -> Mesh
         engine = mesh.engine(rank).engine
         assert engine is not None
         engine.collective_rate = collectives
-    links = tuple(LinkInfo(a.source, a.target, sockets) for a in mesh.record.links)
+    links = tuple(
+        LinkInfo(source=a.source, target=a.target, rate=sockets) for a in mesh.record.links
+    )
     return replace(mesh.record, links=links)
 
 
@@ -363,7 +365,7 @@ def test_what_was_measured_on_another_mesh_is_not_added_to_this_one(tmp_path: Pa
     tmp_path.chmod(0o700)
     home, mesh = Home(tmp_path), FakeMesh(tmp_path, 2)
     mesh_file.save(mesh.record, home)
-    news = Timings((RingTiming("ring", (0, 1), (), (), 0.5),))
+    news = Timings((RingTiming(backend="ring", ranks=(0, 1), gathers=(), sums=(), hidden=0.5),))
     learn("[]", news, home)
     assert mesh_file.load(home) == mesh.record
     learn(mesh.record.text, news, home)

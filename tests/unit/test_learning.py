@@ -28,7 +28,16 @@ from tests.unit.meshes import FLUX, ask, full, held, mac, without
 
 
 def timed(seconds: float, when: float = 0.0, side: int = 1024, **keys: Any) -> StepTiming:
-    return StepTiming("m", side, side, "bfloat16", None, seconds, when=when, **keys)
+    return StepTiming(
+        model="m",
+        height=side,
+        width=side,
+        dtype="bfloat16",
+        bits=None,
+        step_seconds=seconds,
+        when=when,
+        **keys,
+    )
 
 
 def job(
@@ -43,12 +52,12 @@ def job(
     firsts = {name: more.pop(name, None) for name in ("kernels_seconds", "first_seconds")}
     measured = timed(seconds, when, side, placement=placement, hosts=len(ranks), **firsts)
     backend = more.pop("backend", "ring" if len(ranks) > 1 else "")
-    return JobTiming(backend, ranks, measured, seconds, **more)
+    return JobTiming(backend=backend, ranks=ranks, measured=measured, last_seconds=seconds, **more)
 
 
 def ring_of(ranks: tuple[int, ...] = (0, 1), **keys: Any) -> RingTiming:
     table = (CollectiveTime(4096, 1e-5), CollectiveTime(1 << 25, 1e-3))
-    return RingTiming("ring", ranks, table, table, 0.5, **keys)
+    return RingTiming(backend="ring", ranks=ranks, gathers=table, sums=table, hidden=0.5, **keys)
 
 
 def view_of(*hosts: Any, jobs: Any = (), rings: Any = ()) -> MeshView:

@@ -28,7 +28,7 @@ from fluxmesh.wire.messages import (
     Warmed,
     ring_name,
 )
-from fluxmesh.wire.training_messages import CloseTraining
+from fluxmesh.wire.messages.training import CloseTraining
 from fluxmesh_agent.lifecycle import (
     OWN,
     KillEngine,
@@ -40,31 +40,42 @@ from fluxmesh_agent.lifecycle import (
 )
 
 WEIGHTS = ModelVariant("tiny")
-HOLDING = Holding(WEIGHTS, 100)
+HOLDING = Holding(weights=WEIGHTS, nbytes=100)
 FILES = (("MLX_HOSTFILE", "[]"),)
 
 
 def load(ring_generation: int = 0, job: str = "job") -> Load:
-    return Load(1, job, ring_generation, WEIGHTS)
+    return Load(fence=1, job=job, ring_generation=ring_generation, weights=WEIGHTS)
 
 
 def encode(ring_generation: int = 0, job: str = "job") -> Encode:
-    return Encode(1, job, ring_generation, WEIGHTS, "a cat")
+    return Encode(
+        fence=1, job=job, ring_generation=ring_generation, weights=WEIGHTS, prompt="a cat"
+    )
 
 
 def join(ring_generation: int, rank: int = 0, size: int = 2, **more: Any) -> Join:
     fields = {"envs": (("MLX_RANK", str(rank)),), "files": FILES, "nonce": b"n" * 32}
-    return Join(1, ring_generation, rank, size, "ring", **(fields | more))
+    return Join(
+        fence=1,
+        ring_generation=ring_generation,
+        rank=rank,
+        size=size,
+        backend="ring",
+        **(fields | more),
+    )
 
 
 def over(holds: Holding | None = None) -> Account:
-    return Account(True, holds, EngineCounters(), 0.0)
+    return Account(is_over=True, holds=holds, counters=EngineCounters(), load_rate=0.0)
 
 
 def started() -> Lifecycle:
     life = Lifecycle()
     life.start()
-    life.engine_said(Device("chip", "gpu", "1", 100, 1e9))
+    life.engine_said(
+        Device(kind="chip", name="gpu", mlx_version="1", memory_bytes=100, flops_per_second=1e9)
+    )
     return life
 
 
@@ -72,7 +83,12 @@ def test_an_engine_is_started_once_and_says_what_it_computes_on() -> None:
     life = Lifecycle()
     assert life.start() == [StartEngine()]
     assert life.start() == []
-    assert life.engine_said(Device("chip", "gpu", "1", 100, 1e9)) == []
+    assert (
+        life.engine_said(
+            Device(kind="chip", name="gpu", mlx_version="1", memory_bytes=100, flops_per_second=1e9)
+        )
+        == []
+    )
     assert life.device is not None
     assert life.state == "idle"
 
@@ -82,7 +98,7 @@ def test_work_is_sent_in_its_order_and_states_follow() -> None:
     assert life.work(load()) == [Send(load())]
     assert life.work(encode()) == [Send(encode())]
     assert (life.state, life.job, life.is_free) == ("loading", "job", False)
-    loaded = Loaded("job", 0, HOLDING, 1.0)
+    loaded = Loaded(job="job", ring_generation=0, holding=HOLDING, seconds=1.0)
     assert life.engine_said(loaded) == [Tell(loaded)]
     life.engine_said(over(HOLDING))
     assert life.state == "busy"
@@ -93,7 +109,9 @@ def test_work_is_sent_in_its_order_and_states_follow() -> None:
 def test_what_is_told_on_the_way_ends_no_work() -> None:
     life = started()
     life.work(encode())
-    life.engine_said(Account(False, None, EngineCounters(steps=3), 5.0))
+    life.engine_said(
+        Account(is_over=False, holds=None, counters=EngineCounters(steps=3), load_rate=5.0)
+    )
     assert not life.is_free
     assert (life.counters.steps, life.load_rate) == (3, 5.0)
 
@@ -103,7 +121,7 @@ def test_work_after_a_death_starts_a_new_engine() -> None:
     life.work(encode())
     assert life.engine_ended("killed") == [
         KillEngine(),
-        Tell(Failed(0, "job", "Died", "killed", fatal=True)),
+        Tell(Failed(ring_generation=0, job="job", kind="Died", text="killed", fatal=True)),
     ]
     assert (life.state, life.reason, life.holds, life.is_free) == ("failed", "killed", None, True)
     assert life.work(encode()) == [StartEngine(), Send(encode())]
@@ -123,7 +141,7 @@ def test_a_ring_on_the_device_that_the_engine_has_already_starts_no_other() -> N
 def test_an_engine_that_says_that_it_ends_is_ended_and_told_of_once() -> None:
     life = started()
     life.work(encode())
-    failed = Failed(0, "job", "Died", "out of luck", fatal=True)
+    failed = Failed(ring_generation=0, job="job", kind="Died", text="out of luck", fatal=True)
     assert life.engine_said(failed) == [KillEngine(), Tell(failed)]
     assert life.engine_ended("exit code 70") == []
     assert life.reason == "out of luck"
@@ -132,7 +150,9 @@ def test_an_engine_that_says_that_it_ends_is_ended_and_told_of_once() -> None:
 def test_a_failed_unit_leaves_the_engine_alone() -> None:
     life = started()
     life.work(load())
-    failed = Failed(0, "job", "WeightsError", "truncated", fatal=False)
+    failed = Failed(
+        ring_generation=0, job="job", kind="WeightsError", text="truncated", fatal=False
+    )
     assert life.engine_said(failed) == [Tell(failed)]
     life.engine_said(over())
     assert life.state == "idle"
@@ -141,23 +161,27 @@ def test_a_failed_unit_leaves_the_engine_alone() -> None:
 def test_kill_begins_a_ring_generation_and_forgets_the_work() -> None:
     life = started()
     life.work(load())
-    assert life.kill(Kill(1, 5)) == [KillEngine()]
+    assert life.kill(Kill(fence=1, ring_generation=5)) == [KillEngine()]
     assert (life.ring_generation, life.state, life.is_free) == (5, "idle", True)
-    assert life.kill(Kill(1, 6)) == []  # none is there
+    assert life.kill(Kill(fence=1, ring_generation=6)) == []  # none is there
 
 
 def test_messages_of_an_old_ring_generation_are_refused_and_reports_of_it_dropped() -> None:
     life = started()
-    life.kill(Kill(1, 5))
-    for ask, message in ((life.kill, Kill(1, 4)), (life.join, join(4)), (life.work, load(4))):
+    life.kill(Kill(fence=1, ring_generation=5))
+    for ask, message in (
+        (life.kill, Kill(fence=1, ring_generation=4)),
+        (life.join, join(4)),
+        (life.work, load(4)),
+    ):
         with pytest.raises(Refusal) as refused:
             ask(message)  # type: ignore[operator]
         assert refused.value.code == "fence"
     assert life.ring_generation == 5
     old: list[Message] = [
-        Beat("job", 4, "first step"),
-        Loaded("job", 4, HOLDING, 1.0),
-        Failed(4, "job", "UsageError", "old", fatal=False),
+        Beat(job="job", ring_generation=4, doing="first step"),
+        Loaded(job="job", ring_generation=4, holding=HOLDING, seconds=1.0),
+        Failed(ring_generation=4, job="job", kind="UsageError", text="old", fatal=False),
     ]
     for message in old:
         assert life.engine_said(message) == []
@@ -170,7 +194,7 @@ def test_an_engine_that_is_in_no_ring_joins_one_as_it_is() -> None:
     assert life.join(join(1)) == [Send(join(1))]
     assert life.holds == HOLDING
     assert life.state == "busy"
-    joined = Joined(1, 0)
+    joined = Joined(ring_generation=1, rank=0)
     assert life.engine_said(joined) == [Tell(joined)]
     life.engine_said(over(HOLDING))
     assert life.ring == (ring_name(b"n" * 32), 0, 2)
@@ -181,7 +205,7 @@ def test_the_same_ring_is_joined_once() -> None:
     life = started()
     life.join(join(1))
     life.engine_said(over())
-    assert life.join(join(3)) == [Tell(Joined(3, 0))]
+    assert life.join(join(3)) == [Tell(Joined(ring_generation=3, rank=0))]
     assert life.is_free
 
 
@@ -197,10 +221,14 @@ def test_another_ring_takes_another_engine(other: Join) -> None:
 def test_to_be_alone_an_engine_leaves_its_ring_by_being_another() -> None:
     life = started()
     alone = join(1, size=1, envs=(), files=())
-    assert life.join(alone) == [Tell(Joined(1, 0))]
+    assert life.join(alone) == [Tell(Joined(ring_generation=1, rank=0))]
     life.join(join(2))
     again = join(3, size=1, envs=(), files=())
-    assert life.join(again) == [KillEngine(), StartEngine(), Tell(Joined(3, 0))]
+    assert life.join(again) == [
+        KillEngine(),
+        StartEngine(),
+        Tell(Joined(ring_generation=3, rank=0)),
+    ]
     assert life.ring == ("", 0, 1)
 
 
@@ -230,14 +258,16 @@ def test_a_join_that_sets_what_no_ring_needs_is_refused(wrong: Join) -> None:
 
 def test_cancel_goes_to_an_engine_that_works_and_is_answered_for_one_that_does_not() -> None:
     life = started()
-    cancel = Cancel(1, "job")
-    assert life.cancel(cancel) == [Tell(Cancelled("job", 0))]
+    cancel = Cancel(fence=1, job="job")
+    assert life.cancel(cancel) == [Tell(Cancelled(job="job", ring_generation=0))]
     life.work(encode())
     assert life.cancel(cancel) == [Send(cancel)]
-    life.kill(Kill(1, 4))
+    life.kill(Kill(fence=1, ring_generation=4))
     life.start()
     # The engine doesn't know the ring generation, and says 0.
-    assert life.engine_said(Cancelled("job", 0)) == [Tell(Cancelled("job", 4))]
+    assert life.engine_said(Cancelled(job="job", ring_generation=0)) == [
+        Tell(Cancelled(job="job", ring_generation=4))
+    ]
 
 
 def test_what_a_lost_coordinator_leaves_behind_is_cancelled_and_then_ended() -> None:
@@ -245,7 +275,7 @@ def test_what_a_lost_coordinator_leaves_behind_is_cancelled_and_then_ended() -> 
     life.work(encode(job="a"))
     life.work(encode(job="a"))
     life.work(encode(job="b"))
-    assert life.abandon() == [Send(Cancel(0, "a")), Send(Cancel(0, "b"))]
+    assert life.abandon() == [Send(Cancel(fence=0, job="a")), Send(Cancel(fence=0, job="b"))]
     assert life.give_up() == [KillEngine()]
     assert (life.ring_generation, life.is_free) == (1, True)
     assert life.give_up() == []
@@ -255,11 +285,15 @@ def test_an_engine_is_worth_as_long_a_wait_as_loading_again_takes() -> None:
     life = Lifecycle()
     assert life.seconds_to_load == 0.0
     life.work(load())
-    life.engine_said(Account(False, HOLDING, EngineCounters(), 0.0))
+    life.engine_said(
+        Account(is_over=False, holds=HOLDING, counters=EngineCounters(), load_rate=0.0)
+    )
     assert life.seconds_to_load == 0.0  # nothing was timed yet
-    life.engine_said(Account(True, HOLDING, EngineCounters(), 20.0))
+    life.engine_said(
+        Account(is_over=True, holds=HOLDING, counters=EngineCounters(), load_rate=20.0)
+    )
     assert life.seconds_to_load == 100 / 20.0
-    life.kill(Kill(1, 1))
+    life.kill(Kill(fence=1, ring_generation=1))
     assert life.seconds_to_load == 0.0  # nothing is held
 
 
@@ -267,25 +301,40 @@ def test_an_engine_is_worth_as_long_a_wait_as_loading_again_takes() -> None:
 
 
 def own_load(ring_generation: int = 0, shards: int = 1) -> Load:
-    return Load(0, OWN, ring_generation, WEIGHTS, shards, 0, ("transformer",))
+    return Load(
+        fence=0,
+        job=OWN,
+        ring_generation=ring_generation,
+        weights=WEIGHTS,
+        shards=shards,
+        shard=0,
+        components=("transformer",),
+    )
 
 
-WARM = Warm(0, OWN, 0, WEIGHTS, 64, 64)
-STOP = Send(Cancel(0, OWN))
+WARM = Warm(fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=64, width=64)
+STOP = Send(Cancel(fence=0, job=OWN))
 
 
 def test_the_agents_own_work_leaves_the_engine_free_and_is_told_to_nobody() -> None:
     life = Lifecycle()
     assert life.upkeep(own_load()) == [StartEngine(), Send(own_load())]
     assert (life.state, life.job, life.is_free) == ("loading", "", True)
-    assert life.engine_said(LoadProgress(OWN, 0, "transformer", 5, 9)) == []
+    assert (
+        life.engine_said(
+            LoadProgress(
+                job=OWN, ring_generation=0, component="transformer", done_bytes=5, total_bytes=9
+            )
+        )
+        == []
+    )
     assert life.loading == Reading("transformer", 5, 9)
     assert life.engine_said(over(HOLDING)) == []
-    assert life.engine_said(Loaded(OWN, 0, HOLDING, 1.0)) == []
+    assert life.engine_said(Loaded(job=OWN, ring_generation=0, holding=HOLDING, seconds=1.0)) == []
     assert (life.state, life.holds, life.loading, life.own) == ("ready", HOLDING, None, None)
     life.upkeep(WARM)
     assert (life.state, life.is_free) == ("ready", True)
-    assert life.engine_said(Warmed(OWN, 0, 1.0)) == []
+    assert life.engine_said(Warmed(job=OWN, ring_generation=0, seconds=1.0)) == []
 
 
 def test_a_job_that_needs_what_is_loading_waits_for_it_and_hears_that_it_moves() -> None:
@@ -294,23 +343,35 @@ def test_a_job_that_needs_what_is_loading_waits_for_it_and_hears_that_it_moves()
     assert life.work(load(3)) == [Send(load(3))]
     assert life.work(encode(3)) == [Send(encode(3))]
     assert (life.state, life.job, life.is_free) == ("loading", "job", False)
-    moved = LoadProgress(OWN, 0, "transformer", 5, 9)
-    assert life.engine_said(moved) == [Tell(LoadProgress("job", 3, "transformer", 5, 9))]
-    assert life.engine_said(Beat(OWN, 0, "loading")) == [Tell(Beat("job", 3, "loading"))]
+    moved = LoadProgress(
+        job=OWN, ring_generation=0, component="transformer", done_bytes=5, total_bytes=9
+    )
+    assert life.engine_said(moved) == [
+        Tell(
+            LoadProgress(
+                job="job", ring_generation=3, component="transformer", done_bytes=5, total_bytes=9
+            )
+        )
+    ]
+    assert life.engine_said(Beat(job=OWN, ring_generation=0, doing="loading")) == [
+        Tell(Beat(job="job", ring_generation=3, doing="loading"))
+    ]
     life.engine_said(over(HOLDING))
-    assert life.engine_said(Loaded(OWN, 0, HOLDING, 1.0)) == []  # the job's own is to come
-    loaded = Loaded("job", 3, HOLDING, 0.0)
+    assert (
+        life.engine_said(Loaded(job=OWN, ring_generation=0, holding=HOLDING, seconds=1.0)) == []
+    )  # the job's own is to come
+    loaded = Loaded(job="job", ring_generation=3, holding=HOLDING, seconds=0.0)
     assert life.engine_said(loaded) == [Tell(loaded)]
 
 
 @pytest.mark.parametrize(
     "work",
     [
-        Load(1, "job", 0, ModelVariant("dev")),
-        Load(1, "job", 0, WEIGHTS, 2, 1),
-        Load(1, "job", 0, WEIGHTS, low_memory=True),
-        Encode(1, "job", 0, ModelVariant("dev"), "a cat"),
-        CloseTraining(1, "job", 0),
+        Load(fence=1, job="job", ring_generation=0, weights=ModelVariant("dev")),
+        Load(fence=1, job="job", ring_generation=0, weights=WEIGHTS, shards=2, shard=1),
+        Load(fence=1, job="job", ring_generation=0, weights=WEIGHTS, low_memory=True),
+        Encode(fence=1, job="job", ring_generation=0, weights=ModelVariant("dev"), prompt="a cat"),
+        CloseTraining(fence=1, job="job", ring_generation=0),
     ],
 )
 def test_a_job_that_needs_anything_else_goes_before_the_agents_own_load(work: Any) -> None:
@@ -331,14 +392,18 @@ def test_a_ring_does_not_wait_for_a_load_for_its_other_members_would() -> None:
     life.upkeep(own_load())
     assert life.join(join(1)) == [STOP, Send(join(1))]
     life.engine_said(over())
-    assert life.engine_said(Joined(1, 0)) == [Tell(Joined(1, 0))]
+    assert life.engine_said(Joined(ring_generation=1, rank=0)) == [
+        Tell(Joined(ring_generation=1, rank=0))
+    ]
 
 
 def test_to_cancel_a_job_is_not_to_wait_for_the_agents_own_load() -> None:
     life = started()
     life.upkeep(own_load())
-    cancel = Cancel(1, "job")
-    assert life.cancel(cancel) == [Tell(Cancelled("job", 0))]  # it has nothing here
+    cancel = Cancel(fence=1, job="job")
+    assert life.cancel(cancel) == [
+        Tell(Cancelled(job="job", ring_generation=0))
+    ]  # it has nothing here
     life.work(load())
     assert life.cancel(cancel) == [STOP, Send(cancel)]
 
@@ -348,7 +413,7 @@ def test_a_lost_coordinator_leaves_the_agents_own_work_alone() -> None:
     life.upkeep(own_load())
     assert life.abandon() == [] and life.give_up() == []
     life.work(load())
-    assert life.abandon() == [Send(Cancel(0, "job"))]
+    assert life.abandon() == [Send(Cancel(fence=0, job="job"))]
 
 
 def test_an_engine_that_dies_at_the_agents_own_work_is_lost_to_nobody() -> None:
@@ -356,7 +421,7 @@ def test_an_engine_that_dies_at_the_agents_own_work_is_lost_to_nobody() -> None:
         life = started()
         life.upkeep(own_load())
         if said:
-            failed = Failed(0, OWN, "Raised", "no memory", fatal=True)
+            failed = Failed(ring_generation=0, job=OWN, kind="Raised", text="no memory", fatal=True)
             assert life.engine_said(failed) == [KillEngine()]
         else:
             assert life.engine_ended("no memory") == [KillEngine()]
@@ -369,21 +434,30 @@ def test_a_job_that_waits_behind_the_agents_own_work_hears_that_the_engine_died(
         life.upkeep(own_load())
         life.work(load(3))
         if said:
-            told = life.engine_said(Failed(0, OWN, "Raised", "no memory", fatal=True))
+            told = life.engine_said(
+                Failed(ring_generation=0, job=OWN, kind="Raised", text="no memory", fatal=True)
+            )
             kind = "Raised"
         else:
             told, kind = life.engine_ended("no memory"), "Died"
-        assert told == [KillEngine(), Tell(Failed(3, "job", kind, "no memory", fatal=True))]
+        assert told == [
+            KillEngine(),
+            Tell(Failed(ring_generation=3, job="job", kind=kind, text="no memory", fatal=True)),
+        ]
 
 
 def test_what_an_engine_still_says_after_its_end_is_no_news() -> None:
     """Else a host that holds nothing would go on saying that it holds a model."""
     life = started()
     life.work(load())
-    life.engine_said(Failed(0, "job", "Raised", "a peer is gone", fatal=True))
+    life.engine_said(
+        Failed(ring_generation=0, job="job", kind="Raised", text="a peer is gone", fatal=True)
+    )
     assert life.engine_said(over(HOLDING)) == []
-    assert life.engine_said(Loaded("job", 0, HOLDING, 1.0)) == []
-    life.kill(Kill(1, 1))
+    assert (
+        life.engine_said(Loaded(job="job", ring_generation=0, holding=HOLDING, seconds=1.0)) == []
+    )
+    life.kill(Kill(fence=1, ring_generation=1))
     assert (life.state, life.holds, life.components) == ("idle", None, ())
 
 

@@ -102,7 +102,7 @@ def test_an_engine_that_gives_up_for_it_tells_so(
     near, far = map(Channel, socket.socketpair())
     with contextlib.closing(near), contextlib.closing(far):
         with pytest.raises(SystemExit) as ended:
-            engine.Engine(config, near)._join(Join(1, 7, 0, 2))
+            engine.Engine(config, near)._join(Join(fence=1, ring_generation=7, rank=0, size=2))
         _, failed = far.receive()
     assert ended.value.code == engine.BROKEN
     assert isinstance(failed, Failed) and failed.ring_generation == 7 and failed.fatal

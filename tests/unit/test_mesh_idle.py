@@ -22,7 +22,9 @@ from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
 
-KEEP = messages.Keep(ModelVariant("tiny"), 1, 0, ("transformer", "autoencoder"))
+KEEP = messages.Keep(
+    weights=ModelVariant("tiny"), shards=1, shard=0, components=("transformer", "autoencoder")
+)
 REQUEST = ask(model="tiny", height=32, width=48, steps=20, n_images=1)
 
 

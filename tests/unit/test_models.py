@@ -14,7 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.models.flux1 import autoencoder, clip, layers, t5
+from fluxmesh.models import convolutional
+from fluxmesh.models.flux1 import clip, layers, t5
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
@@ -51,7 +52,7 @@ AE = AutoencoderConfig(widths=(8, 16), num_res_blocks=1, z_channels=4, norm_grou
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[mx.Dtype]]]:
     """The dtypes that each kind of block returned while the test ran."""
     dtypes: dict[str, set[mx.Dtype]] = {}
-    for module in (layers, t5, clip, autoencoder):
+    for module in (layers, t5, clip, convolutional):
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, nn.Module) and "__call__" in vars(kind):
                 monkeypatch.setattr(kind, "__call__", recording(kind.__call__, name, dtypes))

@@ -55,8 +55,10 @@ def events(stop_after: int | None = None, error: BaseException | None = None) ->
         if image == stop_after and error is not None:
             raise error
         for step in (1, 2):
-            yield Step(image, step, 2, 0.25, preview=pixels(10 * image + step))
-        yield Picture(image, 5 + image, pixels(100 + image), 1.5, steps=2)
+            yield Step(
+                image=image, step=step, steps=2, seconds=0.25, preview=pixels(10 * image + step)
+            )
+        yield Picture(image=image, seed=5 + image, pixels=pixels(100 + image), seconds=1.5, steps=2)
     yield Peak("denoise", 2**30)
     yield Peak("denoise", 2**29)
 
@@ -173,7 +175,7 @@ def test_a_terminal_tells_how_many_steps_a_cache_approximated(
     terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
     reporter, screen = terminal
-    told = Picture(0, 5, pixels(1), 1.5, steps=20, reused=8)
+    told = Picture(image=0, seed=5, pixels=pixels(1), seconds=1.5, steps=20, reused=8)
     with reporter:
         reporter.started(replace(REQUEST, cache=0.12), {})
         reporter.event(told)
@@ -189,8 +191,8 @@ def test_the_bar_counts_steps_over_all_images(
     reporter, screen = terminal
     with reporter:
         reporter.started(REQUEST, {})
-        reporter.event(Step(0, 2, 2, 0.1))
-        reporter.event(Step(1, 1, 2, 0.1))
+        reporter.event(Step(image=0, step=2, steps=2, seconds=0.1))
+        reporter.event(Step(image=1, step=1, steps=2, seconds=0.1))
         (task,) = reporter.progress.tasks
         assert (task.completed, task.total) == (3, 4)
         reporter.progress.refresh()
@@ -206,9 +208,19 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
         reporter.started(REQUEST, {})
         for place, seconds in ((2, 40.4), (2, 38.0), (1, 0.0)):
             reporter.event(Queued(place, seconds, 3))
-        reporter.event(Planned("tensor", (0, 1), 12.5, "It is the only way."))
+        reporter.event(
+            Planned(placement="tensor", hosts=(0, 1), seconds=12.5, reason="It is the only way.")
+        )
         reporter.event(HostLost(1, "mac1", "Its agent is silent."))
-        reporter.event(Planned("data", (0,), 20.0, "The mesh has one host.", "The first is slow."))
+        reporter.event(
+            Planned(
+                placement="data",
+                hosts=(0,),
+                seconds=20.0,
+                reason="The mesh has one host.",
+                notice="The first is slow.",
+            )
+        )
         reporter.event(Peak("decode", 1))
     shown = screen.getvalue()
     assert shown.count("in line") == 2
@@ -233,8 +245,8 @@ def test_one_bar_counts_the_bytes_of_all_hosts(
 
 def test_pictures_that_come_in_any_order_stand_in_their_own(tmp_path: Path) -> None:
     def shuffled() -> Iterator[Event]:
-        yield Picture(1, 6, pixels(101), 1.0, 1, "tensor")
-        yield Picture(0, 5, pixels(100), 1.0, 0, "data")
+        yield Picture(image=1, seed=6, pixels=pixels(101), seconds=1.0, host=1, placement="tensor")
+        yield Picture(image=0, seed=5, pixels=pixels(100), seconds=1.0, host=0, placement="data")
 
     (path,) = paint(shuffled(), painting(tmp_path, save_raw=False), GenerateJsonReporter())
     sheet = np.asarray(Image.open(path))
@@ -244,9 +256,9 @@ def test_pictures_that_come_in_any_order_stand_in_their_own(tmp_path: Path) -> N
 
 def test_each_raw_picture_says_by_which_placement_it_was_made(tmp_path: Path) -> None:
     def made() -> Iterator[Event]:
-        yield Planned("tensor", (0, 1), 1.0, "")
-        yield Step(0, 1, 2, 0.1, pixels(1))
-        yield Picture(0, 5, pixels(100), 1.0, 0, "tensor")
+        yield Planned(placement="tensor", hosts=(0, 1), seconds=1.0, reason="")
+        yield Step(image=0, step=1, steps=2, seconds=0.1, preview=pixels(1))
+        yield Picture(image=0, seed=5, pixels=pixels(100), seconds=1.0, host=0, placement="tensor")
 
     (path,) = paint(
         made(), painting(tmp_path, save_raw=True, stepwise=True), GenerateJsonReporter()

@@ -84,7 +84,17 @@ def test_slow_links_keep_images_whole() -> None:
 
 
 def test_predicted_seconds_are_the_slowest_share_and_the_bytes_on_the_wire() -> None:
-    timed = (StepTiming("m", 1024, 1024, "bfloat16", None, 2.8, 0.5),)
+    timed = (
+        StepTiming(
+            model="m",
+            height=1024,
+            width=1024,
+            dtype="bfloat16",
+            bits=None,
+            step_seconds=2.8,
+            decode_seconds=0.5,
+        ),
+    )
     view = ring(mac(0, measured=timed), mac(1, measured=timed), rate=1.2e9)
     view = replace(view, links=tuple(replace(link, latency=0.0) for link in view.links))
     found = plan(ask(), view, FLUX)
@@ -284,9 +294,9 @@ def test_reports_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="flops_per_second as 0"):
         mac(0, flops_per_second=0)
     with pytest.raises(UsageError, match="rate as nan"):
-        LinkInfo(0, 1, math.nan)
+        LinkInfo(source=0, target=1, rate=math.nan)
     with pytest.raises(UsageError, match="step_seconds as -1"):
-        StepTiming("m", 64, 64, "bfloat16", None, -1)
+        StepTiming(model="m", height=64, width=64, dtype="bfloat16", bits=None, step_seconds=-1)
     with pytest.raises(UsageError, match="Shard 2 of 2"):
         held(2, 2)
     with pytest.raises(UsageError, match="ranks of a mesh must rise"):
@@ -345,40 +355,40 @@ def timings(draw: st.DrawFn, ranks: list[int]) -> Timings:
     maybe = st.none() | seconds
     rings = st.builds(
         RingTiming,
-        st.sampled_from(["ring", "nccl"]),
-        some,
-        tables(),
-        tables(),
-        st.floats(0, 2),
-        st.just(0.0) | seconds,
-        seconds,
+        backend=st.sampled_from(["ring", "nccl"]),
+        ranks=some,
+        gathers=tables(),
+        sums=tables(),
+        hidden=st.floats(0, 2),
+        forming_seconds=st.just(0.0) | seconds,
+        when=seconds,
     )
     measured = st.builds(
         StepTiming,
-        st.just("m"),
-        st.sampled_from([32, 64, 128]),
-        st.just(64),
-        st.sampled_from(["bfloat16", "float32"]),
-        st.sampled_from([None, 4]),
-        seconds,
-        maybe,
-        st.sampled_from(["data", "sequence", "tensor"]),
-        st.just(1),
-        maybe,
-        seconds,
+        model=st.just("m"),
+        height=st.sampled_from([32, 64, 128]),
+        width=st.just(64),
+        dtype=st.sampled_from(["bfloat16", "float32"]),
+        bits=st.sampled_from([None, 4]),
+        step_seconds=seconds,
+        decode_seconds=maybe,
+        placement=st.sampled_from(["data", "sequence", "tensor"]),
+        hosts=st.just(1),
+        first_seconds=maybe,
+        when=seconds,
     )
     jobs = st.builds(
-        lambda measured, ranks, *times: JobTiming(
-            "" if measured.placement == "data" else "ring",
-            ranks[:1] if measured.placement == "data" else ranks,
-            replace(measured, hosts=1 if measured.placement == "data" else len(ranks)),
-            *times,
+        lambda measured, ranks, **times: JobTiming(
+            backend="" if measured.placement == "data" else "ring",
+            ranks=ranks[:1] if measured.placement == "data" else ranks,
+            measured=replace(measured, hosts=1 if measured.placement == "data" else len(ranks)),
+            **times,
         ),
         measured,
         some,
-        seconds,
-        maybe,
-        maybe,
+        last_seconds=seconds,
+        begin_seconds=maybe,
+        gap_seconds=maybe,
     )
     few = st.lists(rings, max_size=3), st.lists(jobs, max_size=6)
     return Timings(tuple(draw(few[0])), tuple(draw(few[1])))
@@ -394,7 +404,15 @@ def views(draw: st.DrawFn) -> MeshView:
         shards = draw(st.integers(1, 4))
         bits = draw(st.sampled_from([None, 4]))
         holds = held(shards, draw(st.integers(0, shards - 1)), bits=bits)
-        made = StepShape("m", "bfloat16", bits, "data", 1, 64, 64)
+        made = StepShape(
+            model="m",
+            dtype="bfloat16",
+            bits=bits,
+            placement="data",
+            hosts=1,
+            height=64,
+            width=64,
+        )
         holds = replace(holds, nbytes=draw(st.integers(0, 10**6)))
         hosts.append(
             mac(
@@ -411,7 +429,9 @@ def views(draw: st.DrawFn) -> MeshView:
         )
     missing = draw(st.sets(st.tuples(*[st.sampled_from(ranks)] * 2), max_size=3)) if ranks else ()
     links = [
-        LinkInfo(a, b, draw(powers(7, 9)), draw(st.sampled_from([0.0, 1e-4])))
+        LinkInfo(
+            source=a, target=b, rate=draw(powers(7, 9)), latency=draw(st.sampled_from([0.0, 1e-4]))
+        )
         for a in ranks
         for b in ranks
         if a != b and (a, b) not in missing
@@ -520,7 +540,9 @@ def test_the_same_question_has_the_same_answer() -> None:
 
 
 def test_what_one_agent_measured_holds_for_all_on_its_device() -> None:
-    timed = StepTiming("m", 1024, 1024, "bfloat16", None, 2.0)
+    timed = StepTiming(
+        model="m", height=1024, width=1024, dtype="bfloat16", bits=None, step_seconds=2.0
+    )
     hosts = [
         mac(0, device="one", measured=(timed,)),
         mac(1, device="one"),
@@ -539,7 +561,18 @@ def test_a_ring_that_was_timed_takes_what_it_took() -> None:
 
     def timed(seconds: float, **keys: Any) -> tuple[StepTiming, ...]:
         how = {"placement": "tensor", "hosts": 2, **keys}
-        return (StepTiming("m", 512, 512, "bfloat16", None, seconds, 0.5, **how),)
+        return (
+            StepTiming(
+                model="m",
+                height=512,
+                width=512,
+                dtype="bfloat16",
+                bits=None,
+                step_seconds=seconds,
+                decode_seconds=0.5,
+                **how,
+            ),
+        )
 
     def tensor(*seconds: float, size: int = 512, **keys: Any) -> Option:
         hosts = [mac(rank, measured=timed(each, **keys)) for rank, each in enumerate(seconds)]

@@ -151,8 +151,8 @@ def test_each_request_has_a_prompt_that_nobody_has_read() -> None:
 
     def generate(request: Any, placement: Any) -> Any:
         prompts.append(request.prompt)
-        yield events.Step(0, 1, 1, 0.1)
-        yield events.Picture(0, 7, np.zeros((32, 32, 3), np.uint8))
+        yield events.Step(image=0, step=1, steps=1, seconds=0.1)
+        yield events.Picture(image=0, seed=7, pixels=np.zeros((32, 32, 3), np.uint8))
 
     members = [SimpleNamespace(address="127.0.0.1:1")]
     mesh: Any = SimpleNamespace(

@@ -34,20 +34,37 @@ MESH = MeshRecord(
     ),
     envs=(("OMP_NUM_THREADS", "1"),),
     roots=("/models",),
-    links=(LinkInfo(0, 2, 1e9, 1e-4), LinkInfo(2, 0, 2e9)),
+    links=(
+        LinkInfo(source=0, target=2, rate=1e9, latency=1e-4),
+        LinkInfo(source=2, target=0, rate=2e9),
+    ),
     weights=ModelVariant("dev", "float32", 4, (AdapterRef("dog", 0.5),), True),
     timings=Timings(
         (
             RingTiming(
-                "nccl", (0, 2), (CollectiveTime(4096, 1e-5),), (CollectiveTime(8192, 2e-5),), 0.5
+                backend="nccl",
+                ranks=(0, 2),
+                gathers=(CollectiveTime(4096, 1e-5),),
+                sums=(CollectiveTime(8192, 2e-5),),
+                hidden=0.5,
             ),
         ),
         (
             JobTiming(
-                "",
-                (2,),
-                StepTiming("dev", 512, 1024, "float32", 4, 0.5, None, first_seconds=2.0, when=1e9),
-                0.4,
+                backend="",
+                ranks=(2,),
+                measured=StepTiming(
+                    model="dev",
+                    height=512,
+                    width=1024,
+                    dtype="float32",
+                    bits=4,
+                    step_seconds=0.5,
+                    decode_seconds=None,
+                    first_seconds=2.0,
+                    when=1e9,
+                ),
+                last_seconds=0.4,
                 gap_seconds=0.1,
             ),
         ),

@@ -15,7 +15,7 @@ import pytest
 from fluxmesh.errors import CancelledError, FluxmeshError, UsageError
 from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 from fluxmesh_coordinator import cli
 from fluxmesh_coordinator.jobs import input_log
 from fluxmesh_coordinator.jobs.input_log import InputLog, brief, hollow
@@ -121,7 +121,17 @@ def test_arrays_take_no_room() -> None:
     sim = broken(JOBS["sequence"]())
     before = len(to_bytes(sim.session, log_of(sim), ""))
     latents = np.zeros((1, 4096, 64), np.float32)
-    report = messages.Stepped("job", 0, 0, 1, 0.1, 1, latents, np.zeros((512, 512, 3), np.uint8))
+    report = messages.Stepped(
+        job="job",
+        ring_generation=0,
+        image=0,
+        step=1,
+        is_last=False,
+        seconds=0.1,
+        peak_bytes=1,
+        latents=latents,
+        preview=np.zeros((512, 512, 3), np.uint8),
+    )
     light = hollow(Reported(0, report))
     assert isinstance(light, Reported) and isinstance(light.report, messages.Stepped)
     assert light.report.latents is not None and light.report.latents.shape == latents.shape

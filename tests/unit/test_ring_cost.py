@@ -58,7 +58,15 @@ def h100s(size: int) -> MeshView:
     """The mesh that was measured: sockets see little of its links."""
     _, gather, total, hidden = H100[size]
     ranks = tuple(range(size))
-    step = StepTiming("m", 1024, 1024, "bfloat16", None, ALONE, 0.057)
+    step = StepTiming(
+        model="m",
+        height=1024,
+        width=1024,
+        dtype="bfloat16",
+        bits=None,
+        step_seconds=ALONE,
+        decode_seconds=0.057,
+    )
     places = [RingPlace("up", rank, size) for rank in ranks]
     hosts = [mac(rank, measured=(step,), ring=place) for rank, place in enumerate(places)]
     view = full(*hosts, rate=4e9, backend="nccl")
@@ -208,7 +216,9 @@ def test_every_table_gives_a_time_that_grows_with_the_size(
 def test_what_shows_of_collectives_is_never_less_than_nothing(
     gathers: list[CollectiveTime], sums: list[CollectiveTime], hidden: float, alone: float
 ) -> None:
-    ring = RingTiming("ring", (0, 1), tuple(gathers), tuple(sums), hidden)
+    ring = RingTiming(
+        backend="ring", ranks=(0, 1), gathers=tuple(gathers), sums=tuple(sums), hidden=hidden
+    )
     work = Workload.of(ask(), FLUX)
     for placement in ("sequence", "tensor"):
         assert exposed_seconds(work, placement, 2, alone, ring, SOCKETS) >= 0
@@ -224,12 +234,12 @@ def test_on_a_slow_wire_what_is_gathered_decides(rate: float, winner: str) -> No
     """Thunderbolt 5 with RDMA, thunderbolt 4, gigabit Ethernet; two M2 Ultras."""
     plain = full(*(mac(rank) for rank in range(2)), rate=rate)
     gathers = tuple(CollectiveTime(4 << k, 2e-4 + (4 << k) / rate) for k in range(10, 24, 2))
-    ring = RingTiming("ring", (0, 1), gathers, gathers, 0.9)
+    ring = RingTiming(backend="ring", ranks=(0, 1), gathers=gathers, sums=gathers, hidden=0.9)
     found = plan(ask(), replace(plain, timings=Timings((ring,))), FLUX)
     assert found.winner is not None and found.winner.name == winner
 
 
 def test_a_ring_of_hosts_that_share_a_link_name_is_found_by_its_members() -> None:
-    links = (LinkInfo(0, 1, 1e9), LinkInfo(1, 0, 1e9))
+    links = (LinkInfo(source=0, target=1, rate=1e9), LinkInfo(source=1, target=0, rate=1e9))
     view = MeshView((mac(0), mac(1)), links, "nccl", Timings((timing((0, 1), 1e-3, 1e-3),)))
     assert view.ring_timing((0, 1)) is not None and view.ring_timing((0,)) is None

@@ -37,12 +37,18 @@ async def leased(mesh: FakeMesh, name: str) -> tuple[AgentClient, messages.Load]
     client = AgentClient(mesh.network.dialer(name), mesh.record.members[0])
     await client.__aenter__()
     granted = await client.lease(name, 1.0, lambda _: None)
-    return client, messages.Load(granted.fence, name, granted.ring_generation, WEIGHTS)
+    return client, messages.Load(
+        fence=granted.fence, job=name, ring_generation=granted.ring_generation, weights=WEIGHTS
+    )
 
 
 def failed(load: messages.Load) -> messages.Failed:
     return messages.Failed(
-        load.ring_generation, load.job, "Raised", "The engine failed.", fatal=True
+        ring_generation=load.ring_generation,
+        job=load.job,
+        kind="Raised",
+        text="The engine failed.",
+        fatal=True,
     )
 
 
@@ -131,7 +137,9 @@ def test_what_was_told_of_an_earlier_lease_is_not_taken_for_the_next(tmp_path: P
             await asyncio.sleep(0.05)
         await second.ask(messages.LeaveQueue(), messages.Done)  # before it read that it was granted
         granted = await second.lease("new", 1.0, lambda _: None)
-        answer = await second.ask(messages.HasFile(granted.fence, "0" * 64), messages.Found)
+        answer = await second.ask(
+            messages.HasFile(fence=granted.fence, sha256="0" * 64), messages.Found
+        )
         assert not answer.there
         await first.close()
         await second.close()

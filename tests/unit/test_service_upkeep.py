@@ -15,7 +15,7 @@ from tests.fakes import FakeMesh
 
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
-KEEP = messages.Keep(WEIGHTS, 1, 0, PARTS)
+KEEP = messages.Keep(weights=WEIGHTS, shards=1, shard=0, components=PARTS)
 
 
 def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
@@ -100,10 +100,19 @@ def test_a_host_loads_beside_the_job_that_left_it_out(tmp_path: Path) -> None:
         async with client(mesh) as one:
             granted = await one.lease("job", 1.0, lambda _: None)
             await one.ask(KEEP, messages.Done)
-            head = (granted.fence, "job", granted.ring_generation, WEIGHTS)
-            await one.ask(messages.Load(*head, components=("transformer",)), messages.Done)
+            load = messages.Load(
+                fence=granted.fence,
+                job="job",
+                ring_generation=granted.ring_generation,
+                weights=WEIGHTS,
+                components=("transformer",),
+            )
+            await one.ask(load, messages.Done)
             await until(mesh, lambda status: status.state == "ready")
-            await one.ask(messages.Kill(granted.fence, granted.ring_generation + 1), messages.Done)
+            await one.ask(
+                messages.Kill(fence=granted.fence, ring_generation=granted.ring_generation + 1),
+                messages.Done,
+            )
             assert mesh.services[0].status().holds is None
             status = await until(mesh, lambda status: status.holds is not None)
             assert (status.holder != "", status.job) == (True, "job")
@@ -126,7 +135,13 @@ def test_a_lease_is_granted_while_the_host_loads_by_itself(tmp_path: Path) -> No
             assert (status.state, status.job, status.holds) == ("loading", "", None)
             granted = await one.lease("job", 1.0, lambda _: None)
             load = messages.Load(
-                granted.fence, "job", granted.ring_generation, WEIGHTS, 1, 0, PARTS
+                fence=granted.fence,
+                job="job",
+                ring_generation=granted.ring_generation,
+                weights=WEIGHTS,
+                shards=1,
+                shard=0,
+                components=PARTS,
             )
             await one.ask(load, messages.Done)
             heard = [await one.report()]
@@ -147,7 +162,15 @@ def test_a_job_with_other_weights_does_not_wait(tmp_path: Path) -> None:
             await until(mesh, lambda status: status.loading is not None)
             granted = await one.lease("job", 1.0, lambda _: None)
             other = ModelVariant("dev")
-            load = messages.Load(granted.fence, "job", granted.ring_generation, other, 1, 0, PARTS)
+            load = messages.Load(
+                fence=granted.fence,
+                job="job",
+                ring_generation=granted.ring_generation,
+                weights=other,
+                shards=1,
+                shard=0,
+                components=PARTS,
+            )
             await one.ask(load, messages.Done)
             while not isinstance(await one.report(), messages.Loaded):
                 continue

@@ -73,7 +73,10 @@ async def leased(mesh: FakeMesh) -> tuple[AgentClient, messages.Load]:
     await client.__aenter__()
     granted = await client.lease("job", 1.0, lambda _: None)
     return client, messages.Load(
-        granted.fence, "job", granted.ring_generation, ModelVariant("tiny")
+        fence=granted.fence,
+        job="job",
+        ring_generation=granted.ring_generation,
+        weights=ModelVariant("tiny"),
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from fluxmesh.wire import limits
 from fluxmesh.wire.messages import Beat, Message, Stepped
 from fluxmesh.wire.protocol import ProtocolError, encode
 from fluxmesh.wire.transport import stream
@@ -35,7 +36,16 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 def large() -> Stepped:
     """More than a socket holds, so that it passes in pieces."""
-    return Stepped("job", 1, 0, 1, 0.5, 0, np.ones((1, 4096, 256), np.float32))
+    return Stepped(
+        job="job",
+        ring_generation=1,
+        image=0,
+        step=1,
+        is_last=False,
+        seconds=0.5,
+        peak_bytes=0,
+        latents=np.ones((1, 4096, 256), np.float32),
+    )
 
 
 def test_messages_of_every_type_pass_in_order_both_ways(pair: Pair) -> None:
@@ -109,7 +119,7 @@ def test_threads_that_send_at_once_mix_no_bytes(pair: Pair) -> None:
 
     def beat() -> None:
         for _ in range(200):
-            channel.send(Beat("job", 1, "encoding"))
+            channel.send(Beat(job="job", ring_generation=1, doing="encoding"))
 
     def step() -> None:
         for _ in range(5):
@@ -214,7 +224,8 @@ def test_a_send_that_waits_ends_when_the_engine_dies(pair: Pair) -> None:
     "nonsense",
     [
         struct.pack(">I", 0),
-        struct.pack(">I", 9),
+        struct.pack(">I", limits.MAX_FRAMES + 1),
+        struct.pack(">10I", 9, *[limits.MAX_FRAME] * 9),  # each as large as one may be
         struct.pack(">2I", 1, 0xFFFFFFFF),  # says that 4 GB follow
         struct.pack(">2I", 1, 4) + b"none",
         b"Traceback (most recent call last):\n",

@@ -12,8 +12,8 @@ from fluxmesh.wire.messages import Reading, Status
 from fluxmesh_coordinator.console.tables import holds
 from tests.messages import sample
 
-WHOLE = Holding(ModelVariant("dev"), 24 * 10**9)
-SHARD = Holding(ModelVariant("dev", "bfloat16", 4), 2 * 10**9, 4, 1)
+WHOLE = Holding(weights=ModelVariant("dev"), nbytes=24 * 10**9)
+SHARD = Holding(weights=ModelVariant("dev", "bfloat16", 4), nbytes=2 * 10**9, shards=4, shard=1)
 
 
 def status(**fields: object) -> Status:

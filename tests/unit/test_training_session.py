@@ -13,12 +13,13 @@ from fluxmesh.errors import WeightsError
 from fluxmesh.training.data.encode_units import Caption, Crop
 from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.training import host as training_host
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.tasks import UnitEncoded
 from fluxmesh_coordinator.jobs.types import Links, Reported
 from tests.fake_training import SIZE
+from tests.fakes import FEATURES
 from tests.unit.meshes import GB, mac
 from tests.unit.simulated_jobs import TrainingSimulation, training_job
 from tests.unit.simulation import once
@@ -42,8 +43,20 @@ def test_every_micro_batch_is_computed_once_by_a_host_that_has_its_features(host
 def test_a_host_is_sent_each_feature_once() -> None:
     sim = TrainingSimulation(2).opened()
     sim.train()
-    names = [(s.rank, s.message.name) for s in sim.sent if hasattr(s.message, "latents")]
-    assert len(names) == len(set(names))
+    names = [
+        (s.rank, s.message.name) for s in sim.sent if isinstance(s.message, training.PutFeatures)
+    ]
+    assert names and len(names) == len(set(names))
+
+
+def test_a_captions_features_reach_every_host_as_they_were_given() -> None:
+    """By names that no model has: nobody but an engine knows what they are."""
+    sim = TrainingSimulation(2).opened()
+    sim.train(1)
+    puts = [put for put in sim.messages(training.PutFeatures) if put.name.startswith("caption")]
+    assert puts
+    for put in puts:
+        assert {name: array.shape for name, array in put.features.items()} == FEATURES
 
 
 def test_features_leave_that_were_not_used_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +124,10 @@ def test_a_slow_host_is_dealt_less() -> None:
         if isinstance(event, Reported) and isinstance(event.report, training.Computed):
             seconds = 1.0 if event.rank == 0 else 0.25
             report = training.Computed(
-                "job", event.report.ring_generation, event.report.number, seconds
+                job="job",
+                ring_generation=event.report.ring_generation,
+                number=event.report.number,
+                seconds=seconds,
             )
             event = Reported(event.rank, report)
         before(event)
@@ -158,7 +174,7 @@ def test_agents_of_one_device_share_its_memory() -> None:
             rank,
             device="gpu 0",
             free_bytes=40 * GB,
-            holds=Holding(ModelVariant("m"), 1),
+            holds=Holding(weights=ModelVariant("m"), nbytes=1),
             memory_bytes=GB * 60,
         )
         for rank in range(2)
@@ -170,7 +186,7 @@ def test_agents_of_one_device_share_its_memory() -> None:
 def test_a_ring_takes_hosts_that_are_joined_by_cables() -> None:
     ring = [(0, 1), (1, 2), (2, 3), (3, 0)]
     pairs = [*ring, *((b, a) for a, b in ring)]
-    links = Links(tuple(LinkInfo(a, b, 1e9) for a, b in pairs))
+    links = Links(tuple(LinkInfo(source=a, target=b, rate=1e9) for a, b in pairs))
     hosts = [mac(rank) for rank in range(4)]
     every = tasks.choose(training_job(), hosts, links).winner
     assert every is not None and every.ranks == (0, 1, 2, 3)
@@ -222,11 +238,33 @@ def test_what_an_engine_of_an_older_ring_generation_says_is_dropped() -> None:
     sim.want(tasks.AdvanceTask(0))
     while not sim.messages(training.Update):
         sim.turn()
-    late = training.UpdateDone("job", ring_generation, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    late = training.UpdateDone(
+        job="job",
+        ring_generation=ring_generation,
+        update=1,
+        loss=7.0,
+        norm=1.0,
+        rate=0.1,
+        images=8,
+        bad=0,
+        seconds=1.0,
+        peak_bytes=100,
+    )
     for rank in range(2):
         sim.feed(Reported(rank, late))
     assert not [answer for answer in sim.of(tasks.Answer) if answer.number == 9]
-    other = training.UpdateDone("another", ring_generation + 5, 1, 7.0, 1.0, 0.1, 8, 0, 1.0, 100)
+    other = training.UpdateDone(
+        job="another",
+        ring_generation=ring_generation + 5,
+        update=1,
+        loss=7.0,
+        norm=1.0,
+        rate=0.1,
+        images=8,
+        bad=0,
+        seconds=1.0,
+        peak_bytes=100,
+    )
     sim.feed(Reported(0, other))
     assert sim.session.state.hosts[0].moved is None
 
@@ -279,7 +317,7 @@ def test_a_host_that_dies_while_it_encodes_gives_its_units_back(late: int) -> No
     once(sim, lambda report, rank: rank == 1, lambda: sim.kill_engine(1, late))
     units = tuple(Caption("x" * i) for i in range(8))
     sim.ask(tasks.EncodeTask(units))
-    found = [(event.unit, event.arrays["t5"][0, 0, 0]) for event in sim.of(UnitEncoded)]
+    found = [(event.unit, event.arrays["words"][0, 0, 0]) for event in sim.of(UnitEncoded)]
     assert sorted(found, key=lambda pair: pair[1]) == [(unit, i) for i, unit in enumerate(units)]
 
 

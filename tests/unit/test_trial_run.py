@@ -86,13 +86,15 @@ def test_every_host_is_told_what_it_shall_hold() -> None:
     parts = ("transformer", "autoencoder")
     weights = work().weights
     assert keeps(work(), (0, 2), 1, 2, (1,)) == {
-        0: messages.Keep(weights, 1, 0, parts),
-        1: messages.Keep(None),
-        2: messages.Keep(weights, 1, 0, (*parts, "text encoders")),
+        0: messages.Keep(weights=weights, shards=1, shard=0, components=parts),
+        1: messages.Keep(weights=None),
+        2: messages.Keep(weights=weights, shards=1, shard=0, components=(*parts, "text encoders")),
     }
     assert [keep.shard for keep in keeps(work(), (1, 3), 2, None).values()] == [0, 1]
     apart = keeps(work(), (0, 1), 2, 2)
-    assert apart[2] == messages.Keep(weights, 1, 0, ("text encoders",))
+    assert apart[2] == messages.Keep(
+        weights=weights, shards=1, shard=0, components=("text encoders",)
+    )
 
 
 def play(
@@ -112,7 +114,11 @@ def play(
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
         if isinstance(unit, messages.Warm) and unit.placement != "data":
             yield messages.Failed(
-                unit.ring_generation, unit.job, "Raised", "A peer was lost.", fatal=True
+                ring_generation=unit.ring_generation,
+                job=unit.job,
+                kind="Raised",
+                text="A peer was lost.",
+                fatal=True,
             )
         else:
             yield from FakeEngine.work(engine, unit)

@@ -21,14 +21,14 @@ from fluxmesh.wire.messages import (
     NoteSize,
     Warm,
 )
-from fluxmesh.wire.training_messages import CloseTraining
+from fluxmesh.wire.messages.training import CloseTraining
 from fluxmesh_agent.lifecycle import OWN, KillEngine, Lifecycle, Send, StartEngine
 from fluxmesh_agent.upkeep import Upkeep, from_json, to_json
 
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
-KEEP = Keep(WEIGHTS, 1, 0, PARTS)
-WHOLE = Holding(WEIGHTS, 100)
+KEEP = Keep(weights=WEIGHTS, shards=1, shard=0, components=PARTS)
+WHOLE = Holding(weights=WEIGHTS, nbytes=100)
 
 
 def shape(height: int, width: int = 32) -> StepShape:
@@ -39,8 +39,19 @@ def started(*components: str, holds: Holding | None = None, compiled: Any = ()) 
     """An engine that holds this."""
     life = Lifecycle()
     life.start()
-    life.engine_said(Device("chip", "gpu", "1", 100, 1e9))
-    life.engine_said(Account(False, holds, EngineCounters(), 0.0, components, compiled))
+    life.engine_said(
+        Device(kind="chip", name="gpu", mlx_version="1", memory_bytes=100, flops_per_second=1e9)
+    )
+    life.engine_said(
+        Account(
+            is_over=False,
+            holds=holds,
+            counters=EngineCounters(),
+            load_rate=0.0,
+            components=components,
+            compiled=compiled,
+        )
+    )
     return life
 
 
@@ -49,14 +60,22 @@ def due(upkeep: Upkeep, life: Lifecycle, now: float = 100.0, **more: Any) -> Loa
 
 
 def load(*components: str, shards: int = 1, shard: int = 0, ring_generation: int = 0) -> Load:
-    return Load(0, OWN, ring_generation, WEIGHTS, shards, shard, components)
+    return Load(
+        fence=0,
+        job=OWN,
+        ring_generation=ring_generation,
+        weights=WEIGHTS,
+        shards=shards,
+        shard=shard,
+        components=components,
+    )
 
 
 def test_an_engine_that_holds_nothing_loads_all_that_it_is_to_hold() -> None:
     assert due(Upkeep(KEEP), started()) == load(*PARTS)
     assert due(Upkeep(KEEP), Lifecycle()) == load(*PARTS)  # no engine runs
     assert due(Upkeep(), started()) is None
-    assert due(Upkeep(Keep(None)), started()) is None
+    assert due(Upkeep(Keep(weights=None)), started()) is None
 
 
 def test_of_what_it_holds_only_the_rest_is_loaded() -> None:
@@ -66,9 +85,9 @@ def test_of_what_it_holds_only_the_rest_is_loaded() -> None:
 
 
 def test_a_shard_is_loaded_where_the_mesh_holds_shards_and_whole_weights_serve_as_well() -> None:
-    keep = Keep(WEIGHTS, 4, 2, PARTS)
+    keep = Keep(weights=WEIGHTS, shards=4, shard=2, components=PARTS)
     assert due(Upkeep(keep), started()) == load(*PARTS, shards=4, shard=2)
-    part = Holding(WEIGHTS, 50, 4, 2)
+    part = Holding(weights=WEIGHTS, nbytes=50, shards=4, shard=2)
     assert due(Upkeep(keep), started(*PARTS, holds=part)) is None
     assert due(Upkeep(keep), started(*PARTS, holds=WHOLE)) is None
     missing = started("transformer", "autoencoder", holds=WHOLE)
@@ -76,9 +95,11 @@ def test_a_shard_is_loaded_where_the_mesh_holds_shards_and_whole_weights_serve_a
 
 
 def test_weights_that_somebody_chose_meanwhile_stay() -> None:
-    other = Holding(ModelVariant("dev"), 100)
+    other = Holding(weights=ModelVariant("dev"), nbytes=100)
     assert due(Upkeep(KEEP), started("transformer", holds=other)) is None
-    shard = Holding(WEIGHTS, 50, 4, 1)  # left by a job with --placement tensor
+    shard = Holding(
+        weights=WEIGHTS, nbytes=50, shards=4, shard=1
+    )  # left by a job with --placement tensor
     assert due(Upkeep(KEEP), started("transformer", holds=shard)) is None
 
 
@@ -91,9 +112,9 @@ def test_a_host_that_was_used_a_moment_ago_is_left_alone() -> None:
 
 def test_an_engine_that_works_is_left_alone_and_for_a_moment_afterwards() -> None:
     upkeep, life = Upkeep(KEEP), started()
-    life.work(Load(1, "job", 0, ModelVariant("dev")))
+    life.work(Load(fence=1, job="job", ring_generation=0, weights=ModelVariant("dev")))
     assert due(upkeep, life, 100.0) is None
-    life.engine_said(Account(True, None, EngineCounters(), 0.0))
+    life.engine_said(Account(is_over=True, holds=None, counters=EngineCounters(), load_rate=0.0))
     assert due(upkeep, life, 100.5) is None
     assert due(upkeep, life, 100.0 + DEADLINES.idle) is not None
 
@@ -109,8 +130,8 @@ def test_what_is_under_way_is_not_begun_again() -> None:
 def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> None:
     upkeep, life = Upkeep(KEEP), started()
     life.lease()
-    life.work(Load(1, "job", 0, WEIGHTS))
-    life.kill(Kill(1, 5))
+    life.work(Load(fence=1, job="job", ring_generation=0, weights=WEIGHTS))
+    life.kill(Kill(fence=1, ring_generation=5))
     upkeep.used(100.0)
     assert due(upkeep, life, 100.0 + DEADLINES.left_out - 0.1, leased=True) is None
     found = due(upkeep, life, 100.0 + DEADLINES.left_out, leased=True)
@@ -121,16 +142,16 @@ def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> 
 
 def leased_lives() -> dict[str, Lifecycle]:
     new, other, trains, alive = started(), started(), started(), started()
-    new.work(Load(1, "before", 0, WEIGHTS))
-    new.kill(Kill(1, 5))
+    new.work(Load(fence=1, job="before", ring_generation=0, weights=WEIGHTS))
+    new.kill(Kill(fence=1, ring_generation=5))
     new.lease()  # a job that has asked for nothing yet
-    other.work(Load(1, "job", 0, ModelVariant("dev")))
-    other.kill(Kill(1, 5))
-    trains.work(CloseTraining(1, "job", 0))
-    trains.kill(Kill(1, 5))
-    alive.work(Load(1, "job", 0, WEIGHTS))
+    other.work(Load(fence=1, job="job", ring_generation=0, weights=ModelVariant("dev")))
+    other.kill(Kill(fence=1, ring_generation=5))
+    trains.work(CloseTraining(fence=1, job="job", ring_generation=0))
+    trains.kill(Kill(fence=1, ring_generation=5))
+    alive.work(Load(fence=1, job="job", ring_generation=0, weights=WEIGHTS))
     alive.engine_said(
-        Account(True, None, EngineCounters(), 0.0)
+        Account(is_over=True, holds=None, counters=EngineCounters(), load_rate=0.0)
     )  # with low memory, it holds nothing
     return {"new": new, "other weights": other, "training": trains, "engine lives": alive}
 
@@ -144,8 +165,12 @@ def test_nothing_is_loaded_beside_a_job_whose_memory_it_might_need(name: str) ->
 
 def in_ring(nonce: bytes = b"n" * 32, holds: Holding | None = WHOLE) -> Lifecycle:
     life = started(*PARTS, holds=holds)
-    life.join(Join(1, 3, 0, 2, nonce=nonce))
-    life.engine_said(Account(True, holds, EngineCounters(), 0.0, PARTS))
+    life.join(Join(fence=1, ring_generation=3, rank=0, size=2, nonce=nonce))
+    life.engine_said(
+        Account(
+            is_over=True, holds=holds, counters=EngineCounters(), load_rate=0.0, components=PARTS
+        )
+    )
     return life
 
 
@@ -166,7 +191,7 @@ def test_a_ring_that_another_job_formed_since_is_not_left() -> None:
     upkeep = Upkeep(KEEP)
     upkeep.leave(in_ring().ring[0])
     assert due(upkeep, in_ring(b"x" * 32)) is None
-    other = in_ring(holds=Holding(ModelVariant("dev"), 100))
+    other = in_ring(holds=Holding(weights=ModelVariant("dev"), nbytes=100))
     assert due(upkeep, other) is None and not upkeep.is_leaving(other)
     nowhere = started(*PARTS, holds=WHOLE)
     upkeep.leave("")
@@ -197,7 +222,7 @@ def test_a_host_that_is_told_anew_what_to_hold_tries_at_once() -> None:
     upkeep.failed(100.0)
     upkeep.want(KEEP)  # the same as before: nothing has changed
     assert due(upkeep, life, 101.0) is None
-    upkeep.want(Keep(ModelVariant("dev"), 1, 0, PARTS))
+    upkeep.want(Keep(weights=ModelVariant("dev"), shards=1, shard=0, components=PARTS))
     assert due(upkeep, life, 101.0) is not None
 
 
@@ -206,9 +231,13 @@ def test_the_size_asked_for_last_is_made_ready_first_and_each_once() -> None:
     for side in (64, 128, 64):
         upkeep.note(NoteSize(WEIGHTS, side, 32))
     way = shape(64)
-    assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(0, OWN, 0, WEIGHTS, 64, 32)
+    assert due(upkeep, started(*PARTS, holds=WHOLE)) == Warm(
+        fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=64, width=32
+    )
     second = due(upkeep, started(*PARTS, holds=WHOLE, compiled=(way,)))
-    assert second == Warm(0, OWN, 0, WEIGHTS, 128, 32)
+    assert second == Warm(
+        fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=128, width=32
+    )
     both = (way, shape(128))
     assert due(upkeep, started(*PARTS, holds=WHOLE, compiled=both)) is None
 
@@ -218,10 +247,12 @@ def test_sizes_wait_for_the_weights_and_for_the_end_of_every_lease() -> None:
     upkeep.note(NoteSize(WEIGHTS, 64, 64))
     assert isinstance(due(upkeep, started()), Load)
     assert due(upkeep, started(*PARTS, holds=WHOLE), leased=True) is None
-    other = Holding(ModelVariant("dev"), 100)
+    other = Holding(weights=ModelVariant("dev"), nbytes=100)
     assert due(upkeep, started(*PARTS, holds=other)) is None
-    upkeep.want(Keep(WEIGHTS, 2, 0, ("transformer",)))
-    part = Holding(WEIGHTS, 50, 2, 0)  # no picture is made alone with it
+    upkeep.want(Keep(weights=WEIGHTS, shards=2, shard=0, components=("transformer",)))
+    part = Holding(
+        weights=WEIGHTS, nbytes=50, shards=2, shard=0
+    )  # no picture is made alone with it
     assert due(upkeep, started("transformer", holds=part)) is None
 
 
@@ -240,14 +271,22 @@ def test_a_size_that_fails_is_forgotten() -> None:
     for side in (64, 128):
         upkeep.note(NoteSize(WEIGHTS, side, 64))
     life = started(holds=WHOLE)
-    assert due(upkeep, life) == Warm(0, OWN, 0, WEIGHTS, 128, 64)
+    assert due(upkeep, life) == Warm(
+        fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=128, width=64
+    )
     upkeep.failed(100.0)
-    assert due(upkeep, life) == Warm(0, OWN, 0, WEIGHTS, 64, 64)
+    assert due(upkeep, life) == Warm(
+        fence=0, job=OWN, ring_generation=0, weights=WEIGHTS, height=64, width=64
+    )
 
 
 def test_what_to_hold_outlives_the_agent() -> None:
     adapted = ModelVariant("dev", "bfloat16", 4, (AdapterRef("a" * 64, 0.5),), True)
-    for keep in (KEEP, Keep(None), Keep(adapted, 4, 3, ("transformer",))):
+    for keep in (
+        KEEP,
+        Keep(weights=None),
+        Keep(weights=adapted, shards=4, shard=3, components=("transformer",)),
+    ):
         assert from_json(to_json(keep)) == keep
 
 

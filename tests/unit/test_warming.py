@@ -126,7 +126,13 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
             yield from FakeEngine.work(engine, unit)
             return
         text = "transformer.safetensors is truncated."
-        yield messages.Failed(unit.ring_generation, unit.job, "WeightsError", text, fatal=False)
+        yield messages.Failed(
+            ring_generation=unit.ring_generation,
+            job=unit.job,
+            kind="WeightsError",
+            text=text,
+            fatal=False,
+        )
 
     engine = FakeEngine()
 
@@ -201,7 +207,11 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
     def broken(unit: messages.Work) -> Iterator[messages.Report]:
         if isinstance(unit, messages.Measure):
             yield messages.Failed(
-                unit.ring_generation, unit.job, "Raised", "A peer was lost.", fatal=True
+                ring_generation=unit.ring_generation,
+                job=unit.job,
+                kind="Raised",
+                text="A peer was lost.",
+                fatal=True,
             )
         else:
             yield from FakeEngine.work(engine, unit)
@@ -250,7 +260,11 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
         if isinstance(unit, messages.MeasureRing):
             is_gone = fails == "for good"
             yield messages.Failed(
-                unit.ring_generation, unit.job, "Raised", "A peer was lost.", is_gone
+                ring_generation=unit.ring_generation,
+                job=unit.job,
+                kind="Raised",
+                text="A peer was lost.",
+                fatal=is_gone,
             )
         else:
             yield from FakeEngine.work(engine, unit)
@@ -300,12 +314,24 @@ def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
         title = "host 0"
 
         def __init__(self) -> None:
-            left_over = messages.RingTimed("up", 1, (), (), 0.5)
-            self.reports = [left_over, messages.Failed(1, "", "Died", "It was killed.", True)]
+            left_over = messages.RingTimed(
+                job="up", ring_generation=1, gathers=(), sums=(), hidden=0.5
+            )
+            self.reports = [
+                left_over,
+                messages.Failed(
+                    ring_generation=1, job="", kind="Died", text="It was killed.", fatal=True
+                ),
+            ]
 
         async def ask(self, request: messages.Message, answer: type[messages.Message]) -> None:
             if isinstance(request, messages.Load):
-                loaded = messages.Loaded(request.job, request.ring_generation, held(), 0.1)
+                loaded = messages.Loaded(
+                    job=request.job,
+                    ring_generation=request.ring_generation,
+                    holding=held(),
+                    seconds=0.1,
+                )
                 self.reports.append(loaded)
 
         async def report(self) -> messages.Report:
@@ -315,7 +341,12 @@ def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
         granted = messages.Granted(7, 1, None)  # type: ignore[arg-type]
         errand = Errand(WarmingAgent(), granted, work())  # type: ignore[arg-type]
         await errand.begin_anew()
-        return [report async for report in errand.do(messages.Load(*errand.common), 1.0)]
+        return [
+            report
+            async for report in errand.do(
+                messages.Load(**errand.common, weights=errand.weights), 1.0
+            )
+        ]
 
     (report,) = asyncio.run(scene())
     assert isinstance(report, messages.Loaded) and report.ring_generation == 2

@@ -179,5 +179,18 @@ def test_a_decode_is_measured_scaled_or_counted() -> None:
     assert decode_flops(FLUX.autoencoder, 1024, 1024) == pytest.approx(10.5e12, rel=0.01)
     flux = Workload.of(ask(), FLUX)
     assert decode_time(mac(0), flux) == pytest.approx(10.47e12 / 0.4 / 26e12, rel=1e-3)
-    host = mac(0, measured=(StepTiming("m", 512, 512, "bfloat16", 4, 1.0, 0.25),))
+    host = mac(
+        0,
+        measured=(
+            StepTiming(
+                model="m",
+                height=512,
+                width=512,
+                dtype="bfloat16",
+                bits=4,
+                step_seconds=1.0,
+                decode_seconds=0.25,
+            ),
+        ),
+    )
     assert decode_time(host, flux) == pytest.approx(1.0)

@@ -116,7 +116,7 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return tokens.reshape(len(tokens), -1, 2 * h, 2 * w)
 
 
-class Text:
+class TextTokens:
     """Both tokenizers of the checkpoint folder, over lists of captions."""
 
     def __init__(self, checkpoint: Path, length: int) -> None:
@@ -152,7 +152,7 @@ class Pool:
 
 @torch.no_grad()
 def build_pool(
-    autoencoder: AutoencoderKL, render: Renderer, text: Text, seed: int, count: int,
+    autoencoder: AutoencoderKL, render: Renderer, text: TextTokens, seed: int, count: int,
     height: int, width: int,
 ) -> Pool:  # fmt: skip
     """Draws `count` scenes and encodes them to the posterior's mean."""

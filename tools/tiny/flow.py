@@ -216,7 +216,7 @@ def train_flow(args: argparse.Namespace) -> None:
     shapes = LAST_SHAPES if args.stage == "last" else SHAPES
     autoencoder = load_autoencoder(args)
     render = data.Renderer(np.load(work / "sprites.npy"), device)
-    text = data.Text(work / "checkpoint", LONGEST)
+    text = data.TextTokens(work / "checkpoint", LONGEST)
     path = work / "flow.pt"
     state = torch.load(path, map_location=device, weights_only=True) if path.exists() else None
     done = state["steps"].get(args.stage, 0) if state else 0
@@ -260,8 +260,8 @@ def train_flow(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def paint(
-    flow: TinyFlow, modules: torch.nn.ModuleDict, autoencoder: torch.nn.Module, text: data.Text,
-    prompts: list[str], steps: int,
+    flow: TinyFlow, modules: torch.nn.ModuleDict, autoencoder: torch.nn.Module,
+    text: data.TextTokens, prompts: list[str], steps: int,
 ) -> np.ndarray:  # fmt: skip
     """Pictures of prompts at 128×128 by Euler's method, uint8 [prompts, 128, 128, 3]."""
     t5, _, clip = text(prompts)
@@ -282,7 +282,7 @@ def paint(
 
 
 def look(
-    args: argparse.Namespace, flow: TinyFlow, autoencoder: torch.nn.Module, text: data.Text
+    args: argparse.Namespace, flow: TinyFlow, autoencoder: torch.nn.Module, text: data.TextTokens
 ) -> None:
     """Scores held-out prompts and writes a contact sheet, `W/look.png`."""
     questions = scenes.questions(args.questions, 0)

@@ -59,7 +59,10 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
 
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
-    """Runs a training on the mesh that is up, or here; raises what `trainer.train` raises."""
+    """Runs a training on the mesh that is up, or in this process; raises as both of them do.
+
+    `fluxmesh/training/local_executor.py` says why alone is not a mesh of one here.
+    """
     from fluxmesh.engine import tf32
 
     tf32.prepare(request.dtype)

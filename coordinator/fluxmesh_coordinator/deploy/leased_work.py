@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
@@ -25,12 +26,6 @@ from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
 from fluxmesh_coordinator.jobs.types import Job, LeasedHost
 
-# What ends a unit of work that is given out here.
-LAST = (
-    *(messages.Loaded, messages.Timed, messages.RingTimed),
-    *(messages.TextEncoded, messages.Warmed),
-)
-
 
 class Errand:
     """Work on one leased host."""
@@ -38,28 +33,31 @@ class Errand:
     def __init__(self, client: AgentClient, granted: messages.Granted, work: Workload) -> None:
         self.client = client
         self.fence, self.ring_generation = granted.fence, granted.ring_generation
-        self._job, self._weights = f"up-{secrets.token_hex(4)}", work.weights
+        self.weights = work.weights
+        self._job = f"up-{secrets.token_hex(4)}"
 
     @property
-    def common(self) -> tuple[int, str, int, messages.ModelVariant]:
-        """What every unit of work begins with."""
-        return self.fence, self._job, self.ring_generation, self._weights
+    def common(self) -> dict[str, Any]:
+        """The fields that every unit of work has."""
+        return {"fence": self.fence, "job": self._job, "ring_generation": self.ring_generation}
 
     async def begin_anew(self) -> None:
         """Ends the engine, with all that it holds; the next work starts another."""
         self.ring_generation += 1
-        await self.client.ask(messages.Kill(self.fence, self.ring_generation), messages.Done)
+        await self.client.ask(
+            messages.Kill(fence=self.fence, ring_generation=self.ring_generation), messages.Done
+        )
 
-    async def do(self, message: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
+    async def do(self, work: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
         """The reports about one unit of work, to the one that ends it.
 
         Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
         """
-        await self.client.ask(message, messages.Done)
+        await self.client.ask(work, messages.Done)
         while True:
             report = await self._report(silence)
             yield report
-            if isinstance(report, LAST):
+            if work.is_ended_by(report):
                 return
 
     async def join(self, join: messages.Join) -> None:
@@ -79,7 +77,9 @@ class Errand:
                     f"{self.client.title}: no sign of life for {silence:.0f} s; look at "
                     "`fluxmesh logs`."
                 ) from None
-            if getattr(report, "ring_generation", self.ring_generation) < self.ring_generation:
+            if isinstance(report, messages.EngineReport) and (
+                report.ring_generation < self.ring_generation
+            ):
                 continue  # left over from an engine that was ended
             if isinstance(report, messages.Failed):
                 raise error_of(report.kind, f"{self.client.title}: {report.text}")
@@ -157,7 +157,7 @@ async def measure_ring(
     found: dict[int, messages.RingTimed] = {}
 
     async def one(rank: int) -> None:
-        work = messages.MeasureRing(*ring[rank].common[:3])
+        work = messages.MeasureRing(**ring[rank].common)
         async for report in ring[rank].do(work, DEADLINES.engine_sign):
             if isinstance(report, messages.RingTimed):
                 found[rank] = report
@@ -166,5 +166,11 @@ async def measure_ring(
     await together(one(rank) for rank in ranks)
     told = found[ranks[0]]
     return RingTiming(
-        backend, ranks, told.gathers, told.sums, told.hidden, forming_seconds, time.time()
+        backend=backend,
+        ranks=ranks,
+        gathers=told.gathers,
+        sums=told.sums,
+        hidden=told.hidden,
+        forming_seconds=forming_seconds,
+        when=time.time(),
     )

@@ -73,7 +73,7 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
             except FluxmeshError:
                 return None
             try:
-                probe = messages.ProbeLink(ip, port, token, 1)
+                probe = messages.ProbeLink(ip=ip, port=port, token=token, nbytes=1)
                 await clients[source].ask(probe, messages.LinkRate, DEADLINES.cable)
             except LocalNetworkError:
                 return source, target, ip, port

@@ -180,7 +180,7 @@ class TrialRun:
         """Loads the text encoders and runs them once."""
         self.watcher.stage("Loading the text encoders")
         errand = self._errands[rank]
-        await self._do(rank, messages.Encode(*errand.common, prompt=""))
+        await self._do(rank, messages.Encode(**errand.common, weights=errand.weights, prompt=""))
 
     async def _try(self, ways: Sequence[Way], ring: tuple[int, ...], reader: int | None) -> bool:
         """Reads the prompt and makes a picture in each way. False where the ring failed.
@@ -245,7 +245,15 @@ class TrialRun:
 
     async def _warm(self, rank: int, way: Way) -> None:
         errand = self._errands[rank]
-        await self._do(rank, messages.Warm(*errand.common, *way.size, way.placement))
+        height, width = way.size
+        warm = messages.Warm(
+            **errand.common,
+            weights=errand.weights,
+            height=height,
+            width=width,
+            placement=way.placement,
+        )
+        await self._do(rank, warm)
 
     async def _do(self, rank: int, work: messages.Work) -> None:
         """Raises what the engine failed with."""
@@ -285,13 +293,17 @@ def keeps(
     work: Workload, hosts: Sequence[int], shards: int, reader: int | None, idle: Iterable[int] = ()
 ) -> dict[int, messages.Keep]:
     """What each host is to hold, whatever happens to its engine; `idle` ones nothing."""
-    found = {rank: messages.Keep(None) for rank in idle}
+    found = {rank: messages.Keep(weights=None) for rank in idle}
     for place, rank in enumerate(hosts):
         components: tuple[str, ...] = ("transformer", "autoencoder")
         if rank == reader:
             components = (*components, "text encoders")
         shard = place if shards > 1 else 0
-        found[rank] = messages.Keep(work.weights, shards, shard, components)
+        found[rank] = messages.Keep(
+            weights=work.weights, shards=shards, shard=shard, components=components
+        )
     if reader is not None and reader not in hosts:  # it reads for the others
-        found[reader] = messages.Keep(work.weights, 1, 0, ("text encoders",))
+        found[reader] = messages.Keep(
+            weights=work.weights, shards=1, shard=0, components=("text encoders",)
+        )
     return found

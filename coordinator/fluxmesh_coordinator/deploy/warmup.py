@@ -241,7 +241,7 @@ class Warming:
             try:
                 listen = messages.ListenForLink(ip, token)
                 ports = await self.clients[target].ask(listen, messages.Ports, DEADLINES.link)
-                probe = messages.ProbeLink(ip, ports.ports[0], token, PROBE)
+                probe = messages.ProbeLink(ip=ip, port=ports.ports[0], token=token, nbytes=PROBE)
                 rates.append(
                     await self.clients[source].ask(probe, messages.LinkRate, DEADLINES.link)
                 )
@@ -254,7 +254,9 @@ class Warming:
         if not rates:
             return None
         rate = sum(each.rate for each in rates)
-        return LinkInfo(source, target, rate, max(each.latency for each in rates))
+        return LinkInfo(
+            source=source, target=target, rate=rate, latency=max(each.latency for each in rates)
+        )
 
     async def _know_ring(self) -> None:
         """Forms the ring of all hosts and times its collectives, where nobody did before."""
@@ -357,9 +359,15 @@ class Warming:
 
     async def _load(self, job: Errand, place: ShardLayout, rank: int) -> None:
         """Raises `WeightsError` where a host has other files under the model's name."""
-        part = (place.shards, place.shard(rank), COMPONENTS)
         for is_last in (False, True):
-            async for report in job.do(messages.Load(*job.common, *part), DEADLINES.engine_sign):
+            load = messages.Load(
+                **job.common,
+                weights=job.weights,
+                shards=place.shards,
+                shard=place.shard(rank),
+                components=COMPONENTS,
+            )
+            async for report in job.do(load, DEADLINES.engine_sign):
                 if isinstance(report, messages.LoadProgress):
                     what, done, total = report.component, report.done_bytes, report.total_bytes
                     self.watcher.progress(rank, what, done, total)
@@ -385,7 +393,13 @@ class Warming:
 
     async def _time(self, job: Errand, placement: Placement) -> None:
         """With nothing else running on the device."""
-        measure = messages.Measure(*job.common, self.work.height, self.work.width, placement)
+        measure = messages.Measure(
+            **job.common,
+            weights=job.weights,
+            height=self.work.height,
+            width=self.work.width,
+            placement=placement,
+        )
         try:
             async with asyncio.timeout(DEADLINES.timed_step):
                 async for _ in job.do(measure, DEADLINES.timed_step):

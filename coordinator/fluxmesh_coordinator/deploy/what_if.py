@@ -86,7 +86,14 @@ def assumed_view(
     """What the hosts of `hostfile` would tell, were they as `assumption` says."""
     steps: dict[tuple[int, int], float] = assumption.get("step_seconds", {})
     measured = tuple(
-        StepTiming(weights.model, height, width, weights.dtype, weights.bits, seconds)
+        StepTiming(
+            model=weights.model,
+            height=height,
+            width=width,
+            dtype=weights.dtype,
+            bits=weights.bits,
+            step_seconds=seconds,
+        )
         for (height, width), seconds in steps.items()
     )
     memory, platform = assumption["memory"], assumption["platform"]
@@ -109,7 +116,7 @@ def assumed_view(
                 flops_per_second=assumption["flops_per_second"],
                 load_rate=assumption["load_rate"],
                 measured=measured,
-                holds=Holding(weights, nbytes) if warm else None,
+                holds=Holding(weights=weights, nbytes=nbytes) if warm else None,
                 device=host.machine,
                 platform=platform,
                 machine_bytes=machine,
@@ -127,7 +134,7 @@ def _links(hostfile: Hostfile, assumption: dict[str, Any]) -> tuple[LinkInfo, ..
     near = assumption.get("links", "ring" if ring else "all") == "ring"
     rate, latency = assumption["link_rate"], assumption["link_latency"]
     return tuple(
-        LinkInfo(a, b, rate, latency)
+        LinkInfo(source=a, target=b, rate=rate, latency=latency)
         for a in range(count)
         for b in range(count)
         if a != b and (not near or (a - b) % count in (1, count - 1))

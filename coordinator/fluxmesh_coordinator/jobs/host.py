@@ -1,17 +1,16 @@
 """One host of a running job: what its engine has in line, and when its silence means death. Pure.
 
 Below `session.py`. An engine does its units of work one after another; the first in line is the
-one that it is at. Each kind of work has its own sign of life: a step that was timed before must
-come again in time; what takes long by itself (loading, encoding, a first step, a
-decode) ticks meanwhile, and may not take for ever.
+one that it is at. A step that was timed before must come again in time; what takes long by itself
+(loading, encoding, a first step, a decode) ticks meanwhile, and may not take longer than the unit's
+own class says (`messages.EngineUnit`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from fluxmesh.cluster import hostfile
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
@@ -19,52 +18,26 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
-    Decode,
-    Encode,
-    EncodeSource,
-    Join,
-    Load,
+    EngineUnit,
     LoadProgress,
-    MeasureRing,
     Message,
     Paint,
     Report,
-    Work,
-)
-from fluxmesh.wire.training_messages import (
-    CloseTraining,
-    DropFeatures,
-    GiveVectors,
-    MakeRoom,
-    OpenTraining,
-    PaintProgress,
-    PutFeatures,
-    PutVector,
-    Update,
-    Validate,
 )
 from fluxmesh_coordinator.jobs.types import LeasedHost
 
 SLACK = 4.0  # times what a step took before
-# Seconds that work may take once its weights are read; per picture, and more for large ones.
-BUDGETS = {Encode: 120.0, EncodeSource: 120.0, Decode: 120.0, Paint: 300.0}
-BUDGETS |= {MeasureRing: 60.0}
-AREA = 1 << 20  # pixels, up to which a picture is not large
-# Work that is no part of the line: it is done at once, and nothing is told of it.
-SILENT = (PutVector, PutFeatures, DropFeatures, MakeRoom)
 
 Readiness = Literal["new engine", "new shape", "loading", "warm"]
 """For a first step: no kernel of the model is compiled; those of this step aren't; all are, and
 its weights come first; nothing is to be done before."""
-
-T = TypeVar("T", bound=Message)
 
 
 @dataclass
 class QueuedWork:
     """Work in line, or a ring to join."""
 
-    message: Work | Join
+    message: EngineUnit
     since: float | None = None  # when it became the first in line
 
 
@@ -77,7 +50,7 @@ class HostState:
         self.info: HostInfo = leased.info
         self.fence = leased.fence
         self.ring_generation = leased.ring_generation
-        self.ring = (leased.ring, leased.ring_rank, leased.ring_size)
+        self.ring = RingPlace(leased.ring, leased.ring_rank, leased.ring_size)
         self.line: deque[QueuedWork] = deque()
         self.is_loaded = False  # with what the phase needs
         self.killed: float | None = None  # since when its engine is being ended
@@ -98,7 +71,7 @@ class HostState:
     @property
     def now(self) -> HostInfo:
         """The host as a plan sees it, in the ring in which its engine is now."""
-        return replace(self.info, ring=RingPlace(*self.ring))
+        return replace(self.info, ring=self.ring)
 
     @property
     def is_free(self) -> bool:
@@ -110,32 +83,25 @@ class HostState:
         return any(isinstance(unit.message, kinds) for unit in self.line)
 
     def sent(self, message: Message, now: float) -> None:
-        """It is on its way: work is the last in line from now on."""
-        if isinstance(message, Work | Join) and not isinstance(message, SILENT):
+        """It is on its way: work of which something is reported is the last in line from now on."""
+        if isinstance(message, EngineUnit) and message.reports:
             self.line.append(QueuedWork(message, None if self.line else now))
 
     def answered(self, request: Message) -> None:
         """The agent has taken a message of this ring generation in."""
 
-    def find(self, kind: type[T], image: int | None = None) -> T | None:
-        """The first in line of this kind (and with this image), None where there is none."""
-        for unit in self.line:
-            message = unit.message
-            if isinstance(message, kind) and (image is None or image in _images(message)):
-                return message
-        return None
-
-    def done(self, kind: type[Message], now: float, image: int | None = None) -> None:
-        """What `find` finds is done, and the next one begins."""
-        message = self.find(kind, image)
-        self.line = deque(unit for unit in self.line if unit.message is not message)
-        if self.line and self.line[0].since is None:
-            self.line[0].since = now
-
-    def since(self, message: Message, now: float) -> float:
-        """When something in line became the first there; `now` where it did not yet."""
-        found = next((unit.since for unit in self.line if unit.message is message), None)
-        return now if found is None else found
+    def heard(self, report: Report, now: float) -> QueuedWork | None:
+        """A sign from the engine. The work in line that it is of; over now, if it ends with it."""
+        self._heard, self._is_new = now, False
+        self._at = report.doing if isinstance(report, Beat) else ""
+        if isinstance(report, LoadProgress):
+            self._read = now
+        unit = next((unit for unit in self.line if unit.message.gave(report)), None)
+        if unit is not None and unit.message.is_ended_by(report):
+            self.line = deque(other for other in self.line if other is not unit)
+            if self.line and self.line[0].since is None:
+                self.line[0].since = now
+        return unit
 
     def readiness(self, paint: Paint) -> Readiness:
         """How ready its engine is for the first step, by this job or earlier ones."""
@@ -146,21 +112,24 @@ class HostState:
             return "new shape"
         return "warm" if held is not None and held.weights == weights else "loading"
 
-    def heard(self, report: Report, now: float) -> None:
-        """A sign from the engine."""
-        self._heard, self._is_new = now, False
-        self._at = report.doing if isinstance(report, Beat) else ""
-        if isinstance(report, LoadProgress):
-            self._read = now
-
-    def stepped(self, paint: Paint, seconds: float, now: float, *, reused: bool = False) -> None:
+    def stepped(
+        self,
+        paint: Paint,
+        seconds: float,
+        now: float,
+        *,
+        begun: float | None = None,
+        reused: bool = False,
+    ) -> None:
         """A step is done: the next one is expected in about the time that this one took.
 
-        `reused`: a cache made it cheap, which the next one need not be.
+        `begun`: when the image became the first in line, if it did. `reused`: a cache made the step
+        cheap, which the next one need not be.
         """
         shape = _shape(paint)
-        begun = self.since(paint, now)
-        took = now - max(self._moved, begun) if shape in self._shapes else seconds
+        took = seconds
+        if shape in self._shapes:
+            took = now - max(self._moved, now if begun is None else begun)
         self._shapes.add(shape)
         if (kind := self._kind(paint)) not in self.info.compiled:
             self.info = replace(self.info, compiled=(*self.info.compiled, kind))
@@ -204,7 +173,7 @@ class HostState:
         self.ring_generation, self.killed = ring_generation, now
         self.line.clear()
         self.is_loaded = False
-        self.ring = ("", 0, 1)
+        self.ring = RingPlace()
         self.info = replace(self.info, compiled=())
         self._shapes.clear()
         self._is_new = True
@@ -226,80 +195,37 @@ class HostState:
             return ""
         unit = self.line[0]
         assert unit.since is not None
-        message, what, patience = unit.message, _doing(unit.message), self.patience
+        message, patience = unit.message, self.patience
         if isinstance(message, Paint) and _shape(message) in self._shapes:
             limit = self.step_deadline(message)
             late = now - max(self._moved, unit.since) > limit
             return f"a step did not come within {limit:.0f} s" if late else ""
         silent, limit = now - max(self._heard, unit.since), self._silence(unit) * patience
         if silent > limit:
-            return f"it gave no sign for {silent:.0f} s while {what}"
-        stalled = self.deadlines.load_moves * patience
-        if isinstance(message, Load) and now - max(self._read, unit.since) > stalled:
-            return f"not one byte was loaded for {stalled:.0f} s"
+            return f"it gave no sign for {silent:.0f} s while {message.doing}"
         budget = self._budget(message) * patience
         spent = now - max(self._read, unit.since)  # weights are read as fast as the disk is
-        return f"{what} took more than {budget:.0f} s" if spent > budget else ""
+        return message.late(budget) if spent > budget else ""
 
     def _kind(self, paint: Paint) -> StepShape:
         """The kind of step that its engine makes of an image."""
-        hosts = self.ring[2]
+        hosts = self.ring.size
         return StepShape.of(paint.weights, paint.placement, hosts, paint.height, paint.width)
 
     def _silence(self, unit: QueuedWork) -> float:
         """Seconds that the first in line may go without a sign."""
-        begins = self._is_new or isinstance(unit.message, Join)
-        return self.deadlines.first_sign if begins else self.deadlines.silence
+        if unit.message.ticks and not self._is_new:
+            return self.deadlines.silence
+        return self.deadlines.first_sign
 
-    def _budget(self, message: Message) -> float:
+    def _budget(self, message: EngineUnit) -> float:
         """Seconds that a unit may take, or its first step, while it ticks."""
         if isinstance(message, Paint) and self._at == WARM_STEP:
             shape = _shape(message)
             expected = self._step_seconds.get(shape, self._guesses.get(shape, 0.0))
             return max(self.deadlines.first_step, SLACK * expected)
-        if isinstance(message, Join):
-            return self.deadlines.first_sign
-        return BUDGETS.get(type(message), math.inf) * _pictures(message)
+        return message.limit(self.deadlines)
 
 
 def _shape(paint: Paint) -> tuple[Placement, int, int]:
     return paint.placement, paint.height, paint.width
-
-
-def _pictures(message: Message) -> float:
-    """How many pictures of common size a unit is about, at least 1."""
-    count, pixels = len(_images(message)), 0
-    if isinstance(message, Paint | Decode):
-        pixels = message.height * message.width
-    elif isinstance(message, EncodeSource):
-        pixels = message.pixels.size // 3
-    return max(1, count) * max(1.0, pixels / AREA)
-
-
-def _images(message: Message) -> tuple[int, ...]:
-    if isinstance(message, Paint):
-        return (message.image,)
-    return message.images if isinstance(message, Decode) else ()
-
-
-def _doing(message: Message) -> str:
-    match message:
-        case Load():
-            return "loading"
-        case Encode():
-            return "reading the prompt"
-        case EncodeSource():
-            return "encoding the picture"
-        case Decode():
-            return "decoding"
-        case Join():
-            return "joining its ring"
-        case MeasureRing():
-            return "measuring its ring"
-        case OpenTraining():
-            return "opening the training"
-        case Update():
-            return "training"
-        case GiveVectors() | Validate() | PaintProgress() | CloseTraining():
-            return "looking at the training"
-    return "making a first step"

@@ -8,14 +8,12 @@ passes them on, and decides nothing by what is in them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from fluxmesh.wire.messages import Message
-from fluxmesh.wire.training_messages import PutFeatures
+from fluxmesh.wire.messages.training import PutFeatures
 from fluxmesh_coordinator.jobs.types import (
     Answered,
     Asked,
@@ -34,8 +32,7 @@ from fluxmesh_coordinator.jobs.types import (
 # every generation but the very long ones. Of others the last ones can be read, and not replayed.
 KEPT = 5000
 
-Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of a message's arrays: field -> dtype, shape
-M = TypeVar("M", bound=Message)
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of arrays by name: dtype, shape
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class InputLog:
         for instruction in instructions:
             message = instruction.message if isinstance(instruction, SendToAgent) else None
             if isinstance(message, PutFeatures):
-                self.features[message.name] = shapes_of(message)
+                self.features[message.name] = shapes_of(message.features)
 
 
 def brief(instruction: Instruction) -> str:
@@ -89,10 +86,10 @@ def hollow(event: Input) -> Input:
     """The same input with arrays that take no memory."""
     match event:
         case Reported():
-            return Reported(event.rank, _hollow_message(event.report))
+            return Reported(event.rank, event.report.with_arrays(hollow_array))
         case Answered():
-            request, answer = _hollow_message(event.request), _hollow_message(event.answer)
-            return Answered(event.rank, request, answer)
+            request = event.request.with_arrays(hollow_array)
+            return Answered(event.rank, request, event.answer.with_arrays(hollow_array))
         case Asked():
             return event.with_arrays(hollow_array)
     return event
@@ -103,12 +100,6 @@ def hollow_array(array: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
-def shapes_of(message: Message) -> Shapes:
-    """Of its arrays."""
-    arrays = {k: v for k, v in vars(message).items() if isinstance(v, np.ndarray)}
+def shapes_of(arrays: Mapping[str, np.ndarray]) -> Shapes:
+    """Of each of them."""
     return {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
-
-
-def _hollow_message(message: M) -> M:
-    arrays = {k: hollow_array(v) for k, v in vars(message).items() if isinstance(v, np.ndarray)}
-    return replace(message, **arrays) if arrays else message

@@ -128,7 +128,7 @@ class Recovery(Generic[H]):
     def kill(self, host: HostState, ring_generation: int, now: float) -> None:
         """Ends a host's engine, whatever it does; `ring_generation` begins there."""
         host.kill(ring_generation, now)
-        self.send(host, messages.Kill(host.fence, ring_generation))
+        self.send(host, messages.Kill(fence=host.fence, ring_generation=ring_generation))
 
     # Within
 

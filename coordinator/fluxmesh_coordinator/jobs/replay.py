@@ -35,7 +35,7 @@ from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.session import TrainingSession
 
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 1 << 16  # of a secret or a nonce
 KIND = "~"  # the key under which a map says what it stands for
 

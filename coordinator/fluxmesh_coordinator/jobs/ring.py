@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fluxmesh.cluster.rendezvous import joining
+from fluxmesh.cluster.snapshot import RingPlace
 from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.wire.messages import AskPorts, Changing, Join, ring_name
 from fluxmesh_coordinator.jobs.host import HostState
@@ -44,9 +45,9 @@ class Ring:
     def of(cls, ranks: tuple[int, ...], hosts: Mapping[int, HostState]) -> Ring:
         """The ring that these engines are in already, in this order; else a new one."""
         members = [hosts[rank] for rank in ranks]
-        name = members[0].ring[0]
+        name = members[0].ring.name
         fits = all(
-            member.ring == (name, place, len(ranks))
+            member.ring == RingPlace(name, place, len(ranks))
             and member.ring_generation == members[0].ring_generation
             for place, member in enumerate(members)
         )
@@ -72,7 +73,7 @@ class Ring:
             for ip in ips if backend == "ring" else ips[:1]:
                 self.ports[rank, ip] = None
         return [
-            (rank, AskPorts(hosts[rank].fence, ip))
+            (rank, AskPorts(fence=hosts[rank].fence, ip=ip))
             for (rank, ip), port in self.ports.items()
             if port is None
         ]
@@ -89,7 +90,7 @@ class Ring:
         }
         if (hosts[rank].entry.machine, ports[0]) in taken:
             self.ports[rank, ip] = None
-            return [(rank, AskPorts(hosts[rank].fence, ip))]
+            return [(rank, AskPorts(fence=hosts[rank].fence, ip=ip))]
         return []
 
     def join(self, hosts: Mapping[int, HostState], job: Job, backend: str) -> Orders:
@@ -104,12 +105,12 @@ class Ring:
         orders: Orders = []
         for place, joins in enumerate(joining(backend, entries, ports)):
             host = hosts[self.ranks[place]]
-            if host.ring[0] or backend in RESTARTING:  # the engine ends, and another one joins
+            if host.ring.name or backend in RESTARTING:  # the engine ends, and another one joins
                 host.info = replace(host.info, compiled=())
             host.ring_generation = self.ring_generation
-            host.ring = (ring_name(nonce), place, len(self.ranks))
+            host.ring = RingPlace(ring_name(nonce), place, len(self.ranks))
             join = Join(
-                host.fence,
+                fence=host.fence,
                 ring_generation=self.ring_generation,
                 rank=place,
                 size=len(self.ranks),

@@ -18,7 +18,7 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs import failures
-from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.host import HostState, QueuedWork
 from fluxmesh_coordinator.jobs.recovery import Recovery
 from fluxmesh_coordinator.jobs.state import H, JobState
 from fluxmesh_coordinator.jobs.types import (
@@ -72,8 +72,8 @@ class JobSession(ABC, Generic[H]):
         """`state.hosts` are new: nothing that others held or did is known there."""
 
     @abstractmethod
-    def reported(self, host: H, report: messages.Report) -> None:
-        """An engine tells of this job's work."""
+    def reported(self, host: H, report: messages.Report, unit: QueuedWork | None) -> None:
+        """An engine tells of this job's work: of `unit`, which has left its line if that ended."""
 
     @abstractmethod
     def returned(self, host: H) -> None:
@@ -186,7 +186,8 @@ class JobSession(ABC, Generic[H]):
             if isinstance(answer, messages.Refused):
                 self._gone(event.rank, answer.text)
             return
-        if getattr(request, "ring_generation", host.ring_generation) != host.ring_generation:
+        generation = host.ring_generation
+        if isinstance(request, messages.EngineUnit) and request.ring_generation != generation:
             return
         host.answered(request)
         if isinstance(answer, messages.Refused):
@@ -208,27 +209,28 @@ class JobSession(ABC, Generic[H]):
         if isinstance(report, messages.Lost):
             self._gone(event.rank, report.reason)
             return
-        if getattr(report, "ring_generation", host.ring_generation) != host.ring_generation:
-            return  # left over from an engine that is gone
-        if getattr(report, "job", "") not in ("", self.id):
+        if not isinstance(report, messages.EngineReport):
             return
-        host.heard(report, self.now)
+        if report.ring_generation != host.ring_generation:
+            return  # left over from an engine that is gone
+        if isinstance(report, messages.WorkReport) and report.job not in ("", self.id):
+            return
+        unit = host.heard(report, self.now)
         match report:
             case messages.Joined():
-                host.done(messages.Join, self.now)
                 if self.state.ring is not None:
                     self.state.ring.joined.add(host.rank)
-                self.reported(host, report)
+                self.reported(host, report, unit)
             case messages.LoadProgress():
                 part, done, total = report.component, report.done_bytes, report.total_bytes
                 self.tell(events.Loading(part, done, total, host.rank))
-                self.reported(host, report)
+                self.reported(host, report, unit)
             case messages.Cancelled():
                 host.cancelled(self.now)
             case messages.Failed():
                 self._failed(host, report.kind, report.text, fatal=report.fatal)
             case _:
-                self.reported(host, report)
+                self.reported(host, report, unit)
 
     def check_model(self, host: HostState, content: str) -> None:
         """Ends the job where hosts hold different files: a ring must not compute with them."""
@@ -274,7 +276,7 @@ class JobSession(ABC, Generic[H]):
             if host.has(messages.Join):  # a ring that forms hears of no cancel
                 self.recovery.end_ring(self.now)
             else:
-                self.send(host, messages.Cancel(host.fence, self.id))
+                self.send(host, messages.Cancel(fence=host.fence, job=self.id))
 
     def end(self, error: FluxmeshError | None) -> None:
         """Hosts let go of the job; `JobFinished` with `error` when all have."""

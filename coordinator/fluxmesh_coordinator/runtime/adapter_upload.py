@@ -60,7 +60,7 @@ async def send(
     Raises `FluxmeshError`.
     """
     for sha256, (name, path) in files.items():
-        found = await client.ask(HasFile(fence, sha256), Found)
+        found = await client.ask(HasFile(fence=fence, sha256=sha256), Found)
         if found.there:
             continue
         total = path.stat().st_size
@@ -71,5 +71,7 @@ async def send(
                 if not piece:
                     raise AdapterError(f"`adapter` {name} shrinks while it is read; try again.")
                 data = np.frombuffer(piece, np.uint8)
-                await client.ask(PutFile(fence, sha256, offset, total, data), Done)
+                await client.ask(
+                    PutFile(fence=fence, sha256=sha256, offset=offset, total=total, data=data), Done
+                )
                 tell(offset + len(piece), total)

@@ -157,8 +157,8 @@ class ScheduleConfig:
         """Reads `scheduler/scheduler_config.json`."""
         return cls(**_known(cls, config))
 
-    def mu(self, image_seq_len: int) -> float:
-        """The logarithm of the shift at `image_seq_len` image tokens."""
+    def mu(self, image_seq_len: int, steps: int | None = None) -> float:
+        """The logarithm of the shift at `image_seq_len` image tokens, whatever the steps."""
         if not self.use_dynamic_shifting:
             return math.log(self.shift)
         slope = (self.max_shift - self.base_shift) / (

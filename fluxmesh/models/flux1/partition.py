@@ -5,19 +5,13 @@ https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its
 host computes whole heads; the linear out of it gives up columns, so that each host gets a part of
 a sum. The modulations, 27% of FLUX, give up rows too. `loading.py` reads a shard by these cuts,
 `slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py` runs it.
-
-Not `mlx.nn.layers.distributed`, which cuts linears of a model that is in memory whole, evenly, and
-asks the group for its place: a cut that is known as data is read from files without the rest,
-planned for before anything loads, and follows heads, fused layers and quantized groups where those
-end.
 """
 
 from __future__ import annotations
 
-from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.partition import Cut, Shard
+from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups
 
 
 def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
@@ -60,23 +54,12 @@ def obstacle(config: FluxConfig, size: int, quantized: bool = False) -> str | No
         return f"{config.mlp_hidden_dim} MLP columns don't divide by {size}"
     if not quantized:
         return None
-    for name, cut in cuts(config, Shard(0, size)).items():
-        group = group_size("transformer", f"{name}.weight", (1, cut.length))
-        if cut.axis == 1 and group and any(end % group for span in cut.spans for end in span):
-            width = cut.spans[0][1] - cut.spans[0][0]
-            return (
-                f"a host's {width} columns of {name} are not whole quantization groups of {group}"
-            )
-    return None
+    return split_groups(
+        cuts(config, Shard(0, size)),
+        lambda name, columns: group_size("transformer", f"{name}.weight", (1, columns)),
+    )
 
 
 def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
     """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
-    reason = obstacle(config, size, quantized)
-    if reason is None:
-        return
-    fit = [n for n in range(1, config.num_heads + 1) if obstacle(config, n, quantized) is None]
-    raise UsageError(
-        f"The transformer can't be sharded over {size} hosts: {reason}; use "
-        f"{', '.join(map(str, fit))} of them, or `placement` sequence."
-    )
+    refuse_obstacle(lambda n: obstacle(config, n, quantized), size, config.num_heads)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fluxmesh.errors import WeightsError
+from fluxmesh.models.file_shapes import FileShapes
 from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
-from fluxmesh.models.flux1.tensor_maps import COMFY_PREFIX
-from fluxmesh.storage.safetensors import read_header
 
 
 def flux_config_of(path: Path) -> FluxConfig:
     """Sizes of the transformer in one of BFL's single files, from its tensors' shapes."""
-    shapes = _Shapes(path, "a FLUX.1 transformer in BFL's layout")
+    shapes = FileShapes(path, "a FLUX.1 transformer in BFL's layout")
     hidden, in_channels = shapes.pair("img_in.weight")
     (head_dim,) = shapes.of("double_blocks.0.img_attn.norm.query_norm.scale", 1)
     return FluxConfig(
@@ -36,7 +34,7 @@ def flux_config_of(path: Path) -> FluxConfig:
 
 def autoencoder_config_of(path: Path) -> AutoencoderConfig:
     """Sizes of the autoencoder in BFL's `ae.safetensors`, from its tensors' shapes."""
-    shapes = _Shapes(path, "FLUX.1's autoencoder in BFL's layout")
+    shapes = FileShapes(path, "FLUX.1's autoencoder in BFL's layout")
     levels = shapes.count("encoder.down.{}.block.0.conv1.weight")
     out, into = shapes.of("encoder.conv_in.weight", 4)[:2]
     return AutoencoderConfig(
@@ -49,31 +47,3 @@ def autoencoder_config_of(path: Path) -> AutoencoderConfig:
         z_channels=shapes.of("decoder.conv_in.weight", 4)[1],
         mid_attention="encoder.mid.attn_1.q.weight" in shapes.entries,
     )
-
-
-class _Shapes:
-    """Shapes of a single file, with an error that says what the file should have been."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
-        entries = read_header(path).entries
-        self.entries = {key.removeprefix(COMFY_PREFIX): entry for key, entry in entries.items()}
-
-    def of(self, key: str, dims: int) -> tuple[int, ...]:
-        entry = self.entries.get(key)
-        if entry is None or len(entry.shape) != dims or 0 in entry.shape:
-            problem = "lacks" if entry is None else f"has shape {entry.shape} for"
-            raise WeightsError(f"{self.path} {problem} {key}, so it is not {self.what}.")
-        return entry.shape
-
-    def pair(self, key: str) -> tuple[int, int]:
-        rows, columns = self.of(key, 2)
-        return rows, columns
-
-    def count(self, pattern: str) -> int:
-        number = 0
-        while pattern.format(number) in self.entries:
-            number += 1
-        if number == 0:
-            raise WeightsError(f"{self.path} lacks {pattern.format(0)}, so it is not {self.what}.")
-        return number

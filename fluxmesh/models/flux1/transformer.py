@@ -11,7 +11,6 @@ The architecture and all names are those of black-forest-labs/flux (`src/flux/mo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -31,6 +30,7 @@ from fluxmesh.models.flux1.layers import (
     timestep_embedding,
 )
 from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.layers import call
 from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 
@@ -65,11 +65,6 @@ class Modulations(NamedTuple):
             single=[mod[step] for mod in self.single],
             final=self.final[step],
         )
-
-
-def call(block: Callable[..., Any], *arrays: mx.array) -> Any:
-    """Calls a block. Training may put a function in its place that keeps no activations."""
-    return block(*arrays)
 
 
 def _make_room(linear: Any) -> None:

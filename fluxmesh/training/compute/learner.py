@@ -120,10 +120,19 @@ class Learner:
         found = exact_sum.read(total)
         rate = learning_rate(self.request, self.state.update)
         if found.bad:
-            return UpdateResult(math.nan, math.nan, rate, found.images, found.bad)
+            return UpdateResult(
+                loss=math.nan, norm=math.nan, rate=rate, images=found.images, bad=found.bad
+            )
         self.state, norm = optimizer.advance(self.state, found.gradient, rate, self.request)
         self.adapters.install(self.adapters.unflatten(self.state.weights))
-        return UpdateResult(found.loss, norm, rate, found.images, 0, mx.get_peak_memory())
+        return UpdateResult(
+            loss=found.loss,
+            norm=norm,
+            rate=rate,
+            images=found.images,
+            bad=0,
+            peak_bytes=mx.get_peak_memory(),
+        )
 
     def batch(self, part: Part) -> Batch:
         """What the transformer sees of a part of a micro-batch."""

@@ -51,6 +51,8 @@ def _check_lengths(head: bytes) -> tuple[int, ...]:
     lengths: tuple[int, ...] = struct.unpack(f">{len(head) // 4}I", head)
     if max(lengths) > limits.MAX_FRAME:
         raise ProtocolError(f"A frame of {max(lengths)} bytes; at most {limits.MAX_FRAME}.")
+    if sum(lengths) > limits.MAX_MESSAGE:
+        raise ProtocolError(f"A message of {sum(lengths)} bytes; at most {limits.MAX_MESSAGE}.")
     return lengths
 
 

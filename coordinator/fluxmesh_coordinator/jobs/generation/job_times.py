@@ -111,11 +111,11 @@ class JobTimes:
         (placement, ranks), work = members, self.work
         step = statistics.median(seen.steps)
         measured = StepTiming(
-            work.weights.model,
-            work.height,
-            work.width,
-            work.weights.dtype,
-            work.weights.bits,
+            model=work.weights.model,
+            height=work.height,
+            width=work.width,
+            dtype=work.weights.dtype,
+            bits=work.weights.bits,
             step_seconds=step,
             decode_seconds=_typical(seen.decodes),
             placement=placement,

@@ -70,22 +70,38 @@ class Observer:
         ring.timed.add(host.rank)
         if ring.timed != set(ring.ranks):
             return NOTHING
-        found = (report.gathers, report.sums, report.hidden, ring.formed)
-        return Timings((RingTiming(backend, ring.ranks, *found),))
+        timing = RingTiming(
+            backend=backend,
+            ranks=ring.ranks,
+            gathers=report.gathers,
+            sums=report.sums,
+            hidden=report.hidden,
+            forming_seconds=ring.formed,
+        )
+        return Timings((timing,))
 
     def stepped(
-        self, host: HostState, paint: messages.Paint, report: messages.Stepped, now: float
+        self,
+        host: HostState,
+        paint: messages.Paint,
+        report: messages.Stepped,
+        now: float,
+        begun: float | None,
     ) -> None:
-        """A step is done; of a ring, the first rank's count."""
+        """A step is done; of a ring, the first rank's count. `begun`: when the image was next."""
         if paint.placement == "data" or self._leads(host):
-            painting = now - host.since(paint, now)
+            painting = 0.0 if begun is None else now - begun
             self._times.stepped(report.image, report.step, report.seconds, painting)
 
     def pictured(
-        self, host: HostState, decode: messages.Decode, report: messages.Pictured, now: float
+        self,
+        decode: messages.Decode,
+        report: messages.Pictured,
+        now: float,
+        begun: float | None,
     ) -> None:
-        """A picture is there."""
-        took = (now - host.since(decode, now)) / len(decode.images)
+        """A picture is there. `begun`: when its decode was next."""
+        took = 0.0 if begun is None else (now - begun) / len(decode.images)
         self._times.decoded(report.image, report.seconds, took)
 
     def finished(self) -> Timings:

@@ -21,7 +21,7 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
 from fluxmesh_coordinator.jobs.generation.observer import NOTHING, Observer
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob, GenerationState
-from fluxmesh_coordinator.jobs.host import HostState
+from fluxmesh_coordinator.jobs.host import HostState, QueuedWork
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import Learn, LeasedHost
 
@@ -73,29 +73,26 @@ class GenerationSession(JobSession[HostState]):
         elif state.option is not None and not state.needs_plan:
             self._dispatch.go_on()
 
-    def reported(self, host: HostState, report: messages.Report) -> None:
+    def reported(self, host: HostState, report: messages.Report, unit: QueuedWork | None) -> None:
         match report:
             case messages.Joined():
                 self._learn(self._observer.joined(self.now))
             case messages.RingTimed():
-                host.done(messages.MeasureRing, self.now)
                 self._learn(self._observer.ring_timed(host, report))
             case messages.LoadProgress():
                 self._observer.prepares()
             case messages.Loaded():
-                host.done(messages.Load, self.now)
                 host.is_loaded = not host.has(messages.Load)
                 self.state.holds(host, report.holding)
                 self.check_model(host, report.holding.content)
             case messages.TextEncoded():
                 self._encoded(host, report)
             case messages.SourceEncoded():
-                host.done(messages.EncodeSource, self.now)
                 self.state.source = report.latents
             case messages.Stepped():
-                self._stepped(host, report)
+                self._stepped(host, report, unit)
             case messages.Pictured():
-                self._pictured(host, report)
+                self._pictured(host, report, unit)
 
     # Within
 
@@ -109,24 +106,30 @@ class GenerationSession(JobSession[HostState]):
         if option is None:
             self.stuck(settled.reason)
         elif not self.state.images.is_complete:
-            told = (option.seconds, settled.reason, settled.notice)
-            self.tell(events.Planned(option.name, option.ranks, *told))
+            self.tell(
+                events.Planned(
+                    placement=option.name,
+                    hosts=option.ranks,
+                    seconds=option.seconds,
+                    reason=settled.reason,
+                    notice=settled.notice,
+                )
+            )
 
     def _encoded(self, host: HostState, report: messages.TextEncoded) -> None:
-        host.done(messages.Encode, self.now)
         self.check_model(host, report.content)
         if self.state.features is None:
-            self.state.features = report
+            self.state.features = report.features
             prompt = self.state.job.request.prompt
             self.tell(events.Encoded(prompt, report.seconds, report.cached))
             self.tell(events.Peak("text", report.peak_bytes))
 
-    def _stepped(self, host: HostState, report: messages.Stepped) -> None:
-        paint = host.find(messages.Paint, report.image)
-        if paint is None:
+    def _stepped(self, host: HostState, report: messages.Stepped, unit: QueuedWork | None) -> None:
+        if unit is None or not isinstance(unit.message, messages.Paint):
             return
-        self._observer.stepped(host, paint, report, self.now)
-        host.stepped(paint, report.seconds, self.now, reused=report.reused)
+        paint, begun = unit.message, unit.since
+        self._observer.stepped(host, paint, report, self.now, begun)
+        host.stepped(paint, report.seconds, self.now, begun=begun, reused=report.reused)
         self.recovery.worked(host.rank)
         self._peak("denoise", report.peak_bytes)
         images = self.state.images
@@ -142,7 +145,6 @@ class GenerationSession(JobSession[HostState]):
             self._tell_step(host, report)
         if report.step < images.steps:
             return
-        host.done(messages.Paint, self.now, report.image)
         if paint.placement == "data" and not self.state.is_ending:
             for group in images.ready():
                 if report.image in group.images:
@@ -165,13 +167,12 @@ class GenerationSession(JobSession[HostState]):
             )
         )
 
-    def _pictured(self, host: HostState, report: messages.Pictured) -> None:
+    def _pictured(
+        self, host: HostState, report: messages.Pictured, unit: QueuedWork | None
+    ) -> None:
         self._peak("decode", report.peak_bytes)
-        decode = host.find(messages.Decode, report.image)
-        if decode is not None:
-            self._observer.pictured(host, decode, report, self.now)
-        if decode is not None and report.image == decode.images[-1]:
-            host.done(messages.Decode, self.now, report.image)
+        if unit is not None and isinstance(unit.message, messages.Decode):
+            self._observer.pictured(unit.message, report, self.now, unit.since)
         images, request = self.state.images, self.state.job.request
         if not images.pictured(report.image):
             return

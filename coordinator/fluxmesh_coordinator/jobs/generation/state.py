@@ -6,7 +6,7 @@ job have stands in `jobs/state.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,6 @@ from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement
 from fluxmesh.planning.plan import Option, Phase, Plan, plan
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import FilledRequest
-from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.state import JobState
@@ -50,7 +49,9 @@ class GenerationState(JobState[HostState]):
         )
         self.option: Option | None = None  # how what is left is done; None: nothing can do it
         self.phases: list[Phase] = []  # the first is under way
-        self.features: messages.TextEncoded | None = None  # of the prompt
+        self.features: Mapping[str, np.ndarray] | None = (
+            None  # of the prompt, as an engine gave them
+        )
         self.source: np.ndarray | None = None  # of the picture to begin from, float32 [1, L, 4C]
         self.needs_plan = False  # once all engines that are being ended have ended
 

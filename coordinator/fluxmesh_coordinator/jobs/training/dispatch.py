@@ -151,7 +151,14 @@ class TrainingDispatch:
         request, members = self.state.job.plan.request, self.state.members
         parts = deal(request.micro_batches(0), [1.0] * len(members))
         shares = {host.rank: len(part) for host, part in zip(members, parts, strict=True)}
-        self.tell(Dealt(request.updates, request.grad_accumulate, request.batch_size, shares))
+        self.tell(
+            Dealt(
+                updates=request.updates,
+                micro_batches=request.grad_accumulate,
+                batch_size=request.batch_size,
+                shares=shares,
+            )
+        )
 
     def _update(self, update: int) -> None:
         members = self.state.members

@@ -10,11 +10,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.host import SLACK, HostState
 from fluxmesh_coordinator.jobs.state import Sender
 from fluxmesh_coordinator.jobs.training.tasks import Names, Opening, TrainingJob, Vectors
@@ -106,7 +104,7 @@ class TrainingHost(HostState):
     def _pump(self) -> None:
         """Sends what the window allows."""
         while self._backlog:
-            size = _bytes(self._backlog[0])
+            size = self._backlog[0].array_bytes
             if self._under_way and size and self._under_way + size > WINDOW:
                 return
             message = self._backlog.popleft()
@@ -114,7 +112,7 @@ class TrainingHost(HostState):
             self._send(self, message)
 
     def answered(self, request: messages.Message) -> None:
-        self._under_way = max(0, self._under_way - _bytes(request))
+        self._under_way = max(0, self._under_way - request.array_bytes)
         self._pump()
 
     def forget_unsent(self) -> None:
@@ -148,7 +146,12 @@ class TrainingHost(HostState):
         """Has the transformer leave where it and the encoders don't fit together."""
         if not self.has_room:
             self.put(
-                training.MakeRoom(self.fence, self.job.id, self.ring_generation, self.job.weights)
+                training.MakeRoom(
+                    fence=self.fence,
+                    job=self.job.id,
+                    ring_generation=self.ring_generation,
+                    weights=self.job.weights,
+                )
             )
             self.has_room = True
 
@@ -193,13 +196,16 @@ class TrainingHost(HostState):
             if name not in self._features
         ]
         for features in lacks:
-            self._features[features.name] = _bytes(features)
+            self._features[features.name] = features.array_bytes
         dropped = []
         while sum(self._features.values()) > KEPT and next(iter(self._features)) not in needed:
             dropped.append(self._features.popitem(last=False)[0])
         if dropped:
             drop = training.DropFeatures(
-                self.fence, self.job.id, self.ring_generation, tuple(dropped)
+                fence=self.fence,
+                job=self.job.id,
+                ring_generation=self.ring_generation,
+                features=tuple(dropped),
             )
             self.put(drop)
         for features in lacks:
@@ -224,20 +230,36 @@ class TrainingHost(HostState):
     def validate(self) -> None:
         """Has it measure on what was held out."""
         self.bring(self.names.held_out())
-        self.put(training.Validate(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.Validate(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def paint(self) -> None:
         """Has it paint the progress prompt."""
         self.bring(self.names.prompt())
-        self.put(training.PaintProgress(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.PaintProgress(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def give(self) -> None:
         """Has it send its state."""
-        self.put(training.GiveVectors(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.GiveVectors(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def close(self) -> None:
         """Has it leave the transformer as it was."""
-        self.put(training.CloseTraining(self.fence, self.job.id, self.ring_generation))
+        self.put(
+            training.CloseTraining(
+                fence=self.fence, job=self.job.id, ring_generation=self.ring_generation
+            )
+        )
 
     def computed(self, seconds: float) -> None:
         """A micro-batch is done; the first one of an engine compiles, and tells nothing."""
@@ -245,7 +267,3 @@ class TrainingHost(HostState):
         if self._computed > 1:
             known = seconds if self.seconds is None else self.seconds
             self.seconds = known + SMOOTH * (seconds - known)
-
-
-def _bytes(message: messages.Message) -> int:
-    return sum(value.nbytes for value in vars(message).values() if isinstance(value, np.ndarray))

@@ -20,7 +20,8 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire import messages
-from fluxmesh.wire import training_messages as training
+from fluxmesh.wire.messages import training
+from fluxmesh_coordinator.jobs.host import QueuedWork
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.training.dispatch import TrainingDispatch
 from fluxmesh_coordinator.jobs.training.host import TrainingHost
@@ -28,6 +29,7 @@ from fluxmesh_coordinator.jobs.training.state import TrainingState
 from fluxmesh_coordinator.jobs.training.tasks import (
     AdvanceTask,
     Answer,
+    Arrays,
     Choice,
     EncodeTask,
     FinishTask,
@@ -105,38 +107,31 @@ class TrainingSession(JobSession[TrainingHost]):
             else:
                 self.stuck("No host is left.")
 
-    def reported(self, host: TrainingHost, report: messages.Report) -> None:
-        now = self.now
+    def reported(
+        self, host: TrainingHost, report: messages.Report, unit: QueuedWork | None
+    ) -> None:
         match report:
             case messages.TextEncoded():
-                host.done(messages.Encode, now)
                 self.check_model(host, report.content)
-                self._encoded(host, {"t5": report.t5, "clip": report.clip})
+                self._encoded(host, report.features)
             case messages.SourceEncoded():
-                host.done(messages.EncodeSource, now)
                 self._encoded(host, {"latents": report.latents})
             case training.Opened():
-                host.done(training.OpenTraining, now)
                 host.is_open = True
                 self.check_model(host, report.content)
             case training.Computed():
                 host.computed(report.seconds)
                 self.recovery.worked(host.rank)
-                self.state.pace.moves(now)
+                self.state.pace.moves(self.now)
             case training.UpdateDone():
-                host.done(training.Update, now)
                 host.moved = report
                 self._moved()
             case training.VectorPart():
                 self._vector(host, report)
             case training.HeldOut():
-                host.done(training.Validate, now)
                 self._answer_if(ValidateTask, report.loss)
             case training.ProgressPainted():
-                host.done(training.PaintProgress, now)
                 self._answer_if(PaintTask, report.pixels)
-            case training.Closed():
-                host.done(training.CloseTraining, now)
 
     def closing(self) -> None:
         for host in self.state.hosts.values():
@@ -155,7 +150,7 @@ class TrainingSession(JobSession[TrainingHost]):
         if self.state.task is not None and isinstance(self.state.task.task, kind):
             self._answer(value)
 
-    def _encoded(self, host: TrainingHost, arrays: dict[str, np.ndarray]) -> None:
+    def _encoded(self, host: TrainingHost, arrays: Arrays) -> None:
         line = self.state.encoding.get(host.rank, [])
         if line:
             self.tell(UnitEncoded(line.pop(0), arrays))
@@ -197,7 +192,6 @@ class TrainingSession(JobSession[TrainingHost]):
         vectors[part.vector][part.offset : part.offset + len(part.numbers)] = part.numbers
         if not part.is_last:
             return
-        host.done(training.GiveVectors, self.now)
         if self.state.task is None or not isinstance(self.state.task.task, GiveTask):
             return
         self.state.saved = (part.update, vectors)

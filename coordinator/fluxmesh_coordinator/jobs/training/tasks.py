@@ -19,7 +19,7 @@ from fluxmesh.planning.remedies import Remedy
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit, caption_name, crop_name
 from fluxmesh.training.plan import NO_CAPTION, TrainingPlan
 from fluxmesh.training.run import UpdateResult
-from fluxmesh.wire.training_messages import PutFeatures
+from fluxmesh.wire.messages.training import PutFeatures
 from fluxmesh_coordinator.jobs.types import Asked, Job, Links, Result
 
 A = TypeVar("A")
@@ -221,7 +221,11 @@ class Names:
     def put(self, name: str, fence: int, ring_generation: int) -> PutFeatures:
         """The message that brings features to a host."""
         return PutFeatures(
-            fence, self.job.id, ring_generation, name, **self.job.features(self.unit(name))
+            fence=fence,
+            job=self.job.id,
+            ring_generation=ring_generation,
+            name=name,
+            features=self.job.features(self.unit(name)),
         )
 
 

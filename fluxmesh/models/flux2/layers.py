@@ -1,0 +1,166 @@
+"""The blocks of the FLUX.2 transformer.
+
+Stands below `transformer.py`, which strings these together, and above `models/layers.py`, whose
+notes on names and shapes hold here. Unlike FLUX.1's, blocks have no modulation of their own: all
+double blocks share one, all single blocks another. MLPs are gated (SwiGLU), and nothing has a bias.
+
+A block's attention may have more keys than tokens: those of reference pictures that were computed
+before (`transformer.py`, `remember`).
+
+Source: black-forest-labs/flux2 `src/flux2/model.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fluxmesh.kernels.ops import (
+    gated_norm,
+    gated_sum,
+    modulated_norm,
+    swiglu,
+    swiglu_beside,
+    turned_heads,
+)
+from fluxmesh.models.layers import QKNorm, SelfAttention, attention, outputs, run, values
+
+
+class KeysValues(NamedTuple):
+    """Of some tokens in one block, keys normed and rotated: each [B, H, R, hd]."""
+
+    k: mx.array
+    v: mx.array
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU as a layer without parameters: [..., 2M] to [..., M], the gate first."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return swiglu(x)
+
+
+def feed_forward(dim: int, hidden_dim: int) -> list[nn.Module]:
+    """A plain list, not `nn.Sequential`, so that the parameters are called `0` and `2` as BFL's."""
+    return [
+        nn.Linear(dim, 2 * hidden_dim, bias=False),
+        GatedMLP(),
+        nn.Linear(hidden_dim, dim, bias=False),
+    ]
+
+
+def with_memory(own: KeysValues, memory: KeysValues | None) -> KeysValues:
+    """Keys and values of a block's own tokens and of `memory`: their order doesn't matter."""
+    if memory is None:
+        return own
+    return KeysValues(
+        mx.concatenate([own.k, memory.k], axis=2), mx.concatenate([own.v, memory.v], axis=2)
+    )
+
+
+class Flux2DoubleBlock(nn.Module):
+    """Image and text keep weights of their own and meet in one attention."""
+
+    attention = staticmethod(attention)
+    outputs = staticmethod(outputs)
+
+    def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
+        super().__init__()
+        self.img_attn = SelfAttention(dim, num_heads, bias=False)
+        self.img_mlp = feed_forward(dim, mlp_hidden_dim)
+        self.txt_attn = SelfAttention(dim, num_heads, bias=False)
+        self.txt_mlp = feed_forward(dim, mlp_hidden_dim)
+
+    def __call__(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        img_mod: mx.array,
+        txt_mod: mx.array,
+        memory: KeysValues | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """img [B, S - L, D] and txt [B, L, D] in and out; each modulation is [B, 1, 6D].
+
+        Tokens also attend to `memory`.
+        """
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = mx.split(
+            img_mod, 6, axis=-1
+        )
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = mx.split(
+            txt_mod, 6, axis=-1
+        )
+
+        img_stream = self.img_attn.stream(modulated_norm(img, img_shift1, img_scale1))
+        txt_stream = self.txt_attn.stream(modulated_norm(txt, txt_shift1, txt_scale1))
+        heads = img_stream[0].shape[-1] // (3 * self.img_attn.head_dim)
+        q, k, v = turned_heads([txt_stream, img_stream], pe, heads, 3)  # text first
+        k, v = with_memory(KeysValues(k, v), memory)
+        txt_attn, img_attn = mx.split(self.attention(q, k, v), [txt.shape[1]], axis=1)
+
+        img_out, txt_out = self.outputs(
+            (self.img_attn.proj, img_attn), (self.txt_attn.proj, txt_attn)
+        )
+        img, img_normed = gated_norm(img, img_gate1, img_out, img_shift2, img_scale2)
+        txt, txt_normed = gated_norm(txt, txt_gate1, txt_out, txt_shift2, txt_scale2)
+
+        img_out, txt_out = self.outputs(
+            (self.img_mlp[2], run(self.img_mlp[:2], img_normed)),
+            (self.txt_mlp[2], run(self.txt_mlp[:2], txt_normed)),
+        )
+        return gated_sum(img, img_gate2, img_out), gated_sum(txt, txt_gate2, txt_out)
+
+    def remember(self, img: mx.array, pe: mx.array, mod: mx.array) -> tuple[mx.array, KeysValues]:
+        """Image tokens [B, R, D] that attend to one another alone, through this block.
+
+        Gives them as they leave it, and the keys and values that other tokens may attend to.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = mx.split(mod, 6, axis=-1)
+        stream = self.img_attn.stream(modulated_norm(img, shift1, scale1))
+        heads = stream[0].shape[-1] // (3 * self.img_attn.head_dim)
+        q, k, v = turned_heads([stream], pe, heads, 3)
+        (out,) = self.outputs((self.img_attn.proj, self.attention(q, k, v)))
+        img, normed = gated_norm(img, gate1, out, shift2, scale2)
+        (out,) = self.outputs((self.img_mlp[2], run(self.img_mlp[:2], normed)))
+        return gated_sum(img, gate2, out), KeysValues(k, v)
+
+
+class Flux2SingleBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
+
+    attention = staticmethod(attention)
+    outputs = staticmethod(outputs)
+
+    def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.qkv_dim = 3 * dim
+        # q, k, v, and the MLP's gate and what it gates; then the attention's and MLP's way out
+        self.linear1 = nn.Linear(dim, 3 * dim + 2 * mlp_hidden_dim, bias=False)
+        self.linear2 = nn.Linear(dim + mlp_hidden_dim, dim, bias=False)
+        self.norm = QKNorm(self.head_dim)
+
+    def __call__(
+        self, x: mx.array, pe: mx.array, mod: mx.array, memory: KeysValues | None = None
+    ) -> mx.array:
+        """x [B, S, D] in and out; `mod` is [B, 1, 3D]. Tokens also attend to `memory`."""
+        return self._run(x, pe, mod, memory)[0]
+
+    def remember(self, x: mx.array, pe: mx.array, mod: mx.array) -> tuple[mx.array, KeysValues]:
+        """As `Flux2DoubleBlock.remember`."""
+        return self._run(x, pe, mod, None)
+
+    def _run(
+        self, x: mx.array, pe: mx.array, mod: mx.array, memory: KeysValues | None
+    ) -> tuple[mx.array, KeysValues]:
+        """The tokens, and their own keys and values."""
+        shift, scale, gate = mx.split(mod, 3, axis=-1)
+        joined = self.linear1(modulated_norm(x, shift, scale))  # q, k, v, and the MLP's way in
+        heads = self.qkv_dim // (3 * self.head_dim)
+        q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
+        own = KeysValues(k, values(joined[..., : self.qkv_dim], self.head_dim))
+        attn = self.attention(q, *with_memory(own, memory))
+        (out,) = self.outputs((self.linear2, swiglu_beside(attn, joined, self.qkv_dim)))
+        return gated_sum(x, gate, out), own

@@ -1,0 +1,234 @@
+"""FLUX.2's transformer on N hosts at once, as `tensor` or `sequence`.
+
+Both wrap a `Flux2` and are used as one (`rope`, `modulations`, `remember`, a call a step). Every
+rank is given the same latents, prompt and references, makes the same calls in the same order, and
+gets the whole velocity, equal to the byte on all ranks.
+
+- `TensorFlux2`: each host holds 1/N of the blocks (`partition.py`) and computes its heads and MLP
+  columns of all tokens. Partial outputs are summed twice in a double block, text and image in one
+  sum, and once in a single block.
+- `SequenceFlux2`: each host holds all weights and computes all channels of its tokens. Each block
+  gathers keys and values once; queries and the single block's MLP are computed meanwhile.
+
+A group of one runs the same code. Collectives are `models/collectives.py`'s, and what the blocks do
+with them `models/spread.py`'s.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.kernels.ops import gated_norm, gated_sum, modulated_norm, swiglu_beside
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux2.config import Flux2Config
+from fluxmesh.models.flux2.layers import (
+    Flux2DoubleBlock,
+    Flux2SingleBlock,
+    KeysValues,
+    with_memory,
+)
+from fluxmesh.models.flux2.slicing import shard_of
+from fluxmesh.models.flux2.transformer import Flux2, Flux2Modulations, ReferenceMemory
+from fluxmesh.models.layers import attention, run
+from fluxmesh.models.partition import token_run
+from fluxmesh.models.spread import (
+    Projections,
+    RingAttention,
+    Streams,
+    check_whole,
+    dealt_velocity,
+    filled_up,
+    joined_tokens,
+    output_rows,
+    own_rope,
+    sharded,
+)
+from fluxmesh.models.step_cache import StepCache
+
+
+class SpreadFlux2:
+    """What both placements share: a `Flux2` to everyone but its blocks."""
+
+    def __init__(self, flux: Flux2, ranks: Ranks) -> None:
+        self.flux, self.ranks = flux, ranks
+
+    @property
+    def config(self) -> Flux2Config:
+        return self.flux.config
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.flux.dtype
+
+    @property
+    def modulation_released(self) -> bool:
+        return self.flux.modulation_released
+
+    def release_modulation(self) -> None:
+        """As `Flux2.release_modulation`."""
+        self.flux.release_modulation()
+
+    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
+        """Rotary tables for this rank's calls, as `Flux2.rope` makes them."""
+        return self.flux.rope(txt_ids, img_ids)
+
+    def modulations(self, timesteps: mx.array, guidance: float | None = None) -> Flux2Modulations:
+        """As `Flux2.modulations`, whole on every rank."""
+        return self.flux.modulations(timesteps, guidance)
+
+
+class TensorFlux2(SpreadFlux2):
+    """Each rank computes 1/N of the heads and MLP columns, for all tokens."""
+
+    def __init__(self, flux: Flux2, ranks: Ranks) -> None:
+        """`flux` is whole, and then left as it is, or this rank's shard of a checkpoint.
+
+        Raises `UsageError` where it is another shard, or doesn't divide over the ranks.
+        """
+        super().__init__(sharded(flux, ranks, shard_of), ranks)
+
+    def remember(
+        self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None
+    ) -> ReferenceMemory:
+        """As `Flux2.remember`, of this rank's heads."""
+        return self.flux.remember(references, ids, guidance)
+
+    def __call__(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Flux2Modulations,
+        cache: StepCache | None = None,
+        memory: ReferenceMemory | None = None,
+    ) -> mx.array:
+        """The velocity of all image tokens; arguments and result as `Flux2.__call__`."""
+        return self.flux(img, txt, pe, modulation, cache, memory)
+
+
+class SequenceFlux2(SpreadFlux2):
+    """Each rank computes ceil(S / N) of the S tokens, with all weights."""
+
+    def __init__(self, flux: Flux2, ranks: Ranks) -> None:
+        """Shares the weights of `flux`, which stays as it is. Make it anew after adapters change.
+
+        Raises `UsageError` where `flux` is a shard.
+        """
+        check_whole(flux)
+        super().__init__(flux, ranks)
+        D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
+        self._doubles = [_SequenceDoubleBlock(block, D) for block in flux.double_blocks]
+        self._singles = [_SequenceSingleBlock(block, D, M) for block in flux.single_blocks]
+
+    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
+        """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
+        return own_rope(self.flux.rope(txt_ids, img_ids), self.ranks)
+
+    def remember(
+        self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None
+    ) -> ReferenceMemory:
+        """As `Flux2.remember`: each rank computes its own tokens, and all keep all of them."""
+        R = references.shape[1]
+        start, stop = token_run(R, self.ranks.rank, self.ranks.size)
+        own = filled_up(references[:, start:stop], stop - start, 1)
+        attend = RingAttention(self.ranks, R, own_rope(self.flux.reference_rope(ids), self.ranks))
+        mods = self.flux.reference_modulation(guidance)
+        streams: Streams = {"img": self.flux.tokens_of(own, self.flux.img_in)}
+        double, single = [], []
+        for block in self._doubles:
+            streams, kept = block(streams, attend, {"img": mods.img}, None)
+            double.append(kept)
+        x = streams["img"]
+        for single_block in self._singles:
+            x, kept = single_block(x, attend, mods.single, None)
+            single.append(kept)
+        return ReferenceMemory(double, single)
+
+    def __call__(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        modulation: Flux2Modulations,
+        cache: StepCache | None = None,
+        memory: ReferenceMemory | None = None,
+    ) -> mx.array:
+        """The velocity of all image tokens; arguments and result as `Flux2.__call__`."""
+        mods = {"txt": modulation.txt, "img": modulation.img}
+
+        def first(streams: Streams, attend: RingAttention) -> Streams:
+            return self._doubles[0](streams, attend, mods, memory and memory.double[0])[0]
+
+        def rest(streams: Streams, attend: RingAttention) -> mx.array:
+            for i in range(1, len(self._doubles)):
+                kept = memory and memory.double[i]
+                streams, _ = self._doubles[i](streams, attend, mods, kept)
+            x = joined_tokens(streams)
+            for i, single in enumerate(self._singles):
+                x, _ = single(x, attend, modulation.single, memory and memory.single[i])
+            return x
+
+        flux, final = self.flux, modulation.final
+        return dealt_velocity(flux, self.ranks, img, txt, pe, final, first, rest, cache)
+
+
+class _SequenceDoubleBlock:
+    """`layers.Flux2DoubleBlock` on this rank's tokens of each stream that it has."""
+
+    def __init__(self, block: Flux2DoubleBlock, dim: int) -> None:
+        self.attn = {"txt": block.txt_attn, "img": block.img_attn}
+        self.mlp = {"txt": block.txt_mlp, "img": block.img_mlp}
+        self.project = {
+            name: Projections(attn.qkv, attn.norm, dim, 3 * dim) for name, attn in self.attn.items()
+        }
+        self.heads = self.project["img"].heads
+
+    def __call__(
+        self, streams: Streams, attend: RingAttention, mods: Streams, memory: KeysValues | None
+    ) -> tuple[Streams, KeysValues]:
+        """The streams as they leave the block, and all ranks' keys and values in it."""
+        mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
+        normed = {
+            name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
+        }
+        own = [self.project[name].keys_values(x) for name, x in normed.items()]
+        sent, pending = attend.send(own, self.heads)
+        queries = [self.project[name].queries(mx.depends(x, sent)) for name, x in normed.items()]
+        q = attend.queries(queries, self.heads)
+        every = KeysValues(*attend.keys_values(pending, q))
+        attn = attention(q, *with_memory(every, memory))  # [B, C, D]
+
+        out: Streams = {}
+        start = 0
+        for name, x in streams.items():
+            _, _, gate1, shift2, scale2, gate2 = mod[name]
+            part = attn[:, start : start + x.shape[1]]
+            start += x.shape[1]
+            x, hidden = gated_norm(x, gate1, self.attn[name].proj(part), shift2, scale2)
+            out[name] = gated_sum(x, gate2, run(self.mlp[name], hidden))
+        return out, every
+
+
+class _SequenceSingleBlock:
+    """`layers.Flux2SingleBlock` on this rank's tokens."""
+
+    def __init__(self, block: Flux2SingleBlock, dim: int, mlp_hidden_dim: int) -> None:
+        self.block = block
+        width = 3 * dim + 2 * mlp_hidden_dim
+        self.project = Projections(block.linear1, block.norm, dim, width)
+        self.mlp_in = output_rows(block.linear1, 3 * dim, width, width)
+
+    def __call__(
+        self, x: mx.array, attend: RingAttention, mod: mx.array, memory: KeysValues | None
+    ) -> tuple[mx.array, KeysValues]:
+        """This rank's tokens as they leave the block, and all ranks' keys and values in it."""
+        shift, scale, gate = mx.split(mod, 3, axis=-1)
+        normed = modulated_norm(x, shift, scale)
+        heads = self.project.heads
+        sent, pending = attend.send([self.project.keys_values(normed)], heads)
+        normed = mx.depends(normed, sent)
+        q, mlp = attend.queries([self.project.queries(normed)], heads), self.mlp_in(normed)
+        every = KeysValues(*attend.keys_values(pending, q, mlp))
+        attn = attention(q, *with_memory(every, memory))
+        return gated_sum(x, gate, self.block.linear2(swiglu_beside(attn, mlp, 0))), every

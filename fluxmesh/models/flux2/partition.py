@@ -1,0 +1,61 @@
+"""Which part of FLUX.2's transformer each of N hosts holds for `tensor`. Pure geometry, no mlx.
+
+As FLUX.1's (`flux1/partition.py`): whole heads and columns of the MLPs are dealt out. A gated MLP's
+gate and what it gates lie one below the other, so that each is cut by itself. The modulations,
+which all blocks share, are 2 to 4% of the model: every host holds them whole.
+"""
+
+from __future__ import annotations
+
+from fluxmesh.models.flux2.config import Flux2Config
+from fluxmesh.models.flux2.quantization import group_size
+from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups
+
+
+def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
+    """The cut of every linear that is dealt out, by the name of its module; empty for the whole.
+
+    What is missing here (embeddings, norms, modulations, the last linear) every host holds.
+    """
+    if shard.size == 1:
+        return {}
+    D, M = config.hidden_size, config.mlp_hidden_dim
+
+    def part(width: int, offset: int = 0) -> tuple[int, int]:
+        step = width // shard.size
+        return offset + shard.rank * step, offset + (shard.rank + 1) * step
+
+    heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
+    found: dict[str, Cut] = {}
+    for i in range(config.depth):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{i}.{stream}"
+            found[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
+            found[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
+            found[f"{name}_mlp.0"] = Cut(0, (part(M), part(M, M)), 2 * M)
+            found[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
+    for i in range(config.depth_single_blocks):
+        name = f"single_blocks.{i}"
+        gated = part(M, 3 * D), part(M, 3 * D + M)
+        found[f"{name}.linear1"] = Cut(0, (*heads, *gated), 3 * D + 2 * M)
+        found[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
+    return found
+
+
+def obstacle(config: Flux2Config, size: int, quantized: bool = False) -> str | None:
+    """Why the transformer can't be dealt to `size` hosts, as a clause; None where it can."""
+    if config.num_heads % size:
+        return f"{config.num_heads} heads don't divide by {size}"
+    if config.mlp_hidden_dim % size:
+        return f"{config.mlp_hidden_dim} MLP columns don't divide by {size}"
+    if not quantized:
+        return None
+    return split_groups(
+        cuts(config, Shard(0, size)),
+        lambda name, columns: group_size("transformer", f"{name}.weight", (1, columns)),
+    )
+
+
+def check(config: Flux2Config, size: int, quantized: bool = False) -> None:
+    """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
+    refuse_obstacle(lambda n: obstacle(config, n, quantized), size, config.num_heads)

@@ -1,0 +1,33 @@
+"""Takes a shard out of a transformer of FLUX.2 that is in memory whole. Knows no collective.
+
+`partition.py` says where.
+"""
+
+from __future__ import annotations
+
+from fluxmesh.models.flux2.partition import check, cuts
+from fluxmesh.models.flux2.transformer import Flux2
+from fluxmesh.models.partition import Shard
+from fluxmesh.models.slicing import is_quantized, take_cuts
+
+
+def shard_of(flux: Flux2, shard: Shard) -> Flux2:
+    """Part `shard` of `flux`, evaluated; `flux` keeps all of its own.
+
+    What is not cut is shared between the two. Raises `UsageError` where heads or quantization
+    groups don't divide.
+    """
+    check(flux.config, shard.size, is_quantized(flux))
+    part = Flux2(flux.config)
+    if flux.modulation_released:
+        part.release_modulation()
+    take_cuts(part, flux, cuts(flux.config, shard))
+    hold_shard(part, shard)
+    return part
+
+
+def hold_shard(flux: Flux2, shard: Shard) -> None:
+    """Tells a transformer whose linears are cut which part of itself it is."""
+    flux.shard = shard
+    for single in flux.single_blocks:
+        single.qkv_dim = 3 * flux.config.hidden_size // shard.size

@@ -1,0 +1,76 @@
+"""Takes a part out of a linear that is in memory whole. Knows no collective and no family.
+
+Any linear that a model may hold can be cut: plain, quantized (whole groups), with an adapter
+beside it. A family's `slicing.py` makes a shard of a model with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fluxmesh.models.layers import RMSNorm
+from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.partition import Cut
+
+
+def take_cuts(part: Any, whole: Any, cuts: Mapping[str, Cut]) -> None:
+    """Gives `part`, a new model like `whole`, the linears of `whole`, cut and evaluated.
+
+    What is not cut is shared between the two; `whole` keeps all of its own.
+    """
+    for name, module in part.named_modules():
+        if isinstance(module, nn.Linear | RMSNorm):
+            taken = module_at(whole, name)
+            if name in cuts:
+                taken = cut_linear(taken, cuts[name])
+                mx.eval(taken.parameters())
+            replace_module(part, name, taken)
+    mx.clear_cache()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any linear of a model is."""
+    return any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
+
+
+def cut_linear(linear: Any, cut: Cut, *, copy: bool = True) -> Any:
+    """A linear of the same kind that holds `cut` of it, lazily.
+
+    Cut along its inputs it gives a part of a sum; its bias, to be added once and to the whole sum,
+    is then called `sum_bias`. Without `copy` and with one span, it shares the buffers of `linear`.
+    """
+    if isinstance(linear, LoRALinear):
+        a, b = linear.lora_a, linear.lora_b
+        if cut.axis == 0:
+            b = _take(b, cut, 1, copy)
+        else:
+            a = _take(a, cut, 0, copy)
+        return LoRALinear(cut_linear(linear.linear, cut, copy=copy), a, b, linear.scale)
+    part: Any
+    if isinstance(linear, nn.QuantizedLinear):
+        group, bits = linear.group_size, linear.bits
+        part = nn.QuantizedLinear(group, 1, bias=False, group_size=group, bits=bits)
+        leaves = ["weight", "scales", "biases"]
+    else:
+        part = nn.Linear(1, 1, bias=False)  # its random weight is never computed
+        leaves = ["weight"]
+    for leaf in leaves:
+        part[leaf] = _take(linear[leaf], cut, cut.axis, copy)
+    if "bias" in linear and cut.axis == 0:
+        part.bias = _take(linear.bias, cut, 0, copy)
+    elif "bias" in linear:
+        part.sum_bias = linear.bias
+    return part
+
+
+def _take(array: mx.array, cut: Cut, axis: int, copy: bool) -> mx.array:
+    spans = cut.spans_of(array.shape[axis])
+    parts = [array[start:stop] if axis == 0 else array[:, start:stop] for start, stop in spans]
+    if len(parts) > 1:
+        return mx.concatenate(parts, axis=axis)
+    return mx.contiguous(parts[0]) if copy else parts[0]  # a bare slice keeps the whole alive

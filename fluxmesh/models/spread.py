@@ -1,0 +1,199 @@
+"""What the transformers of all families share on several hosts: sums, tokens dealt out, attention.
+
+Stands between the collectives (`collectives.py`) and a family's `parallel.py`. For `tensor`, a
+block's partial outputs are `summed`. For `sequence`, tokens are counted through text and image, in
+this order, and dealt out in runs of ceil(S / N): text and image tokens cost the same, so that the
+ranks share evenly whatever the length of the prompt, and only the rank where text meets image reads
+the double blocks' weights of both. After the last token the last runs are filled up with zeros,
+which every rank computes like tokens, so that shapes are equal; their keys and values are cut off
+after each gather.
+
+Shapes: B images, C tokens of this rank, S tokens in all, H heads of hd channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fluxmesh.errors import UsageError
+from fluxmesh.kernels.ops import Stream, turned, turned_heads
+from fluxmesh.models.collectives import Pending, Ranks
+from fluxmesh.models.layers import QKNorm, attention
+from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.partition import Cut, Shard, token_run
+from fluxmesh.models.slicing import cut_linear
+from fluxmesh.models.step_cache import StepCache
+
+Streams = dict[str, mx.array]  # "txt" and "img", in this order
+
+
+def sharded(flux: Any, ranks: Ranks, shard_of: Callable[[Any, Shard], Any]) -> Any:
+    """This rank's part of a transformer, whose blocks add up their outputs over the ranks.
+
+    `flux` is whole, and then left as it is while `shard_of` takes the part out of it, or this
+    rank's shard of a checkpoint. Raises `UsageError` where it is another shard, or doesn't divide
+    over the ranks.
+    """
+    if flux.shard == Shard():
+        flux = shard_of(flux, ranks.shard)
+    elif flux.shard != ranks.shard:
+        raise UsageError(
+            f"Part {flux.shard.rank} of {flux.shard.size} of the transformer was loaded where "
+            f"rank {ranks.rank} of {ranks.size} runs; load the model again."
+        )
+    outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.outputs = outputs
+    return flux
+
+
+def check_whole(flux: Any) -> None:
+    """Raises `UsageError` where a transformer for `sequence` is a shard."""
+    if flux.shard != Shard():
+        raise UsageError(
+            "A shard of the transformer can't run the sequence placement, which needs all "
+            "weights on every host; load the whole model, or use `placement` tensor."
+        )
+
+
+def own_rope(pe: mx.array, ranks: Ranks) -> mx.array:
+    """Of all tokens' rotary tables those of this rank's, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
+    start, stop = token_run(pe.shape[-3], ranks.rank, ranks.size)
+    return filled_up(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
+
+
+def dealt_velocity(
+    flux: Any,
+    ranks: Ranks,
+    img: mx.array,
+    txt: mx.array,
+    pe: mx.array,
+    final: mx.array,
+    first: Callable[[Streams, RingAttention], Streams],
+    rest: Callable[[Streams, RingAttention], mx.array],
+    cache: StepCache | None,
+) -> mx.array:
+    """The velocity of all image tokens, each rank computing its own tokens.
+
+    `first` runs the first double block, `rest` what it gives through all others, to [B, C, D];
+    `final` modulates the last layer. Other arguments and the result as a transformer's call.
+    """
+    L, S = txt.shape[1], txt.shape[1] + img.shape[1]
+    start, stop = token_run(S, ranks.rank, ranks.size)
+    txt = txt[:, start:stop]
+    img = img[:, max(start - L, 0) : max(stop - L, 0)]
+    img = filled_up(img, stop - start - txt.shape[1], 1)
+
+    entered: Streams = {}  # without one that has no token on this rank
+    if txt.shape[1]:
+        entered["txt"] = flux.tokens_of(txt, flux.txt_in)
+    if img.shape[1]:
+        entered["img"] = flux.tokens_of(img, flux.img_in)
+    attend = RingAttention(ranks, S, pe)
+    streams = first(entered, attend)
+    others = functools.partial(rest, streams, attend)
+    if cache is None:
+        x = others()
+    else:
+        tokens = joined_tokens(streams)
+        added = (tokens - joined_tokens(entered))[:, txt.shape[1] :]
+        own_img = max(0, min(stop, S) - max(start, L))  # without what fills up
+        x = cache.rest(added[:, :own_img], tokens, others)
+    own = flux.final_layer(x, final)  # [B, C, out_channels], text's as well
+    every = ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
+    return every[L:S].swapaxes(0, 1)
+
+
+def summed(ranks: Ranks, *calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
+    """Every rank's parts of a block's outputs [B, S, D], added up in one sum; then biases."""
+    parts = [layer(x) for layer, x in calls]
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1].tolist()
+    total = ranks.sum(mx.concatenate(parts, axis=1))
+    totals = mx.split(total, ends, axis=1) if ends else [total]
+    return [_with_bias(whole, layer) for whole, (layer, _) in zip(totals, calls, strict=True)]
+
+
+def _with_bias(total: mx.array, layer: Any) -> mx.array:
+    """Adds what a linear that is cut along its inputs has left out of its part of the sum."""
+    linear = layer.linear if isinstance(layer, LoRALinear) else layer
+    return total + linear.sum_bias if "sum_bias" in linear else total
+
+
+def joined_tokens(streams: Streams) -> mx.array:
+    """All of this rank's tokens [B, C, D], text first."""
+    return mx.concatenate(list(streams.values()), axis=1)
+
+
+def filled_up(x: mx.array, length: int, axis: int) -> mx.array:
+    """`x` with zeros after it, up to `length` along `axis`."""
+    missing = length - x.shape[axis]
+    if not missing:
+        return x
+    shape = (*x.shape[:axis], missing, *x.shape[axis + 1 :])
+    return mx.concatenate([x, mx.zeros(shape, x.dtype)], axis=axis)
+
+
+class RingAttention:
+    """Attention of this rank's C queries to all S tokens: B images, H heads of hd channels."""
+
+    def __init__(self, ranks: Ranks, S: int, pe: mx.array) -> None:
+        self.ranks, self.S, self.pe = ranks, S, pe
+
+    def send(self, streams: list[Stream], heads: int) -> tuple[mx.array, Pending]:
+        """Starts on its way what other ranks need: this rank's keys, normed and turned, and values.
+
+        Returns what is sent, for `mx.depends`: what is computed from there on is computed after
+        it, while it travels; and what gives every rank's, [N * C, B, 2, H, hd].
+        """
+        sent = turned(streams, self.pe, heads, 2)  # [B, C, 2, H, hd]
+        sent = mx.contiguous(sent.swapaxes(0, 1))  # tokens first
+        return sent, self.ranks.begin_gather(sent)
+
+    def __call__(
+        self, streams: list[Stream], heads: int, pending: Pending, *meanwhile: mx.array
+    ) -> mx.array:
+        """This rank's queries [B, C, H * hd] and what all ranks send, to [B, C, H * hd].
+
+        Queries, and `meanwhile`, may be computed while it travels.
+        """
+        q = self.queries(streams, heads)
+        k, v = self.keys_values(pending, q, *meanwhile)
+        return attention(q, k, v)
+
+    def queries(self, streams: list[Stream], heads: int) -> mx.array:
+        """This rank's, normed and turned: [B, H, C, hd]."""
+        (q,) = turned_heads(streams, self.pe, heads, 1)
+        return q
+
+    def keys_values(self, pending: Pending, *meanwhile: mx.array) -> tuple[mx.array, mx.array]:
+        """Those of all ranks' tokens, [B, H, S, hd] each; `meanwhile` is wanted too."""
+        every = pending.result(*meanwhile)
+        k, v = every[: self.S].transpose(2, 1, 3, 0, 4)
+        return k, v
+
+
+def output_rows(linear: Any, start: int, stop: int, width: int) -> Any:
+    """A linear of `width` outputs that gives those from `start` to `stop`; shares its weights."""
+    return cut_linear(linear, Cut(0, ((start, stop),), width), copy=False)
+
+
+class Projections:
+    """A fused linear's keys and values, and its queries, apart."""
+
+    def __init__(self, linear: Any, norm: QKNorm, dim: int, width: int) -> None:
+        self.q = output_rows(linear, 0, dim, width)
+        self.kv = output_rows(linear, dim, 3 * dim, width)
+        self.query_scale, self.key_scale = norm.scales
+        self.heads = dim // self.query_scale.shape[0]
+
+    def keys_values(self, x: mx.array) -> Stream:
+        return self.kv(x), (self.key_scale,)
+
+    def queries(self, x: mx.array) -> Stream:
+        return self.q(x), (self.query_scale,)

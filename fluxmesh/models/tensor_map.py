@@ -1,0 +1,135 @@
+"""What tensors a model holds, their shapes, and where each lies in a file: the same for any family.
+
+A model's modules carry one set of names, and a file may store their tensors in pieces: the fused
+query, key and value apart, the halves of a modulation in the other order. All of that is *data*
+here: a `ModelTensor` is a tensor of the model, and its `pieces` are ranges of rows of the tensors
+in a file that, stacked, make it. The weight loader, the checkpoint verifier, the LoRA reader and
+the tests read the same tables; each family makes its own (`flux1/tensor_maps.py`).
+
+Shapes are PyTorch's (convolutions are out, in, height, width). Imports no mlx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+COMFY_PREFIX = "model.diffusion_model."  # before BFL's names in single files of some trainers
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` (exclusive, along axis 0) of the tensor called `key`."""
+
+    key: str
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A tensor of the model: its shape, and the rows of a diffusers file that make it."""
+
+    shape: Shape
+    pieces: tuple[Rows, ...]
+
+
+Tensors = dict[str, ModelTensor]
+
+
+class TensorTable:
+    """Collects targets; every `add` is one linear, norm or convolution."""
+
+    def __init__(self) -> None:
+        self.tensors: Tensors = {}
+
+    def tensor(self, name: str, shape: Shape, pieces: list[Rows]) -> None:
+        self.tensors[name] = ModelTensor(shape, tuple(pieces))
+
+    def same(self, name: str, key: str, shape: Shape) -> None:
+        """One tensor of the file is one of the model."""
+        self.tensor(name, shape, [Rows(key, 0, shape[0])])
+
+    def linear(self, name: str, key: str, out: int, into: int, bias: bool = True) -> None:
+        self.stacked(name, [(key, out)], into, bias)
+
+    def stacked(
+        self, name: str, parts: list[tuple[str, int]], into: int, bias: bool = True
+    ) -> None:
+        """A linear whose rows are those of several of the file's linears, one below the other."""
+        out = sum(rows for _, rows in parts)
+        for leaf, shape in (("weight", (out, into)), ("bias", (out,)))[: 2 if bias else 1]:
+            self.tensor(
+                f"{name}.{leaf}", shape, [Rows(f"{key}.{leaf}", 0, rows) for key, rows in parts]
+            )
+
+    def conv(self, name: str, key: str, out: int, into: int, kernel: int) -> None:
+        self.same(f"{name}.weight", f"{key}.weight", (out, into, kernel, kernel))
+        self.same(f"{name}.bias", f"{key}.bias", (out,))
+
+    def norm(self, name: str, key: str, width: int) -> None:
+        self.same(f"{name}.weight", f"{key}.weight", (width,))
+        self.same(f"{name}.bias", f"{key}.bias", (width,))
+
+
+def in_bfl_file(tensors: Tensors) -> Tensors:
+    """The same targets, when the file stores them whole and by the model's own names."""
+    return {
+        name: ModelTensor(target.shape, (Rows(name, 0, target.shape[0]),))
+        for name, target in tensors.items()
+    }
+
+
+def to_diffusers(tensors: Tensors) -> dict[str, tuple[Rows, ...]]:
+    """The other direction: each tensor of a diffusers file as rows of the model's tensors."""
+    found: dict[str, list[tuple[int, Rows]]] = {}
+    for name, target in tensors.items():
+        offset = 0
+        for piece in target.pieces:
+            found.setdefault(piece.key, []).append(
+                (piece.start, Rows(name, offset, offset + piece.count))
+            )
+            offset += piece.count
+    return {
+        key: tuple(rows for _, rows in sorted(parts, key=lambda part: part[0]))
+        for key, parts in found.items()
+    }
+
+
+def pieces_between(pieces: tuple[Rows, ...], start: int, stop: int) -> Iterator[Rows]:
+    """The parts of the stacked `pieces` that make rows `start` to `stop` of the target."""
+    offset = 0
+    for piece in pieces:
+        low, high = max(start, offset), min(stop, offset + piece.count)
+        if low < high:
+            yield Rows(piece.key, piece.start + low - offset, piece.start + high - offset)
+        offset += piece.count
+
+
+def same_but_for_ones(shape: Shape, other: Shape) -> bool:
+    """Whether two shapes hold the same numbers, a 1x1 convolution being a linear."""
+    return _strip(shape) == _strip(other)
+
+
+def _strip(shape: Shape) -> Shape:
+    size = len(shape)
+    while size > 1 and shape[size - 1] == 1:
+        size -= 1
+    return tuple(shape[:size])
+
+
+def parameter_count(tensors: Mapping[str, ModelTensor]) -> int:
+    """Numbers that the model holds."""
+    total = 0
+    for target in tensors.values():
+        size = 1
+        for side in target.shape:
+            size *= side
+        total += size
+    return total

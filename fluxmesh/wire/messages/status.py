@@ -1,0 +1,108 @@
+"""How a host and its engine stand: what an agent answers, and what its engine tells it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fluxmesh.bounds import Count
+from fluxmesh.cluster.snapshot import Holding, Platform, StepShape, StepTiming
+from fluxmesh.wire.messages.base import Components, JobName, Message
+
+State = Literal["idle", "loading", "ready", "busy", "failed"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A component of a model that an engine reads now."""
+
+    component: str
+    done_bytes: int
+    total_bytes: int
+
+
+StepsMade = Annotated[tuple[StepShape, ...], Count(64)]  # of an engine, the latest one last
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCounters(Message):
+    """What an engine has done since it started, as it counted itself."""
+
+    images: int = 0  # denoised to the end
+    steps: int = 0
+    reused: int = 0  # of these, steps that a cache made cheap
+    encodes: int = 0
+    decodes: int = 0
+    sent_bytes: int = 0  # in collectives
+    transformer_bytes: int = 0  # of weights held now: blocks, modulation and the rest
+    block_bytes: int = 0  # of these, blocks and modulation: what a shard divides
+    peak_bytes: int = 0
+    load_peak_bytes: int = 0  # while the transformer was loaded
+    busy_seconds: float = 0.0  # in units of work
+    agree_seconds: float = 0.0  # of these, until the ranks of a ring agreed whether to go on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(Message):
+    """One host at one moment."""
+
+    state: State
+    ring_generation: int
+    pid: int
+    engine_pid: int | None
+    name: str  # of the machine
+    kind: str  # of its device
+    device: str  # agents that name the same one share it
+    mlx_version: str
+    python_version: str
+    memory_bytes: int
+    free_bytes: int
+    load_rate: float  # bytes/s
+    flops_per_second: float
+    clock: float  # seconds since 1970
+    holds: Holding | None
+    measured: tuple[StepTiming, ...]
+    counters: EngineCounters
+    holder: str  # client that holds the lease, or ""
+    job: JobName  # that runs here, or holds the lease with nothing to do here now; or ""
+    waiting: int  # coordinators in line
+    reason: str = ""  # of the last failure
+    ring: str = ""  # that its engine is in: `ring_name` of the nonce; "" outside of one
+    ring_rank: int = 0
+    ring_size: int = 1
+    platform: Platform = "cpu"
+    machine_bytes: int = 0  # all memory of the machine; 0 is unknown
+    pressure: str = ""  # "warning" or "critical": the machine is short of memory
+    loading: Reading | None = None  # what its engine reads now
+    components: Components = ()  # that are in memory: `holds` tells of which weights
+    compiled: StepsMade = ()
+
+
+# Between an agent and its engine alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(Message):
+    """What the engine computes on; the first that it says."""
+
+    kind: str  # such as "Apple M2 Ultra"
+    name: str  # of the device on its machine: "gpu 0"
+    mlx_version: str
+    memory_bytes: int  # the most that it may use
+    flops_per_second: float
+    platform: Platform = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account(Message):
+    """What the engine has done and holds, before a report that says so.
+
+    `is_over`: the unit of work, or the `Join`, has ended, however it did.
+    """
+
+    is_over: bool
+    holds: Holding | None
+    counters: EngineCounters
+    load_rate: float  # bytes/s of the last load; 0 before one
+    components: Components = ()
+    compiled: StepsMade = ()
