@@ -208,7 +208,7 @@ class FakeEngine:
                 yield from self.training.work(unit, self.content)
 
     def _paint(self, unit: messages.Paint) -> Iterator[messages.Report]:
-        latents = unit.latents
+        latents = unit.noise if unit.latents is None else unit.latents
         basis = None
         if unit.first:  # a cache that was lost is made again
             begun = unit.noise if unit.basis_latents is None else unit.basis_latents

@@ -34,9 +34,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fluxmesh.engine.reference import Runner
-from fluxmesh.events import Event, Picture
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.events import Event
 from fluxmesh.request import GenerateRequest
+from tests.alone import painted_alone
 from tests.faults import commands, strike
 from tests.faults.mesh import Outcome, Up, paint, up
 from tests.faults.strike import Fault, Moment, allowed, difference, is_moment, request_of, wake
@@ -110,14 +111,12 @@ class Chaos:
 
     def __init__(self, mesh: Up) -> None:
         self.up = mesh
-        self.runner = Runner(keep_warm=True)  # one host that nobody hurts
+        self.pipeline = FluxPipeline(mesh.model, dtype="float32")  # one machine that nobody hurts
         self._alone: dict[GenerateRequest, dict[int, np.ndarray]] = {}
 
     def alone(self, request: GenerateRequest) -> dict[int, np.ndarray]:
         if request not in self._alone:
-            told = self.runner.run(request)
-            found = {event.image: event.pixels for event in told if isinstance(event, Picture)}
-            self._alone[request] = found
+            self._alone[request] = dict(enumerate(painted_alone(request, self.pipeline)))
         return self._alone[request]
 
     def run(self, trial: Trial) -> ChaosResult:

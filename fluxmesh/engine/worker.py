@@ -1,8 +1,8 @@
 """The units of work of one engine: load, encode, paint, decode, measure, warm. Holds no socket.
 
 A unit goes in as a message (`messages.Work`), reports come out, one after another, from a
-generator: whoever asks (the engine of a mesh, or `reference.py` on one machine) sends them on, and
-closes the generator to stop. Stands on `residency.py` (the models in memory, the place in a ring).
+generator: whoever asks (the engine's process, `fluxmesh_agent/engine.py`) sends them on, and closes
+the generator to stop. Stands on `residency.py` (the models in memory, the place in a ring).
 
 What stays in memory (the memory policy):
 
@@ -36,7 +36,7 @@ from fluxmesh.engine.residency import ModelStore, Stopped, WorkerOptions
 from fluxmesh.errors import DoesNotFitError, UsageError
 from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.request import GenerateRequest, SourceImage
+from fluxmesh.request import SourceImage
 from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import Basis, DenoisePlan, StepState, denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
@@ -235,6 +235,8 @@ class Worker(ModelStore):
                 return
             self.doing = "denoising"
             plan = self._plan(work, key)
+            if work.first and work.latents is None:
+                raise UsageError(f"The latents after {work.first} steps are missing; send them.")
             if work.first >= plan.steps:
                 raise UsageError(f"The image has {plan.steps} steps, all of them done; decode it.")
             walk = denoise(
@@ -243,7 +245,7 @@ class Worker(ModelStore):
                 mx.array(work.noise),
                 source=self._source(work),
                 first=work.first,
-                latents=mx.array(work.latents),
+                latents=None if work.latents is None else mx.array(work.latents),
                 cache=self._cache(work),
                 basis=_basis(work),
             )
@@ -373,7 +375,6 @@ class Worker(ModelStore):
             "weights": work.weights,
             "height": work.height,
             "width": work.width,
-            "latents": noise,
         }
         paint = Paint(
             **common,
@@ -381,15 +382,17 @@ class Worker(ModelStore):
             image=0,
             steps=1,
             first=0,
-            guidance=GenerateRequest.guidance,
+            guidance=pipeline.checkpoint.defaults.guidance,
             low_memory=False,
             preview=False,
             strength=1.0,
+            latents=None,
             noise=noise,
             features=features.of_text(text),
         )
         seconds: float | None = None
-        for unit in (self._paint(paint), self._decode(Decode(**common, images=(0,)))):
+        decode = Decode(**common, images=(0,), latents=noise)
+        for unit in (self._paint(paint), self._decode(decode)):
             is_done = False
             with contextlib.closing(unit) as reports, contextlib.suppress(Stopped):
                 for report in reports:

@@ -19,7 +19,7 @@ from fluxmesh.planning.candidates import Candidates, Option, Phase
 from fluxmesh.planning.capacity import Need
 from fluxmesh.planning.remedies import Remedy, remedies
 from fluxmesh.planning.workload import ModelSizes, Workload
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest
 
 __all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Workload", "plan"]
 
@@ -55,7 +55,7 @@ class Plan:
 
 
 def plan(
-    request: GenerateRequest,
+    request: FilledRequest,
     view: MeshView,
     model: ModelSizes,
     *,

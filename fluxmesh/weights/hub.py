@@ -31,6 +31,7 @@ __all__ = [
     "Component",
     "ModelDefaults",
     "ModelInfo",
+    "default_checkpoint",
     "default_model",
     "list_models",
     "pull",
@@ -112,15 +113,19 @@ def _embedded() -> Checkpoint:
     return dataclasses.replace(found, defaults=trained_at)
 
 
-def default_model() -> str:
+def default_checkpoint() -> Checkpoint:
     """The FLUX that is on this machine already, else `tiny`."""
     for alias in REPOS:
         try:
-            resolve(alias, download=False)
+            return resolve(alias, download=False)
         except FluxmeshError:
             continue
-        return alias
-    return TINY
+    return resolve(TINY)
+
+
+def default_model() -> str:
+    """The name of the default checkpoint."""
+    return default_checkpoint().name
 
 
 def pull(name: str, progress: Progress | None = None) -> Checkpoint:

@@ -224,7 +224,7 @@ def _widest(
     **keys: Any,
 ) -> Plan:
     """The plan for `placement` that uses most hosts."""
-    found = placing.plan(request, view, sizes, placement=placement, **keys)
+    found = placing.plan(sizes.fill(request), view, sizes, placement=placement, **keys)
     ways = [one for one in found.options if one.name == placement and not one.problem]
     return replace(found, winner=max(ways, key=lambda one: len(one.ranks))) if ways else found
 

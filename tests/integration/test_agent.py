@@ -19,13 +19,12 @@ import psutil
 import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
-from fluxmesh.engine.reference import Runner
-from fluxmesh.events import Picture
 from fluxmesh.request import AdapterRef, GenerateRequest
 from fluxmesh.storage.processes import started_at
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, Load, Measure
+from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint, write_safetensors
 from tests.integration.agents import (
     AgentProcess,
@@ -118,8 +117,7 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(
     request = GenerateRequest(
         "two dogs", 5, weights.model, height=32, width=32, steps=3, dtype="float32"
     )
-    alone = [e.pixels for e in Runner().run(request) if isinstance(e, Picture)]
-    assert np.array_equal(play(scene()), alone[0])
+    assert np.array_equal(play(scene()), painted_alone(request)[0])
 
 
 def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProcess) -> None:

@@ -156,7 +156,7 @@ PART = (
     "tests/unit/test_stream.py",
     "tests/numerics/test_fused.py",
     "tests/numerics/test_weights.py::test_loading_holds_the_model_and_one_tensor_more",
-    "tests/numerics/test_runner.py::test_sizes_in_memory_are_estimated_from_the_configs",
+    "tests/numerics/test_worker.py::test_sizes_in_memory_are_estimated_from_the_configs",
     "tests/numerics/test_worker.py::test_what_is_held_is_said_and_leaves_for_other_weights",
     "tests/parallel/test_sharding.py::test_loading_a_shard_never_holds_more_than_it_and_one_tensor",
 )

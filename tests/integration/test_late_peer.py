@@ -11,9 +11,9 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant
-from fluxmesh.engine.reference import Runner
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
+from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import encode, join_ring, painting, play
 from tests.integration.test_agent_ring import mesh, paint
@@ -95,7 +95,7 @@ def test_a_late_peer_costs_a_mesh_a_step_at_most(
     # The collectives that are counted are those of steps.
     monkeypatch.setattr(GenerationDispatch, "_measure_ring", lambda dispatch: True)
     request = request_of(checkpoint, steps=4)
-    (alone,) = pictures(list(Runner().run(request)))
+    (alone,) = painted_alone(request)
     with mesh_of(tmp_path, 2, checkpoint, Metal(road, call, LATE).envs(PATHS)) as one:
         told = list(one.generate(request, "sequence"))
     (picture,) = pictures(told)

@@ -16,7 +16,6 @@ import pytest
 
 from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import LinkInfo, Placement
-from fluxmesh.engine.reference import Runner
 from fluxmesh.errors import WeightsError
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import Home, private_folder
@@ -26,6 +25,7 @@ from fluxmesh_coordinator.agents import mesh_file as records
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from fluxmesh_coordinator.deploy import diagnosis
+from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.conftest import Run
@@ -88,7 +88,7 @@ def test_every_placement_gives_the_pictures_of_one_host(
 ) -> None:
     as_if_apart(monkeypatch)  # on one device, one host is as fast as two
     request = request_of(checkpoint, n_images=3)
-    alone = pictures(list(Runner().run(request)))
+    alone = painted_alone(request)
     with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
         for placement in ("sequence", "tensor"):
             told = list(mesh.generate(request, placement))
@@ -128,8 +128,9 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
     cache: float,
 ) -> None:
     request = request_of(checkpoint, n_images=2, steps=4, cache=cache)
-    by_one = list(Runner().run(request))
-    alone = pictures(by_one)
+    alone = painted_alone(request)
+    with mesh_of(tmp_path / "whole", 1, checkpoint) as mesh:
+        by_one = list(mesh.generate(request))
     with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
         told: list[events.Event] = []
         struck = 0.0

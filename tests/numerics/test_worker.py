@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
+from fluxmesh.engine import device_memory
 from fluxmesh.engine.features import to_wire
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.engine.worker import STOPS, Worker
-from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.errors import DoesNotFitError, ModelNotFoundError, UsageError
 from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
@@ -552,3 +555,81 @@ def test_a_first_step_is_timed_apart_for_a_new_engine_and_for_a_new_size(
     assert measured(0.125, 64) == (1.0, None, 0.125)
     counters = worker.counters
     assert (counters.images, counters.steps, counters.decodes) == (0, 0, 0)
+
+
+def decoding(weights: ModelVariant, latents: np.ndarray) -> Decode:
+    size = {"height": 32, "width": 48}
+    return Decode(**HEAD, weights=weights, images=(0,), **size, latents=latents)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_left_is_not_held_by_anything_else(weights: ModelVariant, low_memory: bool) -> None:
+    """By the bytes that MLX holds: a forgotten reference would keep a model without its name."""
+    work = painting(Worker(), weights, low_memory=low_memory)
+    gc.collect()  # the workers of other tests, too
+    worker = Worker()
+    before = mx.get_active_memory()
+
+    def held() -> int:
+        mx.synchronize()
+        return int(mx.get_active_memory()) - before
+
+    reading = Encode(**HEAD, weights=weights, prompt="a cat", stay=False)
+    (text,) = only(worker, reading, messages.TextEncoded)
+    size = {name: worker.model.file_bytes(name) for name in ("t5", "flow")}
+    assert held() < 0.1 * size["t5"]  # the prompt's features
+    (*_, last) = latents(worker, replace(work, features=text.features))
+    list(worker.do(decoding(weights, last)))
+    worker.model.__dict__.pop("ae")
+    if low_memory:
+        assert held() < 0.1 * size["flow"]
+    else:
+        assert held() > 0.5 * size["flow"]  # it stays for the next image
+    worker.release()
+    assert held() < 0.1 * size["t5"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "kind"),
+    [
+        (
+            "[metal::malloc] Unable to allocate 99 bytes.",
+            "decoding .*`low_memory`",
+            DoesNotFitError,
+        ),
+        ("something else", "something else", RuntimeError),
+    ],
+)
+def test_running_out_of_memory_says_what_to_do_and_nothing_else_is_called_that(
+    worker: Worker,
+    weights: ModelVariant,
+    monkeypatch: pytest.MonkeyPatch,
+    error: str,
+    told: str,
+    kind: type[Exception],
+) -> None:
+    def fail(*_: Any) -> mx.array:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(FluxPipeline, "decode", fail)
+    with pytest.raises(kind, match=told):
+        list(worker.do(decoding(weights, initial_noise(7, 32, 48, 16, 8))))
+
+
+def test_to_go_on_takes_the_latents_that_were_left(worker: Worker, weights: ModelVariant) -> None:
+    begins = painting(worker, weights)
+    with pytest.raises(UsageError, match="latents after 1 steps are missing"):
+        list(worker.do(replace(begins, first=1, latents=None)))
+    named = latents(Worker(), replace(begins, latents=begins.noise))
+    assert np.array_equal(latents(worker, replace(begins, latents=None))[-1], named[-1])
+
+
+def test_sizes_in_memory_are_estimated_from_the_configs(tmp_path: Path) -> None:
+    made = FluxPipeline(str(make_checkpoint(tmp_path).path), dtype="float32")
+    made.ensure_models_are_loaded()
+    models = (made.t5, made.clip, made.flow, made.ae)
+    held = sum(array.nbytes for m in models for _, array in tree_flatten(m.parameters()))
+    assert device_memory.resident_bytes(made.checkpoint, "float32", None) == held
+    assert device_memory.resident_bytes(made.checkpoint, "bfloat16", None) == held / 2
+    assert device_memory.resident_bytes(made.checkpoint, "bfloat16", 4) < held / 2
+    assert device_memory.memory_of_device() > 100e6

@@ -8,8 +8,9 @@ from typing import Any
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, ModelVariant
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.workload import ModelSizes
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest, GenerateRequest
 from fluxmesh.weights.checkpoint import ModelDefaults
+from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
 GB = 10**9
 FLUX = ModelSizes(
@@ -42,8 +43,14 @@ def small(heads: int = 4, head_dim: int = 16, mlp_ratio: float = 4.0) -> ModelSi
     )
 
 
-def ask(**keys: Any) -> GenerateRequest:
-    return GenerateRequest(**{"prompt": "a cat", "seed": 0, "model": "m", **keys})
+def ask(**keys: Any) -> FilledRequest:
+    """A request, with what is not given as `FLUX` has it."""
+    return FLUX.fill(GenerateRequest(**{"prompt": "a cat", "seed": 0, "model": "m", **keys}))
+
+
+def resolved(request: GenerateRequest, revision: str = "abc") -> Resolved:
+    """A request to a model of `small` sizes, which is called as the request calls it."""
+    return Resolved.of(request, ResolvedModel(request.model, request.model, small(), revision))
 
 
 def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:

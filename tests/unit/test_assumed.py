@@ -12,7 +12,8 @@ from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.workload import Workload
-from fluxmesh_coordinator.deploy.what_if import assumed_view, load_assumption, published, sizes_of
+from fluxmesh_coordinator.deploy.what_if import assumed_view, load_assumption, published
+from fluxmesh_coordinator.runtime.resolved import ResolvedModel
 from tests.unit.meshes import ask
 
 FOLDER = Path(__file__).parents[2] / "hostfiles"
@@ -90,8 +91,8 @@ def test_flux_is_planned_without_its_files(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for name in ("FLUX_DEV", "FLUX_SCHNELL"):
         monkeypatch.delenv(name, raising=False)
-    name, sizes, here = sizes_of("flux-dev")
-    assert (name, here) == ("dev", False)
+    model, sizes = ResolvedModel.known("flux-dev"), ResolvedModel.known("flux-dev").sizes
+    assert (model.name, model.full_name, model.is_here) == ("dev", "dev", False)
     assert (sizes.defaults.steps, sizes.defaults.t5_max_length) == (50, 512)
     assert sizes.transformer.guidance_embed and sizes.tokens(1024, 1024) == 4608
-    assert sizes_of("tiny")[2]
+    assert ResolvedModel.known("tiny").is_here

@@ -501,7 +501,7 @@ def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
             is_last=False,
             seconds=seconds,
             peak_bytes=1,
-            latents=paint.latents,
+            latents=paint.noise,
         )
         mesh.feed(Reported(0, replace(told, reused=reused)))
         assert host.step_deadline(paint) == 80.0

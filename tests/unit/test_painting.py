@@ -34,9 +34,11 @@ from fluxmesh_coordinator.console.generate_report import (
     GenerateJsonReporter,
     GenerateTerminalReporter,
 )
+from tests.unit.meshes import resolved
 
-REQUEST = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
-RECIPE = Recipe.of(REQUEST, "abc")
+ASKED = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
+REQUEST = resolved(ASKED).request
+RECIPE = Recipe.of(resolved(ASKED))
 
 
 def pixels(value: int) -> np.ndarray:

@@ -59,12 +59,16 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
 
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
-    """Runs a training on the mesh that is up, or here; raises what `trainer.train` raises."""
+    """Runs a training on the mesh that is up, or in this process; raises as both of them do.
+
+    `fluxmesh/training/local_executor.py` says why alone is not a mesh of one here.
+    """
     from fluxmesh.engine import gpu_errors, tf32
 
     tf32.prepare(request.dtype)
     reporter.started(request)
-    if mesh_file.load() is None:
+    record = mesh_file.load()
+    if record is None:
         gpu_errors.relax()
         from fluxmesh.training.local_executor import train
 
@@ -72,7 +76,7 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
         return
     from fluxmesh_coordinator.runtime.mesh import Mesh
 
-    with Mesh.connect() as mesh:
+    with Mesh.of_user(record) as mesh:
         follow(mesh.train(request, reporter.event), request, reporter)
 
 

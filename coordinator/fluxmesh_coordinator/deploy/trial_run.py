@@ -107,7 +107,7 @@ def _plan(work: Workload, view: MeshView, size: Size, images: int) -> Plan:
         dtype=weights.dtype,
         bits=weights.bits,
     )
-    return plan(request, view, work.model)
+    return plan(work.model.fill(request), view, work.model)
 
 
 @dataclass

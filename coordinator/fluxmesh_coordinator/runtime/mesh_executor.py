@@ -197,8 +197,10 @@ def job_of(
     """The run as it travels."""
     request = plan.request
     name = hub.full_name(request.model)
-    asked = GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
     sizes = ModelSizes.of(base)
+    asked = sizes.fill(
+        GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
+    )
     return TrainingJob(
         id=secrets.token_hex(8),
         secret=secrets.token_bytes(32),
