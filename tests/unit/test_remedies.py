@@ -40,7 +40,7 @@ def planned(gib: int, model: str, **keys: Any) -> Plan:
 
 def told(helps: Sequence[Remedy]) -> str:
     """As the command line says it."""
-    return in_options(remedies.told(helps))
+    return in_options(remedies.sentences(helps))
 
 
 Q8, Q4, LOW = {"bits": 8}, {"bits": 4}, {"low_memory": True}

@@ -14,7 +14,7 @@ from fluxmesh.training.needs import NUMBER_BYTES, transformer_bytes, ways
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.console.option_names import in_options
 from fluxmesh_coordinator.deploy.what_if import published
-from fluxmesh_coordinator.jobs.remedies import told
+from fluxmesh_coordinator.jobs.remedies import sentences
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.types import Links
 from tests.paths import ROOT
@@ -86,14 +86,14 @@ def test_what_helps_on_macs_that_people_have(gib: int, keys: dict[str, Any], tex
     assert found.winner is None
     assert "GB on a host for the weights alone, and none may use more than" in found.reason
     assert "--" not in found.reason
-    assert in_options(told(found.remedies)) == text
+    assert in_options(sentences(found.remedies)) == text
 
 
 def test_a_mac_whose_gpu_may_use_more_trains_as_it_was_asked_to() -> None:
     most = 20 * GB
     found = chosen([a_mac(64, memory_bytes=most)], grad_checkpoint=True)
-    assert in_options(told(found.remedies)).endswith(WIRED.format(27648))
-    unasked = in_options(told(chosen([a_mac(64, memory_bytes=most)]).remedies))
+    assert in_options(sentences(found.remedies)).endswith(WIRED.format(27648))
+    unasked = in_options(sentences(chosen([a_mac(64, memory_bytes=most)]).remedies))
     assert "it fits with --grad-checkpoint after `sudo sysctl" in unasked
     raised = [a_mac(64, memory_bytes=27648 << 20)]
     assert chosen(raised, grad_checkpoint=True).winner is not None
@@ -102,7 +102,7 @@ def test_a_mac_whose_gpu_may_use_more_trains_as_it_was_asked_to() -> None:
 def test_other_programs_are_named_where_they_hold_what_is_missing() -> None:
     found = chosen([a_mac(64, free_bytes=20 * GB)], grad_checkpoint=True)
     assert "none may use more than 20.0 GB" in found.reason
-    assert in_options(told(found.remedies)) == (
+    assert in_options(sentences(found.remedies)) == (
         "It fits with --quantize --bits 8 (17.8 GB). "
         "It fits as it is once other programs there give memory back."
     )

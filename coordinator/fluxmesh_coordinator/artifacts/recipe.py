@@ -172,21 +172,21 @@ class Recipe:
         )
 
 
-def differences(told: Recipe, now: Recipe) -> list[str]:
-    """What makes it doubtful that `now` gives the picture that `told` stands in, in sentences."""
-    found = []
-    if told.model == now.model and told.revision != now.revision:
-        found.append(
-            f"The picture was made with revision {told.revision} of {told.model}; "
+def differences(recorded: Recipe, now: Recipe) -> list[str]:
+    """What makes it doubtful that `now` gives the picture of `recorded`, in sentences."""
+    sentences = []
+    if recorded.model == now.model and recorded.revision != now.revision:
+        sentences.append(
+            f"The picture was made with revision {recorded.revision} of {recorded.model}; "
             f"this machine has {now.revision}."
         )
-    before, present = told.file_hashes(), now.file_hashes()
-    found.extend(
+    before, present = recorded.file_hashes(), now.file_hashes()
+    sentences.extend(
         f"{path} is not the file that it was when the picture was made."
         for path, sha256 in before.items()
         if present.get(path, sha256) != sha256
     )
-    return found
+    return sentences
 
 
 def read_recipe(path: str | Path) -> Recipe:

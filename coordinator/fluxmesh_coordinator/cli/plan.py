@@ -77,19 +77,19 @@ def plan(
         view = _assumed(hostfile, assume, request, sizes)
     else:
         view = _measured(up)
-    found = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
+    plan = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
     now = time.time()
     if as_json:
-        said = plan_table.as_json(found, view, now)
-        said["remedies"] = remedies.told(found.remedies)
+        said = plan_table.as_json(plan, view, now)
+        said["remedies"] = remedies.sentences(plan.remedies)
         emit(**said)
     else:
         if not model.is_here:
             click.echo(f"{model.name} is not on this machine: planned with its published sizes.")
-        plan_table.show(found, view, now)
-        if found.remedies:
-            click.echo(in_options(remedies.told(found.remedies)))
-    if found.winner is None:
+        plan_table.show(plan, view, now)
+        if plan.remedies:
+            click.echo(in_options(remedies.sentences(plan.remedies)))
+    if plan.winner is None:
         context.exit(4)
 
 
@@ -99,8 +99,8 @@ def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView
     from fluxmesh_coordinator.deploy import what_if
 
     work = Workload.of(request, sizes)
-    told = what_if.load_assumption(assume)
-    return what_if.assumed_view(hostfiles.load(hostfile), told, work, work.weights)
+    assumption = what_if.load_assumption(assume)
+    return what_if.assumed_view(hostfiles.load(hostfile), assumption, work, work.weights)
 
 
 def _measured(up: MeshRecord | None) -> MeshView:
@@ -110,5 +110,5 @@ def _measured(up: MeshRecord | None) -> MeshView:
 
     if up is not None:
         return answering(survey(up)).view
-    with start_ephemeral() as one:
-        return answering(survey(one.record, one.keys)).view
+    with start_ephemeral() as ephemeral:
+        return answering(survey(ephemeral.record, ephemeral.keys)).view

@@ -113,10 +113,10 @@ def up(
             sizes=() if no_warm else warm or (own,),
         )
         mesh = warming.run()
-        found = survey(mesh)
-        watch.ready(tables.as_json(found) if as_json else None)
+        overview = survey(mesh)
+        watch.ready(tables.as_json(overview) if as_json else None)
     if not as_json:
-        tables.show(found)
+        tables.show(overview)
 
 
 def _checkpoint(name: str, watch: Watcher) -> Checkpoint:

@@ -33,7 +33,7 @@ from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.artifacts.recipe import Recipe
 from fluxmesh_coordinator.artifacts.training_html import METRICS, write_report
 from fluxmesh_coordinator.commands.settings import draw_seed
-from fluxmesh_coordinator.console.train_report import TrainReporter, told
+from fluxmesh_coordinator.console.train_report import TrainReporter, as_json
 
 DEFAULT_BITS = 4
 
@@ -108,7 +108,7 @@ def keep(event: TrainEvent, request: TrainRequest, revision: str, reporter: Trai
             rewind(folder / METRICS, request.micro_batches(event.begins_at).start)
         case Updated() | Validated():
             with open(folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(told(event)) + "\n")
+                file.write(json.dumps(as_json(event)) + "\n")
         case Progress():
             path = folder / f"{event.iteration:07d}_progress.png"
             text = progress_recipe(request, event, revision).to_json()

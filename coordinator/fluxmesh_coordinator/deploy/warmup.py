@@ -66,17 +66,17 @@ class ShardLayout:
 
 def layout(work: Workload, view: MeshView) -> ShardLayout:
     """As `_layout`. Raises `DoesNotFitError`, with what helps, where no host can hold its part."""
-    found = _layout(work, view)
-    if found.ranks:
-        return found
+    place = _layout(work, view)
+    if place.ranks:
+        return place
 
     def fits(work: Workload, view: MeshView) -> int | None:
         shards = _layout(work, view).shards
         placement: Placement = "tensor" if shards > 1 else "data"
         return Memory(work, view).needed(placement, shards, shards) if shards else None
 
-    helps = remedies.told(for_weights(work, view, fits)) or "Use more hosts."
-    raise DoesNotFitError(f"{work.weights.model} does not fit: {found.why}. {helps}")
+    helps = remedies.sentences(for_weights(work, view, fits)) or "Use more hosts."
+    raise DoesNotFitError(f"{work.weights.model} does not fit: {place.why}. {helps}")
 
 
 def _layout(work: Workload, view: MeshView) -> ShardLayout:
@@ -224,13 +224,13 @@ class Warming:
     # Links
 
     async def _links(self) -> tuple[LinkInfo, ...]:
-        found: list[LinkInfo] = []
+        measured: list[LinkInfo] = []
         for each in pairs(list(self.clients)):
             links = await together(self._link(*pair) for pair in each)
-            found += [link for link in links if link is not None]
-        for source in {*self.kept_out} - {link.source for link in found}:
+            measured += [link for link in links if link is not None]
+        for source in {*self.kept_out} - {link.source for link in measured}:
             self.watcher.note(self.kept_out[source])
-        return tuple(sorted(found, key=lambda link: (link.source, link.target)))
+        return tuple(sorted(measured, key=lambda link: (link.source, link.target)))
 
     async def _link(self, source: int, target: int) -> LinkInfo | None:
         """None where `target` can't be reached at the addresses that a ring would use."""

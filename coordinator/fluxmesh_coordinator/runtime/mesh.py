@@ -110,10 +110,10 @@ class Mesh:
             return cls._of(record, user_keys(), _remember, partial(learn, record.text))
         started = launch.start_ephemeral()
         ephemeral = [started]
-        one, is_over = threading.Lock(), threading.Event()
+        lock, is_over = threading.Lock(), threading.Event()
 
         def restart(rank: int) -> Member:
-            with one:  # a start that is under way when the mesh closes leaves nothing behind
+            with lock:  # a start that is under way when the mesh closes leaves nothing behind
                 if is_over.is_set():
                     raise HostUnreachableError("The mesh was closed.")
                 ephemeral[0].kill()
@@ -122,7 +122,7 @@ class Mesh:
 
         def close() -> None:
             is_over.set()
-            with one:
+            with lock:
                 ephemeral[0].close()
 
         try:
@@ -255,10 +255,11 @@ class Mesh:
 
         async def ask() -> dict[int, messages.Status | str]:
             pool = self._pool
-            found: dict[int, messages.Status | str] = dict(await pool.statuses())
+            statuses: dict[int, messages.Status | str] = dict(await pool.statuses())
             for member in self.record.members:
-                found.setdefault(member.rank, pool.reasons.get(member.rank, "It does not answer."))
-            return dict(sorted(found.items()))
+                reason = pool.reasons.get(member.rank, "It does not answer.")
+                statuses.setdefault(member.rank, reason)
+            return dict(sorted(statuses.items()))
 
         return self._run(ask())
 

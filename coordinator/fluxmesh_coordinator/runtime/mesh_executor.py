@@ -179,13 +179,13 @@ class MeshExecutor:
 
     def _features(self, unit: Unit) -> dict[str, np.ndarray]:
         """As the cache holds them."""
-        found = self._cache.get(self._key(unit))
-        if found is None:
+        features = self._cache.get(self._key(unit))
+        if features is None:
             path = self._cache.path(self._key(unit))
             raise FluxmeshError(
                 f"{path} is missing or damaged, although it was written; start again with `resume`."
             )
-        return {name: array for name, (array, _) in found.items()}
+        return {name: array for name, (array, _) in features.items()}
 
 
 def job_of(
