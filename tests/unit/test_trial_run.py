@@ -17,8 +17,9 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.deploy import trial_run
 from fluxmesh_coordinator.deploy import warmup as warm
+from fluxmesh_coordinator.deploy.shard_layout import ShardLayout
 from fluxmesh_coordinator.deploy.trial_run import Programme, Way, keeps, programme
-from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming
+from fluxmesh_coordinator.deploy.warmup import Warming
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, ask, full, held, mac, ring, small
 from tests.unit.test_warming import Told

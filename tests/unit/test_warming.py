@@ -21,7 +21,9 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.deploy import warmup as warm
 from fluxmesh_coordinator.deploy.leased_work import Errand
-from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming, layout, pairs
+from fluxmesh_coordinator.deploy.link_rates import pairs
+from fluxmesh_coordinator.deploy.shard_layout import ShardLayout, layout
+from fluxmesh_coordinator.deploy.warmup import Warming
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, small
 
