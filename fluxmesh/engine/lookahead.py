@@ -56,12 +56,12 @@ def walked(
         if not left:
             return
         if ranks is None:
-            told = stopping()
+            stops = stopping()
         elif asked is None:
-            told = bool(ranks.most(int(stopping())))
+            stops = bool(ranks.most(int(stopping())))
         else:
-            told = bool(asked.any().item())
-        if told:
+            stops = bool(asked.any().item())
+        if stops:
             if asked is not None and ranks is not None:
                 ranks.rewind(mark)
             return

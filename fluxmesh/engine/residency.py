@@ -157,13 +157,13 @@ class ModelStore:
         """
         if self.pipeline is None or weights != self.weights:
             self.release()
-            found = self.options.locate(weights)
+            variant = self.options.locate(weights)
             self.pipeline = FluxPipeline(
-                found.model,
-                dtype=found.dtype,
-                bits=found.bits,
-                adapters=found.adapters,
-                fuse_adapters=found.fuse_adapters,
+                variant.model,
+                dtype=variant.dtype,
+                bits=variant.bits,
+                adapters=variant.adapters,
+                fuse_adapters=variant.fuse_adapters,
                 download=self.options.download,
                 on_loading=self._hear,
             )
