@@ -1,7 +1,7 @@
 """What an engine holds: the models of one checkpoint, whole or a shard, and its place in a ring.
 
-Below `worker.py`, which does the work with them. Here is decided what leaves when something else
-comes, and every load is told, timed, measured and, when asked, broken off.
+Below `state.py` and the units, which do the work with them. Here is decided what leaves when
+something else comes, and every load is told, timed, measured and, when asked, broken off.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.features import to_wire
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.engine.worker import STOPS, Worker
+from fluxmesh.engine.state import STOPS
+from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import DoesNotFitError, ModelNotFoundError, UsageError
 from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
@@ -505,7 +506,7 @@ def test_a_measurement_that_is_told_to_stop_at_its_trial_tells_the_other_ranks(
     for halts in ("decode", "load"):
         stops.clear()
         worker = Worker(WorkerOptions(stopping=lambda: bool(stops), pause=pause))
-        monkeypatch.setattr(worker, "_agree", agree)
+        monkeypatch.setattr(worker, "agree", agree)
         assert (
             only(worker, Measure(**HEAD, weights=weights, height=32, width=48), messages.Timed)
             == []
