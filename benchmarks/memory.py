@@ -161,8 +161,13 @@ def sharded(case: Result, sizes: Sizes) -> None:
     for work in _units(case, sizes, ranks.rank, ranks.size):
         for _ in worker.do(work):
             pass
-    found = worker.meter.peaks
-    own = [found.get("text", 0), found["denoise"], found["decode"], worker.done.load_peak_bytes]
+    phase_peaks = worker.meter.peaks
+    own = [
+        phase_peaks.get("text", 0),
+        phase_peaks["denoise"],
+        phase_peaks["decode"],
+        worker.done.load_peak_bytes,
+    ]
     every = ranks.gather(mx.array([own], dtype=mx.int64)).tolist()
     peaks = [dict(zip((*PHASES, "load"), row, strict=True)) for row in every]
     emit(software=_software(), seconds={}, peaks=peaks)

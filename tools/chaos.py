@@ -196,11 +196,13 @@ class Chaos:
 
     def _right(self, trial: Trial, folder: Path) -> bool:
         """Whether every file is a whole and right picture."""
-        found = {}
+        pictures = {}
         for path in folder.glob("*.png"):
             with Image.open(path) as picture:
-                found[int(path.name.split(".")[1])] = np.array(picture)
-        return not found or difference(self.alone(trial.request), found) <= allowed(trial.placement)
+                pictures[int(path.name.split(".")[1])] = np.array(picture)
+        if not pictures:
+            return True
+        return difference(self.alone(trial.request), pictures) <= allowed(trial.placement)
 
 
 @contextmanager
@@ -227,20 +229,20 @@ def watchdog(mesh: Up) -> Iterator[list[float]]:
 def table(results: Sequence[ChaosResult]) -> Table:
     """What was done to the jobs, and what came of them."""
     shown = Table("fault", "jobs", "hit", "right", "losses told", "median s", "longest s")
-    kinds = sorted({(one.trial.kind, one.trial.victim) for one in results})
+    kinds = sorted({(result.trial.kind, result.trial.victim) for result in results})
     for kind, victim in [*kinds, ("all", "")]:
         rows = [
-            one
-            for one in results
-            if kind == "all" or (kind, victim) == (one.trial.kind, one.trial.victim)
+            result
+            for result in results
+            if kind == "all" or (kind, victim) == (result.trial.kind, result.trial.victim)
         ]
-        seconds = [one.seconds for one in rows]
+        seconds = [result.seconds for result in rows]
         shown.add_row(
             f"{kind} {victim}",
             str(len(rows)),
-            str(sum(one.was_hit for one in rows)),
-            str(sum(one.verdict == "right" for one in rows)),
-            str(sum(one.alarms for one in rows)),
+            str(sum(result.was_hit for result in rows)),
+            str(sum(result.verdict == "right" for result in rows)),
+            str(sum(result.alarms for result in rows)),
             f"{statistics.median(seconds):.1f}",
             f"{max(seconds):.1f}",
         )
@@ -287,13 +289,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 chaos = Chaos(mesh)
                 for trial in trials(asked.jobs, asked.seed, asked.hosts, model):
                     results.append(chaos.run(trial))
-                    told = results[-1]
-                    hit = "" if told.was_hit else ", not hit"
+                    result = results[-1]
+                    hit = "" if result.was_hit else ", not hit"
                     OUT.print(
-                        f"{trial}: {told.verdict}, {told.seconds:.1f} s{hit}", highlight=False
+                        f"{trial}: {result.verdict}, {result.seconds:.1f} s{hit}", highlight=False
                     )
                 OUT.print(table(results))
-                bad = [f"{one.trial}: {one.verdict}" for one in results if one.verdict != "right"]
+                bad = [
+                    f"{result.trial}: {result.verdict}"
+                    for result in results
+                    if result.verdict != "right"
+                ]
         bad += [f"left behind: {what}" for what in left_behind(folder, mesh.ports)]
     for line in bad:
         OUT.print(line, highlight=False, soft_wrap=True)

@@ -27,7 +27,7 @@ from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
-from tests.numerics.test_worker import painting
+from tests.numerics.units import painting
 from tests.unit.meshes import FLUX, ask
 
 PLATFORMS = ("metal", "cuda", "cpu")

@@ -31,7 +31,7 @@ from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights import hub, loading
 from tests.checkpoints import AUTOENCODER, T5, make_checkpoint
-from tests.numerics.test_worker import latents, painting
+from tests.numerics.units import latents, painting
 from tests.parallel.cases import ODD, ParallelCase, noise_of, plan_of, random_flux
 
 LARGEST = 65504  # of float16
