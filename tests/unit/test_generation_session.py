@@ -77,7 +77,7 @@ def test_a_ring_that_stands_is_used_again() -> None:
 
 def test_events_come_in_the_order_of_the_work() -> None:
     done = GenerationSimulation(1, n_images=2).run()
-    kinds = [type(event) for event in done.told if not isinstance(event, events.Loading)]
+    kinds = [type(event) for event in done.events if not isinstance(event, events.Loading)]
     image = [*[events.Step] * 3, events.Picture]
     assert kinds[:3] == [events.Planned, events.Encoded, events.Peak]
     assert sorted(kinds[3:-2], key=str) == sorted(image * 2, key=str)
@@ -101,7 +101,7 @@ def test_images_are_decoded_in_groups_that_do_not_depend_on_the_hosts() -> None:
 def test_with_low_memory_nothing_is_decoded_before_all_is_painted() -> None:
     done = GenerationSimulation(2, n_images=4, low_memory=True).run()
     done.check()
-    kinds = [type(event) for event in done.told]
+    kinds = [type(event) for event in done.events]
     assert kinds.index(events.Picture) > max(
         i for i, kind in enumerate(kinds) if kind is events.Step
     )
@@ -467,8 +467,8 @@ def test_hosts_that_hold_different_files_are_named_before_a_ring_computes(placem
         machine.engine.content = "newer" if rank == 1 else "older"
     mesh.run()
     assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
-    told = "host 0 (mac0) older, host 1 (mac1) newer"
-    assert told in str(mesh.end.error) and "fluxmesh models pull" in str(mesh.end.error)
+    named = "host 0 (mac0) older, host 1 (mac1) newer"
+    assert named in str(mesh.end.error) and "fluxmesh models pull" in str(mesh.end.error)
     if placement != "data":
         assert mesh.messages(messages.Paint) == []
     assert mesh.is_idle
@@ -493,7 +493,7 @@ def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
     (paint,) = mesh.messages(messages.Paint)
     host = mesh.session.state.hosts[0]
     for step, (seconds, reused) in enumerate([(20.0, False), (0.1, True)], start=1):
-        told = messages.Stepped(
+        report = messages.Stepped(
             job="job",
             ring_generation=host.ring_generation,
             image=0,
@@ -503,5 +503,5 @@ def test_a_cheap_step_leaves_a_slow_host_the_time_for_a_whole_one() -> None:
             peak_bytes=1,
             latents=paint.noise,
         )
-        mesh.feed(Reported(0, replace(told, reused=reused)))
+        mesh.feed(Reported(0, replace(report, reused=reused)))
         assert host.step_deadline(paint) == 80.0

@@ -150,8 +150,8 @@ def test_two_coordinators_wait_for_each_other_and_both_finish(tmp_path: Path) ->
                 await asyncio.sleep(0.01)
             await JobRunner(other, GenerationSession(asked[1]), {}, heard[1]).run()
             assert first.done()
-            for one, two in zip(heard, asked, strict=True):
-                check(one, two)
+            for job_heard, job_asked in zip(heard, asked, strict=True):
+                check(job_heard, job_asked)
             queued = heard[1].of(events.Queued)
             assert [(event.place, event.host) for event in queued][:1] == [(1, 0)]
 
@@ -378,8 +378,8 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
         await JobRunner(pool, GenerationSession(asked, soon), files, heard).run()
         check(heard, asked)
         assert heard.of(events.HostLost) == []
-        told = [event for event in heard.of(events.Loading) if event.component == "adapter"]
-        assert [event.done_bytes for event in told] == [0, 100, 200, 300, 400, 500, 600]
+        loadings = [event for event in heard.of(events.Loading) if event.component == "adapter"]
+        assert [event.done_bytes for event in loadings] == [0, 100, 200, 300, 400, 500, 600]
 
     play(tmp_path, 1, body)
 
@@ -484,13 +484,16 @@ def test_a_program_holds_a_mesh_and_streams_a_job(tmp_path: Path) -> None:
     with Mesh(record, dialer) as mesh:
         assert [host.rank for host in mesh.view.hosts] == [0, 1]
         assert mesh.plan(request).winner is not None
-        told = list(mesh.generate(request, placement="data"))
-        assert [type(event) for event in told].count(events.Picture) == 2
+        job_events = list(mesh.generate(request, placement="data"))
+        assert [type(event) for event in job_events].count(events.Picture) == 2
         stream = mesh.generate(dataclasses.replace(request, steps=500))
         assert next(event for event in stream if isinstance(event, events.Step)).step == 1
         stream.close()
         status = mesh.status()
-        assert {rank: getattr(one, "job", one) for rank, one in status.items()} == {0: "", 1: ""}
+        assert {rank: getattr(answer, "job", answer) for rank, answer in status.items()} == {
+            0: "",
+            1: "",
+        }
         with pytest.raises(FluxmeshError, match="nobody"):
             next(mesh.generate(dataclasses.replace(request, model="nobody")))
         asyncio.run_coroutine_threadsafe(fake[0].__aexit__(), mesh._loop).result()

@@ -29,58 +29,58 @@ from fluxmesh.planning.workload import tensor_problem
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, ring, small, without
 
 
-def option(found: Plan, name: str, hosts: int | None = None) -> Option:
+def option(choice: Plan, name: str, hosts: int | None = None) -> Option:
     """The plan's option of that name and, for rings, on so many hosts."""
     (match,) = [
         option
-        for option in found.options
+        for option in choice.options
         if option.name == name and (hosts is None or len(option.ranks) == hosts)
     ]
     return match
 
 
-def won(found: Plan) -> Option:
-    assert found.winner is not None, found.reason
-    return found.winner
+def won(choice: Plan) -> Option:
+    assert choice.winner is not None, choice.reason
+    return choice.winner
 
 
 # What FLUX does on meshes that people have
 
 
 def test_one_host_needs_no_ring() -> None:
-    found = plan(ask(), ring(mac(0)), FLUX)
-    assert [option.name for option in found.options] == ["data"]
-    assert won(found).ranks == (0,)
-    assert found.reason == "The mesh has one host."
+    choice = plan(ask(), ring(mac(0)), FLUX)
+    assert [option.name for option in choice.options] == ["data"]
+    assert won(choice).ranks == (0,)
+    assert choice.reason == "The mesh has one host."
 
 
 def test_one_image_is_spread_over_a_ring_and_four_are_handed_out() -> None:
     view = ring(*(mac(rank) for rank in range(4)))
-    one, four = plan(ask(), view, FLUX), plan(ask(n_images=4), view, FLUX)
-    assert (won(one).name, won(one).ranks) == ("sequence", (0, 1, 2, 3))
-    assert won(one).phases[0].tokens == (1152,) * 4
+    single, four = plan(ask(), view, FLUX), plan(ask(n_images=4), view, FLUX)
+    assert (won(single).name, won(single).ranks) == ("sequence", (0, 1, 2, 3))
+    assert won(single).phases[0].tokens == (1152,) * 4
     assert (won(four).name, won(four).phases[0].owners) == ("data", (0, 1, 2, 3))
     assert won(four).phases[0].sent_a_step == 0
-    assert "sequence on 4 hosts is predicted to take" in one.reason
-    assert "the next best, sequence on 2 hosts" in one.reason
+    assert "sequence on 4 hosts is predicted to take" in single.reason
+    assert "the next best, sequence on 2 hosts" in single.reason
 
 
 def test_five_images_on_four_hosts_are_four_and_one() -> None:
-    found = plan(ask(n_images=5), ring(*(mac(rank) for rank in range(4))), FLUX)
-    first, last = won(found).phases
-    assert won(found).name == "mixed"
+    choice = plan(ask(n_images=5), ring(*(mac(rank) for rank in range(4))), FLUX)
+    first, last = won(choice).phases
+    assert won(choice).name == "mixed"
     assert (first.placement, first.images, first.owners) == ("data", (0, 1, 2, 3), (0, 1, 2, 3))
     assert (last.placement, last.images, last.ranks) == ("sequence", (4,), (0, 1, 2, 3))
     alone = plan(ask(n_images=4), found_view := ring(*(mac(r) for r in range(4))), FLUX)
-    assert won(found).seconds == pytest.approx(
+    assert won(choice).seconds == pytest.approx(
         won(alone).seconds + won(plan(ask(), found_view, FLUX)).seconds
     )
 
 
 def test_slow_links_keep_images_whole() -> None:
-    found = plan(ask(), ring(mac(0), mac(1), rate=1e8), FLUX)
-    assert won(found).name == "data"
-    assert option(found, "sequence").seconds > option(found, "data").seconds
+    choice = plan(ask(), ring(mac(0), mac(1), rate=1e8), FLUX)
+    assert won(choice).name == "data"
+    assert option(choice, "sequence").seconds > option(choice, "data").seconds
 
 
 def test_predicted_seconds_are_the_slowest_share_and_the_bytes_on_the_wire() -> None:
@@ -97,14 +97,14 @@ def test_predicted_seconds_are_the_slowest_share_and_the_bytes_on_the_wire() -> 
     )
     view = ring(mac(0, measured=timed), mac(1, measured=timed), rate=1.2e9)
     view = replace(view, links=tuple(replace(link, latency=0.0) for link in view.links))
-    found = plan(ask(), view, FLUX)
-    tensor = option(found, "tensor")
+    choice = plan(ask(), view, FLUX)
+    tensor = option(choice, "tensor")
     assert tensor.measured
     share = 2.8 * (0.19 + 0.81 / 2)  # some of it is not less on two hosts
     assert tensor.phases[0].step_seconds == pytest.approx(share + 1.8, rel=0.01)  # 2.15 GB: 1.8 s
     gather = 4 * 344 * 3072 * 2 / 2 / 1.2e9  # modulations of 4 steps, once
     assert tensor.seconds == pytest.approx(4 * (share + 2151677952 / 1.2e9) + gather + 0.5)
-    assert option(found, "data").seconds == pytest.approx(4 * 2.8 + 0.5)
+    assert option(choice, "data").seconds == pytest.approx(4 * 2.8 + 0.5)
 
 
 def test_every_hop_of_a_collective_waits_for_the_link() -> None:
@@ -120,34 +120,34 @@ def test_every_hop_of_a_collective_waits_for_the_link() -> None:
 
 
 def test_where_times_are_nearly_the_same_the_more_exact_way_is_taken() -> None:
-    found = plan(ask(), ring(mac(0), mac(1), rate=1e9), FLUX)
-    assert found.options[0].name == "sequence"
-    assert won(found).name == "data"
-    assert found.reason.endswith("nearly the same, and the first is the more exact.")
+    choice = plan(ask(), ring(mac(0), mac(1), rate=1e9), FLUX)
+    assert choice.options[0].name == "sequence"
+    assert won(choice).name == "data"
+    assert choice.reason.endswith("nearly the same, and the first is the more exact.")
 
 
 @pytest.mark.parametrize("hosts", [5, 7])
 def test_tensor_uses_fewer_hosts_where_heads_do_not_divide(hosts: int) -> None:
     view = full(*(mac(rank) for rank in range(hosts)), rate=2e10)
-    found = plan(ask(), view, FLUX, placement="tensor")
-    assert len(won(found).ranks) == hosts - 1
-    assert f"24 heads do not divide by {hosts}" in found.reason
-    assert found.reason.startswith("You asked for tensor.")
+    choice = plan(ask(), view, FLUX, placement="tensor")
+    assert len(won(choice).ranks) == hosts - 1
+    assert f"24 heads do not divide by {hosts}" in choice.reason
+    assert choice.reason.startswith("You asked for tensor.")
 
 
 def test_sequence_takes_any_number_of_hosts() -> None:
-    found = plan(
+    choice = plan(
         ask(), full(*(mac(rank) for rank in range(5)), rate=2e10), FLUX, placement="sequence"
     )
-    assert won(found).phases[0].tokens == (922, 922, 922, 922, 920)
+    assert won(choice).phases[0].tokens == (922, 922, 922, 922, 920)
 
 
 def test_a_ring_exists_only_where_cables_do() -> None:
     view = without(ring(*(mac(rank) for rank in range(4))), 2)
-    found = plan(ask(), view, FLUX)
-    assert option(found, "sequence", 3).problem == "no link from host 1 to host 3"
-    assert option(found, "sequence", 2).ranks in ((0, 1), (0, 3))
-    assert len(won(found).ranks) == 2
+    choice = plan(ask(), view, FLUX)
+    assert option(choice, "sequence", 3).problem == "no link from host 1 to host 3"
+    assert option(choice, "sequence", 2).ranks in ((0, 1), (0, 3))
+    assert len(won(choice).ranks) == 2
 
 
 def test_of_unequal_hosts_in_a_ring_the_fastest_neighbours_work_together() -> None:
@@ -170,14 +170,14 @@ def test_unequal_hosts_get_unequal_work_and_a_useless_one_none() -> None:
 
 def test_a_model_too_large_for_any_host_is_sharded() -> None:
     small_macs = [mac(r, memory_bytes=16 * GB, free_bytes=12 * GB, holds=None) for r in range(4)]
-    found = plan(ask(), full(*small_macs), FLUX)
-    assert won(found).name == "tensor" and won(found).phases[0].layout == "sharded"
-    assert len(won(found).ranks) == 4
-    assert option(found, "data").problem == "host 0 needs 26.1 GB and may use 12.0 GB"
-    assert "host 0 needs" in option(found, "sequence", 4).problem
-    need = won(found).memory[0]
+    choice = plan(ask(), full(*small_macs), FLUX)
+    assert won(choice).name == "tensor" and won(choice).phases[0].layout == "sharded"
+    assert len(won(choice).ranks) == 4
+    assert option(choice, "data").problem == "host 0 needs 26.1 GB and may use 12.0 GB"
+    assert "host 0 needs" in option(choice, "sequence", 4).problem
+    need = won(choice).memory[0]
     assert need.load_bytes == pytest.approx(23.7e9 / 4 + 0.24e9, rel=0.01)
-    assert won(found).load_seconds == pytest.approx(need.load_bytes / 3e9)
+    assert won(choice).load_seconds == pytest.approx(need.load_bytes / 3e9)
 
 
 def test_slower_hosts_that_hold_the_model_are_found_among_faster_ones_that_cannot() -> None:
@@ -186,30 +186,32 @@ def test_slower_hosts_that_hold_the_model_are_found_among_faster_ones_that_canno
             return mac(rank, flops_per_second=13e12)
         return mac(rank, memory_bytes=8 * GB)
 
-    found = plan(ask(), full(*(host(rank) for rank in range(4))), FLUX)
-    assert option(found, "sequence", 2).ranks == (1, 3)
+    choice = plan(ask(), full(*(host(rank) for rank in range(4))), FLUX)
+    assert option(choice, "sequence", 2).ranks == (1, 3)
 
 
 def test_what_an_idle_agent_holds_is_not_free() -> None:
     agents = [mac(rank, device="gpu", free_bytes=4 * GB) for rank in range(2)]
-    found = won(plan(ask(), full(*agents, rate=1e8), FLUX))
-    assert (len(found.ranks), found.text_stays) == (1, False)
-    assert found.memory[0].available == 28 * GB
+    winner = won(plan(ask(), full(*agents, rate=1e8), FLUX))
+    assert (len(winner.ranks), winner.text_stays) == (1, False)
+    assert winner.memory[0].available == 28 * GB
 
 
 def test_nothing_fits_and_the_reason_says_how_much_is_missing() -> None:
-    found = plan(ask(), full(*(mac(r, memory_bytes=4 * GB, holds=None) for r in range(2))), FLUX)
-    assert found.winner is None
-    assert found.reason.startswith("No placement can be done: host 0 needs 26.1 GB and may use 4.0")
-    assert all(math.isinf(option.seconds) for option in found.options)
+    choice = plan(ask(), full(*(mac(r, memory_bytes=4 * GB, holds=None) for r in range(2))), FLUX)
+    assert choice.winner is None
+    assert choice.reason.startswith(
+        "No placement can be done: host 0 needs 26.1 GB and may use 4.0"
+    )
+    assert all(math.isinf(option.seconds) for option in choice.options)
 
 
 def test_going_back_to_replicated_is_a_reload_that_is_priced() -> None:
     hosts = [mac(rank, holds=held(4, rank)) for rank in range(4)]
-    one, many = plan(ask(), full(*hosts), FLUX), plan(ask(n_images=40), full(*hosts), FLUX)
-    assert (won(one).name, won(one).phases[0].layout) == ("tensor", "sharded")
-    assert won(one).load_seconds == 0
-    assert option(one, "data").load_seconds == pytest.approx(7.98, abs=0.01)  # 24 GB at 3 GB/s
+    single, many = plan(ask(), full(*hosts), FLUX), plan(ask(n_images=40), full(*hosts), FLUX)
+    assert (won(single).name, won(single).phases[0].layout) == ("tensor", "sharded")
+    assert won(single).load_seconds == 0
+    assert option(single, "data").load_seconds == pytest.approx(7.98, abs=0.01)  # 24 GB at 3 GB/s
     assert won(many).name == "data"
     assert won(many).load_seconds > 0
 
@@ -217,15 +219,15 @@ def test_going_back_to_replicated_is_a_reload_that_is_priced() -> None:
 def test_shards_of_another_split_are_read_again() -> None:
     hosts = [mac(rank, memory_bytes=16 * GB, holds=held(4, rank)) for rank in range(4)]
     three = without(full(*hosts), 3)
-    found = plan(ask(), three, FLUX)
-    assert won(found).phases[0].layout == "sharded"
-    assert all(need.load_bytes > 0 for need in won(found).memory)
+    choice = plan(ask(), three, FLUX)
+    assert won(choice).phases[0].layout == "sharded"
+    assert all(need.load_bytes > 0 for need in won(choice).memory)
 
 
 def test_a_host_with_anothers_shard_reads_its_own() -> None:
     hosts = [mac(r, memory_bytes=16 * GB, holds=held(4, s)) for r, s in enumerate((0, 2, 1, 3))]
-    found = option(plan(ask(), full(*hosts), FLUX), "tensor", 4)
-    assert [need.load_bytes > 0 for need in found.memory] == [False, True, True, False]
+    tensor = option(plan(ask(), full(*hosts), FLUX), "tensor", 4)
+    assert [need.load_bytes > 0 for need in tensor.memory] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("keys", [{"bits": 4}, {"dtype": "float32"}, {"model": "other"}])
@@ -236,14 +238,14 @@ def test_other_weights_are_loaded_first(keys: dict[str, Any]) -> None:
 
 def test_agents_on_one_machine_share_its_memory_and_its_gpu() -> None:
     agents = [mac(r, device="gpu", free_bytes=66 * GB, holds=None) for r in range(4)]
-    found = plan(ask(n_images=4), full(*agents, rate=8e9), FLUX)
-    assert won(found).name == "data"
-    assert len(won(found).ranks) == 2  # 26 GB each
+    choice = plan(ask(n_images=4), full(*agents, rate=8e9), FLUX)
+    assert won(choice).name == "data"
+    assert len(won(choice).ranks) == 2  # 26 GB each
     roomy = [replace(agent, free_bytes=200 * GB) for agent in agents]
-    found = plan(ask(n_images=5), full(*roomy, rate=8e9), FLUX)
-    assert sorted(Counter(won(found).phases[0].owners).values()) == [1, 1, 1, 2]
+    choice = plan(ask(n_images=5), full(*roomy, rate=8e9), FLUX)
+    assert sorted(Counter(won(choice).phases[0].owners).values()) == [1, 1, 1, 2]
     steps = 5 * (4 * 74.362e12 + 10.472e12 / 0.4) / 26e12
-    assert won(found).seconds == pytest.approx(steps + won(found).load_seconds, rel=1e-3)
+    assert won(choice).seconds == pytest.approx(steps + won(choice).load_seconds, rel=1e-3)
 
 
 def test_text_encoders_run_where_there_is_room() -> None:
@@ -253,8 +255,8 @@ def test_text_encoders_run_where_there_is_room() -> None:
         1,
         True,
     )
-    found = plan(ask(), ring(tight), FLUX)
-    assert (won(found).text_rank, won(found).text_stays) == (0, False)
+    choice = plan(ask(), ring(tight), FLUX)
+    assert (won(choice).text_rank, won(choice).text_stays) == (0, False)
     preload = plan(ask(preload=True), ring(tight), FLUX)
     assert preload.winner is None
     assert "no host has 9.8 GB for the text encoders beside the rest" in preload.reason
@@ -264,18 +266,18 @@ def test_text_encoders_run_where_there_is_room() -> None:
 
 
 def test_force_shard_leaves_out_data_and_still_lists_it() -> None:
-    found = plan(ask(n_images=4), ring(mac(0), mac(1)), FLUX, force_shard=True)
-    assert won(found).name == "sequence"
-    assert found.reason.startswith("You asked for a sharded placement.")
-    assert option(found, "data").seconds < won(found).seconds
+    choice = plan(ask(n_images=4), ring(mac(0), mac(1)), FLUX, force_shard=True)
+    assert won(choice).name == "sequence"
+    assert choice.reason.startswith("You asked for a sharded placement.")
+    assert option(choice, "data").seconds < won(choice).seconds
 
 
 def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
-    one = ring(mac(0))
-    assert plan(ask(), one, FLUX, placement="tensor").reason == (
+    mesh = ring(mac(0))
+    assert plan(ask(), mesh, FLUX, placement="tensor").reason == (
         "You asked for tensor, which needs two hosts; the mesh has 1."
     )
-    both = plan(ask(), one, FLUX, placement="data", force_shard=True)
+    both = plan(ask(), mesh, FLUX, placement="data", force_shard=True)
     assert both.winner is None and "exclude each other" in both.reason
     five = full(*(mac(rank) for rank in range(2)))
     odd = plan(ask(), five, small(heads=3), placement="tensor")
@@ -285,8 +287,8 @@ def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
 
 
 def test_a_jaccl_mesh_ends_at_eight_hosts() -> None:
-    found = plan(ask(), full(*(mac(rank) for rank in range(9)), backend="jaccl"), FLUX)
-    problems = [option.problem for option in found.options if option.problem]
+    choice = plan(ask(), full(*(mac(rank) for rank in range(9)), backend="jaccl"), FLUX)
+    problems = [option.problem for option in choice.options if option.problem]
     assert "a jaccl mesh has at most 8 hosts" in problems
 
 
@@ -451,9 +453,9 @@ def check_memory(view: MeshView, option: Option) -> None:
         assert needed.get(host.rank, 0) <= host.memory_bytes
 
 
-def check(found: Plan, view: MeshView, option: Option) -> None:
+def check(choice: Plan, view: MeshView, option: Option) -> None:
     """An option that can be taken does all the work, on hosts that can do it together."""
-    work = found.work
+    work = choice.work
     assert math.isfinite(option.seconds) and option.seconds > 0
     assert 0 <= option.load_seconds <= option.seconds * (1 + 1e-9)
     assert 0 <= option.cold_seconds <= option.seconds * (1 + 1e-9)
@@ -490,30 +492,30 @@ def check(found: Plan, view: MeshView, option: Option) -> None:
 def test_every_request_on_every_mesh_has_a_plan(
     request: Any, view: MeshView, model: Any, placement: Any, force: bool
 ) -> None:
-    found = plan(request, view, model, placement=placement, force_shard=force)
-    assert found.reason.endswith(".") and "\n" not in found.reason
-    for option in found.options:
+    choice = plan(request, view, model, placement=placement, force_shard=force)
+    assert choice.reason.endswith(".") and "\n" not in choice.reason
+    for option in choice.options:
         if option.problem:
             assert math.isinf(option.seconds)
         else:
-            check(found, view, option)
-    seconds = [option.seconds for option in found.options]
+            check(choice, view, option)
+    seconds = [option.seconds for option in choice.options]
     assert seconds == sorted(seconds)
-    names = Counter(option.name for option in found.options)
+    names = Counter(option.name for option in choice.options)
     assert names["data"] == (1 if view.hosts else 0)
     assert names["sequence"] == names["tensor"] == max(len(view.hosts) - 1, 0)
     allowed = [
         option
-        for option in found.options
+        for option in choice.options
         if not option.problem
         and placement in (None, option.name)
         and (not force or option.name in ("sequence", "tensor"))
     ]
-    if found.winner is None:
+    if choice.winner is None:
         assert not allowed
     else:
-        assert found.winner in allowed
-        assert found.winner.seconds <= CLOSE * min(option.seconds for option in allowed)
+        assert choice.winner in allowed
+        assert choice.winner.seconds <= CLOSE * min(option.seconds for option in allowed)
 
 
 @settings(max_examples=50, deadline=None)
@@ -548,8 +550,8 @@ def test_what_one_agent_measured_holds_for_all_on_its_device() -> None:
         mac(1, device="one"),
         mac(2, device="two"),
     ]
-    found = plan(ask(height=1024, width=1024, n_images=3), full(*hosts), FLUX)
-    whole = next(option for option in found.options if option.name == "data")
+    choice = plan(ask(height=1024, width=1024, n_images=3), full(*hosts), FLUX)
+    whole = next(option for option in choice.options if option.name == "data")
     assert not whole.measured
     pair = plan(ask(height=1024, width=1024, n_images=2), full(*hosts[:2]), FLUX)
     both = next(option for option in pair.options if option.name == "sequence")
@@ -576,8 +578,8 @@ def test_a_ring_that_was_timed_takes_what_it_took() -> None:
 
     def tensor(*seconds: float, size: int = 512, **keys: Any) -> Option:
         hosts = [mac(rank, measured=timed(each, **keys)) for rank, each in enumerate(seconds)]
-        found = plan(ask(height=size, width=size), ring(*hosts, rate=1.2e9), FLUX)
-        return option(found, "tensor", 2)
+        choice = plan(ask(height=size, width=size), ring(*hosts, rate=1.2e9), FLUX)
+        return option(choice, "tensor", 2)
 
     both = tensor(3.0, 3.5)
     assert both.measured and both.phases[0].step_seconds == 3.5
@@ -594,6 +596,6 @@ def test_a_ring_that_was_timed_takes_what_it_took() -> None:
     for other in ({"hosts": 3}, {"placement": "sequence"}):
         assert tensor(3.0, 3.5, **other).phases[0].step_seconds == pytest.approx(small)
     hosts = [mac(0, measured=timed(3.0)), mac(1)]
-    found = plan(ask(height=512, width=512), ring(*hosts, rate=1.2e9), FLUX)
-    assert option(found, "tensor", 2).phases[0].step_seconds == pytest.approx(small)
-    assert not option(found, "data").measured
+    choice = plan(ask(height=512, width=512), ring(*hosts, rate=1.2e9), FLUX)
+    assert option(choice, "tensor", 2).phases[0].step_seconds == pytest.approx(small)
+    assert not option(choice, "data").measured

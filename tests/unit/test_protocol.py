@@ -498,5 +498,5 @@ def test_messages_without_fields_are_small() -> None:
 
 def test_sampling_reaches_every_field() -> None:
     draw = random.Random(3)
-    found = [sample(messages.Paint, draw) for _ in range(20)]
-    assert {each.mask is None for each in found} == {True, False}
+    samples = [sample(messages.Paint, draw) for _ in range(20)]
+    assert {each.mask is None for each in samples} == {True, False}
