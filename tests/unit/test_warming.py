@@ -237,10 +237,8 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
 
     notes, statuses = asyncio.run(scene())
     held = [status.holds for status in statuses]
-    assert [(status.shard, status.shards) for status in held if status is not None] == [
-        (0, 2),
-        (1, 2),
-    ]
+    shards = [(holding.shard, holding.shards) for holding in held if holding is not None]
+    assert shards == [(0, 2), (1, 2)]
     assert [status.holder for status in statuses] == ["", ""]
     if fails:
         (note,) = notes
@@ -291,7 +289,7 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
                     again = await Warming(up, wanted, reporter, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
-            return reporter, [up, again], [status.status() for status in mesh.services.values()]
+            return reporter, [up, again], [service.status() for service in mesh.services.values()]
 
     reporter, (up, again), statuses = asyncio.run(scene())
     assert all(status.holds is not None and status.holder == "" for status in statuses)
