@@ -9,6 +9,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from fluxmesh_coordinator.runtime import agent_pool, job_runner
 from tests.paths import python_path
 
 PATIENCE = 60.0  # seconds that a test waits for anything
+GONE = 10.0  # seconds within which what should end has ended
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -215,6 +217,25 @@ def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
             return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
 
         monkeypatch.setattr(module, "host_info", apart)
+
+
+async def engine_of(coordinator: Coordinator) -> int:
+    pid = (await coordinator.status()).engine_pid
+    assert pid is not None
+    return pid
+
+
+async def failed(coordinator: Coordinator, seconds: float = GONE) -> messages.Failed:
+    """The next report of a failure."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for report in coordinator.heard:
+            if isinstance(report, messages.Failed):
+                coordinator.heard.clear()
+                coordinator.read = 0
+                return report
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"nothing failed: {coordinator.heard}")
 
 
 async def encode(

@@ -32,11 +32,6 @@ from tests.integration.agents import (
 )
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
-    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("ring")).path), "float32")
-
-
 @asynccontextmanager
 async def mesh(
     folder: Path, weights: ModelVariant, count: int = 2, **envs: str

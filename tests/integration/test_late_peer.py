@@ -14,7 +14,6 @@ from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
 from tests.alone import painted_alone
-from tests.checkpoints import make_checkpoint
 from tests.integration.agents import encode, join_ring, painting, play
 from tests.integration.test_agent_ring import mesh, paint
 from tests.integration.test_mesh import mesh_of, pictures, request_of
@@ -23,11 +22,6 @@ from tests.watchdog import LIMIT, Metal
 
 LATE = 8.0  # seconds
 PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "agent", "coordinator"))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
-    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("late")).path), "float32")
 
 
 # Of the first step, and in the middle of the second one.

@@ -32,6 +32,7 @@ from tests.unit.meshes import GB, ask, full, mac, small
 from tests.unit.simulation import SimulatedMachine, Simulation
 
 SIZES = small()
+PLACEMENTS = ["data", "sequence", "tensor"]
 UNITS = (Caption("a cat"), Caption("two dogs"), Crop(0, 0), Crop(1, 0), Crop(2, 1))
 
 

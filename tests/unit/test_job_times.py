@@ -23,10 +23,10 @@ from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
+from tests.unit.mesh_jobs import Heard, job, play
 from tests.unit.meshes import ask, held, small
 from tests.unit.simulated_jobs import GenerationSimulation
 from tests.unit.simulation import SimulatedMachine
-from tests.unit.test_mesh import Heard, job, play
 from tests.unit.test_warming import Told
 
 RING = ("sequence", (0, 2))
