@@ -96,7 +96,7 @@ PICTURES = (
         DATA,
     ),
     PictureCase(
-        "lines",
+        "prompts",
         None,
         f"--seed 25 --prompt-file {INPUTS}/prompts.txt --image-size 64 --steps 2 --force",
         SEQUENCE,

@@ -33,7 +33,9 @@ def test_every_option_of_generate_is_in_some_case() -> None:
         if parameter.param_type_name == "option" and not named & set(parameter.opts)
     ]
     assert missing == []
-    assert len(PICTURES) == len({case.name for case in PICTURES}) == 20
+    names = {case.name for case in PICTURES}
+    assert len(PICTURES) == len(names) == 20
+    assert not names & {"lines", "training"}  # what else stands beside a road's cases
 
 
 def test_the_inputs_are_the_same_every_time_and_fit_the_model(tmp_path: Path) -> None:
