@@ -388,9 +388,9 @@ class FakeMesh:
         self._tasks[rank] = asyncio.create_task(service.run())
 
     def engine(self, rank: int) -> FakeSupervisor:
-        found = self.services[rank].supervisor
-        assert isinstance(found, FakeSupervisor)
-        return found
+        supervisor = self.services[rank].supervisor
+        assert isinstance(supervisor, FakeSupervisor)
+        return supervisor
 
     async def kill(self, rank: int) -> None:
         """SIGKILL of an agent: its engine ends with it, and all its connections."""

@@ -173,11 +173,11 @@ Life = tuple[int | None, int]  # an engine's process, and the steps it has count
 
 def lives(mesh: Mesh, hosts: int) -> dict[int, Life]:
     """Of each host that answers."""
-    found = mesh.status()
+    statuses = mesh.status()
     return {
-        rank: (told.engine_pid, told.counters.steps)
+        rank: (status.engine_pid, status.counters.steps)
         for rank in range(hosts)
-        if isinstance(told := found[rank], messages.Status)
+        if isinstance(status := statuses[rank], messages.Status)
     }
 
 

@@ -52,8 +52,8 @@ def test_a_job_tells_what_it_does_in_order_and_the_next_reads_nothing_twice(
         events = events_of(mesh, request_of, n_images=2)
         again = events_of(mesh, request_of, n_images=2)
         other = events_of(mesh, request_of, prompt="a cat")
-    told = [event for event in events if not isinstance(event, Loading)]
-    kinds = [type(event) for event in told]
+    others = [event for event in events if not isinstance(event, Loading)]
+    kinds = [type(event) for event in others]
     assert kinds == [Planned, Encoded, Peak, *[Step] * 3, Picture, *[Step] * 3, Picture, Peak, Peak]
     assert loaded(events) == ["text encoders", "transformer", "autoencoder"]
     steps = [(e.image, e.step, e.steps) for e in events if isinstance(e, Step)]
@@ -106,8 +106,8 @@ def test_a_cached_picture_is_another_one_and_its_steps_say_why(
 ) -> None:
     eight = dataclasses.replace(request_of, steps=8, n_images=2)
     plain, cached = (events_of(warm, eight, cache=cache) for cache in (0.0, 0.7))
-    reused = [[e.reused for e in told if isinstance(e, Step)] for told in (plain, cached)]
-    counts = [[e.reused for e in told if isinstance(e, Picture)] for told in (plain, cached)]
+    reused = [[e.reused for e in events if isinstance(e, Step)] for events in (plain, cached)]
+    counts = [[e.reused for e in events if isinstance(e, Picture)] for events in (plain, cached)]
     assert counts[0] == [0, 0] and min(counts[1]) > 0
     assert [sum(reused[1][k : k + 8]) for k in (0, 8)] == counts[1]
     assert not any(reused[0])

@@ -150,8 +150,8 @@ def test_a_python_program_has_its_request_resolved_once(
         adapters=(AdapterRef("dog.safetensors", 0.5),),
     )
     with mesh_of(place, 1, checkpoint) as mesh:
-        told = list(mesh.generate(request))
-    (picture,) = [event for event in told if isinstance(event, Picture)]
+        events = list(mesh.generate(request))
+    (picture,) = [event for event in events if isinstance(event, Picture)]
     defaults = hub.resolve(str(checkpoint)).defaults
     assert picture.pixels.shape == (defaults.height, defaults.width, 3)
     assert looks.models == {str(checkpoint): 2}, "one is this test's"

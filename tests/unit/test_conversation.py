@@ -92,8 +92,8 @@ def test_settings_hold_until_they_are_changed_again(talk: Any) -> None:
         *("/size 64x32", "/steps 2", "/seed 7", "/n 2", "/model dev", "/guidance 2", "a dog"),
         *("two dogs", "/size", "/steps", "/n", "/model", "/guidance", "a cat"),
     )
-    told = [(r.prompt, r.seed, r.n_images, r.height, r.width, r.steps, r.model) for r in requests]
-    assert told == [
+    asked = [(r.prompt, r.seed, r.n_images, r.height, r.width, r.steps, r.model) for r in requests]
+    assert asked == [
         ("a dog", 7, 2, 64, 32, 2, "dev"),
         ("two dogs", 7, 2, 64, 32, 2, "dev"),
         ("a cat", 7, 1, 32, 48, 4, "tiny"),

@@ -57,8 +57,8 @@ def wait(mesh: Mesh, is_so: Callable[[messages.Status], bool]) -> None:
 def test_hosts_that_did_not_make_a_picture_get_ready_for_its_size(tmp_path: Path) -> None:
     with mesh_of(tmp_path, 2) as (mesh, _):
         wait(mesh, lambda status: status.holds is not None)
-        told = list(mesh.generate(REQUEST, "data"))
-        assert any(isinstance(event, events.Picture) for event in told)
+        job_events = list(mesh.generate(REQUEST, "data"))
+        assert any(isinstance(event, events.Picture) for event in job_events)
         way = StepShape.of(ModelVariant("tiny"), "data", 1, 32, 48)
         wait(mesh, lambda status: way in status.compiled)
 
@@ -93,8 +93,10 @@ def test_a_mesh_that_ends_with_the_program_is_told_nothing(tmp_path: Path) -> No
         mesh.keeps_warm = False
         list(mesh.generate(REQUEST, "data"))
         time.sleep(1.0)
-        told = [one for one in mesh.status().values() if isinstance(one, messages.Status)]
-        assert sorted(len(status.compiled) for status in told) == [0, 1]  # who made it
+        statuses = [
+            answer for answer in mesh.status().values() if isinstance(answer, messages.Status)
+        ]
+        assert sorted(len(status.compiled) for status in statuses) == [0, 1]  # who made it
 
 
 @pytest.mark.parametrize("deaths", [0, 2])
