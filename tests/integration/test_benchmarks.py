@@ -179,7 +179,10 @@ def test_plans_holds_what_was_predicted_against_what_agents_took(
     options = ("--hosts", "2", "--model", str(checkpoint), "--sizes", "32x32", "--steps", "1")
     more = ("--images", "1", "--rounds", "1", "--placements", "data", "sequence")
     printed, results = run(tmp_path, "plans", *options, *more)
-    *cases, choice = results
+    firsts = [first for first in results if "first" in first]
+    assert [first["first"] for first in firsts] == ["data", "sequence"]
+    assert all(first["took"] > 0 and first["predicted"] > 0 for first in firsts)
+    *cases, choice = results[len(firsts) :]
     assert [(case["placement"], len(case["hosts"])) for case in cases] == [
         ("data", 1),
         ("sequence", 2),
