@@ -262,7 +262,9 @@ def _planned_step(result: Result, step_seconds: float) -> float:
         if a != b
     ]
     view = MeshView(tuple(hosts), tuple(links), result["backend"])
-    option = Candidates(Workload.of(model.fill(request), model), view).ring(result["what"], tuple(ranks), (0,))
+    option = Candidates(Workload.of(model.fill(request), model), view).ring(
+        result["what"], tuple(ranks), (0,)
+    )
     return option.phases[0].step_seconds
 
 
