@@ -147,17 +147,17 @@ def pictures_table(
     cached: dict[float, list[CachedImage]] = {threshold: [] for threshold in thresholds}
     for seed, plan in enumerate(plans):
         exact.append(paint(flux, plan, seed, size, None))
-        for threshold, found in cached.items():
-            found.append(paint(flux, plan, seed, size, threshold))
+        for threshold, images in cached.items():
+            images.append(paint(flux, plan, seed, size, threshold))
     steps = plans[0].steps
     print(f"\n{len(plans)} images of {steps} steps\n")
     print("| --cache | steps reused | denoising | mean error /255 | worst pixel /255 ", end="")
     print("| PSNR, dB: all | worst image |\n|---|---|---|---|---|---|---|")
-    for threshold, found in cached.items():
-        reused = statistics.mean(sum(image.reused) for image in found)
+    for threshold, images in cached.items():
+        reused = statistics.mean(sum(image.reused) for image in images)
         # The first step has nothing to compare with, and the last need not.
         spent = 2 + (steps - 2 - reused) * costs.computed + reused * costs.reused
-        errors = np.stack([np.abs(a - b) for a, b in _pairs(exact, found)])  # [images, h, w, 3]
+        errors = np.stack([np.abs(a - b) for a, b in _pairs(exact, images)])  # [images, h, w, 3]
         squares = (errors**2).mean(axis=(1, 2, 3))  # of each image
         print(f"| {threshold:g} | {reused:.1f} of {steps} | {steps / spent:.2f}x ", end="")
         print(f"| {errors.mean():.2f} | {errors.max():.0f} ", end="")
@@ -165,9 +165,9 @@ def pictures_table(
 
 
 def _pairs(
-    exact: list[CachedImage], found: list[CachedImage]
+    exact: list[CachedImage], cached: list[CachedImage]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for a, b in zip(exact, found, strict=True):
+    for a, b in zip(exact, cached, strict=True):
         yield a.pixels.astype(np.float64), b.pixels.astype(np.float64)
 
 

@@ -39,16 +39,16 @@ def gpus() -> list[str]:
     if allowed:
         return allowed.split(",")
     try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [str(i) for i in range(len(found.stdout.strip().splitlines()))]
+    return [str(i) for i in range(len(listing.stdout.strip().splitlines()))]
 
 
 def free_ports(count: int) -> list[int]:
     """Ports of this machine that nobody listens at now."""
     with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
+        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in socks]

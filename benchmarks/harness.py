@@ -158,8 +158,8 @@ def machine() -> dict[str, str]:
     about = {"system": f"{platform.system()} {platform.machine()}", "cores": str(os.cpu_count())}
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        about["gpu"] = "; ".join(found.strip().splitlines())
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        about["gpu"] = "; ".join(names.strip().splitlines())
     except (OSError, subprocess.CalledProcessError):
         about["processor"] = platform.processor() or platform.machine()
     return about

@@ -258,7 +258,9 @@ def report(results: list[Result]) -> str:
     ]
     if requests:
         tables.append(harness.table(["command", "page cache", "s"], requests))
-    return "\n\n".join([*tables, *(line_of(one) for one in results if "seconds" not in one)])
+    return "\n\n".join(
+        [*tables, *(line_of(result) for result in results if "seconds" not in result)]
+    )
 
 
 def file_row(result: Result, disk: dict[str, float]) -> list[str]:

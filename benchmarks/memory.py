@@ -4,10 +4,11 @@
     python -m benchmarks.memory --small        # the same path on tiny models, for a CPU
 
 FLUX.1 at full size with random weights, from files (`writer.py`): the text encoders read a prompt,
-the transformer makes an image of 1024x1024, the autoencoder decodes it. One engine through
-`Runner`, as `fluxmesh generate` runs where there is no mesh; or, with `--engines`, several on this
-machine that hold a shard each (`tensor`). Peaks are MLX's own count, each phase by itself; `load`
-is that of the transformer's loading. Beside them stand the seconds that each phase took.
+the transformer makes an image of 1024x1024, the autoencoder decodes it. One engine behind an agent
+of its own, which is what `fluxmesh generate` starts where no mesh is up; or, with `--engines`,
+several on this machine that hold a shard each (`tensor`). Peaks are MLX's own count, each phase by
+itself; `load` is that of the transformer's loading. Beside them stand the seconds that each phase
+took.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def _software() -> str:
 
 def alone(case: Result, sizes: Sizes) -> dict[str, Any]:
     """Seconds and peaks of a request on one engine; steps and decoding are the last image's."""
-    from fluxmesh.engine.reference import Runner
+    from fluxmesh.wire.messages import Status
+    from fluxmesh_coordinator.runtime.mesh import Mesh
 
     request = GenerateRequest(
         PROMPT,
@@ -120,25 +122,28 @@ def alone(case: Result, sizes: Sizes) -> dict[str, Any]:
     peaks: dict[str, int] = {}
     steps: list[float] = []
     began = time.perf_counter()
-    runner = Runner()
-    for event in runner.run(request):
-        match event:
-            case Loading(component, 0, _):
-                began = time.perf_counter()
-            case Loading(component, _, _):
-                seconds[f"load {component}"] = time.perf_counter() - began
-            case Encoded(seconds=spent):
-                seconds["encode"] = spent
-            case Step(step=step, seconds=spent):
-                steps = [*([] if step == 1 else steps), spent]
-            case Picture(seconds=spent, pixels=pixels):
-                seconds["decode"] = spent - sum(steps)
-                if pixels.std() == 0:
-                    raise SystemExit("The picture is of one colour: something did not compute.")
-            case Peak(phase, size):
-                peaks[phase] = size
+    with Mesh.of_user(None) as mesh:
+        for event in mesh.generate(request, keep_warm=False):
+            match event:
+                case Loading(component, 0):
+                    began = time.perf_counter()
+                case Loading(component):
+                    seconds[f"load {component}"] = time.perf_counter() - began
+                case Encoded(seconds=spent):
+                    seconds["encode"] = spent
+                case Step(step=step, seconds=spent):
+                    steps = [*([] if step == 1 else steps), spent]
+                case Picture(seconds=spent, pixels=pixels):
+                    seconds["decode"] = spent - sum(steps)
+                    if pixels.std() == 0:
+                        raise SystemExit("The picture is of one colour: something did not compute.")
+                case Peak(phase, size):
+                    peaks[phase] = size
+        status = mesh.status()[0]
+    if not isinstance(status, Status):
+        raise SystemExit(f"The agent does not say what it needed: {status}")
     seconds["step"] = statistics.median(steps)
-    peaks["load"] = runner.worker.counters.load_peak_bytes
+    peaks["load"] = status.counters.load_peak_bytes
     return {"seconds": seconds, "peaks": [peaks]}
 
 
@@ -156,8 +161,13 @@ def sharded(case: Result, sizes: Sizes) -> None:
     for work in _units(case, sizes, ranks.rank, ranks.size):
         for _ in worker.do(work):
             pass
-    found = worker.meter.peaks
-    own = [found.get("text", 0), found["denoise"], found["decode"], worker.done.load_peak_bytes]
+    phase_peaks = worker.meter.peaks
+    own = [
+        phase_peaks.get("text", 0),
+        phase_peaks["denoise"],
+        phase_peaks["decode"],
+        worker.done.load_peak_bytes,
+    ]
     every = ranks.gather(mx.array([own], dtype=mx.int64)).tolist()
     peaks = [dict(zip((*PHASES, "load"), row, strict=True)) for row in every]
     emit(software=_software(), seconds={}, peaks=peaks)
@@ -187,7 +197,7 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
         components=("transformer",),
         low_memory=low_memory,
     )
-    common |= {"height": sizes.height, "width": sizes.width, "latents": noise}
+    common |= {"height": sizes.height, "width": sizes.width}
     vector = np.ones((1, config.vec_in_dim), dtype=np.float32)
     yield Paint(
         **common,
@@ -199,10 +209,11 @@ def _units(case: Result, sizes: Sizes, rank: int, engines: int) -> Iterator[Any]
         low_memory=low_memory,
         preview=False,
         strength=1.0,
+        latents=None,
         noise=noise,
         features={"t5": text, "clip": vector},
     )
-    yield Decode(**common, images=(0,))
+    yield Decode(**common, images=(0,), latents=noise)
 
 
 # What is printed

@@ -223,7 +223,7 @@ def predict(result: Result, before: Sequence[Result]) -> None:
         result["predicted"] = _planned_step(result, step)
 
 
-def _planned_step(result: Result, one: float) -> float:
+def _planned_step(result: Result, step_seconds: float) -> float:
     from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, StepTiming
     from fluxmesh.planning.candidates import Candidates
     from fluxmesh.planning.workload import ModelSizes, Workload
@@ -237,7 +237,9 @@ def _planned_step(result: Result, one: float) -> float:
     request = GenerateRequest(
         "a cat", 0, model="m", height=side, width=side, dtype=dtype, bits=bits
     )
-    timed = StepTiming(model="m", height=side, width=side, dtype=dtype, bits=bits, step_seconds=one)
+    timed = StepTiming(
+        model="m", height=side, width=side, dtype=dtype, bits=bits, step_seconds=step_seconds
+    )
     room = 1 << 50  # memory is not the question here
     ranks = range(result["engines"])
     hosts = [
@@ -260,7 +262,9 @@ def _planned_step(result: Result, one: float) -> float:
         if a != b
     ]
     view = MeshView(tuple(hosts), tuple(links), result["backend"])
-    option = Candidates(Workload.of(request, model), view).ring(result["what"], tuple(ranks), (0,))
+    option = Candidates(Workload.of(model.fill(request), model), view).ring(
+        result["what"], tuple(ranks), (0,)
+    )
     return option.phases[0].step_seconds
 
 
@@ -293,14 +297,16 @@ def report(results: list[Result]) -> str:
     requests = [result for result in measured if "request" in result]
     if requests:
         header = ["what", "engines", "size", "images", "s", "predicted", "times one engine"]
-        tables.append(harness.table(header, [request_row(one, requests) for one in requests]))
+        tables.append(
+            harness.table(header, [request_row(request, requests) for request in requests])
+        )
     left_out = [line_of(result) for result in results if "size" not in result]
     return "\n\n".join([*tables, *left_out])
 
 
 def step_row(result: Result, measured: list[Result]) -> list[str]:
     like = "apple one" if result["what"].startswith("apple") else "one"
-    one = _alone(like, "seconds", result, measured)
+    alone = _alone(like, "seconds", result, measured)
     is_group = result["engines"] > 1
     return [
         name_of(result),
@@ -309,16 +315,16 @@ def step_row(result: Result, measured: list[Result]) -> list[str]:
         f"{result['size']}²",
         f"{1000 * result['seconds']:.2f}",
         f"{1000 * result['predicted']:.2f}" if "predicted" in result else "",
-        f"{one['seconds'] / result['seconds']:.2f}" if one else "",
+        f"{alone['seconds'] / result['seconds']:.2f}" if alone else "",
         f"{result['sent_a_step'] / 1e6:.2f}" if is_group and result["sent_a_step"] else "",
         f"{result['rate'] / 1e9:.2f}" if "rate" in result else "",
         f"{result['peak'] / 1e9:.2f}",
-        harness.difference(result, one) if is_group else "",
+        harness.difference(result, alone) if is_group else "",
     ]
 
 
 def request_row(result: Result, requests: list[Result]) -> list[str]:
-    one = _alone("one", "request", result, requests)
+    alone = _alone("one", "request", result, requests)
     return [
         name_of(result),
         str(result["engines"]),
@@ -326,13 +332,15 @@ def request_row(result: Result, requests: list[Result]) -> list[str]:
         str(result["images"]),
         f"{result['request']:.3f}",
         f"{result['predicted']:.3f}" if "predicted" in result else "",
-        f"{one['request'] / result['request']:.2f}" if one else "",
+        f"{alone['request'] / result['request']:.2f}" if alone else "",
     ]
 
 
 def _alone(what: str, kind: str, result: Result, measured: list[Result]) -> Result | None:
-    found = (r for r in measured if r["what"] == what and kind in r and r["size"] == result["size"])
-    return next(found, None)
+    matching = (
+        r for r in measured if r["what"] == what and kind in r and r["size"] == result["size"]
+    )
+    return next(matching, None)
 
 
 if __name__ == "__main__":

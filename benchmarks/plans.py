@@ -144,7 +144,11 @@ class Case:
     @property
     def good(self) -> list[Result]:
         """The rounds that others left alone, and that found the mesh warm."""
-        return [one for one in self.rounds if one["others"] <= LOUD and one["cold"] <= COLD]
+        return [
+            measurement
+            for measurement in self.rounds
+            if measurement["others"] <= LOUD and measurement["cold"] <= COLD
+        ]
 
     @property
     def counted(self) -> list[Result]:
@@ -157,7 +161,7 @@ class Case:
         rounds, phase = self.counted, self.option.phases[0]
 
         def median(name: str) -> float:
-            return statistics.median(one[name] for one in rounds)
+            return statistics.median(measurement[name] for measurement in rounds)
 
         return {
             **self.common,
@@ -199,9 +203,9 @@ class Session:
                 end = time.perf_counter()
             elif isinstance(event, Step):
                 steps.append(event.seconds)
-        found = {"measured": end - start, "step": statistics.median(steps)}
+        times = {"measured": end - start, "step": statistics.median(steps)}
         busy = others.end() / (os.cpu_count() or 1) if self._is_here else 0.0
-        return {**found, "others": busy}
+        return {**times, "others": busy}
 
     def first(self, common: dict[str, Any], images: int, placement: Any) -> Result:
         """As `paint`, of a way that was not taken at this size: what was it expected to take?"""
@@ -233,15 +237,17 @@ class Session:
 
         if not self._is_here:
             return []
-        told = [one for one in self.mesh.status().values() if isinstance(one, Status)]
-        return [pid for one in told for pid in (one.pid, one.engine_pid) if pid is not None]
+        statuses = [status for status in self.mesh.status().values() if isinstance(status, Status)]
+        return [
+            pid for status in statuses for pid in (status.pid, status.engine_pid) if pid is not None
+        ]
 
 
 def measure(mesh: Mesh, options: argparse.Namespace) -> list[Result]:
     """Every kind of request, warm; then what would have been chosen."""
     session, hosts = Session(mesh, options), len(mesh.record.members)
     results: list[Result] = []
-    found: list[Result] = []
+    measured: list[Result] = []
     start = time.monotonic()
     for height, width in options.sizes:
         common = {"model": options.model, "height": height, "width": width}
@@ -274,23 +280,23 @@ def measure(mesh: Mesh, options: argparse.Namespace) -> list[Result]:
                 ):
                     cases.append(Case(common, images, None, option.seconds, option))
                     _round(session, cases[-1], number, options.rounds)
-            found = _found(cases, chosen)
+            measured = _measured_so_far(cases, chosen)
             say(f"{height}x{width}: {number + 1} rounds, {time.monotonic() - start:.0f} s")
-            harness.write_json(options.json, results + found)
-        for result in found:
+            harness.write_json(options.json, results + measured)
+        for result in measured:
             say(line_of(result))
-        results += found
+        results += measured
     return results
 
 
-def _found(cases: Sequence[Case], chosen: Mapping[int, Option]) -> list[Result]:
+def _measured_so_far(cases: Sequence[Case], chosen: Mapping[int, Option]) -> list[Result]:
     """What was measured so far at one size, and what is chosen there."""
     made = sorted((case for case in cases if case.rounds), key=lambda case: case.images)
-    found = [case.result for case in made]
+    rows = [case.result for case in made]
     for images, option in chosen.items():
         own = {"images": images, "chosen": option.name, "hosts": list(option.ranks)}
-        found.append({**cases[0].common, **own})
-    return found
+        rows.append({**cases[0].common, **own})
+    return rows
 
 
 def _round(session: Session, case: Case, number: int, rounds: int) -> None:
@@ -301,9 +307,9 @@ def _round(session: Session, case: Case, number: int, rounds: int) -> None:
     if option is None or (case.placement is None and option.name != "mixed"):
         return
     case.option = option
-    found = session.paint(case.common, case.images, case.placement)
+    times = session.paint(case.common, case.images, case.placement)
     cold = option.cold_seconds + option.load_seconds
-    case.rounds.append({"round": number, "predicted": option.seconds, "cold": cold, **found})
+    case.rounds.append({"round": number, "predicted": option.seconds, "cold": cold, **times})
 
 
 if __name__ == "__main__":

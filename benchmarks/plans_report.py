@@ -125,7 +125,7 @@ def _mark(case: Result) -> str:
 
 def _spread(case: Result) -> str:
     """The fastest and the slowest round."""
-    seconds = [one["measured"] for one in case["rounds"]]
+    seconds = [measurement["measured"] for measurement in case["rounds"]]
     return f"{min(seconds):.3f}–{max(seconds):.3f}"
 
 

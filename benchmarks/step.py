@@ -65,9 +65,9 @@ def main() -> None:
     say(f"{harness.machine()}\n")
     results: list[Result] = []
     for bits in [None, *options.bits]:
-        for one in whats:
+        for what in whats:
             case = {
-                "what": one,
+                "what": what,
                 "dtype": options.dtype,
                 "bits": bits,
                 "sizes": sizes,

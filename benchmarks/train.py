@@ -142,8 +142,8 @@ def ours(case: Result) -> None:
         if moved.bad:
             raise SystemExit(f"The gradient of update {update + 1} is no number.")
     device = device_bytes()
-    one, other = (executor.learner.total([0], 1) for _ in range(2))
-    same = bool(mx.array_equal(one, other).item())
+    first_total, second_total = (executor.learner.total([0], 1) for _ in range(2))
+    same = bool(mx.array_equal(first_total, second_total).item())
     times = [seconds / ACCUMULATED for seconds in watch.times]
     _tell(times, peaks, before, time.perf_counter() - start, device=device, same=same)
 
@@ -256,7 +256,7 @@ def line_of(result: Result) -> str:
 
 def report(results: list[Result]) -> str:
     measured = [result for result in results if "seconds" in result]
-    apples = next((one["seconds"] for one in measured if one["what"] == "apple"), None)
+    apples = next((result["seconds"] for result in measured if result["what"] == "apple"), None)
     header = ["what", "s a step", "× Apple", "peak GB", "with loading GB", "device GB",
               "first step s", "all s", "same bytes", "software"]  # fmt: skip
     rows = [

@@ -136,9 +136,9 @@ class LocalMesh:
         shutil.rmtree(self.folder / "home", ignore_errors=True)
         start = time.perf_counter()
         try:
-            told = self.fluxmesh(*command)
+            events = self.fluxmesh(*command)
             seconds = time.perf_counter() - start
-            ready = [event for event in told if event["event"] == "warmed"]
+            ready = [event for event in events if event["event"] == "warmed"]
             tell({"what": "up", "seconds": seconds, "ready": ready})
             yield
         finally:
@@ -164,16 +164,16 @@ class LocalMesh:
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
     def hosts(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.fluxmesh("status", "--json")[-1]["hosts"]
-        return found
+        statuses: list[dict[str, Any]] = self.fluxmesh("status", "--json")[-1]["hosts"]
+        return statuses
 
     def timed(self, placement: str, steps: int) -> Result:
         """A request: its seconds, how it was done, and what had to load for it."""
         start = time.perf_counter()
-        told = self.fluxmesh(*self.request(placement, steps))
+        events = self.fluxmesh(*self.request(placement, steps))
         seconds = time.perf_counter() - start
-        planned = [event for event in told if event["event"] == "planned"]
-        loads = sorted({event["component"] for event in told if event["event"] == "loading"})
+        planned = [event for event in events if event["event"] == "planned"]
+        loads = sorted({event["component"] for event in events if event["event"] == "loading"})
         how = planned[-1]["placement"] if planned else ""
         ranks = planned[-1]["hosts"] if planned else []
         return {"seconds": seconds, "how": how, "ranks": ranks, "loads": loads}
@@ -183,11 +183,11 @@ def measure_requests(mesh: LocalMesh, placement: str, tell: Callable[[Result], N
     """The first request after `up`, and those after it."""
     for number in range(1, mesh.options.requests + 1):
         try:
-            found = mesh.timed(placement, mesh.options.steps)
+            timing = mesh.timed(placement, mesh.options.steps)
         except FluxmeshError as error:
             tell({"what": "request", "placement": placement, "skipped": str(error).strip()})
             return
-        tell({"what": "request", "placement": placement, "number": number, **found})
+        tell({"what": "request", "placement": placement, "number": number, **timing})
 
 
 @dataclass
@@ -238,14 +238,14 @@ def measure_loss(mesh: LocalMesh, tell: Callable[[Result], None]) -> None:
             struck = time.perf_counter()
             tell({"what": "kill", "host": victim, "step": job.step()})
         whole: float | None = None
-        told_at = False
-        while not (told_at and process.poll() is not None):
+        is_reported = False
+        while not (is_reported and process.poll() is not None):
             hosts, now = mesh.hosts(), time.perf_counter() - struck
             if whole is None and now > 2 * LOOK and all(map(is_whole, hosts)):
                 whole = now
-            if not told_at and now >= options.after:
-                told_at = True
-                tell({"what": "hosts", "seconds": now, "hosts": [held(one) for one in hosts]})
+            if not is_reported and now >= options.after:
+                is_reported = True
+                tell({"what": "hosts", "seconds": now, "hosts": [held(host) for host in hosts]})
             if now > LIMIT:
                 process.kill()
             time.sleep(LOOK)
@@ -255,8 +255,8 @@ def measure_loss(mesh: LocalMesh, tell: Callable[[Result], None]) -> None:
     is_done = any(event["event"] == "done" for event in job.events)
     tell({"what": "loss", "seconds": seconds, "done": is_done, "plans": plans, "whole": whole})
     for number in (1, 2):
-        found = mesh.timed(options.kill_by, options.steps)
-        tell({"what": "request", "placement": "after the kill", "number": number, **found})
+        timing = mesh.timed(options.kill_by, options.steps)
+        tell({"what": "request", "placement": "after the kill", "number": number, **timing})
 
 
 def is_whole(host: dict[str, Any]) -> bool:
@@ -323,7 +323,7 @@ def report(results: list[Result]) -> str:
     rows = []
     for placement, requests in seconds.items():
         first, later = requests[0], requests[1:]
-        warm = min((one["seconds"] for one in later), default=first["seconds"])
+        warm = min((request["seconds"] for request in later), default=first["seconds"])
         rows.append(
             [
                 placement,

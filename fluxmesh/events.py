@@ -1,8 +1,8 @@
 """What a running job tells: one frozen dataclass an event, in the order in which they happen.
 
-The coordinator's session (and `fluxmesh.engine.reference`, in one process) yields them; the command
-line turns them into a progress bar, a table or JSON lines, and writes the pictures. `host` is the
-rank of who did it, None in one process. Nothing here imports mlx.
+The coordinator's session yields them; the command line turns them into a progress bar, a table or
+JSON lines, and writes the pictures. `host` is the rank of who did it, None where a training runs in
+this process. Nothing here imports mlx.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from os import PathLike
 from pathlib import Path
 
@@ -26,9 +27,9 @@ MAX_MASK_SKEW = 0.02  # how far the mask's proportions may be from the picture's
 # iPhones save photos so, and Pillow alone does not read them.
 HEIF_SUFFIXES = (".heic", ".heif")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
-TO_JPEG = "on a Mac by `sips -s format jpeg IN.heic -o OUT.jpg`"
+TO_JPEG = "on a Mac by `sips -s format jpeg -o OUT.jpg IN.heic`"
 
-PictureFile = str | PathLike[str]
+PictureFile = str | PathLike[str] | bytes  # a path, or what is in the file
 Margins = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
@@ -42,7 +43,7 @@ def load_source(
     width: int | None = None,
     max_area: int | None = None,
 ) -> SourceImage:
-    """Reads what `--image`, `--mask` and `--outpaint` name.
+    """Reads what `--image`, `--mask` and `--outpaint` name, or the bytes of such files.
 
     The picture takes `height` x `width` pixels where given (scaled to cover, cut around the
     centre); else its own size, scaled down to `max_area` square pixels if it is larger, and
@@ -68,12 +69,12 @@ def load_source(
     )
 
 
-def read_picture(path: PictureFile) -> np.ndarray:
+def read_picture(file: PictureFile) -> np.ndarray:
     """The picture as a viewer shows it: uint8 (height, width, 3), EXIF rotation applied.
 
     Transparent parts become white. Raises `UsageError` naming the file.
     """
-    return _over(_open(Path(path), f"`image` {path}"), background=255)
+    return _over(_open(*_named(file, "image")), background=255)
 
 
 def decode_picture(data: bytes, name: str) -> np.ndarray:
@@ -81,13 +82,14 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
     return _over(_open(io.BytesIO(data), name), background=255)
 
 
-def read_mask(path: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
+def read_mask(file: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
     """A mask as uint8 (height, width): 255 (white) is painted, 0 (black) stays, greys blend.
 
     With `like`, the mask is brought to that picture's size; proportions that differ raise
     `UsageError`, since the mask was then drawn over something else.
     """
-    mask = _open(Path(path), f"`mask` {path}")
+    opened, name = _named(file, "mask")
+    mask = _open(opened, name)
     grey = np.asarray(Image.fromarray(_over(mask, background=0)).convert("L"))
     if like is None or grey.shape == like.shape[:2]:
         return grey
@@ -95,7 +97,7 @@ def read_mask(path: PictureFile, like: np.ndarray | None = None) -> np.ndarray:
     skew = (grey.shape[1] * height) / (grey.shape[0] * width)
     if abs(skew - 1) > MAX_MASK_SKEW:
         raise UsageError(
-            f"`mask` {path} is {grey.shape[1]}x{grey.shape[0]} pixels and the picture is "
+            f"{name} is {grey.shape[1]}x{grey.shape[0]} pixels and the picture is "
             f"{width}x{height}; draw the mask at the picture's size."
         )
     return np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR))
@@ -151,6 +153,13 @@ def composite(pixels: np.ndarray, source: SourceImage) -> np.ndarray:
     alpha = source.mask[:, :, None].astype(np.float32) / 255.0
     blended = alpha * pixels + (1 - alpha) * source.pixels
     return np.round(blended).astype(np.uint8)
+
+
+def _named(file: PictureFile, field: str) -> tuple[Path | io.BytesIO, str]:
+    """What to open, and what messages call it."""
+    if isinstance(file, bytes):
+        return io.BytesIO(file), f"`{field}`"
+    return Path(file), f"`{field}` {os.fspath(file)}"
 
 
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:

@@ -1,7 +1,8 @@
 """What a user asks for, checked once, before any weight is touched. Pure: imports no mlx.
 
-The command line, the Python API and (over the wire) a coordinator all build the same
-`GenerateRequest`; the runner reads it and nothing else.
+The command line and the Python API build the same `GenerateRequest`, in which a user may leave open
+what the model knows best. `planning.workload.ModelSizes.fill` is where that is filled in: all that
+plans, runs and records a request reads a `FilledRequest`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class GenerateRequest:
     height: int | None = None  # pixels; None is the model's own default
     width: int | None = None  # pixels
     steps: int | None = None  # None is the model's own default
-    guidance: float = 4.0  # read by models with a guidance embedding (dev) only
+    guidance: float | None = None  # None is the model's own; read by guided ones (dev) only
     dtype: str = "bfloat16"
     bits: int | None = None  # quantize transformer and text encoders to 3|4|5|6|8 bits
     adapters: tuple[AdapterRef, ...] = ()
@@ -94,8 +95,9 @@ class GenerateRequest:
                 )
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UsageError.about("steps", f"is {self.steps}", "it must be 1 to 1000")
-        if not (math.isfinite(self.guidance) and 0 <= self.guidance <= 100):
-            raise UsageError.about("guidance", f"is {self.guidance}", "it must be 0 to 100")
+        guidance = self.guidance
+        if guidance is not None and not (math.isfinite(guidance) and 0 <= guidance <= 100):
+            raise UsageError.about("guidance", f"is {guidance}", "it must be 0 to 100")
         if self.dtype not in DTYPES:
             raise UsageError.about("dtype", f"is {self.dtype!r}", f"choose {', '.join(DTYPES)}")
         if self.bits is not None and self.bits not in BITS:
@@ -119,3 +121,28 @@ class GenerateRequest:
     def seed_of(self, image: int) -> int:
         """The seed that gives image `image` (counted from 0) alone."""
         return self.seed + image
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledRequest(GenerateRequest):
+    """A request with nothing left open: what is planned, what travels, what a recipe tells.
+
+    `bits` None says that weights are as the checkpoint stores them, `source` None that there is no
+    picture to begin from.
+    """
+
+    height: int
+    width: int
+    steps: int
+    guidance: float
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` as a `GenerateRequest` does, and for a source of another size."""
+        super().__post_init__()
+        if self.source is not None:
+            height, width = self.source.pixels.shape[:2]
+            if (height, width) != (self.height, self.width):
+                raise UsageError(
+                    f"the source picture is {height}x{width} and the image "
+                    f"{self.height}x{self.width}; scale the source to the image's size."
+                )

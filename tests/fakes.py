@@ -208,7 +208,7 @@ class FakeEngine:
                 yield from self.training.work(unit, self.content)
 
     def _paint(self, unit: messages.Paint) -> Iterator[messages.Report]:
-        latents = unit.latents
+        latents = unit.noise if unit.latents is None else unit.latents
         basis = None
         if unit.first:  # a cache that was lost is made again
             begun = unit.noise if unit.basis_latents is None else unit.basis_latents
@@ -388,9 +388,9 @@ class FakeMesh:
         self._tasks[rank] = asyncio.create_task(service.run())
 
     def engine(self, rank: int) -> FakeSupervisor:
-        found = self.services[rank].supervisor
-        assert isinstance(found, FakeSupervisor)
-        return found
+        supervisor = self.services[rank].supervisor
+        assert isinstance(supervisor, FakeSupervisor)
+        return supervisor
 
     async def kill(self, rank: int) -> None:
         """SIGKILL of an agent: its engine ends with it, and all its connections."""

@@ -143,9 +143,9 @@ def values_and_gradients(
     return [np.array(x.astype(mx.float32)) for x in (*outs, *slopes)]
 
 
-def worst(found: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> float:
+def worst(actual: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> float:
     """The largest relative distance of two lists of arrays."""
     return max(
         float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(actual, wanted, strict=True)
     )

@@ -126,6 +126,6 @@ def mac(folder: Path, patch: pytest.MonkeyPatch) -> Mac:
     patch.setattr(platform, "system", lambda: "Darwin")
     patch.setattr(tools.subprocess, "run", of_the_mac)
     patch.setattr(awake, "CAFFEINATE", str(folder / "caffeinate"))
-    patch.setattr(awake.Wakefulness, "_has_told", False)
+    patch.setattr(awake.Wakefulness, "_has_warned", False)
     identity.machine_id.cache_clear()
     return made

@@ -75,22 +75,22 @@ def _array(
     return numbers.astype(draw.choice(dtypes)).reshape(sizes)
 
 
-def same(one: Message, other: Message) -> bool:
+def same(message: Message, other: Message) -> bool:
     """Whether two messages say the same, arrays too, which `==` leaves out."""
-    return one == other and _arrays(one) == _arrays(other)
+    return message == other and _arrays(message) == _arrays(other)
 
 
 def _arrays(message: Message) -> list[tuple[object, ...]]:
     """Each of its arrays: where it is, dtype, shape, bytes."""
-    found: list[tuple[object, ...]] = []
+    arrays: list[tuple[object, ...]] = []
     for name, value in vars(message).items():
         named = value if isinstance(value, Mapping) else {"": value}
-        found += [
+        arrays += [
             (name, key, array.dtype.str, array.shape, array.tobytes())
             for key, array in named.items()
             if isinstance(array, np.ndarray)
         ]
-    return found
+    return arrays
 
 
 JUNK: list[Any] = [

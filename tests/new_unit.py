@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fluxmesh.cluster.snapshot import ModelVariant
-from fluxmesh.engine.worker import Reports
+from fluxmesh.engine.state import Reports
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.wire.messages import Features, ModelWork, WorkReport
 from fluxmesh_agent import engine

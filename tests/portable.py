@@ -91,9 +91,9 @@ PYTHON = {
 
 def make_problems(text: str) -> list[str]:
     """What make 3.81 would not understand, and what is wrong in the recipes and `$(shell)`."""
-    found = list(_problems(text, MAKE))
+    problems = list(_problems(text, MAKE))
     recipes = (line if line.startswith("\t") or "$(shell" in line else "" for line in _joined(text))
-    return found + shell_problems("\n".join(recipes).replace("$$", "$"))
+    return problems + shell_problems("\n".join(recipes).replace("$$", "$"))
 
 
 def shell_problems(text: str) -> list[str]:
@@ -108,7 +108,7 @@ def python_problems(source: str) -> list[str]:
     """
     tree = ast.parse(source)
     guarded, used = set(), []
-    found = []
+    problems = []
     for node in ast.walk(tree):
         match node:
             case ast.Call(ast.Name("hasattr"), [ast.Name(module), ast.Constant(str(name))]):
@@ -118,13 +118,13 @@ def python_problems(source: str) -> list[str]:
             case ast.Call(
                 ast.Attribute(_, "get_context" | "set_start_method"), [ast.Constant("fork")]
             ):
-                found.append(f"{node.lineno}: a Mac's frameworks don't survive a fork")
+                problems.append(f"{node.lineno}: a Mac's frameworks don't survive a fork")
     for line, module, name in used:
         if (module, name) not in guarded:
-            found.append(f"{line}: {module}.{name} is not on a Mac")
+            problems.append(f"{line}: {module}.{name} is not on a Mac")
     for line, script in shell_in_python(tree):
-        found += [f"{line}: {problem}" for problem in shell_problems(script)]
-    return found
+        problems += [f"{line}: {problem}" for problem in shell_problems(script)]
+    return problems
 
 
 def shell_in_python(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -187,10 +187,10 @@ def _problems(text: str, rules: Rules) -> Iterator[str]:
 
 def _joined(text: str) -> list[str]:
     """Lines, with those that go on after a backslash as one; their count stays."""
-    found: list[str] = []
+    joined: list[str] = []
     for line in text.splitlines():
-        if found and found[-1].endswith("\\"):
-            found[-1] = found[-1][:-1] + line.lstrip()
+        if joined and joined[-1].endswith("\\"):
+            joined[-1] = joined[-1][:-1] + line.lstrip()
         else:
-            found.append(line)
-    return found
+            joined.append(line)
+    return joined

@@ -11,14 +11,14 @@ import psutil
 
 def commands_of(home: Path) -> dict[int, list[str]]:
     """The command lines of what runs with `home` as its user's home, by process."""
-    found = {}
+    commands = {}
     for process in psutil.process_iter():
         try:
             if process.environ().get("HOME") == str(home):
-                found[process.pid] = process.cmdline()
+                commands[process.pid] = process.cmdline()
         except psutil.Error:  # another user's, or gone by now
             continue
-    return found
+    return commands
 
 
 def is_gone(pid: int) -> bool:

@@ -72,11 +72,11 @@ class Watchdog:
         return checked
 
     def _look(self) -> None:
-        one = mx.array(1.0)
+        number = mx.array(1.0)
         while True:
             time.sleep(LOOKS)
             self._begun = time.monotonic()
-            self._evaluate(mx.add(one, one, stream=self._gpu))
+            self._evaluate(mx.add(number, number, stream=self._gpu))
             self.longest = max(self.longest, time.monotonic() - self._begun)
             self._begun = None
 
@@ -97,14 +97,14 @@ def late(call: int, seconds: float) -> Iterator[None]:
 
         return called
 
-    found = {name: getattr(mx.distributed, name) for name in ("all_sum", "all_gather")}
-    for name, collective in found.items():
+    collectives = {name: getattr(mx.distributed, name) for name in ("all_sum", "all_gather")}
+    for name, collective in collectives.items():
         setattr(mx.distributed, name, delayed(collective))
     try:
         yield
         assert made >= call, f"only {made} collectives were called"
     finally:
-        for name, collective in found.items():
+        for name, collective in collectives.items():
             setattr(mx.distributed, name, collective)
 
 

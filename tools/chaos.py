@@ -34,9 +34,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fluxmesh.engine.reference import Runner
-from fluxmesh.events import Event, Picture
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.events import Event
 from fluxmesh.request import GenerateRequest
+from tests.alone import painted_alone
 from tests.faults import commands, strike
 from tests.faults.mesh import Outcome, Up, paint, up
 from tests.faults.strike import Fault, Moment, allowed, difference, is_moment, request_of, wake
@@ -110,14 +111,12 @@ class Chaos:
 
     def __init__(self, mesh: Up) -> None:
         self.up = mesh
-        self.runner = Runner(keep_warm=True)  # one host that nobody hurts
+        self.pipeline = FluxPipeline(mesh.model, dtype="float32")  # one machine that nobody hurts
         self._alone: dict[GenerateRequest, dict[int, np.ndarray]] = {}
 
     def alone(self, request: GenerateRequest) -> dict[int, np.ndarray]:
         if request not in self._alone:
-            told = self.runner.run(request)
-            found = {event.image: event.pixels for event in told if isinstance(event, Picture)}
-            self._alone[request] = found
+            self._alone[request] = dict(enumerate(painted_alone(request, self.pipeline)))
         return self._alone[request]
 
     def run(self, trial: Trial) -> ChaosResult:
@@ -197,11 +196,13 @@ class Chaos:
 
     def _right(self, trial: Trial, folder: Path) -> bool:
         """Whether every file is a whole and right picture."""
-        found = {}
+        pictures = {}
         for path in folder.glob("*.png"):
             with Image.open(path) as picture:
-                found[int(path.name.split(".")[1])] = np.array(picture)
-        return not found or difference(self.alone(trial.request), found) <= allowed(trial.placement)
+                pictures[int(path.name.split(".")[1])] = np.array(picture)
+        if not pictures:
+            return True
+        return difference(self.alone(trial.request), pictures) <= allowed(trial.placement)
 
 
 @contextmanager
@@ -228,20 +229,20 @@ def watchdog(mesh: Up) -> Iterator[list[float]]:
 def table(results: Sequence[ChaosResult]) -> Table:
     """What was done to the jobs, and what came of them."""
     shown = Table("fault", "jobs", "hit", "right", "losses told", "median s", "longest s")
-    kinds = sorted({(one.trial.kind, one.trial.victim) for one in results})
+    kinds = sorted({(result.trial.kind, result.trial.victim) for result in results})
     for kind, victim in [*kinds, ("all", "")]:
         rows = [
-            one
-            for one in results
-            if kind == "all" or (kind, victim) == (one.trial.kind, one.trial.victim)
+            result
+            for result in results
+            if kind == "all" or (kind, victim) == (result.trial.kind, result.trial.victim)
         ]
-        seconds = [one.seconds for one in rows]
+        seconds = [result.seconds for result in rows]
         shown.add_row(
             f"{kind} {victim}",
             str(len(rows)),
-            str(sum(one.was_hit for one in rows)),
-            str(sum(one.verdict == "right" for one in rows)),
-            str(sum(one.alarms for one in rows)),
+            str(sum(result.was_hit for result in rows)),
+            str(sum(result.verdict == "right" for result in rows)),
+            str(sum(result.alarms for result in rows)),
             f"{statistics.median(seconds):.1f}",
             f"{max(seconds):.1f}",
         )
@@ -288,13 +289,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 chaos = Chaos(mesh)
                 for trial in trials(asked.jobs, asked.seed, asked.hosts, model):
                     results.append(chaos.run(trial))
-                    told = results[-1]
-                    hit = "" if told.was_hit else ", not hit"
+                    result = results[-1]
+                    hit = "" if result.was_hit else ", not hit"
                     OUT.print(
-                        f"{trial}: {told.verdict}, {told.seconds:.1f} s{hit}", highlight=False
+                        f"{trial}: {result.verdict}, {result.seconds:.1f} s{hit}", highlight=False
                     )
                 OUT.print(table(results))
-                bad = [f"{one.trial}: {one.verdict}" for one in results if one.verdict != "right"]
+                bad = [
+                    f"{result.trial}: {result.verdict}"
+                    for result in results
+                    if result.verdict != "right"
+                ]
         bad += [f"left behind: {what}" for what in left_behind(folder, mesh.ports)]
     for line in bad:
         OUT.print(line, highlight=False, soft_wrap=True)

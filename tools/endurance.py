@@ -44,22 +44,22 @@ class EnduranceReport:
 
     def problems(self) -> list[str]:
         """What is not as it should be."""
-        found = list(self.errors)
+        faults = list(self.errors)
         if self.alarms:
-            found.append(f"{self.alarms} false alarms")
+            faults.append(f"{self.alarms} false alarms")
         for name, values in self.memory.items():
             first, last = self.growth(values)
             if last > first * GROWTH[0] + GROWTH[1]:
-                found.append(f"{name} grew from {first >> 20} to {last >> 20} MiB")
+                faults.append(f"{name} grew from {first >> 20} to {last >> 20} MiB")
         for name, values in self.files.items():
             first, last = self.growth(values)
             if last > first + FILES:
-                found.append(f"{name} has {last} files open, had {first}")
+                faults.append(f"{name} has {last} files open, had {first}")
         for placement, seconds in self.control.items():
             if statistics.median(seconds) > CONTROL:
                 cost = f"{1e3 * statistics.median(seconds):.0f} ms"
-                found.append(f"control of a {placement} job costs {cost}")
-        return found
+                faults.append(f"control of a {placement} job costs {cost}")
+        return faults
 
     def table(self) -> Table:
         shown = Table("after " + str(self.jobs) + " jobs", "settled", "at the end")
@@ -108,8 +108,10 @@ def run(up: Up, jobs: int, seed: int) -> EnduranceReport:
 
 def counters(mesh: Mesh) -> dict[int, EngineCounters]:
     """Of the hosts that answer, by rank."""
-    found = mesh.status()
-    return {rank: told.counters for rank, told in found.items() if isinstance(told, Status)}
+    statuses = mesh.status()
+    return {
+        rank: status.counters for rank, status in statuses.items() if isinstance(status, Status)
+    }
 
 
 def computing(

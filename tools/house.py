@@ -107,13 +107,13 @@ class Tree:
         """Modules that import one another, by whatever way; a package's face is left out."""
         names = list(self.imports)
         faces = {name for name in names if any(other.startswith(f"{name}.") for other in names)}
-        found: list[list[str]] = []
+        loops: list[list[str]] = []
         way: list[str] = []
         done: set[str] = set()
 
         def walk(name: str) -> None:
             if name in way:
-                found.append([*way[way.index(name) :], name])
+                loops.append([*way[way.index(name) :], name])
             if name in done or name in way:
                 return
             way.append(name)
@@ -124,7 +124,7 @@ class Tree:
 
         for name in sorted(set(self.imports) - faces):
             walk(name)
-        return found
+        return loops
 
     def unknown(self) -> list[str]:
         """Rooms that `ROOMS` does not name."""

@@ -88,9 +88,9 @@ def decode(small: bool) -> None:
     print(f"decode {side}x{side}, as it comes: {unbounded / 1e9:.2f} GB beside the weights")
     for scarce in (False, True):
         with bounded(decoding_room(config, side, side, mx.bfloat16, scarce)):
-            found = peak(lambda: model.decode(z))
+            nbytes = peak(lambda: model.decode(z))
         name = "bounded, little memory" if scarce else "bounded"
-        print(f"decode {side}x{side}, {name}: {found / 1e9:.2f} GB beside the weights")
+        print(f"decode {side}x{side}, {name}: {nbytes / 1e9:.2f} GB beside the weights")
 
 
 def peak(compute: Callable[[], mx.array]) -> int:
@@ -127,9 +127,9 @@ def late(small: bool) -> None:
                 said, _ = ranks[0].communicate(timeout=60)
             except subprocess.TimeoutExpired:
                 said = "it hangs"
-            for one in ranks:
-                one.kill()
-                one.communicate()
+            for process in ranks:
+                process.kill()
+                process.communicate()
         print(f"the {way} waits: {(said.strip().splitlines() or ['it said nothing'])[-1]}")
 
 
@@ -153,10 +153,10 @@ def rank(seconds: float) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in taken]
-    for one in taken:
-        one.close()
+    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in socks]
+    for sock in socks:
+        sock.close()
     return ports
 
 

@@ -59,7 +59,7 @@ def run(
 
     allow_many_files()
     try:
-        told = _read_told() if keys_stdin else {}
+        handover = _read_handover() if keys_stdin else {}
         serve(
             AgentSettings(
                 state=state,
@@ -68,8 +68,8 @@ def run(
                 models=models,
                 memory=memory,
                 roots=roots,
-                authorized=_texts(told, "authorized"),
-                envs=tuple(_texts(told, "envs").items()),
+                authorized=_texts(handover, "authorized"),
+                envs=tuple(_texts(handover, "envs").items()),
                 ephemeral=ephemeral,
             ),
             ending,
@@ -110,20 +110,20 @@ def launchd(address: str, port: int, models: Path | None, memory: int | None) ->
     click.echo(text.decode(), nl=False)
 
 
-def _read_told() -> dict[str, Any]:
+def _read_handover() -> dict[str, Any]:
     """The JSON object on stdin. Raises `FluxmeshError` where there is none."""
     line = sys.stdin.buffer.readline(MAX_KEYS)
     try:
-        told = json.loads(line)
+        handover = json.loads(line)
     except ValueError:
-        told = None
-    if not isinstance(told, dict):
+        handover = None
+    if not isinstance(handover, dict):
         raise FluxmeshError("stdin must begin with one line of JSON: who may talk to the agent.")
-    return told
+    return handover
 
 
-def _texts(told: dict[str, Any], key: str) -> dict[str, str]:
-    found = told.get(key, {})
-    if not isinstance(found, dict) or not all(type(value) is str for value in found.values()):
+def _texts(handover: dict[str, Any], key: str) -> dict[str, str]:
+    texts = handover.get(key, {})
+    if not isinstance(texts, dict) or not all(type(value) is str for value in texts.values()):
         raise FluxmeshError(f"{key!r} on stdin must be an object of texts.")
-    return found
+    return texts

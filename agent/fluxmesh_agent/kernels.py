@@ -51,8 +51,8 @@ def _bound(folder: Path) -> None:
     modules: dict[str, list[tuple[float, int, Path]]] = {}
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            found = path.stat()
-            modules.setdefault(path.stem, []).append((found.st_mtime, found.st_size, path))
+            stat = path.stat()
+            modules.setdefault(path.stem, []).append((stat.st_mtime, stat.st_size, path))
         total = sum(size for files in modules.values() for _, size, _ in files)
         for files in sorted(modules.values()):
             if total <= MOST:

@@ -48,7 +48,7 @@ class _Asked:
     seconds: float
     fence: int = 0
     since: float = 0.0  # of the lease
-    told: tuple[int, float] = field(default=(0, float("-inf")))  # place, when
+    notified: tuple[int, float] = field(default=(0, float("-inf")))  # place, when
 
 
 class Leases:
@@ -93,7 +93,7 @@ class Leases:
             return [Holds(client, self._holder.fence)]
         for asked in self._line:
             if asked.client == client:
-                asked.job, asked.seconds, asked.told = job, seconds, (0, float("-inf"))
+                asked.job, asked.seconds, asked.notified = job, seconds, (0, float("-inf"))
                 return []
         self._line.append(_Asked(client, job, seconds))
         return []
@@ -130,9 +130,9 @@ class Leases:
         if self._holder:
             seconds = max(0.0, self._holder.seconds - (now - self._holder.since))
         for place, asked in enumerate(self._line, start=1):
-            told_place, when = asked.told
-            if place != told_place or now - when >= self.deadlines.tell_place:
-                asked.told = (place, now)
+            last_place, when = asked.notified
+            if place != last_place or now - when >= self.deadlines.tell_place:
+                asked.notified = (place, now)
                 notices.append(InLine(asked.client, place, seconds))
             seconds += asked.seconds
         return notices

@@ -76,12 +76,12 @@ def free_ports(ip: str, count: int) -> tuple[int, ...]:
     try:
         for _ in range(count):
             taken.append(_server(ip))
-        return tuple(one.getsockname()[1] for one in taken)
+        return tuple(server.getsockname()[1] for server in taken)
     except (OSError, ValueError) as error:
         raise _no_address(ip, error) from None
     finally:
-        for one in taken:
-            one.close()
+        for server in taken:
+            server.close()
 
 
 def _no_address(ip: str, error: OSError | ValueError) -> UsageError:

@@ -81,13 +81,13 @@ async def _serve(settings: AgentSettings, home: AgentHome, ending: Ending) -> No
     )
     service = Service(listener, home, options, stopping)
     pid = os.getpid()
-    told = {"endpoint": listener.address, "pid": pid, "boot": service.boot}
-    known = {**told, "start": started_at(pid), "version": __version__}
+    identity = {"endpoint": listener.address, "pid": pid, "boot": service.boot}
+    known = {**identity, "start": started_at(pid), "version": __version__}
     write_private(home.agent, json.dumps(known))
     log.info("listens at %s", listener.address)
     if settings.ephemeral:
         threading.Thread(target=_watch_stdin, args=(loop, stopping), daemon=True).start()
-    _say({**told, "public_key": keys.public})
+    _say({**identity, "public_key": keys.public})
     try:
         await service.run()
     finally:
@@ -126,10 +126,10 @@ def _log_to(path: Path) -> None:
     logging.basicConfig(format=form, level=logging.INFO, handlers=handlers, force=True)
 
 
-def _say(told: Mapping[str, object]) -> None:
+def _say(ready: Mapping[str, object]) -> None:
     """The one line on stdout; whoever started it may read it, or not."""
     with contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps(told) + "\n")
+        sys.stdout.write(json.dumps(ready) + "\n")
         sys.stdout.flush()
 
 

@@ -392,7 +392,7 @@ class Service:
             self._own_ended(message)
         self._engine_known.set()
         self._send_all(instructions)
-        if any(isinstance(one, KillEngine) for one in instructions):
+        if any(isinstance(instruction, KillEngine) for instruction in instructions):
             self.upkeep.used(time.monotonic())
             self._spawn(self._end_engine())
         if self.lifecycle.is_free:

@@ -93,13 +93,13 @@ class Upkeep:
         pause = self.deadlines.left_out if leased else self.deadlines.idle
         if life.own is not None or now - self._used < pause:
             return None
-        found: Load | Warm | None = None
+        work: Load | Warm | None = None
         if now >= self._not_before:
-            found = self._left_out(life) if leased else self._missing(life)
-        if found is None and not leased:
-            found = self._unready(life)
-        self._tries = found
-        return found
+            work = self._left_out(life) if leased else self._missing(life)
+        if work is None and not leased:
+            work = self._unready(life)
+        self._tries = work
+        return work
 
     def _left_out(self, life: Lifecycle) -> Load | None:
         """A job has the host leased, ended its engine, and goes on without.

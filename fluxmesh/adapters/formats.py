@@ -80,13 +80,13 @@ def find_adapter(path: str | Path) -> Path:
     file = Path(os.path.expanduser(path))
     if os.path.isdir(file):
         names = ("final_adapters.safetensors", "pytorch_lora_weights.safetensors")
-        found = [file / name for name in names if (file / name).is_file()]
-        found = found or list(apple_double.without(file.glob("*.safetensors")))
-        if len(found) != 1 and not (found and found[0].name in names):
+        files = [file / name for name in names if (file / name).is_file()]
+        files = files or list(apple_double.without(file.glob("*.safetensors")))
+        if len(files) != 1 and not (files and files[0].name in names):
             raise ModelNotFoundError(
-                f"The folder {path} holds {len(found)} .safetensors files; name the adapter's file."
+                f"The folder {path} holds {len(files)} .safetensors files; name the adapter's file."
             )
-        return found[0]
+        return files[0]
     if not os.path.isfile(file):
         raise ModelNotFoundError(f"No adapter file {path}; check the path.")
     return file
@@ -127,7 +127,7 @@ def read_adapter(path: str | Path, config: FluxConfig) -> Adapter:
         raise _unmatched(file, unknown)
     if not pieces:
         raise AdapterError(f"{file} holds no LoRA weights; name an adapter.")
-    return {name: _joined(shapes[name][0], found) for name, found in pieces.items()}
+    return {name: _joined(shapes[name][0], low_ranks) for name, low_ranks in pieces.items()}
 
 
 def _parts(file: Path, header: Header) -> dict[str, _Part]:
@@ -247,14 +247,14 @@ def _peft_scale(header: Header, module: str, part: _Part) -> float:
         raise WeightsError(f"{path} has corrupt {PEFT_METADATA} in its header.") from error
 
 
-def _joined(out: int, found: list[tuple[tuple[Rows, ...], LowRank]]) -> LowRank:
+def _joined(out: int, low_ranks: list[tuple[tuple[Rows, ...], LowRank]]) -> LowRank:
     """One adapter of a whole module from those of its rows: ranks add up, block by block."""
-    if len(found) == 1 and found[0][0] == (Rows(found[0][0][0].key, 0, out),):
-        return found[0][1]
-    a = np.concatenate([low.a for _, low in found])
+    if len(low_ranks) == 1 and low_ranks[0][0] == (Rows(low_ranks[0][0][0].key, 0, out),):
+        return low_ranks[0][1]
+    a = np.concatenate([low.a for _, low in low_ranks])
     b = np.zeros((out, a.shape[0]), dtype=np.float32)
     rank = 0
-    for rows, low in found:
+    for rows, low in low_ranks:
         offset = 0
         for piece in rows:
             block = low.b[offset : offset + piece.count]

@@ -77,11 +77,11 @@ def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False, part: Part = 
 
 def join_adapters(adapters: Paths, config: FluxConfig) -> Adapter:
     """Several LoRA files as one adapter of scale 1. Raises as `apply_adapters` does."""
-    found: dict[str, list[LowRank]] = {}
+    low_ranks: dict[str, list[LowRank]] = {}
     for path, strength in adapters:
         for name, low in read_adapter(path, config).items():
-            found.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
-    return {name: stack(parts) for name, parts in found.items()}
+            low_ranks.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
+    return {name: stack(parts) for name, parts in low_ranks.items()}
 
 
 def stack(parts: Sequence[LowRank]) -> LowRank:

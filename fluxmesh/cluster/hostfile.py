@@ -190,8 +190,8 @@ class _Reader:
     def __init__(self) -> None:
         self.mistakes: list[str] = []
 
-    def expected(self, where: str, key: str, what: str, found: Any) -> None:
-        shown = "nothing" if found is None else json.dumps(found)
+    def expected(self, where: str, key: str, what: str, given: Any) -> None:
+        shown = "nothing" if given is None else json.dumps(given)
         if len(shown) > 60:
             shown = f"{shown[:57]}..."
         self.mistakes.append(f"{where}{key}: expected {what}, found {shown}.")

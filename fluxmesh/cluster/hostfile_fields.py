@@ -43,27 +43,27 @@ def ip(value: Any) -> str | None:
 def ips(value: Any) -> tuple[str, ...] | None:
     if not isinstance(value, list):
         return None
-    found = tuple(address for item in value if (address := ip(item)) is not None)
-    return found if len(found) == len(value) else None
+    addresses = tuple(address for item in value if (address := ip(item)) is not None)
+    return addresses if len(addresses) == len(value) else None
 
 
 def rdma(value: Any) -> tuple[tuple[str, ...] | None, ...] | None:
     if not isinstance(value, list):
         return None
-    found: list[tuple[str, ...] | None] = []
+    links: list[tuple[str, ...] | None] = []
     for item in value:
         devices = [item] if isinstance(item, str) else item
         if devices is None:
-            found.append(None)
+            links.append(None)
         elif (
             isinstance(devices, list)
             and devices
             and all(isinstance(device, str) and _DEVICE.fullmatch(device) for device in devices)
         ):
-            found.append(tuple(devices))
+            links.append(tuple(devices))
         else:
             return None
-    return tuple(found)
+    return tuple(links)
 
 
 def endpoint(value: Any) -> Endpoint | None:

@@ -303,7 +303,7 @@ class MeshView:
         for host in self.hosts:
             alone = [job.measured for job in self.timings.jobs if job.ranks == (host.rank,)]
             on.setdefault(host.device_key, []).extend((*host.measured, *alone))
-        latest = {key: sorted(own, key=lambda one: -one.when) for key, own in on.items()}
+        latest = {key: sorted(own, key=lambda timing: -timing.when) for key, own in on.items()}
         return {
             host.rank: replace(
                 host, measured=tuple(dict.fromkeys((*latest[host.device_key], *host.measured)))
@@ -321,14 +321,14 @@ class MeshView:
     def like(self, rank: int) -> tuple[StepTiming, ...]:
         """What hosts of the same kind measured alone, the latest first: a hint for this one."""
         kind, own = self.host(rank).kind, self.host(rank).device_key
-        found = [
+        timings = [
             measured
             for host in self.hosts
             if host.kind == kind and host.device_key != own
             for measured in self.timed(host.rank).measured
             if measured.placement == "data"
         ]
-        return tuple(sorted(found, key=lambda one: -one.when))
+        return tuple(sorted(timings, key=lambda timing: -timing.when))
 
 
 def _check(name: str, value: float, least: float | None = None) -> None:

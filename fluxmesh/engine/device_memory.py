@@ -150,11 +150,11 @@ class PeakMeter:
         """Measures a part of a phase by itself, and as part of the phase."""
         self._keep()
         mx.reset_peak_memory()
-        found = Apart()
+        part = Apart()
         try:
-            yield found
+            yield part
         finally:
-            found.nbytes = _peak()
+            part.nbytes = _peak()
             self._keep()
 
     def now(self, name: str | None = None) -> int:

@@ -5,7 +5,7 @@
     "latents"  [1, L, 4C]               of a crop, in a training
 
 Only an engine knows these names: whoever keeps features and sends them on takes them as they are.
-Below `worker.py` and `training/worker.py`.
+Below the units of work and `training/worker.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Building the graph of a step takes the host 5 to 15 ms, in which a fast GPU would idle: here it is
 done while the device computes the step before. Between `denoise.py`, whose generator evaluates
-nothing, and `worker.py`, which reports each step.
+nothing, and `painting.py`, which reports each step.
 
 Stopping stays with the caller and, in a ring, with all ranks together: they agree before each
 step. The question must be built before the next step's collectives, so that a ring that builds
@@ -56,12 +56,12 @@ def walked(
         if not left:
             return
         if ranks is None:
-            told = stopping()
+            stops = stopping()
         elif asked is None:
-            told = bool(ranks.most(int(stopping())))
+            stops = bool(ranks.most(int(stopping())))
         else:
-            told = bool(asked.any().item())
-        if told:
+            stops = bool(asked.any().item())
+        if stops:
             if asked is not None and ranks is not None:
                 ranks.rewind(mark)
             return

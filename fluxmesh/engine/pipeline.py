@@ -10,7 +10,7 @@
 The four models are attributes (`t5`, `clip`, `flow`, `ae`) that load when first used and leave with
 `del` (`lazy_models.py`), so that at most one of the two large ones (T5, the transformer) need be in
 memory. Below stand `denoise.py` (the sampler), `img2img.py` (image-to-image) and `conditioning.py`;
-above stands `reference.py`, which decides what stays resident and reports events.
+above stand programs that call it, and `worker.py`, which decides what stays in memory and reports.
 """
 
 from __future__ import annotations

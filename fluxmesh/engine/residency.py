@@ -1,7 +1,7 @@
 """What an engine holds: the models of one checkpoint, whole or a shard, and its place in a ring.
 
-Below `worker.py`, which does the work with them. Here is decided what leaves when something else
-comes, and every load is told, timed, measured and, when asked, broken off.
+Below `state.py` and the units, which do the work with them. Here is decided what leaves when
+something else comes, and every load is told, timed, measured and, when asked, broken off.
 """
 
 from __future__ import annotations
@@ -157,13 +157,13 @@ class ModelStore:
         """
         if self.pipeline is None or weights != self.weights:
             self.release()
-            found = self.options.locate(weights)
+            variant = self.options.locate(weights)
             self.pipeline = FluxPipeline(
-                found.model,
-                dtype=found.dtype,
-                bits=found.bits,
-                adapters=found.adapters,
-                fuse_adapters=found.fuse_adapters,
+                variant.model,
+                dtype=variant.dtype,
+                bits=variant.bits,
+                adapters=variant.adapters,
+                fuse_adapters=variant.fuse_adapters,
                 download=self.options.download,
                 on_loading=self._hear,
             )

@@ -47,9 +47,9 @@ def timed(ranks: Ranks, seconds: float, memory: int) -> RingTable:
     watch = _Watch(ranks, min(seconds, LONGEST))
     gathers = _table(watch, ranks.gather, sizes, until=0.4)
     sums = _table(watch, ranks.sum, sizes, until=0.8)
-    found = RingTable(gathers, sums, _hidden(watch, gathers))
+    table = RingTable(gathers, sums, _hidden(watch, gathers))
     mx.clear_cache()
-    return found
+    return table
 
 
 class _Watch:
@@ -86,25 +86,25 @@ def _table(
     until: float,
 ) -> tuple[CollectiveTime, ...]:
     """One kind of collective by size, until `until` of the time is over."""
-    found: list[CollectiveTime] = []
+    timings: list[CollectiveTime] = []
     rest = (1 - until) * watch.seconds
     for nbytes in sizes:
         left = watch.left - rest
-        if found:
-            expected = found[-1].seconds * nbytes / found[-1].nbytes
+        if timings:
+            expected = timings[-1].seconds * nbytes / timings[-1].nbytes
             if 2 * expected > left:
                 break
         x = mx.zeros((nbytes // 2,), mx.bfloat16)
         mx.eval(x)
         once = watch.time(lambda x=x: mx.eval(collective(x)))  # type: ignore[misc]
-        share = left / (len(sizes) - len(found))
+        share = left / (len(sizes) - len(timings))
         count = max(0, min(CHAIN, int(share / 2 / once)))
         best = once
         for _ in range(2 if count else 0):
             many = watch.time(lambda x=x, n=count: _run(watch, collective, x, n))  # type: ignore[misc]
             best = min(best, many / count)
-        found.append(CollectiveTime(nbytes, best))
-    return tuple(found)
+        timings.append(CollectiveTime(nbytes, best))
+    return tuple(timings)
 
 
 def _run(
@@ -121,7 +121,7 @@ def _run(
 def _hidden(watch: _Watch, gathers: Sequence[CollectiveTime]) -> float:
     """The part of a gather that passes while products of about its length run beside it."""
     share = watch.seconds / 30
-    chosen = ([one for one in gathers if one.seconds <= share] or gathers[:1])[-1]
+    chosen = ([timing for timing in gathers if timing.seconds <= share] or gathers[:1])[-1]
     least, most = BESIDE
     count = max(least, min(most, round(LONG / chosen.seconds)))
     x = mx.zeros((chosen.nbytes // 2,), mx.bfloat16)

@@ -199,8 +199,10 @@ def plain_turned_heads(
         hd = scales[0].shape[0]
         split = x[..., : groups * heads * hd].reshape(*x.shape[:2], groups, heads, hd)
         for group, part in enumerate(parts):
-            one = split[:, :, group]  # [B, S, H, hd]
-            part.append(mx.fast.rms_norm(one, scales[group], EPS) if group < normed else one)
+            projection = split[:, :, group]  # [B, S, H, hd]
+            part.append(
+                mx.fast.rms_norm(projection, scales[group], EPS) if group < normed else projection
+            )
     joined = [mx.concatenate(part, axis=1) if len(part) > 1 else part[0] for part in parts]
     table = pe.swapaxes(-4, -3)  # [(B,) S, 1, hd/2, 2]
     return tuple(

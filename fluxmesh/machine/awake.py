@@ -24,7 +24,7 @@ CAFFEINATE = "/usr/bin/caffeinate"
 class Wakefulness:
     """Whether this process keeps its machine awake; it does nothing on others than Macs."""
 
-    _has_told = False  # once a process, that it can't be done
+    _has_warned = False  # once a process, that it can't be done
 
     def __init__(self) -> None:
         self._is_held = False
@@ -47,8 +47,8 @@ class Wakefulness:
                 start_new_session=True,  # Ctrl-C is not for it: what it waits for may take longer
             )
         except OSError as error:
-            if not Wakefulness._has_told:
-                Wakefulness._has_told = True
+            if not Wakefulness._has_warned:
+                Wakefulness._has_warned = True
                 log.warning(
                     "%s can't be started (%s): this Mac may fall asleep while it works",
                     CAFFEINATE,

@@ -33,8 +33,8 @@ def machine_id() -> str:
     rotates, and bridges have the same one on every Mac.
     """
     if is_mac():
-        told = output_of("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
-        board = re.search(r'"IOPlatformUUID" = "([0-9A-Fa-f-]+)"', told)
+        registry = output_of("/usr/sbin/ioreg", "-rd1", "-c", "IOPlatformExpertDevice")
+        board = re.search(r'"IOPlatformUUID" = "([0-9A-Fa-f-]+)"', registry)
         if board:
             return board[1].lower()
     for path in FILES:

@@ -27,26 +27,26 @@ def total_bytes() -> int:
 def free_bytes() -> int:
     """What could be had now: what nothing needs to keep. All of it where that can't be known."""
     if is_mac():
-        told = output_of("/usr/bin/vm_stat")
-        if not told:
+        report = output_of("/usr/bin/vm_stat")
+        if not report:
             return total_bytes()
-        page = _number(r"page size of (\d+)", told)
-        return page * sum(_number(rf"{kind}:\s+(\d+)", told) for kind in _GIVEN)
+        page = _number(r"page size of (\d+)", report)
+        return page * sum(_number(rf"{kind}:\s+(\d+)", report) for kind in _GIVEN)
     try:
-        told = MEMINFO.read_text(encoding="ascii")
+        report = MEMINFO.read_text(encoding="ascii")
     except OSError:
         return total_bytes()
-    return 1024 * _number(r"MemAvailable:\s+(\d+)", told)
+    return 1024 * _number(r"MemAvailable:\s+(\d+)", report)
 
 
 def pressure() -> str:
     """ "warning" or "critical" where macOS asks programs to give memory back; else ""."""
     if not is_mac():
         return ""
-    told = output_of("/usr/sbin/sysctl", "-n", "kern.memorystatus_vm_pressure_level")
-    return _PRESSURE.get(told.strip(), "")
+    level = output_of("/usr/sbin/sysctl", "-n", "kern.memorystatus_vm_pressure_level")
+    return _PRESSURE.get(level.strip(), "")
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else 0
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0

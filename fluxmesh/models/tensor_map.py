@@ -88,17 +88,17 @@ def in_bfl_file(tensors: Tensors) -> Tensors:
 
 def to_diffusers(tensors: Tensors) -> dict[str, tuple[Rows, ...]]:
     """The other direction: each tensor of a diffusers file as rows of the model's tensors."""
-    found: dict[str, list[tuple[int, Rows]]] = {}
+    parts_by_key: dict[str, list[tuple[int, Rows]]] = {}
     for name, target in tensors.items():
         offset = 0
         for piece in target.pieces:
-            found.setdefault(piece.key, []).append(
+            parts_by_key.setdefault(piece.key, []).append(
                 (piece.start, Rows(name, offset, offset + piece.count))
             )
             offset += piece.count
     return {
         key: tuple(rows for _, rows in sorted(parts, key=lambda part: part[0]))
-        for key, parts in found.items()
+        for key, parts in parts_by_key.items()
     }
 
 

@@ -126,24 +126,24 @@ class Cold:
     def last_job(self, placement: Placement, ranks: Sequence[int]) -> JobTiming | None:
         """What the latest jobs took on just these hosts, at this very size."""
         size = (self.work.height, self.work.width)
-        found = [
+        jobs = [
             job
             for job in self._jobs
             if (job.measured.placement, job.ranks) == (placement, tuple(ranks))
             and (job.measured.height, job.measured.width) == size
             and job.backend in ("", self.view.backend)
         ]
-        return max(found, key=lambda job: job.measured.when, default=None)
+        return max(jobs, key=lambda job: job.measured.when, default=None)
 
     def _measured(self) -> list[tuple[StepTiming, tuple[int, ...]]]:
         """Everything timed on these weights, with the hosts that it was timed on."""
-        told = [
+        of_hosts = [
             (measured, (host.rank,))
             for host in self.view.hosts
             for measured in host.measured
             if is_of(measured, self.work)
         ]
-        return [*told, *((job.measured, job.ranks) for job in self._jobs)]
+        return [*of_hosts, *((job.measured, job.ranks) for job in self._jobs)]
 
     def _distance(
         self,

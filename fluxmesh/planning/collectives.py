@@ -121,7 +121,7 @@ def fitted(table: Sequence[CollectiveTime]) -> tuple[float, float]:
 def _rising(table: Sequence[CollectiveTime]) -> list[CollectiveTime]:
     """By size, each once; a larger one that came out faster takes as long as the smaller."""
     points: list[CollectiveTime] = []
-    for point in sorted(table, key=lambda one: (one.nbytes, one.seconds)):
+    for point in sorted(table, key=lambda timing: (timing.nbytes, timing.seconds)):
         if points and point.nbytes == points[-1].nbytes:
             continue
         least = points[-1].seconds if points else 0.0

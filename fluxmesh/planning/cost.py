@@ -44,15 +44,15 @@ def step_time(host: HostInfo, work: Workload, like: Sequence[StepTiming] = ()) -
     nearest in size, by the ratio of their arithmetic; else the arithmetic at the host's rate.
     """
     flops = step_flops(work.model, work.height, work.width)
-    found: list[tuple[float, bool, float, StepTiming]] = []
-    for is_other, told in ((False, host.measured), (True, like)):
-        for timed in told:
+    candidates: list[tuple[float, bool, float, StepTiming]] = []
+    for is_other, timings in ((False, host.measured), (True, like)):
+        for timed in timings:
             if timed.placement == "data" and is_of(timed, work):
                 ratio = flops / step_flops(work.model, timed.height, timed.width)
-                found.append((abs(math.log(ratio)), is_other, ratio, timed))
-    if not found:
+                candidates.append((abs(math.log(ratio)), is_other, ratio, timed))
+    if not candidates:
         return Estimate(flops / _rate(host, work), "arithmetic")
-    _, is_other, ratio, timed = min(found, key=lambda one: one[:2])
+    _, is_other, ratio, timed = min(candidates, key=lambda candidate: candidate[:2])
     if (timed.height, timed.width) == (work.height, work.width):
         figure: Figure = "step of a like host" if is_other else "step"
         return Estimate(timed.step_seconds, figure, timed.when)
@@ -67,8 +67,8 @@ def ring_time(
     As jobs found on just this ring, or as the hosts timed it with so many; the later of two that
     are equally near. None where neither did.
     """
-    pixels, found = work.height * work.width, _timed_together(view, ranks, placement, work)
-    found += [
+    pixels, timings = work.height * work.width, _timed_together(view, ranks, placement, work)
+    timings += [
         job.measured
         for job in view.timings.jobs
         if (job.backend, job.ranks) == (view.backend, ranks)
@@ -76,8 +76,8 @@ def ring_time(
         and is_of(job.measured, work)
     ]
     return min(
-        found,
-        key=lambda one: (abs(math.log(pixels / (one.height * one.width))), -one.when),
+        timings,
+        key=lambda timing: (abs(math.log(pixels / (timing.height * timing.width))), -timing.when),
         default=None,
     )
 
@@ -95,7 +95,7 @@ def _timed_together(
                 continue
             at = (timed.height, timed.width)
             tellers.setdefault(at, set()).add(rank)
-            slowest[at] = max(timed, slowest.get(at, timed), key=lambda one: one.step_seconds)
+            slowest[at] = max(timed, slowest.get(at, timed), key=lambda timing: timing.step_seconds)
     return [timed for at, timed in slowest.items() if len(tellers[at]) == size]
 
 

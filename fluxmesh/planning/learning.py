@@ -94,6 +94,6 @@ def _average(old: float, new: float) -> float:
 
 def _latest(items: Iterable[T], when: Sequence[float]) -> tuple[T, ...]:
     """The `MOST` latest, in the order in which they came."""
-    found = list(items)
-    kept = sorted(range(len(found)), key=lambda i: when[i])[-MOST:]
-    return tuple(found[i] for i in sorted(kept))
+    elements = list(items)
+    kept = sorted(range(len(elements)), key=lambda i: when[i])[-MOST:]
+    return tuple(elements[i] for i in sorted(kept))

@@ -19,7 +19,7 @@ from fluxmesh.planning.candidates import Candidates, Option, Phase
 from fluxmesh.planning.capacity import Need
 from fluxmesh.planning.remedies import Remedy, remedies
 from fluxmesh.planning.workload import ModelSizes, Workload
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest
 
 __all__ = ["ModelSizes", "Need", "Option", "Phase", "Plan", "Remedy", "Workload", "plan"]
 
@@ -55,7 +55,7 @@ class Plan:
 
 
 def plan(
-    request: GenerateRequest,
+    request: FilledRequest,
     view: MeshView,
     model: ModelSizes,
     *,
@@ -84,9 +84,9 @@ def plan(
         ]
         return min((max(need.needed for need in way.memory) for way in ways), default=None)
 
-    found = list(_options(Candidates(work, view)))
-    found.sort(key=lambda option: (bool(option.problem), option.seconds))
-    allowed = allowed_of(found)
+    options = list(_options(Candidates(work, view)))
+    options.sort(key=lambda option: (bool(option.problem), option.seconds))
+    allowed = allowed_of(options)
     usable = [option for option in allowed if not option.problem]
     winner, warm = _best(usable), _best(usable, warm=1.0)
     asked = placement or ("a sharded placement" if force_shard else "")
@@ -99,7 +99,7 @@ def plan(
             reason += f" Once it is warm, {_title(warm)} would take {seconds:.3g} s."
     helping = remedies(work, view, fits) if winner is None and allowed else ()
     return Plan(
-        work=work, options=tuple(found), winner=winner, reason=reason, remedies=helping, warm=warm
+        work=work, options=tuple(options), winner=winner, reason=reason, remedies=helping, warm=warm
     )
 
 
@@ -127,7 +127,7 @@ def _mixed(options: Candidates, rings: Sequence[Option]) -> Option | None:
     # Engines can't change what they hold half-way through a request: a slice serves both.
     usable = [ring for ring in rings if not ring.problem and ring.phases[0].layout == "replicated"]
     usable = sorted(usable, key=lambda ring: ring.seconds)[:MAX_RINGS]
-    found: list[Option] = []
+    plans: list[Option] = []
     for count in sorted(lasts):
         first = options.data(range(images - count))
         if first.problem:
@@ -135,8 +135,8 @@ def _mixed(options: Candidates, rings: Sequence[Option]) -> Option | None:
         for ring in usable:
             last = options.ring(ring.phases[0].placement, ring.ranks, range(images)[-count:])
             if not last.problem:
-                found.append(options.mixed(first, last))
-    return min(found, key=lambda option: (bool(option.problem), option.seconds), default=None)
+                plans.append(options.mixed(first, last))
+    return min(plans, key=lambda option: (bool(option.problem), option.seconds), default=None)
 
 
 def _best(options: Sequence[Option], warm: float = 0.0) -> Option | None:
@@ -160,16 +160,16 @@ def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) 
     if len(view.hosts) == 1:
         return "The mesh has one host."
     others = [option for option in allowed if not option.problem and option is not winner]
-    told = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
+    prediction = f"{_title(winner)} is predicted to take {winner.seconds:.3g} s"
     if not others:
-        reason = f"{told}; it is the only way."
+        reason = f"{prediction}; it is the only way."
     else:
         rival = min(others, key=lambda option: option.seconds)
         than = f"{_title(rival)} {rival.seconds:.3g} s"
         if rival.seconds < winner.seconds:
-            reason = f"{told}, {than}: nearly the same, and the first is the more exact."
+            reason = f"{prediction}, {than}: nearly the same, and the first is the more exact."
         else:
-            reason = f"{told}; the next best, {than}."
+            reason = f"{prediction}; the next best, {than}."
     if asked:
         reason = f"You asked for {asked}. {reason}"
     wider = [

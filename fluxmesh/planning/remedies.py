@@ -42,12 +42,12 @@ class Remedy:
 
 def remedies(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
     """The first change of the request that is enough, and what else would be; () if nothing is."""
-    found = list(_first(_changed(work), view, fits))
+    advice = list(_first(_changed(work), view, fits))
     needed = fits(work, _freed(view))
     if needed is not None:
-        found.append(Remedy(needed=needed, freed=True))
+        advice.append(Remedy(needed=needed, freed=True))
     wired = _wired(work, view, fits)
-    return (*found, wired) if wired is not None else tuple(found)
+    return (*advice, wired) if wired is not None else tuple(advice)
 
 
 def for_weights(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...]:
@@ -55,9 +55,9 @@ def for_weights(work: Workload, view: MeshView, fits: Fits) -> tuple[Remedy, ...
     changed = (
         (each, how) for each, how in _changed(work) if how == Remedy(needed=0, bits=how.bits)
     )
-    found = list(_first(changed, view, fits))
+    advice = list(_first(changed, view, fits))
     wired = _wired(work, view, fits)
-    return (*found, wired) if wired is not None else tuple(found)
+    return (*advice, wired) if wired is not None else tuple(advice)
 
 
 def of_training(
@@ -70,13 +70,13 @@ def of_training(
     if not ways:
         return ()
     asked, *changed = ways
-    found = [way for way in changed if fits(way.needed, view)][:1]
+    advice = [way for way in changed if fits(way.needed, view)][:1]
     if fits(asked.needed, _freed(view)):
-        found.append(replace(asked, freed=True))
+        advice.append(replace(asked, freed=True))
     limit = -(-asked.needed // STEP) * STEP
     if fits(asked.needed, _raised_all(view, limit)):
-        found.append(replace(asked, wired_mib=limit // MIB))
-    return tuple(found)
+        advice.append(replace(asked, wired_mib=limit // MIB))
+    return tuple(advice)
 
 
 Changed = Iterator[tuple[Workload, Remedy]]

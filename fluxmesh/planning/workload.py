@@ -9,7 +9,7 @@ them alike: text encoding, the requests and pictures that travel between coordin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from fluxmesh.planning.activations import (
     largest_of_decode,
 )
 from fluxmesh.request import DTYPE_BYTES as BYTES
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest, GenerateRequest
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights.checkpoint import Checkpoint, ModelDefaults
 
@@ -58,6 +58,24 @@ class ModelSizes:
             checkpoint.defaults,
             checkpoint.bits,
         )
+
+    def fill(self, request: GenerateRequest) -> FilledRequest:
+        """The request, with what it leaves open as the model has it.
+
+        A picture to begin from says the size, where the request does not. Raises `UsageError`.
+        """
+        own = self.defaults
+        height, width = own.height, own.width
+        if request.source is not None and request.height is None and request.width is None:
+            height, width = request.source.pixels.shape[:2]
+        values = {field.name: getattr(request, field.name) for field in fields(GenerateRequest)}
+        values |= {
+            "height": request.height or height,
+            "width": request.width or width,
+            "steps": request.steps or own.steps,
+            "guidance": own.guidance if request.guidance is None else request.guidance,
+        }
+        return FilledRequest(**values)
 
     def tokens(self, height: int, width: int) -> int:
         """S: tokens of text and image, for a picture of that many pixels."""
@@ -97,22 +115,16 @@ class Workload:
     low_memory: bool = False
 
     @classmethod
-    def of(cls, request: GenerateRequest, model: ModelSizes) -> Workload:
-        """The request with the model's defaults filled in, as the runner fills them in."""
-        height = request.height or model.defaults.height
-        width = request.width or model.defaults.width
-        strength = 1.0
-        if request.source is not None:
-            strength = request.source.strength
-            if request.height is None and request.width is None:
-                height, width = request.source.pixels.shape[:2]
-        levels = timesteps(request.steps or model.defaults.steps, 1, ScheduleConfig(), strength)
+    def of(cls, request: FilledRequest, model: ModelSizes) -> Workload:
+        """The work that a request to a model of these sizes is."""
+        strength = 1.0 if request.source is None else request.source.strength
+        levels = timesteps(request.steps, 1, ScheduleConfig(), strength)
         return cls(
             model,
             ModelVariant.of(request, model.bits),
             request.n_images,
-            height,
-            width,
+            request.height,
+            request.width,
             len(levels) - 1,
             request.decoding_batch_size,
             request.preload,

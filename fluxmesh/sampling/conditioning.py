@@ -31,10 +31,10 @@ class PromptMemory:
 
     def get(self, prompt: str, padded: bool) -> Conditioning | None:
         """What was stored for this prompt with this padding, or None."""
-        found = self._known.get((prompt, padded))
-        if found is not None:
+        conditioning = self._known.get((prompt, padded))
+        if conditioning is not None:
             self._known.move_to_end((prompt, padded))
-        return found
+        return conditioning
 
     def put(self, prompt: str, padded: bool, conditioning: Conditioning) -> None:
         """Stores what `get` then finds, and forgets the least recently used beyond `size`."""

@@ -6,7 +6,9 @@ import hashlib
 from pathlib import Path
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file. Raises `OSError` where it can't be read."""
+def sha256_of(path: str | Path | bytes) -> str:
+    """Hexadecimal SHA-256 of a file, or of a file's bytes. Raises `OSError`."""
+    if isinstance(path, bytes):
+        return hashlib.sha256(path).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

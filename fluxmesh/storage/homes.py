@@ -97,10 +97,10 @@ def private_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise HomeError(f"{path} is not a folder of your own; remove it, or choose another.")
-        if stat.S_IMODE(found.st_mode) & 0o077:
+        if stat.S_IMODE(status.st_mode) & 0o077:
             path.chmod(0o700)
     except OSError as error:
         raise HomeError(f"{path} can't be used: {error.strerror or error}.") from None
@@ -152,10 +152,10 @@ def _read(path: Path, forbidden: int, reason: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(handle, encoding="utf-8") as file:
-            found = os.fstat(file.fileno())
-            if found.st_uid != os.geteuid():
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid():
                 raise HomeError(f"{path} belongs to someone else; remove it.")
-            if stat.S_IMODE(found.st_mode) & forbidden:
+            if stat.S_IMODE(status.st_mode) & forbidden:
                 raise HomeError(f"{path} {reason} run: chmod 600 {path}")
             return file.read()
     except FileNotFoundError:

@@ -98,11 +98,11 @@ class Allowlist:
     def __init__(self, folder: Path) -> None:
         """Makes the folder if it is not there. Raises `HomeError` where it is not the user's."""
         self.folder = private_folder(folder)
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def users(self) -> dict[str, str]:
         """Public key to name, as the files say now. A file that holds no key lets nobody in."""
-        found: dict[str, str] = {}
+        names: dict[str, str] = {}
         for path in sorted(apple_double.without(self.folder.glob("*.pub"))):
             try:
                 key = read_own(path).strip()
@@ -112,15 +112,15 @@ class Allowlist:
                 self._tell(str(error))
                 continue
             if _NAME.fullmatch(path.stem) and is_key(key):
-                found[key] = path.stem
+                names[key] = path.stem
             else:
                 self._tell(f"{path} holds no key of a user")
-        return found
+        return names
 
     def _tell(self, reason: str) -> None:
         """Once: the folder is read again and again."""
-        if reason not in self._told:
-            self._told.add(reason)
+        if reason not in self._warned:
+            self._warned.add(reason)
             log.warning("a key is left out: %s", reason)
 
     def add(self, name: str, key: str) -> None:

@@ -69,10 +69,10 @@ def _of_darwin(pid: int) -> str | None:
     task = _Task()
     size = ctypes.sizeof(task)
     # It is part of libSystem, which every process has.
-    found = ctypes.CDLL(None).proc_pidinfo(
+    nbytes = ctypes.CDLL(None).proc_pidinfo(
         pid, _TASK_FLAVOR, ctypes.c_uint64(0), ctypes.byref(task), size
     )
-    if found != size or task.status == _ZOMBIE:
+    if nbytes != size or task.status == _ZOMBIE:
         return None
     return f"{task.start_seconds}.{task.start_microseconds:06d} s"
 

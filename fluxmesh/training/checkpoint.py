@@ -82,8 +82,8 @@ def iterations(folder: Path) -> list[int]:
     """The iterations whose states lie in `folder`, ascending."""
     if not folder.is_dir():
         return []
-    found = (STATE.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (STATE.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def load(path: Path) -> Saved:
@@ -106,8 +106,8 @@ def load(path: Path) -> Saved:
 
 def latest(folder: Path) -> Saved | None:
     """The last checkpoint of `folder`, or None."""
-    found = iterations(folder)
-    return load(state_path(folder, found[-1])) if found else None
+    numbers = iterations(folder)
+    return load(state_path(folder, numbers[-1])) if numbers else None
 
 
 def check_same(saved: Saved, request: Mapping[str, Any], data: str, model: str) -> None:

@@ -1,4 +1,12 @@
-"""A training in this process: `run.py`'s loop with one learner, and no mesh."""
+"""A training in this process: `run.py`'s loop with one learner, and no mesh.
+
+Why a training alone has a road of its own, where a painting alone is a mesh of one: the loop, the
+files and the numbers are those of `run.py` and `compute/learner.py` on both roads, to the same
+bytes; only who is asked differs, behind the same `Executor`. A picture wants an engine that
+outlives its command, and another that takes over within seconds. A run of hours wants neither: here
+it starts no process, opens no port, holds the features once, and comes back from its own
+checkpoints. What it gives up: where the device fails, the command ends, and a resume goes on.
+"""
 
 from __future__ import annotations
 

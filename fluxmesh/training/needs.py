@@ -27,7 +27,7 @@ SMALL = (256, 256)  # pixels of a picture that still teaches
 def transformer_bytes(request: TrainRequest, model: ModelSizes) -> int:
     """Of the frozen transformer in memory."""
     asked = GenerateRequest("", seed=0, dtype=request.dtype, bits=request.bits)
-    return Workload.of(asked, model).transformer.on_each_of(1)
+    return Workload.of(model.fill(asked), model).transformer.on_each_of(1)
 
 
 def ways(request: TrainRequest, model: ModelSizes, size: Size) -> tuple[Remedy, ...]:

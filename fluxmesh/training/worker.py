@@ -19,7 +19,8 @@ import numpy as np
 
 from fluxmesh.engine import device_memory, features
 from fluxmesh.engine.residency import Stopped, WorkerOptions
-from fluxmesh.engine.worker import Reports, Worker
+from fluxmesh.engine.state import Reports
+from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.models.partition import Shard
 from fluxmesh.sampling.conditioning import Conditioning
@@ -162,8 +163,8 @@ class TrainingWorker(Worker):
         del pipeline.ae
         self._spread.clear()
         with self.meter.phase("load"):
-            yield from self._loading(work, "transformer")
-            self._begin("opening the training")
+            yield from self.loading(work, "transformer")
+            self.begin("opening the training")
             request = request_of(work.request)
             shown = len(work.captions) - work.priors
             examples = [
@@ -193,7 +194,7 @@ class TrainingWorker(Worker):
                 f"Update {work.update} was asked for after {learner.state.update} updates."
             )
         self.doing = "training"
-        self._begin("training")
+        self.begin("training")
         started = time.perf_counter()
         with self.meter.phase("training"):
             total, is_stopped = learner.nothing(), False
@@ -238,7 +239,7 @@ class TrainingWorker(Worker):
 
     def _give_vectors(self, work: GiveVectors) -> Reports:
         learner = self.learner
-        self._begin("sending the state")
+        self.begin("sending the state")
         vectors = learner.vectors()
         last = list(vectors)[-1]
         for name, vector in vectors.items():
@@ -258,7 +259,7 @@ class TrainingWorker(Worker):
 
     def _validate(self, work: Validate) -> Reports:
         self.doing = "measuring on what was held out"
-        self._begin("validating")
+        self.begin("validating")
         with self.meter.phase("training"):
             loss = self.learner.validate()
         yield HeldOut(
@@ -269,7 +270,7 @@ class TrainingWorker(Worker):
 
     def _paint_progress(self, work: PaintProgress) -> Reports:
         self.doing = "painting the progress prompt"
-        self._begin("painting")
+        self.begin("painting")
         with self.meter.phase("training"):
             pixels = self.learner.paint()
         yield ProgressPainted(job=work.job, ring_generation=work.ring_generation, pixels=pixels)

@@ -31,6 +31,7 @@ __all__ = [
     "Component",
     "ModelDefaults",
     "ModelInfo",
+    "default_checkpoint",
     "default_model",
     "list_models",
     "pull",
@@ -105,22 +106,26 @@ def full_name(name: str) -> str:
 
 def _embedded() -> Checkpoint:
     """The checkpoint of the package; its own fluxmesh.json may say what it paints by default."""
-    found = from_folder(tiny_folder(), TINY)
+    checkpoint = from_folder(tiny_folder(), TINY)
     if (tiny_folder() / MANIFEST).is_file():
-        return found
-    trained_at = dataclasses.replace(found.defaults, steps=4, height=128, width=128)
-    return dataclasses.replace(found, defaults=trained_at)
+        return checkpoint
+    trained_at = dataclasses.replace(checkpoint.defaults, steps=4, height=128, width=128)
+    return dataclasses.replace(checkpoint, defaults=trained_at)
 
 
-def default_model() -> str:
+def default_checkpoint() -> Checkpoint:
     """The FLUX that is on this machine already, else `tiny`."""
     for alias in REPOS:
         try:
-            resolve(alias, download=False)
+            return resolve(alias, download=False)
         except FluxmeshError:
             continue
-        return alias
-    return TINY
+    return resolve(TINY)
+
+
+def default_model() -> str:
+    """The name of the default checkpoint."""
+    return default_checkpoint().name
 
 
 def pull(name: str, progress: Progress | None = None) -> Checkpoint:
@@ -163,12 +168,12 @@ def _list_models() -> Iterator[ModelInfo]:
 
 def _info(name: str, source: str) -> ModelInfo:
     try:
-        found = resolve(name, download=False)
+        checkpoint = resolve(name, download=False)
     except FluxmeshError as error:
         untouched = source in REPOS.values() and cached_snapshot(source) is None
         return ModelInfo(name, source, None, 0, "not here" if untouched else str(error))
-    total = sum(component.nbytes for component in found.components.values())
-    return ModelInfo(name, source, found.revision, total)
+    total = sum(component.nbytes for component in checkpoint.components.values())
+    return ModelInfo(name, source, checkpoint.revision, total)
 
 
 def tiny_folder() -> Path:
@@ -240,8 +245,8 @@ def _in_snapshot(
     """The checkpoint in a cached snapshot, whose folder is named by the commit."""
     if (snapshot / "model_index.json").is_file():
         return from_folder(snapshot, name, revision=snapshot.name)
-    found = apple_double.without(snapshot.glob("*.safetensors"))
-    files = [file for file in found if file.name != "ae.safetensors"]
+    tensor_files = apple_double.without(snapshot.glob("*.safetensors"))
+    files = [file for file in tensor_files if file.name != "ae.safetensors"]
     if len(files) == 1:
         return _single_file(files[0], name, download, progress, revision=snapshot.name)
     raise ModelNotFoundError(
@@ -263,13 +268,13 @@ def _single_file(
     if file == autoencoder:
         raise ModelNotFoundError(f"{file} is the autoencoder; name the transformer's file.")
     text = _text_folder(file, download, progress)
-    found = autoencoder if autoencoder.is_file() else None
-    if found is None and not (text / "vae" / "config.json").is_file():
+    autoencoder_file = autoencoder if autoencoder.is_file() else None
+    if autoencoder_file is None and not (text / "vae" / "config.json").is_file():
         raise ModelNotFoundError(
             f"No autoencoder for {file}: put ae.safetensors beside it, or name it in the "
             "environment variable AE."
         )
-    return from_single_files(file, found, text, name, revision)
+    return from_single_files(file, autoencoder_file, text, name, revision)
 
 
 def _text_folder(file: Path, download: bool, progress: Progress | None) -> Path:

@@ -70,13 +70,13 @@ def write_surroundings(source: Checkpoint, folder: Path, manifest: Mapping[str, 
     write_json(folder / "model_index.json", _INDEX)
     defaults = dataclasses.asdict(source.defaults)
     del defaults["t5_max_length"]  # the tokenizer says
-    told = {
+    entries = {
         "format": FORMAT,
         "defaults": defaults,
         "source": {"name": source.name, "revision": source.revision},
         "fluxmesh": __version__,
     }
-    write_json(folder / MANIFEST, told | dict(manifest))
+    write_json(folder / MANIFEST, entries | dict(manifest))
 
 
 def config_of(source: Checkpoint, component: str) -> dict[str, Any]:

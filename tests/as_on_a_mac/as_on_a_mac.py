@@ -114,7 +114,7 @@ def compute_on_metal(mx: Any) -> None:
     """MLX says that it computes on Metal."""
     gpu = mx.Device(mx.gpu)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    told = {
+    device_info = {
         "architecture": ARCHITECTURE,
         "device_name": "Apple M5 Max",
         "memory_size": pages,
@@ -123,7 +123,7 @@ def compute_on_metal(mx: Any) -> None:
         "resource_limit": 499000,
     }
     mx.default_device = lambda: gpu
-    mx.device_info = lambda device=None: dict(told)
+    mx.device_info = lambda device=None: dict(device_info)
     mx.metal.is_available = lambda: True
 
 

@@ -62,12 +62,12 @@ def command(*arguments: object) -> list[str]:
 def free_ports(count: int) -> list[int]:
     held = [socket.socket() for _ in range(count)]
     try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
+        for sock in held:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in held]
     finally:
-        for one in held:
-            one.close()
+        for sock in held:
+            sock.close()
 
 
 @dataclass
@@ -99,11 +99,11 @@ class Up:
     def connect(self) -> Iterator[Mesh]:
         """The mesh, held by this process, which is its user meanwhile: it starts agents again."""
         home = Home(self.folder / "config")
-        found = mesh_file.load(home)
-        assert found is not None
+        record = mesh_file.load(home)
+        assert record is not None
         with (
             mock.patch.dict(os.environ, self.env),
-            Mesh.connect(found, load_keys(home.folder, "client")) as mesh,
+            Mesh.connect(record, load_keys(home.folder, "client")) as mesh,
         ):
             yield mesh
 
@@ -114,18 +114,18 @@ class Up:
     def pid(self, victim: str, rank: int) -> int:
         """The process of the "agent" or the "engine" of a host that runs now."""
         home = self.home(rank)
-        told = json.loads((home.agent if victim == "agent" else home.engine).read_text())
-        return int(told["pid"])
+        process = json.loads((home.agent if victim == "agent" else home.engine).read_text())
+        return int(process["pid"])
 
     def status(self, mesh: Mesh, rank: int) -> Status:
         """What a host says of itself; waits until it answers."""
         end = time.monotonic() + LIMIT
         while time.monotonic() < end:
-            told = mesh.status()[rank]
-            if isinstance(told, Status):
-                return told
+            answer = mesh.status()[rank]
+            if isinstance(answer, Status):
+                return answer
             time.sleep(0.1)
-        raise AssertionError(f"host {rank} does not answer: {told}")
+        raise AssertionError(f"host {rank} does not answer: {answer}")
 
     def processes(self) -> list[int]:
         """Agents and engines of this mesh that run now."""
@@ -209,9 +209,9 @@ def paint(mesh: Mesh, request: GenerateRequest, placement: Any = None, hurt: Any
     return Outcome(pictures, steps, lost, planned, time.monotonic() - began, error)
 
 
-def _apart(rank: int, told: Status) -> HostInfo:
+def _apart(rank: int, status: Status) -> HostInfo:
     """A host as the planner sees it: a slow machine of its own, to which weights come at once."""
-    info = host_info(rank, told)
+    info = host_info(rank, status)
     return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
 
 
@@ -224,9 +224,9 @@ def _widest(
     **keys: Any,
 ) -> Plan:
     """The plan for `placement` that uses most hosts."""
-    found = placing.plan(request, view, sizes, placement=placement, **keys)
-    ways = [one for one in found.options if one.name == placement and not one.problem]
-    return replace(found, winner=max(ways, key=lambda one: len(one.ranks))) if ways else found
+    plan = placing.plan(sizes.fill(request), view, sizes, placement=placement, **keys)
+    ways = [option for option in plan.options if option.name == placement and not option.problem]
+    return replace(plan, winner=max(ways, key=lambda option: len(option.ranks))) if ways else plan
 
 
 def note(

@@ -22,7 +22,6 @@ from unittest import mock
 import numpy as np
 
 from fluxmesh.cluster.snapshot import Placement
-from fluxmesh.engine.reference import Runner
 from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.request import GenerateRequest
@@ -30,6 +29,7 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from fluxmesh_coordinator.runtime.mesh import Mesh
+from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint
 from tests.faults.mesh import LIMIT, Outcome, Up, paint
 
@@ -73,8 +73,7 @@ def request_for(model: str, placement: Placement, hosts: int) -> GenerateRequest
 
 def alone(request: GenerateRequest) -> dict[int, np.ndarray]:
     """The pictures of one host that nobody hurts."""
-    told = Runner().run(request)
-    return {event.image: event.pixels for event in told if isinstance(event, Picture)}
+    return dict(enumerate(painted_alone(request)))
 
 
 def difference(a: dict[int, np.ndarray], b: dict[int, np.ndarray]) -> int:
@@ -174,11 +173,11 @@ Life = tuple[int | None, int]  # an engine's process, and the steps it has count
 
 def lives(mesh: Mesh, hosts: int) -> dict[int, Life]:
     """Of each host that answers."""
-    found = mesh.status()
+    statuses = mesh.status()
     return {
-        rank: (told.engine_pid, told.counters.steps)
+        rank: (status.engine_pid, status.counters.steps)
         for rank in range(hosts)
-        if isinstance(told := found[rank], messages.Status)
+        if isinstance(status := statuses[rank], messages.Status)
     }
 
 

@@ -103,14 +103,17 @@ def test_ctrl_c_ends_a_command_within_a_step_and_leaves_the_mesh_warm(
 def held(up: Up) -> list[tuple[Any, ...]]:
     """Each host's processes, and what they hold."""
     with up.connect() as mesh:
-        found = [up.status(mesh, rank) for rank in range(len(up.ports))]
-    return [(one.pid, one.engine_pid, one.holds and one.holds.weights) for one in found]
+        statuses = [up.status(mesh, rank) for rank in range(len(up.ports))]
+    return [
+        (status.pid, status.engine_pid, status.holds and status.holds.weights)
+        for status in statuses
+    ]
 
 
 def pictures(command: commands.Command) -> dict[int, np.ndarray]:
     """The files of a command, by image; each is whole."""
-    found = {}
+    by_image = {}
     for path in command.pictures():
         with Image.open(path) as picture:
-            found[int(path.name.split(".")[1])] = np.array(picture)
-    return found
+            by_image[int(path.name.split(".")[1])] = np.array(picture)
+    return by_image

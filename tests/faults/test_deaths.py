@@ -36,8 +36,8 @@ def test_a_death_costs_seconds_and_no_acknowledged_step(
         is_cold = fault.moment == "load"
         clean = ground.seconds(mesh, fault.placement, cold=is_cold)
         heal(up, mesh, fault.placement, cold=is_cold)
-        found = strike.strike(up, mesh, request, fault)
-        outcome = found.outcome
+        struck = strike.strike(up, mesh, request, fault)
+        outcome = struck.outcome
 
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == images
@@ -45,14 +45,14 @@ def test_a_death_costs_seconds_and_no_acknowledged_step(
         extra = outcome.seconds - clean
         assert extra <= STEP + SLACK
 
-        assert found.log.again == []
+        assert struck.log.again == []
         assert sorted(outcome.steps) == [(k, n + 1) for k in range(images) for n in range(STEPS)]
         for rank in range(hosts):
             up.status(mesh, rank)  # comes back
-        found.end = strike.lives(mesh, hosts)
+        struck.end = strike.lives(mesh, hosts)
         makers = 1 if fault.placement == "data" else hosts
         # Beside those that count, one that was not acknowledged may have been made by each.
-        assert found.steps_run <= makers * (images * STEPS + 1)
+        assert struck.steps_run <= makers * (images * STEPS + 1)
 
         if fault.moment == "save":  # the job may have been over: the next one shows it
             after = paint(mesh, request, fault.placement)

@@ -46,19 +46,19 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
         is_cold = fault.moment == "load"
         clean = ground.seconds(mesh, fault.placement, cold=is_cold)
         heal(up, mesh, fault.placement, cold=is_cold)
-        found = strike.strike(up, mesh, request, fault)
-        outcome = found.outcome
+        struck = strike.strike(up, mesh, request, fault)
+        outcome = struck.outcome
 
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == request.n_images
         assert difference(ground.alone, outcome.pictures) <= allowed(fault.placement)
         # Whole images may all be done by others before the silence is too long.
-        assert found.noticed is not None or fault.placement == "data"
-        noticed = found.noticed or 0.0
+        assert struck.noticed is not None or fault.placement == "data"
+        noticed = struck.noticed or 0.0
         assert noticed <= DEADLINE + LOOKS
         extra = outcome.seconds - clean - noticed
         assert extra <= STEP + SLACK
-        assert found.log.again == []
+        assert struck.log.again == []
         assert sorted(outcome.steps) == [
             (k, n + 1) for k in range(request.n_images) for n in range(STEPS)
         ]

@@ -68,12 +68,12 @@ def networks(pytestconfig: pytest.Config) -> Iterator[Networks]:
         pytest.skip("network namespaces need Linux, root and iproute2")
     assert os.geteuid() == 0, "namespaces need root: sudo make faults"
     name = f"fm{secrets.token_hex(2)}"
-    found = Networks(name, f"10.213.{secrets.randbelow(250)}")
+    made = Networks(name, f"10.213.{secrets.randbelow(250)}")
     with ExitStack() as stack:
         bridge = f"{name}br"
         ip("link", "add", bridge, "type", "bridge")
         stack.callback(ip, "link", "del", bridge)
-        ip("addr", "add", f"{found.address(0)}/24", "dev", bridge)
+        ip("addr", "add", f"{made.address(0)}/24", "dev", bridge)
         ip("link", "set", bridge, "up")
         for rank in range(1, HOSTS):
             space, near, far = f"{name}-{rank + 1}", f"{name}v{rank + 1}", f"{name}p{rank + 1}"
@@ -81,10 +81,10 @@ def networks(pytestconfig: pytest.Config) -> Iterator[Networks]:
             stack.callback(ip, "netns", "del", space)  # and its link with it
             ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", space)
             ip("link", "set", near, "master", bridge, "up")
-            ip("-n", space, "addr", "add", f"{found.address(rank)}/24", "dev", far)
+            ip("-n", space, "addr", "add", f"{made.address(rank)}/24", "dev", far)
             ip("-n", space, "link", "set", far, "up")
             ip("-n", space, "link", "set", "lo", "up")
-        yield found
+        yield made
 
 
 def _can_make_namespaces() -> bool:
@@ -130,17 +130,17 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_may_return(
         try:
             fault = Fault(placement, "middle", "agent", rank)
             cut = partial(networks.set, rank, "down")
-            found = strike.strike(up, held, request, fault, cut)
+            struck = strike.strike(up, held, request, fault, cut)
         finally:
             networks.set(rank, "up")
-        outcome = found.outcome
+        outcome = struck.outcome
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == request.n_images
         assert difference(alone, outcome.pictures) <= allowed(placement)
-        assert found.noticed is not None and found.noticed <= DEADLINE + LOOKS
+        assert struck.noticed is not None and struck.noticed <= DEADLINE + LOOKS
         # Those who are left may have to form a ring of their own, and to load.
-        assert outcome.seconds - clean.seconds - found.noticed <= STEP + SLACK
-        assert found.log.again == []
+        assert outcome.seconds - clean.seconds - struck.noticed <= STEP + SLACK
+        assert struck.log.again == []
         assert sorted(outcome.steps) == [
             (k, n + 1) for k in range(request.n_images) for n in range(STEPS)
         ]

@@ -65,9 +65,9 @@ def test_20_updates_are_the_same_bytes_on_1_2_and_3_hosts(
             with up.connect() as held:
                 steps = [up.status(held, rank).counters.steps for rank in range(hosts)]
         assert steps == [UPDATES] * hosts, "every host makes every update"
-        told = re.findall(rf"{UPDATES} updates of {ACCUMULATED} images[^\n]*", done.stderr)
-        assert told, done.stderr
-        print(f"{dtype}, {hosts} hosts: {told[0]}")
+        sentences = re.findall(rf"{UPDATES} updates of {ACCUMULATED} images[^\n]*", done.stderr)
+        assert sentences, done.stderr
+        print(f"{dtype}, {hosts} hosts: {sentences[0]}")
         adapters[hosts] = (out / checkpoint.FINAL).read_bytes()
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[hosts] = [line["loss"] for line in lines if "loss" in line]

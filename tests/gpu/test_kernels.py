@@ -28,11 +28,11 @@ def test_kernels_compute_what_the_plain_forms_do(name: str, shape: fusing.Shape)
     # In bfloat16 a kernel rounds once, MLX's operations one after another: it is as near or nearer.
     narrow = fusing.make(name, shape, mx.bfloat16)
     truth = fusing.values_and_gradients(narrow.plain, narrow, mx.float32)
-    found = fusing.values_and_gradients(narrow.fused, narrow)
+    outputs = fusing.values_and_gradients(narrow.fused, narrow)
     plain = fusing.values_and_gradients(narrow.plain, narrow)
-    for one, other, wanted in zip(found, plain, truth, strict=True):
+    for output, other, wanted in zip(outputs, plain, truth, strict=True):
         bound = max(4e-3, 1.05 * fusing.worst([other], [wanted]))
-        assert fusing.worst([one], [wanted]) < bound
+        assert fusing.worst([output], [wanted]) < bound
 
 
 @pytest.mark.timeout(600)  # CUDA's compiler takes minutes when nothing is on disk yet
@@ -48,7 +48,7 @@ def test_a_traced_gradient_is_the_one_that_is_not_and_repeats(tmp_path, dtype, k
     keys = part.micro.dropout_keys(len(made.adapters.names))
     batch = made.batch(part)
     _, plain = loss_and_gradient(made.flux, made.adapters, batch, made.request.guidance, keys)
-    (_, one), (_, two) = made.step(batch, keys), made.step(batch, keys)
-    assert np.array_equal(np.array(one), np.array(two))
+    (_, traced), (_, repeated) = made.step(batch, keys), made.step(batch, keys)
+    assert np.array_equal(np.array(traced), np.array(repeated))
     bound = 1e-5 if dtype == "float32" else 2e-2
-    assert fusing.worst([np.array(one)], [np.array(plain)]) < bound
+    assert fusing.worst([np.array(traced)], [np.array(plain)]) < bound

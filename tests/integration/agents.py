@@ -9,6 +9,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from fluxmesh_coordinator.runtime import agent_pool, job_runner
 from tests.paths import python_path
 
 PATIENCE = 60.0  # seconds that a test waits for anything
+GONE = 10.0  # seconds within which what should end has ended
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -80,8 +82,8 @@ def agent(
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        told = {"authorized": {"tester": user.public}, "envs": dict(envs or {})}
-        process.stdin.write(json.dumps(told).encode() + b"\n")
+        settings = {"authorized": {"tester": user.public}, "envs": dict(envs or {})}
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
         process.stdin.flush()
         said = json.loads(process.stdout.readline())
         yield AgentProcess(process, state, said["endpoint"], said["public_key"], said["boot"], user)
@@ -132,15 +134,15 @@ class Coordinator:
     async def until(self, kind: type[M], seconds: float = PATIENCE) -> M:
         """The next report of a kind that was not returned yet; a `Failed` in between fails."""
 
-        def found() -> int | None:
+        def position() -> int | None:
             for i in range(self.read, len(self.heard)):
                 if isinstance(self.heard[i], kind | messages.Failed):
                     return i
             return None
 
         async with self._news:
-            await asyncio.wait_for(self._news.wait_for(lambda: found() is not None), seconds)
-        at = found()
+            await asyncio.wait_for(self._news.wait_for(lambda: position() is not None), seconds)
+        at = position()
         assert at is not None
         self.read = at + 1
         report = self.heard[at]
@@ -176,24 +178,24 @@ class Coordinator:
 
 
 @asynccontextmanager
-async def coordinator(
+async def connected(
     host: AgentProcess, *, beats: bool = True, client: str = ""
 ) -> AsyncIterator[Coordinator]:
     """Connects and says hello; `beats` False falls silent after that."""
     dialer = CurveDialer(host.user)
     connection = await dialer.connect(host.endpoint, host.key)
-    one = Coordinator(connection, client or secrets.token_hex(8))
+    coordinator = Coordinator(connection, client or secrets.token_hex(8))
 
     async def beat() -> None:
         while beats:
             await connection.send(messages.Heartbeat())
             await asyncio.sleep(1.0)
 
-    tasks = [asyncio.create_task(one.listen()), asyncio.create_task(beat())]
+    tasks = [asyncio.create_task(coordinator.listen()), asyncio.create_task(beat())]
     try:
-        welcome = await one.ask(messages.Hello(one.client, __version__))
+        welcome = await coordinator.ask(messages.Hello(coordinator.client, __version__))
         assert isinstance(welcome, messages.Welcome), welcome
-        yield one
+        yield coordinator
     finally:
         for task in tasks:
             task.cancel()
@@ -210,22 +212,41 @@ def as_if_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner takes the agents, which share two cores, for slow machines of their own."""
     for module in (agent_pool, job_runner):
 
-        def apart(rank: int, told: messages.Status) -> HostInfo:
-            info = host_info(rank, told)
+        def apart(rank: int, status: messages.Status) -> HostInfo:
+            info = host_info(rank, status)
             return replace(info, device="", load_rate=1e12, flops_per_second=1e6, measured=())
 
         monkeypatch.setattr(module, "host_info", apart)
 
 
+async def engine_of(coordinator: Coordinator) -> int:
+    pid = (await coordinator.status()).engine_pid
+    assert pid is not None
+    return pid
+
+
+async def failed(coordinator: Coordinator, seconds: float = GONE) -> messages.Failed:
+    """The next report of a failure."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for report in coordinator.heard:
+            if isinstance(report, messages.Failed):
+                coordinator.heard.clear()
+                coordinator.read = 0
+                return report
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"nothing failed: {coordinator.heard}")
+
+
 async def encode(
-    one: Coordinator, weights: ModelVariant, prompt: str = "a cat"
+    coordinator: Coordinator, weights: ModelVariant, prompt: str = "a cat"
 ) -> messages.TextEncoded:
-    await one.done(messages.Encode(**one.head(), weights=weights, prompt=prompt))
-    return await one.until(messages.TextEncoded)
+    await coordinator.done(messages.Encode(**coordinator.head(), weights=weights, prompt=prompt))
+    return await coordinator.until(messages.TextEncoded)
 
 
 def painting(
-    one: Coordinator,
+    coordinator: Coordinator,
     weights: ModelVariant,
     text: messages.TextEncoded,
     *,
@@ -243,7 +264,7 @@ def painting(
     """One image of `size` x `size` pixels."""
     noise = initial_noise(seed, size, size, channels, 8)
     return messages.Paint(
-        **one.head(job),
+        **coordinator.head(job),
         weights=weights,
         placement=placement,
         image=image,
@@ -261,36 +282,40 @@ def painting(
     )
 
 
-async def join_ring(ones: list[Coordinator], ring_generation: int) -> None:
+async def join_ring(coordinators: list[Coordinator], ring_generation: int) -> None:
     """All of them form a ring on loopback, in their order."""
     ports: list[tuple[int, ...]] = []
-    for one in ones:
-        answer = await one.ask(messages.AskPorts(fence=one.fence, ip="127.0.0.1"))
+    for coordinator in coordinators:
+        answer = await coordinator.ask(messages.AskPorts(fence=coordinator.fence, ip="127.0.0.1"))
         assert isinstance(answer, messages.Ports), answer
         ports.append(answer.ports)
-    for one, join in zip(ones, joins_of(ones, ring_generation, ports), strict=True):
-        one.ring_generation = ring_generation
-        await one.done(join)
-    for one in ones:
-        await one.until(messages.Joined)
+    for coordinator, join in zip(
+        coordinators, joins_of(coordinators, ring_generation, ports), strict=True
+    ):
+        coordinator.ring_generation = ring_generation
+        await coordinator.done(join)
+    for coordinator in coordinators:
+        await coordinator.until(messages.Joined)
 
 
 def joins_of(
-    ones: list[Coordinator], ring_generation: int, ports: list[tuple[int, ...]]
+    coordinators: list[Coordinator], ring_generation: int, ports: list[tuple[int, ...]]
 ) -> list[messages.Join]:
     """What the ranks of one ring on loopback are told."""
-    size, nonce = len(ones), secrets.token_bytes(32)
+    size, nonce = len(coordinators), secrets.token_bytes(32)
     hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(size)]
     return [
         messages.Join(
-            fence=one.fence,
+            fence=coordinator.fence,
             ring_generation=ring_generation,
             rank=rank,
             size=size,
             backend="ring",
-            envs=told.envs,
-            files=told.files,
+            envs=ring.envs,
+            files=ring.files,
             nonce=nonce,
         )
-        for rank, (one, told) in enumerate(zip(ones, joining("ring", hosts, ports), strict=True))
+        for rank, (coordinator, ring) in enumerate(
+            zip(coordinators, joining("ring", hosts, ports), strict=True)
+        )
     ]

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fluxmesh.cluster.snapshot import ModelVariant
 from tests.checkpoints import make_checkpoint
+from tests.integration.agents import AgentProcess, agent
 
 Run = Callable[..., "FinishedProcess"]
 
@@ -80,3 +82,16 @@ def fluxmesh(tmp_path: Path, home: Path) -> Run:
         return FinishedProcess(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
+    """A random FLUX in float32, which agents are asked for."""
+    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
+
+
+@pytest.fixture
+def host(tmp_path: Path, weights: ModelVariant) -> Iterator[AgentProcess]:
+    """An agent that may load `weights`."""
+    with agent(tmp_path / "agent", "--root", weights.model) as running:
+        yield running

@@ -152,11 +152,11 @@ def test_generate_paints_the_same_from_a_fused_folder(
     for name, options in runs.items():
         done = fluxmesh(*PAINT, *size, *options, "--output", f"{name}.png")
         assert done.code == 0, done.err
-    beside, one, plain = (pixels(tmp_path / f"{name}.png") for name in runs)
-    assert np.abs(beside - one).max() <= 1
+    beside, fused_picture, plain = (pixels(tmp_path / f"{name}.png") for name in runs)
+    assert np.abs(beside - fused_picture).max() <= 1
     assert np.abs(beside - plain).max() > 5
-    told = json.loads((tmp_path / "fused" / "fluxmesh.json").read_text())
-    assert [entry["scale"] for entry in told["fused"]] == [0.8, 1.0]
+    description = json.loads((tmp_path / "fused" / "fluxmesh.json").read_text())
+    assert [entry["scale"] for entry in description["fused"]] == [0.8, 1.0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -172,24 +172,24 @@ def test_a_fused_folder_holds_what_fusing_on_the_way_gives_in_the_dtype_of_the_s
     monkeypatch.setattr(fuse, "SHARD_BYTES", 100_000)
     heard: list[tuple[int, int]] = []
     fuse_checkpoint(source, tmp_path / "fused", [(path, 0.7)], lambda *seen: heard.append(seen))
-    found = hub.resolve(str(tmp_path / "fused"))
-    loading.verify(found)
+    checkpoint = hub.resolve(str(tmp_path / "fused"))
+    loading.verify(checkpoint)
     assert heard == sorted(heard) and heard[-1][0] > 0.99 * heard[-1][1]  # headers are no weights
-    files = found.components["transformer"].files
+    files = checkpoint.components["transformer"].files
     assert len(files) > 2
     kinds = {entry.dtype for file in files for entry in read_header(file).entries.values()}
     assert kinds == {"F32" if dtype == "float32" else "BF16"}
     expected = loading.load_transformer(source, getattr(mx, dtype))
     lora.apply_adapters(expected, [(path, 0.7)], fuse=True)
-    ours = parameters(loading.load_transformer(found, getattr(mx, dtype)))
+    ours = parameters(loading.load_transformer(checkpoint, getattr(mx, dtype)))
     theirs = parameters(expected)
     assert ours.keys() == theirs.keys()
     step = 1e-6 if dtype == "float32" else 2**-7  # sums that differ in float32's last place
     for name, values in theirs.items():
-        one, other = (np.array(x.astype(mx.float32)) for x in (ours[name], values))
-        assert np.abs(one - other).max() <= step * np.abs(other).max(), name
+        actual, wanted = (np.array(x.astype(mx.float32)) for x in (ours[name], values))
+        assert np.abs(actual - wanted).max() <= step * np.abs(wanted).max(), name
     for load in (loading.load_t5, loading.load_clip, loading.load_autoencoder):
-        assert_same(parameters(load(found)), parameters(load(source)))
+        assert_same(parameters(load(checkpoint)), parameters(load(source)))
 
 
 def test_fusing_never_overwrites_and_an_interrupted_one_leaves_nothing(

@@ -1,102 +1,51 @@
-"""One real agent with a real engine over the real transport: answers, deaths, hangs, leases."""
+"""What one real agent with a real engine does that it is asked for, over the real transport."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
-from fluxmesh.engine.reference import Runner
-from fluxmesh.events import Picture
 from fluxmesh.kernels.ops import device
 from fluxmesh.request import AdapterRef, GenerateRequest
-from fluxmesh.storage.processes import started_at
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Decode, Encode, Load, Measure
+from fluxmesh.wire.messages import Decode, Load, Measure
+from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint, write_safetensors
 from tests.integration.agents import (
     AgentProcess,
-    Coordinator,
     agent,
-    coordinator,
+    connected,
     encode,
+    engine_of,
+    failed,
     painting,
     play,
 )
-
-GONE = 10.0  # seconds within which what should end has ended
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
-    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("model")).path), "float32")
-
-
-@pytest.fixture
-def host(tmp_path: Path, weights: ModelVariant) -> Iterator[AgentProcess]:
-    with agent(tmp_path / "agent", "--root", weights.model) as running:
-        yield running
-
-
-def is_running(pid: int) -> bool:
-    return started_at(pid) is not None
-
-
-def wait_gone(pid: int, seconds: float = GONE) -> None:
-    end = time.monotonic() + seconds
-    while is_running(pid):
-        assert time.monotonic() < end, f"process {pid} is still there"
-        time.sleep(0.02)
-
-
-async def engine_of(one: Coordinator) -> int:
-    pid = (await one.status()).engine_pid
-    assert pid is not None
-    return pid
-
-
-async def failed(one: Coordinator, seconds: float = GONE) -> messages.Failed:
-    """The next report of a failure."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for report in one.heard:
-            if isinstance(report, messages.Failed):
-                one.heard.clear()
-                one.read = 0
-                return report
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"nothing failed: {one.heard}")
 
 
 def test_an_image_by_way_of_an_agent_is_that_of_this_process(
     host: AgentProcess, weights: ModelVariant
 ) -> None:
     async def scene() -> np.ndarray:
-        async with coordinator(host) as one:
-            await one.lease()
-            text = await encode(one, weights, "two dogs")
-            await one.done(painting(one, weights, text, seed=5))
+        async with connected(host) as coordinator:
+            await coordinator.lease()
+            text = await encode(coordinator, weights, "two dogs")
+            await coordinator.done(painting(coordinator, weights, text, seed=5))
             for number in (1, 2, 3):
-                step = await one.until(messages.Stepped)
+                step = await coordinator.until(messages.Stepped)
                 assert step.step == number
                 assert step.latents is not None
-            await one.done(
+            await coordinator.done(
                 Decode(
-                    **one.head(),
+                    **coordinator.head(),
                     weights=weights,
                     images=(0,),
                     height=32,
@@ -104,8 +53,8 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(
                     latents=step.latents,
                 )
             )
-            picture = (await one.until(messages.Pictured)).pixels
-            status = await one.status()
+            picture = (await coordinator.until(messages.Pictured)).pixels
+            status = await coordinator.status()
             assert (status.state, status.job, status.ring_generation) == ("ready", "job", 0)
             counted = status.counters
             assert (counted.images, counted.steps, counted.encodes, counted.decodes) == (1, 3, 1, 1)
@@ -113,20 +62,19 @@ def test_an_image_by_way_of_an_agent_is_that_of_this_process(
             assert status.holds is not None
             assert status.holds.weights == weights
             assert status.holds.nbytes > counted.transformer_bytes > counted.block_bytes > 0
-            assert one.client == status.holder
+            assert coordinator.client == status.holder
             return picture
 
     request = GenerateRequest(
         "two dogs", 5, weights.model, height=32, width=32, steps=3, dtype="float32"
     )
-    alone = [e.pixels for e in Runner().run(request) if isinstance(e, Picture)]
-    assert np.array_equal(play(scene()), alone[0])
+    assert np.array_equal(play(scene()), painted_alone(request)[0])
 
 
 def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProcess) -> None:
     async def scene() -> None:
-        async with coordinator(host) as one:
-            status = await one.status()
+        async with connected(host) as coordinator:
+            status = await coordinator.status()
             assert status.state == "idle"
             assert status.holds is None
             # What Metal recommends is less than an idle Mac has free. Without /proc nobody knows
@@ -144,8 +92,8 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProce
 
 def test_a_host_says_no_more_memory_than_its_owner_allows(tmp_path: Path) -> None:
     async def scene(host: AgentProcess) -> None:
-        async with coordinator(host) as one:
-            assert (await one.status()).memory_bytes == 1 << 30
+        async with connected(host) as coordinator:
+            assert (await coordinator.status()).memory_bytes == 1 << 30
 
     with agent(tmp_path, "--memory", str(1 << 30)) as host:
         play(scene(host))
@@ -159,16 +107,16 @@ def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
     file.write_bytes(file.read_bytes()[:-1000])
 
     async def scene(host: AgentProcess) -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            engine = await engine_of(one)
-            await one.done(Load(**one.head(), weights=ModelVariant(str(broken))))
-            report = await failed(one)
+        async with connected(host) as coordinator:
+            await coordinator.lease()
+            engine = await engine_of(coordinator)
+            await coordinator.done(Load(**coordinator.head(), weights=ModelVariant(str(broken))))
+            report = await failed(coordinator)
             assert (report.kind, report.fatal, report.job) == ("WeightsError", False, "job")
             assert file.name in report.text
-            await one.done(Load(**one.head(), weights=weights))
-            await one.until(messages.Loaded)
-            assert await engine_of(one) == engine
+            await coordinator.done(Load(**coordinator.head(), weights=weights))
+            await coordinator.until(messages.Loaded)
+            assert await engine_of(coordinator) == engine
 
     with agent(tmp_path / "agent", "--root", "/") as host:
         play(scene(host))
@@ -176,11 +124,13 @@ def test_damaged_weights_are_told_and_the_engine_lives_to_load_others(
 
 def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVariant) -> None:
     async def scene() -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
-            timed = await one.until(messages.Timed)
-            measured = (await one.status()).measured
+        async with connected(host) as coordinator:
+            await coordinator.lease()
+            await coordinator.done(
+                Measure(**coordinator.head(), weights=weights, height=32, width=32)
+            )
+            timed = await coordinator.until(messages.Timed)
+            measured = (await coordinator.status()).measured
             assert measured == (timed.measured,)
             assert measured[0].decode_seconds is not None
             assert 0 < measured[0].step_seconds < 10
@@ -188,17 +138,25 @@ def test_a_step_and_a_decode_are_measured(host: AgentProcess, weights: ModelVari
             assert measured[0].first_seconds is None
             assert abs(measured[0].when - time.time()) < 60
             made = StepShape.of(weights, "data", 1, 32, 32)
-            assert (await one.status()).compiled == (made,)
-            await one.done(Measure(**one.head(), weights=weights, height=32, width=32))
-            again = (await one.until(messages.Timed)).measured
+            assert (await coordinator.status()).compiled == (made,)
+            await coordinator.done(
+                Measure(**coordinator.head(), weights=weights, height=32, width=32)
+            )
+            again = (await coordinator.until(messages.Timed)).measured
             assert again.kernels_seconds is None and again.when > measured[0].when
-            (kept,) = (await one.status()).measured  # what nobody will measure again
+            (kept,) = (await coordinator.status()).measured  # what nobody will measure again
             assert kept == replace(again, kernels_seconds=measured[0].kernels_seconds)
-            await one.done(Measure(**one.head(), weights=weights, height=32, width=48))
-            other = (await one.until(messages.Timed)).measured
+            await coordinator.done(
+                Measure(**coordinator.head(), weights=weights, height=32, width=48)
+            )
+            other = (await coordinator.until(messages.Timed)).measured
             assert other.kernels_seconds is None and other.first_seconds is not None
-            await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
-            assert (await one.status()).compiled == ()
+            await coordinator.done(
+                messages.Kill(
+                    fence=coordinator.fence, ring_generation=coordinator.ring_generation + 1
+                )
+            )
+            assert (await coordinator.status()).compiled == ()
 
     play(scene())
 
@@ -220,28 +178,32 @@ def test_an_adapter_is_sent_once_and_changes_the_image(
     adapted = ModelVariant(weights.model, "float32", adapters=(AdapterRef(sha),))
 
     async def scene() -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            assert await one.ask(messages.HasFile(fence=one.fence, sha256=sha)) == messages.Found(
-                False
-            )
-            await one.done(Load(**one.head(), weights=adapted))
-            assert (await failed(one)).kind == "AdapterError"
+        async with connected(host) as coordinator:
+            await coordinator.lease()
+            assert await coordinator.ask(
+                messages.HasFile(fence=coordinator.fence, sha256=sha)
+            ) == messages.Found(False)
+            await coordinator.done(Load(**coordinator.head(), weights=adapted))
+            assert (await failed(coordinator)).kind == "AdapterError"
             for start in range(0, len(data), 1500):
                 piece = data[start : start + 1500]
-                await one.done(
+                await coordinator.done(
                     messages.PutFile(
-                        fence=one.fence, sha256=sha, offset=start, total=len(data), data=piece
+                        fence=coordinator.fence,
+                        sha256=sha,
+                        offset=start,
+                        total=len(data),
+                        data=piece,
                     )
                 )
-            assert await one.ask(messages.HasFile(fence=one.fence, sha256=sha)) == messages.Found(
-                True
-            )
+            assert await coordinator.ask(
+                messages.HasFile(fence=coordinator.fence, sha256=sha)
+            ) == messages.Found(True)
             latents = []
             for each in (weights, adapted):
-                text = await encode(one, each)
-                await one.done(painting(one, each, text, steps=1))
-                latents.append((await one.until(messages.Stepped)).latents)
+                text = await encode(coordinator, each)
+                await coordinator.done(painting(coordinator, each, text, steps=1))
+                latents.append((await coordinator.until(messages.Stepped)).latents)
             assert np.abs(latents[0] - latents[1]).max() > 0.01
 
     play(scene())
@@ -251,351 +213,30 @@ def test_a_model_outside_of_the_roots_is_refused_and_the_engine_lives(
     host: AgentProcess, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            engine = await engine_of(one)
+        async with connected(host) as coordinator:
+            await coordinator.lease()
+            engine = await engine_of(coordinator)
             for name in ("/etc", str(host.state), "../.."):
-                await one.done(Load(**one.head(), weights=ModelVariant(name)))
-                report = await failed(one)
+                await coordinator.done(Load(**coordinator.head(), weights=ModelVariant(name)))
+                report = await failed(coordinator)
                 assert (report.kind, report.fatal) == ("ModelNotFoundError", False)
-            await encode(one, weights)
-            assert await engine_of(one) == engine
+            await encode(coordinator, weights)
+            assert await engine_of(coordinator) == engine
 
     play(scene())
-
-
-@pytest.mark.parametrize("moment", ["load", "encode", "step", "decode"])
-def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
-    tmp_path: Path, weights: ModelVariant, moment: str
-) -> None:
-    async def scene(host: AgentProcess) -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            text = await encode(one, weights)
-            noise = painting(one, weights, text).noise
-            work = {
-                "load": Load(**one.head(), weights=weights),
-                "encode": Encode(**one.head(), weights=weights, prompt="another"),
-                "step": painting(one, weights, text),
-                "decode": Decode(
-                    **one.head(), weights=weights, images=(0,), height=32, width=32, latents=noise
-                ),
-            }[moment]
-            engine = await engine_of(one)
-            await one.done(work)
-            await asyncio.sleep(0.4)
-            os.kill(engine, signal.SIGKILL)
-            start = time.monotonic()
-            report = await failed(one)
-            assert time.monotonic() - start < 1.0
-            assert (report.kind, report.fatal, report.job) == ("Died", True, "job")
-            assert "signal 9" in report.text
-            status = await one.status()
-            assert (status.state, status.engine_pid, status.holds) == ("failed", None, None)
-            await one.done(work)  # the same agent starts another
-            ends = (messages.Loaded, messages.TextEncoded, messages.Stepped, messages.Pictured)
-            kind = dict(zip(("load", "encode", "step", "decode"), ends, strict=True))[moment]
-            await one.until(kind)
-            assert await engine_of(one) != engine
-
-    slow = {"FLUXMESH_DELAYS": "load=0.8,encode=0.8,step=0.8,decode=0.8"}
-    with agent(tmp_path, "--root", weights.model, envs=slow) as host:
-        play(scene(host))
-
-
-def test_an_engine_that_hangs_gives_no_sign_while_its_agent_does_and_kill_ends_it(
-    host: AgentProcess, weights: ModelVariant
-) -> None:
-    async def scene() -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            text = await encode(one, weights)
-            engine = await engine_of(one)
-            await one.done(painting(one, weights, text, steps=500))
-            await one.until(messages.Stepped)
-            os.kill(engine, signal.SIGSTOP)
-            await asyncio.sleep(0.3)
-            one.heard.clear()
-            beats = one.beats
-            await asyncio.sleep(2.5)
-            assert one.heard == []
-            assert one.beats >= beats + 2
-            assert (await one.status()).state == "busy"
-            await one.done(messages.Kill(fence=one.fence, ring_generation=one.ring_generation + 1))
-            assert not is_running(engine)
-            one.ring_generation += 1
-            one.read = 0
-            await one.done(painting(one, weights, text))
-            assert (await one.until(messages.Stepped)).ring_generation == one.ring_generation
-
-    play(scene())
-
-
-def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVariant) -> None:
-    async def scene(host: AgentProcess) -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            text = await encode(one, weights)
-            await one.done(painting(one, weights, text, steps=2))
-            assert (await one.until(messages.Beat)).doing == "first step"
-            await one.until(messages.Stepped)
-            await one.until(messages.Stepped)
-            one.heard.clear()
-            one.read = 0
-            await one.done(painting(one, weights, text, steps=1, image=1))
-            await one.until(messages.Stepped)
-            # Where kernels are compiled it says so: nobody grants it the minutes of a first step.
-            told = {report.doing for report in one.heard if isinstance(report, messages.Beat)}
-            assert told == {messages.WARM_STEP}
-
-    with agent(tmp_path, "--root", weights.model, envs={"FLUXMESH_DELAYS": "step=1.6"}) as host:
-        play(scene(host))
-
-
-def test_cancel_stops_at_the_next_step_and_drops_what_waits(
-    host: AgentProcess, weights: ModelVariant
-) -> None:
-    async def scene() -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            text = await encode(one, weights)
-            engine = await engine_of(one)
-            for image in range(3):
-                await one.done(painting(one, weights, text, steps=500, image=image))
-            await one.until(messages.Stepped)
-            start = time.monotonic()
-            await one.done(messages.Cancel(fence=one.fence, job="job"))
-            await one.until(messages.Cancelled)
-            assert time.monotonic() - start < 2.0
-            steps = (await one.status()).counters.steps
-            assert steps < 500
-            for job in ("next", "job"):  # also the cancelled one, from here on
-                await one.done(painting(one, weights, text, steps=1, job=job))
-                assert (await one.until(messages.Stepped)).job == job
-            status = await one.status()
-            assert status.counters.steps == steps + 2
-            assert status.engine_pid == engine
-
-    play(scene())
-
-
-def test_who_has_no_lease_changes_nothing(host: AgentProcess, weights: ModelVariant) -> None:
-    async def scene() -> None:
-        async with coordinator(host) as one, coordinator(host) as other:
-            await one.lease()
-            for fence in (0, one.fence, one.fence + 1):
-                answer = await other.ask(
-                    Load(fence=fence, job="job", ring_generation=0, weights=weights)
-                )
-                assert isinstance(answer, messages.Refused)
-                assert answer.code == "fence"
-            stale = await one.ask(
-                Load(fence=one.fence - 1, job="job", ring_generation=0, weights=weights)
-            )
-            assert isinstance(stale, messages.Refused)
-            assert (await one.status()).state == "idle"
-
-    play(scene())
-
-
-def test_a_request_that_comes_again_is_answered_again_and_not_done_twice(
-    host: AgentProcess, weights: ModelVariant
-) -> None:
-    async def scene() -> None:
-        async with coordinator(host) as one:
-            await one.lease()
-            work = Encode(**one.head(), weights=weights, prompt="a cat")
-            for _ in range(5):
-                assert await one.repeat(work, 1000) == messages.Done()
-            await one.until(messages.TextEncoded)
-            assert (await one.status()).counters.encodes == 1
-            assert sum(isinstance(report, messages.TextEncoded) for report in one.heard) == 1
-
-    play(scene())
-
-
-@pytest.mark.alone
-def test_the_second_waits_sees_its_place_and_gets_the_lease_when_the_first_leaves(
-    host: AgentProcess,
-) -> None:
-    async def scene() -> None:
-        async with coordinator(host) as one, coordinator(host) as other:
-            await one.lease()
-            await other.done(messages.AskLease("mine", 1.0))
-            queued = await other.until(messages.LeaseQueued)
-            assert queued.place == 1
-            assert (await one.status()).waiting == 1
-            start = time.monotonic()
-            await one.done(messages.LeaveQueue())
-            granted = await other.until(messages.Granted)
-            assert granted.fence > one.fence
-            assert time.monotonic() - start < 0.2
-
-    play(scene())
-
-
-def test_a_coordinator_whose_connection_breaks_comes_back_to_its_lease(
-    host: AgentProcess, weights: ModelVariant
-) -> None:
-    async def scene() -> None:
-        async with coordinator(host, client="me") as one:
-            await one.lease()
-            fence = one.fence
-        async with (
-            coordinator(host, client="other") as other,
-            coordinator(host, client="me") as one,
-        ):
-            await other.done(messages.AskLease("mine", 1.0))
-            await one.lease()
-            assert one.fence == fence
-            await encode(one, weights)
-            assert (await other.status()).waiting == 1
-
-    play(scene())
-
-
-def test_a_coordinator_that_falls_silent_loses_the_host_and_its_work_stops(
-    tmp_path: Path, weights: ModelVariant
-) -> None:
-    async def scene(host: AgentProcess) -> None:
-        async with coordinator(host, beats=False) as one, coordinator(host) as other:
-            await one.lease()
-            text = await encode(one, weights)
-            engine = await engine_of(one)
-            await one.done(painting(one, weights, text, steps=300))
-            silent = time.monotonic()
-            await other.lease("mine")
-            assert 4.5 < time.monotonic() - silent < 10.0
-            await one.until(messages.Lost)
-            status = await other.status()
-            assert (status.state, status.engine_pid) == ("ready", engine)  # still warm
-            assert 10 < status.counters.steps < 300
-            assert status.holder == other.client
-
-    with agent(tmp_path, "--root", weights.model, envs={"FLUXMESH_DELAYS": "step=0.1"}) as host:
-        play(scene(host))
-
-
-def test_an_engine_that_does_not_let_go_of_a_lost_coordinators_work_is_ended(
-    tmp_path: Path, weights: ModelVariant
-) -> None:
-    async def scene(host: AgentProcess) -> None:
-        async with coordinator(host, beats=False) as one, coordinator(host) as other:
-            await one.lease()
-            text = await encode(one, weights)
-            engine = await engine_of(one)
-            await one.done(painting(one, weights, text, steps=300))
-            await asyncio.sleep(0.3)
-            os.kill(engine, signal.SIGSTOP)
-            silent = time.monotonic()
-            await other.lease("mine")
-            assert time.monotonic() - silent < 10.0
-            assert not is_running(engine)
-            assert other.ring_generation == one.ring_generation + 1
-            await encode(other, weights)
-
-    with agent(tmp_path, "--root", weights.model) as host:
-        play(scene(host))
-
-
-def test_an_engine_ends_when_its_agent_is_killed(host: AgentProcess, weights: ModelVariant) -> None:
-    async def scene() -> int:
-        async with coordinator(host) as one:
-            await one.lease()
-            text = await encode(one, weights)
-            await one.done(painting(one, weights, text, steps=300))
-            await one.until(messages.Stepped)
-            engine = await engine_of(one)
-            host.process.kill()
-            return engine
-
-    wait_gone(play(scene()), 3.0)
-
-
-def test_an_agent_that_starts_again_ends_the_engine_that_was_left_behind(
-    tmp_path: Path, weights: ModelVariant
-) -> None:
-    async def engine(host: AgentProcess) -> int:
-        async with coordinator(host) as one:
-            return await engine_of(one)
-
-    with agent(tmp_path) as host:
-        orphan = play(engine(host))
-        os.kill(orphan, signal.SIGSTOP)  # it can't hear that its agent is gone
-        time.sleep(0.3)
-        host.process.kill()
-        host.process.wait()
-        key, boot = host.key, host.boot
-    assert is_running(orphan)
-    with agent(tmp_path) as host:
-        assert play(engine(host)) != orphan
-        assert not is_running(orphan)
-        assert (host.key == key, host.boot == boot) == (True, False)
-
-
-def test_another_process_with_the_orphans_number_is_left_alone(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as stranger:
-        try:
-            (tmp_path / "agent").mkdir(mode=0o700)
-            record = tmp_path / "agent" / "engine.json"
-            record.write_text(f'{{"pid": {stranger.pid}, "start": "1"}}')
-            record.chmod(0o600)
-            with agent(tmp_path / "agent"):
-                time.sleep(0.5)
-            assert stranger.poll() is None
-        finally:
-            stranger.kill()
-
-
-def test_an_ephemeral_agent_ends_with_its_stdin_and_leaves_no_process(host: AgentProcess) -> None:
-    async def engine() -> int:
-        async with coordinator(host) as one:
-            return await engine_of(one)
-
-    pid = play(engine())
-    host.close_stdin()
-    assert host.process.wait(GONE) == 0
-    assert not is_running(pid)
-    assert not host.state.exists()
-
-
-def test_shutting_down_is_answered_and_leaves_no_process(tmp_path: Path) -> None:
-    async def scene(host: AgentProcess) -> int:
-        async with coordinator(host) as one:
-            engine = await engine_of(one)
-            await one.done(messages.ShutDown())
-            return engine
-
-    with agent(tmp_path, ephemeral=False) as host:
-        engine = play(scene(host))
-        assert host.process.wait(GONE) == 0
-        assert not is_running(engine)
-
-
-def test_one_state_folder_has_one_agent(host: AgentProcess) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fluxmesh_agent", "run", "--state", str(host.state)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "An agent runs with" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentProcess) -> None:
     async def scene() -> None:
-        async with coordinator(host) as one:
-            answer = await one.ask(messages.Hello("again", "0.0.0"))
+        async with connected(host) as coordinator:
+            answer = await coordinator.ask(messages.Hello("again", "0.0.0"))
             assert isinstance(answer, messages.Refused)
             assert answer.code == "version"
             assert __version__ in answer.text
-            connection = one.connection
-            one.seq += 1
-        async with coordinator(host) as one:
-            answer = await one.ask(messages.Joined(ring_generation=1, rank=1))
+            connection = coordinator.connection
+            coordinator.seq += 1
+        async with connected(host) as coordinator:
+            answer = await coordinator.ask(messages.Joined(ring_generation=1, rank=1))
             assert isinstance(answer, messages.Refused)
             assert answer.code == "usage"
         with contextlib.suppress(Exception):
@@ -606,10 +247,10 @@ def test_another_version_is_refused_and_nothing_works_before_hello(host: AgentPr
 
 def test_the_log_names_no_prompt(host: AgentProcess, weights: ModelVariant) -> None:
     async def scene() -> tuple[str, ...]:
-        async with coordinator(host) as one:
-            await one.lease()
-            await encode(one, weights, "an unmistakable prompt")
-            answer = await one.ask(messages.AskLogs(50))
+        async with connected(host) as coordinator:
+            await coordinator.lease()
+            await encode(coordinator, weights, "an unmistakable prompt")
+            answer = await coordinator.ask(messages.AskLogs(50))
             assert isinstance(answer, messages.Logs)
             return answer.lines
 

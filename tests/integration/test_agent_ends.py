@@ -21,7 +21,7 @@ from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import read_record, started_at
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Load
-from tests.integration.agents import AgentProcess, coordinator, play
+from tests.integration.agents import AgentProcess, connected, play
 from tests.paths import ROOT
 
 GONE = 15.0  # seconds within which it must have ended, on a machine that others use
@@ -63,8 +63,8 @@ class Life:
     def tell(self) -> None:
         """Gives it its keys."""
         assert self.process.stdin is not None
-        told = {"authorized": {"tester": self.user.public}, "envs": {}}
-        self.process.stdin.write(json.dumps(told).encode() + b"\n")
+        settings = {"authorized": {"tester": self.user.public}, "envs": {}}
+        self.process.stdin.write(json.dumps(settings).encode() + b"\n")
         self.process.stdin.flush()
 
     def listens(self) -> AgentProcess:
@@ -94,13 +94,13 @@ class Life:
 @contextmanager
 def life(state: Path, *options: str) -> Iterator[Life]:
     state.mkdir(mode=0o700, exist_ok=True)
-    one = Life(state, *options)
+    agent = Life(state, *options)
     try:
-        yield one
+        yield agent
     finally:
-        one.process.kill()
-        one.process.wait()
-        for pipe in (one.process.stdin, one.process.stdout, one.process.stderr):
+        agent.process.kill()
+        agent.process.wait()
+        for pipe in (agent.process.stdin, agent.process.stdout, agent.process.stderr):
             assert pipe is not None
             pipe.close()
 
@@ -110,64 +110,64 @@ EPHEMERAL = pytest.mark.parametrize("options", [("--ephemeral",), ()], ids=["eph
 
 @EPHEMERAL
 def test_an_agent_that_waits_for_its_keys_ends(tmp_path: Path, options: tuple[str, ...]) -> None:
-    with life(tmp_path / "agent", *options) as one:
+    with life(tmp_path / "agent", *options) as agent:
         time.sleep(0.5)  # it sits in a read
-        one.ends()
+        agent.ends()
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_an_agent_ends_at_any_moment_of_its_first_seconds(tmp_path: Path, number: int) -> None:
     after = random.Random(SEED + number).uniform(0.0, 1.5)
     options = ("--ephemeral",) if number % 2 else ()
-    with life(tmp_path / "agent", *options) as one:
-        one.tell()
+    with life(tmp_path / "agent", *options) as agent:
+        agent.tell()
         time.sleep(after)
-        one.ends(signals=1 + number % 3)
+        agent.ends(signals=1 + number % 3)
 
 
 @EPHEMERAL
 def test_an_agent_ends_that_has_just_said_that_it_listens(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    with life(tmp_path / "agent", *options) as one:
-        one.listens()
-        one.ends()
+    with life(tmp_path / "agent", *options) as agent:
+        agent.listens()
+        agent.ends()
 
 
 def test_an_agent_ends_whose_engine_loads_for_a_coordinator(tmp_path: Path) -> None:
-    with life(tmp_path / "agent") as one:
-        host = one.listens()
+    with life(tmp_path / "agent") as agent:
+        host = agent.listens()
 
         async def scene() -> None:
-            async with coordinator(host) as user:
+            async with connected(host) as user:
                 await user.lease()
                 await user.done(Load(**user.head(), weights=ModelVariant("tiny", "float32")))
                 await user.until(messages.LoadProgress)
-                one.ends()
+                agent.ends()
 
         play(scene())
 
 
 def test_an_agent_ends_that_waits_for_a_probe_of_a_link(tmp_path: Path) -> None:
     """Its port stays open for longer than an agent may take to end."""
-    with life(tmp_path / "agent") as one:
-        host = one.listens()
+    with life(tmp_path / "agent") as agent:
+        host = agent.listens()
 
         async def scene() -> None:
-            async with coordinator(host) as user:
+            async with connected(host) as user:
                 answer = await user.ask(messages.ListenForLink("127.0.0.1", b"token"))
                 assert isinstance(answer, messages.Ports)
                 began = time.monotonic()
-                one.ends()
+                agent.ends()
                 assert time.monotonic() - began < 8.0
 
         play(scene())
 
 
 def test_an_agent_ends_by_its_stdin_and_by_a_signal_at_once(tmp_path: Path) -> None:
-    with life(tmp_path / "agent", "--ephemeral") as one:
-        one.listens()
-        assert one.process.stdin is not None
-        one.process.stdin.close()
-        one.ends(signals=3)
+    with life(tmp_path / "agent", "--ephemeral") as agent:
+        agent.listens()
+        assert agent.process.stdin is not None
+        agent.process.stdin.close()
+        agent.ends(signals=3)
     assert not (tmp_path / "agent").exists()

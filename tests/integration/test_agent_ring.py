@@ -23,7 +23,7 @@ from tests.checkpoints import TRANSFORMER, make_checkpoint, write_safetensors
 from tests.integration.agents import (
     Coordinator,
     agent,
-    coordinator,
+    connected,
     encode,
     join_ring,
     joins_of,
@@ -32,35 +32,33 @@ from tests.integration.agents import (
 )
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> ModelVariant:
-    return ModelVariant(str(make_checkpoint(tmp_path_factory.mktemp("ring")).path), "float32")
-
-
 @asynccontextmanager
 async def mesh(
     folder: Path, weights: ModelVariant, count: int = 2, **envs: str
 ) -> AsyncIterator[list[Coordinator]]:
     user = Keys.new()
     async with AsyncExitStack() as stack:
-        ones = []
+        coordinators = []
         for rank in range(count):
             state = folder / f"agent{rank}"
             host = stack.enter_context(agent(state, "--root", weights.model, user=user, envs=envs))
-            ones.append(await stack.enter_async_context(coordinator(host)))
-        for one in ones:
-            await one.lease()
-        yield ones
+            coordinators.append(await stack.enter_async_context(connected(host)))
+        for coordinator in coordinators:
+            await coordinator.lease()
+        yield coordinators
 
 
-async def paint(ones: list[Coordinator], works: list[Paint]) -> list[messages.Stepped]:
+async def paint(coordinators: list[Coordinator], works: list[Paint]) -> list[messages.Stepped]:
     """Gives each rank its work, and returns what rank 0 told."""
-    for one, work in zip(ones, works, strict=True):
-        await one.done(work)
-    steps = [await ones[0].until(messages.Stepped) for _ in range(works[0].steps - works[0].first)]
-    for one in ones[1:]:
+    for coordinator, work in zip(coordinators, works, strict=True):
+        await coordinator.done(work)
+    steps = [
+        await coordinators[0].until(messages.Stepped)
+        for _ in range(works[0].steps - works[0].first)
+    ]
+    for coordinator in coordinators[1:]:
         for _ in steps:
-            assert (await one.until(messages.Stepped)).latents is None
+            assert (await coordinator.until(messages.Stepped)).latents is None
     return steps
 
 
@@ -69,20 +67,24 @@ def test_low_memory_in_a_ring_paints_the_same_and_holds_less(
     tmp_path: Path, weights: ModelVariant, placement: str
 ) -> None:
     async def scene() -> None:
-        async with mesh(tmp_path, weights) as ones:
-            await join_ring(ones, 1)
-            text = await encode(ones[0], weights)
+        async with mesh(tmp_path, weights) as coordinators:
+            await join_ring(coordinators, 1)
+            text = await encode(coordinators[0], weights)
 
             async def painted(**how: object) -> tuple[np.ndarray, list[int]]:
-                works = [painting(one, weights, text, placement=placement, **how) for one in ones]
-                steps = await paint(ones, works)
+                works = [
+                    painting(coordinator, weights, text, placement=placement, **how)
+                    for coordinator in coordinators
+                ]
+                steps = await paint(coordinators, works)
                 return steps[-1].latents, [
-                    (await one.status()).counters.transformer_bytes for one in ones
+                    (await coordinator.status()).counters.transformer_bytes
+                    for coordinator in coordinators
                 ]
 
-            for one in ones:
-                await one.done(Load(**one.head(), weights=weights, low_memory=True))
-                assert (await one.until(messages.Loaded)).holding.nbytes == 0
+            for coordinator in coordinators:
+                await coordinator.done(Load(**coordinator.head(), weights=weights, low_memory=True))
+                assert (await coordinator.until(messages.Loaded)).holding.nbytes == 0
             low, held = await painted(low_memory=True)
             plain, whole = await painted(job="another")  # what was released is loaded again
             assert np.array_equal(low, plain)
@@ -95,8 +97,8 @@ def test_low_memory_in_a_ring_paints_the_same_and_holds_less(
     play(scene())
 
 
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -104,38 +106,47 @@ def test_two_engines_paint_in_a_ring_what_one_paints(
     tmp_path: Path, weights: ModelVariant, shards: int
 ) -> None:
     async def scene() -> None:
-        async with mesh(tmp_path, weights) as ones:
-            await join_ring(ones, 1)
-            text = await encode(ones[0], weights)
-            for shard, one in enumerate(ones):
+        async with mesh(tmp_path, weights) as coordinators:
+            await join_ring(coordinators, 1)
+            text = await encode(coordinators[0], weights)
+            for shard, coordinator in enumerate(coordinators):
                 load = Load(
-                    **one.head(), weights=weights, shards=shards, shard=shard if shards > 1 else 0
+                    **coordinator.head(),
+                    weights=weights,
+                    shards=shards,
+                    shard=shard if shards > 1 else 0,
                 )
-                await one.done(load)
-                holding = (await one.until(messages.Loaded)).holding
+                await coordinator.done(load)
+                holding = (await coordinator.until(messages.Loaded)).holding
                 assert (holding.shards, holding.shard) == (shards, shard if shards > 1 else 0)
             spread = {}
             for placement in ("tensor", "sequence") if shards == 1 else ("tensor",):
-                works = [painting(one, weights, text, placement=placement) for one in ones]
-                steps = await paint(ones, works)
+                works = [
+                    painting(coordinator, weights, text, placement=placement)
+                    for coordinator in coordinators
+                ]
+                steps = await paint(coordinators, works)
                 assert [step.step for step in steps] == [1, 2, 3]
                 # From the second step's latents on: to the same bytes.
                 first = {"first": 2, "latents": steps[1].latents}
-                works = [painting(one, weights, text, placement=placement, **first) for one in ones]
-                again = await paint(ones, works)
+                works = [
+                    painting(coordinator, weights, text, placement=placement, **first)
+                    for coordinator in coordinators
+                ]
+                again = await paint(coordinators, works)
                 assert [step.step for step in again] == [3]
                 assert np.array_equal(again[0].latents, steps[2].latents)
                 spread[placement] = steps[2].latents
-            counters = [(await one.status()).counters for one in ones]
+            counters = [(await coordinator.status()).counters for coordinator in coordinators]
             for counted in counters:
                 assert counted.steps == 4 * len(spread)
                 assert counted.sent_bytes > 10_000
-            await ones[0].done(painting(ones[0], weights, text))
+            await coordinators[0].done(painting(coordinators[0], weights, text))
             for _ in range(3):
-                alone = await ones[0].until(messages.Stepped)
+                alone = await coordinators[0].until(messages.Stepped)
             for placement, latents in spread.items():
                 assert error(latents, alone.latents) <= 1e-5, placement
-            status = [await one.status() for one in ones]
+            status = [await coordinator.status() for coordinator in coordinators]
             assert [s.counters.steps for s in status] == [4 * len(spread) + 3, 4 * len(spread)]
             assert len({s.ring for s in status}) == 1
             assert [(s.ring_rank, s.ring_size) for s in status] == [(0, 2), (1, 2)]
@@ -164,23 +175,28 @@ def test_shards_with_an_adapter_and_quantized_ones_paint_what_the_whole_paints(
     adapted = ModelVariant(str(made.path), "float32", bits, (AdapterRef(sha, 0.5),), fuse)
 
     async def scene() -> None:
-        async with mesh(tmp_path, adapted) as ones:
-            for one in ones:
-                await one.done(
+        async with mesh(tmp_path, adapted) as coordinators:
+            for coordinator in coordinators:
+                await coordinator.done(
                     messages.PutFile(
-                        fence=one.fence, sha256=sha, offset=0, total=len(data), data=data
+                        fence=coordinator.fence, sha256=sha, offset=0, total=len(data), data=data
                     )
                 )
-            text = await encode(ones[0], adapted)
-            await ones[0].done(painting(ones[0], adapted, text))
+            text = await encode(coordinators[0], adapted)
+            await coordinators[0].done(painting(coordinators[0], adapted, text))
             for _ in range(3):
-                alone = await ones[0].until(messages.Stepped)
-            await join_ring(ones, 1)
-            for shard, one in enumerate(ones):
-                await one.done(Load(**one.head(), weights=adapted, shards=2, shard=shard))
-                await one.until(messages.Loaded)
-            works = [painting(one, adapted, text, placement="tensor") for one in ones]
-            steps = await paint(ones, works)
+                alone = await coordinators[0].until(messages.Stepped)
+            await join_ring(coordinators, 1)
+            for shard, coordinator in enumerate(coordinators):
+                await coordinator.done(
+                    Load(**coordinator.head(), weights=adapted, shards=2, shard=shard)
+                )
+                await coordinator.until(messages.Loaded)
+            works = [
+                painting(coordinator, adapted, text, placement="tensor")
+                for coordinator in coordinators
+            ]
+            steps = await paint(coordinators, works)
             assert error(steps[-1].latents, alone.latents) <= 1e-5
 
     play(scene())
@@ -190,22 +206,26 @@ def test_a_shard_is_a_shard_in_the_engine_and_while_it_loads(
     tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
-        async with mesh(tmp_path, weights) as ones:
+        async with mesh(tmp_path, weights) as coordinators:
             counted: dict[tuple[int, int], messages.EngineCounters] = {}
             for shards in (1, 2):
-                for shard, one in enumerate(ones):
+                for shard, coordinator in enumerate(coordinators):
                     part = shard if shards > 1 else 0
-                    await one.done(Load(**one.head(), weights=weights, shards=shards, shard=part))
-                    await one.until(messages.Loaded)
-                    counted[shards, shard] = (await one.status()).counters
+                    await coordinator.done(
+                        Load(**coordinator.head(), weights=weights, shards=shards, shard=part)
+                    )
+                    await coordinator.until(messages.Loaded)
+                    counted[shards, shard] = (await coordinator.status()).counters
             whole = counted[1, 0].block_bytes
             D = TRANSFORMER.hidden_size
             largest = 4 * 7 * D * D  # linear1 of a single block, float32
             for shard in (0, 1):
-                found = counted[2, shard]
-                assert whole / 2 <= found.block_bytes <= (1 / 2 + 0.01) * whole
-                assert found.transformer_bytes <= found.load_peak_bytes
-                assert found.load_peak_bytes <= 1.1 * (found.transformer_bytes + largest)
+                shard_counters = counted[2, shard]
+                assert whole / 2 <= shard_counters.block_bytes <= (1 / 2 + 0.01) * whole
+                assert shard_counters.transformer_bytes <= shard_counters.load_peak_bytes
+                assert shard_counters.load_peak_bytes <= 1.1 * (
+                    shard_counters.transformer_bytes + largest
+                )
 
     play(scene())
 
@@ -214,30 +234,30 @@ def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
     tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
-        async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.15") as ones:
-            await join_ring(ones, 1)
-            text = await encode(ones[0], weights)
+        async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.15") as coordinators:
+            await join_ring(coordinators, 1)
+            text = await encode(coordinators[0], weights)
             for image in range(2):
-                for one in ones:
+                for coordinator in coordinators:
                     more = {"steps": 40, "image": image, "placement": "tensor"}
-                    await one.done(painting(one, weights, text, **more))
-            await ones[0].until(messages.Stepped)
-            await ones[0].done(messages.Cancel(fence=ones[0].fence, job="job"))
+                    await coordinator.done(painting(coordinator, weights, text, **more))
+            await coordinators[0].until(messages.Stepped)
+            await coordinators[0].done(messages.Cancel(fence=coordinators[0].fence, job="job"))
             await asyncio.sleep(0.4)  # one rank hears of it later, and stops at the same step
-            await ones[1].done(messages.Cancel(fence=ones[1].fence, job="job"))
-            for one in ones:
-                await one.until(messages.Cancelled)
-            counted = [(await one.status()).counters for one in ones]
+            await coordinators[1].done(messages.Cancel(fence=coordinators[1].fence, job="job"))
+            for coordinator in coordinators:
+                await coordinator.until(messages.Cancelled)
+            counted = [(await coordinator.status()).counters for coordinator in coordinators]
             assert counted[0].steps == counted[1].steps <= 4
             assert counted[0].images == 0
             works = [
-                painting(one, weights, text, placement="tensor", steps=2, job="next")
-                for one in ones
+                painting(coordinator, weights, text, placement="tensor", steps=2, job="next")
+                for coordinator in coordinators
             ]
-            steps = await paint(ones, works)
-            await ones[0].done(
+            steps = await paint(coordinators, works)
+            await coordinators[0].done(
                 Decode(
-                    **ones[0].head("next"),
+                    **coordinators[0].head("next"),
                     weights=weights,
                     images=(0,),
                     height=32,
@@ -245,7 +265,7 @@ def test_cancel_stops_all_ranks_at_the_same_step_and_they_paint_on(
                     latents=steps[1].latents,
                 )
             )
-            assert (await ones[0].until(messages.Pictured)).pixels.shape == (32, 32, 3)
+            assert (await coordinators[0].until(messages.Pictured)).pixels.shape == (32, 32, 3)
 
     play(scene())
 
@@ -254,29 +274,34 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
     tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
-        async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.1") as ones:
-            await join_ring(ones, 1)
-            text = await encode(ones[0], weights)
-            for one in ones:
-                await one.done(painting(one, weights, text, placement="tensor", steps=8))
+        async with mesh(tmp_path, weights, FLUXMESH_DELAYS="step=0.1") as coordinators:
+            await join_ring(coordinators, 1)
+            text = await encode(coordinators[0], weights)
+            for coordinator in coordinators:
+                await coordinator.done(
+                    painting(coordinator, weights, text, placement="tensor", steps=8)
+                )
             for _ in range(3):
-                kept = await ones[0].until(messages.Stepped)
-            victim = (await ones[1].status()).engine_pid
+                kept = await coordinators[0].until(messages.Stepped)
+            victim = (await coordinators[1].status()).engine_pid
             assert victim is not None
             os.kill(victim, signal.SIGKILL)
-            while not any(isinstance(heard, messages.Failed) for heard in ones[1].heard):
+            while not any(isinstance(heard, messages.Failed) for heard in coordinators[1].heard):
                 await asyncio.sleep(0.02)
-            last = [m for m in ones[0].heard if isinstance(m, messages.Stepped)][-1]
+            last = [m for m in coordinators[0].heard if isinstance(m, messages.Stepped)][-1]
             assert last.step >= kept.step
-            for one in ones:
-                await one.done(messages.Kill(fence=one.fence, ring_generation=2))
-                one.heard.clear()  # the survivor fails too, sooner or later
-                one.read = 0
-            assert [(await one.status()).engine_pid for one in ones] == [None, None]
-            await join_ring(ones, 2)
+            for coordinator in coordinators:
+                await coordinator.done(messages.Kill(fence=coordinator.fence, ring_generation=2))
+                coordinator.heard.clear()  # the survivor fails too, sooner or later
+                coordinator.read = 0
+            assert [(await coordinator.status()).engine_pid for coordinator in coordinators] == [
+                None,
+                None,
+            ]
+            await join_ring(coordinators, 2)
             works = [
                 painting(
-                    one,
+                    coordinator,
                     weights,
                     text,
                     placement="tensor",
@@ -284,13 +309,16 @@ def test_after_a_rank_is_killed_all_join_again_and_go_on_from_the_last_step(
                     first=last.step,
                     latents=last.latents,
                 )
-                for one in ones
+                for coordinator in coordinators
             ]
-            resumed = await paint(ones, works)
+            resumed = await paint(coordinators, works)
             assert [step.step for step in resumed] == list(range(last.step + 1, 9))
             whole = await paint(
-                ones,
-                [painting(one, weights, text, placement="tensor", steps=8) for one in ones],
+                coordinators,
+                [
+                    painting(coordinator, weights, text, placement="tensor", steps=8)
+                    for coordinator in coordinators
+                ],
             )
             assert np.array_equal(whole[-1].latents, resumed[-1].latents)
 
@@ -301,29 +329,34 @@ def test_a_stranger_on_the_rings_port_ends_the_ring_generation_and_fresh_ports_f
     tmp_path: Path, weights: ModelVariant
 ) -> None:
     async def scene() -> None:
-        async with mesh(tmp_path, weights) as ones:
+        async with mesh(tmp_path, weights) as coordinators:
             ports = []
-            for one in ones:
-                answer = await one.ask(messages.AskPorts(fence=one.fence, ip="127.0.0.1"))
+            for coordinator in coordinators:
+                answer = await coordinator.ask(
+                    messages.AskPorts(fence=coordinator.fence, ip="127.0.0.1")
+                )
                 assert isinstance(answer, messages.Ports)
                 ports.append(answer.ports)
-            joins = joins_of(ones, 1, ports)
-            await ones[0].done(joins[0])
+            joins = joins_of(coordinators, 1, ports)
+            await coordinators[0].done(joins[0])
             stranger = await knock(ports[0][0])
             stranger.write(b"\0" * 4096)
-            await ones[1].done(joins[1])
+            await coordinators[1].done(joins[1])
             await asyncio.sleep(3.0)
-            heard = [report for one in ones for report in one.heard]
+            heard = [report for coordinator in coordinators for report in coordinator.heard]
             assert not any(isinstance(report, messages.Joined) for report in heard)
-            for one in ones:
-                await one.done(messages.Kill(fence=one.fence, ring_generation=2))
-                assert (await one.status()).counters.transformer_bytes == 0
-                one.read = len(one.heard)
+            for coordinator in coordinators:
+                await coordinator.done(messages.Kill(fence=coordinator.fence, ring_generation=2))
+                assert (await coordinator.status()).counters.transformer_bytes == 0
+                coordinator.read = len(coordinator.heard)
             stranger.close()
-            await join_ring(ones, 2)
-            text = await encode(ones[0], weights)
-            works = [painting(one, weights, text, placement="tensor") for one in ones]
-            assert len(await paint(ones, works)) == 3
+            await join_ring(coordinators, 2)
+            text = await encode(coordinators[0], weights)
+            works = [
+                painting(coordinator, weights, text, placement="tensor")
+                for coordinator in coordinators
+            ]
+            assert len(await paint(coordinators, works)) == 3
 
     play(scene())
 
@@ -344,29 +377,36 @@ def test_engines_time_their_ring_alike_within_the_time_they_have(
     """A cancelled one takes part too: the others would wait for it in a collective."""
 
     async def scene() -> None:
-        async with mesh(tmp_path, weights, 3) as ones:
-            await join_ring(ones, 1)
-            ring_generation = ones[0].ring_generation
-            for one in reversed(ones):  # the first one comes last, and all others wait for it
+        async with mesh(tmp_path, weights, 3) as coordinators:
+            await join_ring(coordinators, 1)
+            ring_generation = coordinators[0].ring_generation
+            for coordinator in reversed(coordinators):  # the first comes last, all wait for it
                 for job in ("job", "cancelled"):
-                    await one.done(
+                    await coordinator.done(
                         messages.MeasureRing(
-                            fence=one.fence, job=job, ring_generation=ring_generation, seconds=0.5
+                            fence=coordinator.fence,
+                            job=job,
+                            ring_generation=ring_generation,
+                            seconds=0.5,
                         )
                     )
-                if one is ones[1]:
-                    await one.done(messages.Cancel(fence=one.fence, job="cancelled"))
+                if coordinator is coordinators[1]:
+                    await coordinator.done(
+                        messages.Cancel(fence=coordinator.fence, job="cancelled")
+                    )
             for _ in range(2):
-                found = [await one.until(messages.RingTimed) for one in ones]
-                assert found[0] == found[1] == found[2]
-            timed = found[0]
+                timings = [
+                    await coordinator.until(messages.RingTimed) for coordinator in coordinators
+                ]
+                assert timings[0] == timings[1] == timings[2]
+            timed = timings[0]
             assert (timed.job, timed.ring_generation) == ("cancelled", 1)
             for table in (timed.gathers, timed.sums):
                 sizes = [point.nbytes for point in table]
                 assert sizes[0] == 4096 and sizes == sorted(sizes)
                 assert all(0 < point.seconds < 60 for point in table)
             assert 0 <= timed.hidden <= 1
-            status = await ones[0].status()
+            status = await coordinators[0].status()
             assert status.state == "idle" and status.holds is None
 
     play(scene())

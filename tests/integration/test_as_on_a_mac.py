@@ -77,7 +77,7 @@ ON_A_MAC = {
 def as_on_a_mac(*words: str) -> dict[str, str]:
     """What is to be in the environment, so that a Python that is started is so."""
     folder = ROOT / "tests" / "as_on_a_mac"
-    before = [one for one in python_path().split(os.pathsep) if one != str(folder)]
+    before = [path for path in python_path().split(os.pathsep) if path != str(folder)]
     paths = [str(folder), *before] if words else before
     return {"PYTHONPATH": os.pathsep.join(paths), "EMULATE": " ".join(words)}
 
@@ -92,16 +92,16 @@ def probe(*words: str) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    properties: dict[str, Any] = json.loads(done.stdout)
+    return properties
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_word_emulates_one_thing_and_nothing_else(word: str) -> None:
-    found = probe(word)
-    assert found.pop(word) == ON_A_MAC[word]
+    properties = probe(word)
+    assert properties.pop(word) == ON_A_MAC[word]
     # The tests themselves may run so, with their limit of files.
-    assert {name: found[name] for name in PLAIN if name != word} == {
+    assert {name: properties[name] for name in PLAIN if name != word} == {
         name: value for name, value in PLAIN.items() if name != word
     }
 
@@ -156,7 +156,7 @@ PART = (
     "tests/unit/test_stream.py",
     "tests/numerics/test_fused.py",
     "tests/numerics/test_weights.py::test_loading_holds_the_model_and_one_tensor_more",
-    "tests/numerics/test_runner.py::test_sizes_in_memory_are_estimated_from_the_configs",
+    "tests/numerics/test_worker.py::test_sizes_in_memory_are_estimated_from_the_configs",
     "tests/numerics/test_worker.py::test_what_is_held_is_said_and_leaves_for_other_weights",
     "tests/parallel/test_sharding.py::test_loading_a_shard_never_holds_more_than_it_and_one_tensor",
 )
@@ -172,8 +172,8 @@ def test_a_mesh_comes_up_paints_and_goes_down_as_on_a_mac(tmp_path: Path, checkp
     with mesh.up(tmp_path, 2, str(checkpoint), **as_on_a_mac("mac")) as up:
         commands = commands_of(up.folder)
         assert len(commands) == len(up.processes()) == 4
-        told = json.loads(up.fluxmesh("status", "--json").stdout.splitlines()[-1])
-        assert all("gpu" in host["device"] for host in told["hosts"])
+        status = json.loads(up.fluxmesh("status", "--json").stdout.splitlines()[-1])
+        assert all("gpu" in host["device"] for host in status["hosts"])
         painted = up.fluxmesh(
             *("generate", "x", "--model", checkpoint, "--placement", "sequence", "--n-images", 2),
             *("--dtype", "float32", "--steps", 2, "--seed", 1, "--json", "-o", tmp_path / "x.png"),

@@ -58,7 +58,8 @@ def test_step_times_fluxmesh_beside_the_sum_and_says_what_is_left_out(tmp_path: 
 
 def test_the_sum_counts_each_matrix_of_the_transformer_once_a_step() -> None:
     counted = sum(
-        one.columns * one.outputs * one.count for one in products(FULL.transformer, 1024, 512)
+        product.columns * product.outputs * product.count
+        for product in products(FULL.transformer, 1024, 512)
     )
     used = sum(
         target.shape[0] * target.shape[1]
@@ -100,10 +101,10 @@ def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> Non
     room = tmp_path / "room"
     room.mkdir()
     printed, results = run(tmp_path, "memory", "--steps", "1", *variants, "--folder", str(room))
-    assert [(one["what"], len(one["peaks"])) for one in results] == [
+    assert [(measurement["what"], len(measurement["peaks"])) for measurement in results] == [
         (what, hosts) for what in ("schnell", "dev-low-memory") for hosts in (1, 2)
     ]
-    whole, sharded = (one["peaks"] for one in results[:2])
+    whole, sharded = (measurement["peaks"] for measurement in results[:2])
     assert all(peak > 0 for peak in whole[0].values())
     # Each of two hosts reads half of the blocks, and only one of them the prompt.
     assert max(own["load"] for own in sharded) < 0.7 * whole[0]["load"]
@@ -115,19 +116,19 @@ def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
     room = tmp_path / "room"
     room.mkdir()
     printed, results = run(tmp_path, "load", "--no-requests", "--folder", str(room))
-    engines = [one for one in results if one["what"] == "engine"]
-    disks = [one for one in results if one["what"] == "disk"]
-    assert [one["cache"] for one in engines] == [one["cache"] for one in disks]
+    engines = [loading for loading in results if loading["what"] == "engine"]
+    disks = [loading for loading in results if loading["what"] == "disk"]
+    assert [loading["cache"] for loading in engines] == [loading["cache"] for loading in disks]
     assert engines[-1]["cache"] == "cached"
-    for one in engines:
-        assert one["held"] <= one["peak"] <= one["held"] + 2 * one["largest"]
-        assert 0 < one["check"] < one["seconds"]
+    for loading in engines:
+        assert loading["held"] <= loading["peak"] <= loading["held"] + 2 * loading["largest"]
+        assert 0 < loading["check"] < loading["seconds"]
     assert list(room.iterdir()) == []
 
 
 def test_load_times_the_commands_alone_with_a_model_that_is_there(tmp_path: Path) -> None:
     printed, results = run(tmp_path, "load", "--model", "tiny", "--steps", "1")
-    assert [one["what"] for one in results] == [
+    assert [measurement["what"] for measurement in results] == [
         *["a process for the request"] * 2,
         "fluxmesh up",
         *[f"{number} request to the warm mesh" for number in ("first", "second", "third")],
@@ -165,7 +166,7 @@ def test_warm_compares_the_first_request_after_up_with_the_next(
     options = ("--hosts", "1", "--placements", "data", "--requests", "2", "--steps", "1")
     printed, results = run(tmp_path, "warm", *options, "--no-kill", "--model", str(checkpoint))
     up, first, second = results
-    assert [(one["placement"], one["height"]) for one in up["ready"]] == [("data", 32)]
+    assert [(ready["placement"], ready["height"]) for ready in up["ready"]] == [("data", 32)]
     assert (first["number"], second["number"]) == (1, 2)
     assert first["loads"] == [] and first["how"] == "data" and first["ranks"] == [0]
     ratio = f"{first['seconds'] / second['seconds']:.2f}"
@@ -178,14 +179,17 @@ def test_plans_holds_what_was_predicted_against_what_agents_took(
     options = ("--hosts", "2", "--model", str(checkpoint), "--sizes", "32x32", "--steps", "1")
     more = ("--images", "1", "--rounds", "1", "--placements", "data", "sequence")
     printed, results = run(tmp_path, "plans", *options, *more)
-    *cases, choice = results
-    assert [(one["placement"], len(one["hosts"])) for one in cases] == [
+    firsts = [first for first in results if "first" in first]
+    assert [first["first"] for first in firsts] == ["data", "sequence"]
+    assert all(first["took"] > 0 and first["predicted"] > 0 for first in firsts)
+    *cases, choice = results[len(firsts) :]
+    assert [(case["placement"], len(case["hosts"])) for case in cases] == [
         ("data", 1),
         ("sequence", 2),
     ]
-    for one in cases:
-        assert one["measured"] > 0 and one["predicted"] > 0 and one["unseen"] > 0
-        assert 1 <= len(one["rounds"]) <= 3
+    for case in cases:
+        assert case["measured"] > 0 and case["predicted"] > 0 and case["unseen"] > 0
+        assert 1 <= len(case["rounds"]) <= 3
     assert choice["chosen"] in ("data", "sequence", "tensor", "mixed")
     for text in (
         "| predicted s | measured s | off |",

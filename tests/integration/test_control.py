@@ -40,11 +40,11 @@ def control(mesh: Mesh, model: str, placement: Any) -> float:
 @pytest.mark.alone
 def test_a_warm_mesh_of_four_costs_little_to_control(tmp_path: Path) -> None:
     model = str(make_checkpoint(tmp_path / "model", transformer=ON_DISK).path)
-    with meshes(tmp_path, tmp_path, (HOSTS,), {}) as found:
+    with meshes(tmp_path, tmp_path, (HOSTS,), {}) as by_size:
         for placement in ("data", "tensor", "sequence"):
-            control(found[HOSTS], model, placement)  # loads, and forms the ring
+            control(by_size[HOSTS], model, placement)  # loads, and forms the ring
             spent: list[float] = []
             end = time.monotonic() + PATIENCE
             while not spent or (min(spent) > endurance.CONTROL and time.monotonic() < end):
-                spent.append(control(found[HOSTS], model, placement))
+                spent.append(control(by_size[HOSTS], model, placement))
             assert min(spent) <= endurance.CONTROL, (placement, sorted(spent)[:5])

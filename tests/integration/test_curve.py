@@ -153,7 +153,7 @@ def test_a_closed_listener_frees_its_port_and_a_taken_one_is_named(tmp_path: Pat
 
 def test_who_dials_or_listens_with_what_is_no_key_is_told_and_can_close(tmp_path: Path) -> None:
     """A socket that is left open would make `close` wait for ever."""
-    told: list[BaseException] = []  # whose tracebacks hold what was made
+    failures: list[BaseException] = []  # whose tracebacks hold what was made
 
     async def main() -> None:
         async with wire(tmp_path) as made:
@@ -162,10 +162,10 @@ def test_who_dials_or_listens_with_what_is_no_key_is_told_and_can_close(tmp_path
                 for key in ("", "short", "\u00e9" * 40):
                     with pytest.raises(ConnectionClosed, match="Can't connect to") as caught:
                         await dialer.connect(made.listener.address, key)
-                    told.append(caught.value)
+                    failures.append(caught.value)
                 await asyncio.wait_for(dialer.close(), 5)
             finally:
-                told.clear()  # so that a failure of this test ends
+                failures.clear()  # so that a failure of this test ends
                 gc.collect()
             with pytest.raises(ConnectionClosed, match="Can't listen at"):
                 broken = Keys(made.keys.public, "none")
@@ -178,7 +178,9 @@ def test_only_the_address_that_was_named_is_bound(tmp_path: Path) -> None:
     async def main() -> None:
         async with wire(tmp_path) as made:
             sockets = psutil.Process().net_connections("tcp")
-            bound = {one.laddr.ip for one in sockets if one.laddr.port == made.port}
+            bound = {
+                connection.laddr.ip for connection in sockets if connection.laddr.port == made.port
+            }
             assert bound == {"127.0.0.1"}
             await made.works()
 
@@ -295,8 +297,8 @@ def test_slow_reading_by_a_coordinator_loses_nothing(tmp_path: Path) -> None:
 
             sending = asyncio.create_task(report())
             await asyncio.sleep(0.3)
-            found = [await near.receive() for _ in range(count)]
-            assert found == [(0, LeaseQueued(place, 0.0)) for place in range(count)]
+            received = [await near.receive() for _ in range(count)]
+            assert received == [(0, LeaseQueued(place, 0.0)) for place in range(count)]
             await sending
 
     run(main())

@@ -160,14 +160,14 @@ def test_only_the_files_that_flux_needs_are_fetched(server):
 
 
 def test_progress_counts_the_bytes_of_the_model(server, tmp_path):
-    told: list[tuple[int, int]] = []
-    hub.resolve("schnell", progress=lambda done, total: told.append((done, total)))
+    progress: list[tuple[int, int]] = []
+    hub.resolve("schnell", progress=lambda done, total: progress.append((done, total)))
     needed = download.needed_files(
         [p.relative_to(tmp_path / "repo").as_posix() for p in (tmp_path / "repo").rglob("*")]
     )
     total = sum((tmp_path / "repo" / name).stat().st_size for name in needed)
-    assert told[-1] == (total, total)
-    done = [number for number, _ in told]
+    assert progress[-1] == (total, total)
+    done = [number for number, _ in progress]
     assert done == sorted(done)
 
 
@@ -200,8 +200,8 @@ def test_the_command_says_what_came_and_how_large_it_is(server):
     done = CliRunner().invoke(models, ["pull", "schnell"])
     assert done.exit_code == 0, done.output
     assert f"schnell is here: 6.4 MB, revision {COMMITS[0]}." in done.stdout
-    told = CliRunner().invoke(models, ["pull", "schnell", "--json"])
-    line = json.loads(told.stdout)
+    outcome = CliRunner().invoke(models, ["pull", "schnell", "--json"])
+    line = json.loads(outcome.stdout)
     assert (line["event"], line["revision"]) == ("pulled", COMMITS[0])
     listed = CliRunner().invoke(models, ["list"])
     assert "schnell (default)" in listed.stdout

@@ -65,12 +65,12 @@ def test_inpaint(model: str, tmp_path: Path) -> None:
 
 
 def test_custom_loss(model: str, tmp_path: Path) -> None:
-    told = example("custom_loss", model, tmp_path)
-    plain, guided = (float(number) for number in re.findall(r"is (\d\.\d+) away", told))
+    printed = example("custom_loss", model, tmp_path)
+    plain, guided = (float(number) for number in re.findall(r"is (\d\.\d+) away", printed))
     assert guided < plain
 
 
 def test_mesh(model: str, tmp_path: Path) -> None:
-    told = example("mesh", model, tmp_path)
-    assert "data on hosts (0,): The mesh has one host." in told
-    assert "image 1: step 1 of" in told and "host 0" in told
+    printed = example("mesh", model, tmp_path)
+    assert "data on hosts (0,): The mesh has one host." in printed
+    assert "image 1: step 1 of" in printed and "host 0" in printed

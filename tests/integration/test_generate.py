@@ -167,15 +167,15 @@ def test_a_cached_picture_says_that_it_is_approximate_and_is_made_again(
     first = fluxmesh(*command, "--dtype", "float32", "--cache", "0.7", "-v", "-o", "a.png")
     assert first.code == 0, first.err
     assert "approximate: --cache 0.7)." in first.err
-    told = re.search(r"Approximate \(--cache 0.7\): (\d) of 8 steps computed, (\d)", first.err)
-    assert told and 2 <= int(told[1]) < 8 and int(told[1]) + int(told[2]) == 8
+    sentence = re.search(r"Approximate \(--cache 0.7\): (\d) of 8 steps computed, (\d)", first.err)
+    assert sentence and 2 <= int(sentence[1]) < 8 and int(sentence[1]) + int(sentence[2]) == 8
     again = fluxmesh("generate", "--from", "a.png", "-o", "b.png", "--json")
     assert again.code == 0, again.err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     lines = [json.loads(line) for line in again.out.splitlines()]
     assert [line["cache"] for line in lines if line["event"] == "start"] == [0.7]
     steps = [line["reused"] for line in lines if line["event"] == "step"]
-    assert sum(steps) == int(told[2]) and len(steps) == 8
+    assert sum(steps) == int(sentence[2]) and len(steps) == 8
     exact = fluxmesh("generate", "--from", "a.png", "--cache", "0", "-o", "c.png")
     assert exact.code == 0, exact.err
     recipes = [read_recipe(tmp_path / name) for name in ("a.png", "c.png")]

@@ -31,7 +31,7 @@ def all_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-async def told(caplog: pytest.LogCaptureFixture, text: str) -> None:
+async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
     """Waits for a log line; monitors tell a moment later."""
     for _ in range(100):
         if text in caplog.text:
@@ -56,7 +56,7 @@ def test_a_peer_without_a_key_is_refused(tmp_path: Path, caplog: pytest.LogCaptu
                     stranger.connect(f"tcp://{made.listener.address}")
                     await stranger.send_multipart(encode(Heartbeat(), 1))
                     await nothing_arrives(made)
-                await told(caplog, "refused ")
+                await logged(caplog, "refused ")
                 caplog.clear()
                 await made.works()
 
@@ -71,7 +71,7 @@ def test_a_wrong_key_is_refused_and_named_in_the_log(
             stranger = Keys.new()
             with pytest.raises(NotAllowed, match="does not know this user's key"):
                 await made.as_user(stranger).connect(made.listener.address, made.keys.public)
-            await told(caplog, f"refused 127.0.0.1: the key {stranger.public} is not in")
+            await logged(caplog, f"refused 127.0.0.1: the key {stranger.public} is not in")
             assert stranger.secret not in caplog.text
             await nothing_arrives(made)
             await made.works()
@@ -149,7 +149,7 @@ def test_what_the_gate_can_not_check_is_refused_and_the_gate_goes_on(
                 with pytest.raises(NotAllowed):
                     await made.dialer.connect(made.listener.address, made.keys.public)
                 await good[0].send(Heartbeat(), 2)
-                await told(caplog, "could not be sorted")
+                await logged(caplog, "could not be sorted")
             await echo(*good)
             await made.works()
 
@@ -172,7 +172,7 @@ def test_a_replayed_hello_opens_nothing(tmp_path: Path, caplog: pytest.LogCaptur
                 writer.write(heard)
                 await asyncio.wait_for(reader.read(), 8)  # until the agent hangs up
                 writer.close()
-                await told(caplog, "refused ")
+                await logged(caplog, "refused ")
                 caplog.clear()
                 await nothing_arrives(made)
             await made.works()
@@ -263,7 +263,7 @@ def test_random_bytes_on_the_port_are_refused(
                 writer.close()
                 if number % 50 == 0:
                     await echo(*good)
-            await told(caplog, "refused ")
+            await logged(caplog, "refused ")
             await nothing_arrives(made)
             await made.works()
         assert len(caplog.records) <= 32  # strangers do not fill the disk
@@ -279,7 +279,7 @@ def test_a_stranger_who_says_nothing_is_put_out(
             reader, writer = await asyncio.open_connection("127.0.0.1", made.port)
             await asyncio.wait_for(reader.read(), 8)
             writer.close()
-            await told(caplog, "refused ")
+            await logged(caplog, "refused ")
 
     run(main())
 
@@ -304,7 +304,7 @@ def test_a_strangers_frame_of_four_gigabytes_is_refused_at_its_header(
             writer.write(GREETING + header + bytes(1 << 16))
             await asyncio.wait_for(hung_up(reader), 2)
             writer.close()
-            await told(caplog, "refused ")
+            await logged(caplog, "refused ")
             await made.works()
             assert peak_bytes() - before < 64 << 20
 
@@ -325,7 +325,7 @@ def test_a_users_frame_of_four_gigabytes_ends_that_connection_alone(
             middle.to_agent.write(header + bytes(1 << 16))
             with pytest.raises(ConnectionClosed):
                 await asyncio.wait_for(far.receive(), 2)
-            await told(caplog, "frame over the limit")
+            await logged(caplog, "frame over the limit")
             await echo(*good)
             await made.works()
             await middle.close()

@@ -24,7 +24,7 @@ from tests.integration.test_mesh_commands import free_ports
 SSH = """\
 #!{python}
 import os, subprocess, sys, threading
-with open({told!r}, "a") as file:
+with open({calls!r}, "a") as file:
     print(os.getpid(), *sys.argv[1:-1], file=file)
 there = subprocess.Popen(["sh", "-c", sys.argv[-1]], stdin=subprocess.PIPE)
 def carry():
@@ -41,12 +41,12 @@ class Remote:
     """A host behind a fake ssh, and the agent of one port there."""
 
     def __init__(self, folder: Path) -> None:
-        self.told = folder / "ssh.told"
+        self.calls = folder / "ssh.calls"
         self.keys = Keys.new()
         self.host = Host(1, "me@mac1", python=sys.executable)
         (self.port,) = free_ports(1)
         ssh = folder / "ssh"
-        ssh.write_text(SSH.format(python=sys.executable, told=str(self.told)))
+        ssh.write_text(SSH.format(python=sys.executable, calls=str(self.calls)))
         ssh.chmod(0o755)
         self.ssh = str(ssh)
 
@@ -65,11 +65,11 @@ class Remote:
     @property
     def connections(self) -> list[int]:
         """Process ids of every ssh so far that still runs."""
-        lines = self.told.read_text().splitlines()
+        lines = self.calls.read_text().splitlines()
         return [pid for pid in (int(line.split()[0]) for line in lines) if started_at(pid)]
 
     def options(self, pid: int) -> str:
-        lines = self.told.read_text().splitlines()
+        lines = self.calls.read_text().splitlines()
         return next(line for line in lines if line.startswith(f"{pid} "))
 
 
@@ -143,4 +143,4 @@ def test_ssh_that_fails_is_told_as_ever(remote: Remote, monkeypatch: pytest.Monk
     Path(remote.ssh).write_text("#!/bin/sh\necho 'Permission denied (publickey).' >&2; exit 255\n")
     with pytest.raises(Exception, match="ssh says 'Permission denied"):
         remote.start(keep_ssh=True)
-    Path(remote.ssh).write_text(SSH.format(python=sys.executable, told=str(remote.told)))
+    Path(remote.ssh).write_text(SSH.format(python=sys.executable, calls=str(remote.calls)))

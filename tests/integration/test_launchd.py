@@ -45,28 +45,32 @@ def printed(home: Path, *options: object, **more: str) -> dict[str, Any]:
         capture_output=True,
         check=True,
     )
-    found: dict[str, Any] = plistlib.loads(done.stdout, fmt=plistlib.FMT_XML)
-    return found
+    properties: dict[str, Any] = plistlib.loads(done.stdout, fmt=plistlib.FMT_XML)
+    return properties
 
 
 def test_it_is_what_launchd_reads_for_a_daemon_of_one_user(tmp_path: Path) -> None:
     options = ("--address", "10.0.0.5", "--port", 47101, "--models", "~/models", "--memory", 10**9)
-    found = printed(tmp_path, *options, FLUXMESH_STATE="/s", HF_HOME="/h", SECRET="x")
+    properties = printed(tmp_path, *options, FLUXMESH_STATE="/s", HF_HOME="/h", SECRET="x")
 
-    assert {key: type(value) for key, value in found.items()} == KEYS
-    assert (found["Label"], found["UserName"]) == ("org.fluxmesh.agent-47101", "anna")
-    assert found["ProcessType"] == "Interactive" and found["RunAtLoad"] is True
-    assert found["KeepAlive"] == {"SuccessfulExit": False}  # `fluxmesh down` ends it
-    assert found["SoftResourceLimits"]["NumberOfFiles"] >= 10240
-    command = found["ProgramArguments"]
+    assert {key: type(value) for key, value in properties.items()} == KEYS
+    assert (properties["Label"], properties["UserName"]) == ("org.fluxmesh.agent-47101", "anna")
+    assert properties["ProcessType"] == "Interactive" and properties["RunAtLoad"] is True
+    assert properties["KeepAlive"] == {"SuccessfulExit": False}  # `fluxmesh down` ends it
+    assert properties["SoftResourceLimits"]["NumberOfFiles"] >= 10240
+    command = properties["ProgramArguments"]
     assert command[:4] == [sys.executable, "-m", "fluxmesh_agent", "run"]
     models = str(tmp_path / "models")
     assert command[4:8] == ["--address", "10.0.0.5", "--port", "47101"]
     assert command[8:] == ["--models", models, "--memory", str(10**9)]
-    environment = found["EnvironmentVariables"]
+    environment = properties["EnvironmentVariables"]
     assert environment.keys() == {"HOME", "PATH", "FLUXMESH_STATE", "HF_HOME"}
     assert all(type(value) is str for value in environment.values())
-    for path in (found["StandardOutPath"], found["StandardErrorPath"], environment["HOME"]):
+    for path in (
+        properties["StandardOutPath"],
+        properties["StandardErrorPath"],
+        environment["HOME"],
+    ):
         assert path.startswith(str(tmp_path))
 
 

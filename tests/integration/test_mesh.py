@@ -16,7 +16,6 @@ import pytest
 
 from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import LinkInfo, Placement
-from fluxmesh.engine.reference import Runner
 from fluxmesh.errors import WeightsError
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import Home, private_folder
@@ -26,6 +25,7 @@ from fluxmesh_coordinator.agents import mesh_file as records
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from fluxmesh_coordinator.deploy import diagnosis
+from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.conftest import Run
@@ -36,20 +36,20 @@ SLOW = {"FLUXMESH_DELAYS": "step=0.4"}
 def record_of(agents: list[Any]) -> MeshRecord:
     """A mesh of agents on loopback, as `fluxmesh up` would have written it down."""
     entries = [
-        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{_port(one)}"}
-        for one in agents
+        {"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "control": f"127.0.0.1:{_port(process)}"}
+        for process in agents
     ]
     members = [
-        Member(rank, one.endpoint, one.key, one.boot, str(one.state), "python")
-        for rank, one in enumerate(agents)
+        Member(rank, process.endpoint, process.key, process.boot, str(process.state), "python")
+        for rank, process in enumerate(agents)
     ]
     pairs = [(a, b) for a in range(len(agents)) for b in range(len(agents)) if a != b]
     links = tuple(LinkInfo(source=a, target=b, rate=1e9) for a, b in pairs)
     return MeshRecord("loopback.json", json.dumps(entries), tuple(members), links=links)
 
 
-def _port(one: Any) -> int:
-    return int(one.endpoint.rpartition(":")[2])
+def _port(process: Any) -> int:
+    return int(process.endpoint.rpartition(":")[2])
 
 
 @contextmanager
@@ -72,15 +72,17 @@ def request_of(checkpoint: Path, **keys: Any) -> GenerateRequest:
     return GenerateRequest("two dogs", seed=5, model=str(checkpoint), **fields)
 
 
-def pictures(told: list[events.Event]) -> list[np.ndarray]:
-    found = {event.image: event.pixels for event in told if isinstance(event, events.Picture)}
-    return [found[k] for k in sorted(found)]
+def pictures(job_events: list[events.Event]) -> list[np.ndarray]:
+    by_image = {
+        event.image: event.pixels for event in job_events if isinstance(event, events.Picture)
+    }
+    return [by_image[k] for k in sorted(by_image)]
 
 
 def counters(mesh: Mesh) -> list[messages.EngineCounters]:
-    found = list(mesh.status().values())
-    assert all(isinstance(one, messages.Status) for one in found), found
-    return [one.counters for one in found if isinstance(one, messages.Status)]
+    statuses = list(mesh.status().values())
+    assert all(isinstance(status, messages.Status) for status in statuses), statuses
+    return [status.counters for status in statuses if isinstance(status, messages.Status)]
 
 
 def test_every_placement_gives_the_pictures_of_one_host(
@@ -88,26 +90,26 @@ def test_every_placement_gives_the_pictures_of_one_host(
 ) -> None:
     as_if_apart(monkeypatch)  # on one device, one host is as fast as two
     request = request_of(checkpoint, n_images=3)
-    alone = pictures(list(Runner().run(request)))
+    alone = painted_alone(request)
     with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
         for placement in ("sequence", "tensor"):
-            told = list(mesh.generate(request, placement))
-            for a, b in zip(alone, pictures(told), strict=True):
+            job_events = list(mesh.generate(request, placement))
+            for a, b in zip(alone, pictures(job_events), strict=True):
                 assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
-            made = {event.placement for event in told if isinstance(event, events.Picture)}
+            made = {event.placement for event in job_events if isinstance(event, events.Picture)}
             assert made == {placement}
-        assert [one.steps for one in counters(mesh)] == [18, 18]
+        assert [counted.steps for counted in counters(mesh)] == [18, 18]
         generations = {
-            one.ring_generation
-            for one in mesh.status().values()
-            if isinstance(one, messages.Status)
+            status.ring_generation
+            for status in mesh.status().values()
+            if isinstance(status, messages.Status)
         }
         assert generations == {1}  # one ring served both
         # Both have loaded now, and are slow: neither can have done it all before the other began.
-        before = [one.images for one in counters(mesh)]
+        before = [counted.images for counted in counters(mesh)]
         shared = pictures(list(mesh.generate(request, "data")))
         assert all(np.array_equal(a, b) for a, b in zip(alone, shared, strict=True))
-        after = [one.images for one in counters(mesh)]
+        after = [counted.images for counted in counters(mesh)]
         assert sorted(b - a for a, b in zip(before, after, strict=True)) == [1, 2]
 
 
@@ -128,29 +130,30 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
     cache: float,
 ) -> None:
     request = request_of(checkpoint, n_images=2, steps=4, cache=cache)
-    by_one = list(Runner().run(request))
-    alone = pictures(by_one)
+    alone = painted_alone(request)
+    with mesh_of(tmp_path / "whole", 1, checkpoint) as mesh:
+        by_one = list(mesh.generate(request))
     with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
-        told: list[events.Event] = []
+        job_events: list[events.Event] = []
         struck = 0.0
         for event in mesh.generate(request, placement):
-            told.append(event)
+            job_events.append(event)
             if isinstance(event, events.Step) and event.step == 2 and not struck:
                 struck = time.monotonic()
                 status = mesh.status()[event.host or 0]
                 assert isinstance(status, messages.Status) and status.engine_pid
                 os.kill(status.engine_pid, number)
         took = time.monotonic() - struck
-        for a, b in zip(alone, pictures(told), strict=True):
+        for a, b in zip(alone, pictures(job_events), strict=True):
             assert np.abs(a.astype(int) - b.astype(int)).max() <= (0 if placement == "data" else 1)
-        steps = [(e.image, e.step) for e in told if isinstance(e, events.Step)]
+        steps = [(e.image, e.step) for e in job_events if isinstance(e, events.Step)]
         assert len(steps) == len(set(steps)) == 8
         reused = [
             {(e.image, e.step) for e in t if isinstance(e, events.Step) and e.reused}
-            for t in (by_one, told)
+            for t in (by_one, job_events)
         ]
         assert reused[0] == reused[1] and bool(reused[0]) is bool(cache)
-        assert any(isinstance(event, events.HostLost) for event in told)
+        assert any(isinstance(event, events.HostLost) for event in job_events)
         assert took < 25
 
 
@@ -178,7 +181,7 @@ def test_the_command_line_uses_the_mesh_that_is_up(
         assert read_recipe(tmp_path / "a.png").placement == "tensor"
         refused = fluxmesh(*command, "--placement", "data", "--force-shard")
         assert refused.code == 4 and "exclude each other" in refused.err
-        assert all(one.process.poll() is None for one in agents)
+        assert all(member.process.poll() is None for member in agents)
 
 
 def test_two_checkpoints_of_one_name_are_never_mixed(tmp_path: Path) -> None:
@@ -199,12 +202,12 @@ def test_two_checkpoints_of_one_name_are_never_mixed(tmp_path: Path) -> None:
         with Mesh.connect(record_of(agents[1:]), user) as alone:
             assert pictures(list(alone.generate(request_of(first))))
         mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
-        told: list[events.Event] = []
+        job_events: list[events.Event] = []
         with pytest.raises(WeightsError, match=r"host 0 .* \w{8}, host 1 .* \w{8}\. Copy the one"):
             for event in mesh.generate(request_of(first), "tensor"):
-                told.append(event)
-        assert not any(isinstance(event, events.Step) for event in told)
-        assert [one.steps for one in counters(mesh)] == [3, 3], "those that each made alone"
+                job_events.append(event)
+        assert not any(isinstance(event, events.Step) for event in job_events)
+        assert [counted.steps for counted in counters(mesh)] == [3, 3], "those that each made alone"
         statuses = {k: v for k, v in mesh.status().items() if isinstance(v, messages.Status)}
         (finding,) = diagnosis.in_memory(statuses)
         assert finding.level == "fail" and "different files" in finding.text

@@ -103,8 +103,8 @@ def test_a_mesh_comes_up_is_found_changed_and_goes_down_without_a_trace(
     assert {line["host"] for line in done.of("progress")} == {0, 1}
 
     again = machine.up(machine.folder / "mesh.json")
-    told = [line["text"] for line in again.of("stage")]
-    assert told == ["Looking at the hosts", "Starting agents"]
+    stages = [line["text"] for line in again.of("stage")]
+    assert stages == ["Looking at the hosts", "Starting agents"]
     second = again.of("up")[0]["hosts"]
     assert processes(second) == processes(first)
 
@@ -159,12 +159,13 @@ def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: MeshMachin
     whole = machine("plan", "--json").of("plan")[0]
     winner = whole["options"][whole["winner"]]
     assert (winner["name"], winner["phases"][0]["layout"]) == ("tensor", "sharded")
-    assert [(one["placement"], one["hosts"]) for one in done.of("warmed")] == [("tensor", [0, 1])]
-    assert {one["hosts"] for host in hosts for one in host["compiled"]} == {2}
+    (warmed,) = done.of("warmed")
+    assert (warmed["placement"], warmed["hosts"]) == ("tensor", [0, 1])
+    assert {shape["hosts"] for host in hosts for shape in host["compiled"]} == {2}
 
-    timed = [one for host in hosts for one in host["measured"]]
-    assert [(one["placement"], one["hosts"]) for one in timed] == [("tensor", 2)] * 2
-    slowest = max(one["step_seconds"] for one in timed)
+    timed = [timing for host in hosts for timing in host["measured"]]
+    assert [(timing["placement"], timing["hosts"]) for timing in timed] == [("tensor", 2)] * 2
+    slowest = max(timing["step_seconds"] for timing in timed)
     assert winner["phases"][0]["step_seconds"] == slowest and winner["measured"]
     assert {host["counters"]["sent_bytes"] > 0 for host in hosts} == {True}
     assert ", tensor on 2 " in machine("status").out
@@ -336,10 +337,10 @@ def test_status_is_told_again_and_again_until_ctrl_c(machine: MeshMachine) -> No
         text=True,
     ) as watching:
         assert watching.stdout is not None
-        told = [json.loads(watching.stdout.readline()) for _ in range(3)]
+        statuses = [json.loads(watching.stdout.readline()) for _ in range(3)]
         watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 130
-    clocks = [line["hosts"][0]["clock"] for line in told]
+    clocks = [line["hosts"][0]["clock"] for line in statuses]
     assert clocks == sorted(set(clocks))
 
 
@@ -389,13 +390,13 @@ def test_an_agent_for_one_call_ends_with_its_starter(tmp_path: Path) -> None:
 
 
 def test_an_agent_for_one_call_lets_in_its_starter_alone_and_leaves_no_folder() -> None:
-    with start_ephemeral() as one:
-        state = Path(one.record.members[0].state)
+    with start_ephemeral() as agent:
+        state = Path(agent.record.members[0].state)
         assert [user.read_text().strip() for user in (state / "authorized").glob("*.pub")] == [
-            one.keys.public
+            agent.keys.public
         ]
-        found = survey(one.record, one.keys)
-        assert found.errors == {} and found.view.ranks == (0,)
-        engine = found.statuses[0].engine_pid
+        answers = survey(agent.record, agent.keys)
+        assert answers.errors == {} and answers.view.ranks == (0,)
+        engine = answers.statuses[0].engine_pid
     assert not state.exists()
-    wait_until_gone([one.process.pid, *([engine] if engine else [])])
+    wait_until_gone([agent.process.pid, *([engine] if engine else [])])

@@ -53,21 +53,21 @@ class Latents:
     """The latents of every image after its last step, as the coordinator was given them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found: dict[int, np.ndarray] = {}
+        self.last: dict[int, np.ndarray] = {}
         acknowledge = ImageTable.acknowledge
 
         def spy(
             images: ImageTable, index: int, step: int, latents: np.ndarray, *rest: Any, **more: Any
         ) -> bool:
             if step == images.steps:
-                self.found[index] = np.array(latents)
+                self.last[index] = np.array(latents)
             return acknowledge(images, index, step, latents, *rest, **more)
 
         monkeypatch.setattr(ImageTable, "acknowledge", spy)
 
     def take(self) -> np.ndarray:
-        taken = np.concatenate([self.found[k] for k in sorted(self.found)])
-        self.found = {}
+        taken = np.concatenate([self.last[k] for k in sorted(self.last)])
+        self.last = {}
         return taken
 
 
@@ -90,10 +90,10 @@ def test_one_to_four_hosts_give_one_picture(
     monkeypatch.setattr(JobRunner, "_learn", learn_nothing)
 
     def paint(mesh: Mesh, placement: Placement) -> tuple[list[np.ndarray], np.ndarray]:
-        told = list(mesh.generate(request, placement))
-        found = [event for event in told if isinstance(event, events.Picture)]
-        assert {event.placement for event in found} == {placement}
-        return pictures(told), latents.take()
+        job_events = list(mesh.generate(request, placement))
+        painted = [event for event in job_events if isinstance(event, events.Picture)]
+        assert {event.placement for event in painted} == {placement}
+        return pictures(job_events), latents.take()
 
     with meshes(tmp_path, tmp_path, (1, *sizes)) as mesh:
         alone, exact = paint(mesh[1], "data")

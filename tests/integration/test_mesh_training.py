@@ -67,24 +67,24 @@ def mesh_with(
 
 
 def pid(mesh: Mesh, rank: int) -> int:
-    told = mesh.status()[rank]
-    assert isinstance(told, messages.Status) and told.engine_pid is not None, told
-    return told.engine_pid
+    status = mesh.status()[rank]
+    assert isinstance(status, messages.Status) and status.engine_pid is not None, status
+    return status.engine_pid
 
 
 def follow(
     mesh: Mesh, request: TrainRequest, look: Callable[[object], None] = lambda _: None
 ) -> list[object]:
     """All that a run on the mesh tells; `look` sees each as it comes."""
-    told: list[object] = []
+    events: list[object] = []
 
     def tell(event: object) -> None:
-        told.append(event)
+        events.append(event)
         look(event)
 
     for event in mesh.train(request, tell):
         tell(event)
-    return told
+    return events
 
 
 # --- the same training ---------------------------------------------------------------------------
@@ -96,20 +96,20 @@ def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, hosts, dtype)
     wanted = small(place, tmp_path / "alone", dtype=dtype)
     run(wanted)
     with mesh_with(tmp_path, hosts, place) as mesh:
-        told = follow(mesh, dataclasses.replace(wanted, output_dir=str(tmp_path / "out")))
-        steps = [found.counters.steps for found in mesh.status().values()]
+        events = follow(mesh, dataclasses.replace(wanted, output_dir=str(tmp_path / "out")))
+        steps = [status.counters.steps for status in mesh.status().values()]
     assert final(tmp_path / "out") == final(tmp_path / "alone")
-    (dealt,) = of(told, Dealt)
+    (dealt,) = of(events, Dealt)
     assert list(dealt.shares.values()) == {1: [8], 2: [4, 4], 3: [3, 3, 2]}[hosts]
     assert steps == [3] * hosts, "every host makes every update"
-    assert len(of(told, Updated)) == 3
+    assert len(of(events, Updated)) == 3
     assert checkpoint.iterations(tmp_path / "out") == [8, 16, 24]
 
 
 def test_hosts_encode_what_the_cache_lacks_as_this_process_would(place, tmp_path, three):
     fresh = {"cache_dir": str(tmp_path / "cache"), "iterations": 8, "grad_accumulate": 8}
-    told = follow(three, small(place, tmp_path / "mesh", **fresh))
-    assert {event.what for event in of(told, Encoding)} == {"captions", "pictures"}
+    events = follow(three, small(place, tmp_path / "mesh", **fresh))
+    assert {event.what for event in of(events, Encoding)} == {"captions", "pictures"}
     again = follow(three, small(place, tmp_path / "again", **fresh))
     assert not of(again, Encoding)
     run(small(place, tmp_path / "alone", iterations=8, cache_dir=str(tmp_path / "other")))
@@ -174,11 +174,11 @@ def test_engines_that_die_and_hang_within_an_update_change_no_byte(place, tmp_pa
             rank, number = strikes.pop(event.update)
             later(0.07, pid(three, rank), number)  # an update takes 0.15 s at least
 
-    told = follow(three, dataclasses.replace(wanted, output_dir=str(tmp_path / "mesh")), strike)
+    events = follow(three, dataclasses.replace(wanted, output_dir=str(tmp_path / "mesh")), strike)
     assert final(tmp_path / "mesh") == final(tmp_path / "alone")
-    assert not strikes and len(of(told, HostLost)) >= 2
-    assert [event.update for event in of(told, Updated)] == list(range(1, 21)), "nobody notices"
-    assert len(of(told, Dealt)) == 3
+    assert not strikes and len(of(events, HostLost)) >= 2
+    assert [event.update for event in of(events, Updated)] == list(range(1, 21)), "nobody notices"
+    assert len(of(events, Dealt)) == 3
 
 
 def test_an_engine_that_dies_while_it_encodes_loses_nothing(place, tmp_path, three, alone):
@@ -189,8 +189,10 @@ def test_an_engine_that_dies_while_it_encodes_loses_nothing(place, tmp_path, thr
             struck.append(pid(three, 0))
             os.kill(struck[0], signal.SIGKILL)
 
-    told = follow(three, small(place, tmp_path / "out", cache_dir=str(tmp_path / "cache")), strike)
-    assert struck and of(told, HostLost)
+    events = follow(
+        three, small(place, tmp_path / "out", cache_dir=str(tmp_path / "cache")), strike
+    )
+    assert struck and of(events, HostLost)
     assert final(tmp_path / "out") == alone
 
 
@@ -204,9 +206,9 @@ def test_updates_since_the_last_checkpoint_are_done_again_when_a_ring_breaks(
             struck.append(pid(three, 2))
             os.kill(struck[0], signal.SIGKILL)
 
-    told = follow(three, small(place, tmp_path, checkpoint_every=1000), strike)
-    assert struck and of(told, HostLost)
-    assert [event.update for event in of(told, Updated)] == [1, 2, 3]
+    events = follow(three, small(place, tmp_path, checkpoint_every=1000), strike)
+    assert struck and of(events, HostLost)
+    assert [event.update for event in of(events, Updated)] == [1, 2, 3]
     assert final(tmp_path) == alone
 
 
@@ -218,9 +220,9 @@ def test_a_host_that_is_gone_is_done_without(place, tmp_path, alone):
             if isinstance(event, Updated) and event.update == 1:
                 os.kill(agent, signal.SIGKILL)
 
-        told = follow(mesh, small(place, tmp_path / "out"), strike)
+        events = follow(mesh, small(place, tmp_path / "out"), strike)
     assert final(tmp_path / "out") == alone
-    assert list(of(told, Dealt)[-1].shares) == [0, 1]
+    assert list(of(events, Dealt)[-1].shares) == [0, 1]
 
 
 # --- stop and resume -----------------------------------------------------------------------------
@@ -235,8 +237,8 @@ def test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path, three,
             break
     events.close()
     assert checkpoint.iterations(tmp_path) == [8 * updates]
-    told = follow(three, dataclasses.replace(request, resume=True))
-    assert of(told, Prepared)[0].begins_at == updates
+    resumed = follow(three, dataclasses.replace(request, resume=True))
+    assert of(resumed, Prepared)[0].begins_at == updates
     assert final(tmp_path) == alone
 
 

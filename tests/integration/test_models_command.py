@@ -13,10 +13,10 @@ from tests.integration.conftest import Run
 def test_the_list_names_what_can_be_asked_for(fluxmesh: Run) -> None:
     done = fluxmesh("models", "list", "--json")
     assert done.code == 0
-    found = {line["name"]: line for line in done.of("model")}
-    assert set(found) == {"tiny", "schnell", "dev", "krea-dev"}
-    assert not found["schnell"]["usable"]
-    assert found["schnell"]["note"] == "not here"
+    listed = {line["name"]: line for line in done.of("model")}
+    assert set(listed) == {"tiny", "schnell", "dev", "krea-dev"}
+    assert not listed["schnell"]["usable"]
+    assert listed["schnell"]["note"] == "not here"
     table = fluxmesh("models", "list")
     assert table.code == 0
     assert "(default)" in table.out

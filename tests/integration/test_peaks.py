@@ -32,22 +32,25 @@ def peaks(folder: Path, hosts: int, placement: Any, *options: str) -> dict[int, 
             for rank in range(hosts)
         ]
         mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
-        found: dict[int, int] = {}
-        report = AgentClient.report
+        highest: dict[int, int] = {}
+        receive = AgentClient.report
 
         async def spy(self: AgentClient) -> messages.Report:
-            told = await report(self)
-            if isinstance(told, messages.Stepped):
-                found[self.member.rank] = max(told.peak_bytes, found.get(self.member.rank, 0))
-            return told
+            report = await receive(self)
+            if isinstance(report, messages.Stepped):
+                rank = self.member.rank
+                highest[rank] = max(report.peak_bytes, highest.get(rank, 0))
+            return report
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(AgentClient, "report", spy)
-            told = list(mesh.generate(REQUEST, placement))
-        assert any(isinstance(event, events.Picture) for event in told)
-        held = [one.holds for one in mesh.status().values() if isinstance(one, messages.Status)]
-        assert [one.shards for one in held if one is not None] == [hosts] * hosts
-    return found
+            job_events = list(mesh.generate(REQUEST, placement))
+        assert any(isinstance(event, events.Picture) for event in job_events)
+        held = [
+            status.holds for status in mesh.status().values() if isinstance(status, messages.Status)
+        ]
+        assert [holding.shards for holding in held if holding is not None] == [hosts] * hosts
+    return highest
 
 
 def test_each_rank_of_a_sharded_mesh_stays_within_its_share_of_memory(tmp_path: Path) -> None:

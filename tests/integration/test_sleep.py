@@ -9,7 +9,7 @@ from pathlib import Path
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Load
-from tests.integration.agents import AgentProcess, agent, coordinator, play
+from tests.integration.agents import AgentProcess, agent, connected, play
 
 ASLEEP = 7.0  # seconds: more than ZeroMQ and a lease bear of silence
 
@@ -18,18 +18,20 @@ def test_a_coordinator_finds_its_lease_and_its_weights_after_the_agent_slept(
     tmp_path: Path,
 ) -> None:
     async def scene(host: AgentProcess) -> None:
-        async with coordinator(host, client="me") as one:
-            await one.lease()
-            await one.done(Load(**one.head(), weights=ModelVariant("tiny", "float32")))
-            await one.until(messages.Loaded)
-            before, fence = await one.status(), one.fence
+        async with connected(host, client="me") as coordinator:
+            await coordinator.lease()
+            await coordinator.done(
+                Load(**coordinator.head(), weights=ModelVariant("tiny", "float32"))
+            )
+            await coordinator.until(messages.Loaded)
+            before, fence = await coordinator.status(), coordinator.fence
             host.process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(ASLEEP)
         host.process.send_signal(signal.SIGCONT)
-        async with coordinator(host, client="me") as one:
-            await one.lease()
-            after = await one.status()
-            assert one.fence == fence
+        async with connected(host, client="me") as coordinator:
+            await coordinator.lease()
+            after = await coordinator.status()
+            assert coordinator.fence == fence
             assert (after.engine_pid, after.holds) == (before.engine_pid, before.holds)
         assert "passed unseen" in host.log
 

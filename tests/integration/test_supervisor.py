@@ -48,8 +48,8 @@ def small_pair(*arguments: Any) -> tuple[Small, Small]:
     for end in ends:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             end.setsockopt(socket.SOL_SOCKET, option, BUFFER // 2)  # Linux doubles it
-    one, other = (Small(fileno=end.detach()) for end in ends)
-    return one, other
+    near, far = (Small(fileno=end.detach()) for end in ends)
+    return near, far
 
 
 def test_latents_of_megabytes_pass_to_an_engine_and_back_eight_kilobytes_at_a_time(
@@ -90,7 +90,7 @@ def test_latents_of_megabytes_pass_to_an_engine_and_back_eight_kilobytes_at_a_ti
         finally:
             await supervisor.kill()
 
-    found, ended = asyncio.run(main())
-    assert all(same(one, other) for one, other in zip(sent, found, strict=True))
+    received, ended = asyncio.run(main())
+    assert all(same(message, returned) for message, returned in zip(sent, received, strict=True))
     assert ended == []
     assert f"buffer {BUFFER}\n" in home.log.read_text()

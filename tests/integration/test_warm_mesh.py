@@ -35,7 +35,9 @@ def test_the_first_request_after_up_loads_nothing(machine: MeshMachine) -> None:
     assert timed == [{(32, 32)}, set()]  # one device is timed once
 
     done = machine.up(path, "--warm", "32x32,32x48")
-    assert [(one["placement"], one["height"], one["width"]) for one in done.of("warmed")] == [
+    assert [
+        (entry["placement"], entry["height"], entry["width"]) for entry in done.of("warmed")
+    ] == [
         ("data", 32, 32),
         ("data", 32, 48),
     ]
@@ -55,10 +57,10 @@ def test_the_first_request_after_up_loads_nothing(machine: MeshMachine) -> None:
     asked = machine(*asked[:-2], "--image-size", "48x48")
     assert asked.code == 0, asked.err
     wait(machine.hosts, lambda host: (48, 48) in map(size_of, host["compiled"]))
-    made = [one for host in machine.hosts() for one in host["compiled"]]
-    kinds = {(one["model"], one["dtype"], one["bits"]) for one in made}
+    made = [entry for host in machine.hosts() for entry in host["compiled"]]
+    kinds = {(entry["model"], entry["dtype"], entry["bits"]) for entry in made}
     assert kinds == {(str(machine.model), "bfloat16", None)}
-    assert {(one["placement"], one["hosts"]) for one in made} == {("data", 1)}
+    assert {(entry["placement"], entry["hosts"]) for entry in made} == {("data", 1)}
 
 
 def test_sizes_that_no_picture_has_are_refused(machine: MeshMachine) -> None:
@@ -76,10 +78,10 @@ def test_engines_of_a_mesh_keep_their_kernels_and_one_for_a_call_does_not(
     (folder,) = (machine.folder / "fluxmesh_state").glob("agent-*/kernels/*")
     assert folder.stat().st_mode & 0o777 == 0o700
     assert psutil.Process(host["engine_pid"]).environ()[VARIABLE] == str(folder)
-    with start_ephemeral() as one:
-        found = survey(one.record, one.keys)
-        assert found.statuses[0].engine_pid is not None
-        assert not (Path(one.record.members[0].state) / "kernels").exists()
+    with start_ephemeral() as agent:
+        answers = survey(agent.record, agent.keys)
+        assert answers.statuses[0].engine_pid is not None
+        assert not (Path(agent.record.members[0].state) / "kernels").exists()
 
 
 def test_hosts_that_a_broken_ring_left_behind_hold_their_weights_again(tmp_path: Path) -> None:
@@ -138,8 +140,8 @@ def size_of(shape: dict[str, Any]) -> tuple[int, int]:
 
 
 def hosts_of(mesh_up: Up) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(mesh_up.fluxmesh("status", "--json").stdout)["hosts"]
-    return found
+    hosts: list[dict[str, Any]] = json.loads(mesh_up.fluxmesh("status", "--json").stdout)["hosts"]
+    return hosts
 
 
 def is_whole(host: dict[str, Any]) -> bool:

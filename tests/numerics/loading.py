@@ -30,11 +30,11 @@ def parameters(model) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
 
 
-def assert_same(one: dict[str, mx.array], other: dict[str, mx.array]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype, name
-        assert mx.array_equal(one[name], other[name]), name
+def assert_same(actual: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert actual[name].dtype == expected[name].dtype, name
+        assert mx.array_equal(actual[name], expected[name]), name
 
 
 def resolved(made):

@@ -27,7 +27,7 @@ from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
-from tests.numerics.test_worker import painting
+from tests.numerics.units import painting
 from tests.unit.meshes import FLUX, ask
 
 PLATFORMS = ("metal", "cuda", "cpu")
@@ -132,8 +132,8 @@ def test_the_limit_stays_within_what_was_allowed_and_what_the_device_may_use(
 @pytest.mark.parametrize("largest", [int(0.1 * GB), int(0.5 * GB), int(2 * GB)])
 def test_what_may_wait_on_metal_and_one_convolution_are_what_is_planned(largest: int) -> None:
     waits = activations.decoding_room(largest, "metal", False)
-    one = (1 + activations.WINOGRAD) * largest  # its output, and its own
-    assert waits + one <= activations.decoding_bytes(largest, "metal") + 0.25 * GB
+    convolution = (1 + activations.WINOGRAD) * largest  # its output, and its own
+    assert waits + convolution <= activations.decoding_bytes(largest, "metal") + 0.25 * GB
     assert waits == activations.decoding_room(largest, "metal", True)
 
 
@@ -150,8 +150,8 @@ def test_a_decode_may_take_what_is_planned_also_where_it_goes_in_tiles(
 
 
 def test_a_mac_may_use_what_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"memory_size": 16 << 30, "max_recommended_working_set_size": 11 * GB}
-    monkeypatch.setattr(mx, "device_info", lambda: told)
+    device_info = {"memory_size": 16 << 30, "max_recommended_working_set_size": 11 * GB}
+    monkeypatch.setattr(mx, "device_info", lambda: device_info)
     assert device_memory.memory_of_device() == 11 * GB
     assert engine.device().memory_bytes == 11 * GB
     assert engine.device(limit=4 * GB).memory_bytes == 4 * GB

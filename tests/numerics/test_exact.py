@@ -43,32 +43,32 @@ def test_any_order_and_any_split_give_the_same_bytes():
 
 
 def test_the_sum_is_that_of_exact_arithmetic():
-    found = exact_sum.read(added([grid(part) for part in parts(8)]))
+    total = exact_sum.read(added([grid(part) for part in parts(8)]))
     for i in range(64):
         true = sum(Fraction(float(part[i])) for part in parts(8)) / 16  # 8 of 2 images each
-        assert abs(Fraction(float(np.array(found.gradient)[i])) - true) <= max(
+        assert abs(Fraction(float(np.array(total.gradient)[i])) - true) <= max(
             abs(true) * Fraction(2) ** -22, Fraction(2) ** -50
         )
-    assert (found.images, found.bad) == (16, 0)
-    assert found.loss == pytest.approx(1.5 / 2, rel=1e-7)
+    assert (total.images, total.bad) == (16, 0)
+    assert total.loss == pytest.approx(1.5 / 2, rel=1e-7)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2048.0 / 9, -1e30])
 def test_a_gradient_out_of_range_is_counted_and_kept_out(value):
     good, bad = parts(2)
     bad[3] = value
-    found = exact_sum.read(added([grid(good), grid(bad)]))
-    assert found.bad == 1
+    total = exact_sum.read(added([grid(good), grid(bad)]))
+    assert total.bad == 1
     alone = exact_sum.read(added([grid(good), grid(np.zeros_like(bad), loss=0.0)]))
-    assert np.array(found.gradient).tobytes() == np.array(alone.gradient).tobytes()
+    assert np.array(total.gradient).tobytes() == np.array(alone.gradient).tobytes()
     assert exact_sum.read(grid(good, loss=float("nan"))).bad == 1
 
 
 def test_the_largest_gradients_that_are_let_through_do_not_overflow():
     of = 1024
     most = np.full(4, np.nextafter(np.float32(2048 / (of + 1)), np.float32(0)), np.float32)
-    one = grid(most, of=of)
-    assert exact_sum.read(one).bad == 0
-    assert exact_sum.read(one * of).gradient.tolist() == pytest.approx(
+    part = grid(most, of=of)
+    assert exact_sum.read(part).bad == 0
+    assert exact_sum.read(part * of).gradient.tolist() == pytest.approx(
         (most * of / 2 / of).tolist()
     )

@@ -31,7 +31,7 @@ from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights import hub, loading
 from tests.checkpoints import AUTOENCODER, T5, make_checkpoint
-from tests.numerics.test_worker import latents, painting
+from tests.numerics.units import latents, painting
 from tests.parallel.cases import ODD, ParallelCase, noise_of, plan_of, random_flux
 
 LARGEST = 65504  # of float16
@@ -69,8 +69,8 @@ def painted(flux: Flux, cache: float = 0.0) -> np.ndarray:
     return np.array(step.x)
 
 
-def error(found: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def error(actual: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - exact) / np.linalg.norm(exact))
 
 
 def largest(flux: Flux, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
@@ -165,8 +165,8 @@ def test_every_block_gives_tokens_and_every_linear_the_weights_dtype(
 def test_gelu_of_large_numbers_is_those_numbers() -> None:
     x = mx.array([[-6e4, -300.0, -1.0, 0.0, 1.0, 300.0, 6e4]])
     wanted = nn.gelu_approx(x) / ops.HEADROOM
-    found = ops.gelu(x.astype(mx.float16)).astype(mx.float32)
-    assert mx.allclose(found, wanted, rtol=1e-3, atol=1e-6).item()
+    activated = ops.gelu(x.astype(mx.float16)).astype(mx.float32)
+    assert mx.allclose(activated, wanted, rtol=1e-3, atol=1e-6).item()
 
 
 # What stands beside the transformer
@@ -175,8 +175,8 @@ def test_gelu_of_large_numbers_is_those_numbers() -> None:
 def test_what_runs_once_a_prompt_or_picture_is_what_bfloat16_has(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, guidance=True)
     half, other = (FluxPipeline(str(made.path), dtype=name) for name in ("float16", "bfloat16"))
-    for one, same in zip(half.encode("two dogs"), other.encode("two dogs"), strict=True):
-        assert one.dtype == mx.bfloat16 and mx.array_equal(one, same).item()
+    for feature, same in zip(half.encode("two dogs"), other.encode("two dogs"), strict=True):
+        assert feature.dtype == mx.bfloat16 and mx.array_equal(feature, same).item()
     x = half.noise(1, (4, 4))
     assert mx.array_equal(half.decode(x, (4, 4)), other.decode(x, (4, 4))).item()
     assert half.flow.dtype == mx.float16
@@ -212,16 +212,16 @@ def test_weights_are_rounded_once_and_the_biases_that_end_branches_have_room(sto
     wide, half = (
         loading.load_transformer(checkpoint, DTYPES[name]) for name in ("float32", "float16")
     )
-    found = dict(tree_flatten(half.parameters()))
+    rounded = dict(tree_flatten(half.parameters()))
     for name, value in tree_flatten(wide.parameters()):
         ends = name.endswith(("proj.bias", "mlp.2.bias", "linear2.bias"))
         wanted = (value / ops.HEADROOM if ends else value).astype(mx.float16)
         close = (
-            mx.allclose(found[name], wanted, rtol=2e-3, atol=1e-7)
+            mx.allclose(rounded[name], wanted, rtol=2e-3, atol=1e-7)
             if ends
-            else mx.array_equal(found[name], wanted)
+            else mx.array_equal(rounded[name], wanted)
         )
-        assert close.item() and found[name].dtype == mx.float16, name
+        assert close.item() and rounded[name].dtype == mx.float16, name
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -66,8 +66,8 @@ def test_values_and_gradients_are_those_of_mlx(name, monkeypatch):
         out, back = mx.vjp(lambda *x: [function(*x)], inputs, [above])
         return [np.array(x) for x in (*out, *back)]
 
-    for one, other in zip(both_ways(ours), both_ways(mlx_s), strict=True):
-        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
+    for actual, expected in zip(both_ways(ours), both_ways(mlx_s), strict=True):
+        assert np.linalg.norm(actual - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "bits" not in name])

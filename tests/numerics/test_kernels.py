@@ -54,8 +54,8 @@ def test_a_kernel_computes_what_the_plain_form_does(name, shape, emulated):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_float16_runs_the_plain_forms(name, emulated):
     case = fusing.make(name, SHAPES[0], mx.float16)
-    found = fusing.values_and_gradients(case.fused, case)
-    assert fusing.worst(found, fusing.values_and_gradients(case.plain, case)) == 0
+    actual = fusing.values_and_gradients(case.fused, case)
+    assert fusing.worst(actual, fusing.values_and_gradients(case.plain, case)) == 0
     assert not emulated
 
 
@@ -64,7 +64,7 @@ def test_groups_are_normed_over_several_chunks(places, channels, emulated):
     keys = iter(mx.random.split(mx.random.key(2), 4))
     x = 3 * mx.random.normal((2, places, channels), key=next(keys)) + 20
     weights = [mx.random.normal((channels,), key=next(keys)) for _ in range(3)]
-    found = ops.group_norm(x, *weights, groups=32, silu=True)
+    normed = ops.group_norm(x, *weights, groups=32, silu=True)
     wanted = ops.plain_group_norm(x, *weights, groups=32, silu=True)
-    assert mx.abs(found - wanted).max().item() < 2e-5
+    assert mx.abs(normed - wanted).max().item() < 2e-5
     assert emulated == ["group_stats", "group_join", "group_apply"]

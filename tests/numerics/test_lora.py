@@ -46,10 +46,12 @@ def delta(low: LowRank) -> np.ndarray:
     return low.scale * (low.b.astype(np.float64) @ low.a.astype(np.float64))
 
 
-def assert_same_change(one: dict[str, LowRank], other: dict[str, LowRank]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_allclose(delta(one[name]), delta(other[name]), atol=1e-6, err_msg=name)
+def assert_same_change(adapter: dict[str, LowRank], other: dict[str, LowRank]) -> None:
+    assert adapter.keys() == other.keys()
+    for name in adapter:
+        np.testing.assert_allclose(
+            delta(adapter[name]), delta(other[name]), atol=1e-6, err_msg=name
+        )
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,8 @@ def forward(flux) -> mx.array:
     )
 
 
-def distance(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -146,10 +148,10 @@ def test_separate_queries_keys_and_values_become_one_matrix_of_all_their_ranks(t
         blocks.append(alpha / rank * b.astype(np.float64) @ a.astype(np.float64))
     path = tmp_path / "kohya.safetensors"
     write_safetensors(path, arrays)
-    found = lora.read_adapter(path, CONFIG)["single_blocks.1.linear1"]
-    assert found.rank == 9
+    merged = lora.read_adapter(path, CONFIG)["single_blocks.1.linear1"]
+    assert merged.rank == 9
     mlp = np.zeros((CONFIG.mlp_hidden_dim, width))
-    np.testing.assert_allclose(delta(found), np.concatenate([*blocks, mlp]), atol=1e-5)
+    np.testing.assert_allclose(delta(merged), np.concatenate([*blocks, mlp]), atol=1e-5)
 
 
 def test_diffusers_gets_the_separate_ranks_back(tmp_path):
@@ -214,8 +216,8 @@ def test_bfloat16_adapters_are_read(tmp_path):
     path = tmp_path / "adapter.safetensors"
     arrays = {"txt_in.lora_down.weight": low.a, "txt_in.lora_up.weight": low.b}
     write_safetensors(path, arrays, "bfloat16")
-    found = lora.read_adapter(path, CONFIG)["txt_in"]
-    np.testing.assert_allclose(delta(found), delta(low), atol=2e-3)
+    change = lora.read_adapter(path, CONFIG)["txt_in"]
+    np.testing.assert_allclose(delta(change), delta(low), atol=2e-3)
 
 
 def test_a_folder_stands_for_the_adapter_in_it(tmp_path):

@@ -46,10 +46,10 @@ def test_the_prior_s_loss_and_gradient_are_added_by_their_weight(place, tmp_path
         value, slope = loss_and_gradient(made.flux, made.adapters, made.batch(part), 4.0, keys)
         loss += part.weight * value.item() / 2
         gradient += part.weight * np.array(slope) / 2
-    found = exact_sum.read(made.total([number], 1))
-    assert (found.images, found.bad) == (2, 0)
-    assert found.loss == pytest.approx(loss, rel=1e-6)
-    assert np.linalg.norm(np.array(found.gradient) - gradient) <= 1e-6 * np.linalg.norm(gradient)
+    total = exact_sum.read(made.total([number], 1))
+    assert (total.images, total.bad) == (2, 0)
+    assert total.loss == pytest.approx(loss, rel=1e-6)
+    assert np.linalg.norm(np.array(total.gradient) - gradient) <= 1e-6 * np.linalg.norm(gradient)
 
 
 def test_the_pictures_that_are_taught_come_as_without_a_prior(place, tmp_path):
@@ -68,11 +68,11 @@ def test_the_pictures_that_are_taught_come_as_without_a_prior(place, tmp_path):
 def test_a_prior_without_weight_is_the_same_as_none(place, tmp_path):
     run(asked(place, tmp_path / "none"))
     run(kept(place, tmp_path / "weightless", prior_weight=0.0))
-    told = run(kept(place, tmp_path / "kept"))
+    events = run(kept(place, tmp_path / "kept"))
     assert final(tmp_path / "none") == final(tmp_path / "weightless") != final(tmp_path / "kept")
-    (prepared,) = of(told, Prepared)
+    (prepared,) = of(events, Prepared)
     assert (prepared.images, prepared.priors) == (3, 4)
-    assert {event.images for event in of(told, Updated)} <= set(range(4, 9)), "of those taught"
+    assert {event.images for event in of(events, Updated)} <= set(range(4, 9)), "of those taught"
 
 
 def test_the_trigger_and_what_is_held_out_are_the_data_set_s_alone(place, tmp_path):

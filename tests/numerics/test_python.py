@@ -139,14 +139,14 @@ def test_noise_is_numpys_philox_keyed_by_the_seed(flux: FluxPipeline) -> None:
 
 
 def test_a_seed_that_was_not_given_is_kept(flux: FluxPipeline) -> None:
-    one = flux.generate_images("a dog", num_steps=1, latent_size=(4, 4))
+    picture = flux.generate_images("a dog", num_steps=1, latent_size=(4, 4))
     seed = flux.seed
     assert seed is not None
     other = flux.generate_images("a dog", num_steps=1, latent_size=(4, 4))
     assert flux.seed != seed
     again = flux.generate_images("a dog", num_steps=1, latent_size=(4, 4), seed=seed)
-    assert mx.array_equal(one, again)
-    assert not mx.array_equal(one, other)
+    assert mx.array_equal(picture, again)
+    assert not mx.array_equal(picture, other)
 
 
 def test_unpadded_prompts_are_shorter(checkpoint: Path) -> None:
@@ -200,13 +200,13 @@ def test_odd_sizes_are_refused(flux: FluxPipeline, latent_size: tuple[int, int])
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "name"),
     [({"n_images": 0}, "n_images"), ({"num_steps": 0}, "steps"), ({"seed": -1}, "seed")],
 )
 def test_numbers_out_of_range_are_refused(
-    flux: FluxPipeline, options: dict[str, int], told: str
+    flux: FluxPipeline, options: dict[str, int], name: str
 ) -> None:
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=name):
         next(flux.generate_latents("a dog", latent_size=(4, 4), **options))
 
 

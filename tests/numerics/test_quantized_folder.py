@@ -24,16 +24,20 @@ def test_a_quantized_folder_loads_as_what_quantizing_on_the_way_gives(tmp_path, 
     source = resolved(make_checkpoint(tmp_path / "source", layout=layout, guidance=True))
     folder = tmp_path / "quantized"
     quantize_checkpoint(source, folder, bits)
-    found = hub.resolve(str(folder))
-    loading.verify(found)
-    assert (found.kind, found.bits) == ("quantized", bits)
-    assert found.defaults == source.defaults
-    assert (found.transformer, found.t5, found.clip) == (source.transformer, source.t5, source.clip)
-    assert (found.autoencoder, found.schedule) == (source.autoencoder, source.schedule)
+    quantized = hub.resolve(str(folder))
+    loading.verify(quantized)
+    assert (quantized.kind, quantized.bits) == ("quantized", bits)
+    assert quantized.defaults == source.defaults
+    assert (quantized.transformer, quantized.t5, quantized.clip) == (
+        source.transformer,
+        source.t5,
+        source.clip,
+    )
+    assert (quantized.autoencoder, quantized.schedule) == (source.autoencoder, source.schedule)
     for component, load in LOADERS.items():
         options = {} if component == "vae" else {"bits": bits}
-        assert_same(parameters(load(found)), parameters(load(source, **options)))
-    clip, t5 = loading.load_tokenizers(found)
+        assert_same(parameters(load(quantized)), parameters(load(source, **options)))
+    clip, t5 = loading.load_tokenizers(quantized)
     assert t5.encode("a red dog") == loading.load_tokenizers(source)[1].encode("a red dog")
     assert clip.encode("a red dog") == loading.load_tokenizers(source)[0].encode("a red dog")
 
@@ -42,8 +46,8 @@ def test_a_quantized_folder_is_smaller(tmp_path):
     made = make_checkpoint(tmp_path / "source", dtype="bfloat16")
     source = resolved(made)
     quantize_checkpoint(source, tmp_path / "q", 4)
-    found = hub.resolve(str(tmp_path / "q"))
-    sizes = [c.components["transformer"].nbytes for c in (source, found)]
+    quantized = hub.resolve(str(tmp_path / "q"))
+    sizes = [c.components["transformer"].nbytes for c in (source, quantized)]
     assert sizes[1] < 0.5 * sizes[0]
 
 
@@ -53,10 +57,10 @@ def test_a_large_component_is_written_in_several_files(tmp_path, monkeypatch):
     source = resolved(make_checkpoint(tmp_path / "source"))
     monkeypatch.setattr(quantize, "SHARD_BYTES", 100_000)
     quantize_checkpoint(source, tmp_path / "q", 8)
-    found = hub.resolve(str(tmp_path / "q"))
-    assert len(found.components["transformer"].files) > 2
+    quantized = hub.resolve(str(tmp_path / "q"))
+    assert len(quantized.components["transformer"].files) > 2
     assert_same(
-        parameters(loading.load_transformer(found)),
+        parameters(loading.load_transformer(quantized)),
         parameters(loading.load_transformer(source, bits=8)),
     )
 
@@ -104,11 +108,11 @@ def test_only_the_offered_bits_are_taken(tmp_path, bits):
 def test_a_quantized_folder_stays_at_its_bits(tmp_path):
     source = resolved(make_checkpoint(tmp_path / "source"))
     quantize_checkpoint(source, tmp_path / "q", 4)
-    found = hub.resolve(str(tmp_path / "q"))
+    quantized = hub.resolve(str(tmp_path / "q"))
     with pytest.raises(UsageError, match="4 bits"):
-        loading.load_transformer(found, bits=8)
+        loading.load_transformer(quantized, bits=8)
     with pytest.raises(UsageError, match="4 bits"):
-        quantize_checkpoint(found, tmp_path / "q8", 8)
+        quantize_checkpoint(quantized, tmp_path / "q8", 8)
 
 
 def test_a_damaged_quantized_folder_is_refused(tmp_path):

@@ -39,9 +39,9 @@ class Slow:
 
 def test_a_slow_ring_is_measured_by_its_smaller_sizes_alone() -> None:
     ranks, start = Slow(1e6), time.perf_counter()
-    found = timed(ranks, 0.6, ROOM)  # type: ignore[arg-type]
+    timing = timed(ranks, 0.6, ROOM)  # type: ignore[arg-type]
     assert time.perf_counter() - start < 3 * 0.6  # 32 MiB alone would take half a minute
-    for table in (found.gathers, found.sums):
+    for table in (timing.gathers, timing.sums):
         assert 2 <= len(table) < len(SIZES)
         for point in table:
             assert point.seconds >= 0.95 * point.nbytes / 1e6
@@ -49,16 +49,16 @@ def test_a_slow_ring_is_measured_by_its_smaller_sizes_alone() -> None:
 
 def test_a_ring_that_takes_seconds_for_nothing_tells_one_size() -> None:
     ranks = Slow(1e9, latency=0.2)
-    found = timed(ranks, 0.2, ROOM)  # type: ignore[arg-type]
-    assert [len(table) for table in (found.gathers, found.sums)] == [1, 1]
-    assert found.gathers[0].seconds >= 0.2
+    timing = timed(ranks, 0.2, ROOM)  # type: ignore[arg-type]
+    assert [len(table) for table in (timing.gathers, timing.sums)] == [1, 1]
+    assert timing.gathers[0].seconds >= 0.2
 
 
 def test_a_fast_ring_is_measured_at_all_sizes_several_times() -> None:
     ranks = Slow(1e11)
-    found = timed(ranks, 2.0, ROOM)  # type: ignore[arg-type]
-    assert [point.nbytes for point in found.gathers] == list(SIZES)
-    assert [point.nbytes for point in found.sums] == list(SIZES)
+    timing = timed(ranks, 2.0, ROOM)  # type: ignore[arg-type]
+    assert [point.nbytes for point in timing.gathers] == list(SIZES)
+    assert [point.nbytes for point in timing.sums] == list(SIZES)
     largest = [call for call in ranks.calls if call == ("gather", SIZES[-1])]
     assert len(largest) > 3
 
@@ -66,14 +66,14 @@ def test_a_fast_ring_is_measured_at_all_sizes_several_times() -> None:
 def test_a_host_with_little_memory_measures_with_small_arrays() -> None:
     for memory, largest in ((1 << 20, 4096), (4 * 50 * 65536, 65536), (ROOM, SIZES[-1])):
         ranks = Slow(1e11)
-        found = timed(ranks, 1.0, memory)  # type: ignore[arg-type]
-        assert found.gathers[-1].nbytes == found.sums[-1].nbytes == largest
+        timing = timed(ranks, 1.0, memory)  # type: ignore[arg-type]
+        assert timing.gathers[-1].nbytes == timing.sums[-1].nbytes == largest
         assert max(nbytes for _, nbytes in ranks.calls) == largest
 
 
 def test_what_is_told_is_the_slowest_ranks_time() -> None:
-    found = timed(Slow(1e11, others=0.01), 0.5, ROOM)  # type: ignore[arg-type]
-    assert all(point.seconds >= 0.01 / ring_probe.CHAIN for point in found.gathers)
+    timing = timed(Slow(1e11, others=0.01), 0.5, ROOM)  # type: ignore[arg-type]
+    assert all(point.seconds >= 0.01 / ring_probe.CHAIN for point in timing.gathers)
 
 
 @pytest.mark.parametrize("hides", [False, True])
@@ -95,7 +95,7 @@ def test_what_products_hide_of_a_gather_is_told(
             return x
 
     def evaluated(arrays: list[mx.array]) -> None:
-        clock["products"] += 0.004 * sum(one.ndim == 2 for one in arrays)
+        clock["products"] += 0.004 * sum(array.ndim == 2 for array in arrays)
 
     monkeypatch.setattr(ring_probe._Watch, "time", elapsed)
     ranks = CountingRing(1e11)

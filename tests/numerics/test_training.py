@@ -50,7 +50,7 @@ def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, dtype):
     )
     made = learner(request)
     start = made.state
-    found = []
+    trained = []
     for hosts in (1, 2, 3):
         made.state = start
         made.adapters.install(made.adapters.unflatten(start.weights))
@@ -61,9 +61,9 @@ def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, dtype):
             for other in totals[:-1]:
                 total = total + other
             assert made.advance(total).bad == 0
-        found.append(np.array(made.state.weights).tobytes())
-    assert found[0] == found[1] == found[2]
-    assert found[0] != np.array(start.weights).tobytes()
+        trained.append(np.array(made.state.weights).tobytes())
+    assert trained[0] == trained[1] == trained[2]
+    assert trained[0] != np.array(start.weights).tobytes()
 
 
 def test_what_is_looked_at_on_the_way_changes_nothing(place, tmp_path):
@@ -252,7 +252,7 @@ METAL = "[METAL] Command buffer execution failed: "
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "told"),
+    ("said", "kind", "sentence"),
     [
         (
             f"{METAL}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
@@ -269,12 +269,12 @@ METAL = "[METAL] Command buffer execution failed: "
     ],
 )
 def test_what_the_device_fails_of_is_told_with_what_helps(
-    place, tmp_path, monkeypatch, said, kind, told
+    place, tmp_path, monkeypatch, said, kind, sentence
 ):
     def fail(*_):
         raise RuntimeError(said)
 
     monkeypatch.setattr(Learner, "total", fail)
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=sentence) as caught:
         run(asked(place, tmp_path))
     assert type(caught.value) is kind

@@ -57,9 +57,9 @@ def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype,
         )
         return loss.item(), np.array(gradient)
 
-    (plain, one), (again, other) = step(keys, False), step(keys, True)
+    (plain, expected), (again, actual) = step(keys, False), step(keys, True)
     assert again == pytest.approx(plain, rel=1e-5)
-    assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
+    assert np.linalg.norm(expected - actual) <= 1e-5 * np.linalg.norm(expected)
     without, _ = step(None, True)
     assert without != pytest.approx(plain, rel=1e-4)  # dropout did something
     for name, layer in made.adapters.layers.items():  # what was lent is back, without a graph
@@ -76,10 +76,12 @@ def test_a_gradient_that_is_traced_once_is_the_one_that_is_not(place, tmp_path, 
         made.adapters.install(made.adapters.unflatten(0.2 * drawn))
         (part,) = made.plan.parts(number)
         batch, keys = made.batch(part), part.micro.dropout_keys(len(made.adapters.names))
-        found = made.step(batch, keys)
+        traced = made.step(batch, keys)
         wanted = loss_and_gradient(made.flux, made.adapters, batch, made.request.guidance, keys)
-        for one, other in zip(found, wanted, strict=True):
-            assert mx.linalg.norm(one - other).item() <= 1e-5 * mx.linalg.norm(other).item()
+        for actual, expected in zip(traced, wanted, strict=True):
+            assert (
+                mx.linalg.norm(actual - expected).item() <= 1e-5 * mx.linalg.norm(expected).item()
+            )
 
 
 def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):
@@ -266,8 +268,8 @@ def test_a_new_picture_leaves_the_others_in_the_cache(place, tmp_path):
 
 def test_validation_images_are_not_trained_on(place, tmp_path):
     events = run(asked(place, tmp_path, validation=1))
-    told = of(events, Prepared)[0]
-    assert (told.images, told.held_out) == (2, 1)
+    prepared = of(events, Prepared)[0]
+    assert (prepared.images, prepared.held_out) == (2, 1)
     assert len(of(events, Validated)) == 4
     with pytest.raises(UsageError, match="leaves none"):
         run(asked(place, tmp_path / "b", validation=3))

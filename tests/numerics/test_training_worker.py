@@ -51,11 +51,11 @@ def job(place) -> TrainingJob:
     cache = FeatureCache(Path(request.cache_dir))
 
     def features(unit: Unit) -> dict[str, np.ndarray]:
-        found = cache.get(made.features.key(unit))
-        return {name: array for name, (array, _) in found.items()}
+        entry = cache.get(made.features.key(unit))
+        return {name: array for name, (array, _) in entry.items()}
 
-    found = job_of(made.plan, resolve(request.model), features, made.features.units.pixels)
-    return dataclasses.replace(found, id="job")
+    training_job = job_of(made.plan, resolve(request.model), features, made.features.units.pixels)
+    return dataclasses.replace(training_job, id="job")
 
 
 class TrainingEngine:
@@ -78,15 +78,15 @@ class TrainingEngine:
                 numbers=part.numbers,
             )
             assert self.do(put) == []
-        told = self.names.opening()
+        opening = self.names.opening()
         work = training.OpenTraining(
             **HEAD,
             weights=self.job.weights,
-            request=told.request,
+            request=opening.request,
             update=update,
-            sizes=told.sizes,
-            captions=told.captions,
-            priors=told.priors,
+            sizes=opening.sizes,
+            captions=opening.captions,
+            priors=opening.priors,
         )
         (opened,) = (r for r in self.do(work) if not isinstance(r, messages.LoadProgress))
         assert opened.trained == self.job.size
@@ -108,7 +108,7 @@ class TrainingEngine:
         parts: dict[str, list[np.ndarray]] = {}
         for part in self.do(training.GiveVectors(**HEAD)):
             parts.setdefault(part.vector, []).append(part.numbers)
-        return {name: np.concatenate(found).tobytes() for name, found in parts.items()}
+        return {name: np.concatenate(pieces).tobytes() for name, pieces in parts.items()}
 
 
 def test_a_run_travels_with_how_it_could_take_less(job):
@@ -142,8 +142,8 @@ def test_a_state_that_travels_in_pieces_is_the_state(job, monkeypatch):
     second = TrainingEngine(job)
     second.open(1, parts)
     assert second.state() == first.state()
-    (one, two) = (host.update(1)[-1] for host in (first, second))
-    assert (one.loss, one.norm) == (two.loss, two.norm)
+    (expected, actual) = (host.update(1)[-1] for host in (first, second))
+    assert (expected.loss, expected.norm) == (actual.loss, actual.norm)
     assert second.state() == first.state()
 
 
@@ -152,8 +152,8 @@ def test_an_engine_that_painted_in_low_memory_trains_the_same(job):
     scarce.do(messages.Load(**HEAD, weights=job.weights, low_memory=True))
     for host in (plain, scarce):
         host.open()
-    (one, two) = (host.update(0)[-1] for host in (plain, scarce))
-    assert (one.loss, one.norm) == (two.loss, two.norm)
+    (expected, actual) = (host.update(0)[-1] for host in (plain, scarce))
+    assert (expected.loss, expected.norm) == (actual.loss, actual.norm)
 
 
 def test_a_state_that_is_not_whole_is_refused(job):
@@ -242,7 +242,7 @@ def test_the_transformer_is_what_it_was_once_the_training_is_closed(job):
 
 
 def test_a_request_that_is_none_is_refused(job):
-    told = Names(job).opening()
+    opening = Names(job).opening()
     for text in ("[]", "{}", "nonsense", '{"dataset": "", "seed": -1}'):
         with pytest.raises(UsageError):
             list(
@@ -252,8 +252,8 @@ def test_a_request_that_is_none_is_refused(job):
                         weights=job.weights,
                         request=text,
                         update=0,
-                        sizes=told.sizes,
-                        captions=told.captions,
+                        sizes=opening.sizes,
+                        captions=opening.captions,
                     )
                 )
             )

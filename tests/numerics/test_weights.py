@@ -176,10 +176,13 @@ def test_quantizing_while_loading_never_holds_the_plain_model(tmp_path):
 def test_progress_ends_at_all_the_bytes(tmp_path):
     checkpoint = resolved(make_checkpoint(tmp_path))
     for component, load in LOADERS.items():
-        told: list[tuple[int, int]] = []
-        load(checkpoint, on_bytes=lambda done, total, told=told: told.append((done, total)))
-        done = [number for number, _ in told]
+        progress: list[tuple[int, int]] = []
+        load(
+            checkpoint,
+            on_bytes=lambda done, total, progress=progress: progress.append((done, total)),
+        )
+        done = [number for number, _ in progress]
         assert done == sorted(done)
         total = checkpoint.components[component].nbytes
-        assert {number for _, number in told} == {total}
+        assert {number for _, number in progress} == {total}
         assert 0.9 * total < done[-1] <= total  # the rest is the header

@@ -104,9 +104,9 @@ def cases(size: int, checkpoint: Path) -> list[ParallelCase]:
     """All that `size` ranks run in one go."""
     small = {"config": SHALLOW, "text_tokens": 3, "size": (4, 6)}
     groups = {"config": quantizable(size), "bits": 4}
-    found = []
+    made = []
     for placement in ("tensor", "sequence"):
-        found += [
+        made += [
             ParallelCase("odd", placement),
             ParallelCase("shallow", placement, **small),
             ParallelCase("bfloat16", placement, dtype="bfloat16"),
@@ -125,7 +125,7 @@ def cases(size: int, checkpoint: Path) -> list[ParallelCase]:
             if size < 4
             else ParallelCase("cached", placement, **small, steps=6, cache=0.715),
         ]
-    return found
+    return made
 
 
 def random_flux(case: ParallelCase) -> Flux:

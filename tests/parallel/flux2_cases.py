@@ -96,9 +96,9 @@ def cases(size: int) -> list[Flux2Case]:
     """All that `size` ranks run in one go."""
     small: dict[str, Any] = {"config": SHALLOW, "text_tokens": 3, "size": (4, 6)}
     groups: dict[str, Any] = {"config": quantizable(size), "bits": 4}
-    found = []
+    made = []
     for placement in ("tensor", "sequence"):
-        found += [
+        made += [
             Flux2Case("odd", placement),
             Flux2Case("shallow", placement, **small),
             Flux2Case("bfloat16", placement, dtype="bfloat16"),
@@ -111,7 +111,7 @@ def cases(size: int) -> list[Flux2Case]:
             Flux2Case("remembered", placement, references="remembered"),
             Flux2Case("cached", placement, steps=6, cache=CACHE),
         ]
-    return found
+    return made
 
 
 def flux_of(case: Flux2Case) -> Flux2:

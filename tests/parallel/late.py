@@ -86,9 +86,9 @@ def main(road: str, moments: list[str], out: Path) -> None:
         play, call = MOMENTS[moment]
         expected = play(ranks)
         with late(call, LATE) if is_late else contextlib.nullcontext():
-            found = play(ranks)
+            actual = play(ranks)
         watchdog.check()
-        same[moment] = found.tobytes() == expected.tobytes()
+        same[moment] = actual.tobytes() == expected.tobytes()
     out.with_suffix(".json").write_text(json.dumps(same))
 
 

@@ -17,9 +17,9 @@ from tests.paths import ROOT, python_path
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
+        for sock in taken:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in taken]
 
 
 def run_ranks(

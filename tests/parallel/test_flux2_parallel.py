@@ -48,7 +48,7 @@ class Flux2Result(NamedTuple):
     latents: list[np.ndarray]  # of each rank
     did: list[dict[str, Any]]  # by each rank
     on_host: list[tuple[np.ndarray, dict[str, Any]]]  # where hosts wait for collectives
-    one: np.ndarray
+    expected: np.ndarray
     one_did: dict[str, Any]
 
 
@@ -74,7 +74,7 @@ def result(tmp_path_factory):
         (case,) = (c for c in cases(size) if (c.name, c.placement) == (name, placement))
         key = f"{name}/{placement}"
         every = ranks(size)
-        one, one_did = alone(replace(case, placement="one"))
+        expected, one_did = alone(replace(case, placement="one"))
         return Flux2Result(
             case,
             [latents[key] for latents, _ in every],
@@ -84,55 +84,57 @@ def result(tmp_path_factory):
                 for latents, did in every
                 if size in WAITING_SIZES
             ],
-            one,
+            expected,
             one_did,
         )
 
     return find
 
 
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", EXACT)
 def test_many_hosts_paint_what_one_paints(result, size, placement, name):
-    found = result(size, name, placement)
-    assert found.one.dtype == np.float32 and found.one.std() > 0.3
-    for latents in found.latents:
-        assert error(latents, found.one) <= 1e-5
+    outcome = result(size, name, placement)
+    assert outcome.expected.dtype == np.float32 and outcome.expected.std() > 0.3
+    for latents in outcome.latents:
+        assert error(latents, outcome.expected) <= 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_two_bytes_a_number_are_no_worse_than_twice_one_hosts(result, size, placement, name):
-    found = result(size, name, placement)
-    exact = result(size, "odd", placement).one
-    one_host = error(found.one, exact)
+    outcome = result(size, name, placement)
+    exact = result(size, "odd", placement).expected
+    one_host = error(outcome.expected, exact)
     assert one_host > 1e-5  # rounding is at work
-    assert error(found.latents[0], exact) <= 2 * one_host
+    assert error(outcome.latents[0], exact) <= 2 * one_host
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_every_rank_has_the_same_whole_latents(result, size, placement):
     for name in CASES:
-        found = result(size, name, placement)
-        for latents, did in zip(found.latents, found.did, strict=True):
-            assert latents.shape == found.one.shape and did["dtype"] == "mlx.core.float32"
-            assert latents.tobytes() == found.latents[0].tobytes(), name
+        outcome = result(size, name, placement)
+        for latents, did in zip(outcome.latents, outcome.did, strict=True):
+            assert latents.shape == outcome.expected.shape and did["dtype"] == "mlx.core.float32"
+            assert latents.tobytes() == outcome.latents[0].tobytes(), name
 
 
 @pytest.mark.parametrize("size", WAITING_SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_host_that_waits_for_collectives_gets_what_the_graph_gets(result, size, placement, name):
-    found = result(size, name, placement)
-    assert len(found.on_host) == size
-    for (waited, did), lazy, expected in zip(found.on_host, found.latents, found.did, strict=True):
+    outcome = result(size, name, placement)
+    assert len(outcome.on_host) == size
+    for (waited, did), lazy, expected in zip(
+        outcome.on_host, outcome.latents, outcome.did, strict=True
+    ):
         assert waited.tobytes() == lazy.tobytes()
         assert did == expected  # work, collectives, bytes sent, steps reused
 
@@ -147,8 +149,8 @@ def tokens_of(case: Flux2Case) -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, name):
-    found = result(size, name, "tensor")
-    case, config = found.case, found.case.config
+    outcome = result(size, name, "tensor")
+    case, config = outcome.case, outcome.case.config
     number = 4 if case.dtype == "float32" else 2
     sums = (2 * config.depth + config.depth_single_blocks) * case.steps * case.calls
     activations = tokens_of(case) * config.hidden_size * number
@@ -157,7 +159,7 @@ def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, 
         "gathers": 0,
         "bytes": sums * (2 * (size - 1) * activations // size),
     }
-    for did in found.did:
+    for did in outcome.did:
         assert did["traffic"] == traffic
         remembered = case.references == "remembered"
         assert did["before"]["sums"] == (sums // case.steps if remembered else 0)
@@ -166,15 +168,15 @@ def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_sequence_gathers_once_a_block_and_once_a_step(result, size, name):
-    found = result(size, name, "sequence")
-    case, config = found.case, found.case.config
+    outcome = result(size, name, "sequence")
+    case, config = outcome.case, outcome.case.config
     number = 4 if case.dtype == "float32" else 2
     blocks = config.depth + config.depth_single_blocks
     tokens = -(-tokens_of(case) // size) * size  # with what fills them up
     activations = tokens * config.hidden_size * number
     velocity = (size - 1) * tokens // size * config.out_channels * number
     calls = case.steps * case.calls
-    for did in found.did:
+    for did in outcome.did:
         assert did["traffic"] == {
             "sums": 0,
             "gathers": (blocks + 1) * calls,
@@ -188,8 +190,8 @@ def test_sequence_gathers_once_a_block_and_once_a_step(result, size, name):
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", [name for name in NAMES if not CASES[name].is_adapted])
 def test_each_rank_does_its_part_of_the_blocks_work(result, size, placement, name):
-    found = result(size, name, placement)
-    case, config = found.case, found.case.config
+    outcome = result(size, name, placement)
+    case, config = outcome.case, outcome.case.config
     D, M, S = config.hidden_size, config.mlp_hidden_dim, tokens_of(case)
     keys = S
     if case.references == "remembered":
@@ -197,7 +199,7 @@ def test_each_rank_does_its_part_of_the_blocks_work(result, size, placement, nam
     blocks = (config.depth + config.depth_single_blocks) * case.steps * case.calls
     linears = blocks * S * (4 * D * D + 3 * D * M)
     attention = blocks * 2 * S * keys * D
-    for did in found.did:
+    for did in outcome.did:
         if placement == "tensor":
             assert (did["linears"] * size, did["attention"] * size) == (linears, attention)
         else:
@@ -208,20 +210,20 @@ def test_each_rank_does_its_part_of_the_blocks_work(result, size, placement, nam
 @pytest.mark.parametrize("size", SIZES)
 def test_a_shard_is_a_shard(result, size):
     for name in ("odd", "shallow", "bfloat16", "quantized"):
-        found = result(size, name, "tensor")
-        for did in found.did:
-            assert did["held"] * size == found.one_did["held"], name
+        outcome = result(size, name, "tensor")
+        for did in outcome.did:
+            assert did["held"] * size == outcome.one_did["held"], name
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_all_ranks_skip_the_steps_that_one_host_skips(result, size, placement):
-    found = result(size, "cached", placement)
-    reused = np.array(found.one_did["reused"])
+    outcome = result(size, "cached", placement)
+    reused = np.array(outcome.one_did["reused"])
     assert reused[1:-1].any() and not reused[1:-1].all() and not reused[[0, -1]].any()
-    assert [did["reused"] for did in found.did] == [reused.tolist()] * size
-    for latents in found.latents:
-        assert error(latents, found.one) <= 1e-5
+    assert [did["reused"] for did in outcome.did] == [reused.tolist()] * size
+    for latents in outcome.latents:
+        assert error(latents, outcome.expected) <= 1e-5
 
 
 # Without a ring
@@ -251,8 +253,8 @@ def test_the_published_models_divide_by_what_their_heads_divide_by():
         (dev, [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]),
     ):
         for quantized in (False, True):
-            found = [n for n in range(1, 50) if obstacle(config, n, quantized) is None]
-            assert found == fit
+            sizes = [n for n in range(1, 50) if obstacle(config, n, quantized) is None]
+            assert sizes == fit
     with pytest.raises(UsageError, match=r"32 heads don't divide by 3; use 1, 2, 4, 8, 16, 32 of"):
         shard_of(Flux2(klein_9b), Shard(0, 3))  # lazy: nothing of the 9 B is computed
 
@@ -279,10 +281,10 @@ def test_a_group_of_one_computes_the_same_bytes_by_the_same_code():
         flow = kind(flux, ranks)
         assert (flow.config, flow.dtype) == (flux.config, flux.dtype)
         modulation = flow.modulations(mx.array([0.7]), 3.0).at(0)
-        found = flow(img, txt, flow.rope(*ids), modulation)
+        actual = flow(img, txt, flow.rope(*ids), modulation)
         if kind is TensorFlux2:
-            assert mx.array_equal(found, expected)
-        assert mx.linalg.norm(found - expected) <= 1e-6 * mx.linalg.norm(expected)
+            assert mx.array_equal(actual, expected)
+        assert mx.linalg.norm(actual - expected) <= 1e-6 * mx.linalg.norm(expected)
         assert ranks.traffic.bytes == 0
 
 

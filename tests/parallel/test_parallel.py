@@ -33,7 +33,7 @@ class RanksResult(NamedTuple):
     on_host: list[np.ndarray]  # latents of each rank, where hosts wait for collectives, if they do
     did_on_host: list[dict[str, Any]]
     nonces: list[tuple[bool, bool]]  # whether each rank thought the same, and different ones, equal
-    one: np.ndarray
+    expected: np.ndarray
     one_did: dict[str, Any]
 
 
@@ -60,7 +60,7 @@ def result(tmp_path_factory):
         )
         outs, key = ranks(size), f"{name}/{placement}"
         reports = [json.loads(out.with_suffix(".json").read_text()) for out in outs]
-        one, did = alone(replace(case, placement="one"))
+        expected, did = alone(replace(case, placement="one"))
         return RanksResult(
             case,
             [np.load(out.with_suffix(".npz"))[key] for out in outs],
@@ -72,41 +72,43 @@ def result(tmp_path_factory):
             ],
             [report[f"{key}/on host"] for report in reports if size in WAITING_SIZES],
             [(report["same nonce"], report["strange nonce"]) for report in reports],
-            one,
+            expected,
             did,
         )
 
     return find
 
 
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", EXACT)
 def test_many_hosts_paint_what_one_paints(result, size, placement, name):
-    found = result(size, name, placement)
-    assert found.one.dtype == np.float32 and found.one.std() > 0.3
-    for latents in found.latents:
-        assert error(latents, found.one) <= 1e-5
+    outcome = result(size, name, placement)
+    assert outcome.expected.dtype == np.float32 and outcome.expected.std() > 0.3
+    for latents in outcome.latents:
+        assert error(latents, outcome.expected) <= 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", HALVES)
 def test_two_bytes_a_number_are_no_worse_than_twice_one_hosts(result, size, placement, name):
-    found = result(size, name, placement)
-    exact = result(size, HALVES[name], placement).one
-    one_host = error(found.one, exact)
+    outcome = result(size, name, placement)
+    exact = result(size, HALVES[name], placement).expected
+    one_host = error(outcome.expected, exact)
     assert one_host > 1e-5  # rounding is at work
-    assert error(found.latents[0], exact) <= 2 * one_host
+    assert error(outcome.latents[0], exact) <= 2 * one_host
 
 
 def test_float16_is_nearer_to_float32_than_bfloat16(result):
-    exact = result(2, "odd", "tensor").one
-    half, other = (error(result(2, name, "tensor").one, exact) for name in ("float16", "bfloat16"))
+    exact = result(2, "odd", "tensor").expected
+    half, other = (
+        error(result(2, name, "tensor").expected, exact) for name in ("float16", "bfloat16")
+    )
     assert half < other / 4
 
 
@@ -114,35 +116,35 @@ def test_float16_is_nearer_to_float32_than_bfloat16(result):
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_every_rank_has_the_same_whole_latents(result, size, placement):
     for name in NAMES:
-        found = result(size, name, placement)
-        shape = (found.case.images, found.case.image_tokens, found.case.config.in_channels)
-        for latents, did in zip(found.latents, found.did, strict=True):
+        outcome = result(size, name, placement)
+        shape = (outcome.case.images, outcome.case.image_tokens, outcome.case.config.in_channels)
+        for latents, did in zip(outcome.latents, outcome.did, strict=True):
             assert latents.shape == shape and did["dtype"] == "mlx.core.float32"
-            assert latents.tobytes() == found.latents[0].tobytes(), name
+            assert latents.tobytes() == outcome.latents[0].tobytes(), name
 
 
 @pytest.mark.parametrize("size", WAITING_SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_a_host_that_waits_for_collectives_gets_what_the_graph_gets(result, size, placement, name):
-    found = result(size, name, placement)
-    assert len(found.on_host) == size
-    for waited, lazy in zip(found.on_host, found.latents, strict=True):
+    outcome = result(size, name, placement)
+    assert len(outcome.on_host) == size
+    for waited, lazy in zip(outcome.on_host, outcome.latents, strict=True):
         assert waited.tobytes() == lazy.tobytes()
-    assert found.did_on_host == found.did  # work, collectives, bytes sent, steps reused
+    assert outcome.did_on_host == outcome.did  # work, collectives, bytes sent, steps reused
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, name):
-    found = result(size, name, "tensor")
-    case, config = found.case, found.case.config
+    outcome = result(size, name, "tensor")
+    case, config = outcome.case, outcome.case.config
     number = 4 if case.dtype == "float32" else 2
     sums = (2 * config.depth + config.depth_single_blocks) * STEPS * case.images
     activations = case.tokens * config.hidden_size * number  # bytes of all tokens, at one place
     modulations = (12 * config.depth + 3 * config.depth_single_blocks + 2) * config.hidden_size
     once = (size - 1) * (STEPS * modulations * number // size)
-    for did in found.did:
+    for did in outcome.did:
         assert did["traffic"] == {
             "sums": sums,
             "gathers": 1,
@@ -153,15 +155,15 @@ def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_sequence_gathers_once_a_block_and_once_a_step(result, size, name):
-    found = result(size, name, "sequence")
-    case, config = found.case, found.case.config
+    outcome = result(size, name, "sequence")
+    case, config = outcome.case, outcome.case.config
     number = 4 if case.dtype == "float32" else 2
     blocks = config.depth + config.depth_single_blocks
     tokens = -(-case.tokens // size) * size  # with what fills them up
     activations = tokens * config.hidden_size * number
     velocity = (size - 1) * tokens // size * config.out_channels * number
     steps = STEPS * case.images
-    for did in found.did:
+    for did in outcome.did:
         assert did["traffic"] == {
             "sums": 0,
             "gathers": (blocks + 1) * steps,
@@ -173,13 +175,13 @@ def test_sequence_gathers_once_a_block_and_once_a_step(result, size, name):
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_rank_does_its_part_of_the_blocks_work(result, size, placement, name):
-    found = result(size, name, placement)
-    case, config = found.case, found.case.config
+    outcome = result(size, name, placement)
+    case, config = outcome.case, outcome.case.config
     D, M, S = config.hidden_size, config.mlp_hidden_dim, case.tokens
     blocks = config.depth + config.depth_single_blocks
     linears = blocks * S * (4 * D * D + 2 * D * M) * STEPS * case.images
     attention = blocks * 2 * S * S * D * STEPS * case.images
-    for did in found.did:
+    for did in outcome.did:
         if placement == "tensor":
             assert (did["linears"] * size, did["attention"] * size) == (linears, attention)
         else:
@@ -195,29 +197,29 @@ def test_a_stranger_in_the_ring_is_found_by_every_rank(result, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_shard_is_a_shard(result, size):
     for name in ("odd", "shallow", "bfloat16", "quantized", "fused", "from files"):
-        found = result(size, name, "tensor")
-        for did in found.did:
-            assert did["held"] <= (1 / size + 0.01) * found.one_did["held"], name
+        outcome = result(size, name, "tensor")
+        for did in outcome.did:
+            assert did["held"] <= (1 / size + 0.01) * outcome.one_did["held"], name
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_all_ranks_skip_the_steps_that_one_host_skips(result, size, placement):
-    found = result(size, "cached", placement)
-    reused = np.array(found.one_did["reused"])  # [steps, images]
+    outcome = result(size, "cached", placement)
+    reused = np.array(outcome.one_did["reused"])  # [steps, images]
     assert reused[1:-1].any() and not reused[1:-1].all() and not reused[[0, -1]].any()
-    assert [did["reused"] for did in found.did] == [reused.tolist()] * size
-    for latents in found.latents:
-        assert latents.tobytes() == found.latents[0].tobytes()
-        assert error(latents, found.one) <= 1e-5
+    assert [did["reused"] for did in outcome.did] == [reused.tolist()] * size
+    for latents in outcome.latents:
+        assert latents.tobytes() == outcome.latents[0].tobytes()
+        assert error(latents, outcome.expected) <= 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("placement", ["tensor", "sequence"])
 def test_a_step_that_is_skipped_sends_what_its_first_block_sends(result, size, placement):
-    found = result(size, "cached", placement)
-    case, config = found.case, found.case.config
-    reused = np.array(found.one_did["reused"])
+    outcome = result(size, "cached", placement)
+    case, config = outcome.case, outcome.case.config
+    reused = np.array(outcome.one_did["reused"])
     computed = (~reused).sum()
     compared = (case.steps - 2) * case.images  # neither the first step nor the last
     if placement == "tensor":
@@ -226,5 +228,5 @@ def test_a_step_that_is_skipped_sends_what_its_first_block_sends(result, size, p
     else:
         gathers = 2 * reused.size + computed * (config.depth - 1 + config.depth_single_blocks)
         collectives = {"sums": 0, "gathers": gathers + compared}
-    for did in found.did:
+    for did in outcome.did:
         assert {name: did["traffic"][name] for name in collectives} == collectives

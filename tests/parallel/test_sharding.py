@@ -37,8 +37,8 @@ def parameters(flux: Flux) -> dict[str, mx.array]:
     return dict(tree_flatten(flux.parameters()))
 
 
-def assert_same(one: Flux, other: Flux) -> None:
-    mine, theirs = parameters(one), parameters(other)
+def assert_same(flux: Flux, other: Flux) -> None:
+    mine, theirs = parameters(flux), parameters(other)
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert mine[name].dtype == theirs[name].dtype, name
@@ -155,10 +155,10 @@ def test_a_group_of_one_computes_the_same_bytes_by_the_same_code():
         ranks = Ranks(mx.distributed.init())
         flow = kind(flux, ranks)
         plan = plan_of(case, flow)
-        found = flow(x, txt, plan.pe, plan.modulations.at(0))
+        actual = flow(x, txt, plan.pe, plan.modulations.at(0))
         if kind is TensorFlux:
-            assert mx.array_equal(found, expected)
-        assert mx.linalg.norm(found - expected) <= 1e-6 * mx.linalg.norm(expected)
+            assert mx.array_equal(actual, expected)
+        assert mx.linalg.norm(actual - expected) <= 1e-6 * mx.linalg.norm(expected)
         assert ranks.traffic.bytes == 0
     again = flux(x, txt, plan.pe, plan.modulations.at(0))
     assert mx.array_equal(again, expected)  # the model itself stays as it was

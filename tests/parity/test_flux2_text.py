@@ -146,8 +146,8 @@ def test_qwen_s_vocabulary_and_merges_serve_without_tokenizer_json(tmp_path: Pat
     decoder = {str(i): {"content": entry["content"]} for i, entry in added.items()}
     config = {"added_tokens_decoder": decoder}
     (parts / "tokenizer_config.json").write_text(json.dumps(config))
-    one = ChatTokenizer.from_folder(tmp_path / "whole", "qwen3")
+    tokenizer = ChatTokenizer.from_folder(tmp_path / "whole", "qwen3")
     other = ChatTokenizer.from_folder(parts, "qwen3")
-    assert one.vocab_size == other.vocab_size
+    assert tokenizer.vocab_size == other.vocab_size
     for prompt in PROMPTS.values():
-        assert one.encode(prompt) == other.encode(prompt)
+        assert tokenizer.encode(prompt) == other.encode(prompt)

@@ -90,12 +90,12 @@ def test_diffusers_understands_our_files_as_we_do(tmp_path, file_format):
     arrays = {key: value.float().numpy() for key, value in state.items()}
     converted = tmp_path / "theirs.safetensors"
     checkpoints.write_safetensors(converted, arrays)
-    found = lora.read_adapter(converted, FULL_WIDTH)
-    assert found.keys() == adapter.keys()
+    converted_back = lora.read_adapter(converted, FULL_WIDTH)
+    assert converted_back.keys() == adapter.keys()
     for name, low in adapter.items():
         x = np.random.default_rng(2).standard_normal(low.a.shape[1], dtype=np.float32)
         np.testing.assert_allclose(
-            change(found[name], x), change(low, x), rtol=1e-4, atol=1e-5, err_msg=name
+            change(converted_back[name], x), change(low, x), rtol=1e-4, atol=1e-5, err_msg=name
         )
 
 
@@ -116,12 +116,12 @@ def test_an_adapted_transformer_equals_that_of_diffusers(tmp_path, guidance, fus
     expected = velocity(theirs, config)
 
     inputs = request(config)
-    found = ours.forward(
+    actual = ours.forward(
         **{name: mx.array(value) for name, value in inputs.items()},
         guidance=3.5 if guidance else None,
     )
-    assert relative_error(found, expected) <= BOUND
-    assert relative_error(found, plain) > 0.1  # the adapter does something
+    assert relative_error(actual, expected) <= BOUND
+    assert relative_error(actual, plain) > 0.1  # the adapter does something
 
 
 def request(config: FluxConfig) -> dict[str, np.ndarray]:

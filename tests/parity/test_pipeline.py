@@ -145,8 +145,8 @@ def test_inpainting(flux: FluxPipeline, oracle: DiffusersPipeline, strength: flo
 def test_both_layouts_of_one_model_give_the_same_picture(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "diffusers", seed=7)
     files = make_checkpoint(tmp_path / "bfl", seed=7, layout="bfl")
-    one = FluxPipeline(str(folder.path), dtype="float32")
+    from_folder = FluxPipeline(str(folder.path), dtype="float32")
     other = FluxPipeline(str(files.path), dtype="float32")
     other_length = other.checkpoint.defaults.t5_max_length
-    assert one.checkpoint.defaults.t5_max_length == other_length
-    assert np.array_equal(painted(one), painted(other))
+    assert from_folder.checkpoint.defaults.t5_max_length == other_length
+    assert np.array_equal(painted(from_folder), painted(other))

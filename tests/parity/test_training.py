@@ -116,8 +116,8 @@ def test_the_optimizer_moves_as_pytorch_s(kind: str, clip: float | None) -> None
             torch.nn.utils.clip_grad_norm_([theirs], clip)
         oracle.param_groups[0]["lr"] = rate
         oracle.step()
-        state, told = optimizer.advance(state, mx.array(gradient), rate, request)
-        assert told == pytest.approx(norm, rel=1e-5)
+        state, measured_norm = optimizer.advance(state, mx.array(gradient), rate, request)
+        assert measured_norm == pytest.approx(norm, rel=1e-5)
     moved = np.linalg.norm(theirs.detach().numpy() - start)
     away = np.linalg.norm(np.array(state.weights) - theirs.detach().numpy())
     assert away <= 1e-5 * moved

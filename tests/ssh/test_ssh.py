@@ -86,13 +86,13 @@ def user(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[U
 
 def listens(hostfile: Path) -> list[bool]:
     """Whether something listens where the agents should, by rank."""
-    found = []
+    open_ports = []
     for host in json.loads(hostfile.read_text()):
         address, _, port = host["control"].rpartition(":")
         with socket.socket() as sock:
             sock.settimeout(2)
-            found.append(sock.connect_ex((address, int(port))) == 0)
-    return found
+            open_ports.append(sock.connect_ex((address, int(port))) == 0)
+    return open_ports
 
 
 def test_up_starts_an_agent_as_the_other_user_that_outlives_the_ssh_session(
@@ -126,8 +126,8 @@ def test_up_again_finds_all_done_and_starts_nothing(user: User, hostfile: Path) 
 
     assert done.code == 0, done.err
     assert time.monotonic() - begin < 20
-    told = [line["text"] for line in done.of("stage")]
-    assert not [text for text in told if "Loading" in text or "Timing" in text]
+    stages = [line["text"] for line in done.of("stage")]
+    assert not [text for text in stages if "Loading" in text or "Timing" in text]
     after = done.of("up")[0]["hosts"]
     for key in ("pid", "engine_pid", "counters"):
         assert [host[key] for host in after] == [host[key] for host in before]

@@ -1,4 +1,4 @@
-"""Views of meshes and models for tests of the planner: FLUX.1's real sizes, and small ones."""
+"""Meshes and models for tests of the planner, of FLUX.1's real sizes and small; its options."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, ModelVariant
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.planning.plan import Option, Plan
 from fluxmesh.planning.workload import ModelSizes
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest, GenerateRequest
 from fluxmesh.weights.checkpoint import ModelDefaults
+from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
 GB = 10**9
 FLUX = ModelSizes(
@@ -42,8 +44,14 @@ def small(heads: int = 4, head_dim: int = 16, mlp_ratio: float = 4.0) -> ModelSi
     )
 
 
-def ask(**keys: Any) -> GenerateRequest:
-    return GenerateRequest(**{"prompt": "a cat", "seed": 0, "model": "m", **keys})
+def ask(**keys: Any) -> FilledRequest:
+    """A request, with what is not given as `FLUX` has it."""
+    return FLUX.fill(GenerateRequest(**{"prompt": "a cat", "seed": 0, "model": "m", **keys}))
+
+
+def resolved(request: GenerateRequest, revision: str = "abc") -> Resolved:
+    """A request to a model of `small` sizes, which is called as the request calls it."""
+    return Resolved.of(request, ResolvedModel(request.model, request.model, small(), revision))
 
 
 def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:
@@ -99,3 +107,19 @@ def full(*hosts: HostInfo, rate: float = 5e9, backend: str = "ring") -> MeshView
 def without(view: MeshView, rank: int) -> MeshView:
     """The mesh after a host is gone."""
     return replace(view, hosts=tuple(host for host in view.hosts if host.rank != rank))
+
+
+def option(choice: Plan, name: str, hosts: int | None = None) -> Option:
+    """The plan's option of that name and, for rings, on so many hosts."""
+    (match,) = [
+        option
+        for option in choice.options
+        if option.name == name and (hosts is None or len(option.ranks) == hosts)
+    ]
+    return match
+
+
+def won(choice: Plan) -> Option:
+    """What the plan takes, which there must be."""
+    assert choice.winner is not None, choice.reason
+    return choice.winner

@@ -32,6 +32,7 @@ from tests.unit.meshes import GB, ask, full, mac, small
 from tests.unit.simulation import SimulatedMachine, Simulation
 
 SIZES = small()
+PLACEMENTS = ["data", "sequence", "tensor"]
 UNITS = (Caption("a cat"), Caption("two dogs"), Crop(0, 0), Crop(1, 0), Crop(2, 1))
 
 
@@ -226,13 +227,15 @@ class TrainingSimulation(Simulation[TrainingSession]):
         """Every unit was encoded once, and every update made once, as far as the run knows."""
         assert self.end is not None, self.stuck
         assert self.end.error is None, self.end.error
-        assert sorted(repr(told.unit) for told in self.of(tasks.UnitEncoded)) == sorted(
+        assert sorted(repr(encoded.unit) for encoded in self.of(tasks.UnitEncoded)) == sorted(
             map(repr, UNITS)
         )
-        for told in self.of(tasks.UnitEncoded):
-            if isinstance(told.unit, Caption):
-                assert {name: array.shape for name, array in told.arrays.items()} == FEATURES
-                assert {array.flat[0] for array in told.arrays.values()} == {len(told.unit.text)}
+        for encoded in self.of(tasks.UnitEncoded):
+            if isinstance(encoded.unit, Caption):
+                assert {name: array.shape for name, array in encoded.arrays.items()} == FEATURES
+                assert {array.flat[0] for array in encoded.arrays.values()} == {
+                    len(encoded.unit.text)
+                }
         values = [answer.value for answer in self.of(tasks.Answer)]
         moves = [value for value in values if isinstance(value, UpdateResult)]
         updates = self.session.state.job.plan.request.updates

@@ -92,7 +92,7 @@ class Simulation(Generic[S]):
         self.learned = Timings()  # what the session measured
         self.reports = 0
         self.sent: list[SendToAgent] = []
-        self.told: list[Any] = []
+        self.events: list[Any] = []
         self.heard: list[tuple[float, Input]] = []  # by the session
         self.out: list[list[Instruction]] = []  # what it said to each of these
         self.stuck: list[str] = []
@@ -214,7 +214,7 @@ class Simulation(Generic[S]):
                     self.sent.append(instruction)
                     self._sent(instruction.rank, instruction.message)
                 case TellUser():
-                    self.told.append(instruction.event)
+                    self.events.append(instruction.event)
                 case JobStuck():
                     self.stuck.append(instruction.reason)
                 case Learn():
@@ -313,7 +313,7 @@ class Simulation(Generic[S]):
         return all(host.is_free for host in self.session.state.hosts.values())
 
     def of(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.told if isinstance(event, kind)]
+        return [event for event in self.events if isinstance(event, kind)]
 
     @property
     def lost(self) -> list[int]:

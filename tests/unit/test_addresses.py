@@ -40,8 +40,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def address(spec: dict[str, Any], running: str = "") -> Any:
     """Where an agent of `spec` listens on that host, where one at `running` may run."""
-    told = {"endpoint": running} if running else None
-    return settled(spec, told, OWN.__contains__)["address"]
+    record = {"endpoint": running} if running else None
+    return settled(spec, record, OWN.__contains__)["address"]
 
 
 def test_an_agent_that_runs_keeps_its_address_while_its_host_has_it(host: None) -> None:

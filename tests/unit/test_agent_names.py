@@ -69,10 +69,10 @@ def test_an_adapter_comes_in_pieces_and_is_found_by_its_hash(tmp_path: Path) -> 
     path = tmp_path / "adapters" / f"{sha}.safetensors"
     assert path.read_bytes() == data
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    found = Roots(tmp_path / "adapters").locate(
+    located = Roots(tmp_path / "adapters").locate(
         ModelVariant("tiny", adapters=(AdapterRef(sha, 0.5),))
     )
-    assert found.adapters == (AdapterRef(str(path), 0.5),)
+    assert located.adapters == (AdapterRef(str(path), 0.5),)
     assert put(adapters, data) == sha  # twice is harmless
 
 

@@ -12,7 +12,8 @@ from fluxmesh.cluster import hostfile as hostfiles
 from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.workload import Workload
-from fluxmesh_coordinator.deploy.what_if import assumed_view, load_assumption, published, sizes_of
+from fluxmesh_coordinator.deploy.what_if import assumed_view, load_assumption, published
+from fluxmesh_coordinator.runtime.resolved import ResolvedModel
 from tests.unit.meshes import ask
 
 FOLDER = Path(__file__).parents[2] / "hostfiles"
@@ -27,26 +28,28 @@ def written(tmp_path: Path, data: Any) -> Path:
 
 def view(hostfile: str, **more: Any) -> MeshView:
     work = Workload.of(ask(model="schnell", height=512, width=512), published("schnell"))
-    told = {"kind": "x", "warm": True, "flops_per_second": 1e12, "load_rate": 1e9}
-    told |= {"link_latency": 1e-4, "memory": 144 * 10**9, "link_rate": 1e9, "platform": "metal"}
-    told |= more
-    return assumed_view(hostfiles.load(FOLDER / hostfile), told, work, work.weights)
+    assumed = {"kind": "x", "warm": True, "flops_per_second": 1e12, "load_rate": 1e9}
+    assumed |= {"link_latency": 1e-4, "memory": 144 * 10**9, "link_rate": 1e9, "platform": "metal"}
+    assumed |= more
+    return assumed_view(hostfiles.load(FOLDER / hostfile), assumed, work, work.weights)
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "assume").glob("*.json")), ids=lambda p: p.stem)
 def test_the_examples_are_read(path: Path) -> None:
-    told = load_assumption(path)
-    assert told["platform"] == "metal"
+    assumed = load_assumption(path)
+    assert assumed["platform"] == "metal"
     if path.stem.startswith("mac-"):
-        share = told["memory"] / told["machine_memory"]
-        assert share == pytest.approx(3 / 4 if told["machine_memory"] > 2**35 else 2 / 3, abs=1e-3)
+        share = assumed["memory"] / assumed["machine_memory"]
+        assert share == pytest.approx(
+            3 / 4 if assumed["machine_memory"] > 2**35 else 2 / 3, abs=1e-3
+        )
         return
-    assert told["memory"] > 10**11
-    assert set(told["step_seconds"]) == {(512, 512), (1024, 1024)}
+    assert assumed["memory"] > 10**11
+    assert set(assumed["step_seconds"]) == {(512, 512), (1024, 1024)}
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "sentence"),
     [
         ("{", "not JSON"),
         ([], "an object"),
@@ -62,8 +65,8 @@ def test_the_examples_are_read(path: Path) -> None:
         ({**LEAST, "step_seconds": {"512x512": 0}}, "step_seconds can't be"),
     ],
 )
-def test_a_mistake_names_the_key(tmp_path: Path, data: Any, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_mistake_names_the_key(tmp_path: Path, data: Any, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
         load_assumption(written(tmp_path, data))
 
 
@@ -75,10 +78,10 @@ def test_cables_of_a_thunderbolt_ring_reach_neighbours_alone() -> None:
 
 
 def test_agents_of_one_machine_share_it() -> None:
-    found = view("local-4.json")
-    assert {host.device for host in found.hosts} == {"localhost"}
-    held = sum(host.held_bytes for host in found.hosts)
-    assert held > 0 and found.hosts[0].free_bytes == 144 * 10**9 - held
+    mesh = view("local-4.json")
+    assert {host.device for host in mesh.hosts} == {"localhost"}
+    held = sum(host.held_bytes for host in mesh.hosts)
+    assert held > 0 and mesh.hosts[0].free_bytes == 144 * 10**9 - held
     assert len({host.device for host in view("jaccl-4.json").hosts}) == 4
 
 
@@ -90,8 +93,8 @@ def test_flux_is_planned_without_its_files(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for name in ("FLUX_DEV", "FLUX_SCHNELL"):
         monkeypatch.delenv(name, raising=False)
-    name, sizes, here = sizes_of("flux-dev")
-    assert (name, here) == ("dev", False)
+    model, sizes = ResolvedModel.known("flux-dev"), ResolvedModel.known("flux-dev").sizes
+    assert (model.name, model.full_name, model.is_here) == ("dev", "dev", False)
     assert (sizes.defaults.steps, sizes.defaults.t5_max_length) == (50, 512)
     assert sizes.transformer.guidance_embed and sizes.tokens(1024, 1024) == 4608
-    assert sizes_of("tiny")[2]
+    assert ResolvedModel.known("tiny").is_here

@@ -27,12 +27,12 @@ def paint(
 
 
 def _evaluated(walk: Any) -> tuple[list[np.ndarray], list[bool]]:
-    found, reused = [], []
+    latents, reused = [], []
     for step in walk:
         assert isinstance(step, StepState)
-        found.append(np.array(step.x))
+        latents.append(np.array(step.x))
         reused.append(step.reused)
-    return found, reused
+    return latents, reused
 
 
 def tokens(*values: float) -> mx.array:
@@ -87,9 +87,9 @@ def test_more_steps_are_skipped_and_the_picture_is_further_off_with_the_threshol
     plain, _ = _evaluated(denoise(flow, made, make_noise()))
     skipped, errors = [], []
     for threshold in (0.0, 0.1, 0.15, 0.2, 0.4, EVERYTHING):
-        found, reused = paint(flow, made, threshold)
+        latents, reused = paint(flow, made, threshold)
         skipped.append(sum(reused))
-        errors.append(float(np.linalg.norm(found[-1] - plain[-1])))
+        errors.append(float(np.linalg.norm(latents[-1] - plain[-1])))
     assert skipped == sorted(skipped) and len(set(skipped)) >= 4
     assert skipped[0] == 0 and skipped[-1] == STEPS - 2
     assert errors == sorted(errors) and errors[0] == 0 < errors[-1]

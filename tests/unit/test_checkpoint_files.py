@@ -22,11 +22,15 @@ def saved(iteration: int = 8, **changed) -> Saved:
 def test_what_was_saved_comes_back(tmp_path):
     checkpoint.save(tmp_path, saved(4))
     checkpoint.save(tmp_path, saved(8))
-    found = checkpoint.latest(tmp_path)
-    assert found.counters == RunCounters(2, 8, 0.5, 0.25)
-    assert (found.request, found.data, found.model) == ({"seed": 1, "targets": ["*"]}, "d", "m")
+    kept = checkpoint.latest(tmp_path)
+    assert kept.counters == RunCounters(2, 8, 0.5, 0.25)
+    assert (kept.request, kept.data, kept.model) == (
+        {"seed": 1, "targets": ["*"]},
+        "d",
+        "m",
+    )
     for name, vector in VECTORS.items():
-        np.testing.assert_array_equal(found.vectors[name], vector)
+        np.testing.assert_array_equal(kept.vectors[name], vector)
     assert checkpoint.iterations(tmp_path) == [4, 8]
 
 
@@ -99,10 +103,10 @@ def test_the_cache_gives_back_what_it_was_given_and_nothing_that_is_damaged(tmp_
     assert cache.get(name) is None and not cache.has(name)
     bits = np.array([[1, 2]], np.uint16)
     cache.put(name, {"t5": (bits, "BF16"), "clip": (VECTORS["weights"], "F32")})
-    found = cache.get(name)
-    assert found["t5"][1] == "BF16"
-    np.testing.assert_array_equal(found["t5"][0], bits)
-    np.testing.assert_array_equal(found["clip"][0], VECTORS["weights"])
+    features = cache.get(name)
+    assert features["t5"][1] == "BF16"
+    np.testing.assert_array_equal(features["t5"][0], bits)
+    np.testing.assert_array_equal(features["clip"][0], VECTORS["weights"])
     path = cache.path(name)
     path.write_bytes(path.read_bytes()[:-1])
     assert cache.get(name) is None and not cache.has(name)

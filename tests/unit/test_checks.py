@@ -26,14 +26,14 @@ GOOD: dict[str, Any] = {
 
 
 def levels(**changed: Any) -> dict[str, str]:
-    found = findings(Host(1, "mac1"), {**GOOD, **changed}, GOOD, NOW)
-    assert {finding.rank for finding in found} == {1}
-    return {finding.check: finding.level for finding in found}
+    judged = findings(Host(1, "mac1"), {**GOOD, **changed}, GOOD, NOW)
+    assert {finding.rank for finding in judged} == {1}
+    return {finding.check: finding.level for finding in judged}
 
 
 def text(check: str, **changed: Any) -> str:
-    found = findings(Host(1, "mac1"), {**GOOD, **changed}, GOOD, NOW)
-    return next(finding.text for finding in found if finding.check == check)
+    judged = findings(Host(1, "mac1"), {**GOOD, **changed}, GOOD, NOW)
+    return next(finding.text for finding in judged if finding.check == check)
 
 
 def test_a_host_like_this_machine_is_well() -> None:
@@ -42,7 +42,7 @@ def test_a_host_like_this_machine_is_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "level", "changed", "told"),
+    ("check", "level", "changed", "sentence"),
     [
         ("Python", "fail", {"python_version": "3.9.6"}, "3.9.6 is too old"),
         ("MLX", "fail", {"mlx_version": ""}, "pip install mlx"),
@@ -62,12 +62,12 @@ def test_a_host_like_this_machine_is_well() -> None:
     ],
 )
 def test_what_is_wrong_is_told_with_its_remedy(
-    check: str, level: str, changed: dict[str, Any], told: str
+    check: str, level: str, changed: dict[str, Any], sentence: str
 ) -> None:
-    others = {name: found for name, found in levels(**changed).items() if name != check}
+    others = {name: other_level for name, other_level in levels(**changed).items() if name != check}
     assert set(others.values()) == {"ok"}
     assert levels(**changed)[check] == level
-    assert told in text(check, **changed)
+    assert sentence in text(check, **changed)
 
 
 def test_a_port_that_its_own_agent_holds_is_not_taken() -> None:
@@ -89,11 +89,11 @@ def test_where_this_machine_lacks_the_model_hosts_are_compared_with_the_first_th
         2: {**GOOD, "model": {"revision": "xyz", "content": "99", "bytes": 1}},
     }
     model = reference(here, looks)
-    (told,) = [
+    (failure,) = [
         finding
         for rank in (1, 2)
         for finding in findings(Host(rank, f"mac{rank}"), looks[rank], here, NOW, model)
         if finding.level == "fail"
     ]
-    assert told.rank == 2 and "than on host 1 (revision xyz, on host 1 abc)" in told.text
+    assert failure.rank == 2 and "than on host 1 (revision xyz, on host 1 abc)" in failure.text
     assert reference(here, {0: here}).model == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import ModelNotFoundError
 from fluxmesh.events import Event, Picture
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator.agents import mesh_file
@@ -25,22 +26,25 @@ from fluxmesh_coordinator.cli.conversation import Conversation
 from fluxmesh_coordinator.commands.generate import Painter
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
-from fluxmesh_coordinator.deploy import what_if
+from fluxmesh_coordinator.runtime.resolved import Resolved
+from tests.unit.meshes import small
 
 DEFAULTS = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
+SIZES = replace(small(), defaults=DEFAULTS)
 
 
 class CountingMesh:
     """Keeps what it was asked; a prompt "stop" is interrupted."""
 
     def __init__(self) -> None:
-        self.requests: list[GenerateRequest] = []
+        self.requests: list[FilledRequest] = []
         self.is_closed = False
 
     def close(self) -> None:
         self.is_closed = True
 
-    def generate(self, request: GenerateRequest, *_how: Any, **_more: Any) -> Iterator[Event]:
+    def paint(self, resolved: Resolved, *_how: Any, **_more: Any) -> Iterator[Event]:
+        request = resolved.request
         self.requests.append(request)
         if request.prompt == "stop":
             raise KeyboardInterrupt
@@ -53,14 +57,14 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
-        return SimpleNamespace(name=name, revision="r", defaults=DEFAULTS)
+        return SimpleNamespace(name=name, revision="r", **vars(SIZES))
 
     monkeypatch.setattr(hub, "resolve", resolve)
-    monkeypatch.setattr(hub, "default_model", lambda: "tiny")
+    monkeypatch.setattr(hub, "default_checkpoint", lambda: resolve("tiny"))
 
     def say(
         *said: str, settings: GenerateSettings | None = None
-    ) -> tuple[list[GenerateRequest], str]:
+    ) -> tuple[list[FilledRequest], str]:
         screen = io.StringIO()
         lines = iter(said)
 
@@ -88,8 +92,8 @@ def test_settings_hold_until_they_are_changed_again(talk: Any) -> None:
         *("/size 64x32", "/steps 2", "/seed 7", "/n 2", "/model dev", "/guidance 2", "a dog"),
         *("two dogs", "/size", "/steps", "/n", "/model", "/guidance", "a cat"),
     )
-    told = [(r.prompt, r.seed, r.n_images, r.height, r.width, r.steps, r.model) for r in requests]
-    assert told == [
+    asked = [(r.prompt, r.seed, r.n_images, r.height, r.width, r.steps, r.model) for r in requests]
+    assert asked == [
         ("a dog", 7, 2, 64, 32, 2, "dev"),
         ("two dogs", 7, 2, 64, 32, 2, "dev"),
         ("a cat", 7, 1, 32, 48, 4, "tiny"),
@@ -149,8 +153,9 @@ def test_a_model_that_only_the_mesh_has_is_not_fetched(
 
     monkeypatch.setattr(hub, "resolve", resolve)
     reporter = GenerateTerminalReporter(console=Console(file=io.StringIO()))
-    found = Painter(reporter, keep_warm=False).checkpoint(GenerateSettings())
-    assert (found.name, found.revision, found.defaults.steps) == ("dev", "", 50)
+    model = Painter(reporter, keep_warm=False).model(None)
+    assert (model.name, model.revision, model.is_here) == ("dev", "", False)
+    assert model.sizes.defaults.steps == 50
 
 
 def test_a_mesh_that_holds_quantized_weights_paints_with_them(
@@ -161,9 +166,6 @@ def test_a_mesh_that_holds_quantized_weights_paints_with_them(
     loaded = ModelVariant("dev", bits=4)
     up = MeshRecord("macs.json", '[{"ssh": "mac1"}]', (member,), weights=loaded)
     monkeypatch.setattr(mesh_file, "load", lambda: up)
-    monkeypatch.setattr(
-        what_if, "sizes_of", lambda name: (name, SimpleNamespace(defaults=DEFAULTS), False)
-    )
     requests, shown = talk("a dog", "/model schnell", "a cat")
     assert [(r.model, r.bits, r.dtype) for r in requests] == [
         ("dev", 4, "bfloat16"),

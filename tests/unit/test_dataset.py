@@ -170,8 +170,8 @@ def test_the_trigger_stands_before_captions_that_lack_it(tmp_path):
     captions = ["a sks dog", "a dog", ""]
     rows = [{"image": n, "prompt": c} for n, c in zip(names, captions, strict=True)]
     write_lines(tmp_path, rows)
-    found = [example.caption for example in load_dataset(str(tmp_path), trigger="sks")]
-    assert found == ["a sks dog", "sks, a dog", "sks"]
+    loaded = [example.caption for example in load_dataset(str(tmp_path), trigger="sks")]
+    assert loaded == ["a sks dog", "sks, a dog", "sks"]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])

@@ -65,7 +65,7 @@ def there(tmp_path: Path) -> There:
     return There(tmp_path)
 
 
-def found(python: Path) -> str:
+def output_of(python: Path) -> str:
     return f"{python} runs no_such_fluxmesh\n"
 
 
@@ -75,7 +75,7 @@ def test_every_login_shell_takes_the_script_and_the_same_path_as_here_comes_firs
 ) -> None:
     there.own = there.python("a place/it's/python")
 
-    assert there.find(shell).stdout == found(there.own)
+    assert there.find(shell).stdout == output_of(there.own)
 
 
 def test_the_script_holds_no_backslash_which_fish_would_take_for_its_own() -> None:
@@ -93,7 +93,7 @@ def test_a_link_to_a_script_names_its_interpreter_as_pipx_uv_and_homebrew_leave_
     (there.home / ".local/bin").mkdir(parents=True)
     (there.home / ".local/bin/fluxmesh").symlink_to(script)
 
-    assert there.find(shell).stdout == found(python)
+    assert there.find(shell).stdout == output_of(python)
 
 
 def test_an_interpreter_whose_path_has_a_space_stands_in_the_second_line(there: There) -> None:
@@ -101,14 +101,14 @@ def test_an_interpreter_whose_path_has_a_space_stands_in_the_second_line(there: 
     text = f"#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\nimport sys\n"
     there.file(".local/bin/fluxmesh", text)
 
-    assert there.find().stdout == found(python)
+    assert there.find().stdout == output_of(python)
 
 
 def test_a_shim_has_a_python_beside_it(there: There) -> None:
     there.file(".local/bin/fluxmesh", "#!/usr/bin/env bash\nexec pyenv exec fluxmesh\n")
     python = there.python(".local/bin/python")
 
-    assert there.find().stdout == found(python)
+    assert there.find().stdout == output_of(python)
 
 
 # What sets the PATH, as people write it there.
@@ -130,7 +130,7 @@ def test_the_path_that_a_file_of_the_shell_sets_counts(
     there.file("env/bin/fluxmesh", f"#!{python}\n")
     there.file(file, f"echo Welcome\n{line.format(there.home / 'env/bin')}\n")
 
-    assert there.find(shell).stdout.endswith(found(python))
+    assert there.find(shell).stdout.endswith(output_of(python))
 
 
 def test_a_python_without_fluxmesh_is_passed_over_and_none_is_127(there: There) -> None:

@@ -71,17 +71,17 @@ def test_only_the_rows_of_a_prompt_are_read_and_each_of_them_once(
     monkeypatch.setattr(
         safetensors, "_read_piece", lambda part: (read.append(len(part[1])), piece(part))
     )
-    found = rows([29, 0, 7, 7, 0], mx.float32)
-    assert found.shape == (1, 5, 16) and found.dtype == mx.float32
-    np.testing.assert_array_equal(np.array(found[0]), TABLE[[29, 0, 7, 7, 0]])
+    embedded = rows([29, 0, 7, 7, 0], mx.float32)
+    assert embedded.shape == (1, 5, 16) and embedded.dtype == mx.float32
+    np.testing.assert_array_equal(np.array(embedded[0]), TABLE[[29, 0, 7, 7, 0]])
     assert read == [16 * 4] * 3
 
 
 def test_rows_in_bfloat16_come_as_they_are(tmp_path: Path) -> None:
     files = write_table(tmp_path, "model.embed_tokens.weight", bits(TABLE), "BF16")
-    found = EmbeddingRows(files, TEXT)([3, 4], mx.bfloat16)
-    assert found.dtype == mx.bfloat16
-    assert mx.array_equal(found[0], mx.array(TABLE[3:5]).astype(mx.bfloat16))
+    embedded = EmbeddingRows(files, TEXT)([3, 4], mx.bfloat16)
+    assert embedded.dtype == mx.bfloat16
+    assert mx.array_equal(embedded[0], mx.array(TABLE[3:5]).astype(mx.bfloat16))
 
 
 def test_a_table_that_is_missing_or_of_another_model_is_refused(tmp_path: Path) -> None:

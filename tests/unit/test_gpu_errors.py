@@ -94,10 +94,10 @@ def test_a_mac_gives_work_of_this_process_longer_unless_its_user_says_otherwise(
 def test_a_training_without_a_mesh_computes_in_this_process_and_asks_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[str | None] = []
+    settings: list[str | None] = []
 
     def trained(*_: object) -> Generator[TrainEvent, None, None]:
-        found.append(os.environ.get(RELAX))
+        settings.append(os.environ.get(RELAX))
         yield from ()
 
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -106,4 +106,4 @@ def test_a_training_without_a_mesh_computes_in_this_process_and_asks_for_it(
     monkeypatch.setattr(mesh_file, "load", lambda: None)
     monkeypatch.setattr(local_executor, "train", trained)
     conduct(TrainRequest("data", seed=1), TrainJsonReporter())
-    assert found == ["1"]
+    assert settings == ["1"]

@@ -123,16 +123,16 @@ def test_a_secret_behind_a_link_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_are_made_once_even_by_many_at_a_time(tmp_path: Path) -> None:
-    found: list[Keys] = []
+    loaded: list[Keys] = []
     threads = [
-        threading.Thread(target=lambda: found.append(load_keys(tmp_path / "home", "client")))
+        threading.Thread(target=lambda: loaded.append(load_keys(tmp_path / "home", "client")))
         for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8 and len(set(found)) == 1
+    assert len(loaded) == 8 and len(set(loaded)) == 1
     assert mode(tmp_path / "home" / "client.key") == 0o600
     assert sorted(os.listdir(tmp_path / "home")) == ["client.key", "client.pub"]
 
@@ -205,8 +205,8 @@ def test_a_key_file_that_others_may_change_or_that_is_none_lets_nobody_in(
         for _ in range(3):
             assert allowlist.users() == {}
     assert len(caplog.records) == 4  # told once, not at each handshake
-    told = " ".join(record.getMessage() for record in caplog.records)
-    assert all(name in told for name in ("anna.pub", "ben.pub", "a b.pub", "dora.pub"))
+    log = " ".join(record.getMessage() for record in caplog.records)
+    assert all(name in log for name in ("anna.pub", "ben.pub", "a b.pub", "dora.pub"))
 
 
 @pytest.mark.parametrize("name", ["", "../anna", ".anna", "a/b", "a b", "a" * 65, "a\n"])

@@ -54,20 +54,20 @@ def decode(side: int, images: int) -> messages.Decode:
     )
 
 
-def ticks(one: HostState, seconds: int) -> str:
+def ticks(state: HostState, seconds: int) -> str:
     """What is overdue after so many seconds in which the engine ticks."""
     for now in range(1, seconds + 1):
-        one.heard(messages.Beat(job="job", ring_generation=0, doing="at work"), float(now))
-        if reason := one.overdue(float(now)):
+        state.heard(messages.Beat(job="job", ring_generation=0, doing="at work"), float(now))
+        if reason := state.overdue(float(now)):
             return reason
     return ""
 
 
 def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -> None:
-    one = host()
-    one.sent(messages.Encode(**COMMON, prompt="a dog"), 0.0)
+    state = host()
+    state.sent(messages.Encode(**COMMON, prompt="a dog"), 0.0)
     for now in range(0, 300, 10):
-        one.heard(
+        state.heard(
             messages.LoadProgress(
                 job="job",
                 ring_generation=0,
@@ -77,11 +77,11 @@ def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -
             ),
             float(now),
         )
-        assert one.overdue(float(now)) == ""
-    one.heard(messages.Beat(job="job", ring_generation=0, doing="encoding"), 409.0)
-    assert one.overdue(409.0) == ""
-    one.heard(messages.Beat(job="job", ring_generation=0, doing="encoding"), 411.0)
-    assert "reading the prompt took more than 120 s" in one.overdue(411.0)
+        assert state.overdue(float(now)) == ""
+    state.heard(messages.Beat(job="job", ring_generation=0, doing="encoding"), 409.0)
+    assert state.overdue(409.0) == ""
+    state.heard(messages.Beat(job="job", ring_generation=0, doing="encoding"), 411.0)
+    assert "reading the prompt took more than 120 s" in state.overdue(411.0)
 
 
 @pytest.mark.parametrize(
@@ -90,19 +90,19 @@ def test_weights_that_a_slow_disk_gives_are_no_part_of_the_work_they_are_for() -
 def test_a_decode_may_take_longer_for_more_and_larger_pictures(
     side: int, images: int, budget: int
 ) -> None:
-    one = host()
-    one.sent(decode(side, images), 0.0)
-    assert ticks(one, budget) == ""
-    one.heard(messages.Beat(job="job", ring_generation=0, doing="decoding"), budget + 1.0)
-    assert f"decoding took more than {budget} s" in one.overdue(budget + 1.0)
+    state = host()
+    state.sent(decode(side, images), 0.0)
+    assert ticks(state, budget) == ""
+    state.heard(messages.Beat(job="job", ring_generation=0, doing="decoding"), budget + 1.0)
+    assert f"decoding took more than {budget} s" in state.overdue(budget + 1.0)
 
 
 def test_a_large_first_step_may_take_longer() -> None:
-    one = host()
-    one.sent(paint(2048), 0.0)
-    assert ticks(one, 1200) == ""
-    one.heard(messages.Beat(job="job", ring_generation=0, doing="first step"), 1201.0)
-    assert "a first step took more than 1200 s" in one.overdue(1201.0)
+    state = host()
+    state.sent(paint(2048), 0.0)
+    assert ticks(state, 1200) == ""
+    state.heard(messages.Beat(job="job", ring_generation=0, doing="first step"), 1201.0)
+    assert "a first step took more than 1200 s" in state.overdue(1201.0)
 
 
 @pytest.mark.parametrize(
@@ -112,32 +112,34 @@ def test_a_first_step_whose_kernels_are_compiled_has_four_times_what_was_reckone
     measured: dict[bool, float], limit: float
 ) -> None:
     """A second job of the same size, maybe on a slow machine: a ring that hangs ticks too."""
-    one = host()
+    state = host()
     for is_measured, seconds in measured.items():
-        one.expect(paint(1024), seconds, measured=is_measured)
-    one.sent(paint(1024), 0.0)
+        state.expect(paint(1024), seconds, measured=is_measured)
+    state.sent(paint(1024), 0.0)
     for now in range(1, int(limit) + 1):
-        one.heard(messages.Beat(job="job", ring_generation=0, doing=messages.WARM_STEP), float(now))
-        assert one.overdue(float(now)) == ""
-    assert f"took more than {limit:.0f} s" in one.overdue(limit + 1.0)
+        state.heard(
+            messages.Beat(job="job", ring_generation=0, doing=messages.WARM_STEP), float(now)
+        )
+        assert state.overdue(float(now)) == ""
+    assert f"took more than {limit:.0f} s" in state.overdue(limit + 1.0)
 
 
 def test_an_engine_that_hangs_in_a_first_step_is_found_by_its_silence() -> None:
-    one = host()
-    one.heard(messages.Beat(job="other", ring_generation=0, doing="decoding"), 0.0)
-    one.expect(paint(1024), 50.0, measured=False)
-    one.sent(paint(1024), 1.0)
-    assert one.overdue(6.0) == ""
-    assert "no sign for 6 s" in one.overdue(7.0)
+    state = host()
+    state.heard(messages.Beat(job="other", ring_generation=0, doing="decoding"), 0.0)
+    state.expect(paint(1024), 50.0, measured=False)
+    state.sent(paint(1024), 1.0)
+    assert state.overdue(6.0) == ""
+    assert "no sign for 6 s" in state.overdue(7.0)
 
 
 def test_a_step_that_a_cache_made_cheap_does_not_shorten_the_deadline_of_the_next() -> None:
-    one = host()
-    one.sent(paint(1024), 0.0)
-    one.stepped(paint(1024), 20.0, 20.0)
-    one.stepped(paint(1024), 1.0, 21.0, reused=True)
-    assert one.step_deadline(paint(1024)) == 80.0
-    assert one.overdue(100.0) == ""
-    one.stepped(paint(1024), 10.0, 100.0)  # took 79 s, by the clock
-    one.stepped(paint(1024), 1.0, 101.0)
-    assert one.step_deadline(paint(1024)) == 5.0
+    state = host()
+    state.sent(paint(1024), 0.0)
+    state.stepped(paint(1024), 20.0, 20.0)
+    state.stepped(paint(1024), 1.0, 21.0, reused=True)
+    assert state.step_deadline(paint(1024)) == 80.0
+    assert state.overdue(100.0) == ""
+    state.stepped(paint(1024), 10.0, 100.0)  # took 79 s, by the clock
+    state.stepped(paint(1024), 1.0, 101.0)
+    assert state.step_deadline(paint(1024)) == 5.0

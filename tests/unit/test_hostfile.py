@@ -38,8 +38,10 @@ def host(**keys: Any) -> dict[str, Any]:
 
 
 def test_a_list_of_hosts_is_a_ring_in_the_order_of_the_list() -> None:
-    found = parse('[{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "me@b", "ips": ["10.0.0.2"]}]')
-    assert found == Hostfile((Host(0, "a", ("10.0.0.1",)), Host(1, "me@b", ("10.0.0.2",))), "ring")
+    hostfile = parse('[{"ssh": "a", "ips": ["10.0.0.1"]}, {"ssh": "me@b", "ips": ["10.0.0.2"]}]')
+    assert hostfile == Hostfile(
+        (Host(0, "a", ("10.0.0.1",)), Host(1, "me@b", ("10.0.0.2",))), "ring"
+    )
 
 
 def test_the_object_that_distributed_config_writes_for_a_jaccl_mesh() -> None:
@@ -54,12 +56,12 @@ def test_the_object_that_distributed_config_writes_for_a_jaccl_mesh() -> None:
             {"ssh": "b", "ips": ["10.0.0.2"], "rdma": ["rdma_en2", None]},
         ],
     }
-    found = parse(json.dumps(data))
-    assert found.backend == "jaccl"
-    assert found.hosts[0].rdma == (None, ("rdma_en2", "rdma_en3"))
-    assert found.hosts[1].rdma == (("rdma_en2",), None)
-    assert found.envs == (("NCCL_DEBUG", "INFO"), ("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1"))
-    fast, token = found.warnings
+    hostfile = parse(json.dumps(data))
+    assert hostfile.backend == "jaccl"
+    assert hostfile.hosts[0].rdma == (None, ("rdma_en2", "rdma_en3"))
+    assert hostfile.hosts[1].rdma == (("rdma_en2",), None)
+    assert hostfile.envs == (("NCCL_DEBUG", "INFO"), ("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1"))
+    fast, token = hostfile.warnings
     assert "MLX_METAL_FAST_SYNCH" in fast and "hang the GPU" in fast
     assert "HF_TOKEN" in token and "hf_x" not in token
 
@@ -69,7 +71,7 @@ def test_the_ethernet_file_of_distributed_config_names_no_backend() -> None:
 
 
 def test_fluxmeshs_own_keys() -> None:
-    found = parse(
+    hostfile = parse(
         json.dumps(
             [
                 host(
@@ -81,9 +83,9 @@ def test_fluxmeshs_own_keys() -> None:
             ]
         )
     ).hosts[0]
-    assert found.control == Endpoint("10.0.0.1", 7000)
-    assert (found.python, found.models) == ("/opt/venv/bin/python", "~/models")
-    assert found.memory == 3 << 29
+    assert hostfile.control == Endpoint("10.0.0.1", 7000)
+    assert (hostfile.python, hostfile.models) == ("/opt/venv/bin/python", "~/models")
+    assert hostfile.memory == 3 << 29
     assert parse(json.dumps([host(control="[fe80::1]:7000")])).hosts[0].control == Endpoint(
         "fe80::1", 7000
     )
@@ -98,11 +100,11 @@ def test_memory_is_bytes_or_a_size_with_a_unit(value: Any, size: int) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_are_hostfiles(path: Path) -> None:
-    found = load(path)
+    hostfile = load(path)
     name, size = path.stem.split("-")
-    assert len(found.hosts) == int(size)
-    assert found.backend == ("jaccl" if name == "jaccl" else "ring")
-    assert found.warnings == ()
+    assert len(hostfile.hosts) == int(size)
+    assert hostfile.backend == ("jaccl" if name == "jaccl" else "ring")
+    assert hostfile.warnings == ()
 
 
 def test_every_example_is_there() -> None:
@@ -111,16 +113,16 @@ def test_every_example_is_there() -> None:
 
 
 def test_several_agents_on_one_machine_have_ports_of_their_own() -> None:
-    found = load(next(path for path in EXAMPLES if path.stem == "local-4"))
-    assert [found.local_index(rank) for rank in range(4)] == [0, 1, 2, 3]
-    assert len({found.control(rank) for rank in range(4)}) == 4
-    assert {found.control(rank).address for rank in range(4)} == {"127.0.0.1"}
+    hostfile = load(next(path for path in EXAMPLES if path.stem == "local-4"))
+    assert [hostfile.local_index(rank) for rank in range(4)] == [0, 1, 2, 3]
+    assert len({hostfile.control(rank) for rank in range(4)}) == 4
+    assert {hostfile.control(rank).address for rank in range(4)} == {"127.0.0.1"}
 
 
 def test_an_agent_listens_where_ssh_leads_not_on_the_ring() -> None:
-    found = parse('[{"ssh": "me@mac1.local", "ips": ["192.168.0.1"]}]')
-    assert found.control(0).address == "mac1.local"
-    assert not found.hosts[0].is_local
+    hostfile = parse('[{"ssh": "me@mac1.local", "ips": ["192.168.0.1"]}]')
+    assert hostfile.control(0).address == "mac1.local"
+    assert not hostfile.hosts[0].is_local
 
 
 @pytest.mark.parametrize(
@@ -139,10 +141,10 @@ def test_the_name_of_a_machine_is_without_user_and_port(ssh: str, name: str) -> 
 
 def test_another_user_of_this_machine_is_reached_by_ssh_and_shares_its_ports() -> None:
     hosts = [{"ssh": name, "ips": ["127.0.0.1"]} for name in ("localhost", "me@localhost")]
-    found = parse(json.dumps(hosts))
-    assert [host.is_local for host in found.hosts] == [True, False]
-    assert [host.machine for host in found.hosts] == ["localhost", "localhost"]
-    assert found.control(0).port + 1 == found.control(1).port
+    hostfile = parse(json.dumps(hosts))
+    assert [host.is_local for host in hostfile.hosts] == [True, False]
+    assert [host.machine for host in hostfile.hosts] == ["localhost", "localhost"]
+    assert hostfile.control(0).port + 1 == hostfile.control(1).port
 
 
 @pytest.mark.parametrize(
@@ -184,14 +186,14 @@ def test_a_wrong_value_is_told_with_host_key_and_what_was_expected(
 
 def test_every_mistake_is_told_at_once() -> None:
     data = {"backend": "mlx", "host": [], "hosts": [{"ips": 3}, "mac2", host(memroy=1)]}
-    found = mistakes(data)
-    assert len(found) == 6
-    assert any("backend: expected one of ring, jaccl" in mistake for mistake in found)
-    assert any("'host' is no key" in mistake for mistake in found)
-    assert any("host 0, ssh: expected" in mistake for mistake in found)
-    assert any("host 0, ips: expected" in mistake for mistake in found)
-    assert any("host 1, the entry: expected" in mistake for mistake in found)
-    assert any("host 2, 'memroy' is no key; expected ssh, ips" in mistake for mistake in found)
+    sentences = mistakes(data)
+    assert len(sentences) == 6
+    assert any("backend: expected one of ring, jaccl" in mistake for mistake in sentences)
+    assert any("'host' is no key" in mistake for mistake in sentences)
+    assert any("host 0, ssh: expected" in mistake for mistake in sentences)
+    assert any("host 0, ips: expected" in mistake for mistake in sentences)
+    assert any("host 1, the entry: expected" in mistake for mistake in sentences)
+    assert any("host 2, 'memroy' is no key; expected ssh, ips" in mistake for mistake in sentences)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +296,8 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_any_json_is_a_hostfile_or_one_sentence(data: Any) -> None:
     try:
-        found = parse(json.dumps(data))
+        hostfile = parse(json.dumps(data))
     except UsageError as error:
         assert "\n" not in str(error)
     else:
-        assert [entry.rank for entry in found.hosts] == list(range(len(found.hosts)))
+        assert [entry.rank for entry in hostfile.hosts] == list(range(len(hostfile.hosts)))

@@ -45,14 +45,14 @@ def edit(path: Path, **changes) -> None:
 @pytest.mark.parametrize("layout", ["diffusers", "bfl"])
 def test_every_size_is_read_from_either_layout(tmp_path, layout, guidance):
     made = make_checkpoint(tmp_path, layout=layout, guidance=guidance)
-    found = hub.resolve(str(made.path))
-    assert found.transformer == made.transformer
-    assert found.t5 == made.t5
-    assert found.clip == made.clip
-    assert found.autoencoder == made.autoencoder
-    assert found.schedule == made.schedule
-    assert found.kind == layout
-    assert found.bits is None
+    checkpoint = hub.resolve(str(made.path))
+    assert checkpoint.transformer == made.transformer
+    assert checkpoint.t5 == made.t5
+    assert checkpoint.clip == made.clip
+    assert checkpoint.autoencoder == made.autoencoder
+    assert checkpoint.schedule == made.schedule
+    assert checkpoint.kind == layout
+    assert checkpoint.bits is None
 
 
 def test_a_guided_model_takes_many_steps_and_a_distilled_one_few(tmp_path):
@@ -129,11 +129,11 @@ def test_models_in_the_cache_are_listed_and_others_are_not(empty_cache):
     cached(empty_cache, hub.REPOS["dev"], guidance=True)
     edit(cached(empty_cache, "someone/else") / "model_index.json", _class_name="Flux2Pipeline")
     edit(cached(empty_cache, "some/sd") / "model_index.json", _class_name="StableDiffusion")
-    found = {model.name: model for model in hub.list_models()}
-    assert set(found) == {"tiny", "schnell", "dev", "krea-dev", "someone/paints"}
-    assert found["schnell"].note == "not here"
-    assert found["dev"].revision == COMMIT
-    assert found["dev"].nbytes > 10**6
+    listed = {model.name: model for model in hub.list_models()}
+    assert set(listed) == {"tiny", "schnell", "dev", "krea-dev", "someone/paints"}
+    assert listed["schnell"].note == "not here"
+    assert listed["dev"].revision == COMMIT
+    assert listed["dev"].nbytes > 10**6
 
 
 def test_environment_variables_name_single_files(tmp_path, monkeypatch):
@@ -141,10 +141,10 @@ def test_environment_variables_name_single_files(tmp_path, monkeypatch):
     moved = shutil.move(made.folder / "ae.safetensors", tmp_path / "elsewhere.safetensors")
     monkeypatch.setenv("FLUX_DEV", str(made.path))
     monkeypatch.setenv("AE", str(moved))
-    found = hub.resolve("dev")
-    assert found.name == "dev"
-    assert found.components["transformer"].files == (made.path,)
-    assert found.components["vae"].files == (Path(moved),)
+    checkpoint = hub.resolve("dev")
+    assert checkpoint.name == "dev"
+    assert checkpoint.components["transformer"].files == (made.path,)
+    assert checkpoint.components["vae"].files == (Path(moved),)
 
 
 @pytest.mark.parametrize("variable", ["FLUX_SCHNELL", "AE"])
@@ -164,10 +164,10 @@ def test_a_single_file_takes_what_it_lacks_from_a_model_in_the_cache(tmp_path, e
     with pytest.raises(ModelNotFoundError, match="No text encoders"):
         hub.resolve(str(alone), download=False)
     snapshot = cached(empty_cache, hub.REPOS["schnell"])
-    found = hub.resolve(str(alone), download=False)
-    assert found.components["vae"].layout == "diffusers"
-    assert found.components["vae"].files[0].parent.parent == snapshot
-    assert found.tokenizer.parent == snapshot
+    checkpoint = hub.resolve(str(alone), download=False)
+    assert checkpoint.components["vae"].layout == "diffusers"
+    assert checkpoint.components["vae"].files[0].parent.parent == snapshot
+    assert checkpoint.tokenizer.parent == snapshot
 
 
 def test_the_autoencoder_is_no_model_by_itself(tmp_path):
@@ -293,13 +293,13 @@ def test_content_tells_models_apart_and_knows_a_copy(tmp_path: Path) -> None:
     copy = shutil.copytree(made, tmp_path / "elsewhere")
     (copy / "transformer" / "notes.json").write_text("{}")
     other = make_checkpoint(tmp_path / "two", seed=2).folder
-    one = from_folder(made, "m")
+    original = from_folder(made, "m")
     again = from_folder(copy, "m", revision="a" * 40)
-    assert one.content == again.content and one.revision != again.revision
-    assert from_folder(other, "m").content != one.content
+    assert original.content == again.content and original.revision != again.revision
+    assert from_folder(other, "m").content != original.content
     spiece = copy / "tokenizer_2" / "spiece.model"
     spiece.write_bytes(spiece.read_bytes()[:-1] + b"x")
-    assert from_folder(copy, "m").content != one.content
+    assert from_folder(copy, "m").content != original.content
     config = made / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_shift": 0.25}))
-    assert from_folder(made, "m").content != one.content
+    assert from_folder(made, "m").content != original.content

@@ -75,13 +75,13 @@ def test_agent_and_coordinator_never_import_each_other_and_the_library_neither()
 
 
 def test_only_what_computes_imports_mlx() -> None:
-    found = [name for name in ALL if "mlx" in tops(name) and not name.startswith(COMPUTES)]
-    assert found == []
+    modules = [name for name in ALL if "mlx" in tops(name) and not name.startswith(COMPUTES)]
+    assert modules == []
 
 
 def test_only_one_module_calls_a_collective() -> None:
-    found = [name for name, path in ALL.items() if "mx.distributed" in path.read_text("utf-8")]
-    assert found == ["fluxmesh.models.collectives"]
+    modules = [name for name, path in ALL.items() if "mx.distributed" in path.read_text("utf-8")]
+    assert modules == ["fluxmesh.models.collectives"]
 
 
 def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:
@@ -96,9 +96,9 @@ def test_no_module_uses_what_mlx_keeps_private_or_needs_an_oracle() -> None:
 
 
 def test_what_decides_opens_no_socket_runs_no_loop_and_reads_no_clock() -> None:
-    found = [name for name in ALL if name.startswith(PURE)]
-    assert len(found) >= 15 and all(any(name.startswith(rule) for name in found) for rule in PURE)
-    for name in found:
+    pure = [name for name in ALL if name.startswith(PURE)]
+    assert len(pure) >= 15 and all(any(name.startswith(rule) for name in pure) for rule in PURE)
+    for name in pure:
         assert not tops(name) & IMPURE, name
 
 
@@ -110,8 +110,8 @@ def test_only_the_transport_and_the_making_of_keys_know_zeromq() -> None:
 
 
 def test_nobody_imports_the_face_of_the_package_for_its_version() -> None:
-    found = [name for name in ALL if "fluxmesh.__version__" in imported(ALL[name])]
-    assert found == []
+    modules = [name for name in ALL if "fluxmesh.__version__" in imported(ALL[name])]
+    assert modules == []
 
 
 def test_imports_run_downward_and_never_in_circles() -> None:
@@ -211,4 +211,4 @@ def test_a_class_name_stands_once_in_the_tree() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ClassDef):
                     places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}")
-    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

@@ -23,10 +23,10 @@ from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
+from tests.unit.mesh_jobs import Heard, job, play
 from tests.unit.meshes import ask, held, small
 from tests.unit.simulated_jobs import GenerationSimulation
 from tests.unit.simulation import SimulatedMachine
-from tests.unit.test_mesh import Heard, job, play
 from tests.unit.test_warming import Told
 
 RING = ("sequence", (0, 2))
@@ -129,8 +129,8 @@ def test_hosts_that_share_a_device_tell_nothing_of_data() -> None:
     seen = times()
     for image, members in enumerate((RING, ("data", (1,)), ("data", (2,)))):
         paint(seen, image, members=members)
-    told = {job.ranks for job in seen.news("ring", shared=[2]).jobs}
-    assert told == {(0, 2), (1,)}
+    members_seen = {job.ranks for job in seen.news("ring", shared=[2]).jobs}
+    assert members_seen == {(0, 2), (1,)}
 
 
 # As a session has it
@@ -143,9 +143,9 @@ def passing(simulation: GenerationSimulation) -> None:
 
 def test_a_job_leaves_what_each_host_took() -> None:
     done = GenerationSimulation(2, n_images=4, placement="data").run()
-    found = {job.ranks: job for job in done.learned.jobs}
-    assert found.keys() == {(0,), (1,)} and done.learned.rings == ()
-    for timing in found.values():
+    by_ranks = {job.ranks: job for job in done.learned.jobs}
+    assert by_ranks.keys() == {(0,), (1,)} and done.learned.rings == ()
+    for timing in by_ranks.values():
         assert timing.measured.step_seconds == timing.last_seconds == 0.1
         assert timing.measured.decode_seconds == 0.1
 
@@ -223,8 +223,10 @@ def test_a_plan_knows_what_compiles_once_an_engine_and_what_once_a_shape(placeme
         return simulation
 
     def cold(simulation: GenerationSimulation) -> float:
-        found = [o for o in simulation.plan().options if (o.name, len(o.ranks)) == (placement, 2)]
-        return found[0].cold_seconds
+        candidates = [
+            o for o in simulation.plan().options if (o.name, len(o.ranks)) == (placement, 2)
+        ]
+        return candidates[0].cold_seconds
 
     first = job_on(GenerationSimulation(2).machines, 32, Timings())
     assert cold(first) == 0.0  # nobody knows
@@ -298,7 +300,7 @@ def test_what_the_ring_carries_chooses_and_not_what_sockets_do(
         home, work = Home(tmp_path), Workload.of(job().request, small())
         made = up(tmp_path, mesh, sockets, collectives)
         dialer = mesh.network.dialer()
-        await Warming(made, work, Told(), home)._run(dialer)
+        await Warming(made, work, Told(), home).run_with(dialer)
         await dialer.close()
         kept = mesh_file.load(home)
         assert kept is not None and kept.timings.ring("ring", (0, 1)) is not None
@@ -317,7 +319,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         home, work = Home(tmp_path), Workload.of(job().request, small())
         dialer = mesh.network.dialer()
-        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home)._run(dialer)
+        made = await Warming(up(tmp_path, mesh, 5e9, 90e9), work, Told(), home).run_with(dialer)
         await dialer.close()
         for rank in range(2):
             engine = mesh.engine(rank).engine
@@ -338,10 +340,12 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
         assert placements == ["sequence", "tensor", "data"]
         known = mesh_file.load(home)
         assert known is not None
-        found = {(one.measured.placement, one.ranks): one for one in known.timings.jobs}
-        assert found["sequence", (0, 1)].measured.step_seconds == 5.0
-        assert found["sequence", (0, 1)].measured.when > 1.7e9
-        assert any(placement == "data" for placement, _ in found)
+        timings = {
+            (timing.measured.placement, timing.ranks): timing for timing in known.timings.jobs
+        }
+        assert timings["sequence", (0, 1)].measured.step_seconds == 5.0
+        assert timings["sequence", (0, 1)].measured.when > 1.7e9
+        assert any(placement == "data" for placement, _ in timings)
 
     tmp_path.chmod(0o700)
     play(tmp_path, 2, body)

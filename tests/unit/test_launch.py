@@ -24,24 +24,24 @@ REMOTE = Host(1, "me@mac1")
 
 def fake_ssh(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An ssh that runs `script`; returns the file in which it leaves its arguments."""
-    path, told = folder / "ssh", folder / "arguments"
-    path.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >> {told}\n{script}\n")
+    path, arguments = folder / "ssh", folder / "arguments"
+    path.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >> {arguments}\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("FLUXMESH_SSH", str(path))
-    return told
+    return arguments
 
 
 def test_no_key_and_no_path_of_the_user_is_part_of_a_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = fake_ssh(tmp_path, 'cat > "$0.stdin"; exit 255', monkeypatch)
+    arguments = fake_ssh(tmp_path, 'cat > "$0.stdin"; exit 255', monkeypatch)
     keys = Keys.new()
     spec = {"address": "192.168.0.1", "port": 47100, "models": "~/models", "envs": []}
 
     with pytest.raises(HostUnreachableError):
         launch.start(REMOTE, spec, keys)
 
-    said = told.read_text()
+    said = arguments.read_text()
     assert keys.public not in said and keys.secret not in said and "models" not in said
     stdin = (tmp_path / "ssh.stdin").read_text()
     assert keys.secret not in stdin
@@ -148,9 +148,9 @@ def test_another_version_there_is_told() -> None:
 
 def test_this_machine_is_asked_without_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUXMESH_SSH", "/no/such/ssh")
-    found = remote.ask(Host(0, "localhost"), "look", ips=["127.0.0.1", "203.0.113.7"])
-    assert found["python"] == sys.executable
-    assert found["ips"] == {"127.0.0.1": True, "203.0.113.7": False}
+    answer = remote.ask(Host(0, "localhost"), "look", ips=["127.0.0.1", "203.0.113.7"])
+    assert answer["python"] == sys.executable
+    assert answer["ips"] == {"127.0.0.1": True, "203.0.113.7": False}
 
 
 def test_hosts_are_asked_side_by_side_and_each_has_its_own_end() -> None:
@@ -198,6 +198,6 @@ def test_the_command_of_an_agent_holds_no_secret() -> None:
 
 
 def test_users_are_told_apart_by_their_keys() -> None:
-    one, two = Keys.new(), Keys.new()
-    assert launch.user_name(one.public) != launch.user_name(two.public)
-    assert launch.user_name(one.public) == launch.user_name(one.public)
+    first, second = Keys.new(), Keys.new()
+    assert launch.user_name(first.public) != launch.user_name(second.public)
+    assert launch.user_name(first.public) == launch.user_name(first.public)

@@ -59,12 +59,12 @@ def test_any_rows_of_a_fused_matrix_are_found_in_its_pieces(start, count):
     rows = [(piece.key, row) for piece in target.pieces for row in range(piece.start, piece.stop)][
         start:stop
     ]
-    found = [
+    pieces = [
         (piece.key, row)
         for piece in tensor_maps.pieces_between(target.pieces, start, stop)
         for row in range(piece.start, piece.stop)
     ]
-    assert found == rows
+    assert pieces == rows
 
 
 def test_a_one_by_one_convolution_is_a_linear_and_nothing_else_is():

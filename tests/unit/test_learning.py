@@ -65,8 +65,8 @@ def view_of(*hosts: Any, jobs: Any = (), rings: Any = ()) -> MeshView:
 
 
 def option(view: MeshView, name: str, hosts: int = 2, **keys: Any) -> Option:
-    found = plan(ask(**keys), view, FLUX).options
-    return next(o for o in found if o.name == name and (len(o.ranks) == hosts or name == "data"))
+    options = plan(ask(**keys), view, FLUX).options
+    return next(o for o in options if o.name == name and (len(o.ranks) == hosts or name == "data"))
 
 
 # Averages
@@ -75,9 +75,9 @@ def option(view: MeshView, name: str, hosts: int = 2, **keys: Any) -> Option:
 def test_the_latest_job_counts_half() -> None:
     known = learned(Timings(), Timings(jobs=(job(2.0),)))
     known = learned(known, Timings(jobs=(job(4.0, when=2.0),)))
-    (found,) = known.jobs
-    assert found.measured.step_seconds == 3.0
-    assert (found.last_seconds, found.measured.when) == (4.0, 2.0)
+    (averaged,) = known.jobs
+    assert averaged.measured.step_seconds == 3.0
+    assert (averaged.last_seconds, averaged.measured.when) == (4.0, 2.0)
 
 
 def test_a_link_that_became_slow_is_believed_after_a_few_jobs() -> None:
@@ -89,11 +89,11 @@ def test_a_link_that_became_slow_is_believed_after_a_few_jobs() -> None:
 
 def test_what_a_job_did_not_measure_stays_as_it_was() -> None:
     rich = job(1.0, begin_seconds=0.2, gap_seconds=0.1, first_seconds=9.0)
-    (found,) = learned(Timings(jobs=(rich,)), Timings(jobs=(job(1.0),))).jobs
-    assert (found.begin_seconds, found.gap_seconds) == (0.2, 0.1)
-    assert found.measured.first_seconds == 9.0
-    (found,) = learned(Timings(jobs=(job(1.0),)), Timings(jobs=(rich,))).jobs
-    assert (found.begin_seconds, found.measured.first_seconds) == (0.2, 9.0)
+    (averaged,) = learned(Timings(jobs=(rich,)), Timings(jobs=(job(1.0),))).jobs
+    assert (averaged.begin_seconds, averaged.gap_seconds) == (0.2, 0.1)
+    assert averaged.measured.first_seconds == 9.0
+    (averaged,) = learned(Timings(jobs=(job(1.0),)), Timings(jobs=(rich,))).jobs
+    assert (averaged.begin_seconds, averaged.measured.first_seconds) == (0.2, 9.0)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +108,16 @@ def test_other_hosts_sizes_placements_and_backends_are_kept_apart(other: JobTimi
 
 def test_a_ring_is_measured_anew_and_remembers_how_long_it_took_to_form() -> None:
     old, new = ring_of(forming_seconds=4.0), replace(ring_of(), hidden=0.9, when=2.0)
-    (found,) = learned(Timings((old,)), Timings((new,))).rings
-    assert (found.hidden, found.forming_seconds, found.when) == (0.9, 4.0, 2.0)
+    (ring,) = learned(Timings((old,)), Timings((new,))).rings
+    assert (ring.hidden, ring.forming_seconds, ring.when) == (0.9, 4.0, 2.0)
     only_formed = replace(new, gathers=(), sums=(), forming_seconds=7.0)
-    (found,) = learned(Timings((old,)), Timings((only_formed,))).rings
-    assert found == replace(old, forming_seconds=7.0)
+    (ring,) = learned(Timings((old,)), Timings((only_formed,))).rings
+    assert ring == replace(old, forming_seconds=7.0)
 
 
 def test_news_are_dated_by_who_has_a_clock() -> None:
-    found = dated(Timings((ring_of(),), (job(1.0, when=0.0),)), 5.0)
-    assert (found.rings[0].when, found.jobs[0].measured.when) == (5.0, 5.0)
+    timings = dated(Timings((ring_of(),), (job(1.0, when=0.0),)), 5.0)
+    assert (timings.rings[0].when, timings.jobs[0].measured.when) == (5.0, 5.0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -127,7 +127,7 @@ def test_only_the_latest_kinds_of_jobs_are_remembered(sides: list[int]) -> None:
     for when, side in enumerate(sides):
         known = learned(known, Timings(jobs=(job(1.0, side=side, when=float(when)),)))
     latest = list(dict.fromkeys(reversed(sides)))[:MOST]
-    assert {one.measured.height for one in known.jobs} == set(latest)
+    assert {kept.measured.height for kept in known.jobs} == set(latest)
 
 
 # What comes of them
@@ -140,8 +140,8 @@ def test_a_step_that_jobs_took_is_what_the_next_plan_goes_by() -> None:
     assert (phase.step_seconds, phase.figure, phase.figure_when) == (9.0, "step", 1.0)
     assert (phase.last_seconds, phase.last_when) == (9.0, 1.0)
     assert plan(ask(), before, FLUX).winner == option(before, "sequence")
-    found = plan(ask(), after, FLUX).winner
-    assert found is not None and found.name == "data"
+    winner = plan(ask(), after, FLUX).winner
+    assert winner is not None and winner.name == "data"
 
 
 def test_what_a_ring_was_off_by_at_one_size_it_is_off_by_at_another() -> None:
@@ -157,8 +157,8 @@ def test_what_a_ring_was_off_by_at_one_size_it_is_off_by_at_another() -> None:
 def test_other_members_and_other_backends_tell_nothing() -> None:
     hosts = [mac(rank) for rank in range(3)]
     for other in (job(9.0, (0, 1, 2)), job(9.0, (0, 2)), job(9.0, backend="jaccl")):
-        found = replace(without(full(*hosts), 2), timings=Timings(jobs=(other,)))
-        assert option(found, "sequence").phases[0].figure == "links"
+        view = replace(without(full(*hosts), 2), timings=Timings(jobs=(other,)))
+        assert option(view, "sequence").phases[0].figure == "links"
 
 
 def test_whole_images_are_predicted_as_jobs_painted_them() -> None:
@@ -183,8 +183,8 @@ def test_a_host_that_timed_nothing_is_taken_to_be_as_fast_as_others_of_its_kind(
     only = replace(view, hosts=view.hosts[1:2])
     assert option(only, "data").phases[0].figure == "arithmetic"
     two = replace(view, hosts=view.hosts[:2])
-    found = option(two, "data", n_images=2)
-    assert found.phases[0].step_seconds == 2.0 and found.ranks == (0, 1)
+    candidate = option(two, "data", n_images=2)
+    assert candidate.phases[0].step_seconds == 2.0 and candidate.ranks == (0, 1)
 
 
 # What is not warm
@@ -209,8 +209,8 @@ def test_a_first_step_that_compiles_is_counted_once_and_told() -> None:
     ready = option(view_of(in_ring(0), in_ring(1), jobs=jobs), "sequence", steps=50)
     assert (cold.cold_seconds, ready.cold_seconds) == (20.0, 0.0)
     assert cold.seconds == pytest.approx(ready.seconds + 20.0)
-    found = plan(ask(steps=50, n_images=9), view_of(jobs=jobs), FLUX, placement="sequence")
-    assert found.notice == "The first picture at this size takes about 20 s longer than the next."
+    choice = plan(ask(steps=50, n_images=9), view_of(jobs=jobs), FLUX, placement="sequence")
+    assert choice.notice == "The first picture at this size takes about 20 s longer than the next."
     assert plan(ask(steps=50), view_of(in_ring(0), in_ring(1), jobs=jobs), FLUX).notice == ""
 
 
@@ -219,13 +219,13 @@ def test_a_cold_ring_is_taken_only_where_it_pays() -> None:
     jobs = [job(0.4, first_seconds=8.0, kernels_seconds=99.0), job(1.0, (0,)), job(1.0, (1,))]
     rings = [ring_of(forming_seconds=5.0)]
     hosts = [warm(0, "data"), warm(1, "data")]
-    found = plan(ask(steps=4), view_of(*hosts, jobs=jobs, rings=rings), FLUX)
-    quick, later = found.winner, found.warm
+    choice = plan(ask(steps=4), view_of(*hosts, jobs=jobs, rings=rings), FLUX)
+    quick, later = choice.winner, choice.warm
     long = plan(ask(steps=50), view_of(*hosts, jobs=jobs, rings=rings), FLUX).winner
     assert quick is not None and later is not None and long is not None
     assert (quick.name, quick.cold_seconds) == ("data", 0.0)
     assert (later.name, later.cold_seconds) == ("sequence", 13.0)  # what a mesh should warm
-    assert " Once it is warm, sequence on 2 hosts would take 2.6" in found.reason
+    assert " Once it is warm, sequence on 2 hosts would take 2.6" in choice.reason
     assert (long.name, long.cold_seconds) == ("sequence", 13.0)
     there = [in_ring(0), in_ring(1)]
     quick = plan(ask(steps=4), view_of(*there, jobs=jobs, rings=rings), FLUX).winner
@@ -268,7 +268,7 @@ def test_engines_that_are_not_this_very_ring_are_none(places: list[RingPlace]) -
 @pytest.mark.parametrize(
     "other",
     [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}],
-    ids=lambda one: next(iter(one)),
+    ids=lambda changed: next(iter(changed)),
 )
 def test_kernels_of_another_model_or_precision_are_no_help(other: dict[str, Any]) -> None:
     jobs = [job(1.0, (0,), kernels_seconds=6.0, first_seconds=0.1)]
@@ -280,11 +280,11 @@ def test_kernels_of_another_model_or_precision_are_no_help(other: dict[str, Any]
 def test_kernels_outlast_what_the_engine_holds_and_serve_other_adapters() -> None:
     jobs = [job(1.0, (0,), kernels_seconds=6.0)]
     for holds in (None, held(model="other")):
-        found = option(view_of(warm(0, "data", holds=holds), jobs=jobs), "data")
-        assert found.load_seconds > 0 and found.cold_seconds == 0.0
+        candidate = option(view_of(warm(0, "data", holds=holds), jobs=jobs), "data")
+        assert candidate.load_seconds > 0 and candidate.cold_seconds == 0.0
     adapter = AdapterRef("style.safetensors")
-    found = option(view_of(warm(0, "data"), jobs=jobs), "data", adapters=(adapter,))
-    assert found.cold_seconds == 0.0
+    candidate = option(view_of(warm(0, "data"), jobs=jobs), "data", adapters=(adapter,))
+    assert candidate.cold_seconds == 0.0
 
 
 def test_an_unseen_shape_costs_an_engine_with_kernels_what_unseen_shapes_cost() -> None:
@@ -320,10 +320,10 @@ def test_an_engine_that_ends_for_its_ring_compiles_all_kernels_again() -> None:
 def test_kernels_take_as_long_at_every_size_as_the_engine_that_compiled_them_last() -> None:
     """Which may have found on its disk what others compiled: no average with the first one's."""
     first, second = job(1.0, kernels_seconds=69.0), job(1.0, kernels_seconds=3.0, when=2.0)
-    (found,) = learned(Timings(jobs=(first,)), Timings(jobs=(second,))).jobs
-    assert found.measured.kernels_seconds == 3.0
-    (found,) = learned(Timings(jobs=(found,)), Timings(jobs=(job(1.0, when=3.0),))).jobs
-    assert found.measured.kernels_seconds == 3.0
+    (averaged,) = learned(Timings(jobs=(first,)), Timings(jobs=(second,))).jobs
+    assert averaged.measured.kernels_seconds == 3.0
+    (averaged,) = learned(Timings(jobs=(averaged,)), Timings(jobs=(job(1.0, when=3.0),))).jobs
+    assert averaged.measured.kernels_seconds == 3.0
     near, late = job(1.0, kernels_seconds=69.0), job(1.0, when=9.0, side=512, kernels_seconds=3.0)
     assert option(view_of(jobs=[near, late]), "sequence").cold_seconds == 3.0
 

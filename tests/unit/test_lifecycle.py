@@ -133,9 +133,9 @@ def test_a_ring_on_the_device_that_the_engine_has_already_starts_no_other() -> N
     for own, starts in ((device, False), ((), True)):
         life = Lifecycle(own)
         life.start()
-        told = life.join(join(1, envs=device))
-        assert (StartEngine(device) in told) == starts
-        assert told[-1] == Send(join(1, envs=device))
+        instructions = life.join(join(1, envs=device))
+        assert (StartEngine(device) in instructions) == starts
+        assert instructions[-1] == Send(join(1, envs=device))
 
 
 def test_an_engine_that_says_that_it_ends_is_ended_and_told_of_once() -> None:
@@ -434,13 +434,13 @@ def test_a_job_that_waits_behind_the_agents_own_work_hears_that_the_engine_died(
         life.upkeep(own_load())
         life.work(load(3))
         if said:
-            told = life.engine_said(
+            instructions = life.engine_said(
                 Failed(ring_generation=0, job=OWN, kind="Raised", text="no memory", fatal=True)
             )
             kind = "Raised"
         else:
-            told, kind = life.engine_ended("no memory"), "Died"
-        assert told == [
+            instructions, kind = life.engine_ended("no memory"), "Died"
+        assert instructions == [
             KillEngine(),
             Tell(Failed(ring_generation=3, job="job", kind=kind, text="no memory", fatal=True)),
         ]

@@ -62,8 +62,8 @@ def test_free_ports_are_different_and_can_be_bound() -> None:
     ports = links.free_ports("127.0.0.1", 8)
     assert len(set(ports)) == 8
     for port in ports:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", port))
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
 
 
 @pytest.mark.parametrize("ip", ["192.0.2.1", "0.0.0.0", "::", "localhost", ""])

@@ -81,9 +81,9 @@ def test_another_failure_of_a_link_is_told_as_it_is(
     ],
 )
 def test_what_mlx_says_of_a_ring_is_explained(system: str, text: str) -> None:
-    told = local_network.explained(text)
-    assert told.startswith(text)
-    assert (WHERE in told) == (system == "Darwin")
+    explained = local_network.explained(text)
+    assert explained.startswith(text)
+    assert (WHERE in explained) == (system == "Darwin")
     assert local_network.explained("Couldn't connect (error: 61)") == "Couldn't connect (error: 61)"
 
 
@@ -136,14 +136,14 @@ def test_up_tells_of_a_host_without_a_single_link_once(
         async with FakeMesh(tmp_path, 3, replace(DEADLINES, link_open=0.5)) as mesh:
             while any(mesh.engine(rank).engine is None for rank in range(3)):
                 await asyncio.sleep(0.01)
-            told, dialer = Told(), mesh.network.dialer()
+            reporter, dialer = Told(), mesh.network.dialer()
             unmeasured = replace(mesh.record, links=())
             work = Workload.of(ask(height=32, width=32), small())
             try:
-                await Warming(unmeasured, work, told, Home(tmp_path)).run_with(dialer)
+                await Warming(unmeasured, work, reporter, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
-            return told.notes
+            return reporter.notes
 
     notes = [note for note in asyncio.run(scene()) if "can't be measured" in note]
     assert len(notes) == (3 if system == "Darwin" else 0)
@@ -166,16 +166,16 @@ def test_doctor_asks_agents_and_tries_the_same_from_ssh(
             finally:
                 await dialer.close()
 
-    denied, found = asyncio.run(scene())
+    denied, judged = asyncio.run(scene())
     if system == "Linux":
-        assert denied == found == []
+        assert denied == judged == []
         return
     assert [(source, target, ip) for source, target, ip, _ in denied] == [
         (0, 1, "127.0.0.1"),
         (1, 0, "127.0.0.1"),
     ]
-    assert [one.rank for one in found] == [0, 1]
-    for finding in found:
+    assert [finding.rank for finding in judged] == [0, 1]
+    for finding in judged:
         assert (finding.check, finding.level) == ("local network", "fail" if over_ssh else "warn")
         assert WHERE in finding.text
         assert ("over ssh this Mac reaches host" in finding.text) == over_ssh

@@ -42,49 +42,53 @@ def test_the_starter_looks_at_a_mac_and_at_no_other_system(monkeypatch: pytest.M
     collect = macos.collect
     monkeypatch.setattr(bootstrap, "platform", fake)
     monkeypatch.setattr(macos, "collect", lambda models: collect(models, a_mac))
-    found = bootstrap.look({"models": "/models"}, print)["mac"]
-    assert (found["version"], found["paths"]["models"]) == ("26.2", "/models")
+    mac = bootstrap.look({"models": "/models"}, print)["mac"]
+    assert (mac["version"], mac["paths"]["models"]) == ("26.2", "/models")
 
 
 @pytest.fixture
 def macs(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """What is found on each Mac beside `MAC`, by the name that ssh has for it."""
-    found: dict[str, dict[str, Any]] = {}
+    differences: dict[str, dict[str, Any]] = {}
 
     def ask(host: Host, action: str, **_: Any) -> dict[str, Any]:
         assert action == "look"
-        mac = {**MAC, **found.get(host.name, {})}
+        mac = {**MAC, **differences.get(host.name, {})}
         look = {**GOOD, "system": "Darwin arm64", "clock": time.time(), "mac": mac}
         return {**look, "ips": {}, "ends": False}
 
     monkeypatch.setattr(remote, "ask", ask)
-    return found
+    return differences
 
 
 def test_doctor_tells_of_each_mac_what_is_wrong_there(macs: dict[str, dict[str, Any]]) -> None:
     macs["mac1"] = {"low_power": True, "rdma_state": "disabled"}
-    found = bringup.examine(hostfiles.parse(HOSTS), None)
-    wrong = {(one.rank, one.check): one.level for one in found if one.level != "ok"}
+    findings = bringup.examine(hostfiles.parse(HOSTS), None)
+    wrong = {
+        (finding.rank, finding.check): finding.level
+        for finding in findings
+        if finding.level != "ok"
+    }
     assert wrong == {(1, "power"): "warn", (1, "jaccl"): "fail"}
-    assert (0, "jaccl") in {(one.rank, one.check) for one in found}
+    assert (0, "jaccl") in {(finding.rank, finding.check) for finding in findings}
 
 
 def test_up_leaves_a_mac_out_where_the_backend_cannot_be(
     macs: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     macs["mac1"] = {"low_power": True, "rdma_state": "disabled"}
-    hosts, told = hostfiles.parse(HOSTS), Told()
+    hosts, reporter = hostfiles.parse(HOSTS), Told()
     weights = ModelVariant("tiny", "bfloat16", None, ())
     for allowed in (False, True):
         wish = Wish(hosts, "mesh.json", HOSTS, weights, allow_partial=allowed)
-        up = Bringup(wish, told, Home(tmp_path))
+        up = Bringup(wish, reporter, Home(tmp_path))
         if allowed:
             assert [host.rank for host in up._check(hosts.hosts, Keys.new())[0]] == [0]
         else:
             with pytest.raises(FluxmeshError, match=r"host 1 \(mac1\), jaccl: RDMA is off"):
                 up._check(hosts.hosts, Keys.new())
-    assert [note for note in told.notes if "Low Power Mode" in note]
-    assert list(told.left_out) == [1]
+    assert [note for note in reporter.notes if "Low Power Mode" in note]
+    assert list(reporter.left_out) == [1]
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Linux"])

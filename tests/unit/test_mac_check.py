@@ -30,8 +30,8 @@ def script(*options: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_tells_its_options_and_refuses_others() -> None:
-    told = script("--help")
-    assert told.returncode == 0 and "--no-tests" in told.stdout and "#" not in told.stdout
+    usage = script("--help")
+    assert usage.returncode == 0 and "--no-tests" in usage.stdout and "#" not in usage.stdout
     wrong = script("--no-such-thing")
     assert wrong.returncode == 2 and "--no-such-thing" in wrong.stderr
 
@@ -104,11 +104,11 @@ def test_whether_anything_keeps_the_mac_awake_during_a_job(tmp_path: Path, is_aw
     job.chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "work": str(tmp_path), "python": str(job)}
 
-    told = function("awake", "", **env)
+    printed = function("awake", "", **env)
 
     assert not runs(int((tmp_path / "pid").read_text())), "the job was for this alone"
-    assert told.count("caffeinate command-line tool") == is_awake
-    assert f"PreventUserIdleSystemSleep    {int(is_awake)}" in told
+    assert printed.count("caffeinate command-line tool") == is_awake
+    assert f"PreventUserIdleSystemSleep    {int(is_awake)}" in printed
 
 
 def test_a_report_of_this_machine_has_no_name_in_it(tmp_path: Path) -> None:

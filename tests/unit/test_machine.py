@@ -82,23 +82,29 @@ def test_a_tool_that_fails_or_hangs_says_nothing(a_mac: Mac) -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "told"), [("1", ""), ("2", "warning"), ("4", "critical"), ("?", "")]
+    ("level", "pressure"), [("1", ""), ("2", "warning"), ("4", "critical"), ("?", "")]
 )
 def test_an_agent_says_that_its_mac_is_short_of_memory(
-    a_mac: Mac, level: str, told: str, monkeypatch: pytest.MonkeyPatch
+    a_mac: Mac, level: str, pressure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_mac.tool("sysctl", f"{level}\n")
     status = status_of(
         Lifecycle(), engine_pid=None, measured=(), memory=None, holder="", job="", waiting=0
     )
-    assert status.pressure == told
-    assert tables.state(status) == ("idle, short of memory" if told else "idle")
+    assert status.pressure == pressure
+    assert tables.state(status) == ("idle, short of memory" if pressure else "idle")
     survey = SimpleNamespace(errors={}, statuses={0: status}, clock_skews={0: 0.0})
     monkeypatch.setattr(diagnosis, "survey", lambda _mesh: survey)
     mesh = MeshRecord(THIS_NAME, THIS_MACHINE, (Member(0, "127.0.0.1:1", "", "", "", ""),))
-    found = [(one.level, one.text) for one in diagnosis.of_agents(mesh) if one.check == "memory"]
-    assert found == (
-        [("warn", f"{told}: macOS is short of it; quit other programs there.")] if told else []
+    findings = [
+        (finding.level, finding.text)
+        for finding in diagnosis.of_agents(mesh)
+        if finding.check == "memory"
+    ]
+    assert findings == (
+        [("warn", f"{pressure}: macOS is short of it; quit other programs there.")]
+        if pressure
+        else []
     )
 
 
@@ -139,11 +145,11 @@ def test_a_machine_without_an_id_of_its_own_is_known_by_its_start(
 
 def test_two_processes_of_a_machine_agree_on_which_it_is() -> None:
     code = "from fluxmesh.machine.identity import machine_id; print(machine_id())"
-    told = {
+    identities = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
         for _ in range(2)
     }
-    assert len(told) == 1 and told != {b"\n"}
+    assert len(identities) == 1 and identities != {b"\n"}
 
 
 # Open files
@@ -161,10 +167,10 @@ def test_a_mac_that_allows_256_files_is_asked_for_more() -> None:
     for hard in (300, 20_000):
         if hard > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        told = subprocess.run(
+        limits = subprocess.run(
             [sys.executable, "-c", code, str(hard)], capture_output=True, text=True, check=True
         ).stdout.split()
-        assert told == [str(min(hard, open_files.WANTED)), str(hard)]
+        assert limits == [str(min(hard, open_files.WANTED)), str(hard)]
 
 
 def test_a_limit_that_can_not_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,23 +45,25 @@ M5 = {**MAC["gpu"], "generation": 17, "name": "Apple M5"}
 HOST = Host(1, "mac1", rdma=(("rdma_en2",), None))
 
 
-def told(
+def problems(
     *, backend: str = "ring", host: Host = HOST, ips: tuple[str, ...] = (), **changed: Any
 ) -> dict[str, tuple[str, str]]:
     """{check: (level, text)} but for what is well."""
     look = {**GOOD, "memory_bytes": 48 * GB, "ips": dict.fromkeys(ips, True)}
-    found = findings(host, {**look, "mac": {**MAC, **changed}}, backend)
-    assert {finding.rank for finding in found} <= {host.rank}
-    for finding in found:
+    judged = findings(host, {**look, "mac": {**MAC, **changed}}, backend)
+    assert {finding.rank for finding in judged} <= {host.rank}
+    for finding in judged:
         assert "\n" not in finding.text and "  " not in finding.text
-    return {one.check: (one.level, one.text) for one in found if one.level != "ok"}
+    return {
+        finding.check: (finding.level, finding.text) for finding in judged if finding.level != "ok"
+    }
 
 
 def test_a_mac_that_is_well_and_one_of_which_nothing_is_known_have_nothing_to_tell() -> None:
-    assert told() == told(backend="jaccl") == told(gpu=M5) == {}
+    assert problems() == problems(backend="jaccl") == problems(gpu=M5) == {}
     kept = ("home", "paths", "hidden", "identities", "is_translated", "has_tools", "crashes")
     unknown = dict.fromkeys(key for key in MAC if key not in kept)
-    assert told(**unknown) == told(backend="jaccl", **unknown) == {}
+    assert problems(**unknown) == problems(backend="jaccl", **unknown) == {}
 
 
 def test_another_system_has_none_of_these_checks() -> None:
@@ -94,9 +96,9 @@ def test_another_system_has_none_of_these_checks() -> None:
 def test_what_is_wrong_is_told_alone_and_with_its_remedy(
     check: str, level: str, text: str, changed: dict[str, Any]
 ) -> None:
-    found = told(**changed)
-    assert found.keys() == {check}
-    assert found[check][0] == level and text in found[check][1]
+    wrong = problems(**changed)
+    assert wrong.keys() == {check}
+    assert wrong[check][0] == level and text in wrong[check][1]
 
 
 @pytest.mark.parametrize(
@@ -113,21 +115,21 @@ def test_jaccl_is_refused_before_an_engine_would_fail_and_rings_are_not(
     text: str, changed: dict[str, Any]
 ) -> None:
     for backend in ("jaccl", "jaccl-ring"):
-        found = told(backend=backend, **changed)
-        assert found.keys() == {backend}
-        assert found[backend][0] == "fail" and text in found[backend][1]
-    assert told(backend="ring", **changed) == {}
+        wrong = problems(backend=backend, **changed)
+        assert wrong.keys() == {backend}
+        assert wrong[backend][0] == "fail" and text in wrong[backend][1]
+    assert problems(backend="ring", **changed) == {}
 
 
 def test_an_m4_needs_no_wheel_for_accelerators_that_it_lacks() -> None:
-    assert told(version="14.7", wheel=14) == {}
+    assert problems(version="14.7", wheel=14) == {}
 
 
 def test_addresses_that_macos_made_up_or_that_belong_to_the_bridge() -> None:
     bridge = {"members": ["en2", "en3"], "addresses": ["192.168.2.1"]}
-    assert told(ips=("192.168.0.1",), bridge=bridge) == {}
-    made_up = told(ips=("169.254.20.7",))["ips"]
-    of_bridge = told(ips=("192.168.2.1",), bridge=bridge)["ips"]
+    assert problems(ips=("192.168.0.1",), bridge=bridge) == {}
+    made_up = problems(ips=("169.254.20.7",))["ips"]
+    of_bridge = problems(ips=("192.168.2.1",), bridge=bridge)["ips"]
     for level, text in (made_up, of_bridge):
         assert level == "warn" and "mlx.distributed_config --auto-setup" in text
     assert "169.254.20.7" in made_up[1] and "Bridge's" in of_bridge[1]
@@ -135,14 +137,14 @@ def test_addresses_that_macos_made_up_or_that_belong_to_the_bridge() -> None:
 
 def test_a_bridge_is_in_the_way_of_rdma_alone() -> None:
     bridge = {"members": ["en2"], "addresses": []}
-    assert told(bridge=bridge) == {}
-    assert told(backend="jaccl", bridge=bridge).keys() == {"Thunderbolt Bridge"}
-    assert told(backend="jaccl", bridge={**bridge, "members": ["en3"]}) == {}
+    assert problems(bridge=bridge) == {}
+    assert problems(backend="jaccl", bridge=bridge).keys() == {"Thunderbolt Bridge"}
+    assert problems(backend="jaccl", bridge={**bridge, "members": ["en3"]}) == {}
 
 
 def test_who_comes_without_ssh_may_read_what_his_terminal_may() -> None:
     paths = {"fluxmesh": "/Users/me/Desktop/fluxmesh"}
-    assert told(host=Host(0, "127.0.0.1"), paths=paths) == {}
+    assert problems(host=Host(0, "127.0.0.1"), paths=paths) == {}
 
 
 @pytest.mark.parametrize(
@@ -157,23 +159,23 @@ def test_who_comes_without_ssh_may_read_what_his_terminal_may() -> None:
     ],
 )
 def test_folders_that_are_private(path: str, is_private: bool) -> None:
-    assert bool(told(paths={"fluxmesh": path})) == is_private
+    assert bool(problems(paths={"fluxmesh": path})) == is_private
 
 
 def test_what_is_only_to_be_known_is_no_warning() -> None:
     look = {**GOOD, "mac": {**MAC, "firewall": 1, "has_remote_login": False, "gpu": M5}}
-    found = findings(Host(0, "127.0.0.1"), look, "ring")
-    assert {one.level for one in found} == {"ok"}
-    checks = {one.check for one in found}
+    judged = findings(Host(0, "127.0.0.1"), look, "ring")
+    assert {finding.level for finding in judged} == {"ok"}
+    checks = {finding.check for finding in judged}
     assert checks == {"macOS", "neural accelerators", "GPU memory", "firewall", "Remote Login"}
-    (hint,) = (one.text for one in found if one.check == "firewall")
+    (hint,) = (finding.text for finding in judged if finding.check == "firewall")
     assert f"socketfilterfw --add {GOOD['python']}" in hint
 
 
 def test_a_full_disk_of_a_mac_is_told_with_what_finder_counts() -> None:
     full = {**GOOD, "disk_free_bytes": 10**8}
     texts = [
-        next(one.text for one in checked(HOST, look, GOOD, NOW) if one.check == "disk")
+        next(finding.text for finding in checked(HOST, look, GOOD, NOW) if finding.check == "disk")
         for look in (full, {**full, "mac": MAC})
     ]
     assert ["Finder" in text for text in texts] == [False, True]

@@ -232,23 +232,23 @@ def test_a_look_at_a_mac_asks_system_tools_by_their_paths() -> None:
         asked.append(command[0])
         return a_mac(*command, **more)
 
-    found = macos.collect("~/models", run)
+    mac = macos.collect("~/models", run)
 
     assert all(os.path.isabs(path) for path in asked)
-    assert json.loads(json.dumps(found)) == found
-    assert found["version"] == "26.2" and found["gpu"]["generation"] == 17
-    assert found["firewall"] == 1 and found["battery"]["in_use"] and found["low_power"] is False
-    assert found["bridge"]["members"] == found["thunderbolt"] == ["en1", "en2"]
-    assert (found["has_tools"], found["has_remote_login"]) == (True, True)
-    assert (found["wired_limit_mb"], found["pressure"], found["is_translated"]) == (0, 1, False)
-    assert found["heat"] == 0
-    assert found["paths"]["models"] == str(Path.home().resolve() / "models")
-    assert len(set(found["identities"])) == 1
+    assert json.loads(json.dumps(mac)) == mac
+    assert mac["version"] == "26.2" and mac["gpu"]["generation"] == 17
+    assert mac["firewall"] == 1 and mac["battery"]["in_use"] and mac["low_power"] is False
+    assert mac["bridge"]["members"] == mac["thunderbolt"] == ["en1", "en2"]
+    assert (mac["has_tools"], mac["has_remote_login"]) == (True, True)
+    assert (mac["wired_limit_mb"], mac["pressure"], mac["is_translated"]) == (0, 1, False)
+    assert mac["heat"] == 0
+    assert mac["paths"]["models"] == str(Path.home().resolve() / "models")
+    assert len(set(mac["identities"])) == 1
 
 
 def test_a_mac_without_any_of_the_tools_is_looked_at_without_an_error() -> None:
-    found = macos.collect(None, lambda *command, **more: None)
-    known = {key for key, value in found.items() if value not in (None, False, [], [None, None])}
+    mac = macos.collect(None, lambda *command, **more: None)
+    known = {key for key, value in mac.items() if value not in (None, False, [], [None, None])}
     assert known == {"home", "paths"}
 
 
@@ -263,8 +263,8 @@ def test_tools_that_all_hang_are_given_up_before_who_asks_gives_up(
         now[0] += seconds
 
     monkeypatch.setattr(macos.time, "monotonic", lambda: now[0])
-    found = macos.collect(None, hang)
-    assert found["gpu"] is None and found["identities"] == [None, None]
+    mac = macos.collect(None, hang)
+    assert mac["gpu"] is None and mac["identities"] == [None, None]
     assert DEADLINES.tools == now[0] < DEADLINES.ask_look
 
 

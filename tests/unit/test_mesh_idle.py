@@ -15,7 +15,9 @@ import pytest
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.deadlines import DEADLINES
+from fluxmesh.request import FilledRequest
 from fluxmesh.wire import messages
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
@@ -55,10 +57,35 @@ def wait(mesh: Mesh, is_so: Callable[[messages.Status], bool]) -> None:
 def test_hosts_that_did_not_make_a_picture_get_ready_for_its_size(tmp_path: Path) -> None:
     with mesh_of(tmp_path, 2) as (mesh, _):
         wait(mesh, lambda status: status.holds is not None)
-        told = list(mesh.generate(REQUEST, "data"))
-        assert any(isinstance(event, events.Picture) for event in told)
+        job_events = list(mesh.generate(REQUEST, "data"))
+        assert any(isinstance(event, events.Picture) for event in job_events)
         way = StepShape.of(ModelVariant("tiny"), "data", 1, 32, 48)
         wait(mesh, lambda status: way in status.compiled)
+
+
+def test_a_size_is_told_once_and_again_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[messages.Message] = []
+    ask_agent = AgentClient.ask
+
+    async def counted(client: AgentClient, message: messages.Message, *more: Any) -> Any:
+        asked.append(message)
+        return await ask_agent(client, message, *more)
+
+    def asked_of(request: FilledRequest, kind: type[messages.Message]) -> int:
+        asked.clear()
+        list(mesh.generate(request, "data"))
+        return sum(isinstance(message, kind) for message in asked)
+
+    with mesh_of(tmp_path, 2) as (mesh, _):
+        wait(mesh, lambda status: status.holds is not None)
+        monkeypatch.setattr(AgentClient, "ask", counted)
+        small, large = replace(REQUEST, steps=1), replace(REQUEST, steps=1, height=64)
+        notes = [asked_of(request, messages.NoteSize) for request in (small, small, large, small)]
+        assert notes == [2, 0, 2, 2]
+        # One status a host to plan with: whoever knows the size is asked nothing after the job.
+        assert asked_of(small, messages.AskStatus) == 2
 
 
 def test_a_mesh_that_ends_with_the_program_is_told_nothing(tmp_path: Path) -> None:
@@ -66,8 +93,10 @@ def test_a_mesh_that_ends_with_the_program_is_told_nothing(tmp_path: Path) -> No
         mesh.keeps_warm = False
         list(mesh.generate(REQUEST, "data"))
         time.sleep(1.0)
-        told = [one for one in mesh.status().values() if isinstance(one, messages.Status)]
-        assert sorted(len(status.compiled) for status in told) == [0, 1]  # who made it
+        statuses = [
+            answer for answer in mesh.status().values() if isinstance(answer, messages.Status)
+        ]
+        assert sorted(len(status.compiled) for status in statuses) == [0, 1]  # who made it
 
 
 @pytest.mark.parametrize("deaths", [0, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fluxmesh_coordinator.cli.options import (
 )
 from fluxmesh_coordinator.cli.prompts import read_prompts
 from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
+from tests.unit.meshes import small
 
 
 def settings_of(*arguments: str) -> GenerateSettings:
@@ -77,10 +79,11 @@ def test_bits_alone_quantize() -> None:
 
 def test_the_checkpoint_decides_what_the_user_leaves_open() -> None:
     defaults = ModelDefaults(steps=7, guidance=3.0, height=64, width=80, t5_max_length=16)
-    request = GenerateSettings().request("dog", 1, defaults=defaults)
+    sizes = replace(small(), defaults=defaults)
+    request = sizes.fill(GenerateSettings().request("dog", 1))
     assert (request.steps, request.guidance) == (7, 3.0)
     assert (request.height, request.width) == (64, 80)
-    request = GenerateSettings(steps=2, guidance=0.0).request("dog", 1, defaults=defaults)
+    request = sizes.fill(GenerateSettings(steps=2, guidance=0.0).request("dog", 1))
     assert (request.steps, request.guidance) == (2, 0.0)
 
 

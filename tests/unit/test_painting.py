@@ -34,9 +34,11 @@ from fluxmesh_coordinator.console.generate_report import (
     GenerateJsonReporter,
     GenerateTerminalReporter,
 )
+from tests.unit.meshes import resolved
 
-REQUEST = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
-RECIPE = Recipe.of(REQUEST, "abc")
+ASKED = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
+REQUEST = resolved(ASKED).request
+RECIPE = Recipe.of(resolved(ASKED))
 
 
 def pixels(value: int) -> np.ndarray:
@@ -138,15 +140,18 @@ def test_json_lines_tell_every_event_without_pixels(
         reporter.downloading("dev", 1, 2)
         paint(events(), painting(tmp_path, save_raw=False), reporter)
         reporter.finished()
-    told = lines(capsys)
-    assert told[0]["event"] == "start" and told[0]["model"] == {"name": "tiny", "revision": "abc"}
-    assert told[0]["cache"] == 0.0
-    assert told[1] == {"event": "download", "model": "dev", "done_bytes": 1, "total_bytes": 2}
+    printed = lines(capsys)
+    assert printed[0]["event"] == "start" and printed[0]["model"] == {
+        "name": "tiny",
+        "revision": "abc",
+    }
+    assert printed[0]["cache"] == 0.0
+    assert printed[1] == {"event": "download", "model": "dev", "done_bytes": 1, "total_bytes": 2}
     step = {"event": "step", "image": 1, "step": 2, "steps": 2, "seconds": 0.25, "reused": False}
-    assert step in told
+    assert step in printed
     picture = {"event": "picture", "image": 0, "seed": 5, "seconds": 1.5, "placement": "data"}
-    assert picture | {"steps": 2, "reused": 0} in told
-    assert told[-1] == {"event": "done", "files": [str(tmp_path / "out.png")]}
+    assert picture | {"steps": 2, "reused": 0} in printed
+    assert printed[-1] == {"event": "done", "files": [str(tmp_path / "out.png")]}
 
 
 def test_a_terminal_shows_steps_times_peaks_and_the_file(
@@ -173,10 +178,10 @@ def test_a_terminal_tells_how_many_steps_a_cache_approximated(
     terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
     reporter, screen = terminal
-    told = Picture(image=0, seed=5, pixels=pixels(1), seconds=1.5, steps=20, reused=8)
+    picture = Picture(image=0, seed=5, pixels=pixels(1), seconds=1.5, steps=20, reused=8)
     with reporter:
         reporter.started(replace(REQUEST, cache=0.12), {})
-        reporter.event(told)
+        reporter.event(picture)
     assert (
         "Image 1 (seed 5): 1.50 s. Approximate (--cache 0.12): 12 of 20 steps computed, 8 reused."
         in screen.getvalue()

@@ -16,8 +16,8 @@ NOW = 1_000_000.0
 
 
 def rows(view: object, **keys: object) -> dict[tuple[str, str], list[str]]:
-    found = plan(ask(**keys), view, FLUX)  # type: ignore[arg-type]
-    made = [plan_table.row(option, option is found.winner, NOW) for option in found.options]
+    choice = plan(ask(**keys), view, FLUX)  # type: ignore[arg-type]
+    made = [plan_table.row(option, option is choice.winner, NOW) for option in choice.options]
     return {(row[1], row[2]): row for row in made}
 
 
@@ -35,10 +35,10 @@ def test_a_row_shows_what_is_predicted_and_what_was_measured_last() -> None:
 
 def test_what_up_measured_is_measured_too_and_what_nobody_did_is_a_dash() -> None:
     hosts = [mac(rank, measured=(timed(3.0, when=NOW - 30),)) for rank in range(2)]
-    found = rows(view_of(*hosts))
-    assert cell(found["data", "0"], "last measured") == "3.00 s, 30 s ago"
-    assert cell(found["sequence", "0,1"], "last measured") == "-"
-    assert found["sequence", "0,1"][-1] == "from plain sockets"
+    table = rows(view_of(*hosts))
+    assert cell(table["data", "0"], "last measured") == "3.00 s, 30 s ago"
+    assert cell(table["sequence", "0,1"], "last measured") == "-"
+    assert table["sequence", "0,1"][-1] == "from plain sockets"
     assumed = [mac(rank, measured=(timed(3.0),)) for rank in range(2)]
     assert cell(rows(view_of(*assumed))["data", "0"], "last measured") == "3.00 s"
 
@@ -50,7 +50,7 @@ def test_what_only_a_first_request_takes_is_a_column_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("view", "told"),
+    ("view", "sentence"),
     [
         (view_of(), "the links as plain sockets found them"),
         (view_of(rings=[ring_of(when=NOW - 7300)]), "collectives of this ring, measured 2 h ago"),
@@ -61,11 +61,11 @@ def test_what_only_a_first_request_takes_is_a_column_of_its_own() -> None:
         (view_of(jobs=[job(0.1, side=512, when=NOW)]), "a step at another size on these hosts"),
     ],
 )
-def test_the_figure_that_decided_is_named_with_its_age(view: object, told: str) -> None:
-    found = plan(ask(), view, FLUX)  # type: ignore[arg-type]
-    (line,) = plan_table.decided_by(found, NOW)
+def test_the_figure_that_decided_is_named_with_its_age(view: object, sentence: str) -> None:
+    choice = plan(ask(), view, FLUX)  # type: ignore[arg-type]
+    (line,) = plan_table.decided_by(choice, NOW)
     assert line.startswith("Decided by sequence: ") and line.endswith(".")
-    assert told in line
+    assert sentence in line
 
 
 def test_each_ring_is_told_by_its_latency_and_rate() -> None:
@@ -79,11 +79,11 @@ def test_each_ring_is_told_by_its_latency_and_rate() -> None:
 
 def test_a_program_is_told_all_of_it() -> None:
     view = view_of(jobs=[job(2.0, when=5.0)], rings=[ring_of(when=7.0)])
-    found = json.loads(json.dumps(plan_table.as_json(plan(ask(), view, FLUX), view, NOW)))
-    option = next(one for one in found["options"] if one["name"] == "sequence")
+    printed = json.loads(json.dumps(plan_table.as_json(plan(ask(), view, FLUX), view, NOW)))
+    option = next(entry for entry in printed["options"] if entry["name"] == "sequence")
     phase = option["phases"][0]
     assert (phase["figure"], phase["figure_when"], phase["last_seconds"]) == ("step", 5.0, 2.0)
-    assert (found["now"], found["rings"][0]["when"]) == (NOW, 7.0)
+    assert (printed["now"], printed["rings"][0]["when"]) == (NOW, 7.0)
     assert option["cold_seconds"] == 0.0
 
 

@@ -92,15 +92,15 @@ def asked(others: list[float], rounds: int = 2, colds: tuple[float, ...] = ()) -
 
 def test_a_request_is_made_again_while_others_disturb_it_and_quiet_ones_count() -> None:
     calm = asked([0.0, 0.01, 0.0])
-    assert [one["measured"] for one in calm.rounds] == [0.0, 1.0]
+    assert [attempt["measured"] for attempt in calm.rounds] == [0.0, 1.0]
     helped = asked([0.5, 0.0, 0.4, 0.02, 0.0])
-    assert [one["measured"] for one in helped.rounds] == [0.0, 1.0, 2.0, 3.0]
+    assert [attempt["measured"] for attempt in helped.rounds] == [0.0, 1.0, 2.0, 3.0]
     assert helped.result["measured"] == 2.0 and helped.result["others"] == pytest.approx(0.01)
     loud = asked([0.5] * 6)
     assert len(loud.rounds) == 6 and loud.result["measured"] == 2.5
     assert loud.result["others"] == 0.5
     formed = asked([0.0] * 4, colds=(2.0, 0.0, 3.0))
-    assert [one["measured"] for one in formed.counted] == [1.0, 3.0]
+    assert [attempt["measured"] for attempt in formed.counted] == [1.0, 3.0]
     assert formed.result["cold"] == 0.0
 
 
@@ -160,6 +160,6 @@ def test_each_request_has_a_prompt_that_nobody_has_read() -> None:
     )
     session = Session(mesh, SimpleNamespace(steps=1, limited=None))  # type: ignore[arg-type]
     for _ in range(2):
-        found = session.paint({"model": "m", "height": 32, "width": 32}, 1, "data")
-        assert found["measured"] > 0 and found["step"] == 0.1 and found["others"] >= 0
+        painted = session.paint({"model": "m", "height": 32, "width": 32}, 1, "data")
+        assert painted["measured"] > 0 and painted["step"] == 0.1 and painted["others"] >= 0
     assert len(set(prompts)) == 2

@@ -114,9 +114,9 @@ def test_the_makefile_is_understood_by_make_3_81() -> None:
 
 
 def test_scripts_are_understood_by_bash_3_2_and_call_tools_as_bsd_knows_them() -> None:
-    found = {name_of(path): shell_problems(path.read_text()) for path in scripts()}
-    assert ".ci/run" in found
-    assert {name: problems for name, problems in found.items() if problems} == {}
+    by_file = {name_of(path): shell_problems(path.read_text()) for path in scripts()}
+    assert ".ci/run" in by_file
+    assert {name: problems for name, problems in by_file.items() if problems} == {}
 
 
 def test_commands_in_the_documents_run_on_a_mac() -> None:
@@ -127,26 +127,26 @@ def test_commands_in_the_documents_run_on_a_mac() -> None:
         for block in re.findall(r"```(?:shell|sh|bash)\n(.*?)```", path.read_text(), re.DOTALL)
     ]
     assert len(blocks) > 10
-    assert [(name, found) for name, text in blocks if (found := shell_problems(text))] == []
+    assert [(name, problems) for name, text in blocks if (problems := shell_problems(text))] == []
 
 
 def test_python_and_the_shell_inside_of_it_run_on_a_mac() -> None:
-    found = {
+    by_file = {
         name_of(path): python_problems(path.read_text(encoding="utf-8"))
         for path in files("*.py")
         if name_of(path) not in (*LINUX, *RULES)
     }
-    assert len(found) > 200
-    assert {name: problems for name, problems in found.items() if problems} == {}
+    assert len(by_file) > 200
+    assert {name: problems for name, problems in by_file.items() if problems} == {}
 
 
 def test_tests_and_tools_ask_no_folder_that_only_linux_has() -> None:
-    found = {
+    by_file = {
         name_of(path): paths_of_linux(path.read_text(encoding="utf-8"))
         for path in files("*.py")
         if name_of(path).startswith(("tests/", "tools/")) and name_of(path) not in (*LINUX, *RULES)
     }
-    assert {name: paths for name, paths in found.items() if paths} == {}
+    assert {name: paths for name, paths in by_file.items() if paths} == {}
 
 
 @pytest.mark.parametrize("text", NOT_IN_MAKE)

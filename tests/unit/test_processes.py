@@ -84,7 +84,7 @@ def test_a_process_is_the_same_in_every_language_and_zone(
         "import sys; from fluxmesh.storage.processes import started_at; "
         "print(started_at(int(sys.argv[1])))"
     )
-    told = [
+    starts = [
         subprocess.run(
             [sys.executable, "-c", code, str(sleeper.pid)],
             env={**os.environ, **zone},
@@ -94,7 +94,7 @@ def test_a_process_is_the_same_in_every_language_and_zone(
         ).stdout.strip()
         for zone in ZONES
     ]
-    assert told == [started_at(sleeper.pid)] * 2
+    assert starts == [started_at(sleeper.pid)] * 2
 
 
 def test_a_process_is_the_same_after_the_clock_was_set(

@@ -24,6 +24,7 @@ from fluxmesh_coordinator.artifacts.recipe import (
     read_recipe,
 )
 from fluxmesh_coordinator.commands.settings import GenerateSettings
+from tests.unit.meshes import resolved
 
 RECIPE = Recipe(
     prompt='a "猫"\nand\x00 a dog 🐕',
@@ -74,7 +75,7 @@ def test_a_recipe_holds_all_that_a_request_says(tmp_path: Path) -> None:
         cache=0.12,
     )
     request = settings.request("a dog", 8, model="tiny")
-    recipe = Recipe.of(request, "abc", None, settings.n_rows)
+    recipe = Recipe.of(resolved(request), None, settings.n_rows)
     assert recipe.adapters == ((str(adapter), 0.25, sha256_of(adapter)),)
     again = GenerateSettings.of_recipe(Recipe.from_json(recipe.to_json()))
     assert again.request("a dog", 8, model="tiny") == request
@@ -95,13 +96,13 @@ def test_a_missing_adapter_is_named() -> None:
         "a", 1, height=16, width=16, steps=1, adapters=(AdapterRef("no.safetensors"),)
     )
     with pytest.raises(ModelNotFoundError, match=r"No adapter file no\.safetensors"):
-        Recipe.of(request, "")
+        resolved(request)
 
 
 def test_one_image_of_many_has_the_recipe_of_its_seed_alone() -> None:
     many = GenerateRequest("a", 5, n_images=3, height=16, width=16, steps=1)
     alone = GenerateRequest("a", 7, height=16, width=16, steps=1)
-    assert Recipe.of(many, "r").of_image(7).to_json() == Recipe.of(alone, "r").to_json()
+    assert Recipe.of(resolved(many)).of_image(7).to_json() == Recipe.of(resolved(alone)).to_json()
 
 
 def test_a_source_without_a_size_is_made_again_without_one() -> None:
@@ -109,6 +110,22 @@ def test_a_source_without_a_size_is_made_again_without_one() -> None:
     assert GenerateSettings.of_recipe(RECIPE).image_size == (64, 96)
     unsized = replace(RECIPE, source=replace(RECIPE.source, sized=False))
     assert GenerateSettings.of_recipe(unsized).image_size is None
+
+
+def test_a_picture_that_came_as_bytes_is_known_by_its_hash_alone(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"pixels")
+    named = SourceFiles.of(str(path), 0.5, str(path))
+    sent = SourceFiles.of(b"pixels", 0.5, b"pixels")
+    assert (sent.image, sent.mask) == ("", "")
+    assert sent.image_sha256 == sent.mask_sha256 == named.image_sha256
+    recipe = Recipe.from_json(replace(RECIPE, source=sent).to_json())
+    settings = GenerateSettings.of_recipe(recipe)
+    with pytest.raises(UsageError, match="no file by name; give --image"):
+        settings.request("a dog", 1)
+    with pytest.raises(UsageError, match="no file by name; give --mask"):
+        replace(settings, image=str(path)).request("a dog", 1)
+    replace(settings, image=str(path), mask=b"pixels").request("a dog", 1)
 
 
 def test_what_differs_from_the_picture_is_told() -> None:

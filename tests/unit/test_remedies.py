@@ -38,9 +38,9 @@ def planned(gib: int, model: str, **keys: Any) -> Plan:
     return plan(request, MeshView((a_mac(gib),)), published(model))
 
 
-def told(helps: Sequence[Remedy]) -> str:
+def advice(helps: Sequence[Remedy]) -> str:
     """As the command line says it."""
-    return in_options(remedies.told(helps))
+    return in_options(remedies.sentences(helps))
 
 
 Q8, Q4, LOW = {"bits": 8}, {"bits": 4}, {"low_memory": True}
@@ -73,9 +73,9 @@ TEXTS: list[tuple[int, dict[str, Any], str]] = [
 def test_what_helps_on_macs_that_people_have(
     gib: int, keys: dict[str, Any], text: str, model: str
 ) -> None:
-    found = planned(gib, model, **keys)
-    assert (found.winner is None) == bool(text)
-    assert told(found.remedies) == text
+    choice = planned(gib, model, **keys)
+    assert (choice.winner is None) == bool(text)
+    assert advice(choice.remedies) == text
 
 
 @pytest.mark.parametrize("gib", [8, 16, 32, 36, 64])
@@ -113,52 +113,52 @@ def test_the_table_of_the_docs_is_what_the_planner_says() -> None:
         keys["bits"] = next((int(bits) for bits in "48" if f"--bits {bits}" in options), None)
         for dtype in ("bfloat16", "float16") if "float16" in options else ("bfloat16",):
             for gib, told_to_fit in zip(sizes, fits, strict=True):
-                found = planned(gib, "dev", dtype=dtype, **keys)
-                assert (found.winner is not None) == (told_to_fit == "fits"), (options, gib)
-                most = max(need.needed for need in found.options[0].memory)
+                choice = planned(gib, "dev", dtype=dtype, **keys)
+                assert (choice.winner is not None) == (told_to_fit == "fits"), (options, gib)
+                most = max(need.needed for need in choice.options[0].memory)
                 assert f"{most / 1e9:.1f}" == needs, options
 
 
 def test_what_no_option_makes_fit_is_told_without_advice() -> None:
-    found = planned(4, "dev")
-    assert found.winner is None and found.remedies == () and told(found.remedies) == ""
+    choice = planned(4, "dev")
+    assert choice.winner is None and choice.remedies == () and advice(choice.remedies) == ""
 
 
 def test_other_programs_are_named_where_they_hold_what_is_missing() -> None:
     view = MeshView((a_mac(64, free_bytes=20 * GIB),))
-    found = plan(ask(), view, FLUX)
-    assert told(found.remedies) == (
+    choice = plan(ask(), view, FLUX)
+    assert advice(choice.remedies) == (
         "It fits with --quantize --bits 8 (17.0 GB). "
         "It fits as it is once other programs there give memory back."
     )
 
 
 def test_a_checkpoint_of_4_bits_is_not_quantized_again() -> None:
-    found = plan(ask(height=1024, width=1024), MeshView((a_mac(8),)), replace(FLUX, bits=4))
-    assert told(found.remedies) == "It fits with --low-memory (5.6 GB)."
+    choice = plan(ask(height=1024, width=1024), MeshView((a_mac(8),)), replace(FLUX, bits=4))
+    assert advice(choice.remedies) == "It fits with --low-memory (5.6 GB)."
 
 
 def test_what_was_asked_for_at_once_is_done_one_by_one_before_anything_is_lost() -> None:
     batch = planned(36, "dev", n_images=4, decoding_batch_size=4)
-    assert told(batch.remedies).startswith(
+    assert advice(batch.remedies).startswith(
         "It fits with neither --preload-models nor --decoding-batch-size (28.1 GB)."
     )
-    assert told(planned(36, "dev", preload=True).remedies).startswith(
+    assert advice(planned(36, "dev", preload=True).remedies).startswith(
         "It fits with neither --preload-models nor --decoding-batch-size (28.1 GB)."
     )
 
 
 def test_a_smaller_picture_is_the_last_thing_to_ask_for() -> None:
-    assert told(planned(8, "dev", height=1536, width=1536).remedies) == (
+    assert advice(planned(8, "dev", height=1536, width=1536).remedies) == (
         f"{BITS4} --low-memory --image-size 1024x1024 (5.6 GB)."
     )
 
 
 def test_a_placement_that_was_asked_for_is_kept() -> None:
     view = full(a_mac(16), a_mac(16, 1))
-    found = plan(ask(), view, FLUX, placement="sequence")
-    assert found.winner is None
-    assert told(found.remedies) == f"{BITS8} --low-memory (9.7 GB)."
+    choice = plan(ask(), view, FLUX, placement="sequence")
+    assert choice.winner is None
+    assert advice(choice.remedies) == f"{BITS8} --low-memory (9.7 GB)."
     nowhere = plan(ask(), MeshView((a_mac(16),)), FLUX, placement="tensor")
     assert nowhere.remedies == (), "what is missing is a second host, not memory"
 

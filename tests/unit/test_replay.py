@@ -232,9 +232,9 @@ def test_where_it_is_stands_beside_the_error_for_those_who_ask(
     with pytest.raises(SystemExit) as end:
         cli.main(["generate", "a cat", *arguments])
     assert end.value.code == 1
-    told = capsys.readouterr()
-    assert told.err.splitlines()[0] == "Error: It failed."
-    assert ("FILE" in told.err) == tells and "FILE" not in told.out
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == "Error: It failed."
+    assert ("FILE" in printed.err) == tells and "FILE" not in printed.out
 
 
 # --- the tool ------------------------------------------------------------------------------------
@@ -251,11 +251,11 @@ def test_the_tool_tells_the_job_again_and_makes_a_test_that_fails(
 ) -> None:
     sim = broken(JOBS[kind]())
     keep(tmp_path, sim, FluxmeshError("It failed."))
-    told = tool(tmp_path / "job.msgpack")
-    assert told.returncode == 0, told.stderr
-    assert "The session does the same again." in told.stdout
-    assert "1 is gone, while the coordinator stood still" in told.stdout
-    assert "finished with AdapterError" in told.stdout
+    done = tool(tmp_path / "job.msgpack")
+    assert done.returncode == 0, done.stderr
+    assert "The session does the same again." in done.stdout
+    assert "1 is gone, while the coordinator stood still" in done.stdout
+    assert "finished with AdapterError" in done.stdout
     test = tmp_path / "test_job.py"
     test.write_text(tool("--test", tmp_path / "job.msgpack").stdout)
     space: dict[str, Any] = {"__file__": str(test)}
@@ -266,8 +266,8 @@ def test_the_tool_tells_the_job_again_and_makes_a_test_that_fails(
 
 def test_the_tool_says_what_is_no_record(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
-    told = tool(tmp_path / "x")
-    assert told.returncode == 2 and "no record" in told.stderr
+    done = tool(tmp_path / "x")
+    assert done.returncode == 2 and "no record" in done.stderr
     assert tool(tmp_path / "missing").returncode == 2
 
 

@@ -80,12 +80,12 @@ def step_of(view: MeshView, placement: Placement) -> float:
 
 def option(view: MeshView, placement: Placement) -> Option:
     """That of all hosts."""
-    (found,) = [
+    (candidate,) = [
         option
         for option in plan(ask(), view, FLUX).options
         if (option.name, option.ranks) == (placement, view.ranks)
     ]
-    return found
+    return candidate
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -121,8 +121,8 @@ def test_a_slow_ring_is_not_taken_for_what_sockets_carry() -> None:
     fast = full(*(mac(rank) for rank in range(2)), rate=5e9)
     assert plan(ask(), fast, FLUX).winner == option(fast, "sequence")
     slow = replace(fast, timings=Timings((timing((0, 1), 0.5, 0.6, backend="ring"),)))
-    found = plan(ask(), slow, FLUX)
-    assert found.winner is not None and found.winner.name == "data"
+    choice = plan(ask(), slow, FLUX)
+    assert choice.winner is not None and choice.winner.name == "data"
     assert option(slow, "sequence").phases[0].figure == "collectives"
 
 
@@ -235,8 +235,8 @@ def test_on_a_slow_wire_what_is_gathered_decides(rate: float, winner: str) -> No
     plain = full(*(mac(rank) for rank in range(2)), rate=rate)
     gathers = tuple(CollectiveTime(4 << k, 2e-4 + (4 << k) / rate) for k in range(10, 24, 2))
     ring = RingTiming(backend="ring", ranks=(0, 1), gathers=gathers, sums=gathers, hidden=0.9)
-    found = plan(ask(), replace(plain, timings=Timings((ring,))), FLUX)
-    assert found.winner is not None and found.winner.name == winner
+    choice = plan(ask(), replace(plain, timings=Timings((ring,))), FLUX)
+    assert choice.winner is not None and choice.winner.name == winner
 
 
 def test_a_ring_of_hosts_that_share_a_link_name_is_found_by_its_members() -> None:

@@ -22,7 +22,7 @@ def sampler(seed=3, sizes=(A, A, B, A, B), crops=3, batch=2, times=UNIFORM, drop
     return Sampler(seed, sizes, crops, batch, times, dropout)
 
 
-def told(micro):
+def contents(micro):
     return (
         micro.items,
         micro.size,
@@ -34,16 +34,16 @@ def told(micro):
 
 
 def test_a_micro_batch_is_the_same_whatever_was_asked_before_it():
-    in_order = [told(sampler().micro_batch(n)) for n in range(40)]
-    one = sampler()
-    backwards = {n: told(one.micro_batch(n)) for n in reversed(range(40))}
+    in_order = [contents(sampler().micro_batch(n)) for n in range(40)]
+    shared = sampler()
+    backwards = {n: contents(shared.micro_batch(n)) for n in reversed(range(40))}
     assert in_order == [backwards[n] for n in range(40)]
     assert len(set(in_order)) == 40
 
 
 def test_another_seed_changes_every_part():
-    for ours, other in zip(told(sampler().micro_batch(0))[2:], told(sampler(4).micro_batch(0))[2:],
-                           strict=True):  # fmt: skip
+    drawn, others = (contents(sampler(seed).micro_batch(0))[2:] for seed in (3, 4))
+    for ours, other in zip(drawn, others, strict=True):
         if not isinstance(ours, tuple):
             assert ours != other
 

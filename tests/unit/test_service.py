@@ -85,9 +85,9 @@ def test_work_that_comes_while_an_engine_ends_finds_a_new_one(
 
     async def body(mesh: FakeMesh) -> None:
         client, load = await leased(mesh, "job")
-        one = mesh.services[0]
-        one._engine_said(failed(load))
-        assert isinstance(await one._change(load), messages.Done)  # before the old one is gone
+        service = mesh.services[0]
+        service._engine_said(failed(load))
+        assert isinstance(await service._change(load), messages.Done)  # before the old one is gone
         while not isinstance(await client.report(), messages.Loaded):
             continue
         assert mesh.engine(0).starts == 2
@@ -158,10 +158,10 @@ def test_who_lost_the_place_in_line_gets_in_line_again(tmp_path: Path) -> None:
         task = asyncio.create_task(second.lease("second", 1.0, waiting.append))
         while not waiting:
             await asyncio.sleep(0.05)
-        one = mesh.services[0]
-        (name,) = [asked.client for asked in one.leases._line]
-        one.leases.leave(name)
-        one._notify([Loses(name, "nothing was heard of it for 6 s")])
+        service = mesh.services[0]
+        (name,) = [asked.client for asked in service.leases._line]
+        service.leases.leave(name)
+        service._notify([Loses(name, "nothing was heard of it for 6 s")])
         await first.ask(messages.LeaveQueue(), messages.Done)
         assert (await task).fence
         await first.close()

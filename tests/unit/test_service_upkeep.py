@@ -45,8 +45,8 @@ def has_all(status: messages.Status) -> bool:
 
 def test_an_engine_that_dies_is_started_and_holds_the_model_again(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh) -> None:
-        async with client(mesh) as one:
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(KEEP, messages.Done)
             await until(mesh, has_all)
             mesh.engine(0).die()
             status = mesh.services[0].status()
@@ -63,14 +63,14 @@ def test_an_agent_that_is_killed_knows_what_to_hold_and_one_that_is_ended_forget
 ) -> None:
     async def body(mesh: FakeMesh) -> None:
         home = mesh.services[0].home
-        async with client(mesh) as one:
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(KEEP, messages.Done)
         assert home.keep.stat().st_mode & 0o777 == 0o600
         await mesh.kill(0)
         mesh.start(0)
         await until(mesh, has_all)
-        async with client(mesh) as one:
-            await one.ask(messages.ShutDown(), messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(messages.ShutDown(), messages.Done)
             while home.keep.exists():
                 await asyncio.sleep(0.02)
         await mesh.kill(0)
@@ -88,8 +88,8 @@ def test_a_damaged_file_keeps_no_agent_from_starting(tmp_path: Path) -> None:
         home.keep.write_text("{")
         home.keep.chmod(0o600)
         mesh.start(0)
-        async with client(mesh) as one:
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(KEEP, messages.Done)
             await until(mesh, has_all)
 
     play(tmp_path, body)
@@ -97,9 +97,9 @@ def test_a_damaged_file_keeps_no_agent_from_starting(tmp_path: Path) -> None:
 
 def test_a_host_loads_beside_the_job_that_left_it_out(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh) -> None:
-        async with client(mesh) as one:
-            granted = await one.lease("job", 1.0, lambda _: None)
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            granted = await connection.lease("job", 1.0, lambda _: None)
+            await connection.ask(KEEP, messages.Done)
             load = messages.Load(
                 fence=granted.fence,
                 job="job",
@@ -107,9 +107,9 @@ def test_a_host_loads_beside_the_job_that_left_it_out(tmp_path: Path) -> None:
                 weights=WEIGHTS,
                 components=("transformer",),
             )
-            await one.ask(load, messages.Done)
+            await connection.ask(load, messages.Done)
             await until(mesh, lambda status: status.state == "ready")
-            await one.ask(
+            await connection.ask(
                 messages.Kill(fence=granted.fence, ring_generation=granted.ring_generation + 1),
                 messages.Done,
             )
@@ -117,7 +117,7 @@ def test_a_host_loads_beside_the_job_that_left_it_out(tmp_path: Path) -> None:
             status = await until(mesh, lambda status: status.holds is not None)
             assert (status.holder != "", status.job) == (True, "job")
             assert "text encoders" not in status.components
-            await one.ask(messages.LeaveQueue(), messages.Done)
+            await connection.ask(messages.LeaveQueue(), messages.Done)
             await until(mesh, has_all)
 
     play(tmp_path, body)
@@ -128,12 +128,12 @@ def test_a_lease_is_granted_while_the_host_loads_by_itself(tmp_path: Path) -> No
 
     async def body(mesh: FakeMesh) -> None:
         mesh.engine(0).pause = 0.2  # a report: the load takes 1.4 s
-        async with client(mesh) as one:
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(KEEP, messages.Done)
             await until(mesh, lambda status: status.loading is not None)
             status = mesh.services[0].status()
             assert (status.state, status.job, status.holds) == ("loading", "", None)
-            granted = await one.lease("job", 1.0, lambda _: None)
+            granted = await connection.lease("job", 1.0, lambda _: None)
             load = messages.Load(
                 fence=granted.fence,
                 job="job",
@@ -143,10 +143,10 @@ def test_a_lease_is_granted_while_the_host_loads_by_itself(tmp_path: Path) -> No
                 shard=0,
                 components=PARTS,
             )
-            await one.ask(load, messages.Done)
-            heard = [await one.report()]
+            await connection.ask(load, messages.Done)
+            heard = [await connection.report()]
             while not isinstance(heard[-1], messages.Loaded):
-                heard.append(await one.report())
+                heard.append(await connection.report())
             assert {getattr(report, "job", "") for report in heard} == {"job"}
             assert sum(isinstance(report, messages.Loaded) for report in heard) == 1
             assert mesh.engine(0).starts == 1
@@ -157,10 +157,10 @@ def test_a_lease_is_granted_while_the_host_loads_by_itself(tmp_path: Path) -> No
 def test_a_job_with_other_weights_does_not_wait(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh) -> None:
         mesh.engine(0).pause = 0.2
-        async with client(mesh) as one:
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(KEEP, messages.Done)
             await until(mesh, lambda status: status.loading is not None)
-            granted = await one.lease("job", 1.0, lambda _: None)
+            granted = await connection.lease("job", 1.0, lambda _: None)
             other = ModelVariant("dev")
             load = messages.Load(
                 fence=granted.fence,
@@ -171,12 +171,12 @@ def test_a_job_with_other_weights_does_not_wait(tmp_path: Path) -> None:
                 shard=0,
                 components=PARTS,
             )
-            await one.ask(load, messages.Done)
-            while not isinstance(await one.report(), messages.Loaded):
+            await connection.ask(load, messages.Done)
+            while not isinstance(await connection.report(), messages.Loaded):
                 continue
             status = await until(mesh, lambda status: status.state == "ready")
             assert status.holds is not None and status.holds.weights == other
-            await one.ask(messages.LeaveQueue(), messages.Done)
+            await connection.ask(messages.LeaveQueue(), messages.Done)
             await asyncio.sleep(0.5)
             held = mesh.services[0].status().holds
             assert held is not None and held.weights == other  # somebody chose them
@@ -186,15 +186,15 @@ def test_a_job_with_other_weights_does_not_wait(tmp_path: Path) -> None:
 
 def test_an_idle_host_gets_ready_for_a_size_that_was_asked_for(tmp_path: Path) -> None:
     async def body(mesh: FakeMesh) -> None:
-        async with client(mesh) as one:
-            await one.ask(KEEP, messages.Done)
+        async with client(mesh) as connection:
+            await connection.ask(KEEP, messages.Done)
             await until(mesh, has_all)
-            granted = await one.lease("job", 1.0, lambda _: None)
+            granted = await connection.lease("job", 1.0, lambda _: None)
             assert granted.fence
-            await one.ask(messages.NoteSize(WEIGHTS, 64, 96), messages.Done)
+            await connection.ask(messages.NoteSize(WEIGHTS, 64, 96), messages.Done)
             await asyncio.sleep(0.5)
             assert mesh.services[0].status().compiled == ()  # a job has the host
-            await one.ask(messages.LeaveQueue(), messages.Done)
+            await connection.ask(messages.LeaveQueue(), messages.Done)
             status = await until(mesh, lambda status: bool(status.compiled))
             assert status.compiled == (StepShape.of(WEIGHTS, "data", 1, 64, 96),)
 

@@ -99,7 +99,9 @@ def test_a_job_whose_conversations_broke_in_a_sleep_goes_on_with_the_weights_tha
 
             def tell(event: events.Event) -> None:
                 heard.append(event)
-                steps = [one.step for one in heard if isinstance(one, events.Step)]
+                steps = [
+                    step_event.step for step_event in heard if isinstance(step_event, events.Step)
+                ]
                 if isinstance(event, events.Step) and steps == [1]:
                     slow(0.5)
                 elif isinstance(event, events.Step) and steps == [1, 2]:
@@ -210,8 +212,8 @@ def test_a_coordinator_that_slept_has_not_heard_its_agents_silence(
 ) -> None:
     async def body(mesh: FakeMesh) -> None:
         client, _ = await leased(mesh)
-        told = mesh.services[0]._clients[mesh.services[0].leases.holder]
-        monkeypatch.setattr(told, "tell", lambda _report: None)  # its agent wakes later
+        holder = mesh.services[0]._clients[mesh.services[0].leases.holder]
+        monkeypatch.setattr(holder, "tell", lambda _report: None)  # its agent wakes later
         sleeper.slept += 600.0
         await asyncio.sleep(2.5)
         await client.ask(messages.AskStatus(), messages.Status)

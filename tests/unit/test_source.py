@@ -59,9 +59,9 @@ def test_the_memory_tells_prompts_and_paddings_apart() -> None:
     memory.put("a dog", True, features(1.0))
     assert memory.get("a dog", False) is None
     assert memory.get("a cat", True) is None
-    found = memory.get("a dog", True)
-    assert found is not None
-    assert float(found.clip) == 1.0
+    remembered = memory.get("a dog", True)
+    assert remembered is not None
+    assert float(remembered.clip) == 1.0
 
 
 def test_the_memory_forgets_the_least_recently_used() -> None:

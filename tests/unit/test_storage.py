@@ -99,13 +99,13 @@ def test_all_that_is_kept_is_synced(disk: Disk, tmp_path: Path) -> None:
 
 
 def test_only_one_module_says_what_a_sync_is() -> None:
-    found = [
+    importers = [
         name
         for package in PACKAGES
         for name, path in modules(package)
         if "fsync(" in path.read_text(encoding="utf-8")
     ]
-    assert found == ["fluxmesh.storage.durable"]
+    assert importers == ["fluxmesh.storage.durable"]
 
 
 def test_a_long_name_in_any_script_has_room_for_its_temporary_one(tmp_path: Path) -> None:

@@ -99,23 +99,23 @@ def test_megabytes_pass_both_ways_at_once(pair: Pair) -> None:
                 await channel.send(large(), number)
 
         sending = asyncio.create_task(send_all())
-        found = [await channel.receive() for _ in range(count)]
+        received = [await channel.receive() for _ in range(count)]
         await sending
-        return found
+        return received
 
     threads = [threading.Thread(target=work, daemon=True) for work in (send, receive)]
     for thread in threads:
         thread.start()
-    found = asyncio.run(asyncio.wait_for(agent(), 30))
+    returned = asyncio.run(asyncio.wait_for(agent(), 30))
     for thread in threads:
         thread.join(30)
-    for told in (found, arrived):
-        assert [number for number, _ in told] == list(range(count))
-        assert all(same(message, large()) for _, message in told)
+    for messages in (returned, arrived):
+        assert [number for number, _ in messages] == list(range(count))
+        assert all(same(message, large()) for _, message in messages)
 
 
 def test_threads_that_send_at_once_mix_no_bytes(pair: Pair) -> None:
-    channel, found = Channel(pair[1]), []
+    channel, kinds = Channel(pair[1]), []
 
     def beat() -> None:
         for _ in range(200):
@@ -130,10 +130,10 @@ def test_threads_that_send_at_once_mix_no_bytes(pair: Pair) -> None:
         thread.start()
     other = Channel(pair[0])
     for _ in range(405):
-        found.append(type(other.receive()[1]))
+        kinds.append(type(other.receive()[1]))
     for thread in threads:
         thread.join(10)
-    assert (found.count(Beat), found.count(Stepped)) == (400, 5)
+    assert (kinds.count(Beat), kinds.count(Stepped)) == (400, 5)
 
 
 def test_the_end_of_one_side_is_told_to_the_other(pair: Pair) -> None:

@@ -28,9 +28,9 @@ def started(
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     options = EngineOptions(envs=tuple(envs.items()))
-    one = Supervisor(AgentHome(folder), options, lambda _: None, lambda _: None)
+    watcher = Supervisor(AgentHome(folder), options, lambda _: None, lambda _: None)
     with pytest.raises(FluxmeshError, match="no process today"):
-        one.start()
+        watcher.start()
     return seen
 
 

@@ -17,12 +17,12 @@ SHARD = Holding(weights=ModelVariant("dev", "bfloat16", 4), nbytes=2 * 10**9, sh
 
 
 def status(**fields: object) -> Status:
-    found: Status = sample(Status, random.Random(1))
-    return dataclasses.replace(found, **{"holds": None, "loading": None, **fields})  # type: ignore[arg-type]
+    sampled: Status = sample(Status, random.Random(1))
+    return dataclasses.replace(sampled, **{"holds": None, "loading": None, **fields})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "text"),
     [
         ({}, "nothing"),
         ({"holds": WHOLE}, "dev bfloat16"),
@@ -33,5 +33,5 @@ def status(**fields: object) -> Status:
          "text encoders, 1.0 of 9.5 GB"),
     ],
 )  # fmt: skip
-def test_a_host_tells_what_it_holds_now(fields: dict[str, object], told: str) -> None:
-    assert holds(status(**fields)) == told
+def test_a_host_tells_what_it_holds_now(fields: dict[str, object], text: str) -> None:
+    assert holds(status(**fields)) == text

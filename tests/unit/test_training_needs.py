@@ -14,7 +14,7 @@ from fluxmesh.training.needs import NUMBER_BYTES, transformer_bytes, ways
 from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.console.option_names import in_options
 from fluxmesh_coordinator.deploy.what_if import published
-from fluxmesh_coordinator.jobs.remedies import told
+from fluxmesh_coordinator.jobs.remedies import sentences
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.types import Links
 from tests.paths import ROOT
@@ -82,35 +82,35 @@ TEXTS: list[tuple[int, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("gib", "keys", "text"), TEXTS)
 def test_what_helps_on_macs_that_people_have(gib: int, keys: dict[str, Any], text: str) -> None:
-    found = chosen([a_mac(gib)], **keys)
-    assert found.winner is None
-    assert "GB on a host for the weights alone, and none may use more than" in found.reason
-    assert "--" not in found.reason
-    assert in_options(told(found.remedies)) == text
+    choice = chosen([a_mac(gib)], **keys)
+    assert choice.winner is None
+    assert "GB on a host for the weights alone, and none may use more than" in choice.reason
+    assert "--" not in choice.reason
+    assert in_options(sentences(choice.remedies)) == text
 
 
 def test_a_mac_whose_gpu_may_use_more_trains_as_it_was_asked_to() -> None:
     most = 20 * GB
-    found = chosen([a_mac(64, memory_bytes=most)], grad_checkpoint=True)
-    assert in_options(told(found.remedies)).endswith(WIRED.format(27648))
-    unasked = in_options(told(chosen([a_mac(64, memory_bytes=most)]).remedies))
+    choice = chosen([a_mac(64, memory_bytes=most)], grad_checkpoint=True)
+    assert in_options(sentences(choice.remedies)).endswith(WIRED.format(27648))
+    unasked = in_options(sentences(chosen([a_mac(64, memory_bytes=most)]).remedies))
     assert "it fits with --grad-checkpoint after `sudo sysctl" in unasked
     raised = [a_mac(64, memory_bytes=27648 << 20)]
     assert chosen(raised, grad_checkpoint=True).winner is not None
 
 
 def test_other_programs_are_named_where_they_hold_what_is_missing() -> None:
-    found = chosen([a_mac(64, free_bytes=20 * GB)], grad_checkpoint=True)
-    assert "none may use more than 20.0 GB" in found.reason
-    assert in_options(told(found.remedies)) == (
+    choice = chosen([a_mac(64, free_bytes=20 * GB)], grad_checkpoint=True)
+    assert "none may use more than 20.0 GB" in choice.reason
+    assert in_options(sentences(choice.remedies)) == (
         "It fits with --quantize --bits 8 (17.8 GB). "
         "It fits as it is once other programs there give memory back."
     )
 
 
 def test_a_checkpoint_of_4_bits_is_not_quantized_again() -> None:
-    found = chosen([a_mac(8)], replace(FLUX, bits=4), lora_rank=2)
-    assert found.remedies == ()
+    choice = chosen([a_mac(8)], replace(FLUX, bits=4), lora_rank=2)
+    assert choice.remedies == ()
     for way in ways(asked(), replace(FLUX, bits=4), SIZE):
         assert way.bits is None
 
@@ -122,8 +122,8 @@ def test_what_a_host_must_have_at_least_is_its_weights_and_what_is_trained() -> 
         + NUMBER_BYTES * VectorLayout(FLUX.transformer, request).size
     )
     for spare, fits in ((0, True), (-1, False)):
-        one = a_mac(16, memory_bytes=least + spare)
-        assert (chosen([one], bits=4).winner is not None) == fits
+        host = a_mac(16, memory_bytes=least + spare)
+        assert (chosen([host], bits=4).winner is not None) == fits
 
 
 def test_the_figures_of_the_docs_are_those_that_are_told() -> None:

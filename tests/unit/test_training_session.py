@@ -162,8 +162,8 @@ def test_the_end_closes_the_training_on_every_host() -> None:
 
 def test_hosts_without_the_memory_are_left_out() -> None:
     small = [mac(0), mac(1, memory_bytes=16 * GB), mac(2)]
-    found = tasks.choose(training_job(), small, Links())
-    assert found.winner is not None and found.winner.ranks == (0, 2)
+    choice = tasks.choose(training_job(), small, Links())
+    assert choice.winner is not None and choice.winner.ranks == (0, 2)
     none = tasks.choose(training_job(), [small[1]], Links())
     assert none.winner is None and "none may use more than 16.0 GB" in none.reason
 
@@ -179,8 +179,8 @@ def test_agents_of_one_device_share_its_memory() -> None:
         )
         for rank in range(2)
     ]
-    found = tasks.choose(training_job(), both, Links())
-    assert found.winner is not None and found.winner.ranks == (0,)
+    choice = tasks.choose(training_job(), both, Links())
+    assert choice.winner is not None and choice.winner.ranks == (0,)
 
 
 def test_a_ring_takes_hosts_that_are_joined_by_cables() -> None:
@@ -317,8 +317,8 @@ def test_a_host_that_dies_while_it_encodes_gives_its_units_back(late: int) -> No
     once(sim, lambda report, rank: rank == 1, lambda: sim.kill_engine(1, late))
     units = tuple(Caption("x" * i) for i in range(8))
     sim.ask(tasks.EncodeTask(units))
-    found = [(event.unit, event.arrays["words"][0, 0, 0]) for event in sim.of(UnitEncoded)]
-    assert sorted(found, key=lambda pair: pair[1]) == [(unit, i) for i, unit in enumerate(units)]
+    encoded = [(event.unit, event.arrays["words"][0, 0, 0]) for event in sim.of(UnitEncoded)]
+    assert sorted(encoded, key=lambda pair: pair[1]) == [(unit, i) for i, unit in enumerate(units)]
 
 
 # --- stopping ------------------------------------------------------------------------------------
@@ -375,8 +375,8 @@ def test_hosts_whose_moves_differ_end_the_run() -> None:
             and isinstance(event.report, training.UpdateDone)
             and event.rank
         ):
-            told = vars(event.report) | {"loss": 0.123}
-            event = Reported(event.rank, training.UpdateDone(**told))
+            fields = vars(event.report) | {"loss": 0.123}
+            event = Reported(event.rank, training.UpdateDone(**fields))
         before(event)
 
     sim.feed = feed  # type: ignore[method-assign]

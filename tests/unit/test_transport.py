@@ -126,7 +126,7 @@ async def through(faults: Faults, count: int = 200) -> list[int]:
     listener = network.listen()
     near = await BrokenDialer(network.dialer(), faults).connect(listener.address, "key")
     far = await listener.accept()
-    found: list[int] = []
+    numbers: list[int] = []
     try:
         for number in range(count):
             await near.send(Heartbeat() if number % 2 else Done(), number)
@@ -135,9 +135,9 @@ async def through(faults: Faults, count: int = 200) -> list[int]:
     await near.close()
     while True:
         try:
-            found.append((await far.receive())[0])
+            numbers.append((await far.receive())[0])
         except ConnectionClosed:
-            return found
+            return numbers
 
 
 def test_faults_happen_as_often_as_they_should_and_the_same_each_time() -> None:

@@ -17,8 +17,9 @@ from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.deploy import trial_run
 from fluxmesh_coordinator.deploy import warmup as warm
+from fluxmesh_coordinator.deploy.shard_layout import ShardLayout
 from fluxmesh_coordinator.deploy.trial_run import Programme, Way, keeps, programme
-from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming
+from fluxmesh_coordinator.deploy.warmup import Warming
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, ask, full, held, mac, ring, small
 from tests.unit.test_warming import Told
@@ -35,18 +36,18 @@ def tried(view: MeshView, *sizes: tuple[int, int], shards: int = 1) -> Programme
 
 
 def test_both_what_one_picture_takes_and_what_one_a_host_takes_is_tried() -> None:
-    found = tried(full(*map(mac, range(4)), rate=100e9))
-    assert found.ways == (
+    trial = tried(full(*map(mac, range(4)), rate=100e9))
+    assert trial.ways == (
         Way(SMALL, "data", (0, 1, 2, 3)),
         Way(SMALL, "sequence", (0, 1, 2, 3)),
     )
-    assert (found.ring, found.reader, found.left_out) == ((0, 1, 2, 3), 0, ())
+    assert (trial.ring, trial.reader, trial.left_out) == ((0, 1, 2, 3), 0, ())
 
 
 def test_where_links_are_slow_no_ring_is_formed() -> None:
-    found = tried(full(*map(mac, range(4)), rate=1e8))
-    assert found.ways == (Way(SMALL, "data", (0, 1, 2, 3)),)
-    assert found.ring == ()
+    trial = tried(full(*map(mac, range(4)), rate=1e8))
+    assert trial.ways == (Way(SMALL, "data", (0, 1, 2, 3)),)
+    assert trial.ring == ()
 
 
 def test_hosts_that_hold_shards_are_tried_as_the_ring_that_they_must_be() -> None:
@@ -54,8 +55,8 @@ def test_hosts_that_hold_shards_are_tried_as_the_ring_that_they_must_be() -> Non
         mac(rank, memory_bytes=20 * 10**9, free_bytes=4 * 10**9, holds=held(4, rank))
         for rank in range(4)
     ]
-    found = tried(full(*hosts), shards=4)
-    assert {(way.placement, way.ranks) for way in found.ways} == {("tensor", (0, 1, 2, 3))}
+    trial = tried(full(*hosts), shards=4)
+    assert {(way.placement, way.ranks) for way in trial.ways} == {("tensor", (0, 1, 2, 3))}
 
 
 def test_a_ring_of_other_members_is_told_and_left_out_for_an_engine_is_in_one(
@@ -65,15 +66,15 @@ def test_a_ring_of_other_members_is_told_and_left_out_for_an_engine_is_in_one(
 
     def chosen(work: Workload, view: MeshView, size: tuple[int, int], images: int) -> Plan:
         hosts = 2 if size == SMALL else 4
-        found = plan(ask(height=size[0], width=size[1]), view, FLUX, placement="sequence")
-        (way,) = (o for o in found.options if o.name == "sequence" and len(o.ranks) == hosts)
-        return replace(found, winner=way, warm=way)
+        choice = plan(ask(height=size[0], width=size[1]), view, FLUX, placement="sequence")
+        (way,) = (o for o in choice.options if o.name == "sequence" and len(o.ranks) == hosts)
+        return replace(choice, winner=way, warm=way)
 
     monkeypatch.setattr(trial_run, "_plan", chosen)
-    found = tried(full(*map(mac, range(4))), SMALL, LARGE)
-    assert found.ways == (Way(SMALL, "sequence", (0, 1)),)
-    assert found.ring == (0, 1)
-    assert found.left_out == (Way(LARGE, "sequence", (0, 1, 2, 3)),)
+    trial = tried(full(*map(mac, range(4))), SMALL, LARGE)
+    assert trial.ways == (Way(SMALL, "sequence", (0, 1)),)
+    assert trial.ring == (0, 1)
+    assert trial.left_out == (Way(LARGE, "sequence", (0, 1, 2, 3)),)
 
 
 def test_text_encoders_that_have_no_room_to_stay_are_not_loaded() -> None:
@@ -125,7 +126,7 @@ def play(
 
     engine = FakeEngine()
     monkeypatch.setattr(trial_run, "programme", chosen)
-    told = Told()
+    reporter = Told()
 
     async def scene() -> tuple[FakeMesh, list[messages.Status]]:
         async with FakeMesh(folder, 3) as mesh:
@@ -137,14 +138,14 @@ def play(
             dialer, record = mesh.network.dialer(), mesh.record
             try:
                 for _ in range(times):
-                    told.stages.clear()
-                    up = Warming(record, wanted, told, Home(folder), sizes=((32, 32),))
+                    reporter.stages.clear()
+                    up = Warming(record, wanted, reporter, Home(folder), sizes=((32, 32),))
                     record = await up.run_with(dialer)
             finally:
                 await dialer.close()
             return mesh, [service.status() for service in mesh.services.values()]
 
-    return told, *asyncio.run(scene())
+    return reporter, *asyncio.run(scene())
 
 
 TINY = Workload.of(ask(height=32, width=32), small()).weights
@@ -155,9 +156,9 @@ PAIR = Way((32, 32), "sequence", (0, 2))
 def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, _, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2))
+    reporter, _, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2))
     # Timing a step has made them ready by data; two of them ended for their ring, and are so again.
-    assert told.ready == [
+    assert reporter.ready == [
         ("data", (0, 1, 2), (32, 32)),
         ("data", (0, 1, 2), (32, 32)),
         ("sequence", (0, 2), (32, 32)),
@@ -172,17 +173,17 @@ def test_a_mesh_that_is_up_has_made_a_picture_in_each_way_and_is_in_its_ring(
     assert [(s.ring_rank, s.ring_size) for s in statuses] == [(0, 2), (1, 3), (1, 2)]
     assert statuses[0].ring == statuses[2].ring
     kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]["rings"]
-    assert [(one["backend"], one["ranks"]) for one in kept] == [
+    assert [(ring["backend"], ring["ranks"]) for ring in kept] == [
         ("ring", [0, 1, 2]),
         ("ring", [0, 2]),
     ]
-    assert all(one["gathers"] and one["sums"] and one["forming_seconds"] > 0 for one in kept)
+    assert all(ring["gathers"] and ring["sums"] and ring["forming_seconds"] > 0 for ring in kept)
     assert [status.holder for status in statuses] == ["", "", ""]
 
 
 def test_the_second_time_it_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told, mesh, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2), times=2)
-    assert len(told.ready) == 3 and told.stages == []
+    reporter, mesh, statuses = play(tmp_path, monkeypatch, (DATA, PAIR), (0, 2), times=2)
+    assert len(reporter.ready) == 3 and reporter.stages == []
     assert [status.ring_generation for status in statuses] == [2, 1, 2]
 
 
@@ -190,8 +191,8 @@ def test_a_ring_that_fails_is_told_and_the_mesh_is_up_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way = Way((32, 32), "sequence", (0, 1, 2))
-    told, _, statuses = play(tmp_path, monkeypatch, (DATA, way), (0, 1, 2), break_first=True)
-    (note,) = told.notes
+    reporter, _, statuses = play(tmp_path, monkeypatch, (DATA, way), (0, 1, 2), break_first=True)
+    (note,) = reporter.notes
     assert note.startswith("sequence at 32x32 on hosts 0, 1, 2 could not be made ready: host 1 ")
     assert "A peer was lost." in note
     assert [status.holds is not None for status in statuses] == [True, True, True]

@@ -134,8 +134,8 @@ def test_a_host_that_a_job_left_out_loads_while_the_job_goes_on_without_it() -> 
     life.kill(Kill(fence=1, ring_generation=5))
     upkeep.used(100.0)
     assert due(upkeep, life, 100.0 + DEADLINES.left_out - 0.1, leased=True) is None
-    found = due(upkeep, life, 100.0 + DEADLINES.left_out, leased=True)
-    assert found == load(
+    work = due(upkeep, life, 100.0 + DEADLINES.left_out, leased=True)
+    assert work == load(
         "transformer", "autoencoder", ring_generation=5
     )  # encoders may have no room now
 

@@ -21,7 +21,9 @@ from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.deploy import warmup as warm
 from fluxmesh_coordinator.deploy.leased_work import Errand
-from fluxmesh_coordinator.deploy.warmup import ShardLayout, Warming, layout, pairs
+from fluxmesh_coordinator.deploy.link_rates import pairs
+from fluxmesh_coordinator.deploy.shard_layout import ShardLayout, layout
+from fluxmesh_coordinator.deploy.warmup import Warming
 from tests.fakes import FakeEngine, FakeMesh
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, small
 
@@ -39,32 +41,32 @@ def mesh(*gigabytes: int, **keys: object) -> MeshView:
 
 
 def test_weights_are_replicated_where_they_fit() -> None:
-    found = layout(work(), mesh(64, 64, 64))
-    assert (found.ranks, found.shards, found.idle) == ((0, 1, 2), 1, ())
-    assert found.shard(2) == 0
+    held_by = layout(work(), mesh(64, 64, 64))
+    assert (held_by.ranks, held_by.shards, held_by.idle) == ((0, 1, 2), 1, ())
+    assert held_by.shard(2) == 0
 
 
 def test_hosts_that_are_too_small_alone_hold_a_shard_each() -> None:
-    found = layout(work(), mesh(16, 16, 64, 64))
-    assert (found.ranks, found.shards, found.idle) == ((0, 1, 2, 3), 4, ())
-    assert [found.shard(rank) for rank in found.ranks] == [0, 1, 2, 3]
+    held_by = layout(work(), mesh(16, 16, 64, 64))
+    assert (held_by.ranks, held_by.shards, held_by.idle) == ((0, 1, 2, 3), 4, ())
+    assert [held_by.shard(rank) for rank in held_by.ranks] == [0, 1, 2, 3]
 
 
 def test_where_heads_do_not_divide_only_hosts_with_room_hold_weights() -> None:
-    found = layout(work(), mesh(16, 64, 64, 64, 64))  # 24 heads over 5
-    assert (found.ranks, found.shards, found.idle) == ((1, 2, 3, 4), 1, (0,))
-    assert "host 0 needs" in found.why
+    held_by = layout(work(), mesh(16, 64, 64, 64, 64))  # 24 heads over 5
+    assert (held_by.ranks, held_by.shards, held_by.idle) == ((1, 2, 3, 4), 1, (0,))
+    assert "host 0 needs" in held_by.why
 
 
 def test_agents_of_one_machine_share_its_memory() -> None:
-    found = layout(work(), mesh(64, 64, 64, 64, device="one"))
-    assert found.shards == 4
+    held_by = layout(work(), mesh(64, 64, 64, 64, device="one"))
+    assert held_by.shards == 4
 
 
 def test_a_model_that_no_host_can_hold_is_refused() -> None:
-    with pytest.raises(DoesNotFitError) as told:
+    with pytest.raises(DoesNotFitError) as refused:
         layout(work(), mesh(10))
-    assert str(told.value) == (
+    assert str(refused.value) == (
         "m does not fit: host 0 needs 24.5 GB and may use 10.0 GB. "
         "It fits with `quantize` `bits` 4 (7.5 GB)."
     )
@@ -141,8 +143,8 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
             while any(mesh.engine(rank).engine is None for rank in range(3)):
                 await asyncio.sleep(0.01)
             mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
-            warming = Warming(mesh.record, wanted, told, Home(tmp_path), allow_partial=allowed)
+            wanted, reporter = Workload.of(ask(height=32, width=32), small()), Told()
+            warming = Warming(mesh.record, wanted, reporter, Home(tmp_path), allow_partial=allowed)
             dialer = mesh.network.dialer()
             try:
                 if allowed:
@@ -155,15 +157,15 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
                 await dialer.close()
             lives = [service.lifecycle for service in mesh.services.values()]
             holders = [service.leases.holder for service in mesh.services.values()]
-            return told, [life.holds is not None for life in lives], holders
+            return reporter, [life.holds is not None for life in lives], holders
 
-    told, holds, holders = asyncio.run(scene())
+    reporter, holds, holders = asyncio.run(scene())
     if allowed:
-        assert list(told.left_out) == [1] and "is truncated" in told.left_out[1]
+        assert list(reporter.left_out) == [1] and "is truncated" in reporter.left_out[1]
         assert holds == [True, False, True]
         assert holders == ["", "", ""]
     else:
-        assert told.left_out == {}
+        assert reporter.left_out == {}
 
 
 @pytest.mark.parametrize("is_here", [True, False])
@@ -192,8 +194,8 @@ def test_weights_whose_files_have_changed_since_are_loaded_anew_or_refused(
             finally:
                 await dialer.close()
             lives = [service.lifecycle for service in mesh.services.values()]
-            found = [life.holds.content for life in lives if life.holds is not None]
-            return found, [mesh.engine(rank).starts for rank in range(2)]
+            contents = [life.holds.content for life in lives if life.holds is not None]
+            return contents, [mesh.engine(rank).starts for rank in range(2)]
 
     held, starts = asyncio.run(scene())
     assert held == ["same", "same" if is_here else "older"]
@@ -225,30 +227,31 @@ def test_hosts_that_hold_shards_time_a_step_together_or_are_ready_without(
                 await asyncio.sleep(0.01)
             if fails:
                 mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
+            wanted, reporter = Workload.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
-                up = await Warming(mesh.record, wanted, told, Home(tmp_path)).run_with(dialer)
+                up = await Warming(mesh.record, wanted, reporter, Home(tmp_path)).run_with(dialer)
                 if not fails:  # again, it only looks
-                    await Warming(up, wanted, told, Home(tmp_path)).run_with(dialer)
+                    await Warming(up, wanted, reporter, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
-            return told.notes, [service.status() for service in mesh.services.values()]
+            return reporter.notes, [service.status() for service in mesh.services.values()]
 
     notes, statuses = asyncio.run(scene())
-    held = [one.holds for one in statuses]
-    assert [(one.shard, one.shards) for one in held if one is not None] == [(0, 2), (1, 2)]
-    assert [one.holder for one in statuses] == ["", ""]
+    held = [status.holds for status in statuses]
+    shards = [(holding.shard, holding.shards) for holding in held if holding is not None]
+    assert shards == [(0, 2), (1, 2)]
+    assert [status.holder for status in statuses] == ["", ""]
     if fails:
         (note,) = notes
         assert "could not be timed: host 1 " in note and "A peer was lost." in note
-        assert [one.ring for one in statuses] == ["", ""]
+        assert [status.ring for status in statuses] == ["", ""]
     else:
         assert notes == []
-        assert [one.ring_rank for one in statuses] == [0, 1]
-        assert len({one.ring for one in statuses}) == 1 and statuses[0].ring
-        assert {one.ring_generation for one in statuses} == {1}
-        (timed, also) = (measured for one in statuses for measured in one.measured)
+        assert [status.ring_rank for status in statuses] == [0, 1]
+        assert len({status.ring for status in statuses}) == 1 and statuses[0].ring
+        assert {status.ring_generation for status in statuses} == {1}
+        (timed, also) = (measured for status in statuses for measured in status.measured)
         assert (timed.placement, timed.hosts) == (also.placement, also.hosts) == ("tensor", 2)
 
 
@@ -279,25 +282,25 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
                 mesh.engine(rank).engine.collective_rate = 5e9  # type: ignore[union-attr]
             if fails:
                 mesh.engine(1).engine.work = broken  # type: ignore[union-attr, method-assign]
-            wanted, told = Workload.of(ask(height=32, width=32), small()), Told()
+            wanted, reporter = Workload.of(ask(height=32, width=32), small()), Told()
             dialer = mesh.network.dialer()
             try:
-                up = await Warming(mesh.record, wanted, told, Home(tmp_path)).run_with(dialer)
+                up = await Warming(mesh.record, wanted, reporter, Home(tmp_path)).run_with(dialer)
                 again = up
                 if not fails:
-                    again = await Warming(up, wanted, told, Home(tmp_path)).run_with(dialer)
+                    again = await Warming(up, wanted, reporter, Home(tmp_path)).run_with(dialer)
             finally:
                 await dialer.close()
-            return told, [up, again], [one.status() for one in mesh.services.values()]
+            return reporter, [up, again], [service.status() for service in mesh.services.values()]
 
-    told, (up, again), statuses = asyncio.run(scene())
-    assert all(one.holds is not None and one.holder == "" for one in statuses)
+    reporter, (up, again), statuses = asyncio.run(scene())
+    assert all(status.holds is not None and status.holder == "" for status in statuses)
     if fails:
-        (note,) = told.notes
+        (note,) = reporter.notes
         assert "ring could not be measured: host 1 " in note and "A peer was lost." in note
         assert up.timings == Timings()
         return
-    assert told.notes == []
+    assert reporter.notes == []
     (timing,) = up.timings.rings
     assert (timing.backend, timing.ranks) == ("ring", (0, 1, 2))
     assert timing.gathers[-1].seconds == pytest.approx(timing.gathers[-1].nbytes / 5e9)
@@ -305,8 +308,8 @@ def test_up_has_the_engines_time_their_ring_once_and_goes_on_where_they_cannot(
     assert again.timings == up.timings
     kept = json.loads(Home(tmp_path).mesh.read_text())["timings"]
     assert kept["rings"][0]["ranks"] == [0, 1, 2]
-    assert [one.ring_rank for one in statuses] == [0, 1, 2]
-    assert {one.ring_generation for one in statuses} == {1}
+    assert [status.ring_rank for status in statuses] == [0, 1, 2]
+    assert {status.ring_generation for status in statuses} == {1}
 
 
 def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:

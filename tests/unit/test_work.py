@@ -116,8 +116,8 @@ def test_the_models_defaults_fill_in_what_the_user_left_out() -> None:
 def test_heads_of_flux_divide_or_are_told_not_to(
     hosts: int, problem: str, bits: int | None
 ) -> None:
-    told = tensor_problem(Workload.of(ask(bits=bits), FLUX), hosts)
-    assert told.startswith(problem) and bool(told) == bool(problem)
+    sentence = tensor_problem(Workload.of(ask(bits=bits), FLUX), hosts)
+    assert sentence.startswith(problem) and bool(sentence) == bool(problem)
 
 
 def test_quantization_groups_stay_whole() -> None:
@@ -155,24 +155,24 @@ def timed(*sizes: tuple[int, int, float], **keys: object) -> HostInfo:
 
 def test_a_step_takes_what_was_measured_at_its_size() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
-    found = step_time(host, Workload.of(ask(), FLUX))
-    assert (found.seconds, found.figure, found.measured) == (2.5, "step", True)
+    step = step_time(host, Workload.of(ask(), FLUX))
+    assert (step.seconds, step.figure, step.measured) == (2.5, "step", True)
 
 
 def test_a_step_of_another_size_is_scaled_from_the_nearest() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
-    found = step_time(host, Workload.of(ask(height=1024, width=768), FLUX))
+    step = step_time(host, Workload.of(ask(height=1024, width=768), FLUX))
     ratio = step_flops(FLUX, 1024, 768) / step_flops(FLUX, 1024, 1024)
-    assert found.seconds == pytest.approx(2.5 * ratio)
-    assert (found.figure, found.measured) == ("step of another size", False)
+    assert step.seconds == pytest.approx(2.5 * ratio)
+    assert (step.figure, step.measured) == ("step of another size", False)
 
 
 @pytest.mark.parametrize("keys", [{"model": "other"}, {"dtype": "float32"}, {"bits": 4}])
 def test_times_of_other_weights_tell_nothing(keys: dict[str, object]) -> None:
     host = timed((1024, 1024, 2.5), **keys)
-    found = step_time(host, Workload.of(ask(), FLUX))
-    assert found.seconds == pytest.approx(74.4e12 / 26e12, rel=1e-3)
-    assert (found.figure, found.measured) == ("arithmetic", False)
+    step = step_time(host, Workload.of(ask(), FLUX))
+    assert step.seconds == pytest.approx(74.4e12 / 26e12, rel=1e-3)
+    assert (step.figure, step.measured) == ("arithmetic", False)
 
 
 def test_a_decode_is_measured_scaled_or_counted() -> None:

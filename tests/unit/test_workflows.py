@@ -69,9 +69,9 @@ def test_every_job_has_a_limit_of_time_and_uses_actions_of_github_alone() -> Non
 
 
 def test_every_command_makes_a_target_that_there_is() -> None:
-    found = commands()
-    assert found
-    for _, _, command in found:
+    steps = commands()
+    assert steps
+    for _, _, command in steps:
         make, target = command.split()
         assert make == "make" and target in TARGETS, command
         assert shell_problems(command) == []

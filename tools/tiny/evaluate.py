@@ -28,22 +28,18 @@ ROWS = 4
 
 
 def through_fluxmesh(args: argparse.Namespace) -> Callable[[str, int], np.ndarray]:
-    """A function from prompt and seed to uint8 [height, width, 3], by fluxmesh's own runner."""
+    """A function from prompt and seed to uint8 [height, width, 3], by fluxmesh's `FluxPipeline`."""
     from fluxmesh.engine.tf32 import prepare
-    from fluxmesh.events import Picture
-    from fluxmesh.request import GenerateRequest
 
     prepare(args.dtype)
-    from fluxmesh.engine.reference import Runner
+    from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
 
-    runner = Runner(keep_warm=True)
+    flux = FluxPipeline(args.model, not args.no_t5_padding, dtype=args.dtype)
+    size = (args.height // 8, args.width // 8)
 
     def paint(prompt: str, seed: int) -> np.ndarray:
-        request = GenerateRequest(
-            prompt, seed, model=args.model, height=args.height, width=args.width,
-            steps=args.steps, dtype=args.dtype, t5_padding=not args.no_t5_padding,
-        )  # fmt: skip
-        return next(e.pixels for e in runner.run(request) if isinstance(e, Picture))
+        steps = {"num_steps": args.steps, "latent_size": size, "reload_text_encoders": False}
+        return to_pixels(flux.generate_images(prompt, seed=seed, **steps))[0]
 
     return paint
 

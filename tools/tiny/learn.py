@@ -28,10 +28,8 @@ from scenes import questions
 from score import Reader, table
 from sprites import FONT, render_sprites
 
-from fluxmesh.engine.pipeline import FluxPipeline
-from fluxmesh.engine.reference import Runner
-from fluxmesh.events import Picture
-from fluxmesh.request import AdapterRef, GenerateRequest
+from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.request import AdapterRef
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.dataset import load_dataset
 from fluxmesh.training.data.encoding import Caption, Crop, DatasetEncoder
@@ -86,16 +84,13 @@ class Base:
 
 def paint(prompts: list[str], base: Base, adapter: Path | None) -> list[np.ndarray]:
     """A picture of each prompt, as `fluxmesh generate` makes it, from seeds 0, 1, ..."""
-    runner = Runner(keep_warm=True)
     adapters = (AdapterRef(str(adapter)),) if adapter else ()
-    pictures = []
-    for seed, prompt in enumerate(prompts):
-        request = GenerateRequest(
-            prompt, seed, model="tiny", height=robot.PICTURE, width=robot.PICTURE, steps=4,
-            dtype=base.dtype, bits=base.bits, adapters=adapters,
-        )  # fmt: skip
-        pictures += [e.pixels for e in runner.run(request) if isinstance(e, Picture)]
-    return pictures
+    flux = FluxPipeline("tiny", dtype=base.dtype, bits=base.bits, adapters=adapters)
+    size = (robot.PICTURE // 8, robot.PICTURE // 8)
+    return [
+        to_pixels(flux.generate_images(prompt, num_steps=4, latent_size=size, seed=seed))[0]
+        for seed, prompt in enumerate(prompts)
+    ]
 
 
 def held_out_loss(dataset: Path, cache: Path, base: Base, adapter: Path | None) -> float:

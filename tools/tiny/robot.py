@@ -79,11 +79,11 @@ def asked() -> list[tuple[int, int]]:
     seen = [place for place, _ in shown()]
     unseen = [place for place in range(len(PLACES)) if place not in seen]
     grounds = [i for i in range(len(BACKGROUNDS)) if i not in {ground for _, ground in shown()}]
-    found = []
+    pairs = []
     for number, ground in enumerate(grounds):
         for group in (seen, unseen):
-            found += [(group[(number + step) % len(group)], ground) for step in (0, 2)]
-    return found
+            pairs += [(group[(number + step) % len(group)], ground) for step in (0, 2)]
+    return pairs
 
 
 def questions() -> list[Question]:

@@ -331,14 +331,14 @@ def _pair(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, str
     else:
         (word, size), (word2, size2) = (_size(rng, PAIR_SIZES, 0.3) for _ in range(2))
         sizes = (size, size2)
-        one = _with_article(rng, _noun(rng, first, word))
-        two = _with_article(rng, _noun(rng, second, word2))
+        first_thing = _with_article(rng, _noun(rng, first, word))
+        second_thing = _with_article(rng, _noun(rng, second, word2))
         if rng.random() < 0.15:
             leads, axis = 0, "x"
-            subject = f"{one} {_choice(rng, ('and', 'next to', 'beside'))} {two}"
+            subject = f"{first_thing} {_choice(rng, ('and', 'next to', 'beside'))} {second_thing}"
         else:
             leads, axis, phrases = RELATIONS[int(rng.integers(len(RELATIONS)))]
-            subject = f"{one} {_choice(rng, phrases)} {two}"
+            subject = f"{first_thing} {_choice(rng, phrases)} {second_thing}"
     ends = (ANCHORS[0], ANCHORS[2]) if leads == 0 else (ANCHORS[2], ANCHORS[0])
     scene = Scene(
         background,
@@ -369,16 +369,16 @@ class Question:
 def questions(count: int, seed: int) -> list[Question]:
     """`count` held-out prompts, half with one object and half with two; the same for one seed."""
     rng = np.random.default_rng(seed)
-    found: dict[str, Question] = {}
-    while len(found) < count:
+    by_prompt: dict[str, Question] = {}
+    while len(by_prompt) < count:
         background = int(rng.integers(len(COLOURS)))
         ground = f"on {_article(COLOURS[background])} background"
-        if len(found) < count // 2:
+        if len(by_prompt) < count // 2:
             name, place = int(rng.integers(len(NAMES))), int(rng.integers(len(PLACES)))
             if not single_held_out(name, place, background):
                 continue
             prompt = f"{_article(NAMES[name])} {PLACES[place][2][0]} {ground}"
-            found[prompt] = Question(prompt, background, (name,), place=place)
+            by_prompt[prompt] = Question(prompt, background, (name,), place=place)
         else:
             first, second = (int(n) for n in rng.integers(len(NAMES), size=2))
             if first == second or not pair_held_out(first, second):
@@ -386,5 +386,5 @@ def questions(count: int, seed: int) -> list[Question]:
             relation = int(rng.integers(len(RELATIONS)))
             words = RELATIONS[relation][2][0]
             prompt = f"{_article(NAMES[first])} {words} {_article(NAMES[second])} {ground}"
-            found[prompt] = Question(prompt, background, (first, second), relation=relation)
-    return list(found.values())
+            by_prompt[prompt] = Question(prompt, background, (first, second), relation=relation)
+    return list(by_prompt.values())

@@ -85,8 +85,8 @@ class SceneReader:
     def judge(self, picture: np.ndarray, question: Question) -> Verdict:
         """Compares what a picture shows, uint8 [height, width, 3], with what was asked."""
         background, things = self.read(picture, len(question.names))
-        found = {thing.name: thing for thing in things}
-        objects = tuple(name in found for name in question.names)
+        by_name = {thing.name: thing for thing in things}
+        objects = tuple(name in by_name for name in question.names)
         place = relation = None
         if question.place is not None:
             cells = [int(np.argmin([abs(c - a) for a in ANCHORS])) for c in
@@ -96,7 +96,7 @@ class SceneReader:
             leads, axis, _ = RELATIONS[question.relation]
             relation = all(objects)
             if relation:
-                first, second = (getattr(found[name], axis) for name in question.names)
+                first, second = (getattr(by_name[name], axis) for name in question.names)
                 relation = first < second if leads == 0 else first > second
         return Verdict(objects, background == question.background, place, relation)
 

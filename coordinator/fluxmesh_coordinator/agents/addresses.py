@@ -43,8 +43,8 @@ def choose(reached: str, known: Iterable[str], is_own: Callable[[str], bool]) ->
     `reached` is that of `reached_at`, `known` what the coordinator's machine takes the host's name
     for, `is_own` whether this machine has an address. Those that hold on one cable alone come last.
     """
-    own = [one for one in (reached, *known) if is_address(one) and is_own(one)]
-    return next((one for one in own if not is_link_local(one)), own[0] if own else "")
+    own = [address for address in (reached, *known) if is_address(address) and is_own(address)]
+    return next((address for address in own if not is_link_local(address)), own[0] if own else "")
 
 
 def settled(

@@ -73,19 +73,21 @@ class Agent:
 
     def running(self) -> dict[str, Any] | None:
         """What was written when it was started; None where that process is gone."""
-        told = read_record(self._running)
-        return told if told and started_at(told["pid"]) == told["start"] else self._found()
+        record = read_record(self._running)
+        if record and started_at(record["pid"]) == record["start"]:
+            return record
+        return self._started_elsewhere()
 
-    def _found(self) -> dict[str, Any] | None:
+    def _started_elsewhere(self) -> dict[str, Any] | None:
         """One that somebody else has started here, such as launchd after a restart, as it says."""
-        told = read_record(self.home.agent)
-        if told is None or started_at(told["pid"]) != told["start"]:
+        record = read_record(self.home.agent)
+        if record is None or started_at(record["pid"]) != record["start"]:
             return None
         try:
             key = read_own(self.state / "agent.pub").strip()
         except (FileNotFoundError, ValueError):
             return None
-        return {"version": "", **told, "public_key": key, "spec": None, "by": [SOMEBODY]}
+        return {"version": "", **record, "public_key": key, "spec": None, "by": [SOMEBODY]}
 
     def start(self, spec: Spec, authorized: dict[str, str], *, kept: bool) -> dict[str, Any]:
         """Starts it for the users `authorized` (names to keys), who may change how from now on.
@@ -111,26 +113,26 @@ class Agent:
             said = [line for line in last_lines(self.log, 5, begin) if line.strip()]
             why = said[-1] if said else "it said nothing"
             raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
-        told = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
-        told |= {"start": started_at(process.pid), "spec": spec, "version": __version__}
-        told["by"] = list(authorized)
+        record = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
+        record |= {"start": started_at(process.pid), "spec": spec, "version": __version__}
+        record["by"] = list(authorized)
         if kept:
-            told["kept_by"] = {"pid": os.getpid(), "start": started_at(os.getpid())}
-        return told
+            record["kept_by"] = {"pid": os.getpid(), "start": started_at(os.getpid())}
+        return record
 
-    def remember(self, told: dict[str, Any]) -> None:
+    def remember(self, record: dict[str, Any]) -> None:
         """Keeps what `start` or `running` told, for every starter to come."""
-        write_private(self._running, json.dumps(told))
+        write_private(self._running, json.dumps(record))
 
     def stop(self) -> bool:
         """Ends it, by force where it does not go; False where none ran."""
-        told, known = self.running(), not self.was_stopped
+        record, known = self.running(), not self.was_stopped
         self._running.unlink(missing_ok=True)  # first: nobody starts it again from now on
-        if told is None:
+        if record is None:
             if known:
                 kill_recorded(self.home.engine)
             return False
-        pid, start = told["pid"], told["start"]
+        pid, start = record["pid"], record["start"]
         asked = end_process(pid, start, signal.SIGTERM, DEADLINES.agent_ends)
         if not asked and not end_process(pid, start):
             raise FluxmeshError(f"Its agent, process {pid}, does not end; restart the machine.")
@@ -139,9 +141,9 @@ class Agent:
 
     def kill(self) -> None:
         """Ends it by force, in order to start it again."""
-        told = self.running()
-        if told is not None:
-            end_process(told["pid"], told["start"])
+        record = self.running()
+        if record is not None:
+            end_process(record["pid"], record["start"])
         kill_recorded(self.home.engine)
 
     @property
@@ -160,8 +162,8 @@ def hand_over(
     assert process.stdin is not None and process.stdout is not None
     watch = time.monotonic()
     try:
-        told = {"authorized": authorized, "envs": envs}
-        process.stdin.write(json.dumps(told).encode() + b"\n")
+        handover = {"authorized": authorized, "envs": envs}
+        process.stdin.write(json.dumps(handover).encode() + b"\n")
         process.stdin.flush()
     except BrokenPipeError:
         return None
@@ -193,7 +195,7 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         mlx = metadata.version("mlx")
     except metadata.PackageNotFoundError:
         mlx = ""
-    found = {
+    facts = {
         "version": __version__,
         "python": sys.executable,
         "python_version": platform.python_version(),
@@ -205,22 +207,22 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         "clock": time.time(),
     }
     if request.get("model"):
-        found["model"] = _model(request["model"], request.get("models"))
+        facts["model"] = _model(request["model"], request.get("models"))
     if request.get("port"):
         running = Agent(request["port"]).running()
-        found["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
+        facts["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
         if "spec" in request:
             spec = addresses.settled(request["spec"], running, is_own)
-            found["ends"] = running is not None and not _fits(running, {**request, "spec": spec})
+            facts["ends"] = running is not None and not _fits(running, {**request, "spec": spec})
         address = addresses.settled(request, running, is_own)["address"]
-        found["control"] = {
+        facts["control"] = {
             "endpoint": f"{address}:{request['port']}",
             "free": can_bind(address, request["port"]),
         }
-    found["ips"] = {ip: is_own(ip) for ip in request.get("ips", ())}
+    facts["ips"] = {ip: is_own(ip) for ip in request.get("ips", ())}
     if platform.system() == "Darwin":
-        found["mac"] = macos.collect(request.get("models"))
-    return found
+        facts["mac"] = macos.collect(request.get("models"))
+    return facts
 
 
 def can_bind(address: str, port: int) -> bool:
@@ -276,33 +278,33 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
                 allowed.remove(known[key])
         for name, key in authorized.items():
             allowed.add(name, key)
-        told = agent.running()
-        if told is not None and told["boot"] == request.get("again"):
+        record = agent.running()
+        if record is not None and record["boot"] == request.get("again"):
             agent.kill()  # it runs, and does not answer
-            told = None
-        spec = addresses.settled(request["spec"], told, is_own)
-        fits = told is not None and _fits(told, {**request, "spec": spec})
+            record = None
+        spec = addresses.settled(request["spec"], record, is_own)
+        fits = record is not None and _fits(record, {**request, "spec": spec})
         if not fits:
             agent.stop()
             if request.get("rotate"):
                 for name in ("agent.key", "agent.pub"):
                     (agent.state / name).unlink(missing_ok=True)
-            told = agent.start(spec, authorized, kept=bool(request.get("kept")))
-        assert told is not None
-        agent.remember(told)
-        answer = {name: told[name] for name in ("endpoint", "public_key", "boot", "pid")}
+            record = agent.start(spec, authorized, kept=bool(request.get("kept")))
+        assert record is not None
+        agent.remember(record)
+        answer = {name: record[name] for name in ("endpoint", "public_key", "boot", "pid")}
         answer |= {"state": str(agent.state), "python": sys.executable}
-        return {**answer, "fresh": not fits, "kept": told["by"] if told["spec"] != spec else []}
+        return {**answer, "fresh": not fits, "kept": record["by"] if record["spec"] != spec else []}
 
 
-def _fits(told: dict[str, Any], request: dict[str, Any]) -> bool:
+def _fits(record: dict[str, Any], request: dict[str, Any]) -> bool:
     """Whether an agent that runs can stay as it is."""
-    fits = bool(told["version"] == __version__ and not request.get("rotate"))
+    fits = bool(record["version"] == __version__ and not request.get("rotate"))
     # Another user's agent keeps its settings: to change them would end what runs there.
-    if set(told["by"]) & set(request["authorized"]):
-        fits = fits and told["spec"] == request["spec"]
-    if request.get("kept") and told["by"] != [SOMEBODY]:  # launchd's need no connection
-        keeper = told.get("kept_by")  # one that comes later is of no use: macOS asks who started it
+    if set(record["by"]) & set(request["authorized"]):
+        fits = fits and record["spec"] == request["spec"]
+    if request.get("kept") and record["by"] != [SOMEBODY]:  # launchd's need no connection
+        keeper = record.get("kept_by")  # a later one is of no use: macOS asks who started it
         fits = bool(fits and keeper and started_at(keeper["pid"]) == keeper["start"])
     return fits
 
@@ -332,11 +334,11 @@ def pull(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     """Fetches a model from the Hub, with this host's own token where it needs one."""
     from fluxmesh.weights import hub
 
-    told = [0.0]
+    reported_at = [0.0]
 
     def progress(done: int, total: int) -> None:
-        if time.monotonic() - told[0] > 0.2 or done == total:
-            told[0] = time.monotonic()
+        if time.monotonic() - reported_at[0] > 0.2 or done == total:
+            reported_at[0] = time.monotonic()
             tell({"done_bytes": done, "total_bytes": total})
 
     checkpoint = hub.pull(request["model"], progress)

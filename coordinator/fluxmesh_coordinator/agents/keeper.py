@@ -48,10 +48,10 @@ def main() -> None:
 def is_result(line: bytes) -> bool:
     """Whether the starter has done what it was asked."""
     try:
-        told = json.loads(line)
+        message = json.loads(line)
     except ValueError:
         return False
-    return isinstance(told, dict) and "result" in told
+    return isinstance(message, dict) and "result" in message
 
 
 def hold(requests: IO[bytes], answers: IO[bytes]) -> None:

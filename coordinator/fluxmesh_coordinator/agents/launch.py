@@ -69,11 +69,11 @@ def place_of(hostfile: Hostfile, rank: int) -> dict[str, Any]:
     if not host.is_local and name == host.name:
         name = ssh_name(host) or name
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
-        found = []  # ssh may reach it all the same, by way of another host
-    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        entries = []  # ssh may reach it all the same, by way of another host
+    entries.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
     return {"address": "", "addresses": addresses, "port": control.port}
 
 
@@ -111,7 +111,7 @@ def start(
     the boot of an agent that does not answer, and does nothing for one that was ended on purpose.
     Raises `FluxmeshError` naming the host.
     """
-    told = ask(
+    answer = ask(
         host,
         "start",
         keep_ssh=keep_ssh,
@@ -121,13 +121,13 @@ def start(
     )
     member = Member(
         rank=host.rank,
-        address=told["endpoint"],
-        key=told["public_key"],
-        boot=told["boot"],
-        state=told["state"],
-        python=told["python"],
+        address=answer["endpoint"],
+        key=answer["public_key"],
+        boot=answer["boot"],
+        state=answer["state"],
+        python=answer["python"],
     )
-    return Started(member, bool(told["fresh"]), tuple(told["kept"]))
+    return Started(member, bool(answer["fresh"]), tuple(answer["kept"]))
 
 
 def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:

@@ -64,30 +64,30 @@ def collect(models: str | None, run: Run = run) -> dict[str, Any]:
         left = end - time.monotonic()
         return run(*command, seconds=min(seconds, left), **more) if left > 0 else None
 
-    def told(parse: Callable[[str], T], *command: str, **more: Any) -> T | None:
+    def parsed(parse: Callable[[str], T], *command: str, **more: Any) -> T | None:
         text = ask(*command, **more)
         return None if text is None else parse(text)
 
     def sysctl(name: str) -> int | None:
-        return told(tools.number, "/usr/sbin/sysctl", "-n", name)
+        return parsed(tools.number, "/usr/sbin/sysctl", "-n", name)
 
     firewall = "/usr/libexec/ApplicationFirewall/socketfilterfw"
     return {
-        "version": told(tools.version, "/usr/bin/sw_vers", "-productVersion"),
+        "version": parsed(tools.version, "/usr/bin/sw_vers", "-productVersion"),
         "wheel": wheel(),
         "is_translated": sysctl("sysctl.proc_translated") == 1,
-        "rdma_devices": told(tools.rdma_devices, "/usr/bin/ibv_devices"),
-        "rdma_state": told(tools.rdma_state, "/usr/bin/rdma_ctl", "status"),
-        "firewall": told(tools.firewall, firewall, "--getglobalstate"),
-        "low_power": told(tools.low_power, "/usr/bin/pmset", "-g"),
-        "battery": told(tools.battery, "/usr/bin/pmset", "-g", "batt"),
-        "bridge": told(tools.bridge, "/sbin/ifconfig", "bridge0"),
-        "thunderbolt": told(
+        "rdma_devices": parsed(tools.rdma_devices, "/usr/bin/ibv_devices"),
+        "rdma_state": parsed(tools.rdma_state, "/usr/bin/rdma_ctl", "status"),
+        "firewall": parsed(tools.firewall, firewall, "--getglobalstate"),
+        "low_power": parsed(tools.low_power, "/usr/bin/pmset", "-g"),
+        "battery": parsed(tools.battery, "/usr/bin/pmset", "-g", "batt"),
+        "bridge": parsed(tools.bridge, "/sbin/ifconfig", "bridge0"),
+        "thunderbolt": parsed(
             tools.thunderbolt_ports, "/usr/sbin/networksetup", "-listallhardwareports"
         ),
         "wired_limit_mb": sysctl("iogpu.wired_limit_mb"),
         "pressure": sysctl("kern.memorystatus_vm_pressure_level"),
-        "heat": told(tools.heat, "/usr/bin/notifyutil", "-g", tools.HEAT),
+        "heat": parsed(tools.heat, "/usr/bin/notifyutil", "-g", tools.HEAT),
         "has_tools": ask("/usr/bin/xcode-select", "-p") is not None,
         "has_remote_login": ask("/usr/bin/nc", "-z", "-G", "1", "127.0.0.1", "22") is not None,
         "crashes": crashes(Path.home() / "Library" / "Logs" / "DiagnosticReports", time.time()),
@@ -95,7 +95,7 @@ def collect(models: str | None, run: Run = run) -> dict[str, Any]:
         "paths": paths(models),
         "hidden": hidden_files(Path(sysconfig.get_path("purelib"))),
         # Last, for they may take long.
-        "gpu": told(tools.gpu, sys.executable, "-c", PROBE, seconds=DEADLINES.mlx_loads),
+        "gpu": parsed(tools.gpu, sys.executable, "-c", PROBE, seconds=DEADLINES.mlx_loads),
         "identities": identities(ask),
     }
 
@@ -114,14 +114,14 @@ def wheel() -> int | None:
 def paths(models: str | None) -> dict[str, str]:
     """What an agent has to read, and where it lies."""
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    found = {
+    folders = {
         "fluxmesh": str(Path(fluxmesh.__file__).parent),
         "Python": sys.prefix,
         "the Hub's cache": os.path.expanduser(cache),
     }
     if models:
-        found["models"] = os.path.expanduser(models)
-    return {what: os.path.realpath(path) for what, path in found.items()}
+        folders["models"] = os.path.expanduser(models)
+    return {what: os.path.realpath(path) for what, path in folders.items()}
 
 
 def hidden_files(folder: Path) -> list[str]:
@@ -134,11 +134,11 @@ def crashes(folder: Path, now: float) -> list[str]:
 
     `now` is in seconds since 1970.
     """
-    found: list[tuple[float, str]] = []
+    reports: list[tuple[float, str]] = []
     for path in folder.glob("[Pp]ython*.ips"):
         with suppress(OSError):  # macOS tidies up there
-            found.append((path.stat().st_mtime, path.name))
-    return [name for when, name in sorted(found, reverse=True) if when > now - DAY]
+            reports.append((path.stat().st_mtime, path.name))
+    return [name for when, name in sorted(reports, reverse=True) if when > now - DAY]
 
 
 def flags(path: Path) -> int:

@@ -16,26 +16,26 @@ HEAT = "com.apple.system.thermalpressurelevel"  # what macOS notifies programs o
 
 def version(text: str) -> str | None:
     """`sw_vers -productVersion`: "26.2"."""
-    found = re.fullmatch(r"\d+(\.\d+)*", text.strip())
-    return found[0] if found else None
+    match = re.fullmatch(r"\d+(\.\d+)*", text.strip())
+    return match[0] if match else None
 
 
 def wheel_target(text: str) -> int | None:
     """The macOS that a wheel was built for, from its WHEEL file: 14, 15, 26."""
-    found = re.search(r"^Tag: \S+-macosx_(\d+)_\d+_\w+\s*$", text, re.MULTILINE)
-    return int(found[1]) if found else None
+    match = re.search(r"^Tag: \S+-macosx_(\d+)_\d+_\w+\s*$", text, re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def gpu(text: str) -> dict[str, Any] | None:
     """The JSON line of `macos.PROBE`: {"generation", "name", "recommended_bytes", "jaccl"}."""
     try:
-        told = json.loads(text.strip().splitlines()[-1])
-        generation = re.match(r"applegpu_g(\d+)", told["architecture"])
+        device = json.loads(text.strip().splitlines()[-1])
+        generation = re.match(r"applegpu_g(\d+)", device["architecture"])
         return {
             "generation": int(generation[1]) if generation else None,
-            "name": str(told["device_name"]),
-            "recommended_bytes": int(told["max_recommended_working_set_size"]),
-            "jaccl": bool(told["jaccl"]),
+            "name": str(device["device_name"]),
+            "recommended_bytes": int(device["max_recommended_working_set_size"]),
+            "jaccl": bool(device["jaccl"]),
         }
     except (ValueError, KeyError, TypeError, IndexError):
         return None
@@ -48,21 +48,21 @@ def rdma_devices(text: str) -> list[str]:
 
 def rdma_state(text: str) -> str | None:
     """`rdma_ctl status`: "enabled" or "disabled"."""
-    found = re.search(r"\b(enabled|disabled)\b", text.lower())
-    return found[1] if found else None
+    match = re.search(r"\b(enabled|disabled)\b", text.lower())
+    return match[1] if match else None
 
 
 def firewall(text: str) -> int | None:
     """`socketfilterfw --getglobalstate`: 0 off, 1 on, 2 all incoming connections are blocked."""
-    found = re.search(r"State = (\d)", text)
-    return int(found[1]) if found else None
+    match = re.search(r"State = (\d)", text)
+    return int(match[1]) if match else None
 
 
 def low_power(text: str) -> bool | None:
     """`pmset -g`: whether the mode that saves energy holds now; older ones say `powermode`."""
-    found = re.search(r"^\s*lowpowermode\s+(\d)", text, re.MULTILINE)
-    found = found or re.search(r"^\s*powermode\s+(\d)", text, re.MULTILINE)
-    return found[1] == "1" if found else None
+    match = re.search(r"^\s*lowpowermode\s+(\d)", text, re.MULTILINE)
+    match = match or re.search(r"^\s*powermode\s+(\d)", text, re.MULTILINE)
+    return match[1] == "1" if match else None
 
 
 def heat(text: str) -> int | None:
@@ -70,8 +70,8 @@ def heat(text: str) -> int | None:
 
     The values are those of <libkern/OSThermalNotification.h>.
     """
-    found = re.fullmatch(rf"{re.escape(HEAT)}\s+(\d)", text.strip())
-    return int(found[1]) if found else None
+    match = re.fullmatch(rf"{re.escape(HEAT)}\s+(\d)", text.strip())
+    return int(match[1]) if match else None
 
 
 def battery(text: str) -> dict[str, Any] | None:

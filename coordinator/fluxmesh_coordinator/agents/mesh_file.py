@@ -125,7 +125,7 @@ def _timings(data: dict[str, Any]) -> Timings:
 
 def _ring(data: dict[str, Any]) -> RingTiming:
     ranks, gathers, sums = (data.pop(name) for name in ("ranks", "gathers", "sums"))
-    tables = [tuple(CollectiveTime(**one) for one in table) for table in (gathers, sums)]
+    tables = [tuple(CollectiveTime(**row) for row in table) for table in (gathers, sums)]
     return RingTiming(ranks=tuple(ranks), gathers=tables[0], sums=tables[1], **data)
 
 

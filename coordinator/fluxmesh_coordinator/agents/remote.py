@@ -79,11 +79,11 @@ def ask(
         except BrokenPipeError:
             pass  # it ended before it read anything: its exit code tells why
         for line in process.stdout:
-            told = _parsed(line)
-            if "result" in told or "error" in told:
-                answer = told
-            elif told and tell is not None:
-                tell(told)
+            message = _parsed(line)
+            if "result" in message or "error" in message:
+                answer = message
+            elif message and tell is not None:
+                tell(message)
         process.wait()
         listener.join(1.0)
     finally:
@@ -164,22 +164,22 @@ def _command(host: Host, keep_ssh: bool) -> list[str]:
 
 def _ssh(more: Sequence[str] = ("ServerAliveInterval=5",)) -> list[str]:
     """ssh, or what FLUXMESH_SSH says, that asks no questions and notices a host that is gone."""
-    told = os.environ.get("FLUXMESH_SSH")
+    command = os.environ.get("FLUXMESH_SSH")
     options = (
         "BatchMode=yes",
         "ConnectTimeout=10",
         "ClearAllForwardings=yes",
         *more,
     )
-    return [*(shlex.split(told) if told else ["ssh"]), *(f"-o{option}" for option in options)]
+    return [*(shlex.split(command) if command else ["ssh"]), *(f"-o{option}" for option in options)]
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(line)
+        message = json.loads(line)
     except ValueError:  # a login script that prints
         return {}
-    return told if isinstance(told, dict) else {}
+    return message if isinstance(message, dict) else {}
 
 
 def _failure(host: Host, code: int, errors: Sequence[str]) -> FluxmeshError:

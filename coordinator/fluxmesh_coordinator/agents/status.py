@@ -72,34 +72,34 @@ def user_keys(home: Home | None = None) -> Keys:
 def survey(record: MeshRecord, keys: Keys | None = None) -> Survey:
     """Asks every agent of a mesh for its status. Raises nothing for hosts that don't answer."""
 
-    async def one(client: AgentClient) -> tuple[messages.Status, float]:
+    async def ask(client: AgentClient) -> tuple[messages.Status, float]:
         begin = time.time()
         status = await client.ask(messages.AskStatus(), messages.Status)
         return status, status.clock - (begin + time.time()) / 2
 
-    found, errors = with_agents(record, one, keys)
+    answers, errors = with_agents(record, ask, keys)
     return Survey(
         record,
-        {rank: status for rank, (status, _) in found.items()},
+        {rank: status for rank, (status, _) in answers.items()},
         errors,
-        {rank: skew for rank, (_, skew) in found.items()},
+        {rank: skew for rank, (_, skew) in answers.items()},
     )
 
 
-def in_use(found: Survey) -> str:
+def in_use(survey: Survey) -> str:
     """Why its agents should not be ended now, in a sentence; "" where nobody holds one."""
-    for rank, status in found.statuses.items():
+    for rank, status in survey.statuses.items():
         if status.job:
             return f"Host {rank} works on {status.job}; wait until it is done, or use `force`."
     return ""
 
 
-def answering(found: Survey) -> Survey:
-    """`found`, if a host answers. Raises `HostUnreachableError` with the first reason if none."""
-    if not found.statuses:
-        reason = next(iter(found.errors.values()), "the mesh has no host.")
-        raise HostUnreachableError(f"No host of {found.record.name} answers: {reason}")
-    return found
+def answering(survey: Survey) -> Survey:
+    """`survey`, if a host answers. Raises `HostUnreachableError` with the first reason if none."""
+    if not survey.statuses:
+        reason = next(iter(survey.errors.values()), "the mesh has no host.")
+        raise HostUnreachableError(f"No host of {survey.record.name} answers: {reason}")
+    return survey
 
 
 def with_agents(
@@ -109,11 +109,11 @@ def with_agents(
     keys = keys or user_keys()
 
     async def everyone(dialer: Dialer) -> tuple[dict[int, T], dict[int, FluxmeshError]]:
-        async def one(member: Member) -> T:
+        async def visit(member: Member) -> T:
             async with AgentClient(dialer, member, names[member.rank]) as client:
                 return await do(client)
 
-        ended = await asyncio.gather(*map(one, record.members), return_exceptions=True)
+        ended = await asyncio.gather(*map(visit, record.members), return_exceptions=True)
         results: dict[int, T] = {}
         errors: dict[int, FluxmeshError] = {}
         for member, end in zip(record.members, ended, strict=True):

@@ -11,13 +11,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fluxmesh.adapters.formats import find_adapter
-from fluxmesh.errors import AdapterError, UsageError
-from fluxmesh.request import AdapterRef, GenerateRequest
+from fluxmesh.errors import UsageError
 from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.version import __version__
+
+if TYPE_CHECKING:
+    from fluxmesh_coordinator.runtime.resolved import Resolved
 
 KEYWORD = "fluxmesh"  # of the PNG text chunk
 
@@ -37,20 +38,23 @@ class SourceFiles:
     @classmethod
     def of(
         cls,
-        image: str,
+        image: str | bytes,
         strength: float,
-        mask: str | None = None,
+        mask: str | bytes | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
         *,
         sized: bool = False,
     ) -> SourceFiles:
-        """The record of these files, with the hashes of what is in them now."""
+        """The record of these files, with the hashes of what is in them now.
+
+        What came as bytes has no name: "".
+        """
         return cls(
-            image=image,
+            image=_name_of(image),
             strength=strength,
             image_sha256=sha256_of(image),
-            mask=mask,
-            mask_sha256=sha256_of(mask) if mask else None,
+            mask=None if mask is None else _name_of(mask),
+            mask_sha256=None if mask is None else sha256_of(mask),
             outpaint=outpaint,
             sized=sized,
         )
@@ -84,28 +88,25 @@ class Recipe:
     @classmethod
     def of(
         cls,
-        request: GenerateRequest,
-        revision: str,
+        resolved: Resolved,
         source: SourceFiles | None = None,
         n_rows: int = 1,
     ) -> Recipe:
-        """The recipe of all of a request's images; its size and steps must be filled in.
-
-        Raises `ModelNotFoundError` or `AdapterError` when an adapter's file can't be read.
-        """
-        assert request.height and request.width and request.steps
+        """The recipe of all of a request's images, in the names that the user gave."""
+        request, model = resolved.request, resolved.model
+        adapters = zip(resolved.adapters, request.adapters, strict=True)
         return cls(
             prompt=request.prompt,
-            model=request.model,
+            model=model.name,
             seed=request.seed,
             height=request.height,
             width=request.width,
             steps=request.steps,
             guidance=request.guidance,
-            revision=revision,
+            revision=model.revision,
             dtype=request.dtype,
             bits=request.bits,
-            adapters=tuple((a.path, a.scale, _adapter_hash(a)) for a in request.adapters),
+            adapters=tuple((named.path, named.scale, hashed.path) for named, hashed in adapters),
             fuse_adapters=request.fuse_adapters,
             t5_padding=request.t5_padding,
             decoding_batch_size=request.decoding_batch_size,
@@ -171,21 +172,21 @@ class Recipe:
         )
 
 
-def differences(told: Recipe, now: Recipe) -> list[str]:
-    """What makes it doubtful that `now` gives the picture that `told` stands in, in sentences."""
-    found = []
-    if told.model == now.model and told.revision != now.revision:
-        found.append(
-            f"The picture was made with revision {told.revision} of {told.model}; "
+def differences(recorded: Recipe, now: Recipe) -> list[str]:
+    """What makes it doubtful that `now` gives the picture of `recorded`, in sentences."""
+    sentences = []
+    if recorded.model == now.model and recorded.revision != now.revision:
+        sentences.append(
+            f"The picture was made with revision {recorded.revision} of {recorded.model}; "
             f"this machine has {now.revision}."
         )
-    before, present = told.file_hashes(), now.file_hashes()
-    found.extend(
+    before, present = recorded.file_hashes(), now.file_hashes()
+    sentences.extend(
         f"{path} is not the file that it was when the picture was made."
         for path, sha256 in before.items()
         if present.get(path, sha256) != sha256
     )
-    return found
+    return sentences
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -212,13 +213,8 @@ def read_recipe(path: str | Path) -> Recipe:
         ) from error
 
 
-def _adapter_hash(adapter: AdapterRef) -> str:
-    try:
-        return sha256_of(find_adapter(adapter.path))
-    except OSError as error:
-        raise AdapterError(
-            f"`adapter` {adapter.path} can't be read: {error.strerror or error}."
-        ) from error
+def _name_of(file: str | bytes) -> str:
+    return "" if isinstance(file, bytes) else file
 
 
 _REQUIRED = object()

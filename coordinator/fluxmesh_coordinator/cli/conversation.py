@@ -94,9 +94,9 @@ class Conversation:
             settings = self.settings
             seed = draw_seed() if settings.seed is None else settings.seed
             settings.request(line, seed)  # raises what is wrong before anything is loaded
-            self.painter.introduce(settings, seed)
+            ready = self.painter.resolve(settings, line, seed)
             files = PictureFiles(self.target, n_images=settings.n_images)
-            self.painter.paint(settings, line, seed, files)
+            self.painter.paint(ready, files)
             self.reporter.finished()
 
     def _command(self, name: str = "", text: str = "") -> None:

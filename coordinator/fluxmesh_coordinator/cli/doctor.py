@@ -33,22 +33,22 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
         hosts = hostfiles.load(hostfile)
     else:
         hosts = mesh.hostfile if mesh is not None else hostfiles.parse(this_machine())
-    found = [keys_of_this_user(), *examine(hosts, model)]
+    findings = [keys_of_this_user(), *examine(hosts, model)]
     if mesh is not None:
-        found += of_agents(mesh)
-    found.sort(key=lambda finding: finding.rank)
+        findings += of_agents(mesh)
+    findings.sort(key=lambda finding: finding.rank)
     if as_json:
-        for finding in found:
+        for finding in findings:
             emit("check", **asdict(finding))
     else:
         from fluxmesh_coordinator.console import terminal
 
         table = terminal.table(("host", "check", "", "found"))
-        for finding in found:
+        for finding in findings:
             host = "here" if finding.rank < 0 else f"{finding.rank}"
             table.add_row(host, finding.check, MARKS[finding.level], in_options(finding.text))
         terminal.output().print(table)
         for warning in hosts.warnings:
             click.echo(in_options(warning))
-    if any(finding.level == "fail" for finding in found):
+    if any(finding.level == "fail" for finding in findings):
         context.exit(1)

@@ -66,11 +66,10 @@ def generate(
         Reporter,
     )
 
-    told = read_recipe(from_) if from_ else None
-    settings = (GenerateSettings.of_recipe(told) if told else GenerateSettings()).with_chosen(
-        chosen(context)
-    )
-    prompts = read_prompts(prompt, prompt_file, told.prompt if told else None)
+    earlier = read_recipe(from_) if from_ else None
+    settings = GenerateSettings.of_recipe(earlier) if earlier else GenerateSettings()
+    settings = settings.with_chosen(chosen(context))
+    prompts = read_prompts(prompt, prompt_file, earlier.prompt if earlier else None)
     seed = draw_seed() if settings.seed is None else settings.seed
 
     # All that can be wrong is found before anything is downloaded, loaded or written.
@@ -85,7 +84,8 @@ def generate(
     )
     spread = Spread(placement, force_shard, wait)
     with reporter, Painter(reporter, keep_warm=len(prompts) > 1, spread=spread) as painter:
-        painter.introduce(settings, seed)
+        ready = painter.resolve(settings, prompts[0], seed, stepwise=steps is not None)
         for number, text in enumerate(prompts):
-            painter.paint(settings, text, seed, files, number=number, steps=steps, told=told)
+            each = ready.with_prompt(text)
+            painter.paint(each, files, number=number, steps=steps, earlier=earlier)
         reporter.finished()

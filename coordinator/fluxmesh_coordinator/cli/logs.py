@@ -37,17 +37,17 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
     async def ask(client: AgentClient) -> tuple[str, ...]:
         return (await client.ask(messages.AskLogs(lines), messages.Logs)).lines
 
-    found, _ = with_agents(mesh, ask)
+    tails, _ = with_agents(mesh, ask)
     hostfile = mesh.hostfile
     for each in mesh.hosts:
-        if each.rank not in found:
+        if each.rank not in tails:
             port = hostfile.control(each.rank).port
             try:
-                told = remote.ask(each, "logs", port=port, lines=lines)["lines"]
+                tail = remote.ask(each, "logs", port=port, lines=lines)["lines"]
             except FluxmeshError as error:
-                told = [str(error)]
-            found[each.rank] = tuple(told)
-        for line in found[each.rank]:
+                tail = [str(error)]
+            tails[each.rank] = tuple(tail)
+        for line in tails[each.rank]:
             if as_json:
                 emit("log", host=each.rank, line=line)
             else:

@@ -23,9 +23,9 @@ def list_command(as_json: bool) -> None:
     from fluxmesh.weights import hub
     from fluxmesh_coordinator.console.json_lines import emit
 
-    found = hub.list_models()
+    models = hub.list_models()
     if as_json:
-        for model in found:
+        for model in models:
             line = {
                 "name": model.name,
                 "source": model.source,
@@ -40,7 +40,7 @@ def list_command(as_json: bool) -> None:
 
     table = terminal.table(("model", "from", "size", "state"))
     default = hub.default_model()
-    for model in found:
+    for model in models:
         name = f"{model.name} (default)" if model.name == default else model.name
         state = f"here, {model.revision[:14]}" if model.revision else model.note
         table.add_row(name, model.source, size_text(model.nbytes) if model.nbytes else "", state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +59,8 @@ def plan(
     from fluxmesh_coordinator.console import plan_table
     from fluxmesh_coordinator.console.json_lines import emit
     from fluxmesh_coordinator.console.option_names import in_options
-    from fluxmesh_coordinator.deploy import what_if
     from fluxmesh_coordinator.jobs import remedies
-    from fluxmesh_coordinator.runtime.adapter_upload import by_hash
+    from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
     if (hostfile is None) != (assume is None):
         raise UsageError("--hostfile and --assume describe a mesh together; give both.")
@@ -72,29 +70,26 @@ def plan(
     up = mesh_file.load() if hostfile is None else None
     loaded = up.weights if up else None
     default = loaded.model if loaded else None
-    name, sizes, here = what_if.sizes_of(settings.model or default or hub.default_model())
-    name = hub.full_name(name)  # as agents know it
-    request = settings.as_loaded(loaded).request(
-        prompt or "", 0, model=name, defaults=sizes.defaults
-    )
-    request = replace(request, adapters=by_hash(request.adapters)[0])
+    model = ResolvedModel.known(settings.model or default or hub.default_model())
+    asked = settings.as_loaded(loaded).request(prompt or "", 0)
+    request, sizes = Resolved.of(asked, model).request, model.sizes
     if hostfile is not None and assume is not None:
         view = _assumed(hostfile, assume, request, sizes)
     else:
         view = _measured(up)
-    found = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
+    plan = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
     now = time.time()
     if as_json:
-        said = plan_table.as_json(found, view, now)
-        said["remedies"] = remedies.told(found.remedies)
+        said = plan_table.as_json(plan, view, now)
+        said["remedies"] = remedies.sentences(plan.remedies)
         emit(**said)
     else:
-        if not here:
-            click.echo(f"{name} is not on this machine: planned with its published sizes.")
-        plan_table.show(found, view, now)
-        if found.remedies:
-            click.echo(in_options(remedies.told(found.remedies)))
-    if found.winner is None:
+        if not model.is_here:
+            click.echo(f"{model.name} is not on this machine: planned with its published sizes.")
+        plan_table.show(plan, view, now)
+        if plan.remedies:
+            click.echo(in_options(remedies.sentences(plan.remedies)))
+    if plan.winner is None:
         context.exit(4)
 
 
@@ -104,8 +99,8 @@ def _assumed(hostfile: Path, assume: Path, request: Any, sizes: Any) -> MeshView
     from fluxmesh_coordinator.deploy import what_if
 
     work = Workload.of(request, sizes)
-    told = what_if.load_assumption(assume)
-    return what_if.assumed_view(hostfiles.load(hostfile), told, work, work.weights)
+    assumption = what_if.load_assumption(assume)
+    return what_if.assumed_view(hostfiles.load(hostfile), assumption, work, work.weights)
 
 
 def _measured(up: MeshRecord | None) -> MeshView:
@@ -115,5 +110,5 @@ def _measured(up: MeshRecord | None) -> MeshView:
 
     if up is not None:
         return answering(survey(up)).view
-    with start_ephemeral() as one:
-        return answering(survey(one.record, one.keys)).view
+    with start_ephemeral() as ephemeral:
+        return answering(survey(ephemeral.record, ephemeral.keys)).view

@@ -33,16 +33,16 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
             click.echo(NO_MESH)
         return
 
-    def tell(found: Survey) -> None:
+    def tell(overview: Survey) -> None:
         if as_json:
-            emit(**tables.as_json(found))
+            emit(**tables.as_json(overview))
         else:
-            tables.show(found)
+            tables.show(overview)
 
-    found = survey(mesh)
+    overview = survey(mesh)
     if not watch:
-        tell(found)
-        answering(found)
+        tell(overview)
+        answering(overview)
         return
     from rich.live import Live
 
@@ -51,10 +51,10 @@ def status(context: click.Context, watch: bool, as_json: bool) -> None:
     console = terminal.output()
     if as_json or not console.is_terminal:
         while True:
-            tell(found)
+            tell(overview)
             time.sleep(DEADLINES.watch)
-            found = survey(mesh)
-    with Live(tables.mesh_table(found), console=console, auto_refresh=False) as live:
+            overview = survey(mesh)
+    with Live(tables.mesh_table(overview), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(DEADLINES.watch)
             live.update(tables.mesh_table(survey(mesh)), refresh=True)

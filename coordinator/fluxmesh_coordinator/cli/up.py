@@ -89,18 +89,15 @@ def up(
     with kept_awake(), watcher(as_json=as_json, pull=pull) as watch:
         name = model or hub.default_model()
         checkpoint = _checkpoint(name, watch)
-        defaults = checkpoint.defaults
+        sizes = ModelSizes.of(checkpoint)
         request = GenerateRequest(
             prompt="",
             seed=0,
             model=hub.full_name(name),
-            height=defaults.height,
-            width=defaults.width,
-            steps=defaults.steps,
             dtype=dtype,
             bits=int(bits) if bits else 4 if quantize else None,
         )
-        work = Workload.of(request, ModelSizes.of(checkpoint))
+        work = Workload.of(sizes.fill(request), sizes)
         wish = replace(
             _wish(hostfile, work.weights, envs, allow_partial, rotate_keys, force),
             keep_ssh=keep_ssh,
@@ -116,10 +113,10 @@ def up(
             sizes=() if no_warm else warm or (own,),
         )
         mesh = warming.run()
-        found = survey(mesh)
-        watch.ready(tables.as_json(found) if as_json else None)
+        overview = survey(mesh)
+        watch.ready(tables.as_json(overview) if as_json else None)
     if not as_json:
-        tables.show(found)
+        tables.show(overview)
 
 
 def _checkpoint(name: str, watch: Watcher) -> Checkpoint:

@@ -1,8 +1,8 @@
 """A prompt becomes files: what `generate` and `interactive` have in common.
 
-`Painter` finds the checkpoint, builds the request, gives it to the mesh and hands its events to
-`paint`, which reports them and writes the pictures. No mesh is looked for until the first picture
-is asked for.
+`Painter.resolve` looks at mesh, model and files, once, and fills in what the user left open;
+`Painter.paint` gives the result to the mesh and hands its events to `paint`, which reports them and
+writes the pictures. No host is asked anything before the first picture.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Event, Picture, Planned, Step
-from fluxmesh.request import GenerateRequest, SourceImage
+from fluxmesh.request import FilledRequest, SourceImage
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
 from fluxmesh_coordinator.artifacts.recipe import Recipe, SourceFiles, differences
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.console.generate_report import Reporter
+
+if TYPE_CHECKING:
+    from fluxmesh.weights.checkpoint import ModelDefaults
+    from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+    from fluxmesh_coordinator.runtime.mesh import Mesh
+    from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
 EMBEDDED = "tiny"
 # Image-to-image without a size scales a picture down to this many times the model's own area.
@@ -87,12 +92,16 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
-    """A checkpoint that only hosts of the mesh have."""
+class ReadyPrompt:
+    """A prompt that is ready for the mesh, and the recipe that its pictures will tell."""
 
-    name: str
-    defaults: Any  # fluxmesh.weights.checkpoint.ModelDefaults
-    revision: str = ""
+    resolved: Resolved
+    recipe: Recipe
+
+    def with_prompt(self, prompt: str) -> Self:
+        """Another prompt, painted in the same way."""
+        resolved = self.resolved.with_prompt(prompt)
+        return replace(self, resolved=resolved, recipe=replace(self.recipe, prompt=prompt))
 
 
 class Painter:
@@ -105,9 +114,11 @@ class Painter:
         self.reporter = reporter
         self.keep_warm = keep_warm
         self.spread = spread or Spread()
-        self._mesh: Any = None
+        self._mesh: Mesh | None = None
+        self._record: MeshRecord | None = None  # of the mesh that is up
+        self._has_looked = False  # for one
         self._hinted = False
-        self._checkpoints: dict[str | None, Any] = {}
+        self._models: dict[str | None, ResolvedModel] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -116,51 +127,72 @@ class Painter:
         if self._mesh is not None:
             self._mesh.close()
 
-    def checkpoint(self, settings: GenerateSettings) -> Any:
-        """Name, revision and defaults of the settings' model, or of the default one.
+    @property
+    def record(self) -> MeshRecord | None:
+        """The mesh that was up when it was first asked for; None: there was none."""
+        if not self._has_looked:
+            self._record = mesh_file.load()
+            self._has_looked = True
+        return self._record
 
-        It is downloaded if it has to be, unless hosts of a mesh have it: what this machine then
-        lacks has no revision that it could know.
+    def model(self, asked: str | None) -> ResolvedModel:
+        """The model of that name; None: what the mesh has loaded, or the default one.
+
+        It is downloaded if it has to be, unless hosts of a mesh have it.
         """
         # By what was asked: the default stays what it was, whatever is fetched meanwhile.
-        if settings.model not in self._checkpoints:
-            self._checkpoints[settings.model] = self._find(settings.model)
-        return self._checkpoints[settings.model]
+        if asked not in self._models:
+            from fluxmesh.weights import hub
+            from fluxmesh_coordinator.runtime.resolved import ResolvedModel
 
-    def _find(self, model: str | None) -> Any:
-        from fluxmesh.weights import hub
+            loaded = self.record.weights.model if self.record and self.record.weights else None
+            name = asked or loaded
+            if name is None:
+                self._models[asked] = ResolvedModel.of(hub.default_checkpoint())
+            else:
+                self._models[asked] = ResolvedModel.for_mesh(
+                    name, self.record, self.reporter.downloading
+                )
+        return self._models[asked]
 
-        up = mesh_file.load()
-        loaded = up.weights.model if up and up.weights else None
-        name = model or loaded or hub.default_model()
-        if up is not None and not up.is_this_machine:
-            from fluxmesh_coordinator.deploy import what_if
+    def resolve(
+        self, settings: GenerateSettings, prompt: str, seed: int, *, stepwise: bool = False
+    ) -> ReadyPrompt:
+        """Finds mesh, model and files of a prompt, each once, and fills in what is left open.
 
-            name, sizes, is_here = what_if.sizes_of(name)
-            if not is_here:
-                return Elsewhere(name, sizes.defaults)
-        return hub.resolve(name, progress=partial(self.reporter.downloading, name))
+        Says which model paints, at which size and from which seed; and how to get FLUX.
+        """
+        from fluxmesh_coordinator.runtime.resolved import Resolved
 
-    def introduce(self, settings: GenerateSettings, seed: int) -> None:
-        """Says which model paints, at which size and from which seed; and how to get FLUX."""
-        checkpoint = self.checkpoint(settings)
-        request = _as_loaded(settings).request("", seed, defaults=checkpoint.defaults)
-        size = "" if settings.image else f"{request.height}x{request.width}, "
+        model = self.model(settings.model)
+        settings = settings.as_loaded(self.record.weights if self.record else None)
+        source, files = self._source(settings, model.sizes.defaults)
+        asked = settings.request(prompt, seed, stepwise=stepwise, source=source)
+        resolved = Resolved.of(asked, model)
+        self._introduce(resolved, is_default=settings.model is None)
+        if source is not None:
+            name = "The picture" if isinstance(settings.image, bytes) else settings.image
+            self.reporter.note(f"{name} becomes {_size(resolved.request)} pixels.")
+        return ReadyPrompt(resolved, Recipe.of(resolved, files, settings.n_rows))
+
+    def _introduce(self, resolved: Resolved, *, is_default: bool) -> None:
+        request, name = resolved.request, resolved.model.name
+        size = "" if request.source is not None else f"{_size(request)}, "
         bits = f"{request.bits} bits, " if request.bits else ""
         cache = f", approximate: --cache {request.cache:g}" if request.cache else ""
         steps = f"{request.steps} steps"
         self.reporter.note(
-            f"Painting with {checkpoint.name} ({size}{bits}{steps}, seed {seed}{cache})."
+            f"Painting with {name} ({size}{bits}{steps}, seed {request.seed}{cache})."
         )
-        if settings.model is None and checkpoint.name == EMBEDDED and not self._hinted:
+        if is_default and name == EMBEDDED and not self._hinted:
             self._hinted = True
             self.reporter.note(
                 f"{EMBEDDED} is the small checkpoint inside fluxmesh; for FLUX itself, run "
                 "`fluxmesh models pull schnell`, or name one with --model."
             )
 
-    def source(
-        self, settings: GenerateSettings, checkpoint: Any
+    def _source(
+        self, settings: GenerateSettings, defaults: ModelDefaults
     ) -> tuple[SourceImage | None, SourceFiles | None]:
         """What `--image`, `--mask` and `--outpaint` name, as arrays and as a record of files."""
         if settings.image is None:
@@ -168,7 +200,6 @@ class Painter:
         from fluxmesh.images import load_source
 
         height, width = settings.image_size or (None, None)
-        defaults = checkpoint.defaults
         # Where parts stay as they are, they stay at their size too, unless the user gave one.
         keeps = settings.mask is not None or settings.outpaint is not None
         area = None if keeps else int(SOURCE_AREA * defaults.height * defaults.width)
@@ -181,8 +212,6 @@ class Painter:
             width=width,
             max_area=area,
         )
-        painted = "x".join(map(str, source.pixels.shape[:2]))
-        self.reporter.note(f"{settings.image} becomes {painted} pixels.")
         files = SourceFiles.of(
             settings.image,
             source.strength,
@@ -194,54 +223,40 @@ class Painter:
 
     def paint(
         self,
-        settings: GenerateSettings,
-        prompt: str,
-        seed: int,
+        ready: ReadyPrompt,
         files: PictureFiles,
         *,
         number: int = 0,
         steps: StepFiles | None = None,
-        told: Recipe | None = None,
+        earlier: Recipe | None = None,
     ) -> list[Path]:
-        """Paints `prompt` (number `number` of this call), and returns the files.
+        """Paints a prompt (number `number` of this call), and returns the files.
 
-        `told` is the recipe of the picture that is made again: doubts about it are noted.
+        `earlier` is the recipe of the picture that is made again: doubts about it are noted.
         """
-        checkpoint = self.checkpoint(settings)
-        source, source_files = self.source(settings, checkpoint)
-        request = _as_loaded(settings).request(
-            prompt,
-            seed,
-            model=checkpoint.name,
-            defaults=checkpoint.defaults,
-            stepwise=steps is not None,
-            source=source,
-        )
-        recipe = Recipe.of(request, checkpoint.revision, source_files, settings.n_rows)
-        for doubt in differences(told, recipe) if told else []:
+        request, model, recipe = ready.resolved.request, ready.resolved.model, ready.recipe
+        for doubt in differences(earlier, recipe) if earlier else []:
             self.reporter.note(doubt)
-        self.reporter.started(request, {"name": checkpoint.name, "revision": checkpoint.revision})
-        events = self._start(request)
+        self.reporter.started(request, {"name": model.name, "revision": model.revision})
+        events = self._start(ready.resolved)
         return paint(events, Painting(recipe, files, number, steps), self.reporter)
 
-    def _start(self, request: GenerateRequest) -> Generator[Event, None, None]:
+    def _start(self, resolved: Resolved) -> Generator[Event, None, None]:
         from fluxmesh.engine import tf32
 
-        tf32.prepare(request.dtype)  # before an agent of our own inherits it
+        tf32.prepare(resolved.request.dtype)  # before an agent of our own inherits it
         if self._mesh is None:
             from fluxmesh_coordinator.runtime.mesh import Mesh
 
-            self._mesh = Mesh.connect()
-        events: Generator[Event, None, None] = self._mesh.generate(
-            request,
+            self._mesh = Mesh.of_user(self.record)
+        return self._mesh.paint(
+            resolved,
             self.spread.placement,
             self.spread.force_shard,
             self.spread.wait,
             keep_warm=self.keep_warm,
         )
-        return events
 
 
-def _as_loaded(settings: GenerateSettings) -> GenerateSettings:
-    up = mesh_file.load()
-    return settings.as_loaded(up.weights if up else None)
+def _size(request: FilledRequest) -> str:
+    return f"{request.height}x{request.width}"

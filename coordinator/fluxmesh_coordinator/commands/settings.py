@@ -17,7 +17,6 @@ from fluxmesh_coordinator.artifacts.recipe import Recipe
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import ModelVariant
-    from fluxmesh.weights.checkpoint import ModelDefaults
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class GenerateSettings:
     preload_models: bool = False
     low_memory: bool = False
     cache: float = 0.0
-    image: str | None = None
+    image: str | bytes | None = None  # a file's path, or what is in it
     strength: float | None = None
-    mask: str | None = None
+    mask: str | bytes | None = None
     outpaint: tuple[int, int, int, int] | None = None
 
     @classmethod
@@ -98,17 +97,19 @@ class GenerateSettings:
         seed: int,
         *,
         model: str = "",
-        defaults: ModelDefaults | None = None,
         stepwise: bool = False,
         source: SourceImage | None = None,
     ) -> GenerateRequest:
         """The request for `prompt`; raises `UsageError` naming the option that is wrong.
 
-        With the `defaults` of a checkpoint, its size, steps and guidance are filled in.
+        What is None here is left open in it, too.
         """
         for option in ("mask", "outpaint", "strength") if self.image is None else ():
             if getattr(self, option) is not None:
                 raise UsageError(f"--{option} says how to change --image; give one.")
+        for option in ("image", "mask"):
+            if getattr(self, option) == "":  # of a recipe
+                raise UsageError(f"What it was made from was no file by name; give --{option}.")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise UsageError(f"--strength is {self.strength}; it must be above 0 and at most 1.")
         if self.n_rows < 1:
@@ -116,11 +117,6 @@ class GenerateSettings:
         height, width = self.image_size or (None, None)
         if source is not None:
             height, width = source.pixels.shape[:2]
-        steps, guidance = self.steps, self.guidance
-        if defaults is not None:
-            height, width = height or defaults.height, width or defaults.width
-            steps = defaults.steps if steps is None else steps
-            guidance = defaults.guidance if guidance is None else guidance
         return GenerateRequest(
             prompt=prompt,
             seed=seed,
@@ -128,8 +124,8 @@ class GenerateSettings:
             n_images=self.n_images,
             height=height,
             width=width,
-            steps=steps,
-            guidance=GenerateRequest.guidance if guidance is None else guidance,
+            steps=self.steps,
+            guidance=self.guidance,
             dtype=self.dtype,
             bits=self.effective_bits,
             adapters=tuple(AdapterRef(path, scale) for path, scale in self.adapter),

@@ -33,7 +33,7 @@ from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.artifacts.recipe import Recipe
 from fluxmesh_coordinator.artifacts.training_html import METRICS, write_report
 from fluxmesh_coordinator.commands.settings import draw_seed
-from fluxmesh_coordinator.console.train_report import TrainReporter, told
+from fluxmesh_coordinator.console.train_report import TrainReporter, as_json
 
 DEFAULT_BITS = 4
 
@@ -59,12 +59,16 @@ def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
 
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
-    """Runs a training on the mesh that is up, or here; raises what `trainer.train` raises."""
+    """Runs a training on the mesh that is up, or in this process; raises as both of them do.
+
+    `fluxmesh/training/local_executor.py` says why alone is not a mesh of one here.
+    """
     from fluxmesh.engine import gpu_errors, tf32
 
     tf32.prepare(request.dtype)
     reporter.started(request)
-    if mesh_file.load() is None:
+    record = mesh_file.load()
+    if record is None:
         gpu_errors.relax()
         from fluxmesh.training.local_executor import train
 
@@ -72,7 +76,7 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
         return
     from fluxmesh_coordinator.runtime.mesh import Mesh
 
-    with Mesh.connect() as mesh:
+    with Mesh.of_user(record) as mesh:
         follow(mesh.train(request, reporter.event), request, reporter)
 
 
@@ -104,7 +108,7 @@ def keep(event: TrainEvent, request: TrainRequest, revision: str, reporter: Trai
             rewind(folder / METRICS, request.micro_batches(event.begins_at).start)
         case Updated() | Validated():
             with open(folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(told(event)) + "\n")
+                file.write(json.dumps(as_json(event)) + "\n")
         case Progress():
             path = folder / f"{event.iteration:07d}_progress.png"
             text = progress_recipe(request, event, revision).to_json()

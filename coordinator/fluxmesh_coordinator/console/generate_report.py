@@ -154,13 +154,13 @@ class GenerateTerminalReporter:
 
     def saved(self, path: Path, seeds: list[int]) -> None:
         first, last = seeds[0], seeds[-1]
-        told = f"seed {first}" if first == last else f"seeds {first} to {last}"
+        which_seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
         # Through the console that draws the bar, so that the two don't mix on one screen;
         # to stdout itself when that goes elsewhere.
         if sys.stdout.isatty() and self.console.is_terminal:
-            self.note(f"Saved {path} ({told})")
+            self.note(f"Saved {path} ({which_seeds})")
         else:
-            sys.stdout.write(f"Saved {path} ({told})\n")
+            sys.stdout.write(f"Saved {path} ({which_seeds})\n")
             sys.stdout.flush()
 
     def finished(self) -> None:
@@ -269,7 +269,7 @@ class GenerateJsonReporter:
         self._line("download", values)
 
     def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
-        told = (
+        shown = (
             "prompt",
             "seed",
             "n_images",
@@ -280,7 +280,7 @@ class GenerateJsonReporter:
             "dtype",
             "cache",
         )
-        self._line("start", {name: getattr(request, name) for name in told} | {"model": model})
+        self._line("start", {name: getattr(request, name) for name in shown} | {"model": model})
 
     def event(self, event: Event) -> None:
         values = {field.name: getattr(event, field.name) for field in fields(event)}

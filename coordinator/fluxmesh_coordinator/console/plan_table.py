@@ -40,11 +40,11 @@ FIGURES: dict[Figure, tuple[str, str]] = {
 }
 
 
-def show(found: Plan, view: MeshView, now: float) -> None:
+def show(plan: Plan, view: MeshView, now: float) -> None:
     """Prints a plan on stdout."""
     from fluxmesh_coordinator.console import terminal
 
-    work = found.work
+    work = plan.work
     kinds = sorted({host.kind for host in view.hosts})
     images = f"{work.images} image{'' if work.images == 1 else 's'}"
     table = terminal.table((*HEADINGS, ""), right=set(HEADINGS) - LEFT)
@@ -55,11 +55,11 @@ def show(found: Plan, view: MeshView, now: float) -> None:
     )
     for column in table.columns[:-1]:
         column.no_wrap = True
-    for option in found.options:
-        table.add_row(*row(option, option is found.winner, now))
+    for option in plan.options:
+        table.add_row(*row(option, option is plan.winner, now))
     console = terminal.output()
     console.print(table)
-    lines = (found.reason, found.notice, *decided_by(found, now), *rings(found, view, now))
+    lines = (plan.reason, plan.notice, *decided_by(plan, now), *rings(plan, view, now))
     for line in filter(None, lines):
         terminal.say(console, line)
 
@@ -102,21 +102,21 @@ def measured(phase: Phase, now: float) -> str:
     return f"{duration(seconds)}, {ago(when, now)}" if when else duration(seconds)
 
 
-def decided_by(found: Plan, now: float) -> list[str]:
+def decided_by(plan: Plan, now: float) -> list[str]:
     """Which figures the winner's time comes from."""
-    if found.winner is None:
+    if plan.winner is None:
         return []
-    told: dict[str, None] = {}
-    for phase in found.winner.phases:
+    figures: dict[str, None] = {}
+    for phase in plan.winner.phases:
         when = f", measured {ago(phase.figure_when, now)}" if phase.figure_when else ""
-        told[f"{phase.placement}: {FIGURES[phase.figure][1]}{when}"] = None
-    return [f"Decided by {'; '.join(told)}."]
+        figures[f"{phase.placement}: {FIGURES[phase.figure][1]}{when}"] = None
+    return [f"Decided by {'; '.join(figures)}."]
 
 
-def rings(found: Plan, view: MeshView, now: float) -> list[str]:
+def rings(plan: Plan, view: MeshView, now: float) -> list[str]:
     """What the collectives of the rings that were considered took."""
     lines: list[str] = []
-    for ring in _timings(found.options, view):
+    for ring in _timings(plan.options, view):
         hosts = ",".join(map(str, ring.ranks))
         when = f", measured {ago(ring.when, now)}" if ring.when else ""
         tables = f"{_table('gathers', ring.gathers)}, {_table('sums', ring.sums)}"
@@ -125,9 +125,9 @@ def rings(found: Plan, view: MeshView, now: float) -> list[str]:
     return lines
 
 
-def as_json(found: Plan, view: MeshView, now: float) -> dict[str, Any]:
+def as_json(plan: Plan, view: MeshView, now: float) -> dict[str, Any]:
     """All that `plan --json` tells."""
-    work = found.work
+    work = plan.work
     return {
         "event": "plan",
         "model": work.weights.model,
@@ -137,15 +137,15 @@ def as_json(found: Plan, view: MeshView, now: float) -> dict[str, Any]:
         "steps": work.steps,
         "now": now,
         "hosts": [{"rank": host.rank, "name": host.name, "kind": host.kind} for host in view.hosts],
-        "winner": None if found.winner is None else found.options.index(found.winner),
-        "warm": None if found.warm is None else found.options.index(found.warm),
-        "reason": found.reason,
-        "notice": found.notice,
+        "winner": None if plan.winner is None else plan.options.index(plan.winner),
+        "warm": None if plan.warm is None else plan.options.index(plan.warm),
+        "reason": plan.reason,
+        "notice": plan.notice,
         "options": [
             {**asdict(option), "seconds": None if option.problem else option.seconds}
-            for option in found.options
+            for option in plan.options
         ],
-        "rings": [asdict(ring) for ring in _timings(found.options, view)],
+        "rings": [asdict(ring) for ring in _timings(plan.options, view)],
     }
 
 
@@ -164,8 +164,8 @@ def duration(seconds: float) -> str:
 
 
 def _timings(options: Iterable[Option], view: MeshView) -> list[RingTiming]:
-    found = (view.ring_timing(option.ranks) for option in options)
-    return list(dict.fromkeys(ring for ring in found if ring is not None))
+    timings = (view.ring_timing(option.ranks) for option in options)
+    return list(dict.fromkeys(ring for ring in timings if ring is not None))
 
 
 def _table(what: str, table: Any) -> str:

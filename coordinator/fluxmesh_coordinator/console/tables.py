@@ -19,25 +19,25 @@ HEADINGS = ("host", "name", "device", "state", "model", "memory", "free", "step"
 RIGHT = ("memory", "free", "step", "link")
 
 
-def mesh_table(found: Survey) -> Table:
+def mesh_table(survey: Survey) -> Table:
     """One row a host, in rank order; hosts that don't answer with the reason below."""
     from fluxmesh_coordinator.console import terminal
 
     table = terminal.table(HEADINGS, right=RIGHT)
-    for host in found.record.hosts:
-        table.add_row(*row(found, host))
+    for host in survey.record.hosts:
+        table.add_row(*row(survey, host))
     return table
 
 
-def row(found: Survey, host: Host) -> list[str]:
+def row(survey: Survey, host: Host) -> list[str]:
     """A host's cells under `HEADINGS`."""
-    status = found.statuses.get(host.rank)
+    status = survey.statuses.get(host.rank)
     if status is None:
         return [str(host.rank), host.name, "", "gone", "", "", "", "", "", ""]
-    following = next_in_ring(found, host.rank)
+    following = next_in_ring(survey, host.rank)
     link = "" if following is None else f"{following / 1e9:.2f} GB/s"
-    known = found.view.timed(host.rank).measured
-    step = min(known, key=lambda one: (one.hosts, one.height * one.width), default=None)
+    known = survey.view.timed(host.rank).measured
+    step = min(known, key=lambda timing: (timing.hosts, timing.height * timing.width), default=None)
     timed = "" if step is None else f"{_seconds(step.step_seconds)} at {step.height}x{step.width}"
     if step is not None and step.placement != "data":
         timed += f", {step.placement} on {step.hosts}"
@@ -69,45 +69,45 @@ def queue(status: Status) -> str:
     return f"{taken}, {status.waiting} waiting" if status.waiting else taken
 
 
-def next_in_ring(found: Survey, rank: int) -> float | None:
+def next_in_ring(survey: Survey, rank: int) -> float | None:
     """Bytes a second to the host that follows in the ring; None where no link was measured."""
-    ranks = [member.rank for member in found.record.members]
+    ranks = [member.rank for member in survey.record.members]
     following = ranks[(ranks.index(rank) + 1) % len(ranks)]
     rates = [
-        link.rate for link in found.record.links if (link.source, link.target) == (rank, following)
+        link.rate for link in survey.record.links if (link.source, link.target) == (rank, following)
     ]
     return rates[0] if rates else None
 
 
-def as_json(found: Survey) -> dict[str, Any]:
+def as_json(survey: Survey) -> dict[str, Any]:
     """All that `status --json` tells."""
     hosts: list[dict[str, Any]] = []
-    for host in found.record.hosts:
-        member = found.record.member(host.rank)
+    for host in survey.record.hosts:
+        member = survey.record.member(host.rank)
         line: dict[str, Any] = {"rank": host.rank, "ssh": host.ssh}
         line["address"] = "" if member is None else member.address
-        if host.rank in found.statuses:
-            line |= {"answers": True, **asdict(found.statuses[host.rank])}
-            line["clock_skew"] = round(found.clock_skews[host.rank], 3)
+        if host.rank in survey.statuses:
+            line |= {"answers": True, **asdict(survey.statuses[host.rank])}
+            line["clock_skew"] = round(survey.clock_skews[host.rank], 3)
         else:
-            line |= {"answers": False, "reason": str(found.errors[host.rank])}
+            line |= {"answers": False, "reason": str(survey.errors[host.rank])}
         hosts.append(line)
     return {
         "event": "status",
-        "mesh": found.record.name,
-        "backend": found.record.hostfile.backend,
+        "mesh": survey.record.name,
+        "backend": survey.record.hostfile.backend,
         "hosts": hosts,
-        "links": [asdict(link) for link in found.record.links],
+        "links": [asdict(link) for link in survey.record.links],
     }
 
 
-def show(found: Survey) -> None:
+def show(survey: Survey) -> None:
     """Prints the mesh on stdout."""
     from fluxmesh_coordinator.console import terminal
 
     console = terminal.output()
-    console.print(mesh_table(found))
-    for error in found.errors.values():
+    console.print(mesh_table(survey))
+    for error in survey.errors.values():
         terminal.say(console, str(error))
 
 

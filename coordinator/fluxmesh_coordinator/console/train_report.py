@@ -48,7 +48,7 @@ class TrainReporter(Protocol):
         """A file that the user asked for is in its place."""
 
 
-def told(event: TrainEvent | Loading | HostLost | Queued) -> dict[str, Any]:
+def as_json(event: TrainEvent | Loading | HostLost | Queued) -> dict[str, Any]:
     """An event as JSON: its name and its fields, pixels left out."""
     values: dict[str, Any] = {"event": type(event).__name__.lower()}
     for field in fields(event):
@@ -81,7 +81,7 @@ class TrainJsonReporter:
         emit("start", **values)
 
     def event(self, event: TrainEvent | Loading | HostLost | Queued) -> None:
-        emit(**told(event))
+        emit(**as_json(event))
 
     def saved(self, path: Path) -> None:
         emit("saved", path=str(path))

@@ -88,7 +88,7 @@ class TerminalWatcher:
         self.bars.start()
         return answer
 
-    def ready(self, _told: dict[str, Any] | None) -> None:
+    def ready(self, _overview: dict[str, Any] | None) -> None:
         """The mesh is warm; its table follows."""
 
 
@@ -131,5 +131,5 @@ class JsonWatcher:
     def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
         return self.pull
 
-    def ready(self, told: dict[str, Any] | None) -> None:
-        emit("up", **{key: value for key, value in (told or {}).items() if key != "event"})
+    def ready(self, overview: dict[str, Any] | None) -> None:
+        emit("up", **{key: value for key, value in (overview or {}).items() if key != "event"})

@@ -196,8 +196,8 @@ class Bringup:
         self.watcher.stage(f"Fetching {model}")
 
         def pull(host: Host) -> None:
-            def tell(told: dict[str, Any]) -> None:
-                done, total = int(told["done_bytes"]), int(told["total_bytes"])
+            def tell(report: dict[str, Any]) -> None:
+                done, total = int(report["done_bytes"]), int(report["total_bytes"])
                 self.watcher.progress(host.rank, f"fetching {model}", done, total)
 
             remote.ask(host, "pull", tell, model=model)
@@ -231,11 +231,11 @@ def leave_out(
         for rank, error in errors.items():
             watcher.failed(rank, str(error))
         return
-    told = " ".join(str(error) for error in errors.values())
+    reasons = " ".join(str(error) for error in errors.values())
     kinds = {type(error) for error in errors.values()}
     go_on = " `allow_partial` goes on without." if others else ""
     # One reason is told by its own kind, which has an exit code of its own.
-    raise (kinds.pop() if len(kinds) == 1 and not others else FluxmeshError)(f"{told}{go_on}")
+    raise (kinds.pop() if len(kinds) == 1 and not others else FluxmeshError)(f"{reasons}{go_on}")
 
 
 def this_machine(home: Home | None = None) -> str:
@@ -287,14 +287,14 @@ def examine(hostfile: Hostfile, model: str | None) -> list[Finding]:
     if -1 in errors:
         raise errors[-1]
     here = looks.pop(-1)[0]
-    found = [Finding(rank, "reached", "fail", str(error)) for rank, error in errors.items()]
-    one = checks.reference(here, {rank: look for rank, (look, _) in looks.items()})
+    findings = [Finding(rank, "reached", "fail", str(error)) for rank, error in errors.items()]
+    reference = checks.reference(here, {rank: look for rank, (look, _) in looks.items()})
     for rank, (look, now) in looks.items():
         way = "this machine" if hostfile.hosts[rank].is_local else "over ssh"
-        found.append(Finding(rank, "reached", "ok", f"{way}, {look['system']}"))
-        found += checks.findings(hostfile.hosts[rank], look, here, now, one)
-        found += macos_checks.findings(hostfile.hosts[rank], look, hostfile.backend)
-    return sorted(found, key=lambda finding: finding.rank)
+        findings.append(Finding(rank, "reached", "ok", f"{way}, {look['system']}"))
+        findings += checks.findings(hostfile.hosts[rank], look, here, now, reference)
+        findings += macos_checks.findings(hostfile.hosts[rank], look, hostfile.backend)
+    return sorted(findings, key=lambda finding: finding.rank)
 
 
 def take_down(mesh: MeshRecord, keys: Keys | None = None) -> dict[int, FluxmeshError]:

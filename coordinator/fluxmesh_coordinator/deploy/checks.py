@@ -53,7 +53,7 @@ def findings(
     `now` is in seconds since 1970, on this machine's clock; `model` is what the host's is compared
     with, this machine's if None.
     """
-    found = [
+    judgements = [
         _python(look),
         _mlx(look, here),
         ("memory", "ok", f"{look['memory_bytes'] / 1e9:.0f} GB"),
@@ -62,8 +62,8 @@ def findings(
         *_addresses(look),
     ]
     if "model" in look:
-        found.append(_model(look["model"], model or reference(here, {})))
-    return [Finding(host.rank, check, level, text) for check, level, text in found]
+        judgements.append(_model(look["model"], model or reference(here, {})))
+    return [Finding(host.rank, check, level, text) for check, level, text in judgements]
 
 
 def _python(look: Look) -> tuple[str, Level, str]:
@@ -105,20 +105,21 @@ def _clock(look: Look, now: float) -> tuple[str, Level, str]:
 
 def _addresses(look: Look) -> list[tuple[str, Level, str]]:
     """The addresses and the port that the hostfile names, as the host itself sees them."""
-    found: list[tuple[str, Level, str]] = []
+    judgements: list[tuple[str, Level, str]] = []
     for ip, own in look.get("ips", {}).items():
         if own:
-            found.append(("ips", "ok", ip))
+            judgements.append(("ips", "ok", ip))
         else:
-            found.append(("ips", "fail", f"{ip} is no address of this host; mend the hostfile."))
+            text = f"{ip} is no address of this host; mend the hostfile."
+            judgements.append(("ips", "fail", text))
     port = look.get("control")
     if port is not None and not port["free"] and not look.get("agent"):
         text = f"{port['endpoint']} is taken or no address of it; choose another in the hostfile."
-        found.append(("control", "fail", text))
+        judgements.append(("control", "fail", text))
     elif port is not None:
         state = "its agent runs" if look.get("agent") else "free"
-        found.append(("control", "ok", f"{port['endpoint']}, {state}"))
-    return found
+        judgements.append(("control", "ok", f"{port['endpoint']}, {state}"))
+    return judgements
 
 
 def _model(model: Look, other: Reference) -> tuple[str, Level, str]:

@@ -26,44 +26,44 @@ def keys_of_this_user() -> Finding:
 
 def of_agents(mesh: MeshRecord) -> list[Finding]:
     """Whether each agent answers, how its engine is, and how fast its links are."""
-    found: list[Finding] = []
-    told = survey(mesh)
-    for rank, error in told.errors.items():
-        found.append(Finding(rank, "agent", "fail", str(error)))
-    for rank, status in told.statuses.items():
+    findings: list[Finding] = []
+    overview = survey(mesh)
+    for rank, error in overview.errors.items():
+        findings.append(Finding(rank, "agent", "fail", str(error)))
+    for rank, status in overview.statuses.items():
         text = f"{status.state}, ring generation {status.ring_generation}, {status.kind}"
         reason = status.reason.rstrip(".")
         if status.state == "failed":
             text = f"its engine failed: {reason}; the next job starts another."
-            found.append(Finding(rank, "agent", "warn", text))
+            findings.append(Finding(rank, "agent", "warn", text))
         else:
-            found.append(Finding(rank, "agent", "ok", text))
+            findings.append(Finding(rank, "agent", "ok", text))
         if status.pressure:
             short = f"{status.pressure}: macOS is short of it; quit other programs there."
-            found.append(Finding(rank, "memory", "warn", short))
-        if abs(told.clock_skews[rank]) > SKEW:
-            skew = f"{told.clock_skews[rank]:+.0f} s; switch on network time there."
-            found.append(Finding(rank, "agent's clock", "warn", skew))
-    found += in_memory(told.statuses)
+            findings.append(Finding(rank, "memory", "warn", short))
+        if abs(overview.clock_skews[rank]) > SKEW:
+            skew = f"{overview.clock_skews[rank]:+.0f} s; switch on network time there."
+            findings.append(Finding(rank, "agent's clock", "warn", skew))
+    findings += in_memory(overview.statuses)
     for link in mesh.links:
         rate = f"to host {link.target}: {link.rate / 1e9:.2f} GB/s, {link.latency * 1e6:.0f} us"
-        found.append(Finding(link.source, "link", "ok", rate))
-    found += reach.findings(mesh)
+        findings.append(Finding(link.source, "link", "ok", rate))
+    findings += reach.findings(mesh)
     ranks = [member.rank for member in mesh.members]
     linked = {(link.source, link.target) for link in mesh.links}
     for a, b in zip(ranks, ranks[1:] + ranks[:1], strict=True):
         if a != b and (a, b) not in linked:
             text = f"none to host {b}: no ring of all hosts; look at cables and `ips`."
-            found.append(Finding(a, "link", "warn", text))
-    return found
+            findings.append(Finding(a, "link", "warn", text))
+    return findings
 
 
 def in_memory(statuses: Mapping[int, Status]) -> list[Finding]:
     """Whether hosts that hold a model by one name hold one model: its files may have changed."""
-    told: dict[ModelVariant, dict[int, tuple[str, str]]] = {}
+    models: dict[ModelVariant, dict[int, tuple[str, str]]] = {}
     for rank, status in statuses.items():
         if status.holds is not None:
-            one = told.setdefault(status.holds.weights, {})
-            one[rank] = (status.name, status.holds.content)
-    problems = [(max(each), difference(weights.model, each)) for weights, each in told.items()]
+            holders = models.setdefault(status.holds.weights, {})
+            holders[rank] = (status.name, status.holds.content)
+    problems = [(max(each), difference(weights.model, each)) for weights, each in models.items()]
     return [Finding(rank, "in memory", "fail", text) for rank, text in problems if text]

@@ -101,13 +101,13 @@ async def form_ring(
     """
     begun = time.monotonic()
     states: dict[int, HostState] = {}
-    for rank, one in errands.items():
+    for rank, errand in errands.items():
         info = infos[rank]
         leased = LeasedHost(
             info=info,
             host=hosts[rank],
-            fence=one.fence,
-            ring_generation=one.ring_generation,
+            fence=errand.fence,
+            ring_generation=errand.ring_generation,
             ring=info.ring.name,
             ring_rank=info.ring.rank,
             ring_size=info.ring.size,
@@ -121,8 +121,8 @@ async def form_ring(
         asked, orders = orders, []
         for rank, message in asked:
             assert isinstance(message, messages.AskPorts)
-            told = await errands[rank].client.ask(message, messages.Ports)
-            orders += ring.answered(rank, message.ip, told.ports, states)
+            reply = await errands[rank].client.ask(message, messages.Ports)
+            orders += ring.answered(rank, message.ip, reply.ports, states)
     joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)), backend)
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
@@ -154,23 +154,23 @@ async def measure_ring(
 
     `forming_seconds` is what `form_ring` took. Raises `FluxmeshError` naming a host.
     """
-    found: dict[int, messages.RingTimed] = {}
+    timed: dict[int, messages.RingTimed] = {}
 
-    async def one(rank: int) -> None:
+    async def measure(rank: int) -> None:
         work = messages.MeasureRing(**ring[rank].common)
         async for report in ring[rank].do(work, DEADLINES.engine_sign):
             if isinstance(report, messages.RingTimed):
-                found[rank] = report
+                timed[rank] = report
 
     ranks = tuple(sorted(ring))
-    await together(one(rank) for rank in ranks)
-    told = found[ranks[0]]
+    await together(measure(rank) for rank in ranks)
+    first = timed[ranks[0]]
     return RingTiming(
         backend=backend,
         ranks=ranks,
-        gathers=told.gathers,
-        sums=told.sums,
-        hidden=told.hidden,
+        gathers=first.gathers,
+        sums=first.sums,
+        hidden=first.hidden,
         forming_seconds=forming_seconds,
         when=time.time(),
     )

@@ -20,7 +20,7 @@ SYSTEM = 4 << 30  # bytes that macOS itself needs: to wire the rest was seen to 
 LOW = 20  # per cent of a battery
 HOT = 2  # of `macos_tools.heat`: macOS slows processor and GPU down by half or more
 
-Told = tuple[str, Level, str]
+Judgement = tuple[str, Level, str]
 
 
 def findings(host: Host, look: Look, backend: str) -> list[Finding]:
@@ -28,7 +28,7 @@ def findings(host: Host, look: Look, backend: str) -> list[Finding]:
     mac = look.get("mac")
     if mac is None:
         return []
-    told = [
+    judgements = [
         *_system(mac),
         *_rdma(mac, host, backend),
         *_memory(mac, int(look["memory_bytes"])),
@@ -37,7 +37,7 @@ def findings(host: Host, look: Look, backend: str) -> list[Finding]:
         *_files(mac, host),
         *_processes(mac),
     ]
-    return [Finding(host.rank, check, level, text) for check, level, text in told]
+    return [Finding(host.rank, check, level, text) for check, level, text in judgements]
 
 
 def _release(mac: Look) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ REINSTALL = (
 AUTO = "let `mlx.distributed_config --auto-setup` give each cable addresses of its own"
 
 
-def _system(mac: Look) -> Iterator[Told]:
+def _system(mac: Look) -> Iterator[Judgement]:
     if mac["is_translated"]:
         yield (
             "macOS",
@@ -83,13 +83,13 @@ def _system(mac: Look) -> Iterator[Told]:
         yield "neural accelerators", "ok", "MLX has their kernels"
 
 
-def _rdma(mac: Look, host: Host, backend: str) -> Iterator[Told]:
+def _rdma(mac: Look, host: Host, backend: str) -> Iterator[Judgement]:
     """What a jaccl backend needs; nothing about it where the hostfile wants another."""
     if not backend.startswith("jaccl"):
         return
     other = 'or write "backend": "ring" into the hostfile'
-    found, named = mac["rdma_devices"], sorted(_devices(host))
-    missing = [device for device in named if found is not None and device not in found]
+    devices, named = mac["rdma_devices"], sorted(_devices(host))
+    missing = [device for device in named if devices is not None and device not in devices]
     if mac["version"] is not None and _release(mac) < RDMA:
         yield (
             backend,
@@ -114,10 +114,10 @@ def _rdma(mac: Look, host: Host, backend: str) -> Iterator[Told]:
         yield (
             backend,
             "fail",
-            f"there is no {', '.join(missing)} (there is {', '.join(found) or 'none'}); mend "
+            f"there is no {', '.join(missing)} (there is {', '.join(devices) or 'none'}); mend "
             "`rdma` in the hostfile, as `mlx.distributed_config` writes it.",
         )
-    elif found is not None:
+    elif devices is not None:
         yield backend, "ok", f"has {', '.join(named) or 'no device to name'}"
 
 
@@ -126,7 +126,7 @@ def _devices(host: Host) -> set[str]:
     return {device for devices in host.rdma for device in devices or ()}
 
 
-def _memory(mac: Look, total: int) -> Iterator[Told]:
+def _memory(mac: Look, total: int) -> Iterator[Judgement]:
     limit = (mac["wired_limit_mb"] or 0) << 20
     if limit > total - SYSTEM:
         yield (
@@ -151,7 +151,7 @@ def _memory(mac: Look, total: int) -> Iterator[Told]:
         )
 
 
-def _network(mac: Look, look: Look, host: Host, backend: str) -> Iterator[Told]:
+def _network(mac: Look, look: Look, host: Host, backend: str) -> Iterator[Judgement]:
     bridge = mac["bridge"] or {"members": [], "addresses": []}
     for ip in look.get("ips", {}):
         if ipaddress.ip_address(ip).is_link_local:
@@ -197,7 +197,7 @@ def _network(mac: Look, look: Look, host: Host, backend: str) -> Iterator[Told]:
         )
 
 
-def _power(mac: Look) -> Iterator[Told]:
+def _power(mac: Look) -> Iterator[Judgement]:
     if mac["low_power"]:
         yield (
             "power",
@@ -221,7 +221,7 @@ def _power(mac: Look) -> Iterator[Told]:
         )
 
 
-def _files(mac: Look, host: Host) -> Iterator[Told]:
+def _files(mac: Look, host: Host) -> Iterator[Judgement]:
     for what, path in mac["paths"].items():
         folder = tcc.protected_by(path, mac["home"])
         if folder and not host.is_local:
@@ -247,7 +247,7 @@ def _files(mac: Look, host: Host) -> Iterator[Told]:
         )
 
 
-def _processes(mac: Look) -> Iterator[Told]:
+def _processes(mac: Look) -> Iterator[Judgement]:
     identities: list[Any] = mac["identities"]
     if None not in identities and len(set(identities)) > 1:
         yield (

@@ -34,7 +34,7 @@ def findings(mesh: MeshRecord) -> list[Finding]:
 
 def judged(mesh: MeshRecord, connections: Sequence[Denied]) -> list[Finding]:
     """What is told of connections that agents could not make, once ssh has tried them too."""
-    found: dict[int, Finding] = {}
+    findings: dict[int, Finding] = {}
     for source, target, ip, port in connections:
         host = mesh.hostfile.hosts[source]
         try:
@@ -46,11 +46,11 @@ def judged(mesh: MeshRecord, connections: Sequence[Denied]) -> list[Finding]:
                 f"macOS keeps its agent out of the local network: over ssh this Mac reaches host "
                 f"{target} at {ip}, and its agent does not; {local_network.REMEDY}."
             )
-            found[source] = Finding(source, "local network", "fail", text)
+            findings[source] = Finding(source, "local network", "fail", text)
         else:
             text = f"its agent does not reach host {target} at {ip}. {local_network.SENTENCE}."
-            found.setdefault(source, Finding(source, "local network", "warn", text))
-    return list(found.values())
+            findings.setdefault(source, Finding(source, "local network", "warn", text))
+    return list(findings.values())
 
 
 async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
@@ -91,4 +91,4 @@ async def denied(mesh: MeshRecord, dialer: Dialer) -> list[Denied]:
             if source != target
             for ip in hosts[target].ips
         )
-    return [one for one in ended if one is not None]
+    return [connection for connection in ended if connection is not None]

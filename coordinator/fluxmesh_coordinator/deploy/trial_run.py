@@ -107,7 +107,7 @@ def _plan(work: Workload, view: MeshView, size: Size, images: int) -> Plan:
         dtype=weights.dtype,
         bits=weights.bits,
     )
-    return plan(request, view, work.model)
+    return plan(work.model.fill(request), view, work.model)
 
 
 @dataclass
@@ -165,8 +165,8 @@ class TrialRun:
         async def ask(rank: int) -> messages.Status:
             return await self.clients[rank].ask(messages.AskStatus(), messages.Status)
 
-        told = await together(map(ask, self.clients))
-        return dict(sorted(zip(self.clients, told, strict=True)))
+        statuses = await together(map(ask, self.clients))
+        return dict(sorted(zip(self.clients, statuses, strict=True)))
 
     async def _lease(self, rank: int) -> Errand:
         def waiting(queued: messages.LeaseQueued) -> None:
@@ -262,8 +262,8 @@ class TrialRun:
             async with asyncio.timeout(DEADLINES.tried_step):
                 async for report in errand.do(work, DEADLINES.engine_sign):
                     if isinstance(report, messages.LoadProgress):
-                        told = (report.component, report.done_bytes, report.total_bytes)
-                        self.watcher.progress(rank, *told)
+                        what, done, total = report.component, report.done_bytes, report.total_bytes
+                        self.watcher.progress(rank, what, done, total)
         except TimeoutError:
             raise FluxmeshError(
                 f"{errand.client.title}: a first step is not done after "
@@ -293,17 +293,17 @@ def keeps(
     work: Workload, hosts: Sequence[int], shards: int, reader: int | None, idle: Iterable[int] = ()
 ) -> dict[int, messages.Keep]:
     """What each host is to hold, whatever happens to its engine; `idle` ones nothing."""
-    found = {rank: messages.Keep(weights=None) for rank in idle}
+    wanted = {rank: messages.Keep(weights=None) for rank in idle}
     for place, rank in enumerate(hosts):
         components: tuple[str, ...] = ("transformer", "autoencoder")
         if rank == reader:
             components = (*components, "text encoders")
         shard = place if shards > 1 else 0
-        found[rank] = messages.Keep(
+        wanted[rank] = messages.Keep(
             weights=work.weights, shards=shards, shard=shard, components=components
         )
     if reader is not None and reader not in hosts:  # it reads for the others
-        found[reader] = messages.Keep(
+        wanted[reader] = messages.Keep(
             weights=work.weights, shards=1, shard=0, components=("text encoders",)
         )
-    return found
+    return wanted

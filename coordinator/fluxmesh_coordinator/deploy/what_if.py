@@ -2,7 +2,7 @@
 
 An assumption is a JSON object about every host of a hostfile; `hostfiles/README.md` has its keys.
 From it and the hostfile comes the same `MeshView` that real agents give, so that nothing of the
-planner is special. `sizes_of` knows FLUX.1's published sizes: planning needs no files.
+planner is special. `published` knows FLUX.1's own sizes: planning needs no files.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from fluxmesh.cluster.snapshot import (
     RingPlace,
     StepTiming,
 )
-from fluxmesh.errors import ModelNotFoundError, UsageError
+from fluxmesh.errors import UsageError
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.planning.workload import ModelSizes, Workload
-from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import ModelDefaults
 
 REQUIRED = ("memory", "link_rate")
@@ -37,22 +36,6 @@ KEYS = (
     *(*REQUIRED, *NUMBERS, "kind", "links", "step_seconds", "warm"),
     *("platform", "machine_memory"),
 )
-
-
-def sizes_of(model: str) -> tuple[str, ModelSizes, bool]:
-    """(the model's name, its sizes, whether it is on this machine).
-
-    The aliases of FLUX.1 have their published sizes where it is not. Raises what `hub.resolve`
-    does for any other model that is not here.
-    """
-    try:
-        checkpoint = hub.resolve(model, download=False)
-    except ModelNotFoundError:
-        alias = hub.alias_of(model)
-        if alias not in hub.REPOS:
-            raise
-        return alias, published(alias), False
-    return checkpoint.name, ModelSizes.of(checkpoint), True
 
 
 def published(alias: str) -> ModelSizes:

@@ -27,7 +27,7 @@ OF_RING = {"Raised", LATE}
 
 def error_of(kind: str, text: str) -> errors.FluxmeshError:
     """The error of that name; of one that is no error of ours, the base."""
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, errors.FluxmeshError):
-        return found(text)
+    error_class = getattr(errors, kind, None)
+    if isinstance(error_class, type) and issubclass(error_class, errors.FluxmeshError):
+        return error_class(text)
     return errors.FluxmeshError(text)

@@ -11,17 +11,19 @@ from collections.abc import Sequence
 from fluxmesh.planning.remedies import Remedy
 
 
-def told(remedies: Sequence[Remedy]) -> str:
+def sentences(remedies: Sequence[Remedy]) -> str:
     """One sentence a remedy, the least change first; "" where nothing helps."""
-    changes = [one for one in remedies if not one.freed and not one.wired_mib]
-    said = [f"It fits with {_options(one)} ({one.needed / 1e9:.1f} GB)." for one in changes]
-    for one in remedies:
-        if one.freed:
-            said.append(f"It fits {_with(one)} once other programs there give memory back.")
-        if one.wired_mib:
+    changes = [remedy for remedy in remedies if not remedy.freed and not remedy.wired_mib]
+    said = [
+        f"It fits with {_options(remedy)} ({remedy.needed / 1e9:.1f} GB)." for remedy in changes
+    ]
+    for remedy in remedies:
+        if remedy.freed:
+            said.append(f"It fits {_with(remedy)} once other programs there give memory back.")
+        if remedy.wired_mib:
             said.append(
-                f"On a Mac that nobody sits at, it fits {_with(one)} after "
-                f"`sudo sysctl iogpu.wired_limit_mb={one.wired_mib}`, until that restarts."
+                f"On a Mac that nobody sits at, it fits {_with(remedy)} after "
+                f"`sudo sysctl iogpu.wired_limit_mb={remedy.wired_mib}`, until that restarts."
             )
     return " ".join(said)
 

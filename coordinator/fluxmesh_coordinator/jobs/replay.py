@@ -60,7 +60,7 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
             snapshot.CollectiveTime,
         ),
         *(hostfile.Host, hostfile_fields.Endpoint),
-        *(request.GenerateRequest, request.AdapterRef, request.SourceImage),
+        *(request.FilledRequest, request.AdapterRef, request.SourceImage),
         *(GenerationJob, ModelSizes, checkpoint.ModelDefaults, config.FluxConfig, config.T5Config),
         *(config.ClipConfig, config.AutoencoderConfig, config.ScheduleConfig),
         *(
@@ -74,7 +74,7 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
 }
 # What a user wrote, or where his files lie: class -> fields.
 PRIVATE: dict[str, set[str]] = {
-    "GenerateRequest": {"prompt"},
+    "FilledRequest": {"prompt"},
     "Encode": {"prompt"},
     "Encoded": {"prompt"},  # the event
     "Caption": {"text"},

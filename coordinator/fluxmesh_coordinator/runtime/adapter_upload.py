@@ -60,8 +60,8 @@ async def send(
     Raises `FluxmeshError`.
     """
     for sha256, (name, path) in files.items():
-        found = await client.ask(HasFile(fence=fence, sha256=sha256), Found)
-        if found.there:
+        reply = await client.ask(HasFile(fence=fence, sha256=sha256), Found)
+        if reply.there:
             continue
         total = path.stat().st_size
         tell(0, total)

@@ -123,7 +123,7 @@ class AgentPool:
     async def statuses(self) -> dict[int, messages.Status]:
         """What the hosts that answer say of themselves now."""
 
-        async def one(rank: int) -> messages.Status | None:
+        async def ask(rank: int) -> messages.Status | None:
             client = self.clients.get(rank)
             if client is None:
                 return None
@@ -133,23 +133,23 @@ class AgentPool:
                 self.lost(rank, client, str(error))
                 return None
 
-        found = await together(map(one, self._members))
-        return {rank: status for rank, status in zip(self._members, found, strict=True) if status}
+        answers = await together(map(ask, self._members))
+        return {rank: status for rank, status in zip(self._members, answers, strict=True) if status}
 
     async def infos(self) -> dict[int, HostInfo]:
         """The hosts that answer, as the planner sees them."""
-        return {rank: host_info(rank, told) for rank, told in (await self.statuses()).items()}
+        return {rank: host_info(rank, status) for rank, status in (await self.statuses()).items()}
 
     async def tell(self, notes: Mapping[int, messages.Message]) -> None:
         """Says something to the hosts that answer; who does not hear it has lost nothing."""
 
-        async def one(rank: int, note: messages.Message) -> None:
+        async def send(rank: int, note: messages.Message) -> None:
             client = self.clients.get(rank)
             if client is not None:
                 with contextlib.suppress(FluxmeshError):
                     await client.ask(note, messages.Done, self.deadlines.note)
 
-        await together(one(rank, note) for rank, note in notes.items())
+        await together(send(rank, note) for rank, note in notes.items())
 
     def unreachable(self) -> HostUnreachableError:
         """Why no host answers, in a sentence."""

@@ -175,7 +175,7 @@ class JobRunner:
                 raise self.pool.unreachable()
             gone = sorted(self.pool.reasons)
             also = f" Hosts that do not answer: {', '.join(map(str, gone))}." if gone else ""
-            helps = remedies.told(plan.remedies)
+            helps = remedies.sentences(plan.remedies)
             raise DoesNotFitError(f"{plan.reason}{helps and f' {helps}'}{also}")
         await self._unless_stopped(self.pool.change(min(left, self.deadlines.look)))
 

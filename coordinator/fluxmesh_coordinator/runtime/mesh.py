@@ -27,7 +27,7 @@ from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan
 from fluxmesh.planning.plan import plan as find_plan
-from fluxmesh.planning.workload import ModelSizes, Workload
+from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
@@ -35,17 +35,18 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, learn, load, save
 from fluxmesh_coordinator.agents.status import user_keys
-from fluxmesh_coordinator.deploy import what_if
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.types import Heard, Told
-from fluxmesh_coordinator.runtime.adapter_upload import Files, by_hash
+from fluxmesh_coordinator.runtime.adapter_upload import Files
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
+from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 from fluxmesh_coordinator.runtime.running import Running
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ class Mesh:
         self.keeps_warm = keeps_warm  # whether weights serve others after this program
         self._close = close
         self._jobs: set[Running] = set()  # that run now
+        self._noted: dict[int, tuple[AgentClient, messages.NoteSize]] = {}  # told to ranks last
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
         self._thread.start()
@@ -95,15 +97,23 @@ class Mesh:
         """
         if record is not None:
             return cls._of(record, keys or user_keys(), lambda _: None)
-        record = load()
+        return cls.of_user(load())
+
+    @classmethod
+    def of_user(cls, record: MeshRecord | None) -> Self:
+        """The mesh that `fluxmesh up` left, as the user's `mesh.json` has it; None: there is none.
+
+        What is measured, and agents that are started again, are written down there. Raises as
+        `connect`.
+        """
         if record is not None:
-            return cls._of(record, keys or user_keys(), _remember, partial(learn, record.text))
+            return cls._of(record, user_keys(), _remember, partial(learn, record.text))
         started = launch.start_ephemeral()
         ephemeral = [started]
-        one, is_over = threading.Lock(), threading.Event()
+        lock, is_over = threading.Lock(), threading.Event()
 
         def restart(rank: int) -> Member:
-            with one:  # a start that is under way when the mesh closes leaves nothing behind
+            with lock:  # a start that is under way when the mesh closes leaves nothing behind
                 if is_over.is_set():
                     raise HostUnreachableError("The mesh was closed.")
                 ephemeral[0].kill()
@@ -112,7 +122,7 @@ class Mesh:
 
         def close() -> None:
             is_over.set()
-            with one:
+            with lock:
                 ephemeral[0].close()
 
         try:
@@ -164,8 +174,28 @@ class Mesh:
         step. Raises `UsageError`, `ModelNotFoundError`, `WeightsError`, `AdapterError`,
         `HostUnreachableError` or `DoesNotFitError`.
         """
-        job, files = self._prepare(request, placement, force_shard, keep_warm)
-        running = self.start(GenerationSession(job, self.deadlines), files, wait)
+        resolved = self.resolve(request)
+        yield from self.paint(resolved, placement, force_shard, wait, keep_warm=keep_warm)
+
+    def resolve(self, request: GenerateRequest) -> Resolved:
+        """The request as this mesh can do it: its model found, its adapters hashed, all filled in.
+
+        A model that a mesh of this machine lacks is fetched. Raises as `generate`.
+        """
+        return Resolved.of(request, ResolvedModel.for_mesh(request.model, self.record))
+
+    def paint(
+        self,
+        resolved: Resolved,
+        placement: Placement | None = None,
+        force_shard: bool = False,
+        wait: float | None = None,
+        *,
+        keep_warm: bool = True,
+    ) -> Generator[Event, None, None]:
+        """`generate`, for a request that is resolved."""
+        job = self._job(resolved, placement, force_shard, keep_warm)
+        running = self.start(GenerationSession(job, self.deadlines), resolved.files, wait)
         plans: list[Planned] = []
         try:
             for event in running.events():
@@ -217,7 +247,7 @@ class Mesh:
         force_shard: bool = False,
     ) -> Plan:
         """What `generate` would do now, and every other way."""
-        job, _ = self._prepare(request, placement, force_shard, True)
+        job = self._job(self.resolve(request), placement, force_shard, True)
         return plan_of(job, self.view)
 
     def status(self) -> dict[int, messages.Status | str]:
@@ -225,10 +255,11 @@ class Mesh:
 
         async def ask() -> dict[int, messages.Status | str]:
             pool = self._pool
-            found: dict[int, messages.Status | str] = dict(await pool.statuses())
+            statuses: dict[int, messages.Status | str] = dict(await pool.statuses())
             for member in self.record.members:
-                found.setdefault(member.rank, pool.reasons.get(member.rank, "It does not answer."))
-            return dict(sorted(found.items()))
+                reason = pool.reasons.get(member.rank, "It does not answer.")
+                statuses.setdefault(member.rank, reason)
+            return dict(sorted(statuses.items()))
 
         return self._run(ask())
 
@@ -262,51 +293,39 @@ class Mesh:
     def _note_size(self, job: GenerationJob) -> None:
         """Hosts that can make such a picture alone get ready for the next one, once they are idle.
 
-        By `data`: a ring that is up has made it already, or the plan has no use for one.
+        By `data`: a ring that is up has made it already, or the plan has no use for one. Who was
+        told of this size last is not asked again: a warm request pays for each message.
         """
-        work, view = Workload.of(job.request, job.sizes), self.view
+        work = Workload.of(job.request, job.sizes)
+        note = messages.NoteSize(work.weights, work.height, work.width)
+        clients = dict(self._pool.clients)
+        unaware = {k for k, client in clients.items() if self._noted.get(k) != (client, note)}
+        if len(clients) < 2 or not unaware or work.low_memory:
+            return
+        view = self.view
         memory = Memory(work, view)
         needed = [memory.needed("data", 1, 1)]
-        note = messages.NoteSize(work.weights, work.height, work.width)
-        fitting = [rank for rank in view.ranks if memory.needs((rank,), needed)[0].fits]
-        if len(view.ranks) > 1 and not work.low_memory:
-            self._run(self._pool.tell(dict.fromkeys(fitting, note)))
+        fitting = [k for k in view.ranks if k in unaware and memory.needs((k,), needed)[0].fits]
+        self._run(self._pool.tell(dict.fromkeys(fitting, note)))
+        self._noted |= {rank: (clients[rank], note) for rank in fitting}
 
     def _leave_makeshift(self, plans: Sequence[Planned]) -> None:
         """A ring that was made of what a loss had left is of no use to the job that comes next."""
         if plans and plans[0].hosts != plans[-1].hosts:
             self._run(self._pool.tell(dict.fromkeys(plans[-1].hosts, messages.LeaveRing())))
 
-    def _prepare(
-        self,
-        request: GenerateRequest,
-        asked: Placement | None,
-        force_shard: bool,
-        keep_warm: bool,
-    ) -> tuple[GenerationJob, Files]:
-        """The job as it travels: the model by a name that hosts know, adapters by their hashes."""
-        from fluxmesh.weights import hub
-
-        sizes, name = self._sizes(request.model), hub.full_name(request.model)
-        named, files = by_hash(request.adapters)
-        job = GenerationJob(
+    def _job(
+        self, resolved: Resolved, asked: Placement | None, force_shard: bool, keep_warm: bool
+    ) -> GenerationJob:
+        return GenerationJob(
             id=secrets.token_hex(8),
             secret=secrets.token_bytes(32),
-            request=replace(request, model=name, adapters=named),
-            sizes=sizes,
+            request=resolved.request,
+            sizes=resolved.model.sizes,
             placement=asked,
             force_shard=force_shard,
             warm=self.keeps_warm or keep_warm,
         )
-        return job, files
-
-    def _sizes(self, model: str) -> ModelSizes:
-        """What planning must know of a model; a mesh may have one that this machine lacks."""
-        from fluxmesh.weights import hub
-
-        if self.record.is_this_machine:
-            return ModelSizes.of(hub.resolve(model))
-        return what_if.sizes_of(model)[1]
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the loop's thread."""

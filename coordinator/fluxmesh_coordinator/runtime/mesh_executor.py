@@ -179,13 +179,13 @@ class MeshExecutor:
 
     def _features(self, unit: Unit) -> dict[str, np.ndarray]:
         """As the cache holds them."""
-        found = self._cache.get(self._key(unit))
-        if found is None:
+        features = self._cache.get(self._key(unit))
+        if features is None:
             path = self._cache.path(self._key(unit))
             raise FluxmeshError(
                 f"{path} is missing or damaged, although it was written; start again with `resume`."
             )
-        return {name: array for name, (array, _) in found.items()}
+        return {name: array for name, (array, _) in features.items()}
 
 
 def job_of(
@@ -197,8 +197,10 @@ def job_of(
     """The run as it travels."""
     request = plan.request
     name = hub.full_name(request.model)
-    asked = GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
     sizes = ModelSizes.of(base)
+    asked = sizes.fill(
+        GenerateRequest("", seed=0, model=name, dtype=request.dtype, bits=request.bits)
+    )
     return TrainingJob(
         id=secrets.token_hex(8),
         secret=secrets.token_bytes(32),

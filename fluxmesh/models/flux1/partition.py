@@ -28,22 +28,22 @@ def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
         return offset + shard.rank * step, offset + (shard.rank + 1) * step
 
     heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
-    found: dict[str, Cut] = {}
+    module_cuts: dict[str, Cut] = {}
     for i in range(config.depth):
         for stream in ("img", "txt"):
             name = f"double_blocks.{i}.{stream}"
-            found[f"{name}_mod.lin"] = Cut(0, (part(6 * D),), 6 * D)
-            found[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
-            found[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
-            found[f"{name}_mlp.0"] = Cut(0, (part(M),), M)
-            found[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
+            module_cuts[f"{name}_mod.lin"] = Cut(0, (part(6 * D),), 6 * D)
+            module_cuts[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
+            module_cuts[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
+            module_cuts[f"{name}_mlp.0"] = Cut(0, (part(M),), M)
+            module_cuts[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
     for i in range(config.depth_single_blocks):
         name = f"single_blocks.{i}"
-        found[f"{name}.modulation.lin"] = Cut(0, (part(3 * D),), 3 * D)
-        found[f"{name}.linear1"] = Cut(0, (*heads, part(M, 3 * D)), 3 * D + M)
-        found[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
-    found["final_layer.adaLN_modulation.1"] = Cut(0, (part(2 * D),), 2 * D)
-    return found
+        module_cuts[f"{name}.modulation.lin"] = Cut(0, (part(3 * D),), 3 * D)
+        module_cuts[f"{name}.linear1"] = Cut(0, (*heads, part(M, 3 * D)), 3 * D + M)
+        module_cuts[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
+    module_cuts["final_layer.adaLN_modulation.1"] = Cut(0, (part(2 * D),), 2 * D)
+    return module_cuts
 
 
 def obstacle(config: FluxConfig, size: int, quantized: bool = False) -> str | None:

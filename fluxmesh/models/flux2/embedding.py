@@ -63,7 +63,7 @@ class EmbeddingRows:
             )
         out = np.empty((len(different), width), dtype=numpy_dtype(self.entry))
         read_each_into((out[i : i + 1], self.entry, int(row)) for i, row in enumerate(different))
-        found = mx.array(out[places])
+        embeddings = mx.array(out[places])
         if self.entry.dtype == "BF16":  # NumPy has no such numbers: these are their bits
-            found = found.view(mx.bfloat16)
-        return found[None].astype(dtype)
+            embeddings = embeddings.view(mx.bfloat16)
+        return embeddings[None].astype(dtype)

@@ -26,20 +26,20 @@ def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
         return offset + shard.rank * step, offset + (shard.rank + 1) * step
 
     heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
-    found: dict[str, Cut] = {}
+    module_cuts: dict[str, Cut] = {}
     for i in range(config.depth):
         for stream in ("img", "txt"):
             name = f"double_blocks.{i}.{stream}"
-            found[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
-            found[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
-            found[f"{name}_mlp.0"] = Cut(0, (part(M), part(M, M)), 2 * M)
-            found[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
+            module_cuts[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
+            module_cuts[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
+            module_cuts[f"{name}_mlp.0"] = Cut(0, (part(M), part(M, M)), 2 * M)
+            module_cuts[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
     for i in range(config.depth_single_blocks):
         name = f"single_blocks.{i}"
         gated = part(M, 3 * D), part(M, 3 * D + M)
-        found[f"{name}.linear1"] = Cut(0, (*heads, *gated), 3 * D + 2 * M)
-        found[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
-    return found
+        module_cuts[f"{name}.linear1"] = Cut(0, (*heads, *gated), 3 * D + 2 * M)
+        module_cuts[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
+    return module_cuts
 
 
 def obstacle(config: Flux2Config, size: int, quantized: bool = False) -> str | None:

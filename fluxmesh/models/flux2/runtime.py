@@ -198,7 +198,7 @@ class Flux2Runtime:
         img = x.astype(flow.dtype)
         if request.references is not None:
             img = mx.concatenate([img, request.references], axis=1)
-        found = []
+        velocities = []
         for i, text in enumerate(request.text):
             if text is None or (i and not self.is_asked_twice(request.guidance)):
                 continue
@@ -210,10 +210,10 @@ class Flux2Runtime:
                 caches[i] if caches else None,
                 request.memory,
             )
-            found.append(velocity[:, : x.shape[1]].astype(mx.float32))
-        if len(found) == 1:
-            return found[0]
-        asked, negative = found
+            velocities.append(velocity[:, : x.shape[1]].astype(mx.float32))
+        if len(velocities) == 1:
+            return velocities[0]
+        asked, negative = velocities
         return negative + request.guidance * (asked - negative)
 
     def denoise(

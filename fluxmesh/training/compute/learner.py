@@ -117,19 +117,19 @@ class Learner:
 
     def advance(self, total: mx.array) -> UpdateResult:
         """Moves the weights by the sum of a whole update."""
-        found = exact_sum.read(total)
+        sums = exact_sum.read(total)
         rate = learning_rate(self.request, self.state.update)
-        if found.bad:
+        if sums.bad:
             return UpdateResult(
-                loss=math.nan, norm=math.nan, rate=rate, images=found.images, bad=found.bad
+                loss=math.nan, norm=math.nan, rate=rate, images=sums.images, bad=sums.bad
             )
-        self.state, norm = optimizer.advance(self.state, found.gradient, rate, self.request)
+        self.state, norm = optimizer.advance(self.state, sums.gradient, rate, self.request)
         self.adapters.install(self.adapters.unflatten(self.state.weights))
         return UpdateResult(
-            loss=found.loss,
+            loss=sums.loss,
             norm=norm,
             rate=rate,
-            images=found.images,
+            images=sums.images,
             bad=0,
             peak_bytes=mx.get_peak_memory(),
         )
@@ -226,15 +226,15 @@ class Learner:
     def vectors(self) -> dict[str, np.ndarray]:
         """The state's vectors as a checkpoint stores them."""
         state = self.state
-        found = {"weights": state.weights, "first": state.first, "second": state.second}
+        arrays = {"weights": state.weights, "first": state.first, "second": state.second}
         if state.average is not None:
-            found["average"] = state.average
-        return {name: np.array(vector) for name, vector in found.items()}
+            arrays["average"] = state.average
+        return {name: np.array(vector) for name, vector in arrays.items()}
 
     def restore(self, update: int, vectors: Mapping[str, np.ndarray]) -> None:
         """Goes on from a checkpoint's vectors, after `update` updates."""
-        found = {name: mx.array(vector) for name, vector in vectors.items()}
+        arrays = {name: mx.array(vector) for name, vector in vectors.items()}
         self.state = State(
-            update, found["weights"], found["first"], found["second"], found.get("average")
+            update, arrays["weights"], arrays["first"], arrays["second"], arrays.get("average")
         )
         self.adapters.install(self.adapters.unflatten(self.state.weights))

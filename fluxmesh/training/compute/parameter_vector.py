@@ -26,7 +26,7 @@ def select(config: FluxConfig, blocks: int, targets: Sequence[str]) -> list[str]
     """
     every = config.depth + config.depth_single_blocks
     first = 0 if blocks == -1 else max(0, every - blocks)
-    found = []
+    modules = []
     for name, target in transformer_tensors(config).items():
         kind, _, rest = name.partition(".")
         if kind not in ("double_blocks", "single_blocks") or len(target.shape) != 2:
@@ -34,13 +34,13 @@ def select(config: FluxConfig, blocks: int, targets: Sequence[str]) -> list[str]
         block = int(rest.partition(".")[0]) + (config.depth if kind == "single_blocks" else 0)
         module = name.removesuffix(".weight")
         if block >= first and any(fnmatchcase(module, pattern) for pattern in targets):
-            found.append(module)
-    if not found:
+            modules.append(module)
+    if not modules:
         raise UsageError(
             f"`lora_targets` {', '.join(targets)} matches no linear of the last "
             f"{every - first} blocks; name some, such as '*attn.qkv' or 'single_blocks.*'."
         )
-    return sorted(found)
+    return sorted(modules)
 
 
 class VectorLayout:

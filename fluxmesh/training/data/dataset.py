@@ -106,8 +106,8 @@ def load_dataset(
 
 def fingerprint(examples: list[Example]) -> str:
     """SHA-256 of pictures and captions in their order, in hex: what a resume must find again."""
-    told = [(x.content, x.caption, *(["prior"] if x.prior else [])) for x in examples]
-    text = json.dumps(told)
+    contents = [(x.content, x.caption, *(["prior"] if x.prior else [])) for x in examples]
+    text = json.dumps(contents)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -252,8 +252,8 @@ def _hub(name: str, split: str, image: str, caption: str) -> Iterator[_Row]:
         stored = row[image] or {}
         data = stored.get("bytes")
         path = stored.get("path")
-        found = data if data is not None else Path(path) if path else None
-        yield _Row(f"{name} row {number}", found, row[caption])
+        picture = data if data is not None else Path(path) if path else None
+        yield _Row(f"{name} row {number}", picture, row[caption])
 
 
 def _path(folder: Path, image: Any) -> Path | None:

@@ -86,8 +86,8 @@ class DatasetEncoder:
         """A caption's features, [1, T, context_in_dim] and [1, vec_in_dim]."""
         known = self._texts.get(caption, True)
         if known is None:
-            found = self._read(Caption(caption))
-            known = Conditioning(from_numpy(found["t5"][0]), from_numpy(found["clip"][0]))
+            arrays = self._read(Caption(caption))
+            known = Conditioning(from_numpy(arrays["t5"][0]), from_numpy(arrays["clip"][0]))
             self._texts.put(caption, True, known)
         return known
 
@@ -96,13 +96,13 @@ class DatasetEncoder:
         return from_numpy(self._read(Crop(image, crop))["latents"][0])
 
     def _read(self, unit: Unit) -> Arrays:
-        found = self.cache.get(self.key(unit))
-        if found is None:
+        arrays = self.cache.get(self.key(unit))
+        if arrays is None:
             raise FluxmeshError(
                 f"{self.cache.path(self.key(unit))} is missing or damaged, although it was "
                 "written; start again with `resume`."
             )
-        return found
+        return arrays
 
 
 def _stored(array: mx.array) -> tuple[np.ndarray, str]:

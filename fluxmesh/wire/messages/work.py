@@ -138,7 +138,8 @@ class Paint(ModelWork):
     low_memory: bool
     preview: bool  # decode the expected picture after each step
     strength: float  # of `source`; 1.0 without one
-    latents: Latents = field(repr=False, compare=False)  # [1, L, 4C] after `first` steps
+    # [1, L, 4C] after `first` steps; None where that is none: it begins from the noise
+    latents: Latents | None = field(repr=False, compare=False)
     noise: OneLatents = field(repr=False, compare=False)
     features: Features = field(repr=False, compare=False)  # as `TextEncoded` gave them
     source: OneLatents | None = field(default=None, repr=False, compare=False)

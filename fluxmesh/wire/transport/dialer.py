@@ -117,8 +117,8 @@ class CurveDialer:
             sockets.close_watched(sock, monitor)
             reached = isinstance(error, NotAllowed) or not isinstance(error, Exception)
             if not reached and await asyncio.to_thread(local_network.keeps_out, host, port):
-                told = f"Can't connect to {address}: {local_network.SENTENCE}."
-                raise ConnectionClosed(told) from None
+                sentence = f"Can't connect to {address}: {local_network.SENTENCE}."
+                raise ConnectionClosed(sentence) from None
             if isinstance(error, TimeoutError):
                 raise ConnectionClosed(
                     f"No agent answers at {address} within {seconds:.0f} s: it hangs, or a "

@@ -79,12 +79,12 @@ async def next_event(monitor: zmq.asyncio.Socket) -> SocketEvent:
 
 async def events_now(monitor: zmq.asyncio.Socket) -> list[SocketEvent]:
     """Those that are there, without waiting."""
-    found: list[SocketEvent] = []
+    events: list[SocketEvent] = []
     while True:
         try:
-            found.append(_event(await monitor.recv_multipart(flags=zmq.NOBLOCK)))
+            events.append(_event(await monitor.recv_multipart(flags=zmq.NOBLOCK)))
         except zmq.Again:
-            return found
+            return events
 
 
 def _event(frames: list[bytes]) -> SocketEvent:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fluxmesh.cluster.snapshot import JobTiming, Placement, StepTiming, Timings
 from fluxmesh.planning.workload import Workload
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest
 from fluxmesh_coordinator.jobs.host import Readiness
 
 Members = tuple[Placement, tuple[int, ...]]  # how, and by which ranks in the order of their ring
@@ -43,7 +43,7 @@ class _Seen:
 class JobTimes:
     """The times of one job."""
 
-    def __init__(self, work: Workload, request: GenerateRequest) -> None:
+    def __init__(self, work: Workload, request: FilledRequest) -> None:
         self.work = work
         self.counts = not (request.cache or request.low_memory or request.stepwise)
         self._images: dict[int, _Image] = {}

@@ -42,8 +42,8 @@ class Observer:
             if ring is None or not self._leads(host):
                 return
             ranks = ring.ranks
-        found = {self.state.hosts[rank].readiness(message) for rank in ranks}
-        readiness = min(found, key=get_args(Readiness).index)  # of the one that is least ready
+        levels = {self.state.hosts[rank].readiness(message) for rank in ranks}
+        readiness = min(levels, key=get_args(Readiness).index)  # of the one that is least ready
         self._times.given(message.image, (message.placement, ranks), now, readiness)
 
     def prepares(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement
 from fluxmesh.planning.plan import Option, Phase, Plan, plan
 from fluxmesh.planning.workload import ModelSizes, Workload
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import FilledRequest
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.state import JobState
@@ -23,9 +23,9 @@ from fluxmesh_coordinator.jobs.types import Job
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationJob(Job):
-    """A request, ready for a mesh: size and steps are filled in, adapters are named by hash."""
+    """A request, ready for a mesh: nothing is left open, adapters are named by hash."""
 
-    request: GenerateRequest
+    request: FilledRequest
     sizes: ModelSizes
     placement: Placement | None = None
     force_shard: bool = False

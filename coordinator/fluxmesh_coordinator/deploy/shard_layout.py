@@ -1,0 +1,65 @@
+"""Which hosts hold which part of a model: all of it on each, or a shard each. Pure.
+
+`warmup.py` asks it once it knows what every host has in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fluxmesh.cluster.snapshot import MeshView, Placement
+from fluxmesh.errors import DoesNotFitError
+from fluxmesh.planning.capacity import Memory, shortage
+from fluxmesh.planning.remedies import for_weights
+from fluxmesh.planning.workload import Workload, tensor_problem
+from fluxmesh_coordinator.jobs import remedies
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Who holds what: shard i of `shards` on `ranks[i]`, or all of it on each where that is 1."""
+
+    ranks: tuple[int, ...]
+    shards: int
+    idle: tuple[int, ...] = ()  # hosts that can't hold their part
+    why: str = ""  # they can't
+
+    def shard(self, rank: int) -> int:
+        return self.ranks.index(rank) if self.shards > 1 else 0
+
+
+def layout(work: Workload, view: MeshView) -> ShardLayout:
+    """As `_layout`. Raises `DoesNotFitError`, with what helps, where no host can hold its part."""
+    place = _layout(work, view)
+    if place.ranks:
+        return place
+
+    def fits(work: Workload, view: MeshView) -> int | None:
+        shards = _layout(work, view).shards
+        placement: Placement = "tensor" if shards > 1 else "data"
+        return Memory(work, view).needed(placement, shards, shards) if shards else None
+
+    helps = remedies.sentences(for_weights(work, view, fits)) or "Use more hosts."
+    raise DoesNotFitError(f"{work.weights.model} does not fit: {place.why}. {helps}")
+
+
+def _layout(work: Workload, view: MeshView) -> ShardLayout:
+    """Replicated where that fits, else sharded, else replicated on the hosts where it fits.
+
+    Without ranks or shards where no host can hold its part.
+    """
+    memory, ranks, size = Memory(work, view), view.ranks, len(view.ranks)
+    whole, part = memory.needed("data", 1, 1), memory.needed("tensor", size, size)
+    needs = memory.needs(ranks, [whole] * size)
+    if all(need.fits for need in needs):
+        return ShardLayout(ranks, 1)
+    if size > 1 and not tensor_problem(work, size):
+        shares = memory.needs(ranks, [part] * size, size)
+        if all(need.fits for need in shares):
+            return ShardLayout(ranks, size)
+    able: tuple[int, ...] = ()
+    for rank in ranks:
+        if all(need.fits for need in memory.needs((*able, rank), [whole] * (len(able) + 1))):
+            able = (*able, rank)
+    idle = tuple(rank for rank in ranks if rank not in able)
+    return ShardLayout(able, 1 if able else 0, idle, shortage(needs))

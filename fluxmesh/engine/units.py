@@ -1,0 +1,123 @@
+"""The units of work beside the painting: load, read a prompt or a picture, decode.
+
+Each is a generator of its reports. What stays in memory is told in `worker.py`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from fluxmesh.cluster.snapshot import Holding
+from fluxmesh.engine import features
+from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.state import EngineState, Reports
+from fluxmesh.models.partition import Shard
+from fluxmesh.request import SourceImage
+from fluxmesh.wire import messages
+from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load
+
+
+def load(engine: EngineState, work: Load) -> Reports:
+    """What the work names, or the transformer; what is there already takes no time."""
+    start = time.perf_counter()
+    engine.open(work.weights)
+    engine.model.low_memory = work.low_memory
+    with engine.meter.phase("load"):
+        for component in work.components or ("transformer",):
+            if component == "transformer":
+                engine.hold(Shard(work.shard, work.shards))
+                if work.low_memory:  # the modulation weights come first, with an image
+                    continue
+            yield from engine.loading(work, component)
+    holding = engine.holding or Holding(
+        weights=work.weights,
+        nbytes=0,
+        shards=work.shards,
+        shard=work.shard,
+        content=engine.content,
+    )
+    yield messages.Loaded(
+        job=work.job,
+        ring_generation=work.ring_generation,
+        holding=holding,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def encode(engine: EngineState, work: Encode) -> Reports:
+    """A prompt's features; encoders load only for one that is not remembered."""
+    engine.doing = "reading the prompt"
+    pipeline = engine.open(work.weights)
+    pipeline.t5_padding = work.t5_padding
+    cached = pipeline.remembers(work.prompt)
+    with engine.meter.phase("text"):
+        start = time.perf_counter()
+        if not cached:
+            if not work.stay:
+                engine.drop_transformer()
+            yield from engine.loading(work, "text encoders")
+            start = time.perf_counter()
+        engine.begin("encoding", "encode")
+        text = pipeline.encode(work.prompt)
+        engine.quiet = ""
+        if not work.stay:
+            pipeline.reload_text_encoders()
+        seconds = time.perf_counter() - start
+        engine.count(encodes=0 if cached else 1)
+        named = features.of_text(text)
+        peak = engine.meter.now("text")
+    yield messages.TextEncoded(
+        job=work.job,
+        ring_generation=work.ring_generation,
+        seconds=seconds,
+        cached=cached,
+        peak_bytes=peak,
+        content=engine.content,
+        features=named,
+    )
+
+
+def encode_source(engine: EngineState, work: EncodeSource) -> Reports:
+    """The latents of a picture that the image begins from."""
+    pipeline = engine.open(work.weights)
+    with engine.meter.phase("text"):
+        yield from engine.loading(work, "autoencoder")
+        engine.doing = "encoding the picture"
+        engine.begin("encoding", "encode")
+        source = pipeline.encode_source(SourceImage(work.pixels))
+        engine.quiet = ""
+    yield messages.SourceEncoded(
+        job=work.job, ring_generation=work.ring_generation, latents=np.array(source.clean)
+    )
+
+
+def decode(engine: EngineState, work: Decode) -> Reports:
+    """Pictures of latents; in low memory, after the transformer has left."""
+    pipeline = engine.open(work.weights)
+    if pipeline.low_memory:
+        engine.drop_transformer()
+    with engine.meter.phase("decode"):
+        yield from engine.loading(work, "autoencoder")
+        if engine.options.stopping():
+            return
+        engine.doing = "decoding"
+        engine.begin("decoding", "decode")
+        start = time.perf_counter()
+        with pipeline.bounded_pixels(work.height, work.width, len(work.images)):
+            pixels = to_pixels(pipeline.decode(mx.array(work.latents), engine.latent_size(work)))
+        engine.quiet = ""
+        seconds = (time.perf_counter() - start) / len(pixels)
+        engine.count(decodes=len(pixels))
+        peak = engine.meter.now("decode")
+    for image, picture in zip(work.images, pixels, strict=True):
+        yield messages.Pictured(
+            job=work.job,
+            ring_generation=work.ring_generation,
+            image=image,
+            seconds=seconds,
+            peak_bytes=peak,
+            pixels=picture,
+        )

@@ -1,0 +1,94 @@
+"""When a job on a whole mesh in one process gives hosts back, and who waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxmesh import events
+from fluxmesh.errors import CancelledError
+from fluxmesh_coordinator.jobs.generation.session import GenerationSession
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool
+from fluxmesh_coordinator.runtime.job_runner import JobRunner
+from tests.fakes import FakeMesh
+from tests.unit.mesh_jobs import Heard, check, job, play
+
+
+@pytest.mark.parametrize("placement", ["data", "tensor"])
+def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement: Any) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        asked = job("one", n_images=2, steps=100, placement=placement)
+        heard = Heard(events.Step, lambda: runner.stop.set())
+        runner = JobRunner(pool, GenerationSession(asked), {}, heard)
+        with pytest.raises(CancelledError):
+            await runner.run()
+        assert len(heard.of(events.Step)) < 10
+        assert all(service.lifecycle.is_free for service in mesh.services.values())
+        assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
+        again, heard = job("two", placement=placement), Heard()
+        await JobRunner(pool, GenerationSession(again), {}, heard).run()
+        check(heard, again)
+
+    play(tmp_path, 2, body)
+
+
+def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer("other")) as other:
+            asked, heard = job("one", n_images=3, steps=20), Heard()
+            session = GenerationSession(asked)
+            first = asyncio.create_task(JobRunner(pool, session, {}, heard).run())
+            while not heard.of(events.Step):
+                await asyncio.sleep(0.01)
+            waiting = Heard(events.Queued, lambda: second.stop.set())
+            second = JobRunner(other, GenerationSession(job("two")), {}, waiting)
+            with pytest.raises(CancelledError):
+                await second.run()
+            assert mesh.services[0].leases.waiting == 0
+            await first
+            check(heard, asked)
+
+    play(tmp_path, 1, body)
+
+
+def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        session = GenerationSession(job(n_images=40, steps=500, placement="data"))
+        runner = JobRunner(pool, session, {}, Heard())
+        running = asyncio.create_task(runner.run())
+        while session.given_up([1]) is None:
+            if 1 in runner._leased:
+                runner._gone(1, runner._leased[1], "The cable was pulled.")
+            await asyncio.sleep(0.01)
+        while 1 not in pool.clients:
+            await pool.change(1.0)
+        await asyncio.sleep(1.5)
+        assert not running.done() and mesh.services[0].leases.holder
+        assert mesh.services[1].leases.holder == ""
+        runner.stop.set()
+        with pytest.raises(CancelledError):
+            await running
+
+    play(tmp_path, 2, body)
+
+
+def test_a_host_whose_engine_failed_too_often_is_free_for_others(tmp_path: Path) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        session = GenerationSession(job(n_images=40, steps=500, placement="data"))
+        runner = JobRunner(pool, session, {}, Heard())
+        running = asyncio.create_task(runner.run())
+        while session.given_up([1]) is None:
+            if mesh.engine(1).made:
+                mesh.engine(1).die()
+            await asyncio.sleep(0.01)
+        while mesh.services[1].leases.holder:
+            await asyncio.sleep(0.05)
+        assert not running.done() and mesh.services[0].leases.holder
+        runner.stop.set()
+        with pytest.raises(CancelledError):
+            await running
+
+    play(tmp_path, 2, body)
