@@ -150,7 +150,8 @@ def test_a_mesh_of_this_machine_needs_no_hostfile(machine: MeshMachine) -> None:
 
 def test_a_model_too_large_for_each_host_is_loaded_in_shards(machine: MeshMachine) -> None:
     machine.model = Path("tiny")
-    work = Workload.of(GenerateRequest("", 0, "tiny"), ModelSizes.of(hub.resolve("tiny")))
+    request = GenerateRequest("", 0, "tiny", height=128, width=128, steps=4)
+    work = Workload.of(request, ModelSizes.of(hub.resolve("tiny")))
     # A decode takes more on Metal: 37 MB whole and 29 MB for half of it, where a CPU has 29 and 21.
     needs = [max(work.memory("tensor", 2, shards, device())) for shards in (1, 2)]
     done = machine.up(machine.hostfile(2, memory=sum(needs) // 2))
