@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.folders import file_shapes
 from benchmarks.harness import difference
 from benchmarks.products import products
@@ -18,7 +20,9 @@ from tests.integration.conftest import environment
 ROOT = Path(__file__).parents[2]
 
 
-def run(tmp_path: Path, program: str, *options: str) -> tuple[str, list[dict[str, Any]]]:
+def run(
+    tmp_path: Path, program: str, *options: str, seconds: float = 100
+) -> tuple[str, list[dict[str, Any]]]:
     """What a program printed, and what it measured."""
     written = tmp_path / "measured.json"
     done = subprocess.run(
@@ -35,7 +39,7 @@ def run(tmp_path: Path, program: str, *options: str) -> tuple[str, list[dict[str
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -126,8 +130,10 @@ def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
     assert list(room.iterdir()) == []
 
 
+@pytest.mark.timeout(320)
 def test_load_times_the_commands_alone_with_a_model_that_is_there(tmp_path: Path) -> None:
-    printed, results = run(tmp_path, "load", "--model", "tiny", "--steps", "1")
+    """Seven commands, each a process: a minute by themselves, more beside other tests."""
+    printed, results = run(tmp_path, "load", "--model", "tiny", "--steps", "1", seconds=300)
     assert [measurement["what"] for measurement in results] == [
         *["a process for the request"] * 2,
         "fluxmesh up",
