@@ -18,6 +18,8 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
+from fluxmesh.errors import UsageError
+
 MAX_INTEGER = 2**63 - 1
 MAX_ARRAY = 128 << 20  # bytes: the latents of 16 images at 2048 x 2048 are half of it
 MAX_DIMENSIONS = 4  # of an array
@@ -79,6 +81,18 @@ DEFAULTS: dict[type, Bound] = {
     bytes: Bytes(),
     tuple: Count(1024),
 }
+
+
+def check_shard(shard: int, shards: int) -> None:
+    """Raises `UsageError` where there is no such part of so many."""
+    if not 0 <= shard < shards:
+        raise UsageError(f"Shard {shard} of {shards} does not exist.")
+
+
+def sendable(sentence: str) -> str:
+    """A text as a message may carry it, whatever somebody's file put into it."""
+    return sentence.encode("utf-8", "replace").decode()[: Text.most]
+
 
 Pixels = Annotated[int, Range(1, 1 << 15)]  # of a side
 Bits = Annotated[int, Range(2, 16)]  # of a quantized weight

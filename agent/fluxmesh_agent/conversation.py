@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 
-from fluxmesh.wire.messages import Message
+from fluxmesh.wire.messages import Message, Refused
+from fluxmesh.wire.protocol import ProtocolError
 from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 256  # answers, for requests that come again
 
@@ -48,7 +51,16 @@ class CoordinatorConversation:
         await end(self._task)
 
     async def _send(self) -> None:
-        with contextlib.suppress(ConnectionClosed):  # whoever receives from it is told as well
-            while True:
-                message, seq = await self._outbox.get()
+        while True:
+            message, seq = await self._outbox.get()
+            try:
                 await self._connection.send(message, seq)
+            except ConnectionClosed:
+                return  # whoever receives from it is told as well
+            except ProtocolError as error:
+                # What can't be sent must not silence all that comes after it.
+                kind = type(message).__name__
+                log.error("%s: %s could not be sent: %s", self.label, kind, error)
+                if seq:
+                    text = f"The agent's {kind} could not be sent; see `fluxmesh logs`."
+                    self._outbox.put_nowait((Refused("internal", text), seq))

@@ -27,6 +27,7 @@ from typing import NoReturn
 
 import mlx.core as mx
 
+from fluxmesh.bounds import sendable
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.engine import device_memory as memory
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
@@ -180,7 +181,7 @@ class Engine:
                 ring_generation=work.ring_generation,
                 job=work.job,
                 kind=kind,
-                text=str(error),
+                text=sendable(str(error)),
                 fatal=False,
             )
         except Exception as error:
@@ -232,7 +233,13 @@ class Engine:
         said = local_network.explained(said)
         text = f"The engine failed {doing}: {said.rstrip('.')}."
         self._end(
-            Failed(ring_generation=ring_generation, job=job, kind="Raised", text=text, fatal=True),
+            Failed(
+                ring_generation=ring_generation,
+                job=job,
+                kind="Raised",
+                text=sendable(text),
+                fatal=True,
+            ),
             error,
         )
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from fluxmesh.deadlines import DEADLINES, Deadlines
 
+LONGEST = 1e9  # seconds that a job may say it takes
+
 
 @dataclass(frozen=True)
 class Holds:
@@ -88,6 +90,7 @@ class Leases:
     def ask(self, client: str, job: str, seconds: float, now: float) -> list[Notice]:
         """Gets in line, once: who holds the lease already is told so again."""
         self.hear(client, now)
+        seconds = min(max(0.0, seconds), LONGEST)  # the sum of a line stays a number
         if self._holder and self._holder.client == client:
             self._holder.job, self._holder.seconds, self._holder.since = job, seconds, now
             return [Holds(client, self._holder.fence)]

@@ -1,9 +1,9 @@
 """The agent itself: between coordinators (transport), the lease and the engine, in one event loop.
 
-    coordinator ◄──► Client ──► Service ──► leases.py      who may change the host
-                                    ├─────► lifecycle.py   what is to be done, as instructions
-                                    ├─────► upkeep.py      what is done when nobody asks
-                                    └─────► supervisor.py  the engine's process
+    coordinator ◄──► conversation.py ──► Service ──► leases.py      who may change the host
+                                           ├───► lifecycle.py   what is to be done, as instructions
+                                           ├───► upkeep.py      what is done when nobody asks
+                                           └───► supervisor.py  the engine's process
 
 Every request is answered once: one that is repeated under the same `seq` gets the same answer, and
 is not done again. What an engine reports goes to the holder of the lease alone.
@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Sequence
 
+from fluxmesh.bounds import sendable
 from fluxmesh.cluster.snapshot import StepTiming
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
@@ -27,6 +28,7 @@ from fluxmesh.storage.homes import AgentHome, read_private, write_private
 from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.version import __version__
 from fluxmesh.wire import messages
+from fluxmesh.wire.limits import MAX_HEADER
 from fluxmesh.wire.messages import Done, Heartbeat, Hello, Message, Refused
 from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import Connection, ConnectionClosed, Listener
@@ -51,6 +53,7 @@ from fluxmesh_agent.upkeep import Upkeep
 log = logging.getLogger(__name__)
 
 LINE = 2000  # characters of a log's line that are shown
+LOG_BYTES = MAX_HEADER * 3 // 4
 
 
 class AgentClock(RunningClock):
@@ -58,6 +61,17 @@ class AgentClock(RunningClock):
 
     def woke(self, now: float, seconds: float) -> None:
         log.info("%.0f s passed unseen: this machine slept, or its clock was set", seconds)
+
+
+def fitting(lines: Sequence[str]) -> tuple[str, ...]:
+    """The last of a log's lines, as many as one message holds."""
+    room, kept = LOG_BYTES, list[str]()
+    for line in reversed(lines):
+        room -= len(line.encode()) + 5  # and what packing adds
+        if room < 0:
+            break
+        kept.append(line)
+    return tuple(reversed(kept))
 
 
 class Service:
@@ -192,6 +206,7 @@ class Service:
         if isinstance(answer, Refused):
             name = type(message).__name__
             log.warning("%s: refused %s: %s", client.label, name, answer.text)
+            answer = Refused(answer.code, sendable(answer.text))
         client.answer(seq, answer)
 
     async def _do(self, client: CoordinatorConversation, message: Message) -> Message:
@@ -208,7 +223,7 @@ class Service:
             return self.status()
         if isinstance(message, messages.AskLogs):
             lines = last_lines(self.home.log, message.lines)
-            return messages.Logs(tuple(line[:LINE] for line in lines))
+            return messages.Logs(fitting([line[:LINE] for line in lines]))
         if isinstance(message, messages.AskLease):
             self._notify(self.leases.ask(client.name, message.job, message.seconds, now))
             asyncio.get_running_loop().call_soon(self._tick)

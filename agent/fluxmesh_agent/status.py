@@ -1,4 +1,4 @@
-"""What an agent says of itself when it is asked: the host at one moment, and its last log lines."""
+"""What an agent says of itself when it is asked: the host at one moment."""
 
 from __future__ import annotations
 

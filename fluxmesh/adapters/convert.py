@@ -30,7 +30,7 @@ def known_configs() -> list[FluxConfig]:
 def convert_adapter(
     source: Path, target: Path, file_format: str, configs: Sequence[FluxConfig]
 ) -> Adapter:
-    """Writes the adapter `source` as the new file `target`, in one of `lora_files.FORMATS`.
+    """Writes the adapter `source` as the new file `target`, in one of `formats.FORMATS`.
 
     The first of `configs` whose model it fits is its model's. Metadata stay, but for settings of
     PEFT's: the scale is folded into the weights. `lora_rank` and `lora_blocks` are there for the

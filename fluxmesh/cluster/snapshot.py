@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Literal
 
-from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards
+from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards, check_shard
 from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 
@@ -56,8 +56,7 @@ class Holding:
 
     def __post_init__(self) -> None:
         _check("nbytes", self.nbytes, 0)
-        if not 0 <= self.shard < self.shards:
-            raise UsageError(f"Shard {self.shard} of {self.shards} does not exist.")
+        check_shard(self.shard, self.shards)
 
     @property
     def layout(self) -> Layout:

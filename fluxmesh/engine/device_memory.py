@@ -1,6 +1,6 @@
 """How much memory the models take, how much there is, and what a phase really used.
 
-The runner asks here whether all models fit at once, and measures the peak of each phase. Sizes
+`residency.py` asks here whether all models fit at once, and measures the peak of each phase. Sizes
 come from the checkpoint's configs, so that the answer is there before any weight is read.
 """
 

@@ -83,12 +83,14 @@ def warm_up(engine: EngineState, work: Warm) -> Reports:
 
 
 def measure_ring(engine: EngineState, work: MeasureRing) -> Reports:
-    """In a ring all are given it, and none stops on the way: it is short."""
+    """In a ring all are given it, and all stop where one of them is told to."""
     engine.doing = "measuring the ring"
     engine.begin("measuring")
     limit = engine.options.memory_bytes or device_memory.memory_of_device()
-    table = ring_probe.timed(engine.ring(), work.seconds, limit)
+    table = ring_probe.timed(engine.ring(), work.seconds, limit, engine.options.stopping)
     engine.quiet = ""
+    if table is None:
+        return
     yield messages.RingTimed(
         job=work.job,
         ring_generation=work.ring_generation,

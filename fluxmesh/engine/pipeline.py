@@ -285,7 +285,7 @@ class FluxPipeline(Models):
         return mx.concatenate(images)
 
     def bounded_steps(self, latent_size: LatentSize) -> AbstractContextManager[None]:
-        """Inside, MLX runs no further ahead of a step than it has to (`memory.bounded`)."""
+        """Inside, MLX runs no further ahead of a step than it has to (`device_memory.bounded`)."""
         rows, columns = (side // latents.PATCH for side in latent_size)
         tokens = rows * columns + self.checkpoint.defaults.t5_max_length
         config, dtype = self.checkpoint.transformer, self.dtype

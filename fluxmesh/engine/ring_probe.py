@@ -25,6 +25,7 @@ LONG = 0.02  # seconds that they should take together, so that starting them doe
 PRODUCTS = (128, 256, 512, 1024, 2048, 4096)  # sides of square matrices
 PART = 0.02  # of the memory, for arrays that travel
 LONGEST = 10.0  # seconds, whoever asks
+STOPPED = 2000.0  # seconds, which no measurement takes: who says so wants it to end
 
 
 class RingTable(NamedTuple):
@@ -35,18 +36,27 @@ class RingTable(NamedTuple):
     hidden: float  # part of a gather that passes while products run beside it, 0 to 1
 
 
-def timed(ranks: Ranks, seconds: float, memory: int) -> RingTable:
+def timed(
+    ranks: Ranks, seconds: float, memory: int, stopping: Callable[[], bool] = lambda: False
+) -> RingTable | None:
     """Measures the ring for about `seconds`; a slow one by its smaller sizes alone.
 
     `memory` is what this engine may use, in bytes, most of which may be taken: the measurement
     keeps to a small part of it, on every rank that of the smallest. The first size is measured
-    however slow the ring is and however little memory there is.
+    however slow the ring is and however little memory there is. None where `stopping` is true of
+    a rank: all end there, between two sizes.
     """
     fitting = sum((ranks.size + 2) * nbytes <= memory * PART for nbytes in SIZES)
     sizes = SIZES[: max(1, -ranks.most(-fitting))]
-    watch = _Watch(ranks, min(seconds, LONGEST))
+    watch = _Watch(ranks, min(seconds, LONGEST), stopping)
+    if watch.is_stopped():
+        return None
     gathers = _table(watch, ranks.gather, sizes, until=0.4)
+    if watch.is_stopped():
+        return None
     sums = _table(watch, ranks.sum, sizes, until=0.8)
+    if watch.is_stopped():
+        return None
     table = RingTable(gathers, sums, _hidden(watch, gathers))
     mx.clear_cache()
     return table
@@ -55,8 +65,8 @@ def timed(ranks: Ranks, seconds: float, memory: int) -> RingTable:
 class _Watch:
     """A clock that all ranks read alike: whatever it tells is the slowest one's."""
 
-    def __init__(self, ranks: Ranks, seconds: float) -> None:
-        self.ranks, self.seconds = ranks, seconds
+    def __init__(self, ranks: Ranks, seconds: float, stopping: Callable[[], bool]) -> None:
+        self.ranks, self.seconds, self.stopping = ranks, seconds, stopping
         self.start = time.perf_counter()
         # On Metal a collective is waited for before what follows it is built.
         self.chains = not (mx.metal.is_available() and mx.default_device() == mx.gpu)
@@ -69,7 +79,12 @@ class _Watch:
     @property
     def left(self) -> float:
         """Of the time that the measurement may take."""
-        return self.seconds - self.agreed(time.perf_counter() - self.start)
+        spent = time.perf_counter() - self.start
+        return self.seconds - self.agreed(STOPPED if self.stopping() else spent)
+
+    def is_stopped(self) -> bool:
+        """Whether any rank is told to stop."""
+        return self.agreed(STOPPED if self.stopping() else 0.0) >= STOPPED
 
     def time(self, run: Callable[[], None]) -> float:
         """Seconds of `run` on the slowest rank; all begin together."""

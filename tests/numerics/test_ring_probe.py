@@ -99,7 +99,7 @@ def test_what_products_hide_of_a_gather_is_told(
 
     monkeypatch.setattr(ring_probe._Watch, "time", elapsed)
     ranks = CountingRing(1e11)
-    watch = ring_probe._Watch(ranks, 2.0)  # type: ignore[arg-type]
+    watch = ring_probe._Watch(ranks, 2.0, lambda: False)  # type: ignore[arg-type]
     table = (ring_probe.CollectiveTime(4096, 0.004),)
     eval_ = mx.eval
 
@@ -110,3 +110,11 @@ def test_what_products_hide_of_a_gather_is_told(
 
     monkeypatch.setattr(ring_probe.mx, "eval", spy)
     assert ring_probe._hidden(watch, table) == pytest.approx(1.0 if hides else 0.0)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_a_rank_that_is_told_to_stop_ends_the_measurement_between_two_sizes(calls: int) -> None:
+    ranks = Slow(1e6)
+    table = timed(ranks, 2.0, ROOM, lambda: len(ranks.calls) >= calls)  # type: ignore[arg-type]
+    assert table is None
+    assert len(ranks.calls) <= calls + 200 and not any(what == "sum" for what, _ in ranks.calls)

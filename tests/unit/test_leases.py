@@ -146,3 +146,12 @@ def test_whatever_happens_one_holds_it_in_order_and_fences_rise(events) -> None:
                 fences.append(notice.fence)
         assert leases.holder == (line[0] if line else "")
         assert leases.waiting == max(0, len(line) - 1)
+
+
+def test_how_long_a_job_says_it_takes_is_a_number_for_all_who_wait() -> None:
+    leases = Leases()
+    granted(leases, "a")
+    for client, seconds in (("b", 1.7e308), ("c", 1.7e308), ("d", -1e308), ("e", 1.0)):
+        leases.ask(client, "job", seconds, 0.0)
+    waits = [n.seconds for n in leases.tick(0.0) if isinstance(n, InLine)]
+    assert waits == [10.0, 10.0 + 1e9, 10.0 + 2e9, 10.0 + 2e9]

@@ -4,8 +4,8 @@
     python tools/tiny/evaluate.py --through diffusers   # the same prompts, for comparison
 
 No prompt's combination of object, place and background, or of two objects, was ever trained
-(`single_held_out` and `pair_held_out` in `scenes.py`). `score.Reader` reads each picture back: the
-nearest of all renderings must be the object that the prompt names. Prints a row of the table in
+(`single_held_out` and `pair_held_out` in `scenes.py`). `score.SceneReader` reads each picture back:
+the nearest of all renderings must be the object that the prompt names. Prints a row of the table in
 README.md, and writes a contact sheet. Needs the font; the comparison torch and diffusers too.
 """
 

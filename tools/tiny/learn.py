@@ -5,7 +5,7 @@
 
 `robot.py` draws five pictures of "a sks robot"; `fluxmesh train`, the command that a user has,
 makes an adapter of them. Then 28 prompts ask for the robot on backgrounds that none of the five
-has, half of them at places that none has, and `score.Reader` reads each picture back: of all
+has, half of them at places that none has, and `score.SceneReader` reads each picture back: of all
 renderings of 91 things, the robot's must be the nearest. The loss is measured on drawings of the
 same 28 scenes, at fixed time steps and noise. That the other things are still there is asked too.
 Needs the font (README.md).

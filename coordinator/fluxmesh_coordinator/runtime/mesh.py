@@ -307,7 +307,8 @@ class Mesh:
         needed = [memory.needed("data", 1, 1)]
         fitting = [k for k in view.ranks if k in unaware and memory.needs((k,), needed)[0].fits]
         self._run(self._pool.tell(dict.fromkeys(fitting, note)))
-        self._noted |= {rank: (clients[rank], note) for rank in fitting}
+        # Those for which it does not fit, too: they need no second look at this size.
+        self._noted |= {rank: (clients[rank], note) for rank in unaware & set(view.ranks)}
 
     def _leave_makeshift(self, plans: Sequence[Planned]) -> None:
         """A ring that was made of what a loss had left is of no use to the job that comes next."""

@@ -1,8 +1,8 @@
 """One host's part of a training: gradients of the micro-batches that it is given, and the update.
 
 A run on one host gives it all of an update's micro-batches and the sum back. A run on several
-deals the numbers out (`sampling.deal`), adds the vectors of `total` across the ring and gives every
-host the same sum: each then makes the same update to its own copy.
+deals the numbers out (`micro_batches.deal`), adds the vectors of `total` across the ring and gives
+every host the same sum: each then makes the same update to its own copy.
 """
 
 from __future__ import annotations

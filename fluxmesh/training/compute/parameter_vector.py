@@ -64,7 +64,7 @@ class VectorLayout:
         return self.ends[-1]
 
     def adapter(self, flat: np.ndarray) -> Adapter:
-        """A vector of weights as `lora_files.write_adapter` takes it."""
+        """A vector of weights as `formats.write_adapter` takes it."""
         parts = np.split(flat, self.ends[:-1])
         shaped = [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return {

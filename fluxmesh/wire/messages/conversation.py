@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fluxmesh.bounds import Count, Pixels, Range, ShardIndex, Shards
+from fluxmesh.bounds import Count, Pixels, Range, ShardIndex, Shards, check_shard
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire.messages import base
 from fluxmesh.wire.messages.base import BootName, ClientName, Components, Message, Port, Version
@@ -125,6 +125,9 @@ class Keep(Message):
     shards: Shards = 1
     shard: ShardIndex = 0
     components: Components = ()  # as in `Load`
+
+    def __post_init__(self) -> None:
+        check_shard(self.shard, self.shards)
 
 
 @dataclass(frozen=True)

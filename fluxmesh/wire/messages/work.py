@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from fluxmesh.bounds import Pixels, Range, ShardIndex, Shards, Text
+from fluxmesh.bounds import Pixels, Range, ShardIndex, Shards, Text, check_shard
 from fluxmesh.cluster.snapshot import CollectiveTime, Holding, Placement, StepTiming
 from fluxmesh.deadlines import Deadlines
 from fluxmesh.wire.messages.base import (
@@ -52,6 +52,9 @@ class Load(ModelWork):
     shard: ShardIndex = 0
     components: Components = ()
     low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        check_shard(self.shard, self.shards)
 
     def limit(self, deadlines: Deadlines) -> float:
         return deadlines.load_moves  # each byte that is read begins it anew
@@ -255,8 +258,8 @@ class RingTimed(WorkReport):
 class MeasureRing(Work):
     """Times the collectives of the engine's ring by size, within `seconds` or so.
 
-    All ranks of a ring are given it, and take part also where the job was cancelled. Needs no
-    weights.
+    All ranks of a ring are given it, and begin also where the job was cancelled: they agree to
+    stop. Needs no weights.
     """
 
     reports: ClassVar = (RingTimed,)
