@@ -55,7 +55,7 @@ class Deadlines:
 
     # `up` and `doctor` get hosts ready
     engine_sign: float = 60.0  # of an engine that loads, measures or tries
-    timed_step: float = 300.0  # a step that is measured; kernels compile
+    timed_step: float = 450.0  # a step that is measured; kernels compile
     tried_step: float = 600.0  # a step and a decode of `doctor`
     link: float = 60.0  # measuring one: a slow one is a link too
     cable: float = 10.0  # one byte over one
