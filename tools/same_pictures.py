@@ -178,7 +178,7 @@ def timed(line: CommandLine, road: str, name: str, command: list[str], said: lis
     return {
         "exit": code,
         "problem": stderr if code else "",
-        "values": sorted(told_of(each) for each in lines if each["event"] in FIXED),
+        "values": sorted(line_as_text(each) for each in lines if each["event"] in FIXED),
         "plans": [
             f"{each['placement']} on {', '.join(map(str, each['hosts']))}"
             for each in lines
@@ -191,9 +191,10 @@ def timed(line: CommandLine, road: str, name: str, command: list[str], said: lis
     }
 
 
-def told_of(line: Json) -> str:
+def line_as_text(line: Json) -> str:
     """A line; files in order of their names, for hosts finish them in any."""
-    return json.dumps(line | ({"files": sorted(line["files"])} if "files" in line else {}))
+    files = {"files": sorted(line["files"])} if "files" in line else {}
+    return json.dumps(line | files, sort_keys=True)
 
 
 def picture_of(path: Path) -> Json:
