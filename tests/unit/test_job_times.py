@@ -10,7 +10,7 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
-from fluxmesh.errors import FluxmeshError
+from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.planning.learning import learned
 from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
@@ -361,6 +361,25 @@ def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
             await JobRunner(knowing, GenerationSession(job()), {}, heard).run()
             assert len(heard.of(events.Picture)) == 1
             assert knowing.links.timings.jobs
+
+    play(tmp_path, 2, body)
+
+
+def test_who_stops_a_job_does_not_wait_for_a_disk(tmp_path: Path) -> None:
+    """A sync takes a second where the disk is slow, and Ctrl-C is to end the command at once."""
+    written: list[Timings] = []
+
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer(), None, written.append) as knowing:
+            heard = Heard(events.Step, lambda: runner.stop.set())
+            asked = job("stopped", steps=100, placement="sequence")
+            runner = JobRunner(knowing, GenerationSession(asked), {}, heard)
+            with pytest.raises(CancelledError):
+                await runner.run()
+            assert written == []
+            whole = JobRunner(knowing, GenerationSession(job("whole")), {}, Heard())
+            await whole.run()
+            assert written != []
 
     play(tmp_path, 2, body)
 
