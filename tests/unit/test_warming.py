@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from fluxmesh.cluster.snapshot import MeshView, Timings
-from fluxmesh.errors import DoesNotFitError, FluxmeshError
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+from fluxmesh_coordinator.deploy import leased_work
 from fluxmesh_coordinator.deploy import warmup as warm
 from fluxmesh_coordinator.deploy.leased_work import Errand
 from fluxmesh_coordinator.deploy.link_rates import pairs
@@ -353,3 +354,31 @@ def test_an_errand_hears_nothing_of_an_engine_that_was_ended() -> None:
 
     (report,) = asyncio.run(scene())
     assert isinstance(report, messages.Loaded) and report.ring_generation == 2
+
+
+def test_an_engine_that_ticks_and_never_ends_its_unit_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As all ranks of a ring do while one of them stands still."""
+    now = [0.0]
+
+    class TickingAgent:
+        title = "host 0"
+
+        async def ask(self, request: messages.Message, answer: type[messages.Message]) -> None:
+            pass
+
+        async def report(self) -> messages.Message:
+            now[0] += 1.0
+            return messages.Beat(job="up", ring_generation=1, doing="measuring")
+
+    async def scene() -> None:
+        granted = messages.Granted(1, 1, None)  # type: ignore[arg-type]
+        errand = Errand(TickingAgent(), granted, work())  # type: ignore[arg-type]
+        unit = messages.MeasureRing(**errand.common)
+        async for _ in errand.do(unit, 60.0):
+            assert now[0] <= unit.budget + 1.0
+
+    monkeypatch.setattr(leased_work.time, "monotonic", lambda: now[0])
+    with pytest.raises(HostUnreachableError, match="measuring its ring took more than 60 s"):
+        asyncio.run(scene())

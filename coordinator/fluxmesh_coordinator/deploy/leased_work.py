@@ -51,14 +51,22 @@ class Errand:
     async def do(self, work: messages.Work, silence: float) -> AsyncIterator[messages.Report]:
         """The reports about one unit of work, to the one that ends it.
 
-        Raises what the engine failed with, `HostUnreachableError` after `silence` seconds.
+        Raises what the engine failed with, `HostUnreachableError` after `silence` seconds, or
+        after those that the unit may take: an engine that stands still in a ring goes on ticking.
         """
         await self.client.ask(work, messages.Done)
+        limit, begun = work.limit(DEADLINES), time.monotonic()
         while True:
             report = await self._report(silence)
             yield report
             if work.is_ended_by(report):
                 return
+            if isinstance(report, messages.LoadProgress):
+                begun = time.monotonic()  # weights are read as fast as the disk is
+            elif time.monotonic() - begun > limit:
+                raise HostUnreachableError(
+                    f"{self.client.title}: {work.late(limit)}; look at `fluxmesh logs`."
+                )
 
     async def join(self, join: messages.Join) -> None:
         """Takes its place in a ring. Raises as `do`."""
