@@ -20,6 +20,11 @@ class Shard:
     rank: int = 0
     size: int = 1
 
+    def part(self, width: int, offset: int = 0) -> tuple[int, int]:
+        """Its span of `width` outputs or inputs, the first of which is `offset` of a linear."""
+        step = width // self.size
+        return offset + self.rank * step, offset + (self.rank + 1) * step
+
 
 def token_run(tokens: int, rank: int, ranks: int) -> tuple[int, int]:
     """A rank's run of ceil(S / N) of S tokens under `sequence`; what lies beyond S is filling."""
@@ -48,31 +53,37 @@ class Cut:
         return np.concatenate([np.arange(start, stop) for start, stop in self.spans])
 
 
-def split_groups(cuts: Mapping[str, Cut], group_of: Callable[[str, int], int | None]) -> str | None:
-    """Which of a host's columns are not whole quantization groups, as a clause, or None.
+@dataclass(frozen=True)
+class Partition:
+    """How a transformer of one config can be dealt to hosts: whole heads, columns of the MLPs."""
 
-    `cuts` are of any one host, `group_of` gives the group of a module's rows of so many columns.
-    """
-    for name, cut in cuts.items():
-        group = group_of(name, cut.length)
-        if cut.axis == 1 and group and any(end % group for span in cut.spans for end in span):
-            width = cut.spans[0][1] - cut.spans[0][0]
-            return (
-                f"a host's {width} columns of {name} are not whole quantization groups of {group}"
-            )
-    return None
+    heads: int
+    columns: int  # of an MLP
+    cuts: Callable[[Shard], Mapping[str, Cut]]
+    group_of: Callable[[str, int], int | None]
+    """The quantization group of a module's rows of so many columns, None where it has none."""
 
+    def obstacle(self, size: int, quantized: bool = False) -> str | None:
+        """Why it can't be dealt to `size` hosts, as a clause; None where it can."""
+        if self.heads % size:
+            return f"{self.heads} heads don't divide by {size}"
+        if self.columns % size:
+            return f"{self.columns} MLP columns don't divide by {size}"
+        for name, cut in self.cuts(Shard(0, size)).items() if quantized else ():
+            group = self.group_of(name, cut.length)
+            if cut.axis == 1 and group and any(end % group for span in cut.spans for end in span):
+                width = cut.spans[0][1] - cut.spans[0][0]
+                columns = f"a host's {width} columns of {name}"
+                return f"{columns} are not whole quantization groups of {group}"
+        return None
 
-def refuse_obstacle(obstacle: Callable[[int], str | None], size: int, most: int) -> None:
-    """Raises `UsageError` where there is an obstacle to `size` hosts, naming those that would do.
-
-    `most` is the largest number of hosts that may.
-    """
-    reason = obstacle(size)
-    if reason is None:
-        return
-    fit = [n for n in range(1, most + 1) if obstacle(n) is None]
-    raise UsageError(
-        f"The transformer can't be sharded over {size} hosts: {reason}; use "
-        f"{', '.join(map(str, fit))} of them, or `placement` sequence."
-    )
+    def check(self, size: int, quantized: bool = False) -> None:
+        """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
+        reason = self.obstacle(size, quantized)
+        if reason is None:
+            return
+        fit = [n for n in range(1, self.heads + 1) if self.obstacle(n, quantized) is None]
+        raise UsageError(
+            f"The transformer can't be sharded over {size} hosts: {reason}; use "
+            f"{', '.join(map(str, fit))} of them, or `placement` sequence."
+        )

@@ -1,13 +1,14 @@
-"""Takes a part out of a linear that is in memory whole. Knows no collective and no family.
+"""Takes a part out of a model that is in memory whole. Knows no collective and no family.
 
 Any linear that a model may hold can be cut: plain, quantized (whole groups), with an adapter
-beside it. A family's `slicing.py` makes a shard of a model with it.
+beside it. A family's `partition.py` says where; `loading.py` does the same from files, without the
+whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,33 @@ import mlx.nn as nn
 from fluxmesh.models.layers import RMSNorm
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
-from fluxmesh.models.partition import Cut
+from fluxmesh.models.partition import Cut, Shard
+
+T = TypeVar("T")
+
+
+def shard_of(flux: T, shard: Shard) -> T:
+    """Part `shard` of a transformer, evaluated; `flux` keeps all of its own.
+
+    What is not cut is shared between the two. Raises `UsageError` where heads or quantization
+    groups don't divide.
+    """
+    whole: Any = flux
+    whole.partition.check(shard.size, is_quantized(whole))
+    part = type(whole)(whole.config)
+    if whole.modulation_released:
+        part.release_modulation()
+    take_cuts(part, whole, whole.partition.cuts(shard))
+    hold_shard(part, shard)
+    sharded: T = part
+    return sharded
+
+
+def hold_shard(flux: Any, shard: Shard) -> None:
+    """Tells a transformer whose linears are cut which part of itself it is."""
+    flux.shard = shard
+    for single in flux.single_blocks:
+        single.qkv_dim = 3 * flux.config.hidden_size // shard.size
 
 
 def take_cuts(part: Any, whole: Any, cuts: Mapping[str, Cut]) -> None:

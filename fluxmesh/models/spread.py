@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,30 +27,62 @@ from fluxmesh.models.collectives import Pending, Ranks
 from fluxmesh.models.layers import QKNorm, attention
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.partition import Cut, Shard, token_run
-from fluxmesh.models.slicing import cut_linear
+from fluxmesh.models.slicing import cut_linear, shard_of
 from fluxmesh.models.step_cache import StepCache
+
+T = TypeVar("T")
 
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
 
 
-def sharded(flux: Any, ranks: Ranks, shard_of: Callable[[Any, Shard], Any]) -> Any:
+def sharded(flux: T, ranks: Ranks) -> T:
     """This rank's part of a transformer, whose blocks add up their outputs over the ranks.
 
-    `flux` is whole, and then left as it is while `shard_of` takes the part out of it, or this
-    rank's shard of a checkpoint. Raises `UsageError` where it is another shard, or doesn't divide
-    over the ranks.
+    `flux` is whole, and then left as it is, or this rank's shard of a checkpoint. Raises
+    `UsageError` where it is another shard, or doesn't divide over the ranks.
     """
-    if flux.shard == Shard():
-        flux = shard_of(flux, ranks.shard)
-    elif flux.shard != ranks.shard:
+    part: Any = flux
+    if part.shard == Shard():
+        part = shard_of(part, ranks.shard)
+    elif part.shard != ranks.shard:
         raise UsageError(
-            f"Part {flux.shard.rank} of {flux.shard.size} of the transformer was loaded where "
+            f"Part {part.shard.rank} of {part.shard.size} of the transformer was loaded where "
             f"rank {ranks.rank} of {ranks.size} runs; load the model again."
         )
     outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
-    for block in (*flux.double_blocks, *flux.single_blocks):
+    for block in (*part.double_blocks, *part.single_blocks):
         block.outputs = outputs
-    return flux
+    own: T = part
+    return own
+
+
+class SpreadTransformer:
+    """What both placements share: the transformer itself to everyone but its blocks."""
+
+    flux: Any
+
+    def __init__(self, flux: Any, ranks: Ranks) -> None:
+        self.flux, self.ranks = flux, ranks
+
+    @property
+    def config(self) -> Any:
+        return self.flux.config
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.flux.dtype
+
+    @property
+    def modulation_released(self) -> bool:
+        return bool(self.flux.modulation_released)
+
+    def release_modulation(self) -> None:
+        """As the transformer's."""
+        self.flux.release_modulation()
+
+    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
+        """Rotary tables for this rank's calls, as the transformer makes them."""
+        return self.flux.rope(txt_ids, img_ids)
 
 
 def check_whole(flux: Any) -> None:

@@ -20,14 +20,14 @@ import numpy as np
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
-from fluxmesh.models.flux1.partition import check, cuts
+from fluxmesh.models.flux1.partition import cuts, partition
 from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.flux1.slicing import hold_shard
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
 from fluxmesh.models.flux1.transformer import Flux, Part, is_part
 from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.models.partition import Cut, Shard
+from fluxmesh.models.slicing import hold_shard
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh.weights.reader import ComponentReader, tables, verify
 from fluxmesh.weights.zero_copy import filled
@@ -67,7 +67,7 @@ def load_transformer(
     """
     shard = shard or Shard()
     config = checkpoint.transformer
-    check(config, shard.size, bool(bits or checkpoint.bits))
+    partition(config).check(shard.size, bool(bits or checkpoint.bits))
     reader = ComponentReader(checkpoint, "transformer")
     wanted = functools.partial(is_part, part)
     flux = _load(Flux(config), reader, dtype, bits, on_bytes, cuts(config, shard), wanted)

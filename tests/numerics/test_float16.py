@@ -18,13 +18,14 @@ from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.kernels import ops
-from fluxmesh.models.flux1 import layers, transformer
+from fluxmesh.models import double_stream
+from fluxmesh.models.flux1 import layers
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.partition import Shard
+from fluxmesh.models.slicing import shard_of
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import AdapterRef
 from fluxmesh.sampling.denoise import denoise
@@ -88,8 +89,9 @@ def largest(flux: Flux, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
         return total, ops.modulated_norm(total, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "gated_sum", gated_sum)
-        patch.setattr(layers, "gated_norm", gated_norm)
+        for module in (double_stream, layers):
+            patch.setattr(module, "gated_sum", gated_sum)
+        patch.setattr(double_stream, "gated_norm", gated_norm)
         painted(flux)
     return max(tokens), max(products)
 
@@ -110,7 +112,7 @@ def test_each_of_the_two_is_needed(without: str, monkeypatch: pytest.MonkeyPatch
     if without == "room":
         monkeypatch.setattr(ops, "HEADROOM", 1.0)
     else:
-        monkeypatch.setattr(transformer, "tokens_dtype", lambda dtype: dtype)
+        monkeypatch.setattr(double_stream, "tokens_dtype", lambda dtype: dtype)
     assert not np.isfinite(painted(grown("float16", GROWS))).all()
 
 

@@ -17,11 +17,11 @@ from fluxmesh.errors import UsageError
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.models.flux2.parallel import SequenceFlux2, TensorFlux2
-from fluxmesh.models.flux2.partition import cuts, obstacle
+from fluxmesh.models.flux2.partition import cuts, partition
 from fluxmesh.models.flux2.positions import image_positions, text_positions
-from fluxmesh.models.flux2.slicing import shard_of
 from fluxmesh.models.flux2.transformer import Flux2
 from fluxmesh.models.partition import Shard
+from fluxmesh.models.slicing import shard_of
 from tests.parallel import flux2_cases
 from tests.parallel.flux2_cases import (
     ODD,
@@ -253,7 +253,7 @@ def test_the_published_models_divide_by_what_their_heads_divide_by():
         (dev, [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]),
     ):
         for quantized in (False, True):
-            sizes = [n for n in range(1, 50) if obstacle(config, n, quantized) is None]
+            sizes = [n for n in range(1, 50) if partition(config).obstacle(n, quantized) is None]
             assert sizes == fit
     with pytest.raises(UsageError, match=r"32 heads don't divide by 3; use 1, 2, 4, 8, 16, 32 of"):
         shard_of(Flux2(klein_9b), Shard(0, 3))  # lazy: nothing of the 9 B is computed

@@ -15,10 +15,10 @@ from fluxmesh.errors import UsageError
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.partition import cuts, obstacle
-from fluxmesh.models.flux1.slicing import shard_of
+from fluxmesh.models.flux1.partition import cuts, partition
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.partition import Shard
+from fluxmesh.models.slicing import shard_of
 from fluxmesh.weights import hub
 from fluxmesh.weights.loading import load_transformer
 from fluxmesh.weights.quantize import quantize_checkpoint
@@ -125,8 +125,8 @@ def test_an_adapter_on_a_shard_is_the_shard_of_the_adapted(tmp_path, fuse, bits)
 
 def test_shapes_that_do_not_divide_are_refused_with_what_would_do():
     full = FluxConfig()
-    assert [n for n in range(1, 9) if obstacle(full, n) is None] == [1, 2, 3, 4, 6, 8]
-    assert [n for n in range(1, 9) if obstacle(full, n, quantized=True) is None] == [
+    assert [n for n in range(1, 9) if partition(full).obstacle(n) is None] == [1, 2, 3, 4, 6, 8]
+    assert [n for n in range(1, 9) if partition(full).obstacle(n, quantized=True) is None] == [
         *(1, 2, 3, 4, 6, 8)
     ]
     with pytest.raises(UsageError, match=r"24 heads don't divide by 5; use 1, 2, 3, 4, 6, 8, 12"):

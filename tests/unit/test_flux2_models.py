@@ -303,7 +303,7 @@ def test_every_block_returns_the_dtype_of_the_weights(seen, dtype: mx.Dtype) -> 
     ]
     assert {result.dtype for result in results} == {dtype}
     assert seen.keys() >= {
-        "Flux2DoubleBlock", "Flux2SingleBlock", "GatedMLP", "LastLayer", "MLPEmbedder",
+        "DoubleBlock", "Flux2SingleBlock", "GatedMLP", "LastLayer", "MLPEmbedder",
         "Modulation", "DecoderLayer", "CausalAttention", "GatedFeedForward", "ResnetBlock",
         "AttnBlock", "Level", "Middle", "Upsample", "Downsample",
     }  # fmt: skip

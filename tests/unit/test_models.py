@@ -102,7 +102,7 @@ def test_every_block_returns_the_dtype_of_the_weights(seen, dtype: mx.Dtype) -> 
     ]
     assert {output.dtype for output in outputs} == {dtype}
     assert seen.keys() >= {
-        "DoubleStreamBlock", "SingleStreamBlock", "LastLayer", "MLPEmbedder", "Modulation",
+        "DoubleBlock", "SingleStreamBlock", "LastLayer", "MLPEmbedder", "Modulation",
         "T5Block", "T5Attention", "T5FeedForward", "ClipLayer", "ClipAttention",
         "ClipMLP", "ResnetBlock", "AttnBlock", "Level", "Middle", "Upsample", "Downsample",
     }  # fmt: skip

@@ -23,13 +23,12 @@ import numpy as np
 
 from fluxmesh.kernels.ops import gated_norm, gated_sum, gelu_beside, modulated_norm
 from fluxmesh.models.collectives import Ranks
-from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock, run
-from fluxmesh.models.flux1.slicing import shard_of
 from fluxmesh.models.flux1.transformer import Flux, Modulations
 from fluxmesh.models.spread import (
     Projections,
     RingAttention,
+    SpreadTransformer,
     Streams,
     check_whole,
     dealt_velocity,
@@ -41,31 +40,10 @@ from fluxmesh.models.spread import (
 from fluxmesh.models.step_cache import StepCache
 
 
-class SpreadFlux:
-    """What both placements share: a `Flux` to everyone but its blocks."""
+class SpreadFlux(SpreadTransformer):
+    """A `Flux` to everyone but its blocks."""
 
-    def __init__(self, flux: Flux, ranks: Ranks) -> None:
-        self.flux, self.ranks = flux, ranks
-
-    @property
-    def config(self) -> FluxConfig:
-        return self.flux.config
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        return self.flux.dtype
-
-    @property
-    def modulation_released(self) -> bool:
-        return self.flux.modulation_released
-
-    def release_modulation(self) -> None:
-        """As `Flux.release_modulation`."""
-        self.flux.release_modulation()
-
-    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
-        """Rotary tables for this rank's calls, as `Flux.rope` makes them."""
-        return self.flux.rope(txt_ids, img_ids)
+    flux: Flux
 
     def modulations(
         self, timesteps: mx.array, y: mx.array, guidance: float | None = None
@@ -82,7 +60,7 @@ class TensorFlux(SpreadFlux):
 
         Raises `UsageError` where it is another shard, or doesn't divide over the ranks.
         """
-        super().__init__(sharded(flux, ranks, shard_of), ranks)
+        super().__init__(sharded(flux, ranks), ranks)
 
     def modulations(
         self, timesteps: mx.array, y: mx.array, guidance: float | None = None

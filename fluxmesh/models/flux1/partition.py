@@ -4,14 +4,17 @@ Heads and the MLPs' hidden columns are dealt out evenly (Shoeybi et al. 2019, "M
 https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that a
 host computes whole heads; the linear out of it gives up columns, so that each host gets a part of
 a sum. The modulations, 27% of FLUX, give up rows too. `loading.py` reads a shard by these cuts,
-`slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py` runs it.
+`models/slicing.py` takes one out of a whole model, `lora.py` cuts adapters to it, `parallel.py`
+runs it.
 """
 
 from __future__ import annotations
 
+import functools
+
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups
+from fluxmesh.models.partition import Cut, Partition, Shard
 
 
 def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
@@ -22,11 +25,7 @@ def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
     if shard.size == 1:
         return {}
     D, M = config.hidden_size, config.mlp_hidden_dim
-
-    def part(width: int, offset: int = 0) -> tuple[int, int]:
-        step = width // shard.size
-        return offset + shard.rank * step, offset + (shard.rank + 1) * step
-
+    part = shard.part
     heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
     module_cuts: dict[str, Cut] = {}
     for i in range(config.depth):
@@ -46,20 +45,11 @@ def cuts(config: FluxConfig, shard: Shard) -> dict[str, Cut]:
     return module_cuts
 
 
-def obstacle(config: FluxConfig, size: int, quantized: bool = False) -> str | None:
-    """Why the transformer can't be dealt to `size` hosts, as a clause; None where it can."""
-    if config.num_heads % size:
-        return f"{config.num_heads} heads don't divide by {size}"
-    if config.mlp_hidden_dim % size:
-        return f"{config.mlp_hidden_dim} MLP columns don't divide by {size}"
-    if not quantized:
-        return None
-    return split_groups(
-        cuts(config, Shard(0, size)),
+def partition(config: FluxConfig) -> Partition:
+    """How a transformer of this config can be dealt out."""
+    return Partition(
+        config.num_heads,
+        config.mlp_hidden_dim,
+        functools.partial(cuts, config),
         lambda name, columns: group_size("transformer", f"{name}.weight", (1, columns)),
     )
-
-
-def check(config: FluxConfig, size: int, quantized: bool = False) -> None:
-    """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
-    refuse_obstacle(lambda n: obstacle(config, n, quantized), size, config.num_heads)

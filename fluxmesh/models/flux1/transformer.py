@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.kernels.ops import tokens_dtype, with_room
+from fluxmesh.kernels.ops import with_room
+from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import (
     TIME_CHANNELS,
@@ -26,12 +26,10 @@ from fluxmesh.models.flux1.layers import (
     LastLayer,
     MLPEmbedder,
     SingleStreamBlock,
-    rope_tables,
-    timestep_embedding,
 )
+from fluxmesh.models.flux1.partition import partition
 from fluxmesh.models.flux1.tensor_maps import modulates
-from fluxmesh.models.layers import call
-from fluxmesh.models.partition import Shard
+from fluxmesh.models.partition import Partition
 from fluxmesh.models.step_cache import StepCache
 
 Part = Literal["all", "modulation", "blocks"]
@@ -74,25 +72,15 @@ def _make_room(linear: Any) -> None:
             mx.eval(linear[name])
 
 
-class Flux(nn.Module):
+class Flux(DoubleStreamTransformer):
     """The transformer. Call it once a step: `flux(img, txt, pe, modulations.at(step))`."""
 
-    call = staticmethod(call)
+    config: FluxConfig
 
     def __init__(self, config: FluxConfig) -> None:
         """Raises `WeightsError` where heads and rotary axes don't divide the hidden size."""
-        super().__init__()
-        if config.hidden_size % config.num_heads or sum(config.axes_dim) != config.head_dim:
-            raise WeightsError(
-                f"The transformer's config has hidden size {config.hidden_size}, "
-                f"{config.num_heads} heads and rotary axes {config.axes_dim}; the axes must sum "
-                "to the size of a head."
-            )
+        super().__init__(config)
         D = config.hidden_size
-        self.config = config
-        self.modulation_released = False
-        self.shard = Shard()  # the part of the blocks and modulations that is held
-
         self.img_in = nn.Linear(config.in_channels, D)
         self.time_in = MLPEmbedder(TIME_CHANNELS, D)
         self.vector_in = MLPEmbedder(config.vec_in_dim, D)
@@ -110,9 +98,9 @@ class Flux(nn.Module):
         self.final_layer = LastLayer(D, config.out_channels)
 
     @property
-    def dtype(self) -> mx.Dtype:
-        """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
-        return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+    def partition(self) -> Partition:
+        """How it can be dealt to hosts."""
+        return partition(self.config)
 
     def make_room(self) -> None:
         """Divides the biases of the linears that end branches by `fused.HEADROOM`, in place.
@@ -129,15 +117,6 @@ class Flux(nn.Module):
             _make_room(single.linear2)
 
     # Once a request
-
-    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
-        """Rotary tables of text and image together, float32 [(B,) 1, S, hd/2, 2].
-
-        Ids are whole numbers, [L, 3] and [S - L, 3], or both with an axis of B first. They are
-        read on the host: call this outside of functions that MLX compiles.
-        """
-        ids = np.concatenate([np.array(txt_ids), np.array(img_ids)], axis=-2)
-        return rope_tables(ids, self.config.axes_dim, self.config.theta)
 
     def modulations(
         self, timesteps: mx.array, y: mx.array, guidance: float | None = None
@@ -187,10 +166,6 @@ class Flux(nn.Module):
         img = rest() if cache is None else cache.rest(img - entered, img, rest)
         return self.final_layer(img, modulation.final)
 
-    def tokens_of(self, x: mx.array, linear: nn.Module) -> mx.array:
-        """What enters by `img_in` or `txt_in`, as the blocks pass it on: [B, tokens, D]."""
-        return linear(x.astype(self.dtype)).astype(tokens_dtype(self.dtype))
-
     def _rest(
         self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulations
     ) -> mx.array:
@@ -224,15 +199,6 @@ class Flux(nn.Module):
         return self(img, txt, self.rope(txt_ids, img_ids), self._modulate(vec))
 
     # Parts of the modulation
-
-    def _time(self, timesteps: mx.array, guidance: mx.array | None) -> mx.array:
-        """Time steps [N] and guidance [N or 1], embedded and added: [N, D]."""
-        vec = self.time_in(timestep_embedding(timesteps).astype(self.dtype))
-        if not self.config.guidance_embed:
-            return vec
-        if guidance is None:
-            raise UsageError("This model was distilled with guidance; give `guidance` a number.")
-        return vec + self.guidance_in(timestep_embedding(guidance).astype(self.dtype))
 
     def _vector(self, y: mx.array) -> mx.array:
         return self.vector_in(y.astype(self.dtype))

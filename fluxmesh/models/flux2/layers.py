@@ -12,8 +12,6 @@ Source: black-forest-labs/flux2 `src/flux2/model.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -25,14 +23,8 @@ from fluxmesh.kernels.ops import (
     swiglu_beside,
     turned_heads,
 )
+from fluxmesh.models.double_stream import DoubleBlock, KeysValues, with_memory
 from fluxmesh.models.layers import QKNorm, SelfAttention, attention, outputs, run, values
-
-
-class KeysValues(NamedTuple):
-    """Of some tokens in one block, keys normed and rotated: each [B, H, R, hd]."""
-
-    k: mx.array
-    v: mx.array
 
 
 class GatedMLP(nn.Module):
@@ -51,20 +43,8 @@ def feed_forward(dim: int, hidden_dim: int) -> list[nn.Module]:
     ]
 
 
-def with_memory(own: KeysValues, memory: KeysValues | None) -> KeysValues:
-    """Keys and values of a block's own tokens and of `memory`: their order doesn't matter."""
-    if memory is None:
-        return own
-    return KeysValues(
-        mx.concatenate([own.k, memory.k], axis=2), mx.concatenate([own.v, memory.v], axis=2)
-    )
-
-
-class Flux2DoubleBlock(nn.Module):
+class Flux2DoubleBlock(DoubleBlock):
     """Image and text keep weights of their own and meet in one attention."""
-
-    attention = staticmethod(attention)
-    outputs = staticmethod(outputs)
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
         super().__init__()
@@ -72,45 +52,6 @@ class Flux2DoubleBlock(nn.Module):
         self.img_mlp = feed_forward(dim, mlp_hidden_dim)
         self.txt_attn = SelfAttention(dim, num_heads, bias=False)
         self.txt_mlp = feed_forward(dim, mlp_hidden_dim)
-
-    def __call__(
-        self,
-        img: mx.array,
-        txt: mx.array,
-        pe: mx.array,
-        img_mod: mx.array,
-        txt_mod: mx.array,
-        memory: KeysValues | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        """img [B, S - L, D] and txt [B, L, D] in and out; each modulation is [B, 1, 6D].
-
-        Tokens also attend to `memory`.
-        """
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = mx.split(
-            img_mod, 6, axis=-1
-        )
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = mx.split(
-            txt_mod, 6, axis=-1
-        )
-
-        img_stream = self.img_attn.stream(modulated_norm(img, img_shift1, img_scale1))
-        txt_stream = self.txt_attn.stream(modulated_norm(txt, txt_shift1, txt_scale1))
-        heads = img_stream[0].shape[-1] // (3 * self.img_attn.head_dim)
-        q, k, v = turned_heads([txt_stream, img_stream], pe, heads, 3)  # text first
-        k, v = with_memory(KeysValues(k, v), memory)
-        txt_attn, img_attn = mx.split(self.attention(q, k, v), [txt.shape[1]], axis=1)
-
-        img_out, txt_out = self.outputs(
-            (self.img_attn.proj, img_attn), (self.txt_attn.proj, txt_attn)
-        )
-        img, img_normed = gated_norm(img, img_gate1, img_out, img_shift2, img_scale2)
-        txt, txt_normed = gated_norm(txt, txt_gate1, txt_out, txt_shift2, txt_scale2)
-
-        img_out, txt_out = self.outputs(
-            (self.img_mlp[2], run(self.img_mlp[:2], img_normed)),
-            (self.txt_mlp[2], run(self.txt_mlp[:2], txt_normed)),
-        )
-        return gated_sum(img, img_gate2, img_out), gated_sum(txt, txt_gate2, txt_out)
 
     def remember(self, img: mx.array, pe: mx.array, mod: mx.array) -> tuple[mx.array, KeysValues]:
         """Image tokens [B, R, D] that attend to one another alone, through this block.

@@ -21,20 +21,15 @@ import numpy as np
 
 from fluxmesh.kernels.ops import gated_norm, gated_sum, modulated_norm, swiglu_beside
 from fluxmesh.models.collectives import Ranks
-from fluxmesh.models.flux2.config import Flux2Config
-from fluxmesh.models.flux2.layers import (
-    Flux2DoubleBlock,
-    Flux2SingleBlock,
-    KeysValues,
-    with_memory,
-)
-from fluxmesh.models.flux2.slicing import shard_of
+from fluxmesh.models.double_stream import KeysValues, with_memory
+from fluxmesh.models.flux2.layers import Flux2DoubleBlock, Flux2SingleBlock
 from fluxmesh.models.flux2.transformer import Flux2, Flux2Modulations, ReferenceMemory
 from fluxmesh.models.layers import attention, run
 from fluxmesh.models.partition import token_run
 from fluxmesh.models.spread import (
     Projections,
     RingAttention,
+    SpreadTransformer,
     Streams,
     check_whole,
     dealt_velocity,
@@ -47,31 +42,10 @@ from fluxmesh.models.spread import (
 from fluxmesh.models.step_cache import StepCache
 
 
-class SpreadFlux2:
-    """What both placements share: a `Flux2` to everyone but its blocks."""
+class SpreadFlux2(SpreadTransformer):
+    """A `Flux2` to everyone but its blocks."""
 
-    def __init__(self, flux: Flux2, ranks: Ranks) -> None:
-        self.flux, self.ranks = flux, ranks
-
-    @property
-    def config(self) -> Flux2Config:
-        return self.flux.config
-
-    @property
-    def dtype(self) -> mx.Dtype:
-        return self.flux.dtype
-
-    @property
-    def modulation_released(self) -> bool:
-        return self.flux.modulation_released
-
-    def release_modulation(self) -> None:
-        """As `Flux2.release_modulation`."""
-        self.flux.release_modulation()
-
-    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
-        """Rotary tables for this rank's calls, as `Flux2.rope` makes them."""
-        return self.flux.rope(txt_ids, img_ids)
+    flux: Flux2
 
     def modulations(self, timesteps: mx.array, guidance: float | None = None) -> Flux2Modulations:
         """As `Flux2.modulations`, whole on every rank."""
@@ -86,7 +60,7 @@ class TensorFlux2(SpreadFlux2):
 
         Raises `UsageError` where it is another shard, or doesn't divide over the ranks.
         """
-        super().__init__(sharded(flux, ranks, shard_of), ranks)
+        super().__init__(sharded(flux, ranks), ranks)
 
     def remember(
         self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None

@@ -7,9 +7,11 @@ which all blocks share, are 2 to 4% of the model: every host holds them whole.
 
 from __future__ import annotations
 
+import functools
+
 from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.models.flux2.quantization import group_size
-from fluxmesh.models.partition import Cut, Shard, refuse_obstacle, split_groups
+from fluxmesh.models.partition import Cut, Partition, Shard
 
 
 def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
@@ -20,11 +22,7 @@ def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
     if shard.size == 1:
         return {}
     D, M = config.hidden_size, config.mlp_hidden_dim
-
-    def part(width: int, offset: int = 0) -> tuple[int, int]:
-        step = width // shard.size
-        return offset + shard.rank * step, offset + (shard.rank + 1) * step
-
+    part = shard.part
     heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
     module_cuts: dict[str, Cut] = {}
     for i in range(config.depth):
@@ -42,20 +40,11 @@ def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
     return module_cuts
 
 
-def obstacle(config: Flux2Config, size: int, quantized: bool = False) -> str | None:
-    """Why the transformer can't be dealt to `size` hosts, as a clause; None where it can."""
-    if config.num_heads % size:
-        return f"{config.num_heads} heads don't divide by {size}"
-    if config.mlp_hidden_dim % size:
-        return f"{config.mlp_hidden_dim} MLP columns don't divide by {size}"
-    if not quantized:
-        return None
-    return split_groups(
-        cuts(config, Shard(0, size)),
+def partition(config: Flux2Config) -> Partition:
+    """How a transformer of this config can be dealt out."""
+    return Partition(
+        config.num_heads,
+        config.mlp_hidden_dim,
+        functools.partial(cuts, config),
         lambda name, columns: group_size("transformer", f"{name}.weight", (1, columns)),
     )
-
-
-def check(config: Flux2Config, size: int, quantized: bool = False) -> None:
-    """Raises `UsageError`, naming the numbers of hosts that would do, where `size` does not."""
-    refuse_obstacle(lambda n: obstacle(config, n, quantized), size, config.num_heads)

@@ -22,20 +22,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.kernels.ops import tokens_dtype
+from fluxmesh.models.double_stream import DoubleStreamTransformer, KeysValues
 from fluxmesh.models.flux2.config import Flux2Config
-from fluxmesh.models.flux2.layers import Flux2DoubleBlock, Flux2SingleBlock, KeysValues
+from fluxmesh.models.flux2.layers import Flux2DoubleBlock, Flux2SingleBlock
+from fluxmesh.models.flux2.partition import partition
 from fluxmesh.models.layers import (
     TIME_CHANNELS,
     LastLayer,
     MLPEmbedder,
     Modulation,
-    call,
     rope_tables,
-    timestep_embedding,
 )
-from fluxmesh.models.partition import Shard
+from fluxmesh.models.partition import Partition
 from fluxmesh.models.step_cache import StepCache
 
 
@@ -62,25 +60,15 @@ class ReferenceMemory(NamedTuple):
     single: list[KeysValues]
 
 
-class Flux2(nn.Module):
+class Flux2(DoubleStreamTransformer):
     """The transformer. Call it once a step: `flux(img, txt, pe, modulations.at(step))`."""
 
-    call = staticmethod(call)
+    config: Flux2Config
 
     def __init__(self, config: Flux2Config) -> None:
         """Raises `WeightsError` where heads and rotary axes don't divide the hidden size."""
-        super().__init__()
-        if config.hidden_size % config.num_heads or sum(config.axes_dim) != config.head_dim:
-            raise WeightsError(
-                f"The transformer's config has hidden size {config.hidden_size}, "
-                f"{config.num_heads} heads and rotary axes {config.axes_dim}; the axes must sum "
-                "to the size of a head."
-            )
+        super().__init__(config)
         D = config.hidden_size
-        self.config = config
-        self.modulation_released = False
-        self.shard = Shard()  # the part of the blocks that is held
-
         self.img_in = nn.Linear(config.in_channels, D, bias=False)
         self.time_in = MLPEmbedder(TIME_CHANNELS, D, bias=False)
         if config.guidance_embed:
@@ -100,20 +88,11 @@ class Flux2(nn.Module):
         self.final_layer = LastLayer(D, config.out_channels, bias=False)
 
     @property
-    def dtype(self) -> mx.Dtype:
-        """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
-        return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+    def partition(self) -> Partition:
+        """How it can be dealt to hosts."""
+        return partition(self.config)
 
     # Once a request
-
-    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
-        """Rotary tables of text and image together, float32 [(B,) 1, S, hd/2, 2].
-
-        Ids are whole numbers (`positions.py`), [L, 4] and [S - L, 4], or both with an axis of B
-        first. They are read on the host: call this outside of functions that MLX compiles.
-        """
-        ids = np.concatenate([np.array(txt_ids), np.array(img_ids)], axis=-2)
-        return rope_tables(ids, self.config.axes_dim, self.config.theta)
 
     def modulations(self, timesteps: mx.array, guidance: float | None = None) -> Flux2Modulations:
         """The modulations at every time step, [T, 1, 1, ...].
@@ -184,10 +163,6 @@ class Flux2(nn.Module):
         img = rest() if cache is None else cache.rest(img - entered, img, rest)
         return self.final_layer(img, modulation.final)
 
-    def tokens_of(self, x: mx.array, linear: nn.Module) -> mx.array:
-        """What enters by `img_in` or `txt_in`, as the blocks pass it on: [B, tokens, D]."""
-        return linear(x.astype(self.dtype)).astype(tokens_dtype(self.dtype))
-
     def _double(
         self,
         i: int,
@@ -238,15 +213,6 @@ class Flux2(nn.Module):
         return self(img, txt, self.rope(txt_ids, img_ids), self._modulate(vec))
 
     # Parts of the modulation
-
-    def _time(self, timesteps: mx.array, guidance: mx.array | None) -> mx.array:
-        """Time steps [N] and guidance [N or 1], embedded and added: [N, D]."""
-        vec = self.time_in(timestep_embedding(timesteps).astype(self.dtype))
-        if not self.config.guidance_embed:
-            return vec
-        if guidance is None:
-            raise UsageError("This model was distilled with guidance; give it a number.")
-        return vec + self.guidance_in(timestep_embedding(guidance).astype(self.dtype))
 
     def _modulate(self, vec: mx.array) -> Flux2Modulations:
         """vec [..., D] to the arrays of `Flux2Modulations`, [..., 1, outputs * D]."""

@@ -1,0 +1,139 @@
+"""What FLUX's transformers have in common: tokens of text and image, positions, a time step.
+
+Both families run text and image side by side through double blocks and as one sequence through
+single blocks. Between `layers.py` and a family's `layers.py` and `transformer.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.kernels.ops import gated_norm, gated_sum, modulated_norm, tokens_dtype, turned_heads
+from fluxmesh.models.layers import (
+    SelfAttention,
+    attention,
+    call,
+    outputs,
+    rope_tables,
+    run,
+    timestep_embedding,
+)
+from fluxmesh.models.partition import Shard
+
+
+class KeysValues(NamedTuple):
+    """Of some tokens in one block, keys normed and rotated: each [B, H, R, hd]."""
+
+    k: mx.array
+    v: mx.array
+
+
+def with_memory(own: KeysValues, memory: KeysValues | None) -> KeysValues:
+    """Keys and values of a block's own tokens and of `memory`: their order doesn't matter."""
+    if memory is None:
+        return own
+    return KeysValues(
+        mx.concatenate([own.k, memory.k], axis=2), mx.concatenate([own.v, memory.v], axis=2)
+    )
+
+
+class DoubleBlock(nn.Module):
+    """Image and text keep weights of their own and meet in one attention."""
+
+    attention = staticmethod(attention)
+    outputs = staticmethod(outputs)
+
+    img_attn: SelfAttention
+    txt_attn: SelfAttention
+    img_mlp: list[nn.Module]
+    txt_mlp: list[nn.Module]
+
+    def __call__(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        img_mod: mx.array,
+        txt_mod: mx.array,
+        memory: KeysValues | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """img [B, S - L, D] and txt [B, L, D] in and out; each modulation is [B, 1, 6D].
+
+        Tokens also attend to `memory`.
+        """
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = mx.split(
+            img_mod, 6, axis=-1
+        )
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = mx.split(
+            txt_mod, 6, axis=-1
+        )
+
+        img_stream = self.img_attn.stream(modulated_norm(img, img_shift1, img_scale1))
+        txt_stream = self.txt_attn.stream(modulated_norm(txt, txt_shift1, txt_scale1))
+        heads = img_stream[0].shape[-1] // (3 * self.img_attn.head_dim)
+        q, k, v = turned_heads([txt_stream, img_stream], pe, heads, 3)  # text first
+        k, v = with_memory(KeysValues(k, v), memory)
+        txt_attn, img_attn = mx.split(self.attention(q, k, v), [txt.shape[1]], axis=1)
+
+        img_out, txt_out = self.outputs(
+            (self.img_attn.proj, img_attn), (self.txt_attn.proj, txt_attn)
+        )
+        img, img_normed = gated_norm(img, img_gate1, img_out, img_shift2, img_scale2)
+        txt, txt_normed = gated_norm(txt, txt_gate1, txt_out, txt_shift2, txt_scale2)
+
+        img_out, txt_out = self.outputs(
+            (self.img_mlp[2], run(self.img_mlp[:2], img_normed)),
+            (self.txt_mlp[2], run(self.txt_mlp[:2], txt_normed)),
+        )
+        return gated_sum(img, img_gate2, img_out), gated_sum(txt, txt_gate2, txt_out)
+
+
+class DoubleStreamTransformer(nn.Module):
+    """A transformer of double blocks, then single ones; a family adds layers and modulations."""
+
+    call = staticmethod(call)
+
+    def __init__(self, config: Any) -> None:
+        """Raises `WeightsError` where heads and rotary axes don't divide the hidden size."""
+        super().__init__()
+        if config.hidden_size % config.num_heads or sum(config.axes_dim) != config.head_dim:
+            raise WeightsError(
+                f"The transformer's config has hidden size {config.hidden_size}, "
+                f"{config.num_heads} heads and rotary axes {config.axes_dim}; the axes must sum "
+                "to the size of a head."
+            )
+        self.config = config
+        self.modulation_released = False
+        self.shard = Shard()  # the part of what is dealt out that is held
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
+        return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+
+    def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
+        """Rotary tables of text and image together, float32 [(B,) 1, S, hd/2, 2].
+
+        Ids are whole numbers, [L, axes] and [S - L, axes], or both with an axis of B first. They
+        are read on the host: call this outside of functions that MLX compiles.
+        """
+        ids = np.concatenate([np.array(txt_ids), np.array(img_ids)], axis=-2)
+        return rope_tables(ids, self.config.axes_dim, self.config.theta)
+
+    def tokens_of(self, x: mx.array, linear: nn.Module) -> mx.array:
+        """What enters by `img_in` or `txt_in`, as the blocks pass it on: [B, tokens, D]."""
+        return linear(x.astype(self.dtype)).astype(tokens_dtype(self.dtype))
+
+    def _time(self, timesteps: mx.array, guidance: mx.array | None) -> mx.array:
+        """Time steps [N] and guidance [N or 1], embedded and added: [N, D]."""
+        vec = self.time_in(timestep_embedding(timesteps).astype(self.dtype))
+        if not self.config.guidance_embed:
+            return vec
+        if guidance is None:
+            raise UsageError("This model was distilled with guidance; give `guidance` a number.")
+        return vec + self.guidance_in(timestep_embedding(guidance).astype(self.dtype))
