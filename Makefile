@@ -3,12 +3,14 @@
 #   make demo      set up .venv, then paint a picture (no download of weights)
 #   make test      unit, numerics and integration tests, and a sample of faults
 #   make faults    every process killed and stopped at every moment: Linux, as root, 30 to 60 minutes
-#   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3
+#   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3, FAMILY=flux1
 #   make learn     the embedded checkpoint is taught a robot: a minute or two of training
 #   make lint      ruff and mypy          } these two install
 #   make parity    against diffusers      } torch and diffusers
 #   make gpu       kernels against the plain forms, on a machine with a GPU
 #   make ssh       a mesh through a real sshd: Linux, as root, with openssh-server installed
+#   make page      the page of 'fluxmesh serve' in a real Chromium, which must be installed
+#   make wheel     the wheel in an empty environment, by pip, uv and pipx, which it fetches
 #   make mac       the tests once more, on Linux, with what differs on a Mac emulated
 #   make house     which folder imports which
 #
@@ -16,7 +18,7 @@
 # WORKERS how many tests run at once (half the cores, at least 3).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mac house learn faults chaos lint parity gpu ssh format clean
+.PHONY: help demo test mac house learn faults chaos lint parity gpu ssh page wheel format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +43,7 @@ find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 p
 	echo $$python; exit; fi; done
 
 help:
-	@sed -n '3,13s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@python="$$($(find_python))"; \
@@ -106,14 +108,19 @@ learn: $(VENV)/.test
 
 # Those that wait for deadlines run a few at once, each on a mesh of its own; those that measure, or
 # share a network, alone.
-FAULTS := deaths hangs coordinator
+FAULTS := deaths hangs coordinator interrupts
 ALONE := namespaces long_life
+
+# FAMILY=flux1 or flux2 leaves the other's models out; chaos takes flux1's, or MODEL=a model.
+of_family = $(if $(FAMILY),--family $(FAMILY))
+of_model = $(if $(MODEL),--model $(MODEL),$(of_family))
 
 faults: $(VENV)/.test
 	@failed=0; \
 	$(BIN)/python -m pytest --faults all -n $(WORKERS) --dist worksteal \
-		$(FAULTS:%=tests/faults/test_%.py) || failed=1; \
-	$(BIN)/python -m pytest --faults all $(ALONE:%=tests/faults/test_%.py) || failed=1; \
+		$(of_family) $(FAULTS:%=tests/faults/test_%.py) || failed=1; \
+	$(BIN)/python -m pytest --faults all $(of_family) \
+		$(ALONE:%=tests/faults/test_%.py) || failed=1; \
 	exit $$failed
 
 JOBS ?= 300
@@ -121,7 +128,7 @@ SEED ?= 1
 HOSTS ?= 3
 
 chaos: $(VENV)/.test
-	@$(BIN)/python -m tools.chaos --jobs $(JOBS) --seed $(SEED) --hosts $(HOSTS)
+	@$(BIN)/python -m tools.chaos --jobs $(JOBS) --seed $(SEED) --hosts $(HOSTS) $(of_model)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -137,6 +144,12 @@ gpu: $(VENV)/.test
 
 ssh: $(VENV)/.test
 	@$(BIN)/python -m pytest tests/ssh
+
+page: $(VENV)/.dev
+	@$(BIN)/python -m pytest tests/page
+
+wheel: $(VENV)/.test
+	@$(BIN)/python -m pytest tests/install
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix .

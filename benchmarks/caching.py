@@ -24,8 +24,9 @@ import numpy as np
 
 from fluxmesh import FluxPipeline
 from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.models.runtime import DenoisePlan
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.sampling.denoise import DenoisePlan, denoise
+from fluxmesh.sampling.denoise import denoise
 from fluxmesh.version import __version__
 
 PROMPTS = (
@@ -75,7 +76,7 @@ def main() -> None:
     height, width = defaults.height, defaults.width
     if options.size:
         height, width = (int(side) for side in options.size.split("x"))
-    downsampling = flux.checkpoint.autoencoder.downsampling
+    downsampling = flux.checkpoint.architecture.autoencoder.downsampling
     size = (height // downsampling, width // downsampling)
     info = mx.device_info()
     device = info.get("device_name") or mx.default_device()
@@ -108,10 +109,10 @@ def paint(
     flux: FluxPipeline, plan: DenoisePlan, seed: int, size: tuple[int, int], threshold: float | None
 ) -> CachedImage:
     """One image; without a cache where `threshold` is None."""
-    cache = None if threshold is None else StepCache(threshold)
+    caches = [] if threshold is None else StepCache.of_calls(plan.calls, threshold)
     seconds, reused = [], []
     start = time.perf_counter()
-    for step in denoise(flux.flow, plan, flux.noise(seed, size), cache=cache):
+    for step in denoise(flux.flow, plan, flux.noise(seed, size), caches=caches):
         mx.eval(step.x)
         seconds.append(time.perf_counter() - start)
         reused.append(step.reused)

@@ -53,7 +53,7 @@ def write_models(folder: Path, sizes: Sizes) -> int:
         weight_map |= dict.fromkeys(names, file)
     write_index(dev, weight_map)
     write_index(schnell, {name: weight_map[name] for name in rest})
-    for file in {weight_map[name] for name in rest}:
+    for file in set(weight_map.values()):  # also what it has no use for: "4 of 4" is looked for
         share(dev, schnell, f"transformer/{file}")
     parts = {
         "text_encoder": tensor_maps.clip_tensors(clip),

@@ -7,7 +7,7 @@ Each host is a network namespace at the end of a pair of virtual interfaces whos
 bytes a second through (`tc tbf`); a bridge joins them. This process is outside, as a laptop is.
 A host computes on processors of its own (`shares`), also while the others rest: else a host alone
 would be faster than beside others, which no plan could know. Needs Linux, root, iproute2 and
-taskset. Used by `plans.py`.
+taskset. Used by `plans.py` and `push.py`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,19 @@ case ${{host##*.}} in
 {cases}
 esac
 export OMP_NUM_THREADS=$threads OPENBLAS_NUM_THREADS=$threads
+if [ -n "$FLUXMESH_DISKS" ]; then
+    export HF_HOME="$FLUXMESH_DISKS/$host" FLUXMESH_STATE="$FLUXMESH_DISKS/$host/state"
+fi
 exec ip netns exec "{name}-${{host##*.}}" taskset -c "$cores" sh -c "$*"
 """
 
 
 @contextlib.contextmanager
-def limited(hosts: int, rate: float, model: str) -> Iterator[Path]:
+def limited(hosts: int, rate: float, model: str, disks: Path | None = None) -> Iterator[Path]:
     """A mesh of `hosts` agents that is up and holds `model`; gives its hostfile.
 
-    Raises `Skipped` where namespaces can't be made.
+    A folder `disks` gives each host a Hub cache of its own: one by its address, below it. Raises
+    `Skipped` where namespaces can't be made.
     """
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         raise Skipped("slow links are made of network namespaces, which needs Linux and root")
@@ -68,6 +72,7 @@ def limited(hosts: int, rate: float, model: str) -> Iterator[Path]:
         home = folder / "home"
         home.mkdir(mode=0o700)
         mine = {"FLUXMESH_HOME": str(home), "FLUXMESH_SSH": str(ssh), "HOME": str(home)}
+        mine["FLUXMESH_DISKS"] = "" if disks is None else str(disks)
         stack.enter_context(environment(mine))
         stack.callback(_fluxmesh, "down")
         _fluxmesh("up", str(hostfile), "--model", model)

@@ -225,15 +225,18 @@ def predict(result: Result, before: Sequence[Result]) -> None:
 
 def _planned_step(result: Result, step_seconds: float) -> float:
     from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, StepTiming
+    from fluxmesh.models.base import ModelDefaults
+    from fluxmesh.models.flux1.architecture import Flux1Architecture
     from fluxmesh.planning.candidates import Candidates
     from fluxmesh.planning.workload import ModelSizes, Workload
     from fluxmesh.request import GenerateRequest
-    from fluxmesh.weights.checkpoint import ModelDefaults
 
     sizes = SMALL if result["small"] else FULL
     side, dtype, bits = result["size"], result["dtype"], result["bits"]
     defaults = ModelDefaults(4, peers.GUIDANCE, side, side, sizes.text_tokens)
-    model = ModelSizes(sizes.transformer, sizes.t5, sizes.clip, sizes.autoencoder, defaults)
+    model = ModelSizes(
+        Flux1Architecture(sizes.transformer, sizes.t5, sizes.clip, sizes.autoencoder, defaults)
+    )
     request = GenerateRequest(
         "a cat", 0, model="m", height=side, width=side, dtype=dtype, bits=bits
     )

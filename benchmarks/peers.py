@@ -1,7 +1,8 @@
-"""One denoising loop a library, on random weights: what `loss.py` times.
+"""One denoising loop a library, on random weights: what `step.py` times.
 
-Each class builds FLUX's transformer at the sizes of a `FluxConfig` and runs denoising steps of one
-image as that library's own users do, calling `tick` when a step's result is there. Only what a
+Each class builds FLUX.1's transformer at the sizes of a config and runs denoising steps of one
+image as that library's own users do, calling `tick` when a step's result is there; those of FLUX.2
+stand in `flux2_peers.py`. Only what a
 case needs is imported: a library that is absent raises ImportError, which the case reports.
 """
 
@@ -10,13 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from benchmarks.harness import Skipped
+from fluxmesh.models.flux1 import positions
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.sampling import latents
+
+if TYPE_CHECKING:
+    from fluxmesh.models.runtime import DenoisePlan
 
 Tick = Callable[[], None]
 GUIDANCE = 4.0
@@ -51,7 +56,7 @@ def inputs(
 class OnMlx:
     """What peers on MLX have in common."""
 
-    def __init__(self, config: FluxConfig, dtype: str, bits: int | None) -> None:
+    def __init__(self, config: Any, dtype: str, bits: int | None) -> None:
         import mlx.core as mx
 
         self.config, self.bits = config, bits
@@ -83,7 +88,7 @@ class OnMlx:
 class Fluxmesh(OnMlx):
     """fluxmesh, as an engine drives it: `low_memory` drops the modulation weights first."""
 
-    def __init__(self, config: FluxConfig, dtype: str, bits: int | None, low_memory: bool) -> None:
+    def __init__(self, config: Any, dtype: str, bits: int | None, low_memory: bool) -> None:
         super().__init__(config, dtype, bits)
         self.ranks: Any = None  # over which `flow` is spread
         self.low_memory = low_memory
@@ -91,45 +96,61 @@ class Fluxmesh(OnMlx):
 
     def _made(self) -> Any:
         from benchmarks.randomness import fill
+        from fluxmesh.kernels.packed_linear import PackedLinear
+        from fluxmesh.models.module_tree import replace_module
+
+        flow, group_size = self._transformer()
+        if self.bits is not None:  # as the loader does
+            for path, module in flow.named_modules():
+                weight = module.get("weight")
+                if weight is None or not group_size("transformer", f"{path}.weight", weight.shape):
+                    continue
+                rows, columns = weight.shape
+                how = {"group_size": 64, "bits": self.bits}
+                replace_module(flow, path, PackedLinear(columns, rows, "bias" in module, **how))
+        fill(flow, self.dtype, lambda _path, _module: False, None)
+        flow.make_room()
+        return flow
+
+    def _transformer(self) -> tuple[Any, Callable[[str, str, tuple[int, ...]], int | None]]:
+        """The transformer, and its family's rule of what is quantized."""
         from fluxmesh.models.flux1.quantization import group_size
         from fluxmesh.models.flux1.transformer import Flux
 
-        def is_quantized(path: str, module: Any) -> bool:
-            shape = getattr(module, "weight", None)
-            return shape is not None and bool(
-                group_size("transformer", f"{path}.weight", shape.shape)
-            )
+        return Flux(self.config), group_size
 
-        flow = Flux(self.config)
-        fill(flow, self.dtype, is_quantized, self.bits)
-        flow.make_room()
-        return flow
+    def _planned(
+        self, height: int, width: int, steps: int, text_tokens: int
+    ) -> tuple[Any, DenoisePlan]:
+        """Noise [1, L, C], and what every step has in common."""
+        from fluxmesh.models.flux1.config import ScheduleConfig
+        from fluxmesh.models.flux1.runtime import plan
+        from fluxmesh.sampling.schedule import timesteps
+
+        noise, text, vector = self.inputs(height, width, text_tokens)
+        schedule = ScheduleConfig(use_dynamic_shifting=True)
+        times = timesteps(steps, noise.shape[1], schedule)
+        known = {"t5": text.astype(self.dtype), "clip": vector.astype(self.dtype)}
+        return noise, plan(self.flow, known, times, (height // 8, width // 8), GUIDANCE)
 
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:
         import mlx.core as mx
 
         from fluxmesh.engine.device_memory import bounded, denoising_room
         from fluxmesh.engine.lookahead import walked
-        from fluxmesh.models.flux1.config import ScheduleConfig
-        from fluxmesh.sampling.conditioning import Conditioning
-        from fluxmesh.sampling.denoise import denoise, plan
-        from fluxmesh.sampling.schedule import timesteps
+        from fluxmesh.sampling.denoise import denoise
 
         if self.flow.modulation_released:
             self.flow = self._made()
-        noise, text, vector = self.inputs(height, width, text_tokens)
-        schedule = ScheduleConfig(use_dynamic_shifting=True)
-        times = timesteps(steps, noise.shape[1], schedule)
-        known = Conditioning(text.astype(self.dtype), vector.astype(self.dtype))
-        made = plan(self.flow, known, times, (height // 8, width // 8), GUIDANCE)
-        mx.eval(made.modulations, made.pe)
+        noise, made = self._planned(height, width, steps, text_tokens)
+        mx.eval(*made.arrays)
         if self.low_memory:
             self.flow.release_modulation()
             self.reset_peak()
         first = None
         tokens = text_tokens + noise.shape[1]
         walk = denoise(self.flow, made, noise)
-        with bounded(denoising_room(self.config, tokens, self.dtype, self.low_memory)):
+        with bounded(denoising_room(self.config.hidden_size, tokens, self.dtype, self.low_memory)):
             for step, _ in walked(walk, steps, self.ranks, stopping=lambda: False):
                 tick()
                 first = np.array(step.x) if first is None else first
@@ -179,7 +200,7 @@ class Apple(OnMlx):
         noise, text, vector = (
             x.astype(self.dtype) for x in self.inputs(height, width, text_tokens)
         )
-        ids = mx.array(latents.image_positions(height // 16, width // 16))[None]
+        ids = mx.array(positions.image_positions(height // 16, width // 16))[None]
         text_ids = mx.zeros((1, text_tokens, 3), dtype=mx.int32)
         mx.eval(noise, text, vector, ids, text_ids)
         first = None
@@ -254,15 +275,10 @@ class Mflux(OnMlx):
 class Diffusers:
     """diffusers' `FluxPipeline`; `compiled` is "", "model" (all of it) or "blocks" (regional)."""
 
-    def __init__(self, config: FluxConfig, dtype: str, bits: int | None, compiled: str) -> None:
+    def __init__(self, config: Any, dtype: str, bits: int | None, compiled: str) -> None:
         if bits is not None:
             raise Skipped("diffusers is compared without quantization only")
         import torch
-        from diffusers import (
-            FlowMatchEulerDiscreteScheduler,
-            FluxPipeline,
-            FluxTransformer2DModel,
-        )
 
         self.torch, self.config = torch, config
         self.dtype = getattr(torch, dtype)
@@ -275,26 +291,50 @@ class Diffusers:
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.device):
-                transformer = FluxTransformer2DModel(
-                    in_channels=config.in_channels,
-                    num_layers=config.depth,
-                    num_single_layers=config.depth_single_blocks,
-                    attention_head_dim=config.head_dim,
-                    num_attention_heads=config.num_heads,
-                    joint_attention_dim=config.context_in_dim,
-                    pooled_projection_dim=config.vec_in_dim,
-                    guidance_embeds=config.guidance_embed,
-                    axes_dims_rope=config.axes_dim,
-                ).eval()
+                transformer = self._transformer().eval()
         finally:
             torch.set_default_dtype(before)
         if compiled == "model":
             transformer.compile(fullgraph=True, dynamic=False)
         elif compiled == "blocks":
             transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        self.pipeline = FluxPipeline(scheduler, None, None, None, None, None, transformer)
+        self.pipeline = self._pipeline(transformer)
         self.pipeline.set_progress_bar_config(disable=True)
+
+    def _transformer(self) -> Any:
+        from diffusers import FluxTransformer2DModel
+
+        config = self.config
+        return FluxTransformer2DModel(
+            in_channels=config.in_channels,
+            num_layers=config.depth,
+            num_single_layers=config.depth_single_blocks,
+            attention_head_dim=config.head_dim,
+            num_attention_heads=config.num_heads,
+            joint_attention_dim=config.context_in_dim,
+            pooled_projection_dim=config.vec_in_dim,
+            guidance_embeds=config.guidance_embed,
+            axes_dims_rope=config.axes_dim,
+        )
+
+    def _pipeline(self, transformer: Any) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        return FluxPipeline(scheduler, None, None, None, None, None, transformer)
+
+    def _arguments(self, height: int, width: int, text_tokens: int) -> dict[str, Any]:
+        """What the pipeline takes in place of a prompt and a seed."""
+        noise, text, vector = map(self.placed, inputs(self.config, height, width, text_tokens))
+        return {
+            "prompt_embeds": text,
+            "pooled_prompt_embeds": vector,
+            "guidance_scale": GUIDANCE,
+            "latents": noise,
+        }
+
+    def placed(self, array: np.ndarray) -> Any:
+        return self.torch.from_numpy(array).to(self.device, self.dtype)
 
     def software(self) -> str:
         import diffusers
@@ -313,26 +353,17 @@ class Diffusers:
         return self.torch.mps.current_allocated_memory() if self.device == "mps" else 0
 
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:
-        torch = self.torch
-        noise, text, vector = (
-            torch.from_numpy(x).to(self.device, self.dtype)
-            for x in inputs(self.config, height, width, text_tokens)
-        )
-
         def wait(_pipeline: Any, _step: int, _time: Any, kept: Any) -> Any:
             if self.device != "cpu":
-                getattr(torch, self.device).synchronize()
+                getattr(self.torch, self.device).synchronize()
             tick()
             return kept
 
         self.pipeline(
-            prompt_embeds=text,
-            pooled_prompt_embeds=vector,
+            **self._arguments(height, width, text_tokens),
             height=height,
             width=width,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            latents=noise,
             output_type="latent",
             callback_on_step_end=wait,
         )

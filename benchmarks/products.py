@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from fluxmesh.models.flux1.config import FluxConfig
+from fluxmesh.models.flux2.config import Flux2Config
 
 SETS = 4  # of weights, taken in turn
 CALLS = 12  # between two waits
@@ -39,9 +40,10 @@ class Product:
         return 2 * self.rows * self.columns * self.outputs
 
 
-def products(config: FluxConfig, size: int, text_tokens: int) -> list[Product]:
+def products(config: FluxConfig | Flux2Config, size: int, text_tokens: int) -> list[Product]:
     """Every linear layer of a step at `size` x `size` pixels."""
     D, M = config.hidden_size, config.mlp_hidden_dim
+    way_in = 2 * M if isinstance(config, Flux2Config) else M  # a gate, and what it gates
     img, txt = (size // 16) ** 2, text_tokens
     both = img + txt
     return [
@@ -49,20 +51,20 @@ def products(config: FluxConfig, size: int, text_tokens: int) -> list[Product]:
         Product("txt_in", txt, config.context_in_dim, D, 1, False),
         Product("double img qkv", img, D, 3 * D, config.depth),
         Product("double img proj", img, D, D, config.depth),
-        Product("double img mlp in", img, D, M, config.depth),
+        Product("double img mlp in", img, D, way_in, config.depth),
         Product("double img mlp out", img, M, D, config.depth),
         Product("double txt qkv", txt, D, 3 * D, config.depth),
         Product("double txt proj", txt, D, D, config.depth),
-        Product("double txt mlp in", txt, D, M, config.depth),
+        Product("double txt mlp in", txt, D, way_in, config.depth),
         Product("double txt mlp out", txt, M, D, config.depth),
-        Product("single linear1", both, D, 3 * D + M, config.depth_single_blocks),
+        Product("single linear1", both, D, 3 * D + way_in, config.depth_single_blocks),
         Product("single linear2", both, D + M, D, config.depth_single_blocks),
         Product("final linear", img, D, config.out_channels, 1, False),
     ]
 
 
 def sum_of_products(
-    config: FluxConfig, size: int, text_tokens: int, case: dict[str, Any]
+    config: FluxConfig | Flux2Config, size: int, text_tokens: int, case: dict[str, Any]
 ) -> dict[str, Any]:
     """Fields of the result: seconds in all, and of each shape."""
     dtype: mx.Dtype = getattr(mx, case["dtype"])

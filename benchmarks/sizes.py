@@ -1,4 +1,4 @@
-"""The sizes that every benchmark runs at: FLUX.1-dev's, and small ones to try a program with."""
+"""The sizes that benchmarks run at: FLUX.1-dev's and klein's, and small ones to try a program."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.models.flux2.config import KLEIN_4B, KLEIN_9B, Flux2Config
 from tests import checkpoints
 
 
@@ -32,3 +33,25 @@ SMALL = Sizes(
     height=64,
     width=64,
 )
+
+# The transformers that a step is timed of, and what stands for each at small sizes.
+TRANSFORMERS: dict[str, FluxConfig | Flux2Config] = {
+    "dev": FULL.transformer,
+    "klein-4b": KLEIN_4B,
+    "klein-9b": KLEIN_9B,
+}
+SMALL_KLEIN = Flux2Config(
+    in_channels=16,
+    out_channels=16,
+    context_in_dim=48,
+    hidden_size=64,
+    num_heads=4,
+    depth=1,
+    depth_single_blocks=2,
+    axes_dim=(4, 4, 4, 4),
+)
+SMALL_TRANSFORMERS: dict[str, FluxConfig | Flux2Config] = {
+    "dev": SMALL.transformer,
+    "klein-4b": SMALL_KLEIN,
+    "klein-9b": dataclasses.replace(SMALL_KLEIN, num_heads=8, axes_dim=(2, 2, 2, 2)),
+}

@@ -1,7 +1,8 @@
-"""How long is a denoising step of FLUX.1-dev, and how much memory does it take? Beside its peers.
+"""How long is a denoising step of FLUX, and how much memory does it take? Beside its peers.
 
     python -m benchmarks.step                              # full size, a GPU or a Mac of 64 GB
     python -m benchmarks.step --apple mlx-examples/flux    # Apple's example from that folder too
+    python -m benchmarks.step --model klein-4b             # FLUX.2 klein; dev unless said
     python -m benchmarks.step --small                      # tiny sizes, to try this program
 
 Random weights, one image, 512 text tokens. "sum" is MLX's own matrix products and attention at the
@@ -13,6 +14,7 @@ waited for, after `--warmup` steps that are not counted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -20,8 +22,8 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
-from benchmarks.sizes import FULL, SMALL
-from fluxmesh.models.flux1.config import FluxConfig
+from benchmarks.sizes import FULL, SMALL, SMALL_TRANSFORMERS, TRANSFORMERS
+from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.request import DTYPES
 
 WHAT = (
@@ -42,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=TRANSFORMERS, default="dev")
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="pixels a side; 512 1024 unless --small"
     )
@@ -49,6 +52,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
         "--bits", type=int, nargs="*", default=[], help="quantized as well: 3 4 5 6 8"
+    )
+    parser.add_argument(
+        "--unpack-from",
+        type=int,
+        nargs="+",
+        help="rows from which on CUDA unpacks a quantized matrix (`packed_linear.MANY_ROWS`); "
+        "several are measured one after another, and a million unpacks none",
     )
     parser.add_argument("--steps", type=int, default=20, help="steps timed")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
@@ -64,12 +74,15 @@ def main() -> None:
     sizes = options.sizes or ([64] if options.small else [512, 1024])
     say(f"{harness.machine()}\n")
     results: list[Result] = []
-    for bits in [None, *options.bits]:
+    quantized = itertools.product(options.bits, options.unpack_from or [None])
+    for bits, rows in [(None, None), *quantized]:
         for what in whats:
             case = {
                 "what": what,
+                "model": options.model,
                 "dtype": options.dtype,
                 "bits": bits,
+                "unpack_from": rows,
                 "sizes": sizes,
                 "steps": options.steps,
                 "warmup": options.warmup,
@@ -89,8 +102,8 @@ def main() -> None:
 
 def measure(case: Result) -> None:
     """Builds one peer and times it at every size."""
-    sizes = SMALL if case["small"] else FULL
-    config, text_tokens = sizes.transformer, sizes.text_tokens
+    transformers, sizes = (SMALL_TRANSFORMERS, SMALL) if case["small"] else (TRANSFORMERS, FULL)
+    config, text_tokens = transformers[case["model"]], sizes.text_tokens
     if case["what"] == "sum":
         from benchmarks.products import sum_of_products
 
@@ -113,28 +126,39 @@ def measure(case: Result) -> None:
         )
 
 
-def build(case: Result, config: FluxConfig) -> Any:
+def build(case: Result, config: Any) -> Any:
     """The peer that a case names, with random weights on the device."""
-    from benchmarks import peers
+    from benchmarks import flux2_peers, peers
 
     what, dtype, bits = case["what"], case["dtype"], case["bits"]
+    if case["unpack_from"] is not None:
+        from fluxmesh.kernels import packed_linear
+
+        packed_linear.MANY_ROWS = case["unpack_from"]
+    is_klein = isinstance(config, Flux2Config)
     if what.startswith("fluxmesh"):
-        return peers.Fluxmesh(config, dtype, bits, what.endswith("low-memory"))
+        ours = flux2_peers.FluxmeshKlein if is_klein else peers.Fluxmesh
+        return ours(config, dtype, bits, what.endswith("low-memory"))
     if what == "apple":
+        if is_klein:
+            raise Skipped("Apple's example knows FLUX.1 alone")
         if case["apple"] is None:
             raise Skipped("--apple names no folder of mlx-examples/flux")
         return peers.Apple(config, dtype, bits, Path(case["apple"]))
     if what == "mflux":
-        return peers.Mflux(config, dtype, bits)
+        return (flux2_peers.MfluxKlein if is_klein else peers.Mflux)(config, dtype, bits)
     compiled = {"compiled": "model", "blocks": "blocks"}.get(what.partition("-")[2], "")
-    return peers.Diffusers(config, dtype, bits, compiled)
+    theirs = flux2_peers.DiffusersKlein if is_klein else peers.Diffusers
+    return theirs(config, dtype, bits, compiled)
 
 
 # What is printed
 
 
 def name_of(result: Result) -> str:
-    return result["what"] + (f", {result['bits']} bits" if result["bits"] else "")
+    name = result["what"] + (f", {result['bits']} bits" if result["bits"] else "")
+    rows = result["unpack_from"]
+    return name if rows is None else f"{name}, unpacked from {rows} rows"
 
 
 def line_of(result: Result) -> str:
@@ -162,7 +186,7 @@ def row(result: Result, measured: list[Result]) -> list[str]:
     beside = {
         other["what"]: other
         for other in measured
-        if other["size"] == result["size"] and other["bits"] == result["bits"]
+        if all(other[key] == result[key] for key in ("size", "bits", "unpack_from"))
     }
     milliseconds = 1000 * result["seconds"]
     cells = [name_of(result), f"{result['size']}²", f"{milliseconds:.2f}"]

@@ -127,7 +127,7 @@ def ours(case: Result) -> None:
     )
     start = time.perf_counter()
     pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
-    plan = prepare(request, read_examples(request), pipeline.checkpoint)
+    plan = prepare(request, read_examples(request)[0], pipeline.checkpoint)
     executor = LocalExecutor(pipeline, plan)
     for _ in executor.encode():
         pass

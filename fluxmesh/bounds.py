@@ -23,6 +23,7 @@ from fluxmesh.errors import UsageError
 MAX_INTEGER = 2**63 - 1
 MAX_ARRAY = 128 << 20  # bytes: the latents of 16 images at 2048 x 2048 are half of it
 MAX_DIMENSIONS = 4  # of an array
+MAX_PREVIEW = 256  # pixels along one side of a picture that is shown while it is painted
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Deadlines:
     # Signs of life
     heartbeat: float = 1.0  # between two, of whoever has to give one
     silence: float = 5.0  # without one: a coordinator, an agent, work that ticks is given up
+    left: float = 1.5  # a coordinator whose connection has ended may have another one
     tick: float = 0.25  # between two looks at the clock
     standstill: float = 2.0  # without a look at it, in which this process can't have run
     waking: float = 10.0  # after that, hosts may turn out to have given us up
@@ -26,6 +27,9 @@ class Deadlines:
     answer: float = 30.0  # whatever a command asks it
     order: float = 15.0  # an order of a job: it is taken in, not done
     note: float = 2.0  # what needs no answer
+    session_body: float = 15.0  # the few bytes by which a page shows a server its key
+    own_server: float = 2.0  # a server on this machine, which says what stands in its line
+    server_ends: float = 90.0  # once it is asked to: it finishes what runs
     first_word: float = 20.0  # `Hello`, by when an engine that was just started has told what it is
     tell_place: float = 2.0  # between two words to a coordinator that waits in line
     hear_place: float = 5.0  # without one, it asks again
@@ -49,6 +53,7 @@ class Deadlines:
     load_moves: float = 60.0  # in which one byte is loaded, at least
     first_step: float = 30.0  # of an image, at least: kernels compile
     kill: float = 10.0  # that an agent takes to end its engine
+    stop: float = 1.2  # to let go of it, for whoever stops it; its agents see to the rest
     first_micro_batch: float = 300.0  # of a new ring
     micro_batch: float = 30.0  # of one that has done some, at least
     forgiven: float = 300.0  # after which a host's failure counts no more
@@ -65,6 +70,12 @@ class Deadlines:
     handshake: float = 5.0  # a stranger proves a key
     linger: float = 1.0  # what was sent last may still leave
 
+    # Checkpoints and data sets come
+    parcel: float = 60.0  # without a byte or a sign: a disk that is slow to take bytes needs some
+    push_word: float = 0.25  # between two words of how far a push is
+    push_reason: float = 5.0  # a receiver tells why it ends, when its sender has ended
+    hub_lists: float = 10.0  # the Hub says what a data set is
+
     # Hosts are reached
     ask_look: float = 60.0  # over ssh, each with the time in which the host does it
     ask_start: float = 120.0
@@ -80,6 +91,12 @@ class Deadlines:
     tools: float = 40.0  # all of a Mac's together, well within `ask_look`
     mlx_loads: float = 30.0  # from a cold disk, to say what it computes on
     watch: float = 1.0  # between two looks of `status --watch`
+
+    # A command is cancelled
+    puts_right: float = 5.0  # what runs in its event loops
+    starter_ends: float = 3.0  # one that looks at a host, or starts an agent there
+    undoes: float = 12.0  # a host ends the agent that was started there
+    impatience: float = 15.0  # from then on, another Ctrl-C ends the process whatever it does
 
 
 DEADLINES = Deadlines()

@@ -38,12 +38,34 @@ class ModelNotFoundError(FluxmeshError):
     """No checkpoint, adapter or file of that name; or the Hub refuses or can't be reached."""
 
 
+class IncompleteModelError(ModelNotFoundError):
+    """Files of a model are missing from its folder, by name in `lacks`."""
+
+    def __init__(self, where: object, lacks: str) -> None:
+        self.lacks = lacks
+        super().__init__(
+            f"{where} lacks {lacks}; copy what is missing from where the folder came from."
+        )
+
+
+class NotFetchedError(ModelNotFoundError):
+    """A model, or a part of it, is not on this machine; `fluxmesh models pull` fetches it."""
+
+
+class NoSuchNameError(ModelNotFoundError, UsageError):
+    """What the user named is nowhere: no file, folder, alias or Hub id is called so."""
+
+
 class WeightsError(FluxmeshError):
     """A weight file is truncated, corrupt, incomplete or of the wrong shape."""
 
 
 class AdapterError(FluxmeshError):
     """A LoRA file that does not fit the model: unknown format, keys that match nothing."""
+
+
+class NotFiniteError(FluxmeshError):
+    """NaN or infinity came out of a model: of a step, an encoder or the autoencoder."""
 
 
 class OutputError(FluxmeshError):

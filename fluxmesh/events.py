@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fluxmesh.request import PromptCut
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -44,7 +46,35 @@ class Planned:
 
 @dataclass(frozen=True)
 class HostLost:
-    """A host died, hung or gave up; the job goes on without what it had not finished."""
+    """A host died or hung; the job goes on without what it had not finished."""
+
+    host: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendChanged:
+    """A ring's backend failed, and these hosts' rings form over another until the next `up`."""
+
+    hosts: tuple[int, ...]  # of the ring that failed
+    names: tuple[str, ...]  # of these hosts
+    before: str  # the backend that failed
+    after: str
+    reason: str
+
+    def __str__(self) -> str:
+        hosts = " and ".join(map(str, self.hosts[-2:]))
+        others = "".join(f"{rank}, " for rank in self.hosts[:-2])
+        return (
+            f"{self.before} failed on hosts {others}{hosts}, which go on over {self.after} until "
+            f"the next `fluxmesh up`: {self.reason}"
+        )
+
+
+@dataclass(frozen=True)
+class HostUnfit:
+    """A host lives, but its files or its memory are not what the job needs: others do it."""
 
     host: int
     name: str
@@ -58,6 +88,26 @@ class Encoded:
     prompt: str
     seconds: float
     cached: bool
+    tokens: int = 0  # of a prompt that has more than the model reads
+    kept: int = 0  # tokens that are read of it
+    dropped: str = ""  # its end, which is not; "" where all is read
+    negative_tokens: int = 0  # the same of the negative prompt
+    negative_kept: int = 0
+    negative_dropped: str = ""
+
+    @property
+    def cuts(self) -> tuple[tuple[str, PromptCut, str], ...]:
+        """Of each text that is not read whole: what it is, how it is cut, and its end."""
+        negative = self.negative_tokens, self.negative_kept, self.negative_dropped
+        texts = {
+            "the prompt": (self.tokens, self.kept, self.dropped),
+            "the negative prompt": negative,
+        }
+        return tuple(
+            (what, PromptCut(tokens, kept, 0), end)
+            for what, (tokens, kept, end) in texts.items()
+            if end
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +122,17 @@ class Step:
     # uint8 (height, width, 3), when the request asked to see each step
     host: int | None = None
     reused: bool = False  # approximated from an earlier step, because the request allowed it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What one image will look like, as far as a step tells; comes behind its `Step`."""
+
+    image: int  # counted from 0
+    step: int  # steps done, from 1
+    steps: int  # steps that this image takes
+    pixels: np.ndarray = field(repr=False, compare=False)  # uint8 (height, width, 3), small
+    host: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,4 +157,16 @@ class Peak:
     bytes: int
 
 
-Event = Loading | Queued | Planned | HostLost | Encoded | Step | Picture | Peak
+Event = (
+    Loading
+    | Queued
+    | Planned
+    | HostLost
+    | HostUnfit
+    | BackendChanged
+    | Encoded
+    | Step
+    | Preview
+    | Picture
+    | Peak
+)

@@ -25,7 +25,7 @@ def painted_alone(request: GenerateRequest, pipeline: FluxPipeline | None = None
             t5_padding=request.t5_padding,
         )
     filled = ModelSizes.of(pipeline.checkpoint).fill(request)
-    side = pipeline.checkpoint.autoencoder.downsampling
+    side = pipeline.checkpoint.architecture.autoencoder.downsampling
     return to_pixels(
         pipeline.generate_images(
             filled.prompt,
@@ -36,5 +36,9 @@ def painted_alone(request: GenerateRequest, pipeline: FluxPipeline | None = None
             filled.seed,
             source=filled.source,
             cache=filled.cache,
+            references=filled.references,
+            control=filled.control,
+            negative=request.negative,
+            cfg=request.cfg,
         )
     )

@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +21,7 @@ import numpy as np
 from fluxmesh.cluster.snapshot import CollectiveTime, Holding, LinkInfo, StepShape, StepTiming
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.planning.workload import ModelSizes
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import GenerateRequest, PromptCut, cut_of
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.storage.homes import AgentHome, private_folder
 from fluxmesh.wire import messages
@@ -35,6 +35,7 @@ GB = 10**9
 # Shapes of a prompt's features, which hold its length: no real model's, for nobody but an engine
 # knows what they are.
 FEATURES = {"words": (1, 4, 8), "mood": (1, 8), "pose": (2, 3, 3, 2)}
+READ = 12  # tokens of a prompt: a word each, and an end
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # of nobody: the in-process transport asks none
 
 
@@ -53,6 +54,25 @@ def reused_step(latents: np.ndarray, step: int, basis_latents: np.ndarray) -> np
     return (one_step(latents, step) + np.float32(0.25) * basis_latents).astype(np.float32)
 
 
+def encoded(pictures: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a fake engine makes of pictures: each one's mean, in a shape that nobody else knows."""
+    return {
+        name: np.full((1, 2, 3, 16), np.float32(picture.mean()), np.float32)
+        for name, picture in pictures.items()
+    }
+
+
+def cut(text: str) -> PromptCut | None:
+    """What of a text a fake engine leaves out."""
+    return cut_of(text, lambda words: len(words.split()) + 1, READ)
+
+
+def influence(conditions: Mapping[str, np.ndarray] | None) -> np.float32:
+    """What conditions add to the latents at each step: it tells their order, and their number."""
+    means = [array.flat[0] for _, array in sorted((conditions or {}).items())]
+    return np.float32(sum((k + 1) * mean / 1000 for k, mean in enumerate(means)))
+
+
 def developed(latents: np.ndarray, height: int, width: int) -> np.ndarray:
     """One image's picture, uint8 [height, width, 3]."""
     shade = int(abs(float(latents.mean())) * 1000) % 256
@@ -65,16 +85,17 @@ def expected(request: GenerateRequest, sizes: ModelSizes, image: int) -> np.ndar
     """The picture that image `image` must be, whoever paints it."""
     height = request.height or sizes.defaults.height
     width = request.width or sizes.defaults.width
-    ae = sizes.autoencoder
+    model = sizes.architecture
     seed = request.seed_of(image)
-    latents = initial_noise(seed, height, width, ae.z_channels, ae.downsampling)
+    latents = initial_noise(seed, height, width, model.latent_channels, model.downsampling)
     steps, basis = request.steps or sizes.defaults.steps, None
+    pull = influence(encoded(model.pictures(request)))
     for step in range(1, steps + 1):
         if request.cache and basis is not None and reuses(step, basis[0], steps):
             latents = reused_step(latents, step, basis[1])
         else:
             basis = (step - 1, latents)
-            latents = one_step(latents, step)
+            latents = one_step(latents, step) + pull
     return developed(latents, height, width)
 
 
@@ -144,13 +165,24 @@ class FakeEngine:
                     cached=False,
                     peak_bytes=3,
                     content=self.content,
+                    cut=cut(unit.prompt),
+                    negative_cut=cut(unit.negative or ""),
                     features=features,
                 )
             case messages.EncodeSource():
                 yield messages.SourceEncoded(
                     job=unit.job,
                     ring_generation=unit.ring_generation,
-                    latents=np.zeros((1, 4, 16), np.float32),
+                    # Of a model of `meshes.small`: 16 channels, 2 pixels a latent.
+                    latents=np.zeros_like(initial_noise(0, *unit.pixels.shape[:2], 16, 2)),
+                )
+            case messages.EncodePictures():
+                self._count(pictures=len(unit.named))
+                yield messages.PicturesEncoded(
+                    job=unit.job,
+                    ring_generation=unit.ring_generation,
+                    content=self.content if unit.reader else "",
+                    conditions=encoded(unit.named),
                 )
             case messages.Paint():
                 yield from self._paint(unit)
@@ -219,11 +251,13 @@ class FakeEngine:
                 latents = reused_step(latents, step, basis[1])
             else:
                 basis = (step - 1, latents)
-                latents = one_step(latents, step)
+                latents = one_step(latents, step) + influence(unit.conditions)
             self.steps.append((unit.image, step))
             compiling = self._has_made(unit)
             self._count(steps=1, reused=int(reused), images=int(step == unit.steps))
             seconds = 0.1 if unit.placement == "data" else self.ring_step_seconds
+            is_first = unit.placement == "data" or self.rank == 0
+            is_shown = bool(unit.preview_every) and step % unit.preview_every == 0
             yield messages.Stepped(
                 job=unit.job,
                 ring_generation=unit.ring_generation,
@@ -232,7 +266,8 @@ class FakeEngine:
                 is_last=step == unit.steps,
                 seconds=seconds + compiling,
                 peak_bytes=4,
-                latents=latents if unit.placement == "data" or self.rank == 0 else None,
+                latents=latents if is_first else None,
+                projected=np.full((2, 3, 3), step, np.uint8) if is_first and is_shown else None,
                 reused=reused,
             )
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.kernels import ops as fused
+from fluxmesh.models.flux1 import positions
 from fluxmesh.models.flux1.layers import rope_tables
-from fluxmesh.sampling import latents
 
 Arrays = tuple[mx.array, ...]
 
@@ -43,7 +43,15 @@ class Shape:
 
 NAMES = (
     *("modulated_norm", "gated_sum", "gated_norm", "turned_heads", "turned", "turned_one"),
-    *("gelu", "gelu_beside", "group_norm", "group_norm_silu", "offset_sum"),
+    *(
+        "gelu",
+        "gelu_beside",
+        "swiglu",
+        "swiglu_beside",
+        "group_norm",
+        "group_norm_silu",
+        "offset_sum",
+    ),
 )
 AUTOENCODERS = ("group_norm", "group_norm_silu", "offset_sum")  # which are never in float16
 
@@ -78,6 +86,10 @@ def make(name: str, shape: Shape, dtype: mx.Dtype, seed: int = 1) -> FusingCase:
             return _same(name, (4 * drawn(*tokens),))
         case "gelu_beside":
             return _same(name, (drawn(*tokens), 4 * drawn(B, S, 7 * D)), start=3 * D)
+        case "swiglu":
+            return _same(name, (4 * drawn(B, S, 2 * D),))
+        case "swiglu_beside":
+            return _same(name, (drawn(*tokens), 4 * drawn(B, S, 9 * D)), start=3 * D)
         case "group_norm" | "group_norm_silu":
             x = 3 * drawn(B, 6, 7, 64) + 5
             weights = (drawn(64), drawn(64), drawn(64))
@@ -97,7 +109,7 @@ def _turned(name: str, shape: Shape, groups: int, streams: Arrays) -> FusingCase
     hd, rows = shape.hd, 5
     places = shape.S - shape.L
     image = np.stack([np.zeros(places), np.arange(places) // rows, np.arange(places) % rows], -1)
-    ids = np.concatenate([latents.text_positions(shape.L), image])
+    ids = np.concatenate([positions.text_positions(shape.L), image])
     side = 2 * (hd // 6)
     pe = rope_tables(ids, (hd - 2 * side, side, side), 10_000)
 

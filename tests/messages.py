@@ -13,8 +13,11 @@ import msgpack
 import numpy as np
 
 from fluxmesh.bounds import ArrayOf, Bytes, Count, NamedArrays, Range, Text
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.cluster.snapshot import StepTiming
+from fluxmesh.request import MAX_REFERENCES
 from fluxmesh.wire.fields import bounded, hints_of
-from fluxmesh.wire.messages import Message
+from fluxmesh.wire.messages import Decode, EncodePictures, Message, Paint
 from fluxmesh.wire.protocol import TYPES, Frame, encode
 
 TEXT = "aß猫 z"
@@ -26,7 +29,33 @@ def sample(kind: type[Any], draw: random.Random) -> Any:
     values = {name: _value(hint, draw) for name, hint in hints_of(kind).items()}
     if {"shard", "shards"} <= values.keys():  # `Holding` looks whether the two fit
         values["shard"] = values["shard"] % values["shards"]
-    return kind(**values)
+        units = tuple(draw.randint(1, 99) for _ in range(values["shards"]))
+        values["shares"] = draw.choice([EVEN, Shares(heads=units, columns=units)])
+    if kind is StepTiming:  # and so does this
+        values["shares"] = draw.choice([EVEN, Shares(tokens=(1, 2, 3))])
+        values["hosts"] = 3
+    return kind(**values | _fitted(kind, values, draw))
+
+
+def _fitted(kind: type[Any], values: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Of fields that a class looks at together, those that are changed so that they fit."""
+    if kind is EncodePictures:
+        shapes = ((None, None, draw.choice((1, 3))) for _ in values["named"])
+        named = zip(values["named"], shapes, strict=True)
+        strengths = tuple(draw.uniform(0, 10) for _ in values["named"])[:MAX_REFERENCES]
+        return {
+            "named": {name: _array(("uint8",), shape, draw) for name, shape in named},
+            "strengths": strengths if len(strengths) == len(values["named"]) else (),
+        }
+    if kind is Decode:
+        return {"images": tuple(range(len(values["latents"])))}
+    if kind is not Paint:
+        return {}
+    names = ("latents", "source", "basis_latents")
+    like = {name: values["noise"] + 1 for name in names if values[name] is not None}
+    if values["mask"] is not None:
+        like["height"], like["width"] = values["mask"].shape
+    return like
 
 
 def samples(draw: random.Random, rounds: int = 1) -> list[Message]:
@@ -50,7 +79,7 @@ def _value(hint: Any, draw: random.Random) -> Any:
             return draw.randbytes(draw.randint(0, bound.most))
         case Text():
             letters = TEXT if bound.pattern is None else NAMES
-            return "".join(draw.choice(letters) for _ in range(64))
+            return "".join(draw.choice(letters) for _ in range(min(64, bound.most)))
         case Count():
             if parts[-1] is Ellipsis:
                 return tuple(_value(parts[0], draw) for _ in range(draw.randint(0, 3)))

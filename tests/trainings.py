@@ -18,13 +18,19 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import read_examples
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset
+from tests.flux2_checkpoint import Kind, make_flux2
 
 FINAL = checkpoint.FINAL
+TEXT_LENGTH = 40  # of FLUX.2, so that klein's frame and a short caption go in
+FLUX2_KINDS: dict[str, Kind] = {"klein": "klein", "klein-base": "base", "flux2-dev": "dev"}
 
 
-def make_place(folder: Path) -> Path:
-    """A model, a data set of two sizes, and room for a cache."""
-    make_checkpoint(folder / "model", seed=4, guidance=True)
+def make_place(folder: Path, model: str = "dev") -> Path:
+    """A model (FLUX.1 dev's kind, or one of FLUX.2), a data set of two sizes, room for a cache."""
+    if model == "dev":
+        make_checkpoint(folder / "model", seed=4, guidance=True)
+    else:
+        make_flux2(folder / "model", FLUX2_KINDS[model], seed=4, text_length=TEXT_LENGTH)
     make_dataset(folder / "data", sizes=((40, 40), (48, 24), (33, 37)))
     return folder
 
@@ -68,7 +74,7 @@ def final(out: Path) -> str:
 def learner(request: TrainRequest) -> Learner:
     """One host's learner, its features encoded."""
     pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
-    examples = read_examples(request)
+    examples, _ = read_examples(request)
     plan = prepare(request, examples, pipeline.checkpoint)
     cache = FeatureCache(Path(request.cache_dir))
     encoder = DatasetEncoder(pipeline, cache, examples, plan.sizes, request.seed)

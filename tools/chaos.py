@@ -1,9 +1,12 @@
 """Jobs on a mesh of this machine, each with a random fault: none may be lost, wrong or hung.
 
     python -m tools.chaos --jobs 300 --seed 1 --hosts 3
+    python -m tools.chaos --family flux2       # a random model of FLUX.2; --model PATH: that one
+    python -m tools.chaos --family base        # one that is guided away from a negative prompt
     python -m tools.chaos --clean 500          # no faults: no alarm, no leak, cheap control
 
-A job has a random placement, size and number of images and steps. Its fault is a SIGKILL or a
+A job has a random placement, size and number of images and steps, and every other one what its
+model takes beside a prompt: references, a map, a negative prompt. Its fault is a SIGKILL or a
 SIGSTOP (and later a SIGCONT) of an engine, an agent or the coordinator, or a Ctrl-C, at a random
 moment. Whoever can finish must finish, with the pictures that one host makes alone; a job whose
 coordinator died or was interrupted is done once more by another. In the end no process, port or
@@ -69,6 +72,7 @@ class Trial:
         return (
             f"{self.number:3} {self.kind} {who} at {self.moment}, {self.placement}, "
             f"{asked.n_images} of {asked.height}x{asked.width} in {asked.steps}"
+            f"{''.join(f', {given}' for given in asked.conditions)}"
         )
 
 
@@ -81,13 +85,17 @@ class ChaosResult:
     alarms: int  # losses that were told
 
 
-def trials(jobs: int, seed: int, hosts: int, model: str) -> Iterator[Trial]:
-    """What `seed` gives."""
+def trials(
+    jobs: int, seed: int, hosts: int, model: str, kind: strike.ModelKind = "flux1"
+) -> Iterator[Trial]:
+    """What `seed` gives; `kind` says what the model takes beside a prompt."""
     draw = random.Random(seed)
     for number in range(jobs):
         height, width = draw.choice(SIZES)
+        given = strike.conditions(kind, number) if number % 2 else {}
         request = request_of(
             model,
+            **given,
             n_images=draw.randint(1, hosts + 1),
             height=height,
             width=width,
@@ -112,12 +120,14 @@ class Chaos:
     def __init__(self, mesh: Up) -> None:
         self.up = mesh
         self.pipeline = FluxPipeline(mesh.model, dtype="float32")  # one machine that nobody hurts
-        self._alone: dict[GenerateRequest, dict[int, np.ndarray]] = {}
+        self._alone: dict[Any, dict[int, np.ndarray]] = {}
 
     def alone(self, request: GenerateRequest) -> dict[int, np.ndarray]:
-        if request not in self._alone:
-            self._alone[request] = dict(enumerate(painted_alone(request, self.pipeline)))
-        return self._alone[request]
+        given = *request.references, *(() if request.control is None else (request.control,))
+        key = request, tuple(picture.tobytes() for picture in given)  # which `==` leaves out
+        if key not in self._alone:
+            self._alone[key] = dict(enumerate(painted_alone(request, self.pipeline)))
+        return self._alone[key]
 
     def run(self, trial: Trial) -> ChaosResult:
         """Does one job, and judges it."""
@@ -269,25 +279,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--clean", type=int, default=0, metavar="N", help="N jobs without faults")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--family", choices=strike.MODEL_KINDS, default="flux1")
+    which.add_argument("--model", help="a name, a folder or a file, and not one made up")
     asked = parser.parse_args(arguments)
     results: list[ChaosResult] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
         (folder / "tmp").mkdir()
-        model = strike.make_model(folder / "model")
+        model = asked.model or strike.make_kind(folder / "model", asked.family)
+        kind = "flux1" if asked.model else asked.family  # nobody knows what it takes
         delays = "" if asked.clean else DELAYS
         began = time.monotonic()
         with up(
             folder / "mesh", asked.hosts, model, delays=delays, TMPDIR=str(folder / "tmp")
         ) as mesh:
-            OUT.print(f"{asked.hosts} agents are up after {time.monotonic() - began:.1f} s")
+            took = time.monotonic() - began
+            OUT.print(
+                f"{asked.hosts} agents with {asked.model or asked.family}, up in {took:.1f} s"
+            )
             if asked.clean:
                 report = endurance.run(mesh, asked.clean, asked.seed)
                 OUT.print(report.table())
                 bad = report.problems()
             else:
                 chaos = Chaos(mesh)
-                for trial in trials(asked.jobs, asked.seed, asked.hosts, model):
+                for trial in trials(asked.jobs, asked.seed, asked.hosts, model, kind):
                     results.append(chaos.run(trial))
                     result = results[-1]
                     hit = "" if result.was_hit else ", not hit"

@@ -23,13 +23,23 @@ FOLDERS = {
 # Highest first. The library's words (errors, request, events) stand below everything of it.
 ROOMS = {
     "fluxmesh_coordinator": (
-        *("cli", "commands", "console", "artifacts", "runtime", "deploy", "agents", "jobs"),
+        *(
+            "cli",
+            "server",
+            "commands",
+            "console",
+            "artifacts",
+            "runtime",
+            "deploy",
+            "agents",
+            "jobs",
+        ),
         "·",
     ),
-    "fluxmesh_agent": ("·",),
+    "fluxmesh_agent": ("·", "parcels"),
     "fluxmesh": (
         *("training", "engine", "planning", "sampling", "adapters", "weights", "models"),
-        *("kernels", "wire", "cluster", "machine", "storage", "·"),
+        *("kernels", "wire", "cluster", "machine", "storage", "images", "·"),
     ),
 }
 # Entrances, which name what they open: the package's face, and `python -m`.

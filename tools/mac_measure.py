@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import socket
@@ -24,8 +25,10 @@ import mlx.core as mx
 
 from fluxmesh.engine.device_memory import bounded, decoding_room
 from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux1.architecture import Flux1Architecture
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
+from fluxmesh.models.flux1.family import FLUX1
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting
 
 ROUNDS = 10
@@ -75,9 +78,12 @@ def milliseconds(compute: Callable[[], mx.array]) -> float:
 
 def decode(small: bool) -> None:
     """Peak bytes beside the weights, as MLX counts them: as it comes, and bounded."""
-    config, side = AutoencoderConfig(), 1024
+    architecture, side = FLUX1.published["schnell"].architecture, 1024
+    assert isinstance(architecture, Flux1Architecture)
     if small:
-        config, side = AutoencoderConfig(widths=(32, 64)), 32
+        ae = AutoencoderConfig(widths=(32, 64))
+        architecture, side = dataclasses.replace(architecture, autoencoder=ae), 32
+    config = architecture.autoencoder
     model = AutoEncoder(config)
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
@@ -87,7 +93,7 @@ def decode(small: bool) -> None:
     unbounded = peak(lambda: model.decode(z))
     print(f"decode {side}x{side}, as it comes: {unbounded / 1e9:.2f} GB beside the weights")
     for scarce in (False, True):
-        with bounded(decoding_room(config, side, side, mx.bfloat16, scarce)):
+        with bounded(decoding_room(architecture, side, side, mx.bfloat16, scarce)):
             nbytes = peak(lambda: model.decode(z))
         name = "bounded, little memory" if scarce else "bounded"
         print(f"decode {side}x{side}, {name}: {nbytes / 1e9:.2f} GB beside the weights")

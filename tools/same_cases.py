@@ -1,19 +1,23 @@
-"""What `same_pictures.py` asks for: 20 pictures over all options of `generate`, and a training.
+"""What `same_pictures.py` asks for: 25 cases over all options of `generate`, and a training.
 
 Every case names its seed. Sizes and steps are small, for what is compared is bytes. The inputs
-(pictures, masks, adapters, a data set) are drawn from a seed too, so that two trees read the same.
+(pictures, masks, adapters, a data set, and random models for what the embedded one doesn't take)
+are drawn from a seed too, so that two trees read the same.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fluxmesh.storage.safetensors import write_tensors
+from tests.checkpoints import TRANSFORMER, make_checkpoint
+from tests.flux2_checkpoint import TWELVE_HEADS, make_flux2
+from tests.redux_checkpoint import make_redux
 
 MODEL = "tiny"
 INPUTS = "inputs"  # the folder of what the cases read
@@ -49,7 +53,9 @@ PICTURES = (
     PictureCase("guided", "a boat", "--seed 12 --guidance 2.5 --steps 1 --preload-models", TENSOR),
     PictureCase("float32", PROMPT, "--seed 13 --dtype float32 --image-size 64", "--force-shard"),
     PictureCase("quantized", "a dog", "--seed 14 -q --image-size 64 --steps 3", DATA),
-    PictureCase("8-bits", "a dog", "--seed 15 --bits 8 --image-size 64 --steps 3", SEQUENCE),
+    PictureCase(
+        "8-bits", "a dog", "--seed 15 --bits 8 --text-bits 4 --image-size 64 --steps 3", SEQUENCE
+    ),
     PictureCase(
         "3-bits", "a dog", "--seed 16 --bits 3 --dtype float32 --image-size 64 --steps 2", DATA
     ),
@@ -102,6 +108,38 @@ PICTURES = (
         SEQUENCE,
     ),
     PictureCase("again", None, f"--from {FIRST}/out.png --seed 26 --verbose", TENSOR),
+    PictureCase(
+        "edit",
+        "a cat",
+        f"-m {INPUTS}/klein --seed 27 --reference {INPUTS}/source.png --reference "
+        f"{INPUTS}/second.png --image-size 32x48 --dtype float32",
+        SEQUENCE,
+    ),
+    PictureCase(
+        "moved-away",
+        "a cat",
+        f"-m {INPUTS}/base --seed 28 --negative-prompt dogs --cfg 3 --image-size 32x48",
+        TENSOR,
+    ),
+    PictureCase(
+        "true-guidance",
+        "a cat",
+        f"-m {INPUTS}/dev --seed 29 --negative-prompt dogs --cfg 2 --image-size 32x48",
+        DATA,
+    ),
+    PictureCase(
+        "control",
+        "a cat",
+        f"-m {INPUTS}/canny --seed 30 --control {INPUTS}/source.png --image-size 32x48",
+        SEQUENCE,
+    ),
+    PictureCase(
+        "seen",
+        "a cat",
+        f"-m {INPUTS}/dev --seed 31 --redux {INPUTS}/redux --reference {INPUTS}/source.png "
+        "--image-size 32x48",
+        DATA,
+    ),
 )
 UPDATES = 20
 TRAINING = (
@@ -123,6 +161,13 @@ def write_inputs(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a red cat\na yellow boat on a blue background\n")
     _write_adapter(folder / "peft.safetensors", rng, PEFT_KEYS, alpha=False)
     _write_adapter(folder / "kohya.safetensors", rng, KOHYA_KEYS, alpha=True)
+    _picture(rng, 96, 64).save(folder / "second.png")
+    make_flux2(folder / "klein")
+    make_flux2(folder / "base", "base", transformer=TWELVE_HEADS)
+    make_checkpoint(folder / "dev", guidance=True)
+    wide = replace(TRANSFORMER, in_channels=2 * TRANSFORMER.in_channels)
+    make_checkpoint(folder / "canny", guidance=True, transformer=wide)
+    make_redux(folder / "redux")
     data = folder / "data"
     data.mkdir()
     rows = []

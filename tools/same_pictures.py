@@ -5,7 +5,7 @@
     python -m tools.same_pictures make . now.json
     python -m tools.same_pictures compare before.json now.json
 
-`make` runs the command line of a tree in processes of its own: the 20 pictures of `same_cases.py`
+`make` runs the command line of a tree in processes of its own: the 25 cases of `same_cases.py`
 with no mesh up and on a mesh of three agents on loopback, and a training of 20 updates on each. It
 writes what must stay the same: the SHA-256 of each picture's pixels and of its file, the recipe in
 it, the SHA-256 of each tensor of the adapter, what the command said of its request and its files,

@@ -24,6 +24,8 @@ class Ending:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it outlives the session that started it
+        # Whoever started it may have kept a terminal's Ctrl-C from it; from here on it is its own.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGHUP))
 
     def becomes(self, end: Callable[[], None]) -> None:
         """From now on a signal calls `end`, between any two lines of the main thread."""

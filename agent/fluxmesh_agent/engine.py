@@ -32,7 +32,7 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.engine import device_memory as memory
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.errors import FluxmeshError
+from fluxmesh.errors import FluxmeshError, WeightsError
 from fluxmesh.events import Loading
 from fluxmesh.kernels import ops
 from fluxmesh.machine.open_files import allow_many_files
@@ -148,10 +148,12 @@ class Engine:
             Account(
                 is_over=is_over,
                 holds=worker.holding,
+                text=worker.text_holding,
                 counters=worker.counters,
                 load_rate=worker.load_rate,
                 components=worker.components,
                 compiled=worker.compiled,
+                kept=worker.kept_models,
             )
         )
 
@@ -176,15 +178,11 @@ class Engine:
         except FluxmeshError as error:
             if isinstance(error, ConnectionClosed):
                 raise
-            kind = type(error).__name__
-            return Failed(
-                ring_generation=work.ring_generation,
-                job=work.job,
-                kind=kind,
-                text=sendable(str(error)),
-                fatal=False,
-            )
+            return _failed(work, error)
         except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:  # a file that it reads
+                text = f"Can't read {error.filename}: {error.strerror or type(error).__name__}."
+                return _failed(work, WeightsError(text))
             end = gpu_end(error)
             if end is None:
                 return self._give_up(
@@ -299,6 +297,19 @@ class Engine:
                     )
                 except ConnectionClosed:
                     return  # the reader ends the process
+
+
+def _failed(work: Work, error: FluxmeshError) -> Failed:
+    """What is told of work that could not be done; the engine lives, and does the next."""
+    # A kind of a module's own travels as the one of `errors.py` that it is one of.
+    ours = (kind for kind in type(error).__mro__ if kind.__module__ == FluxmeshError.__module__)
+    return Failed(
+        ring_generation=work.ring_generation,
+        job=work.job,
+        kind=next(ours).__name__,
+        text=sendable(str(error)),
+        fatal=False,
+    )
 
 
 def device(limit: int | None = None) -> Device:

@@ -20,9 +20,17 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
+from fluxmesh.cluster.snapshot import (
+    Holding,
+    KeptModel,
+    ModelVariant,
+    RingPlace,
+    StepShape,
+    TextHolding,
+)
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire.messages import (
+    ENGINE_KILLED,
     Account,
     Beat,
     Cancel,
@@ -91,9 +99,9 @@ Instruction = StartEngine | KillEngine | Send | Tell
 class Refusal(FluxmeshError):
     """A request that can't be done; nothing has changed."""
 
-    def __init__(self, code: Literal["fence", "usage", "busy"], text: str) -> None:
+    def __init__(self, code: Literal["fence", "usage"], text: str) -> None:
         super().__init__(text)
-        self.code: Literal["fence", "usage", "busy"] = code
+        self.code: Literal["fence", "usage"] = code
 
 
 class Lifecycle:
@@ -104,6 +112,8 @@ class Lifecycle:
         self.ring_generation = 0
         self.reason = ""  # of the last failure
         self.holds: Holding | None = None
+        self.text: TextHolding | None = None
+        self.kept: tuple[KeptModel, ...] = ()  # models in memory beside that one
         self.counters = EngineCounters()
         self.load_rate = 0.0
         self.device: Device | None = None
@@ -157,11 +167,12 @@ class Lifecycle:
         return self.holds.nbytes / self.load_rate
 
     @property
-    def ring(self) -> tuple[str, int, int]:
-        """(name, rank, size) of the ring that the engine is in."""
-        if self._ring is None:
-            return "", 0, 1
-        return ring_name(self._ring.nonce), self._ring.rank, self._ring.size
+    def ring(self) -> RingPlace:
+        """Where the engine stands in the ring that it is in."""
+        join = self._ring
+        if join is None:
+            return RingPlace()
+        return RingPlace(ring_name(join.nonce), join.rank, join.size, join.backend)
 
     # Requests
 
@@ -267,7 +278,8 @@ class Lifecycle:
         if isinstance(message, Account):
             self.holds, self.load_rate = message.holds, message.load_rate or self.load_rate
             self.counters, self.components = message.counters, message.components
-            self.compiled = message.compiled
+            self.compiled, self.text = message.compiled, message.text
+            self.kept = message.kept
             if message.is_over and self._pending:
                 self._pending.popleft()
                 self.loading = None
@@ -285,11 +297,14 @@ class Lifecycle:
             return [*self._died(message.text), *self._told(message)]
         return self._told(message)
 
-    def engine_ended(self, text: str) -> list[Instruction]:
-        """The engine's process is gone, and nobody here ended it."""
+    def engine_ended(self, text: str, *, is_killed: bool = False) -> list[Instruction]:
+        """The engine's process is gone, and nobody here ended it.
+
+        `is_killed`: another program did, or the system, for want of memory.
+        """
         if not self._runs:
             return []
-        return self._lost("Died", text)
+        return self._lost(ENGINE_KILLED if is_killed else "Died", text)
 
     def _lost(self, kind: str, text: str) -> list[Instruction]:
         """The engine is gone. Where nobody had asked it for anything, nobody has lost anything."""
@@ -333,9 +348,9 @@ class Lifecycle:
 
     def _end(self) -> list[Instruction]:
         was, self._runs = self._runs, False
-        self._ring, self.holds, self.reason = None, None, ""
+        self._ring, self.holds, self.text, self.reason = None, None, None, ""
         self.counters, self.loading = EngineCounters(), None
-        self.components, self.compiled = (), ()
+        self.components, self.compiled, self.kept = (), (), ()
         self._pending.clear()
         self.is_bare = True
         return [KillEngine()] if was else []
@@ -346,8 +361,8 @@ def _goes_on(own: Work, work: EngineUnit) -> bool:
     if not isinstance(own, Load) or not isinstance(work, ModelWork) or work.weights != own.weights:
         return False
     if isinstance(work, Load):
-        part = (work.shards, work.shard)
-        return part == (own.shards, own.shard) and not work.low_memory
+        part = (work.shards, work.shard, work.shares)
+        return part == (own.shards, own.shard, own.shares) and not work.low_memory
     return True
 
 

@@ -1,7 +1,7 @@
 """From a model's or adapter's name that came over the wire to what an engine may open.
 
 A name is an alias, a Hub id (looked for in this host's cache) or a path. A path counts only inside
-of the roots: the embedded checkpoint, the host's own folder of models, and what `--root` adds; no
+of the roots: the embedded checkpoints, the host's own folder of models, and what `--root` adds; no
 message makes an engine read anything else. Adapters are named by their hash. Imports no mlx.
 """
 
@@ -15,8 +15,11 @@ from pathlib import Path
 
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import AdapterError, ModelNotFoundError
+from fluxmesh.models.registry import reader_alias
 from fluxmesh.request import AdapterRef
 from fluxmesh.weights import hub
+from fluxmesh.weights.embedded.checkpoints import embedded_folders
+from fluxmesh.weights.models_folder import entry_in
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -39,33 +42,51 @@ class Roots:
         return replace(weights, model=self.model(weights.model), adapters=adapters)
 
     def model(self, name: str) -> str:
-        """What `hub.resolve` takes; raises `ModelNotFoundError`."""
-        alias = hub.alias_of(name)
+        """What `hub.resolve_any` takes; raises `ModelNotFoundError`."""
+        alias = hub.alias_of(name) or reader_alias(name)
         if alias == hub.TINY:
             return name
         if self.models is not None and not os.path.isabs(name):
-            inside = self._inside(self.models / name)
+            inside = self._inside(entry_in(self.models, name))
             if inside is not None:
                 return inside
         if alias is not None:
             return name
         if os.path.isabs(name) or name.startswith("~"):
             inside = self._inside(Path(os.path.expanduser(name)))
+            if inside is None and self.models is not None:  # it was pushed here
+                inside = self._inside(entry_in(self.models, os.path.expanduser(name)))
             if inside is not None:
                 return inside
         elif hub.is_hub_id(name) and not name.endswith(".safetensors"):
             return name
         raise ModelNotFoundError(
-            f"This host has no model {name!r} where its agent may read; pull it there with "
-            "`fluxmesh models pull`, or put it in the folder that the hostfile's `models` names."
+            f"This host has no model {name} where its agent may read{self._places()}; "
+            "`fluxmesh models push` copies it there from a host that has it, or name the folder "
+            "that it is in as `models` of this host in the hostfile, and run `fluxmesh up` again."
         )
 
+    def _places(self) -> str:
+        """The folders that are the user's, for a sentence."""
+        folders = [str(folder) for folder in (self.models, *self.others) if folder is not None]
+        return f" ({', '.join(folders)})" if folders else ""
+
     def _inside(self, path: Path) -> str | None:
-        """The path, all links followed, if it is there and inside of a root."""
+        """The path, all links followed, if it is there and inside of a root.
+
+        A file that is a link keeps its name where its folder is inside too: what it needs lies
+        beside the link, as in the Hub's cache.
+        """
         real = Path(os.path.realpath(path))
-        roots = [hub.tiny_folder(), *self.others, *([self.models] if self.models else [])]
-        allowed = any(real.is_relative_to(os.path.realpath(root)) for root in roots)
-        return str(real) if allowed and real.exists() else None
+        roots = [*embedded_folders(), *self.others, *([self.models] if self.models else [])]
+
+        def is_allowed(place: Path) -> bool:
+            return any(place.is_relative_to(os.path.realpath(root)) for root in roots)
+
+        if not (is_allowed(real) and real.exists()):
+            return None
+        folder = Path(os.path.realpath(path.parent))
+        return str(folder / path.name if real.is_file() and is_allowed(folder) else real)
 
     def _adapter(self, adapter: AdapterRef) -> AdapterRef:
         path = self.adapters / f"{adapter.path}.safetensors"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fluxmesh.errors import FluxmeshError
-from fluxmesh.storage.homes import AgentHome, private_folder, write_private
+from fluxmesh.storage.homes import AgentHome, models_folder, private_folder, write_private
 from fluxmesh.storage.keys import Allowlist, load_keys
 from fluxmesh.storage.processes import started_at
 from fluxmesh.version import __version__
@@ -73,7 +73,7 @@ async def _serve(settings: AgentSettings, home: AgentHome, ending: Ending) -> No
     where = f"[{settings.address}]" if ":" in settings.address else settings.address
     listener = await CurveListener.open(f"{where}:{settings.port}", keys, allowlist)
     options = EngineOptions(
-        settings.models,
+        settings.models or models_folder(),
         settings.roots,
         settings.memory,
         settings.envs,

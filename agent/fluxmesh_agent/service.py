@@ -17,6 +17,7 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 
 from fluxmesh.bounds import sendable
 from fluxmesh.cluster.snapshot import StepTiming
@@ -46,6 +47,8 @@ from fluxmesh_agent.lifecycle import (
     StartEngine,
     Tell,
 )
+from fluxmesh_agent.model_paths import Roots
+from fluxmesh_agent.pushes import Pushes, Pushing
 from fluxmesh_agent.status import status_of
 from fluxmesh_agent.supervisor import EngineOptions, Supervisor
 from fluxmesh_agent.upkeep import Upkeep
@@ -94,6 +97,9 @@ class Service:
         self.leases = Leases(first_fence=int(time.time() * 1000), deadlines=deadlines)
         self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
         self.adapters = AdapterStore(home.adapters)
+        roots = Roots(home.adapters, options.models, options.roots)
+        ip = listener.address.rpartition(":")[0].strip("[]")
+        self.pushes = Pushes(roots, ip, deadlines)
         self.upkeep = Upkeep(_kept(home), deadlines)
         self.measured: dict[tuple[object, ...], StepTiming] = {}
         self.stopping = stopping or asyncio.Event()
@@ -122,10 +128,11 @@ class Service:
             self._wakefulness.let_go()
             await self.listener.close()
 
-    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._finish)
+        return task
 
     def _finish(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -153,7 +160,7 @@ class Service:
             if self._late is not None and now >= self._late:
                 self._late = None
                 self._spawn(self._give_up())
-            if self.leases.holder or not self.lifecycle.is_free:
+            if self.leases.holder or self.pushes.is_busy or not self.lifecycle.is_free:
                 self._wakefulness.hold()
             else:
                 self._wakefulness.let_go()
@@ -163,6 +170,7 @@ class Service:
 
     async def _converse(self, connection: Connection) -> None:
         client = CoordinatorConversation(connection)
+        pushing: set[asyncio.Task[None]] = set()  # as long as whoever asked for it is there
         try:
             while True:
                 seq, message = await connection.receive()
@@ -174,6 +182,10 @@ class Service:
                     continue
                 if isinstance(message, messages.ProbeLink):  # takes long; the rest goes on
                     self._spawn(self._answer(client, seq, message))
+                elif isinstance(message, Pushing):  # takes very long
+                    push = self._spawn(self._answer(client, seq, message))
+                    pushing.add(push)
+                    push.add_done_callback(pushing.discard)
                 else:
                     client.waits = True
                     await self._answer(client, seq, message)
@@ -182,7 +194,9 @@ class Service:
             log.debug("%s", error)  # the transport has told it
         finally:
             if self._clients.get(client.name) is client:
-                del self._clients[client.name]  # its lease stays for as long as it may be silent
+                del self._clients[client.name]
+                self.leases.gone(client.name, self._clock.tick())
+            await end(*pushing)
             await client.close()
             await connection.close()
 
@@ -225,7 +239,9 @@ class Service:
             lines = last_lines(self.home.log, message.lines)
             return messages.Logs(fitting([line[:LINE] for line in lines]))
         if isinstance(message, messages.AskLease):
-            self._notify(self.leases.ask(client.name, message.job, message.seconds, now))
+            user = client.label.partition(" at ")[0]
+            asked = (client.name, message.job, message.seconds, now)
+            self._notify(self.leases.ask(*asked, user=user, title=message.title))
             asyncio.get_running_loop().call_soon(self._tick)
             return Done()
         if isinstance(message, messages.LeaveQueue):
@@ -238,12 +254,17 @@ class Service:
         if isinstance(message, messages.ProbeLink):
             link = (message.ip, message.port, message.token, message.nbytes)
             return await links.probe(*link, self.deadlines)
+        if isinstance(message, Pushing):
+            return await self.pushes.do(message, client.tell)
+        if isinstance(message, messages.StopModel):
+            self.pushes.stop(message.token)
+            return Done()
         if isinstance(message, messages.Keep):
             self.upkeep.want(message)
             write_private(self.home.keep, upkeep.to_json(message))
             return Done()
         if isinstance(message, messages.LeaveRing):
-            self.upkeep.leave(self.lifecycle.ring[0])
+            self.upkeep.leave(self.lifecycle.ring.name)
             return Done()
         if isinstance(message, messages.NoteSize):
             self.upkeep.note(message)
@@ -257,6 +278,9 @@ class Service:
     async def _change(self, message: messages.Changing) -> Message:
         """What only the holder of the lease may ask for."""
         self.upkeep.used(time.monotonic())
+        if isinstance(message, messages.TellProgress):
+            self.leases.heard_progress(message.progress, self._clock.tick())
+            return Done()
         if isinstance(message, messages.HasFile):
             return messages.Found(self.adapters.has(message.sha256))
         if isinstance(message, messages.PutFile):
@@ -294,7 +318,7 @@ class Service:
 
     def status(self) -> messages.Status:
         """This host at this moment."""
-        holder = self.leases.holder.rpartition("/")[2]
+        holder, now = self.leases.holder.rpartition("/")[2], self._clock.tick()
         return status_of(
             self.lifecycle,
             engine_pid=self.supervisor.pid,
@@ -303,6 +327,9 @@ class Service:
             holder=holder,
             job=self.lifecycle.job or self.leases.job,
             waiting=self.leases.waiting,
+            busy_seconds=self.leases.seconds_until_free(now),
+            lease=self.leases.held_for(now),
+            line=self.leases.waiting_jobs(now),
         )
 
     # Leases
@@ -399,7 +426,9 @@ class Service:
 
     def _engine_said(self, message: Message) -> None:
         if isinstance(message, messages.Timed):
-            m = message.measured
+            m, ring = message.measured, self.lifecycle.ring
+            if m.placement != "data":
+                m = replace(m, backend=ring.backend)
             what = (m.model, m.height, m.width, m.dtype, m.bits, m.placement, m.hosts)
             self.measured[what] = m.with_firsts_of(self.measured.get(what, m))
         instructions = self.lifecycle.engine_said(message)
@@ -426,12 +455,12 @@ class Service:
             if self.lifecycle.state == "failed":  # not, where the next was started meanwhile
                 await self.supervisor.kill()
 
-    def _engine_ended(self, text: str) -> None:
+    def _engine_ended(self, text: str, *, is_killed: bool = False) -> None:
         self._engine_known.set()
         self.upkeep.used(time.monotonic())
         if self.lifecycle.own is not None:
             self.upkeep.failed(time.monotonic())
-        self._send_all(self.lifecycle.engine_ended(text))
+        self._send_all(self.lifecycle.engine_ended(text, is_killed=is_killed))
         self._late = None
         self._tick()
 

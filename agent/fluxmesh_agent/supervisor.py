@@ -12,17 +12,22 @@ import contextlib
 import json
 import logging
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.engine.gpu_errors import ON_DARWIN
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.machine import mlx_backend
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
+from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.storage.processes import kill_recorded, started_at
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.tasks import end
@@ -32,6 +37,10 @@ from fluxmesh_agent import kernels
 from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
+
+LOGGED = re.compile(r"\d{4}-\d\d-\d\d \S+ (agent|engine) [A-Z]+ ")  # a line of our own log
+WORDS = 3  # lines of an engine that died which are told
+LONGEST = 300  # characters of one
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,17 @@ class EngineOptions:
 class _Life:
     """One process."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log_begin: int) -> None:
         self.process = process
+        self.log_begin = log_begin  # where in the log what it writes begins
         self.outbox: asyncio.Queue[Message] = asyncio.Queue()
         self.task: asyncio.Task[None] | None = None
         self.is_wanted = True
+
+
+class OnEnd(Protocol):
+    def __call__(self, text: str, *, is_killed: bool) -> None:
+        """`is_killed`: by another program, or by the system, and not by what it did itself."""
 
 
 class Supervisor:
@@ -63,7 +78,7 @@ class Supervisor:
         home: AgentHome,
         options: EngineOptions,
         on_message: Callable[[Message], None],
-        on_end: Callable[[str], None],
+        on_end: OnEnd,
     ) -> None:
         """`on_end` hears why an engine ended that nobody here has ended."""
         self.home, self.options = home, options
@@ -111,6 +126,7 @@ class Supervisor:
         }
         try:
             with open(self.home.log, "ab") as file:
+                log_begin = file.tell()
                 process = subprocess.Popen(
                     [sys.executable, "-m", "fluxmesh_agent.engine", json.dumps(config)],
                     stdin=subprocess.DEVNULL,
@@ -135,7 +151,7 @@ class Supervisor:
             near.close()
             raise
         log.info("engine %d started", process.pid)
-        life = self._life = _Life(process)
+        life = self._life = _Life(process, log_begin)
         life.task = asyncio.create_task(self._serve(life, near))
 
     def send(self, message: Message) -> None:
@@ -178,9 +194,11 @@ class Supervisor:
         if life.is_wanted:
             self._life = None
             kernels.drop_half_written(self.home)
-            text = _ending(life.process.pid, code)
+            text = _ending(
+                life.process.pid, code, last_words(last_lines(self.home.log, 50, life.log_begin))
+            )
             log.error("%s", text)
-            self.on_end(text)
+            self.on_end(text, is_killed=-code in (signal.SIGKILL, signal.SIGTERM))
 
     async def _write(self, life: _Life, channel: AsyncChannel) -> None:
         try:
@@ -190,6 +208,21 @@ class Supervisor:
             return  # `_serve` reads the same end
 
 
-def _ending(pid: int, code: int) -> str:
+def _ending(pid: int, code: int, said: Sequence[str] = ()) -> str:
+    """Why it may have ended; `said` is what it wrote on stderr beside its log."""
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"The engine (process {pid}) {how}."
+    if not said:
+        return f"The engine (process {pid}) {how}."
+    last = " / ".join(line.rstrip(".") for line in said)
+    more = f"; {mlx_backend.remedy()}" if mlx_backend.is_missing(last) else ""
+    return f"The engine (process {pid}) {how}: {last}{more}."
+
+
+def last_words(lines: Sequence[str]) -> list[str]:
+    """Of what an engine's process has written, the end that tells why: not its log.
+
+    Of a traceback the last line, which names the error.
+    """
+    said = [line.strip() for line in lines if line.strip() and not LOGGED.match(line)]
+    is_traceback = any(line.startswith("Traceback ") for line in said)
+    return [line[:LONGEST] for line in said[-1 if is_traceback else -WORDS :]]

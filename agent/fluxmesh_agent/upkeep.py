@@ -15,6 +15,7 @@ import json
 from collections import deque
 from dataclasses import asdict
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
@@ -82,7 +83,7 @@ class Upkeep:
 
         To leave a ring is to be another process.
         """
-        keep, name = self.keep, life.ring[0]
+        keep, name = self.keep, life.ring.name
         is_ours = keep is not None and (life.holds is None or _is_kept(life.holds, keep))
         return name != "" and name == self._leaves and is_ours
 
@@ -132,6 +133,7 @@ class Upkeep:
             weights=keep.weights,
             shards=part.shards,
             shard=part.shard,
+            shares=part.shares,
             components=components,
         )
 
@@ -150,13 +152,15 @@ class Upkeep:
                     weights=held.weights,
                     height=size.height,
                     width=size.width,
+                    memory_bytes=size.memory_bytes,
                 )
         return None
 
 
 def _is_kept(held: Holding, keep: Keep) -> bool:
-    part = (held.shards, held.shard)
-    return held.weights == keep.weights and part in ((1, 0), (keep.shards, keep.shard))
+    part = (held.shards, held.shard, held.shares)
+    is_same = keep.weights is not None and held.weights.denoiser == keep.weights.denoiser
+    return is_same and part in ((1, 0, EVEN), (keep.shards, keep.shard, keep.shares))
 
 
 def to_json(keep: Keep) -> str:
@@ -172,6 +176,8 @@ def from_json(text: str) -> Keep:
         if weights is not None:
             adapters = tuple(AdapterRef(**adapter) for adapter in weights.pop("adapters"))
             weights = ModelVariant(adapters=adapters, **weights)
-        return Keep(weights=weights, components=tuple(data.pop("components")), **data)
+        shares = Shares.from_plain(data.pop("shares", {}))
+        components = tuple(data.pop("components"))
+        return Keep(weights=weights, components=components, shares=shares, **data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FluxmeshError(f"It does not say what this host is to hold ({error}).") from None

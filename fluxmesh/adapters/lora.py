@@ -1,126 +1,125 @@
-"""LoRA adapters on a transformer: beside its linears, or fused into their weights.
+"""Adapters on a model: beside its linears, or fused into their weights.
 
-Stands on `formats.py`, which reads every key format. Several adapters stack: their ranks lie
-side by side in one pair of matrices, so that two cost no more calls than one. Works on quantized
-linears too: unfused, the adapter stays exact beside the rounded weight; fused, the sum is rounded
-again.
+Stands on `reading.py`, which reads every format. Plain LoRAs stack: their ranks lie
+side by side in one pair of matrices, so that two cost no more calls than one. Other kinds
+(`changes.py`) lie beside a linear in the factors that their file has, one after another in the
+order that they are given. Works on quantized linears too: unfused, the adapter stays exact beside
+the rounded weight; fused, the sum is rounded again.
+
+Linears are changed one by one, so that never more than one linear's change is multiplied out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.adapters.formats import (
-    FORMATS,
-    Adapter,
-    LowRank,
-    find_adapter,
-    read_adapter,
-    write_adapter,
-)
-from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.partition import cuts
-from fluxmesh.models.flux1.transformer import Part, is_part
-from fluxmesh.models.lora_linear import LoRALinear
-from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.adapters.changes import Change, LowRank, stack
+from fluxmesh.adapters.find import find_adapter
+from fluxmesh.adapters.lora_on_linear import LinearToAdapt, ReadWeight, dense
+from fluxmesh.adapters.reading import AdapterFile, open_adapter
+from fluxmesh.adapters.targets import AdapterTargets
+from fluxmesh.errors import AdapterError
+from fluxmesh.models.module_tree import module_at
 from fluxmesh.models.partition import Cut
 
-__all__ = [
-    "FORMATS",
-    "Adapter",
-    "LoRALinear",
-    "LowRank",
-    "apply_adapters",
-    "check_adapters",
-    "find_adapter",
-    "join_adapters",
-    "read_adapter",
-    "write_adapter",
-]
-
 Paths = Sequence[tuple[str | Path, float]]  # adapters with their strengths; 1.0 is as trained
+Opened = Sequence[tuple[AdapterFile, float]]  # the same, their headers read
 
 
-def check_adapters(adapters: Paths, config: FluxConfig) -> None:
-    """Raises what `apply_adapters` would, before any weight of the model is read."""
-    for path, _ in adapters:
-        read_adapter(path, config)
+def open_adapters(adapters: Paths, targets: AdapterTargets) -> Opened:
+    """Reads the files' headers. Raises `ModelNotFoundError`, `AdapterError`."""
+    return [(open_adapter(find_adapter(path), targets), scale) for path, scale in adapters]
 
 
-def apply_adapters(flux: Any, adapters: Paths, fuse: bool = False, part: Part = "all") -> None:
-    """Applies LoRA files to a transformer, in place, beside those that it may have already.
+def apply_to(
+    model: Any,
+    component: str,
+    opened: Opened,
+    dtype: mx.Dtype,
+    fuse: bool = False,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+    shard_cuts: dict[str, Cut] | None = None,
+    weight_of: ReadWeight | None = None,
+) -> None:
+    """Applies what open files say of a component to a model of it, in place.
 
-    With `fuse` they are added into the weights: as fast as without, and not removable. A shard of
-    a transformer takes its own part of them, and so does a `part`. Raises `ModelNotFoundError`,
-    `WeightsError` or `AdapterError` (naming keys that match nothing) before anything changes.
+    Beside a linear, adapters are kept in `dtype`. `weight_of` reads a linear's weight as the
+    checkpoint has it: DoRA needs rows whole, of which a shard holds parts; by default the model is
+    asked. Raises `AdapterError` for numbers that are not finite, with the strength or without.
     """
-    joined = join_adapters(adapters, flux.config)
-    shard_cuts = cuts(flux.config, flux.shard)
-    for name, low in joined.items():
-        if not is_part(part, name):
+    cuts_of = shard_cuts or {}
+    names = dict.fromkeys(name for file, _ in opened for name in file.linears(component))
+    for name in names:
+        if not wanted(name):
             continue
-        if name in shard_cuts:
-            low = part_of(low, shard_cuts[name])
-        module = module_at(flux, name)
-        if fuse:
-            fused(module.linear if isinstance(module, LoRALinear) else module, low)
+        inputs = max(file.inputs.get((component, name), 0) for file, _ in opened)
+        changes = [
+            (_wide(file.change(component, name), inputs), strength)
+            for file, strength in opened
+            if name in file.linears(component)
+        ]
+        on = LinearToAdapt(model, name, dtype, cuts_of.get(name), weight_of or _held_weight(model))
+        if all(change.is_low_rank for change, _ in changes):
+            low = stack([_stronger(change.joined(), strength) for change, strength in changes])
+            on.add_low_rank(low, fuse)
+        elif fuse:
+            on.fuse(changes)
         else:
-            replace_module(flux, name, beside(module, low, flux.dtype))
+            on.put_beside(changes)
+        if not on.is_finite(fuse):
+            files = ", ".join(f"{file.path} at strength {strength:g}" for file, strength in opened)
+            raise AdapterError(
+                f"With {files}, {name} of the {component} is not finite in "
+                f"{str(dtype).rpartition('.')[2]}; lower the strength."
+            )
+    for file, strength in opened:
+        for tensor, values in file.norms(component).items():
+            if wanted(tensor):
+                _add_to_vector(model, tensor, strength * values)
+        for tensor, values in file.replacements(component).items():
+            if wanted(tensor):
+                _replace_vector(model, tensor, values, strength)
     mx.clear_cache()
 
 
-def join_adapters(adapters: Paths, config: FluxConfig) -> Adapter:
-    """Several LoRA files as one adapter of scale 1. Raises as `apply_adapters` does."""
-    low_ranks: dict[str, list[LowRank]] = {}
-    for path, strength in adapters:
-        for name, low in read_adapter(path, config).items():
-            low_ranks.setdefault(name, []).append(LowRank(low.a, low.b, low.scale * strength))
-    return {name: stack(parts) for name, parts in low_ranks.items()}
+def _wide(change: Change, inputs: int) -> Change:
+    return change.with_inputs(inputs) if inputs else change
 
 
-def stack(parts: Sequence[LowRank]) -> LowRank:
-    """Several adapters of one module as one of scale 1: ranks side by side."""
-    return LowRank(
-        np.concatenate([low.a for low in parts]),
-        np.concatenate([low.scale * low.b for low in parts], axis=1),
-    )
+def _stronger(low: LowRank, strength: float) -> LowRank:
+    return LowRank(low.a, low.b, low.scale * strength)
 
 
-def part_of(low: LowRank, cut: Cut) -> LowRank:
-    """What a shard that holds `cut` of a linear needs of its adapter."""
-    if cut.axis == 0:
-        return LowRank(low.a, low.b[cut.indices], low.scale)
-    return LowRank(low.a[:, cut.indices], low.b, low.scale)
+def _held_weight(model: Any) -> ReadWeight:
+    """Reads weights from a model that is whole, with the adapters that it has already."""
+
+    def read(name: str) -> np.ndarray:
+        return np.array(dense(module_at(model, name)))
+
+    return read
 
 
-def beside(module: Any, low: LowRank, dtype: mx.Dtype) -> LoRALinear:
-    """`module` with `low`, of scale 1, beside it, in `dtype`; joins an adapter that is there."""
-    a, b = mx.array(low.a.T).astype(dtype), mx.array(low.b.T).astype(dtype)
-    linear = module
-    if isinstance(module, LoRALinear):
-        linear = module.linear
-        a = mx.concatenate([module.lora_a, a.astype(module.lora_a.dtype)], axis=1)
-        b = mx.concatenate([module.scale * module.lora_b, b.astype(module.lora_b.dtype)], axis=0)
-    mx.eval(a, b)
-    return LoRALinear(linear, a, b, 1.0)
+def _add_to_vector(model: Any, tensor: str, values: np.ndarray) -> None:
+    path, _, leaf = tensor.rpartition(".")
+    module = module_at(model, path)
+    before = module[leaf]
+    module[leaf] = (before.astype(mx.float32) + mx.array(values)).astype(before.dtype)
+    mx.eval(module[leaf])
 
 
-def fused(linear: Any, low: LowRank) -> None:
-    """Adds `low` to the weight of `linear`, in place; the sum is taken in float32."""
-    delta = low.scale * (mx.array(low.b) @ mx.array(low.a))
-    if isinstance(linear, nn.QuantizedLinear):
-        group, bits = linear.group_size, linear.bits
-        weight = mx.dequantize(linear.weight, linear.scales, linear.biases, group, bits)
-        total = (weight.astype(mx.float32) + delta).astype(linear.scales.dtype)
-        linear.weight, linear.scales, linear.biases = mx.quantize(total, group, bits)
-        mx.eval(linear.weight, linear.scales, linear.biases)
-        return
-    weight = linear.weight
-    linear.weight = (weight.astype(mx.float32) + delta).astype(weight.dtype)
-    mx.eval(linear.weight)
+def _replace_vector(model: Any, tensor: str, values: np.ndarray, strength: float) -> None:
+    """A strength moves the vector in a line towards its replacement, which it is at 1."""
+    path, _, leaf = tensor.rpartition(".")
+    module = module_at(model, path)
+    before = module[leaf]
+    there = mx.array(values)
+    if strength != 1:
+        there = (1 - strength) * before.astype(mx.float32) + strength * there
+    module[leaf] = there.astype(before.dtype)
+    mx.eval(module[leaf])

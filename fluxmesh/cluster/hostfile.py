@@ -12,10 +12,11 @@ each of MLX's backends reads.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +25,13 @@ from fluxmesh.cluster.hostfile_fields import Endpoint
 from fluxmesh.errors import UsageError
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "nccl", "mpi")
-TOP_KEYS = ("backend", "envs", "hosts")
+TOP_KEYS = ("backend", "envs", "fallback", "hosts")
 HOST_KEYS = ("ssh", "ips", "rdma", "control", "python", "models", "memory")
 MAX_HOSTS = 256
 MAX_FILE_BYTES = 1 << 20
 JACCL_HOSTS = 8  # the largest mesh in which every host has a cable to every other
 CONTROL_PORT = 47100  # of the first agent of a machine; the next ones count up from it
+CONTROL_PORTS = 128  # from there on, that are tried: others may have agents on a machine too
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # names of this machine
 
 # Neither a library to load nor a token can come in through a hostfile; ranks, addresses and
@@ -43,6 +45,7 @@ ENVS = frozenset(
         *("NCCL_NVLS_ENABLE", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"),
     )
 )
+SSH = 'a name, an address or "user@name", with ":port" where it is not 22'
 FAST_SYNCH = "MLX_METAL_FAST_SYNCH"
 
 T = TypeVar("T")
@@ -96,6 +99,7 @@ class Hostfile:
     backend: str = "ring"
     envs: tuple[tuple[str, str], ...] = ()  # of the engines
     warnings: tuple[str, ...] = ()  # what was left out, and why; a sentence each
+    falls_back: bool = True  # to slower backends, where this one does not work
 
     def local_index(self, rank: int) -> int:
         """How many hosts before `rank` are on its machine: 0 for the first agent there."""
@@ -105,13 +109,39 @@ class Hostfile:
     def control(self, rank: int) -> Endpoint:
         """Where the agent of `rank` listens: what its `control` says, or the machine's own name.
 
-        Not `ips`: those of a thunderbolt ring reach the neighbours alone.
+        Not `ips`: those of a thunderbolt ring reach the neighbours alone. Without `control`, the
+        port is the first of `control_ports`; the host may have to take another.
         """
         host = self.hosts[rank]
         if host.control is not None:
             return host.control
         address = "127.0.0.1" if host.name in LOOPBACK else host.name
-        return Endpoint(address, CONTROL_PORT + self.local_index(rank))
+        return Endpoint(address, self.control_ports(rank)[0])
+
+    def control_ports(self, rank: int) -> tuple[int, ...]:
+        """Ports at which the agent of `rank` may listen: one that is named, or any of a list.
+
+        The lists of two agents of one machine have no port in common, so that each may take the
+        first that is free there without a word to the other.
+        """
+        host = self.hosts[rank]
+        if host.control is not None:
+            return (host.control.port,)
+        here = [other for other in self.hosts if other.machine == host.machine]
+        named = {other.control.port for other in here if other.control is not None}
+        unnamed = [other.rank for other in here if other.control is None]
+        ports = range(CONTROL_PORT, CONTROL_PORT + CONTROL_PORTS + len(here))
+        return tuple(p for p in ports if p not in named)[unnamed.index(rank) :: len(unnamed)]
+
+    def at_ports(self, ports: Mapping[int, int]) -> Hostfile:
+        """The same with the ports that hosts have taken, by rank, where it names none."""
+        hosts = [
+            replace(host, control=Endpoint(self.control(host.rank).address, ports[host.rank]))
+            if host.control is None and host.rank in ports
+            else host
+            for host in self.hosts
+        ]
+        return replace(self, hosts=tuple(hosts))
 
 
 def load(path: Path) -> Hostfile:
@@ -124,6 +154,8 @@ def load(path: Path) -> Hostfile:
         raise HostfileError(str(path), [f"It can't be read ({reason}); name a file."]) from error
     if len(data) > MAX_FILE_BYTES:
         raise HostfileError(str(path), [f"It is larger than {MAX_FILE_BYTES} bytes."])
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise HostfileError(str(path), ["It is text in UTF-16; save it as UTF-8."])
     return parse(data.decode("utf-8", errors="replace"), str(path))
 
 
@@ -133,7 +165,7 @@ def parse(text: str, name: str = "hostfile") -> Hostfile:
     Raises `HostfileError` with every mistake in it.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text.removeprefix("\ufeff"))  # Windows' editors begin files with it
     except (ValueError, RecursionError) as error:
         raise HostfileError(name, [f"It is not JSON ({error})."]) from error
     if isinstance(data, list):
@@ -149,6 +181,9 @@ def parse(text: str, name: str = "hostfile") -> Hostfile:
         reader.expected("", "backend", f"one of {', '.join(BACKENDS)}", backend)
         backend = BACKENDS[0]
     envs, warnings = allowed_envs(reader.envs(data.get("envs", [])))
+    falls_back = data.get("fallback", True)
+    if not isinstance(falls_back, bool):
+        reader.expected("", "fallback", "true or false", falls_back)
     entries = data.get("hosts")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_HOSTS:
         reader.expected("", "hosts", f"a list of 1 to {MAX_HOSTS} hosts", entries)
@@ -159,7 +194,7 @@ def parse(text: str, name: str = "hostfile") -> Hostfile:
         reader.check_controls(Hostfile(tuple(hosts), backend))
     if reader.mistakes:
         raise HostfileError(name, reader.mistakes)
-    return Hostfile(tuple(hosts), backend, envs, warnings)
+    return Hostfile(tuple(hosts), backend, envs, warnings, falls_back)
 
 
 def allowed_envs(
@@ -176,12 +211,20 @@ def allowed_envs(
             )
         elif key not in ENVS:
             warnings.append(
-                f"envs: {key} is left out, since a hostfile may not set it; "
-                "`env` KEY=VALUE on the command line does."
+                f"envs: {key} is left out, since engines take no such variable from a hostfile; "
+                "hostfiles/README.md names those that they take."
             )
         else:
             kept[key] = value
     return tuple(kept.items()), tuple(warnings)
+
+
+def may_be_set(key: str) -> bool:
+    """Whether whoever starts a mesh may set this variable for engines by hand.
+
+    What a hostfile may, fluxmesh's own, and what a hostfile may not since it can hang a GPU.
+    """
+    return key in ENVS or key == FAST_SYNCH or key.startswith("FLUXMESH_")
 
 
 class _Reader:
@@ -229,9 +272,9 @@ class _Reader:
                 self.expected(where, key, what, value)
             return result
 
-        ssh = read("ssh", fields.ssh, 'a name, an address or "user@name"')
+        ssh = read("ssh", fields.ssh, SSH)
         if entry.get("ssh") is None:
-            self.expected(where, "ssh", 'a name, an address or "user@name"', None)
+            self.expected(where, "ssh", SSH, None)
         return Host(
             rank,
             ssh or "",
@@ -276,7 +319,9 @@ class _Reader:
     def check_controls(self, hostfile: Hostfile) -> None:
         taken: dict[tuple[str, int], int] = {}
         for host in hostfile.hosts:
-            endpoint = hostfile.control(host.rank)
+            if host.control is None:
+                continue  # it takes one that is free
+            endpoint = host.control
             first = taken.setdefault(endpoint, host.rank)
             if first != host.rank:
                 self.expected(

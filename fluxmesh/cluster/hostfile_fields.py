@@ -11,6 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 _SSH = re.compile(r"(ssh://)?([\w.][\w.+-]*@)?[A-Za-z0-9_.\[:][\w.:%\[\]-]*", re.ASCII)
+_PLACE = re.compile(r"(\[[^\[\]]+\]|[^:\[\]]+)(?::(\d{1,5}))?", re.ASCII)
 _IP = re.compile(r"[0-9A-Fa-f.:]{2,45}(%[\w.-]{1,32})?", re.ASCII)
 _MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(GB|GiB|MB|MiB)", re.ASCII)
 _DEVICE = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -25,9 +26,22 @@ class Endpoint(NamedTuple):
 
 
 def ssh(value: Any) -> str | None:
-    """No option of ssh's passes for a name: those begin with a dash."""
-    fits = isinstance(value, str) and len(value) <= 255 and _SSH.fullmatch(value)
-    return value if fits else None
+    """What ssh takes; "user@name:port", which it takes for a name, becomes "ssh://user@name:port".
+
+    No option of ssh's passes for a name: those begin with a dash.
+    """
+    if not isinstance(value, str) or len(value) > 255 or not _SSH.fullmatch(value):
+        return None
+    user, at, place = value.removeprefix("ssh://").rpartition("@")
+    parts = _PLACE.fullmatch(place)
+    if parts is None:  # an IPv6 address as it is, or none at all
+        is_ipv6 = ip(place) is not None and not value.startswith("ssh://")
+        return value if is_ipv6 else None
+    name, port = parts[1], parts[2]
+    if port is None:
+        is_plain = not name.startswith("[") or value.startswith("ssh://") or not at
+        return value if is_plain else f"{user}@{name[1:-1]}"
+    return f"ssh://{user}{at}{name}:{port}" if 0 < int(port) < 65536 else None
 
 
 def ip(value: Any) -> str | None:
@@ -90,5 +104,6 @@ def folder(value: Any) -> str | None:
 def memory(value: Any) -> int | None:
     if isinstance(value, str) and (match := _MEMORY.fullmatch(value)):
         value = int(float(match[1]) * _UNITS[match[2]])
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
+    # A bare 32 means gigabytes to whoever writes it, and would hold nothing.
+    fits = type(value) is int and 1_000_000 <= value < 2**63
     return value if fits else None

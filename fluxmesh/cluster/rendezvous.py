@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import UsageError
@@ -45,6 +45,15 @@ def ring_file(hosts: Sequence[Host], ports: Sequence[Sequence[int]]) -> str:
         twice = next(address for address in everywhere if everywhere.count(address) > 1)
         raise UsageError(f"Two ranks would listen at {twice}; give each a port of its own.")
     return json.dumps(addresses)
+
+
+def for_sockets(hosts: Sequence[Host]) -> tuple[Host, ...]:
+    """The hosts with the addresses that a ring of sockets can use: IPv4, as many on each."""
+    usable = [[ip for ip in host.ips if ":" not in ip] for host in hosts]
+    count = min(map(len, usable), default=0)
+    return tuple(
+        replace(host, ips=tuple(ips[:count])) for host, ips in zip(hosts, usable, strict=True)
+    )
 
 
 def joining(

@@ -7,12 +7,15 @@ except `HostInfo.flops_per_second`, which stands in until a step at a size has b
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Literal
 
-from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards, check_shard
+from fluxmesh.bounds import Bits, Count, Pixels, Range, ShardIndex, Shards, Text, check_shard
+from fluxmesh.cluster.backends import Fallback
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.errors import UsageError
 from fluxmesh.request import AdapterRef, GenerateRequest
 
@@ -31,17 +34,37 @@ class ModelVariant:
     bits: Bits | None = None
     adapters: Annotated[tuple[AdapterRef, ...], Count(64)] = ()
     fuse_adapters: bool = False
+    text_bits: Bits | None = None  # of the text encoders, where they have others than `bits`
 
     @classmethod
-    def of(cls, request: GenerateRequest, stored_bits: int | None = None) -> ModelVariant:
-        """Those of a request; `stored_bits` is what the checkpoint itself is quantized to."""
+    def of(
+        cls,
+        request: GenerateRequest,
+        stored_bits: int | None = None,
+        stored_text_bits: int | None = None,
+    ) -> ModelVariant:
+        """Those of a request; `stored_bits` and `stored_text_bits` are what the checkpoint itself
+        is quantized to."""
+        bits = stored_bits or request.bits
+        text_bits = request.text_bits or stored_text_bits  # an engine refuses what isn't stored
         return cls(
             request.model,
             request.dtype,
-            stored_bits or request.bits,
+            bits,
             request.adapters,
             request.fuse_adapters,
+            None if text_bits == bits else text_bits,
         )
+
+    @property
+    def bits_of_text(self) -> int | None:
+        """What the text encoders are quantized to."""
+        return self.text_bits or self.bits
+
+    @property
+    def denoiser(self) -> ModelVariant:
+        """The same for whatever text encoders: equal where the denoisers are."""
+        return self if self.text_bits is None else replace(self, text_bits=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +76,58 @@ class Holding:
     shards: Shards = 1
     shard: ShardIndex = 0
     content: str = ""  # `Checkpoint.content` of the files that it came from
+    shares: Shares = EVEN  # of which `shard` is one
 
     def __post_init__(self) -> None:
         _check("nbytes", self.nbytes, 0)
         check_shard(self.shard, self.shards)
+        self.shares.check(self.shards)
 
     @property
     def layout(self) -> Layout:
         return "replicated" if self.shards == 1 else "sharded"
+
+
+def prompt_mark(prompt: str, padded: bool = True, negative: str | None = None) -> str:
+    """By which an engine says that it remembers a prompt, and nobody can tell what was asked.
+
+    Two may share one, if rarely: who is asked for it must be able to read it after all.
+    """
+    read = repr((prompt, padded, negative)).encode("utf-8", "replace")
+    return hashlib.sha256(read).hexdigest()[:6]
+
+
+Mark = Annotated[str, Text(6)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextHolding:
+    """What an engine has for reading prompts."""
+
+    weights: ModelVariant
+    nbytes: int = 0  # of text encoders in memory; 0 where they have left, or never came
+    prompts: Annotated[tuple[Mark, ...], Count(64)] = ()  # marks of those that it remembers
+
+    def __post_init__(self) -> None:
+        _check("nbytes", self.nbytes, 0)
+
+    def serves(self, weights: ModelVariant) -> bool:
+        """Whether it would give the features that these weights do."""
+        return self.weights == weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptModel:
+    """A model that an engine keeps in memory beside the one that it works with."""
+
+    holds: Holding
+    text: TextHolding | None = None
+
+
+KeptModels = Annotated[tuple[KeptModel, ...], Count(8)]  # the least recently used first
+
+
+FIRSTS: tuple[str, ...] = ("kernels_seconds", "placement_seconds", "first_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,26 +143,30 @@ class StepTiming:
     decode_seconds: float | None = None  # one image
     placement: Placement = "data"  # by which the step was made; "data" is by one host alone
     hosts: int = 1  # of the ring
+    backend: str = ""  # that this ring formed over; "" is not known
     # By how much a first step took longer than the next: of an engine that had made none of this
-    # model before, which compiles all kernels; and of one that had, at other sizes or placements.
+    # model before, which compiles all kernels; of one that had, by other placements alone; and of
+    # one that had by this placement, at other sizes.
     kernels_seconds: float | None = None
+    placement_seconds: float | None = None
     first_seconds: float | None = None
     when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
+    shares: Shares = EVEN  # of the ring's hosts
 
     def __post_init__(self) -> None:
         _check("step_seconds", self.step_seconds)
         if self.decode_seconds is not None:
             _check("decode_seconds", self.decode_seconds)
-        for name in ("kernels_seconds", "first_seconds"):
+        for name in FIRSTS:
             if (value := getattr(self, name)) is not None:
                 _check(name, value, 0)
         _check("when", self.when, 0)
+        self.shares.check(self.hosts)
 
     def with_firsts_of(self, older: StepTiming) -> StepTiming:
         """This one, with what `older` tells of first steps where this one saw none."""
-        names = ("kernels_seconds", "first_seconds")
-        known = {name: getattr(self, name) for name in names}
-        kept = {name: getattr(older, name) for name in names if known[name] is None}
+        known = {name: getattr(self, name) for name in FIRSTS}
+        kept = {name: getattr(older, name) for name in FIRSTS if known[name] is None}
         return replace(self, **kept)
 
 
@@ -133,6 +204,10 @@ class StepShape:
         mine = (self.model, self.dtype, self.bits)
         return mine == (weights.model, weights.dtype, weights.bits)
 
+    def is_sized(self, other: StepShape) -> bool:
+        """Whether the two differ in nothing but the size of the image."""
+        return replace(self, height=other.height, width=other.width) == other
+
 
 @dataclass(frozen=True)
 class RingPlace:
@@ -141,6 +216,7 @@ class RingPlace:
     name: str = ""  # the same on all of its members, and nowhere else
     rank: int = 0
     size: int = 1
+    backend: str = "ring"  # that it formed over
 
 
 @dataclass(frozen=True)
@@ -191,16 +267,39 @@ class JobTiming:
                 _check(name, value, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextTiming:
+    """What a host took to read a prompt that it did not remember."""
+
+    rank: int  # of the mesh
+    model: str
+    dtype: str
+    bits: Bits | None  # of the text encoders
+    seconds: float  # their weights in memory; layer by layer, with the reading of them
+    by_layers: bool = False
+    when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
+
+    def __post_init__(self) -> None:
+        _check("seconds", self.seconds, 0)
+        _check("when", self.when, 0)
+
+
 @dataclass(frozen=True)
 class Timings:
     """What a mesh has measured of itself beside what its agents tell."""
 
     rings: tuple[RingTiming, ...] = ()
     jobs: tuple[JobTiming, ...] = ()
+    texts: tuple[TextTiming, ...] = ()
 
     def ring(self, backend: str, ranks: tuple[int, ...]) -> RingTiming | None:
         """That of the ring of just these hosts, in this order."""
-        return next((r for r in self.rings if (r.backend, r.ranks) == (backend, ranks)), None)
+        return self._rings.get((backend, ranks))
+
+    @cached_property
+    def _rings(self) -> dict[tuple[str, tuple[int, ...]], RingTiming]:
+        """By what they are of; of several the first."""
+        return {(ring.backend, ring.ranks): ring for ring in reversed(self.rings)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +315,14 @@ class HostInfo:
     load_rate: float  # bytes/s from the checkpoint's files into memory
     measured: tuple[StepTiming, ...] = ()
     holds: Holding | None = None
+    text: TextHolding | None = None
+    kept: KeptModels = ()  # beside `holds`: they leave when something else needs their memory
     device: str = ""  # agents that name the same one share its memory and its time
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
     compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of
     ring: RingPlace = RingPlace()  # that its engine is in
+    busy_seconds: float = 0.0  # until its lease is free, as those say who hold it or wait for it
 
     def __post_init__(self) -> None:
         _check("memory_bytes", self.memory_bytes, 0)
@@ -235,11 +337,31 @@ class HostInfo:
 
     @property
     def held_bytes(self) -> int:
-        return 0 if self.holds is None else self.holds.nbytes
+        """Of all models in memory."""
+        beside = sum(each.holds.nbytes for each in self.kept)
+        if self.holds is not None:
+            return self.holds.nbytes + beside
+        return beside + (0 if self.text is None else self.text.nbytes)
+
+    def turned_to(self, weights: ModelVariant) -> HostInfo:
+        """The host as it is for a job with these weights: those that it keeps are there at once."""
+        held = self.holds
+        if held is not None and held.weights.denoiser == weights.denoiser:
+            return self
+        for each in self.kept:
+            if each.holds.weights.denoiser == weights.denoiser:
+                others = [other for other in self.kept if other is not each]
+                others += [] if held is None else [KeptModel(holds=held, text=self.text)]
+                return replace(self, holds=each.holds, text=each.text, kept=tuple(others))
+        return self
 
     def has_kernels(self, weights: ModelVariant) -> bool:
         """Whether its engine has made a step of this model, at whatever size."""
         return any(shape.is_of(weights) for shape in self.compiled)
+
+    def has_taken(self, shape: StepShape) -> bool:
+        """Whether its engine has made such a step, at whatever size."""
+        return any(made.is_sized(shape) for made in self.compiled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,8 +388,9 @@ class MeshView:
 
     hosts: tuple[HostInfo, ...]
     links: tuple[LinkInfo, ...] = ()
-    backend: str = "ring"
+    backend: str = "ring"  # the hostfile's
     timings: Timings = Timings()
+    fallback: Fallback = Fallback()
 
     def __post_init__(self) -> None:
         ranks = [host.rank for host in self.hosts]
@@ -294,7 +417,11 @@ class MeshView:
 
     def ring_timing(self, ranks: tuple[int, ...]) -> RingTiming | None:
         """What the collectives of these hosts' ring took; None where nobody measured them."""
-        return self.timings.ring(self.backend, ranks)
+        return self.timings.ring(self.backend_of(ranks), ranks)
+
+    def backend_of(self, ranks: tuple[int, ...]) -> str:
+        """What a ring of these hosts forms over."""
+        return self.fallback.backend(self.backend, ranks)
 
     @cached_property
     def _timed(self) -> dict[int, HostInfo]:

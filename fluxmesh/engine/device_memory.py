@@ -14,11 +14,9 @@ import mlx.core as mx
 
 from fluxmesh.kernels.ops import device
 from fluxmesh.machine import memory
-from fluxmesh.models.flux1 import tensor_maps
-from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig
+from fluxmesh.models.base import Architecture
 from fluxmesh.planning import activations
 from fluxmesh.request import DTYPE_BYTES
-from fluxmesh.weights import reader
 from fluxmesh.weights.checkpoint import Checkpoint
 
 GROUP = 64  # weights that share a scale and a bias when quantized
@@ -28,19 +26,29 @@ ROOMY = 0.7  # share of memory that resident weights may take; the rest is for a
 CACHE_BYTES, CACHE_SHARE = 2 << 30, 1 / 8
 
 
-def resident_bytes(checkpoint: Checkpoint, dtype: str, bits: int | None, shards: int = 1) -> float:
-    """Bytes of all four models in memory, estimated: as if every matrix were quantized.
+def resident_bytes(
+    checkpoint: Checkpoint,
+    dtype: str,
+    bits: int | None,
+    shards: int = 1,
+    text_bits: int | None = None,
+) -> float:
+    """Bytes of all models in memory, estimated: as if every matrix were quantized.
 
-    Of the transformer, 1/`shards`.
+    Of the transformer, 1/`shards`. `text_bits` are the text encoders', where those have others.
     """
     plain = DTYPE_BYTES[dtype]
+
+    def packed(bits: int | None) -> float:
+        return plain if bits is None else bits / 8 + 2 * plain / GROUP
+
     bits = checkpoint.bits or bits
-    packed = plain if bits is None else bits / 8 + 2 * plain / GROUP
-    return sum(
-        (plain if component == "vae" else packed)
-        * tensor_maps.parameter_count(tensors)
-        / (shards if component == "transformer" else 1)
-        for component, tensors in reader.tables(checkpoint).items()
+    model = checkpoint.architecture
+    transformer = model.parameters("modulator") + model.parameters("denoiser")
+    return (
+        plain * model.parameters("autoencoder")
+        + packed(text_bits or checkpoint.text_bits or bits) * model.parameters("text")
+        + packed(bits) * transformer / shards
     )
 
 
@@ -53,31 +61,52 @@ def memory_of_device() -> int:
     return memory.total_bytes()
 
 
+def room(limit: int | None) -> int:
+    """Bytes that this engine may use in all: of the device, of `limit`, of what is free now.
+
+    What it holds counts as free: some of it may leave.
+    """
+    most = memory_of_device() if limit is None else min(limit, memory_of_device())
+    if device() == "cuda":
+        return most
+    own = mx.get_active_memory() + mx.get_cache_memory()
+    return min(most, memory.free_bytes() + own)
+
+
 def is_roomy(
     checkpoint: Checkpoint,
     dtype: str,
     bits: int | None,
     shards: int = 1,
     limit: int | None = None,
+    text_bits: int | None = None,
 ) -> bool:
     """Whether all models together leave memory for the activations of a large picture.
 
-    `limit` is the most that may be used, in bytes, where that is not all of the device's.
+    `text_bits` as in `resident_bytes`; `limit` is the most that may be used, in bytes, where that
+    is not all of the device's.
     """
     room = memory_of_device() if limit is None else min(limit, memory_of_device())
-    return resident_bytes(checkpoint, dtype, bits, shards) <= ROOMY * room
+    return resident_bytes(checkpoint, dtype, bits, shards, text_bits) <= ROOMY * room
 
 
-def denoising_room(config: FluxConfig, tokens: int, dtype: mx.Dtype, scarce: bool) -> float:
+def denoising_room(hidden_size: int, tokens: int, dtype: mx.Dtype, scarce: bool) -> float:
     """Bytes for what a step computes beside the weights (`planning/activations.py`)."""
-    return activations.denoising_room(tokens * config.hidden_size * dtype.size, device(), scarce)
+    state = tokens * hidden_size * dtype.size
+    return activations.denoising_room(state, device(), scarce)
 
 
 def decoding_room(
-    config: AutoencoderConfig, height: int, width: int, dtype: mx.Dtype, scarce: bool
+    model: Architecture, height: int, width: int, dtype: mx.Dtype, scarce: bool
 ) -> float:
-    """Bytes for what the decoder, or the encoder, computes of a picture of so many pixels."""
-    largest = activations.largest_of_decode(config, height, width, dtype.size)
+    """Bytes for what the decoder computes of a picture of so many pixels."""
+    largest = activations.largest_of_decode(model, height, width, dtype.size)
+    return activations.decoding_room(largest, device(), scarce)
+
+
+def encoding_room(model: Architecture, pixels: int, dtype: mx.Dtype, scarce: bool) -> float:
+    """The same for the encoder."""
+    largest = activations.largest_of_encode(model, pixels, dtype.size)
     return activations.decoding_room(largest, device(), scarce)
 
 

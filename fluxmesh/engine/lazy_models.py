@@ -1,33 +1,38 @@
-"""The four models of a checkpoint as attributes that load when first used and leave with `del`.
+"""The models of a checkpoint as attributes that load when first used and leave with `del`.
 
 `Models` finds the checkpoint, checks its files and knows how each part loads (dtype, bits,
-adapters); `FluxPipeline` (`pipeline.py`) is built on it and only computes. T5 and the transformer
-are the two large ones: in bfloat16 FLUX's take 9.5 and 23.8 GB, so that it matters which is
-resident when.
+adapters); `FluxPipeline` (`pipeline.py`) is built on it and only computes. The text encoder and the
+transformer are the two large ones: in bfloat16 FLUX.1's take 9.5 and 23.8 GB, so that it matters
+which is resident when.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, overload
 
 import mlx.core as mx
 
 from fluxmesh.adapters import lora
+from fluxmesh.adapters.find import find_adapter
+from fluxmesh.adapters.reading import adapted
+from fluxmesh.adapters.targets import targets_of
 from fluxmesh.engine import tf32
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
-from fluxmesh.models.flux1.autoencoder import AutoEncoder
-from fluxmesh.models.flux1.clip import ClipTextModel
-from fluxmesh.models.flux1.t5 import T5Encoder
-from fluxmesh.models.flux1.tokenizers import ClipTokenizer, T5Tokenizer
-from fluxmesh.models.flux1.transformer import Flux, Part
+from fluxmesh.models.base import Part
 from fluxmesh.models.partition import Shard
+from fluxmesh.models.registry import runtime_of
+from fluxmesh.models.runtime import Runtime
 from fluxmesh.request import BITS, DTYPES, AdapterRef
+from fluxmesh.sampling.takes import with_reader
 from fluxmesh.weights import hub, loading
+from fluxmesh.weights.checkpoint import Checkpoint
 
 M = TypeVar("M")
-FOLDERS = {"flow": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "ae": "vae"}
+MODELS = {"flow": "denoiser", "ae": "autoencoder"}  # their components
 
 
 class Lazy(Generic[M]):
@@ -72,7 +77,8 @@ class Models:
         *,
         dtype: str = "bfloat16",
         bits: int | None = None,
-        adapters: Iterable[AdapterRef | str] = (),
+        text_bits: int | None = None,
+        adapters: Iterable[AdapterRef | str | tuple[str, float]] = (),
         fuse_adapters: bool = False,
         download: bool = True,
         on_loading: Callable[[Loading], None] | None = None,
@@ -80,107 +86,208 @@ class Models:
         """Options as in `FluxPipeline`. Reads headers only; raises what a wrong one deserves."""
         if dtype not in DTYPES:
             raise UsageError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
-        if bits is not None and bits not in BITS:
-            raise UsageError(f"bits is {bits}; choose 3, 4, 5, 6 or 8.")
+        for option, number in (("bits", bits), ("text_bits", text_bits)):
+            if number is not None and number not in BITS:
+                raise UsageError(f"{option} is {number}; choose 3, 4, 5, 6 or 8.")
         tf32.require(dtype)
         self.name = name
+        self.downloads = download
         self.dtype: mx.Dtype = getattr(mx, dtype)
-        # T5's tokens and the autoencoder's go far beyond float16, and run once a prompt or picture:
-        # float16 is for the steps.
+        # A text encoder's numbers and the autoencoder's go far beyond float16, and they run once a
+        # prompt or picture: float16 is for the steps.
         self.dtype_beside = mx.bfloat16 if self.dtype == mx.float16 else self.dtype
         self.bits = bits
-        self.adapters = tuple(
-            AdapterRef(adapter) if isinstance(adapter, str) else adapter for adapter in adapters
-        )
+        self.text_bits = text_bits  # of text encoders that come from now on; None is as `bits`
+        self.adapters = AdapterRef.all_of(adapters)
         self.fuse_adapters = fuse_adapters
         self.on_loading = on_loading
         self.shard = Shard()  # what `flow` loads: set it while there is none
         self.low_memory = False  # whether `flow` is loaded without its modulation
+        self.by_layers = False  # whether text encoders are read one layer at a time, and none stays
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
         loading.verify(self.checkpoint)
+        self._opened: lora.Opened = ()
+        self._bytes: dict[str, int] = {}  # of the files of each component, as it loads
         if self.adapters:
-            lora.check_adapters(self._adapter_pairs(), self.checkpoint.transformer)
+            targets = targets_of(self.checkpoint.architecture)
+            fetch = functools.partial(find_adapter, download=download, progress=self._tell_download)
+            pairs = [(fetch(adapter.path), adapter.scale) for adapter in self.adapters]
+            self._opened = lora.open_adapters(pairs, targets)
+        # What the model is with its adapters: one that widens the input brings a condition.
+        files = [file for file, _ in self._opened]
+        self.architecture = adapted(self.checkpoint.architecture, files)
+        self.runtime: Runtime = runtime_of(self.architecture)
+        self.reader: Checkpoint | None = None  # of references, where the model reads none by itself
+        self._alone = self.architecture  # what the model is without it
+        self._reader_name: str | None = None
+
+    def read_references_with(self, name: str) -> None:
+        """Has references read by the models that `name` means, "" being the family's own, where
+        the model reads none by itself; those that are there of another name leave.
+
+        So do those whose files are others by now. Reads headers alone. Raises as
+        `takes.with_reader`, and `WeightsError` for broken files.
+        """
+        reading = with_reader(
+            self._alone, self.name, name, download=self.downloads, progress=self._tell_download
+        )
+        if name == self._reader_name and reading.reader == self.reader:
+            return
+        if reading.reader is not None:
+            loading.verify(reading.reader)
+        del self.vision
+        self.reader, self.architecture = reading.reader, reading.architecture
+        self.runtime, self._reader_name = runtime_of(self.architecture), name
+
+    def __getattr__(self, name: str) -> Any:
+        """A text encoder, by its family's name (`Runtime.text_models`), when it is first read."""
+        runtime = self.__dict__.get("runtime")
+        if runtime is None or name not in runtime.text_models:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        model = loading.load_text_encoder(
+            self.checkpoint,
+            name,
+            self.dtype_beside,
+            self.bits,
+            self._tell("text encoders", name),
+            self.text_bits,
+        )
+        folder = self.checkpoint.architecture.folder(name)
+        self.__dict__[name] = self._adapted(model, folder, self.dtype_beside)
+        return self.__dict__[name]
+
+    def __delattr__(self, name: str) -> None:
+        """Lets a text encoder leave memory; not an error when it is not there."""
+        if name not in self.runtime.text_models:
+            super().__delattr__(name)
+        elif self.__dict__.pop(name, None) is not None:
+            mx.clear_cache()
+
+    def text_model(self, name: str) -> Any:
+        """A text encoder, loaded if need be; with `by_layers` one that never is as a whole."""
+        layers = self.checkpoint.architecture.text_layers(name)
+        if not (self.by_layers and layers) or self.is_loaded(name):
+            return getattr(self, name)
+        tell = self._tell("text encoders", name)
+        bits = (self.bits, tell, self.text_bits)
+        return loading.text_layers(self.checkpoint, name, self.dtype_beside, *bits)
+
+    @property
+    def reads_by_layers(self) -> bool:
+        """Whether no text encoder has to be in memory as a whole."""
+        model = self.checkpoint.architecture
+        return self.by_layers and all(map(model.text_layers, self.runtime.text_models))
+
+    def text_files(self, name: str) -> tuple[Path, ...]:
+        """The files of a text encoder, for rows that are looked up where they lie."""
+        return self.checkpoint.components[self.checkpoint.architecture.folder(name)].files
 
     @Lazy
-    def t5(self) -> T5Encoder:
-        """The T5 encoder: a prompt's features, one vector a token."""
-        tell = self._tell("text encoders", "t5", before="clip")
-        return loading.load_t5(self.checkpoint, self.dtype_beside, self.bits, tell)
-
-    @Lazy
-    def clip(self) -> ClipTextModel:
-        """The CLIP text encoder: a prompt's pooled vector."""
-        tell = self._tell("text encoders", "clip", after="t5")
-        return loading.load_clip(self.checkpoint, self.dtype_beside, self.bits, tell)
-
-    @Lazy
-    def flow(self) -> Flux:
+    def flow(self) -> Any:
         """The transformer, with the adapters applied."""
         return self._transformer("blocks" if self.low_memory else "all")
 
     @Lazy
-    def modulation(self) -> Flux:
+    def modulation(self) -> Any:
         """As much of the transformer as `modulations` needs: a quarter, for `low_memory`."""
         return self._transformer("modulation")
 
     @Lazy
-    def ae(self) -> AutoEncoder:
+    def ae(self) -> Any:
         """The autoencoder: latents to pictures and back."""
         return loading.load_autoencoder(
             self.checkpoint, self.dtype_beside, self._tell("autoencoder", "ae")
         )
 
     @Lazy
-    def tokenizers(self) -> tuple[ClipTokenizer, T5Tokenizer]:
-        """(CLIP's tokenizer, T5's tokenizer)."""
+    def vision(self) -> dict[str, Any]:
+        """What reads references for the model, by component: none where it does so by itself."""
+        if self.reader is None:
+            return {}
+        return loading.load_vision(
+            self.reader, self.dtype_beside, self._tell("picture reader", "vision")
+        )
+
+    @Lazy
+    def tokenizers(self) -> Any:
+        """The family's tokenizers (`Runtime.load_tokenizers`)."""
         return loading.load_tokenizers(self.checkpoint)
 
     def ensure_models_are_loaded(self) -> None:
-        """Loads all four models now, instead of when each is first used."""
-        for name in FOLDERS:
+        """Loads all models now, instead of when each is first used."""
+        for name in (*self.runtime.text_models, "flow", "ae"):
             getattr(self, name)
 
     def reload_text_encoders(self) -> None:
-        """Lets T5 and CLIP leave memory; they load again when an unseen prompt needs them."""
-        del self.t5
-        del self.clip
+        """Lets them leave memory, and what reads references with them; they load again when an
+        unseen prompt needs them."""
+        for name in self.runtime.text_models:
+            delattr(self, name)
+        del self.vision
 
     def is_loaded(self, name: str) -> bool:
-        """Whether `t5`, `clip`, `flow` or `ae` is in memory."""
+        """Whether `flow`, `ae`, `vision` or a text encoder is in memory."""
         return name in self.__dict__
 
     def file_bytes(self, *names: str) -> int:
-        """Bytes of the files of `t5`, `clip`, `flow` or `ae` together."""
-        return sum(self.checkpoint.components[FOLDERS[name]].nbytes for name in names)
+        """Bytes that loading `flow`, `ae`, `vision` or text encoders reads, all together."""
+        for name in names:
+            if name == "vision" and self.reader is not None:
+                self._bytes[name] = sum(
+                    loading.bytes_to_load(self.reader, part.name)
+                    for part in self.reader.architecture.of_role("vision")
+                )
+            elif name not in self._bytes:
+                component = MODELS.get(name, name)
+                self._bytes[name] = loading.bytes_to_load(self.checkpoint, component)
+        return sum(self._bytes[name] for name in names)
 
-    def _transformer(self, part: Part) -> Flux:
+    @property
+    def adapter_notes(self) -> list[str]:
+        """Sentences: what of the adapters is left out."""
+        return [note for file, _ in self._opened for note in file.notes]
+
+    def _adapted(self, model: Any, folder: str, dtype: mx.Dtype, **part: Any) -> Any:
+        """A model with what the adapters have for it; `part` as of `lora.apply_to`."""
+        if self._opened:
+            weight_of = functools.partial(loading.whole_weight, self.checkpoint, folder)
+            how = (self._opened, dtype, self.fuse_adapters)
+            lora.apply_to(model, folder, *how, weight_of=weight_of, **part)
+        return model
+
+    def _transformer(self, part: Part) -> Any:
         tell = self._tell("transformer", "flow", goes_on=part == "blocks")
         how = (self.dtype, self.bits, tell, self.shard, part)
         flow = loading.load_transformer(self.checkpoint, *how)
-        if self.adapters:
-            lora.apply_adapters(flow, self._adapter_pairs(), self.fuse_adapters, part)
-        return flow
-
-    def _adapter_pairs(self) -> list[tuple[str, float]]:
-        return [(adapter.path, adapter.scale) for adapter in self.adapters]
+        if self.architecture != self.checkpoint.architecture:
+            flow.take_inputs(self.architecture.transformer)
+        return self._adapted(
+            flow,
+            self.checkpoint.architecture.folder("denoiser"),
+            self.dtype,
+            wanted=functools.partial(self.runtime.is_part, part),
+            shard_cuts=flow.partition.cuts(flow.shard),
+        )
 
     def _tell_download(self, done: int, total: int) -> None:
         if self.on_loading is not None:
             self.on_loading(Loading("download", done, total))
 
     def _tell(
-        self, component: str, name: str, *, before: str = "", after: str = "", goes_on: bool = False
+        self, component: str, name: str, *, goes_on: bool = False
     ) -> Callable[[int, int], None] | None:
         """A listener for the bytes of model `name`, as the loaders want it.
 
-        `before` and `after` name the model that loads earlier or later as part of `component`;
-        `goes_on`: an earlier part of this one was loaded before.
+        All text encoders are one `component`; `goes_on`: an earlier part of this one was loaded
+        before.
         """
         listen = self.on_loading
         if listen is None:
             return None
-        done_before = self.file_bytes(before) if before else 0
-        total = done_before + self.file_bytes(name) + (self.file_bytes(after) if after else 0)
+        texts = self.runtime.text_models
+        models = texts if name in texts else (name,)
+        done_before = self.file_bytes(*models[: models.index(name)])
+        total = self.file_bytes(*models)
 
         def tell(done: int, all_of_it: int) -> None:
             earlier = max(0, self.file_bytes(name) - all_of_it) if goes_on else 0

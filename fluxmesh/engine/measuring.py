@@ -19,7 +19,6 @@ from fluxmesh.engine.painting import paint
 from fluxmesh.engine.residency import Stopped
 from fluxmesh.engine.state import GOES_ON, STOPS, EngineState, Reports
 from fluxmesh.engine.units import decode
-from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import denoise
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
@@ -32,6 +31,7 @@ def measure(engine: EngineState, work: Measure) -> Reports:
     """Steps and a decode of noise, after a trial picture. In a ring all are given it."""
     shape = engine.shape_of(work)
     has_kernels = any(made.is_of(work.weights) for made in engine.compiled)
+    has_taken = any(made.is_sized(shape) for made in engine.compiled)
     has_made = shape in engine.compiled
     first = yield from _trial(engine, work)
     if engine.agree(work, STOPS if first is None else GOES_ON) == STOPS or first is None:
@@ -39,14 +39,16 @@ def measure(engine: EngineState, work: Measure) -> Reports:
     weights, pipeline = work.weights, engine.model
     engine.doing = "measuring"
     engine.begin("measuring")
-    config, size = pipeline.checkpoint.transformer, engine.latent_size(work)
-    tokens = pipeline.checkpoint.defaults.t5_max_length
-    text = Conditioning(
-        mx.zeros((1, tokens, config.context_in_dim)), mx.zeros((1, config.vec_in_dim))
-    )
+    size, text = engine.latent_size(work), pipeline.runtime.blank(mx.float32)
     flow = engine.flow(work.placement)
-    plan = pipeline.plan(text, num_steps=MEASURED_STEPS + 1, latent_size=size, flow=flow)
-    mx.eval(plan.modulations, plan.pe)
+    plan = pipeline.plan(
+        text,
+        num_steps=MEASURED_STEPS + 1,
+        latent_size=size,
+        flow=flow,
+        conditions=pipeline.runtime.blank_conditions(size),
+    )
+    mx.eval(*plan.arrays)
     x = pipeline.noise(0, size)
     spent = [seconds for _, seconds in engine.walked(work, denoise(flow, plan, x), plan.steps)]
     if len(spent) < plan.steps:  # it was told to stop
@@ -68,8 +70,10 @@ def measure(engine: EngineState, work: Measure) -> Reports:
         placement=work.placement,
         hosts=shape.hosts,
         kernels_seconds=None if has_kernels else longer,
-        first_seconds=longer if has_kernels and not has_made else None,
+        placement_seconds=longer if has_kernels and not has_taken else None,
+        first_seconds=longer if has_taken and not has_made else None,
         when=time.time(),
+        shares=work.shares,
     )
     yield messages.Timed(job=work.job, ring_generation=work.ring_generation, measured=measured)
 
@@ -107,13 +111,10 @@ def _trial(engine: EngineState, work: Measure | Warm) -> Generator[Report, None,
     """
     before = engine.done
     pipeline = engine.open(work.weights)
-    config, ae = pipeline.checkpoint.transformer, pipeline.checkpoint.autoencoder
-    tokens = pipeline.checkpoint.defaults.t5_max_length
-    noise = initial_noise(0, work.height, work.width, ae.z_channels, ae.downsampling)
-    text = Conditioning(
-        mx.zeros((1, tokens, config.context_in_dim), pipeline.dtype),
-        mx.zeros((1, config.vec_in_dim), pipeline.dtype),
-    )
+    model = pipeline.checkpoint.architecture
+    noise = initial_noise(0, work.height, work.width, model.latent_channels, model.downsampling)
+    text = pipeline.runtime.blank(pipeline.dtype)
+    conditions = pipeline.runtime.blank_conditions(engine.latent_size(work))
     common: dict[str, Any] = {
         "fence": work.fence,
         "job": work.job,
@@ -125,6 +126,7 @@ def _trial(engine: EngineState, work: Measure | Warm) -> Generator[Report, None,
     painting = Paint(
         **common,
         placement=work.placement,
+        shares=work.shares,
         image=0,
         steps=1,
         first=0,
@@ -134,7 +136,8 @@ def _trial(engine: EngineState, work: Measure | Warm) -> Generator[Report, None,
         strength=1.0,
         latents=None,
         noise=noise,
-        features=features.of_text(text),
+        features=features.to_arrays(text),
+        conditions=features.to_arrays(conditions) or None,
     )
     seconds: float | None = None
     decoding = Decode(**common, images=(0,), latents=noise)

@@ -1,11 +1,15 @@
-"""What an engine holds: the models of one checkpoint, whole or a shard, and its place in a ring.
+"""What an engine holds: the models of a checkpoint, whole or a shard, and its place in a ring.
 
 Below `state.py` and the units, which do the work with them. Here is decided what leaves when
-something else comes, and every load is told, timed, measured and, when asked, broken off.
+something else comes, and every load is told, timed, measured and, when asked, broken off. A
+checkpoint that another one follows is kept in memory beside it while there is room; the least
+recently used leaves first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Generator
@@ -15,21 +19,42 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.cluster.snapshot import (
+    Holding,
+    KeptModel,
+    ModelVariant,
+    StepShape,
+    TextHolding,
+    prompt_mark,
+)
 from fluxmesh.engine import device_memory
 from fluxmesh.engine.pipeline import FluxPipeline
-from fluxmesh.errors import UsageError
+from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.events import Loading
+from fluxmesh.models.base import Architecture
 from fluxmesh.models.collectives import Ranks
-from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
-from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.partition import Shard
+from fluxmesh.models.runtime import Flow
+from fluxmesh.weights import hub
 from fluxmesh.wire.messages import EngineCounters, Measure, Paint, Warm
 
-COMPONENTS = {"text encoders": ("clip", "t5"), "transformer": ("flow",), "autoencoder": ("ae",)}
-PARTS = {**COMPONENTS, "modulation": ("modulation",)}  # that one is of the transformer
+COMPONENTS = ("text encoders", "transformer", "autoencoder")
+READER = "picture reader"  # of references, for a model that reads none by itself
 COMPILED = 32  # shapes of steps that are remembered
-BLOCKS = ("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation.")
+KEPT = 8  # checkpoints, beside the one at hand
+
+
+@functools.lru_cache(maxsize=2)
+def _cut(architecture: Architecture) -> tuple[str, ...]:
+    """How the names of what a shard divides begin."""
+    return tuple(f"{module}." for module in sorted(architecture.partition.modules))
+
+
+def _arrays(model: Any) -> list[tuple[str, mx.array]]:
+    """A model's, by name."""
+    arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    return arrays
 
 
 class Stopped(Exception):
@@ -49,6 +74,15 @@ class WorkerOptions:
     pause: Callable[[str], None] = lambda phase: None  # tests slow an engine down with it
 
 
+@dataclass(frozen=True)
+class KeptPipeline:
+    """A checkpoint in memory that others have followed."""
+
+    pipeline: FluxPipeline
+    model: KeptModel
+    content: str
+
+
 class ModelStore:
     """A pipeline and a place in a ring, kept between units of work."""
 
@@ -62,8 +96,12 @@ class ModelStore:
         self.done = EngineCounters()  # what was done since the start
         self.weights: ModelVariant | None = None  # under the names that they were asked for
         self.compiled: tuple[StepShape, ...] = ()  # made in this process, the latest one last
+        self.memory_bytes = 0  # that the work at hand takes; 0: nobody knows
+        self._kept: list[KeptPipeline] = []  # the least recently used first
+        self._room: tuple[int, int] | None = None  # for how much, beside how many, was looked
         self._content = ""
-        self._spread: dict[str, TensorFlux | SequenceFlux] = {}
+        self._spread: dict[str, Flow] = {}
+        self._shares: dict[str, Shares] = {}  # of each placement, as it was asked for last
         self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
 
     @property
@@ -83,7 +121,10 @@ class ModelStore:
         pipeline = self.pipeline
         held = blocks = 0
         if pipeline is not None and pipeline.is_loaded("flow"):
-            held, blocks = self._bytes_of("flow"), self._bytes_of("flow", BLOCKS)
+            held, blocks = (
+                self._bytes_of("flow"),
+                self._bytes_of("flow", _cut(pipeline.checkpoint.architecture)),
+            )
         return replace(
             self.done,
             sent_bytes=0 if self.ranks is None else self.ranks.traffic.bytes,
@@ -98,7 +139,7 @@ class ModelStore:
         pipeline = self.pipeline
         if pipeline is None or self.weights is None or not pipeline.is_loaded("flow"):
             return None
-        names = (name for every in COMPONENTS.values() for name in every)
+        names = [name for part in (*COMPONENTS, READER) for name in self._names(part)]
         nbytes = sum(self._bytes_of(name) for name in names if pipeline.is_loaded(name))
         shard = pipeline.shard
         return Holding(
@@ -107,7 +148,27 @@ class ModelStore:
             shards=shard.size,
             shard=shard.rank,
             content=self.content,
+            shares=shard.shares,
         )
+
+    @property
+    def text_holding(self) -> TextHolding | None:
+        """What there is for reading prompts with the weights at hand; None without any."""
+        pipeline = self.pipeline
+        if pipeline is None or self.weights is None:
+            return None
+        readers = (*pipeline.runtime.text_models, *self._names(READER))
+        names = [name for name in readers if pipeline.is_loaded(name)]
+        return TextHolding(
+            weights=self.weights,
+            nbytes=sum(map(self._bytes_of, names)),
+            prompts=tuple(dict.fromkeys(prompt_mark(*key[:3]) for key in pipeline.remembered)),
+        )
+
+    @property
+    def kept_models(self) -> tuple[KeptModel, ...]:
+        """What is in memory beside that, the least recently used first."""
+        return tuple(kept.model for kept in self._kept)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -135,7 +196,8 @@ class ModelStore:
     def is_roomy(self, weights: ModelVariant, shards: int = 1) -> bool:
         """Whether all models together, 1/`shards` of the transformer, leave room for a picture."""
         limit, checkpoint = self.options.memory_bytes, self.open(weights).checkpoint
-        return device_memory.is_roomy(checkpoint, weights.dtype, weights.bits, shards, limit)
+        how = (weights.dtype, weights.bits, shards, limit, weights.text_bits)
+        return device_memory.is_roomy(checkpoint, *how)
 
     def join(self, ranks: Ranks | None) -> None:
         """Takes a place in a ring; None is alone."""
@@ -151,29 +213,96 @@ class ModelStore:
     # What comes and what leaves
 
     def open(self, weights: ModelVariant) -> FluxPipeline:
-        """The pipeline of these weights: the one at hand, or a new one, after the other has left.
+        """The pipeline of these weights: the one at hand, one that was kept, or a new one.
 
-        Reads headers alone. Raises what `FluxPipeline` does.
+        What was at hand is kept then, if there is room. Reads headers alone. Raises what
+        `FluxPipeline` does; then what is at hand stays.
         """
-        if self.pipeline is None or weights != self.weights:
-            self.release()
+        if self.weights is None or weights.denoiser != self.weights.denoiser:
+            self._turn_to(weights)
+        assert self.pipeline is not None
+        if weights != self.weights:  # the denoiser stays
+            self.pipeline.reload_text_encoders()
+            self.pipeline.text_bits, self.weights = weights.text_bits, weights
+        self._free_for_work()
+        return self.pipeline
+
+    def _turn_to(self, weights: ModelVariant) -> None:
+        known = self._take_kept(weights)
+        if known is not None:
+            self._set_aside()
+            self.pipeline, self._content = known.pipeline, known.content
+            self.weights = known.model.holds.weights
+        else:
             variant = self.options.locate(weights)
-            self.pipeline = FluxPipeline(
+            pipeline = FluxPipeline(
                 variant.model,
                 dtype=variant.dtype,
                 bits=variant.bits,
+                text_bits=variant.text_bits,
                 adapters=variant.adapters,
                 fuse_adapters=variant.fuse_adapters,
                 download=self.options.download,
                 on_loading=self._hear,
             )
-            self.weights, self._content = weights, self.pipeline.checkpoint.content
-        return self.pipeline
+            self._set_aside()
+            self.pipeline = pipeline
+            self.weights, self._content = weights, pipeline.checkpoint.content
+
+    def _take_kept(self, weights: ModelVariant) -> KeptPipeline | None:
+        """What was kept of these weights, unless their files are others by now; kept no more."""
+        for kept in self._kept:
+            if kept.model.holds.weights.denoiser == weights.denoiser:
+                self._kept.remove(kept)
+                model = self.options.locate(weights).model
+                with contextlib.suppress(FluxmeshError):  # who opens it anew tells what is wrong
+                    if hub.resolve(model, download=False).content == kept.content:
+                        return kept
+                break
+        return None
+
+    def _set_aside(self) -> None:
+        """What is at hand is kept, if it is whole; or it leaves."""
+        holding, pipeline = self.holding, self.pipeline
+        if holding is not None and pipeline is not None and not pipeline.low_memory:
+            model = KeptModel(holds=holding, text=self.text_holding)
+            self._kept = [*self._kept, KeptPipeline(pipeline, model, self._content)][-KEPT:]
+        self._leave()
+
+    def _free_for_work(self) -> None:
+        """Kept models leave, the least recently used first, until the work at hand has its memory.
+
+        As the planner counts it: within the limit of this engine, and what is free on its device,
+        which is looked at once a job.
+        """
+        if not self._kept or self._room == (self.memory_bytes, len(self._kept)):
+            return
+        before = len(self._kept)
+        if self.memory_bytes:
+            room = device_memory.room(self.options.memory_bytes)
+            while self._kept and self.memory_bytes + self._kept_bytes > room:
+                del self._kept[0]
+        else:
+            self._kept.clear()
+        if len(self._kept) < before:
+            gc.collect()
+            mx.clear_cache()
+        self._room = (self.memory_bytes, len(self._kept))
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(kept.model.holds.nbytes for kept in self._kept)
 
     def release(self) -> None:
         """Lets every model leave memory."""
-        self.pipeline, self.weights = None, None
+        self._kept.clear()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Nothing is at hand."""
+        self.pipeline, self.weights, self._room = None, None, None
         self._spread.clear()
+        self._sizes.clear()
         mx.clear_cache()
 
     def drop_transformer(self) -> None:
@@ -197,13 +326,21 @@ class ModelStore:
             self.model.shard = shard
 
     def hold_for(self, work: Paint | Measure) -> None:
-        """The part that a placement runs: any shard of this rank, or the whole, for `tensor`."""
+        """The part that a placement runs: this rank's share, or the whole, for `tensor`.
+
+        Raises `UsageError` where the shares are not those of this ring.
+        """
+        if work.placement != "data":
+            work.shares.check(self.ring().size)
+        if self._shares.get(work.placement, EVEN) != work.shares:
+            self._spread.pop(work.placement, None)
+            self._shares[work.placement] = work.shares
         if work.placement != "tensor":
             self.hold(Shard())
         elif self.model.shard != Shard() or self.model.low_memory:
-            self.hold(self.ring().shard)
+            self.hold(Shard(self.ring().rank, self.ring().size, work.shares))
 
-    def flow(self, placement: str) -> Flux | TensorFlux | SequenceFlux:
+    def flow(self, placement: str) -> Flow:
         """The transformer as the placement runs it."""
         if placement == "data":
             return self.model.flow
@@ -211,21 +348,34 @@ class ModelStore:
             self._spread[placement] = self._spread_out(self.model.flow, placement)
         return self._spread[placement]
 
-    def planner(self, placement: str) -> Flux | TensorFlux | SequenceFlux:
+    def planner(self, placement: str) -> Flow:
         """What makes modulations (`FluxPipeline.planner`), as the placement runs it."""
         planner = self.model.planner()
         if self.model.is_loaded("flow"):
             return self.flow(placement)
         return planner if placement == "data" else self._spread_out(planner, placement)
 
-    def _spread_out(self, flux: Flux, placement: str) -> TensorFlux | SequenceFlux:
-        return (TensorFlux if placement == "tensor" else SequenceFlux)(flux, self.ring())
+    def _spread_out(self, flow: Flow, placement: str) -> Flow:
+        shares = self._shares.get(placement, EVEN)
+        spread: Flow = self.model.runtime.spread(flow, placement, self.ring(), shares)
+        return spread
 
     def missing(self, component: str) -> list[str]:
         """The models of a component that are not in memory."""
-        if component not in PARTS:
+        return [name for name in self._names(component) if not self.model.is_loaded(name)]
+
+    def _names(self, component: str) -> tuple[str, ...]:
+        """The models of a component, as the pipeline calls them."""
+        names = {
+            "text encoders": self.model.runtime.text_models,
+            "transformer": ("flow",),
+            "autoencoder": ("ae",),
+            "modulation": ("modulation",),  # of the transformer
+            READER: ("vision",),
+        }
+        if component not in names:
             raise UsageError(f"A model has no {component!r}; ask for {', '.join(COMPONENTS)}.")
-        return [name for name in PARTS[component] if not self.model.is_loaded(name)]
+        return names[component]
 
     def load(self, component: str) -> Generator[Loading, None, None]:
         """Loads what is missing of a component, with an event before and after.
@@ -266,10 +416,12 @@ class ModelStore:
     def _bytes_of(self, name: str, prefixes: tuple[str, ...] = ("",)) -> int:
         """Bytes of a model's arrays, counted once for as long as it is the same."""
         model = getattr(self.model, name)
+        if name == "vision":  # several, that come and go together
+            return sum(array.nbytes for each in model.values() for _, array in _arrays(each))
         state = (id(model), getattr(model, "modulation_released", False))
         known, nbytes = self._sizes.get((name, prefixes), (None, 0))
         if known != state:
-            arrays = tree_flatten(model.parameters())
+            arrays = _arrays(model)
             nbytes = sum(array.nbytes for key, array in arrays if key.startswith(prefixes))
             self._sizes[name, prefixes] = (state, nbytes)
         return nbytes

@@ -13,13 +13,20 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import numpy as np
+
 from fluxmesh.engine.lookahead import walked
 from fluxmesh.engine.residency import ModelStore, WorkerOptions
-from fluxmesh.sampling.denoise import DenoisePlan, StepState
+from fluxmesh.errors import UsageError
+from fluxmesh.models.autoencoder.packing import PATCH
+from fluxmesh.models.runtime import DenoisePlan
+from fluxmesh.sampling.denoise import StepState
+from fluxmesh.sampling.preview import Projection
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Decode, Measure, Paint, Report
+from fluxmesh.wire.messages import Decode, Measure, Paint, Report, Warm
 
-GOES_ON, LOADS, STOPS = range(3)  # what a rank does next; in a ring, all do the greatest
+# What a rank does next; in a ring, all do the greatest. `PLANS`: it makes what images share.
+GOES_ON, PLANS, LOADS, STOPS = range(4)
 
 Reports = Generator[Report, None, None]
 
@@ -30,15 +37,16 @@ class EngineState(ModelStore):
     def __init__(self, options: WorkerOptions | None = None) -> None:
         super().__init__(options)
         self.quiet = ""  # what it does, while it gives no other sign of life
-        self.plans: dict[str, tuple[bytes, DenoisePlan]] = {}  # the latest of each placement
+        self.plan: tuple[bytes, DenoisePlan] | None = None  # the latest, and what it is for
+        self.projections: dict[str, Projection] = {}  # for previews, by a checkpoint's content
         self.warm: set[Any] = set()  # what steps were run at since something was read
 
     def end_job(self) -> None:
         """Lets go of what only the images of one job share."""
-        self.plans.clear()
+        self.plan = None
 
-    def release(self) -> None:
-        super().release()
+    def _leave(self) -> None:
+        super()._leave()
         self.end_job()
 
     def loading(self, work: messages.Work, component: str) -> Reports:
@@ -56,10 +64,20 @@ class EngineState(ModelStore):
         self.quiet = ""
 
     def walked(
-        self, work: Paint | Measure, walk: Iterator[StepState], steps: int, ahead: bool = True
+        self,
+        work: Paint | Measure,
+        walk: Iterator[StepState],
+        steps: int,
+        *,
+        ahead: bool = True,
+        first: int = 0,
     ) -> Iterator[tuple[StepState, float]]:
-        """Steps, evaluated, with their seconds. A cache waits for the device: nothing is ahead."""
-        with self.model.bounded_steps(self.latent_size(work)):
+        """Steps, evaluated, with their seconds; `first` were done before.
+
+        A cache waits for the device: nothing is ahead. Raises `NotFiniteError`.
+        """
+        added = work.added_tokens if isinstance(work, Paint) else 0
+        with self.model.bounded_steps(self.latent_size(work), added):
             yield from walked(
                 walk,
                 steps,
@@ -67,6 +85,7 @@ class EngineState(ModelStore):
                 self.options.stopping,
                 pause=lambda: self.options.pause("step"),
                 ahead=ahead,
+                no_number=lambda k: self.model.not_finite(f"step {first + k} of {first + steps}"),
             )
 
     def agree(self, work: Paint | Measure, own: int) -> int:
@@ -84,12 +103,22 @@ class EngineState(ModelStore):
         """Whether to stop: in a ring, on all ranks or on none."""
         return self.agree(work, GOES_ON) == STOPS
 
-    def latent_size(self, work: Paint | Decode | Measure) -> tuple[int, int]:
+    def latent_size(self, work: Paint | Decode | Measure | Warm) -> tuple[int, int]:
         """Height and width of this work's latents. Raises `UsageError` for a size that has none."""
-        downsampling = self.model.checkpoint.autoencoder.downsampling
+        downsampling = self.model.checkpoint.architecture.downsampling
         size = (work.height // downsampling, work.width // downsampling)
         self.model.check_size(size, None)
         return size
+
+    def check_latents(self, latents: np.ndarray, work: Paint | Decode) -> None:
+        """Raises `UsageError` for latents [images, L, 4C] that are not those of the work's size."""
+        rows, columns = (side // PATCH for side in self.latent_size(work))
+        channels = PATCH**2 * self.model.architecture.latent_channels
+        if latents.shape[1:] != (rows * columns, channels):
+            raise UsageError(
+                f"The latents of {work.height}x{work.width} pixels came as "
+                f"{list(latents.shape[1:])}; this model's are {[rows * columns, channels]}."
+            )
 
     def begin_step(self, shape: Any) -> None:
         """As `begin`, of a step: it may take long where none was run at this `shape`."""

@@ -10,14 +10,14 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.cluster.snapshot import Holding
+from fluxmesh.cluster.snapshot import Holding, ModelVariant
 from fluxmesh.engine import features
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.residency import READER
 from fluxmesh.engine.state import EngineState, Reports
 from fluxmesh.models.partition import Shard
 from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load
+from fluxmesh.wire.messages import Decode, Encode, EncodePictures, EncodeSource, Load
 
 
 def load(engine: EngineState, work: Load) -> Reports:
@@ -25,10 +25,12 @@ def load(engine: EngineState, work: Load) -> Reports:
     start = time.perf_counter()
     engine.open(work.weights)
     engine.model.low_memory = work.low_memory
+    if not work.text_stays:
+        engine.model.reload_text_encoders()
     with engine.meter.phase("load"):
         for component in work.components or ("transformer",):
             if component == "transformer":
-                engine.hold(Shard(work.shard, work.shards))
+                engine.hold(Shard(work.shard, work.shards, work.shares))
                 if work.low_memory:  # the modulation weights come first, with an image
                     continue
             yield from engine.loading(work, component)
@@ -38,6 +40,7 @@ def load(engine: EngineState, work: Load) -> Reports:
         shards=work.shards,
         shard=work.shard,
         content=engine.content,
+        shares=work.shares,
     )
     yield messages.Loaded(
         job=work.job,
@@ -52,22 +55,24 @@ def encode(engine: EngineState, work: Encode) -> Reports:
     engine.doing = "reading the prompt"
     pipeline = engine.open(work.weights)
     pipeline.t5_padding = work.t5_padding
-    cached = pipeline.remembers(work.prompt)
+    pipeline.by_layers = work.by_layers
+    cached = pipeline.remembers(work.prompt, work.negative)
     with engine.meter.phase("text"):
         start = time.perf_counter()
         if not cached:
-            if not work.stay:
+            if work.makes_room:
                 engine.drop_transformer()
-            yield from engine.loading(work, "text encoders")
+            if not pipeline.reads_by_layers:
+                yield from engine.loading(work, "text encoders")
             start = time.perf_counter()
         engine.begin("encoding", "encode")
-        text = pipeline.encode(work.prompt)
+        text = pipeline.encode(work.prompt, work.negative)
         engine.quiet = ""
-        if not work.stay:
+        if not work.stay or (work.makes_room and not cached):
             pipeline.reload_text_encoders()
         seconds = time.perf_counter() - start
         engine.count(encodes=0 if cached else 1)
-        named = features.of_text(text)
+        named = features.to_arrays(text)
         peak = engine.meter.now("text")
     yield messages.TextEncoded(
         job=work.job,
@@ -76,6 +81,8 @@ def encode(engine: EngineState, work: Encode) -> Reports:
         cached=cached,
         peak_bytes=peak,
         content=engine.content,
+        cut=pipeline.cut(work.prompt),
+        negative_cut=None if work.negative is None else pipeline.cut(work.negative),
         features=named,
     )
 
@@ -83,6 +90,8 @@ def encode(engine: EngineState, work: Encode) -> Reports:
 def encode_source(engine: EngineState, work: EncodeSource) -> Reports:
     """The latents of a picture that the image begins from."""
     pipeline = engine.open(work.weights)
+    pipeline.architecture.check_picture("source", work.pixels)
+    _make_room(engine, work)
     with engine.meter.phase("text"):
         yield from engine.loading(work, "autoencoder")
         engine.doing = "encoding the picture"
@@ -94,11 +103,48 @@ def encode_source(engine: EngineState, work: EncodeSource) -> Reports:
     )
 
 
-def decode(engine: EngineState, work: Decode) -> Reports:
-    """Pictures of latents; in low memory, after the transformer has left."""
+def encode_pictures(engine: EngineState, work: EncodePictures) -> Reports:
+    """What the denoiser reads of the pictures beside the prompt."""
     pipeline = engine.open(work.weights)
+    if work.reader:
+        pipeline.read_references_with(engine.options.locate(ModelVariant(work.reader)).model)
+    reads_apart = bool(pipeline.architecture.of_role("vision"))
+    pipeline.architecture.check_pictures(work.named)
+    if not reads_apart or engine.missing(READER):
+        _make_room(engine, work)
+    with engine.meter.phase("text"):
+        yield from engine.loading(work, READER if reads_apart else "autoencoder")
+        engine.doing = "encoding the pictures"
+        engine.begin("encoding", "encode")
+        made = pipeline.encode_pictures(work.named, work.strengths)
+        engine.quiet = ""
+        if reads_apart and not work.stay:
+            del pipeline.vision
+        engine.count(pictures=len(work.named))
+    reader = pipeline.reader if reads_apart else None
+    yield messages.PicturesEncoded(
+        job=work.job,
+        ring_generation=work.ring_generation,
+        content="" if reader is None else reader.content,
+        conditions=features.to_arrays(made),
+    )
+
+
+def _make_room(engine: EngineState, work: EncodeSource | EncodePictures) -> None:
+    """What is not to be there while pictures are encoded leaves."""
+    if work.makes_room:
+        engine.drop_transformer()
+    if not work.text_stays:
+        engine.model.reload_text_encoders()
+
+
+def decode(engine: EngineState, work: Decode) -> Reports:
+    """Pictures of latents; in low memory, after the transformer has left, and what steps share."""
+    pipeline = engine.open(work.weights)
+    engine.check_latents(work.latents, work)
     if pipeline.low_memory:
         engine.drop_transformer()
+        engine.plan = None
     with engine.meter.phase("decode"):
         yield from engine.loading(work, "autoencoder")
         if engine.options.stopping():
@@ -107,7 +153,7 @@ def decode(engine: EngineState, work: Decode) -> Reports:
         engine.begin("decoding", "decode")
         start = time.perf_counter()
         with pipeline.bounded_pixels(work.height, work.width, len(work.images)):
-            pixels = to_pixels(pipeline.decode(mx.array(work.latents), engine.latent_size(work)))
+            pixels = pipeline.pixels(mx.array(work.latents), engine.latent_size(work))
         engine.quiet = ""
         seconds = (time.perf_counter() - start) / len(pixels)
         engine.count(decodes=len(pixels))

@@ -9,7 +9,8 @@ What stays in memory (the memory policy):
 
 - Models stay until another unit needs the room. `Encode` without `stay` makes the transformer
   leave until the encoders are done, and the encoders leave before anything else loads.
-- Other weights, or another shard of these, make what is there leave first.
+- Another shard of the same weights makes what is there leave first. Other weights find it kept
+  beside them where there is room for both (`ModelWork.memory_bytes`): the least used leaves first.
 - `low_memory` loads the modulation weights alone, uses them, and lets them leave before the rest
   of the transformer comes; that leaves before the first picture is decoded.
 """
@@ -31,6 +32,7 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.messages import (
     Decode,
     Encode,
+    EncodePictures,
     EncodeSource,
     Load,
     Measure,
@@ -57,7 +59,8 @@ class Worker(EngineState):
         if work.job != self._job:
             self.end_job()
             self.meter.forget()
-            self._job = work.job
+            self._job, self._room = work.job, None  # other programs may have taken memory since
+        self.memory_bytes = work.memory_bytes if isinstance(work, messages.ModelWork) else 0
         self.begin("loading")  # what was there leaves, and headers are read, maybe from afar
         does = self.units().get(type(work))
         try:
@@ -97,6 +100,7 @@ class Worker(EngineState):
             Load: partial(units.load, self),
             Encode: partial(units.encode, self),
             EncodeSource: partial(units.encode_source, self),
+            EncodePictures: partial(units.encode_pictures, self),
             Paint: partial(painting.paint, self),
             Decode: partial(units.decode, self),
             Measure: partial(measuring.measure, self),

@@ -41,6 +41,8 @@ __device__ inline float gelu(float v) {
   return v / (1.0f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
 }
 
+__device__ inline float silu(float v) { return v / (1.0f + __expf(-v)); }
+
 // The sum over a block of THREADS threads, in every thread.
 template <int THREADS> __device__ inline float block_sum(float value) {
   __shared__ float parts[THREADS / 32];
@@ -180,33 +182,44 @@ TWO_STREAMS = """
   const T* key_scale = token < texts ? scale1 : scale3;
 """
 
+# An activation: WIDTH columns of a row, of which a thread has eight, from those at `from` on.
 GELU = """
-  const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
-  if (i >= W) return;
-  const long row = blockIdx.x;
-  float value[8];
-  load(x + row * W + i, value);
-  #pragma unroll
-  for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
-  store(out + row * W + i, value);
+    load(from, value);
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
+"""
+SWIGLU = """
+    float up[8];
+    load(from, value);
+    load(from + WIDTH, up);
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] = silu(value[j]) * up[j];
 """
 
-# Rows of `attn`, and beside them GELU of the last columns of `x`.
-GELU_BESIDE = """
+ALONE = """
   const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
-  const int D = attn_shape[2], W = x_shape[2];
-  const int width = D + W - START;
-  if (i >= width) return;
+  if (i >= WIDTH) return;
+  const long row = blockIdx.x;
+  const T* from = x + row * COLUMNS + i;
+  float value[8];
+  @activation
+  store(out + row * WIDTH + i, value);
+"""
+
+# Rows of `attn`, and beside them the activation of the columns of `x` from START on.
+BESIDE = """
+  const int i = (blockIdx.y * THREADS + threadIdx.x) * 8;
+  const int D = attn_shape[2];
+  if (i >= D + WIDTH) return;
   const long row = blockIdx.x;
   float value[8];
   if (i < D) {
     load(attn + row * D + i, value);
   } else {
-    load(x + row * W + START + i - D, value);
-    #pragma unroll
-    for (int j = 0; j < 8; ++j) value[j] = gelu(value[j]);
+    const T* from = x + row * x_shape[2] + START + i - D;
+    @activation
   }
-  store(joined + row * width + i, value);
+  store(joined + row * (D + WIDTH) + i, value);
 """
 
 
@@ -323,29 +336,50 @@ def turned(
 
 def gelu(x: mx.array) -> mx.array:
     """As `fused.gelu`."""
-    W = x.shape[-1]
-    rows = x.size // W
-    threads, grid = _blocks(rows, W, whole=False)
-    (out,) = kernel_of("gelu", ("x",), ("out",), GELU)(
+    return _alone("gelu", GELU, x, x.shape[-1])
+
+
+def swiglu(x: mx.array) -> mx.array:
+    """As `fused.swiglu`."""
+    return _alone("swiglu", SWIGLU, x, x.shape[-1] // 2)
+
+
+def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
+    """As `fused.gelu_beside`."""
+    return _beside("gelu_beside", GELU, attn, x, start, x.shape[-1] - start)
+
+
+def swiglu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
+    """As `fused.swiglu_beside`."""
+    return _beside("swiglu_beside", SWIGLU, attn, x, start, (x.shape[-1] - start) // 2)
+
+
+def _alone(name: str, activation: str, x: mx.array, width: int) -> mx.array:
+    """An activation that gives rows of `width` columns."""
+    columns = x.shape[-1]
+    threads, grid = _blocks(x.size // columns, width, whole=False)
+    source = ALONE.replace("@activation", activation)
+    (out,) = kernel_of(name, ("x",), ("out",), source)(
         inputs=[x],
-        template=[("T", x.dtype), ("W", W), *threads],
-        output_shapes=[x.shape],
+        template=[("T", x.dtype), ("COLUMNS", columns), ("WIDTH", width), *threads],
+        output_shapes=[(*x.shape[:-1], width)],
         output_dtypes=[x.dtype],
         **grid,
     )
     return out
 
 
-def gelu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
-    """As `fused.gelu_beside`."""
-    kernel = kernel_of("gelu_beside", ("attn", "x"), ("joined",), GELU_BESIDE)
+def _beside(
+    name: str, activation: str, attn: mx.array, x: mx.array, start: int, width: int
+) -> mx.array:
+    """attn, and beside it `width` columns: an activation of those of x from `start` on."""
     B, S, D = attn.shape
-    width = D + x.shape[-1] - start
-    threads, grid = _blocks(B * S, width, whole=False)
-    (joined,) = kernel(
+    threads, grid = _blocks(B * S, D + width, whole=False)
+    source = BESIDE.replace("@activation", activation)
+    (joined,) = kernel_of(name, ("attn", "x"), ("joined",), source)(
         inputs=[attn, x],
-        template=[("T", attn.dtype), ("START", start), *threads],
-        output_shapes=[(B, S, width)],
+        template=[("T", attn.dtype), ("START", start), ("WIDTH", width), *threads],
+        output_shapes=[(B, S, D + width)],
         output_dtypes=[attn.dtype],
         **grid,
     )

@@ -10,7 +10,8 @@ as it stands.
 In float16, which has no number above 65504, tokens are float32 between the blocks, and what leads
 into a linear that ends a branch is divided by `HEADROOM`: so are then the linear's products, and
 the sum that takes them up multiplies again. FLUX's text tokens go beyond 65504, and so do single
-products; a power of two costs no accuracy. `Flux.make_room` does the same to those linears' biases.
+products; a power of two costs no accuracy. `make_room` of `models/double_stream.py` does the same
+to those linears' biases.
 
 Gradients are those of the plain forms, which are computed again from the inputs on the way back,
 when their turn comes: nothing between the inputs and the result is kept.
@@ -143,12 +144,14 @@ def swiglu(x: mx.array) -> mx.array:
     With room for the linear that follows. Source: Shazeer 2020, "GLU Variants Improve Transformer"
     (https://arxiv.org/abs/2002.05202).
     """
-    return _chosen("swiglu", False)(x)
+    return _chosen("swiglu", _suits(x, x.shape[-1] // 2))(x)
 
 
 def swiglu_beside(attn: mx.array, x: mx.array, start: int) -> mx.array:
     """attn [B, S, D], and beside it `swiglu` of the columns of x from `start` on."""
-    return _chosen("swiglu_beside", False, start=start)(attn, x)
+    half = (x.shape[-1] - start) // 2
+    fits = _suits(x, attn.shape[-1], half, x.shape[-1], start)
+    return _chosen("swiglu_beside", fits, start=start)(attn, x)
 
 
 def group_norm(
@@ -344,6 +347,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "turned": functools.partial(cuda_transformer.turned, eps=EPS),
     "gelu": cuda_transformer.gelu,
     "gelu_beside": cuda_transformer.gelu_beside,
+    "swiglu": cuda_transformer.swiglu,
+    "swiglu_beside": cuda_transformer.swiglu_beside,
     "group_norm": functools.partial(cuda_group_norm.group_norm, eps=EPS),
     "offset_sum": cuda_group_norm.offset_sum,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from fluxmesh.machine.tools import is_mac, output_of
@@ -16,6 +17,8 @@ MEMINFO = Path("/proc/meminfo")
 # What macOS gives to whoever asks for memory, without writing anything to the disk: what holds
 # nothing, what was read ahead of need, what files are cached in, and what programs gave up.
 _GIVEN = ("Pages free", "Pages speculative", "File-backed pages", "Pages purgeable")
+# Of a Mac's RAM, what Metal recommends that its GPU takes: of a small one less.
+SMALL_MAC, SMALL_SHARE, SHARE = 36 << 30, 2 / 3, 3 / 4
 _PRESSURE = {"2": "warning", "4": "critical"}
 
 
@@ -37,6 +40,22 @@ def free_bytes() -> int:
     except OSError:
         return total_bytes()
     return 1024 * _number(r"MemAvailable:\s+(\d+)", report)
+
+
+def accelerator_bytes() -> int:
+    """What models may take here, as far as that is known without MLX.
+
+    On a Mac, what its GPU may use (`iogpu.wired_limit_mb`, where somebody has set it); elsewhere
+    the memory of the first NVIDIA GPU, or all of the machine's.
+    """
+    total = total_bytes()
+    if is_mac():
+        limit = _number(r"^(\d+)", output_of("/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb"))
+        return limit << 20 or int(total * (SMALL_SHARE if total <= SMALL_MAC else SHARE))
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return total
+    return _number(r"Total\s*:\s*(\d+) MiB", output_of(tool, "-q", "-d", "MEMORY")) << 20 or total
 
 
 def pressure() -> str:

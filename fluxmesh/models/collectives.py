@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.models.partition import Shard
 from fluxmesh.models.waiting import Waiting, waiting_here
 
 
@@ -66,11 +65,6 @@ class Ranks:
         self._group, self._stream = group, stream
         self._waiting = waiting or waiting_here()
         self._last: mx.array | None = None
-
-    @property
-    def shard(self) -> Shard:
-        """What this rank holds of a transformer for `tensor`."""
-        return Shard(self.rank, self.size)
 
     @property
     def looks_ahead(self) -> bool:

@@ -13,7 +13,14 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.kernels.ops import gated_norm, gated_sum, modulated_norm, tokens_dtype, turned_heads
+from fluxmesh.kernels.ops import (
+    gated_norm,
+    gated_sum,
+    modulated_norm,
+    tokens_dtype,
+    turned_heads,
+    with_room,
+)
 from fluxmesh.models.layers import (
     SelfAttention,
     attention,
@@ -93,6 +100,18 @@ class DoubleBlock(nn.Module):
         return gated_sum(img, img_gate2, img_out), gated_sum(txt, txt_gate2, txt_out)
 
 
+def ends_branch(name: str) -> bool:
+    """Whether a linear, by its module's name, is one that `make_room` is about."""
+    return name.endswith(("_attn.proj", "_mlp.2", ".linear2"))
+
+
+def _make_room(linear: Any) -> None:
+    for name in ("bias", "sum_bias"):  # the latter in a shard
+        if name in linear:
+            linear[name] = with_room(linear[name])
+            mx.eval(linear[name])
+
+
 class DoubleStreamTransformer(nn.Module):
     """A transformer of double blocks, then single ones; a family adds layers and modulations."""
 
@@ -112,9 +131,28 @@ class DoubleStreamTransformer(nn.Module):
         self.shard = Shard()  # the part of what is dealt out that is held
 
     @property
+    def blocks(self) -> list[Any]:
+        """In the order in which they run."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    @property
     def dtype(self) -> mx.Dtype:
         """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
         return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+
+    def make_room(self) -> None:
+        """Divides the biases of the linears that end branches by `ops.HEADROOM`, in place.
+
+        Once, after the weights have come, and in float16 alone: `ops.py` says why.
+        """
+        for double in self.double_blocks:
+            for linear in (
+                *(double.img_attn.proj, double.txt_attn.proj),
+                *(double.img_mlp[2], double.txt_mlp[2]),
+            ):
+                _make_room(linear)
+        for single in self.single_blocks:
+            _make_room(single.linear2)
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of text and image together, float32 [(B,) 1, S, hd/2, 2].

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from fluxmesh.kernels.packed_linear import PackedLinear
 from fluxmesh.models.layers import RMSNorm
-from fluxmesh.models.lora_linear import LoRALinear
+from fluxmesh.models.lora_linear import AdaptedLinear, joined_spans
 from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.models.partition import Cut, Shard
 
@@ -28,7 +29,7 @@ def shard_of(flux: T, shard: Shard) -> T:
     groups don't divide.
     """
     whole: Any = flux
-    whole.partition.check(shard.size, is_quantized(whole))
+    whole.partition.check(shard.size, is_quantized(whole), shard.shares)
     part = type(whole)(whole.config)
     if whole.modulation_released:
         part.release_modulation()
@@ -41,8 +42,9 @@ def shard_of(flux: T, shard: Shard) -> T:
 def hold_shard(flux: Any, shard: Shard) -> None:
     """Tells a transformer whose linears are cut which part of itself it is."""
     flux.shard = shard
+    start, stop = shard.part(flux.config.hidden_size)
     for single in flux.single_blocks:
-        single.qkv_dim = 3 * flux.config.hidden_size // shard.size
+        single.qkv_dim = 3 * (stop - start)
 
 
 def take_cuts(part: Any, whole: Any, cuts: Mapping[str, Cut]) -> None:
@@ -71,33 +73,20 @@ def cut_linear(linear: Any, cut: Cut, *, copy: bool = True) -> Any:
     Cut along its inputs it gives a part of a sum; its bias, to be added once and to the whole sum,
     is then called `sum_bias`. Without `copy` and with one span, it shares the buffers of `linear`.
     """
-    if isinstance(linear, LoRALinear):
-        a, b = linear.lora_a, linear.lora_b
-        if cut.axis == 0:
-            b = _take(b, cut, 1, copy)
-        else:
-            a = _take(a, cut, 0, copy)
-        return LoRALinear(cut_linear(linear.linear, cut, copy=copy), a, b, linear.scale)
+    if isinstance(linear, AdaptedLinear):
+        return linear.cut(cut, lambda inner: cut_linear(inner, cut, copy=copy), copy=copy)
     part: Any
     if isinstance(linear, nn.QuantizedLinear):
         group, bits = linear.group_size, linear.bits
-        part = nn.QuantizedLinear(group, 1, bias=False, group_size=group, bits=bits)
+        part = PackedLinear(group, 1, bias=False, group_size=group, bits=bits)
         leaves = ["weight", "scales", "biases"]
     else:
         part = nn.Linear(1, 1, bias=False)  # its random weight is never computed
         leaves = ["weight"]
     for leaf in leaves:
-        part[leaf] = _take(linear[leaf], cut, cut.axis, copy)
+        part[leaf] = joined_spans(linear[leaf], cut, cut.axis, copy=copy)
     if "bias" in linear and cut.axis == 0:
-        part.bias = _take(linear.bias, cut, 0, copy)
+        part.bias = joined_spans(linear.bias, cut, 0, copy=copy)
     elif "bias" in linear:
         part.sum_bias = linear.bias
     return part
-
-
-def _take(array: mx.array, cut: Cut, axis: int, copy: bool) -> mx.array:
-    spans = cut.spans_of(array.shape[axis])
-    parts = [array[start:stop] if axis == 0 else array[:, start:stop] for start, stop in spans]
-    if len(parts) > 1:
-        return mx.concatenate(parts, axis=axis)
-    return mx.contiguous(parts[0]) if copy else parts[0]  # a bare slice keeps the whole alive

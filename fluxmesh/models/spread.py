@@ -2,31 +2,34 @@
 
 Stands between the collectives (`collectives.py`) and a family's `parallel.py`. For `tensor`, a
 block's partial outputs are `summed`. For `sequence`, tokens are counted through text and image, in
-this order, and dealt out in runs of ceil(S / N): text and image tokens cost the same, so that the
-ranks share evenly whatever the length of the prompt, and only the rank where text meets image reads
-the double blocks' weights of both. After the last token the last runs are filled up with zeros,
-which every rank computes like tokens, so that shapes are equal; their keys and values are cut off
-after each gather.
+this order, and dealt out in runs: text and image tokens cost the same, so that the ranks share
+fairly whatever the length of the prompt, and only the rank where text meets image reads the double
+blocks' weights of both. Even runs are of ceil(S / N): after the last token the last ones are filled
+up with zeros, which every rank computes like tokens, so that shapes are equal. Of unequal shares
+(`Shares.tokens`) each rank computes its own tokens alone, and what it gives to a gather is filled
+up to the longest run. What fills up is cut off after each gather.
 
-Shapes: B images, C tokens of this rank, S tokens in all, H heads of hd channels.
+Shapes: B images, C tokens of this rank (its run), S tokens in all, H heads of hd channels.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from fluxmesh.cluster.shares import Shares
 from fluxmesh.errors import UsageError
 from fluxmesh.kernels.ops import Stream, turned, turned_heads
 from fluxmesh.models.collectives import Pending, Ranks
 from fluxmesh.models.layers import QKNorm, attention
-from fluxmesh.models.lora_linear import LoRALinear
-from fluxmesh.models.partition import Cut, Shard, token_run
+from fluxmesh.models.lora_linear import innermost
+from fluxmesh.models.partition import Cut, Shard, TokenRuns
 from fluxmesh.models.slicing import cut_linear, shard_of
 from fluxmesh.models.step_cache import StepCache
 
@@ -35,19 +38,21 @@ T = TypeVar("T")
 Streams = dict[str, mx.array]  # "txt" and "img", in this order
 
 
-def sharded(flux: T, ranks: Ranks) -> T:
+def sharded(flux: T, ranks: Ranks, shares: Shares) -> T:
     """This rank's part of a transformer, whose blocks add up their outputs over the ranks.
 
     `flux` is whole, and then left as it is, or this rank's shard of a checkpoint. Raises
     `UsageError` where it is another shard, or doesn't divide over the ranks.
     """
     part: Any = flux
+    shard = Shard(ranks.rank, ranks.size, shares)
     if part.shard == Shard():
-        part = shard_of(part, ranks.shard)
-    elif part.shard != ranks.shard:
+        part = shard_of(part, shard)
+    elif part.shard != shard:
+        other = " in other shares" if part.shard == replace(shard, shares=part.shard.shares) else ""
         raise UsageError(
-            f"Part {part.shard.rank} of {part.shard.size} of the transformer was loaded where "
-            f"rank {ranks.rank} of {ranks.size} runs; load the model again."
+            f"Part {part.shard.rank} of {part.shard.size}{other} of the transformer was loaded "
+            f"where rank {ranks.rank} of {ranks.size} runs; load the model again."
         )
     outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
     for block in (*part.double_blocks, *part.single_blocks):
@@ -61,8 +66,12 @@ class SpreadTransformer:
 
     flux: Any
 
-    def __init__(self, flux: Any, ranks: Ranks) -> None:
-        self.flux, self.ranks = flux, ranks
+    def __init__(self, flux: Any, ranks: Ranks, shares: Shares) -> None:
+        self.flux, self.ranks, self.shares = flux, ranks, shares
+
+    def runs(self, tokens: int) -> TokenRuns:
+        """Which of so many tokens each rank has, with `sequence`."""
+        return TokenRuns.of(tokens, self.ranks.size, self.shares)
 
     @property
     def config(self) -> Any:
@@ -94,15 +103,14 @@ def check_whole(flux: Any) -> None:
         )
 
 
-def own_rope(pe: mx.array, ranks: Ranks) -> mx.array:
-    """Of all tokens' rotary tables those of this rank's, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
-    start, stop = token_run(pe.shape[-3], ranks.rank, ranks.size)
+def own_rope(pe: mx.array, rank: int, runs: TokenRuns) -> mx.array:
+    """Of all tokens' rotary tables those of this rank's, float32 [(B,) 1, C, hd/2, 2]."""
+    start, stop = runs.span(rank)
     return filled_up(pe[..., start:stop, :, :], stop - start, pe.ndim - 3)
 
 
 def dealt_velocity(
-    flux: Any,
-    ranks: Ranks,
+    spread: SpreadTransformer,
     img: mx.array,
     txt: mx.array,
     pe: mx.array,
@@ -116,8 +124,10 @@ def dealt_velocity(
     `first` runs the first double block, `rest` what it gives through all others, to [B, C, D];
     `final` modulates the last layer. Other arguments and the result as a transformer's call.
     """
+    flux, ranks = spread.flux, spread.ranks
     L, S = txt.shape[1], txt.shape[1] + img.shape[1]
-    start, stop = token_run(S, ranks.rank, ranks.size)
+    runs = spread.runs(S)
+    start, stop = runs.span(ranks.rank)
     txt = txt[:, start:stop]
     img = img[:, max(start - L, 0) : max(stop - L, 0)]
     img = filled_up(img, stop - start - txt.shape[1], 1)
@@ -127,7 +137,7 @@ def dealt_velocity(
         entered["txt"] = flux.tokens_of(txt, flux.txt_in)
     if img.shape[1]:
         entered["img"] = flux.tokens_of(img, flux.img_in)
-    attend = RingAttention(ranks, S, pe)
+    attend = RingAttention(ranks, runs, pe)
     streams = first(entered, attend)
     others = functools.partial(rest, streams, attend)
     if cache is None:
@@ -138,8 +148,9 @@ def dealt_velocity(
         own_img = max(0, min(stop, S) - max(start, L))  # without what fills up
         x = cache.rest(added[:, :own_img], tokens, others)
     own = flux.final_layer(x, final)  # [B, C, out_channels], text's as well
-    every = ranks.gather(mx.contiguous(own.swapaxes(0, 1)))  # [N * C, B, out_channels]
-    return every[L:S].swapaxes(0, 1)
+    own = filled_up(own.swapaxes(0, 1), runs.longest, 0)
+    every = ranks.gather(mx.contiguous(own))  # [N * longest, B, out_channels]
+    return _joined(every, runs)[L:S].swapaxes(0, 1)
 
 
 def summed(ranks: Ranks, *calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
@@ -153,13 +164,23 @@ def summed(ranks: Ranks, *calls: tuple[nn.Module, mx.array]) -> list[mx.array]:
 
 def _with_bias(total: mx.array, layer: Any) -> mx.array:
     """Adds what a linear that is cut along its inputs has left out of its part of the sum."""
-    linear = layer.linear if isinstance(layer, LoRALinear) else layer
+    linear = innermost(layer)
     return total + linear.sum_bias if "sum_bias" in linear else total
 
 
 def joined_tokens(streams: Streams) -> mx.array:
     """All of this rank's tokens [B, C, D], text first."""
     return mx.concatenate(list(streams.values()), axis=1)
+
+
+def _joined(every: mx.array, runs: TokenRuns) -> mx.array:
+    """All ranks' tokens of a gather [N * longest, ...] without what fills up: [S, ...]."""
+    if runs.are_equal:
+        return every[: runs.tokens]
+    starts = [rank * runs.longest for rank in range(len(runs.counts))]
+    return mx.concatenate(
+        [every[start : start + own] for start, own in zip(starts, runs.own, strict=True)]
+    )
 
 
 def filled_up(x: mx.array, length: int, axis: int) -> mx.array:
@@ -174,17 +195,18 @@ def filled_up(x: mx.array, length: int, axis: int) -> mx.array:
 class RingAttention:
     """Attention of this rank's C queries to all S tokens: B images, H heads of hd channels."""
 
-    def __init__(self, ranks: Ranks, S: int, pe: mx.array) -> None:
-        self.ranks, self.S, self.pe = ranks, S, pe
+    def __init__(self, ranks: Ranks, runs: TokenRuns, pe: mx.array) -> None:
+        self.ranks, self.runs, self.pe = ranks, runs, pe
 
     def send(self, streams: list[Stream], heads: int) -> tuple[mx.array, Pending]:
         """Starts on its way what other ranks need: this rank's keys, normed and turned, and values.
 
         Returns what is sent, for `mx.depends`: what is computed from there on is computed after
-        it, while it travels; and what gives every rank's, [N * C, B, 2, H, hd].
+        it, while it travels; and what gives every rank's, [N * longest, B, 2, H, hd].
         """
         sent = turned(streams, self.pe, heads, 2)  # [B, C, 2, H, hd]
-        sent = mx.contiguous(sent.swapaxes(0, 1))  # tokens first
+        sent = filled_up(sent.swapaxes(0, 1), self.runs.longest, 0)  # tokens first
+        sent = mx.contiguous(sent)
         return sent, self.ranks.begin_gather(sent)
 
     def __call__(
@@ -206,7 +228,7 @@ class RingAttention:
     def keys_values(self, pending: Pending, *meanwhile: mx.array) -> tuple[mx.array, mx.array]:
         """Those of all ranks' tokens, [B, H, S, hd] each; `meanwhile` is wanted too."""
         every = pending.result(*meanwhile)
-        k, v = every[: self.S].transpose(2, 1, 3, 0, 4)
+        k, v = _joined(every, self.runs).transpose(2, 1, 3, 0, 4)
         return k, v
 
 

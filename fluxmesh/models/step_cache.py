@@ -16,6 +16,7 @@ block and the others; `denoise.py` tells it which step must be computed. Knows n
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
@@ -25,19 +26,35 @@ class StepCache:
     """What one image's steps share; another image needs another one."""
 
     def __init__(
-        self, threshold: float, gather: Callable[[mx.array], mx.array] | None = None
+        self,
+        threshold: float,
+        gather: Callable[[mx.array], mx.array] | None = None,
+        leader: StepCache | None = None,
     ) -> None:
         """`threshold` is of the relative change (L1) of what the first block adds; 0 skips nothing.
 
         On a ring, `gather` puts all ranks' rows one after another (`Ranks.gather`): every rank then
-        reads the same bytes, whatever tokens are its own, and so they decide alike.
+        reads the same bytes, whatever tokens are its own, and so they decide alike. With a `leader`
+        it compares nothing and does as that one did in this step.
         """
         self.threshold = threshold
         self.is_forced = False  # the next step is computed, whatever has changed
         self.reused = False  # whether the latest step reused what an earlier one had computed
-        self._gather = gather
+        self._gather, self._leader = gather, leader
         # What the first block added when a step was last computed, and then all the others.
         self._kept: tuple[mx.array, mx.array] | None = None
+
+    @classmethod
+    def of_calls(
+        cls, calls: int, threshold: float, gather: Callable[[mx.array], mx.array] | None = None
+    ) -> list[Self]:
+        """Those of an image whose steps take so many calls, in their order.
+
+        The first call decides for its whole step: one step, then, was computed last, from which
+        whoever goes on with the image makes all of them again.
+        """
+        leader = cls(threshold, gather)
+        return [leader, *(cls(threshold, leader=leader) for _ in range(calls - 1))]
 
     def rest(self, added: mx.array, tokens: mx.array, compute: Callable[[], mx.array]) -> mx.array:
         """The tokens after all blocks, [B, S, D], by `compute` or by what it gave before.
@@ -47,7 +64,8 @@ class StepCache:
         """
         if self._kept is not None and not self.is_forced:
             then, residual = self._kept
-            self.reused = self._is_close(added, then)
+            leader = self._leader
+            self.reused = self._is_close(added, then) if leader is None else leader.reused
             if self.reused:
                 return tokens + residual
         self.reused = False

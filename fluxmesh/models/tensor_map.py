@@ -12,7 +12,7 @@ Shapes are PyTorch's (convolutions are out, in, height, width). Imports no mlx.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 COMFY_PREFIX = "model.diffusion_model."  # before BFL's names in single files of some trainers
 
@@ -41,6 +41,28 @@ class ModelTensor:
 
 
 Tensors = dict[str, ModelTensor]
+
+
+Spelling = tuple[str, str]  # a part of one of our names, and what a tool writes in its place
+
+
+@dataclass(frozen=True)
+class ComponentNames:
+    """A component of a model, and what adapters call its modules (`adapters/targets.py`)."""
+
+    component: str  # "transformer"
+    tensors: Tensors
+    prefixes: tuple[str, ...]  # that name the component before a module, in dots or underscores
+    spellings: tuple[Spelling, ...] = ()
+    extra: Mapping[str, tuple[Rows, ...]] = field(default_factory=dict)
+    """Names that no spelling gives: each with the rows of the linear that it means."""
+    written: Mapping[str, str] = field(default_factory=dict)
+    """By format of `adapters/formats.py`: what it writes before a module. The denoiser's is the
+    format's own; a format that is missing has no place for the component."""
+    absent: frozenset[str] = frozenset()
+    """Modules that other models of the family have: what adapts them is left out."""
+    wider: Mapping[str, int] = field(default_factory=dict)
+    """Linears that an adapter may give more inputs, and how many there are then in all."""
 
 
 class TensorTable:

@@ -9,8 +9,8 @@ the finest level, H x W pixels of its channels.
 from __future__ import annotations
 
 from fluxmesh.cluster.snapshot import Platform
-from fluxmesh.models.flux1.config import AutoencoderConfig
-from fluxmesh.models.tiling import UNTILED_LATENTS
+from fluxmesh.models.autoencoder.tiling import UNTILED_LATENTS
+from fluxmesh.models.base import Architecture
 
 STATES = 24  # hidden states that a step holds at once, at most
 SPLIT_STATES = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
@@ -37,17 +37,22 @@ def denoising_room(state: int, platform: Platform, scarce: bool) -> float:
     return max(3e9, 106 * state)  # a step's results together are about 500
 
 
-def largest_of_decode(config: AutoencoderConfig, height: int, width: int, size: int) -> int:
+def largest_of_decode(model: Architecture, height: int, width: int, size: int) -> int:
     """Bytes of the largest array when so many pixels are decoded in numbers of `size` bytes.
 
     A picture that is cut into tiles has none that is larger than the largest that isn't.
     """
-    pixels = min(height * width, UNTILED_LATENTS * config.downsampling**2)
-    return pixels * config.widths[min(1, len(config.widths) - 1)] * size
+    pixels = min(height * width, UNTILED_LATENTS * model.downsampling**2)
+    return pixels * model.finest_width * size
+
+
+def largest_of_encode(model: Architecture, pixels: int, size: int) -> int:
+    """The same of a picture that is encoded: as a whole, however large it is."""
+    return pixels * model.finest_encoded_width * size
 
 
 def decoding_room(largest: int, platform: Platform, scarce: bool) -> float:
-    """As `denoising_room`, in a decode whose largest array has so many bytes.
+    """As `denoising_room`, in a decode or an encode whose largest array has so many bytes.
 
     On Metal a convolution's own memory comes on top of what waits: together they are what
     `decoding_bytes` says.
@@ -58,7 +63,7 @@ def decoding_room(largest: int, platform: Platform, scarce: bool) -> float:
 
 
 def decoding_bytes(largest: int, platform: Platform) -> int:
-    """Bytes that a decode takes at once, beside the autoencoder's weights."""
+    """Bytes that a decode, or an encode, takes at once, beside the autoencoder's weights."""
     arrays = DECODE_ARRAYS + (WINOGRAD if platform == "metal" else 0)
     return int(arrays * largest)
 

@@ -13,13 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluxmesh.cluster.hostfile import JACCL_HOSTS
-from fluxmesh.cluster.snapshot import HostInfo, JobTiming, Layout, MeshView, Placement
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.cluster.snapshot import JobTiming, Layout, MeshView, Placement
 from fluxmesh.planning.capacity import Memory, Need, shortage
 from fluxmesh.planning.cold import Cold
 from fluxmesh.planning.cost import Estimate, Figure, decode_time
 from fluxmesh.planning.list_schedule import ScheduledHost, share_out
+from fluxmesh.planning.share_choice import ShareChoice
 from fluxmesh.planning.step_times import StepTimes, neighbours
-from fluxmesh.planning.workload import Workload, split_tokens, tensor_problem
+from fluxmesh.planning.text_place import TextPlace, TextPlaces
+from fluxmesh.planning.workload import OwnShare, Workload, split_tokens, tensor_problem
 
 SAME = 1.02  # times that differ by less are the same, and more hosts are taken
 MANY = 16  # hosts; on larger meshes not every set of neighbours is tried
@@ -41,6 +44,21 @@ class Phase:
     figure_when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
     last_seconds: float | None = None  # a step of the last job by just these hosts at this size
     last_when: float = 0.0  # that job was
+    shares: Shares = EVEN  # of the ring's hosts, in its order
+    even_seconds: float | None = None  # a step with equal shares, where these aren't and could be
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostUsage:
+    """Bytes of one host while the prompt is read, while pictures that come with it are, while
+    images are made, while they are decoded; 0 where it takes no part."""
+
+    rank: int
+    text: int
+    pictures: int
+    denoise: int
+    decode: int
+    available: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +70,23 @@ class Option:
     phases: tuple[Phase, ...] = ()
     memory: tuple[Need, ...] = ()
     seconds: float = math.inf  # from now to the last picture: loading, denoising, decoding
+    wait_seconds: float = 0.0  # of these, until others let go of the last host
     load_seconds: float = 0.0  # of these, until the last host has its weights
     cold_seconds: float = 0.0  # of these, what a second such request won't take: see `cold.py`
     measured: bool = False  # whether a step of this size was timed on each host
-    text_rank: int | None = None  # who runs the text encoders
-    text_stays: bool = False  # whether they fit there beside all that it holds
+    text: TextPlace | None = None  # who reads the prompt, and how
+    text_seconds: float = (
+        0.0  # of `seconds`, for reading it: at most, for others may load meanwhile
+    )
+    text_leaves: tuple[int, ...] = ()  # hosts whose text encoders must leave for their weights
+    picture_rank: int | None = None  # who encodes the pictures that the request comes with
+    usage: tuple[HostUsage, ...] = ()  # memory of each host in each phase
     problem: str = ""
+
+    @property
+    def text_rank(self) -> int | None:
+        """Who runs the text encoders."""
+        return None if self.text is None else self.text.rank
 
 
 class Candidates:
@@ -68,10 +97,13 @@ class Candidates:
         self.memory = Memory(work, view)
         self.times = StepTimes(work, view)
         self.steps = self.times.alone
+        self.shares = ShareChoice(work, view, self.memory, self.times)
         self.decodes = {
             rank: decode_time(view.timed(rank), work, view.like(rank)) for rank in view.ranks
         }
         self.cold = Cold(work, view)
+        self.texts = TextPlaces(work, view, self.memory)
+        self.waits = {host.rank: host.busy_seconds for host in view.hosts}  # until it can be leased
 
     def data(self, images: Sequence[int]) -> Option:
         """Whole images, each to whoever is free; hosts that would only delay it are left out."""
@@ -107,23 +139,46 @@ class Candidates:
         problem = self._split_problem(placement, hosts)
         if problem:
             return Option(name=placement, ranks=(), problem=problem)
-        options = [self.ring(placement, ranks, images) for ranks in self._groups(placement, hosts)]
+        options: list[Option] = []
+        limit = math.inf
+        for ranks in self._groups(placement, hosts):
+            option = self._ring(placement, ranks, images, limit)
+            if option is not None:
+                options.append(option)
+                limit = min(limit, option.seconds)
+        problem = tensor_problem(self.work, hosts) if placement == "tensor" else ""
+        if problem and all(option.problem == problem for option in options):
+            return Option(name=placement, ranks=(), problem=problem)
         return min(options, key=lambda option: (bool(option.problem), option.seconds))
 
     def ring(self, placement: Placement, ranks: tuple[int, ...], images: Sequence[int]) -> Option:
         """`sequence` or `tensor` on these hosts, which are in rank order."""
-        size = len(ranks)
+        option = self._ring(placement, ranks, images)
+        assert option is not None
+        return option
+
+    def _ring(
+        self,
+        placement: Placement,
+        ranks: tuple[int, ...],
+        images: Sequence[int],
+        limit: float = math.inf,
+    ) -> Option | None:
+        """As `ring`; None where it would take no less than `limit` seconds, if memory allowed."""
         shards = self._shards(placement, ranks)
-        needed = [self.memory.needed(placement, size, shards)] * size
-        needs = self.memory.needs(ranks, needed, shards)
-        problem = self._link_problem(ranks) or shortage(needs)
+        unlinked = self._link_problem(ranks)
+        shares = EVEN if unlinked else self.shares.of(placement, ranks, shards)
+        needs = self.memory.together(placement, ranks, shards, shares)
+        needed = [need.needed for need in needs]
+        problem = tensor_problem(self.work, len(ranks), shares) if placement == "tensor" else ""
+        problem = problem or unlinked or shortage(needs)
         if problem:
             return Option(name=placement, ranks=ranks, memory=needs, problem=problem)
-        step = self.times.together(placement, ranks)
+        step = self.times.together(placement, ranks, shares)
         extras, cold = self.cold.extras(placement, ranks), self._ring_cold(placement, needs, shards)
-        ready = max(self.memory.load_seconds(need) for need in needs)
+        ready = self._wait(ranks) + max(self.memory.load_seconds(need) for need in needs)
         ready += self.times.once(placement, ranks)
-        denoised = ready + cold + extras.begin
+        denoised = ready + cold + extras.begin + self.times.before_first(step.seconds)
         denoised += len(images) * (self.work.steps * step.seconds + extras.gap)
         owners, end = share_out(
             len(images),
@@ -132,9 +187,16 @@ class Candidates:
                 for rank in ranks
             ],
         )
+        if end >= limit:
+            return None
         layout: Layout = "replicated" if shards == 1 else "sharded"
-        phase = self._phase(placement, layout, tuple(images), ranks, owners, step)
-        return self._option(placement, (phase,), needed, end, shards, cold=cold, step=step)
+        even: float | None = None
+        if not shares.are_even and self.shares.can(placement, ranks, shards, EVEN):
+            even = self.times.together(placement, ranks).seconds
+        phase = self._phase(placement, layout, tuple(images), ranks, owners, step, shares, even)
+        return self._option(
+            placement, (phase,), needed, end, shards, shares=shares, cold=cold, step=step
+        )
 
     def mixed(self, first: Option, last: Option) -> Option:
         """Images by `data`, and the rest on all hosts of a ring once those are done."""
@@ -144,29 +206,42 @@ class Candidates:
         needed = [
             max(side[rank].needed for side in (ring, alone) if rank in side) for rank in ranks
         ]
-        begin = max([first.seconds, *(self.memory.load_seconds(need) for need in last.memory)])
+        begin = first.seconds - first.text_seconds
+        begin = max([begin, *(self.memory.load_seconds(need) for need in last.memory)])
         again = self.cold.extras(last.phases[0].placement, last.ranks).begin  # read once is enough
-        end = begin + last.seconds - last.load_seconds - again
+        begin = max(begin, last.wait_seconds)
+        end = begin + last.seconds - last.wait_seconds - last.load_seconds - again
+        end -= last.text_seconds
         cold = first.cold_seconds + last.cold_seconds
         return self._option("mixed", (*first.phases, *last.phases), needed, end, cold=cold)
 
     def by_speed(self) -> list[int]:
-        """Ranks, fastest first; the second agent on a device after the first ones of all."""
+        """Ranks, fastest first; the second agent on a device after the first ones of all.
+
+        Those that others have come last: all hosts of a way are leased before the first step.
+        """
         seen: dict[str, int] = {}
-        order: list[tuple[int, float, int]] = []
+        order: list[tuple[float, int, float, int]] = []
         for host in self.view.hosts:
             turn = seen[host.device_key] = seen.get(host.device_key, -1) + 1
-            order.append((turn, self.steps[host.rank].seconds, host.rank))
-        return [rank for _, _, rank in sorted(order)]
+            wait, step = self.waits[host.rank], self.steps[host.rank].seconds
+            order.append((wait, turn, step, host.rank))
+        return [rank for *_, rank in sorted(order)]
 
     # Time
 
+    def _wait(self, ranks: Sequence[int]) -> float:
+        """Seconds until all of these can be leased."""
+        return max((self.waits[rank] for rank in ranks), default=0.0)
+
     def _hand_out(self, ranks: Sequence[int], images: int) -> tuple[tuple[int, ...], float]:
         workers: list[ScheduledHost] = []
+        begin = self._wait(ranks)
         for need in self.memory.needs(ranks, [0] * len(ranks)):
             rank, extras = need.rank, self.cold.extras("data", (need.rank,))
-            free = self.memory.load_seconds(need) + extras.begin
+            free = begin + self.memory.load_seconds(need) + extras.begin
             free += self.cold.first_seconds("data", (rank,))
+            free += self.times.before_first(self.steps[rank].seconds)
             image = self.work.steps * self.steps[rank].seconds + self.decodes[rank] + extras.gap
             workers.append(ScheduledHost(free, image, rank, self.view.host(rank).device_key))
         return share_out(images, workers)
@@ -176,7 +251,7 @@ class Candidates:
         ranks = tuple(need.rank for need in needs)
         ending = self.cold.ending(ranks)
         again = [
-            replace(need, load_bytes=self.memory.whole_load(shards))
+            replace(need, load_bytes=self.memory.whole_load(shards, need.weights_part))
             if need.rank in ending and not need.load_bytes and self.view.host(need.rank).holds
             else need
             for need in needs
@@ -195,6 +270,8 @@ class Candidates:
         ranks: tuple[int, ...],
         owners: tuple[int, ...],
         step: Estimate,
+        shares: Shares = EVEN,
+        even_seconds: float | None = None,
     ) -> Phase:
         size = len(ranks)
         last = self.cold.last_job(placement, ranks) if placement != "data" else self._slowest(ranks)
@@ -205,12 +282,14 @@ class Candidates:
             ranks=ranks,
             owners=owners,
             step_seconds=step.seconds,
-            tokens=split_tokens(self.work.tokens, size) if placement == "sequence" else (),
-            sent_a_step=self.work.sent_a_step(placement, size),
+            tokens=split_tokens(self.work.tokens, size, shares) if placement == "sequence" else (),
+            sent_a_step=self.work.sent_a_step(placement, size, shares),
             figure=step.figure,
             figure_when=step.when,
             last_seconds=None if last is None else last.last_seconds,
             last_when=0.0 if last is None else last.measured.when,
+            shares=shares,
+            even_seconds=even_seconds,
         )
 
     def _slowest(self, ranks: tuple[int, ...]) -> JobTiming | None:
@@ -228,7 +307,9 @@ class Candidates:
         size = len(ranks)
         if placement != "tensor":
             return 1
-        if all(self.memory.holds(rank, size, shard) for shard, rank in enumerate(ranks)):
+        held = self.view.host(ranks[0]).holds
+        shares = EVEN if held is None else held.shares
+        if all(self.memory.holds(rank, size, shard, shares) for shard, rank in enumerate(ranks)):
             return size
         whole = self.memory.needs(ranks, [self.memory.needed(placement, size, 1)] * size)
         return 1 if all(need.fits for need in whole) else size
@@ -236,9 +317,7 @@ class Candidates:
     def _split_problem(self, placement: Placement, hosts: int) -> str:
         if self.view.backend == "jaccl" and hosts > JACCL_HOSTS:
             return f"a jaccl mesh has at most {JACCL_HOSTS} hosts"
-        if placement == "tensor":
-            return tensor_problem(self.work, hosts)
-        if self.work.tokens < hosts:
+        if placement == "sequence" and self.work.tokens < hosts:
             return f"{self.work.tokens} tokens are fewer than {hosts} hosts"
         return ""
 
@@ -272,37 +351,134 @@ class Candidates:
         end: float,
         shards: int = 1,
         *,
+        shares: Shares = EVEN,
         cold: float = 0.0,
         step: Estimate | None = None,
     ) -> Option:
         """The option in full: memory of each host, who encodes text, and whether all of it fits."""
         ranks = tuple(sorted({rank for phase in phases for rank in phase.ranks}))
-        needs = self.memory.needs(ranks, needed, shards)
-        asked = {need.rank: need.needed for need in needs}
-        text, problem = self.work.text_bytes, shortage(needs)
-        places: list[tuple[bool, float, HostInfo]] = []
-        for host in self.view.hosts:
-            room = self.memory.room(host.rank, asked)
-            if text <= room:
-                stays = text + asked.get(host.rank, host.held_bytes) <= room
-                places.append((not stays, self.steps[host.rank].seconds, host))
-        crowded, _, where = min(places, key=lambda place: place[:2], default=(True, 0.0, None))
-        if where is None or (self.work.preload and crowded):
-            beside = " beside the rest" if where is not None else ""
-            problem = problem or f"no host has {text / 1e9:.1f} GB for the text encoders{beside}"
+        needs, text, picture_rank = self._readers(ranks, phases[0].ranks, needed, shards, shares)
+        problem, wait = shortage(needs), self._wait(ranks)
+        if text is None:
+            beside = " beside the rest" if self.work.preload else ""
+            least = min(filter(None, (self.texts.whole, self.texts.layer)))
+            least = self.texts.whole if self.work.preload else least
+            problem = problem or f"no host has {least / 1e9:.1f} GB for the text encoders{beside}"
+        longer = 0.0 if text is None else text.wait_seconds
+        # As if nothing went on beside it: a ring is not made smaller so that somebody can read.
+        reading = 0.0 if text is None else text.seconds + text.reload_seconds
         load = max((self.memory.load_seconds(need) for need in needs), default=0.0)
         return Option(
             name=name,
             ranks=ranks,
             phases=phases,
             memory=needs,
-            seconds=math.inf if problem else end,
+            seconds=math.inf if problem else end + longer + reading,
+            wait_seconds=wait + longer,
             load_seconds=load,
             cold_seconds=cold,
             measured=step is not None
             and step.measured
             or all(self.steps[rank].measured for rank in ranks),
-            text_rank=None if where is None else where.rank,
-            text_stays=not crowded,
+            text=text,
+            text_seconds=reading,
+            text_leaves=self.texts.leaving(needs, text),
+            picture_rank=picture_rank,
             problem=problem,
         )
+
+    def with_usage(self, option: Option) -> Option:
+        """The same option with the memory of each host in each phase."""
+        if not option.phases:
+            return option
+        return replace(option, usage=self._usage(option))
+
+    def _readers(
+        self,
+        ranks: tuple[int, ...],
+        first: tuple[int, ...],
+        needed: Sequence[int],
+        shards: int,
+        shares: Shares,
+    ) -> tuple[tuple[Need, ...], TextPlace | None, int | None]:
+        """What each host needs, who reads the prompt, and who of the `first` phase the pictures.
+
+        That is the one who reads the prompt, where that has the memory for both. Where nobody has,
+        the needs are those of the one who would.
+        """
+        needs = self.memory.needs(ranks, needed, shards, shares)
+        text = self.texts.best(needs, self.steps, self.waits)
+        if not self.work.encoded_pixels:
+            return needs, text, None
+        encode = {
+            need.rank: self.memory.encoding(need.rank, shards, need.weights_part) for need in needs
+        }
+        reader = None if text is None else text.rank
+        tried: list[tuple[tuple[Need, ...], TextPlace | None, int]] = []
+        for rank in sorted(first, key=lambda rank: (rank != reader, rank)):
+            own = dict(zip(ranks, needed, strict=True))
+            own[rank] = max(own[rank], encode[rank])
+            needs = self.memory.needs(ranks, list(own.values()), shards, shares)
+            text = self.texts.best(needs, self.steps, self.waits)
+            tried.append((needs, text, rank))
+            if text is not None and not shortage(needs):
+                return tried[-1]
+        return tried[0]
+
+    def _usage(self, option: Option) -> tuple[HostUsage, ...]:
+        """Memory of each host that takes part, phase by phase."""
+        phases, needs, text = option.phases, option.memory, option.text
+        available = {need.rank: need.available for need in needs}
+        parts = {need.rank: need.weights_part for need in needs}
+        if text is not None and text.rank not in available:
+            asked = {need.rank: need.needed for need in needs}
+            available[text.rank] = self.memory.room(text.rank, asked)
+        usage: list[HostUsage] = []
+        for rank, room in sorted(available.items()):
+            each = [
+                self.memory.phases(
+                    phase.placement,
+                    len(phase.ranks) if phase.placement != "data" else 1,
+                    len(phase.ranks) if phase.layout == "sharded" else 1,
+                    self._share(phase, rank),
+                )
+                for phase in phases
+                if rank in phase.ranks
+            ]
+            is_reader = text is not None and text.rank == rank
+            kept = self.texts.whole if is_reader and text is not None and text.stays else 0
+            encode = self.memory.encoding(rank, needs[0].shards, parts.get(rank))
+            usage.append(
+                HostUsage(
+                    rank=rank,
+                    text=text.nbytes if is_reader and text is not None else 0,
+                    pictures=encode + kept if rank == option.picture_rank else 0,
+                    denoise=max((phase.denoise + kept for phase in each), default=0),
+                    decode=max((phase.decode + kept for phase in each), default=0),
+                    available=room,
+                )
+            )
+        return tuple(usage)
+
+    def _share(self, phase: Phase, rank: int) -> OwnShare | None:
+        """What a host has of a phase's steps; None where all have the same."""
+        place = phase.ranks.index(rank)
+        return self.work.share(phase.placement, len(phase.ranks), phase.shares, place)
+
+
+def text_leaves(work: Workload, view: MeshView, rank: int) -> bool:
+    """Whether text encoders that a host has must leave for it to make whole images."""
+    places = Candidates(work, view)
+    needs = places.memory.needs((rank,), [places.memory.needed("data", 1, 1)])
+    return rank in places.texts.leaving(needs, None)
+
+
+def read_elsewhere(work: Workload, view: MeshView, option: Option, lost: int) -> TextPlace | None:
+    """Who reads the prompt of an option that is under way, once who was to has failed at it.
+
+    None where no host that is left can: then all is planned anew.
+    """
+    places = Candidates(work, view)
+    needs = [need for need in option.memory if need.rank in view.ranks]
+    how = (needs, places.steps, places.waits)
+    return places.texts.best(*how, without=frozenset([lost])) or places.texts.best(*how)

@@ -25,6 +25,7 @@ import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import CollectiveTime, Placement, RingTiming
 from fluxmesh.planning.workload import Workload
 
@@ -53,12 +54,14 @@ def exposed_seconds(
     alone: float,
     timing: RingTiming | None,
     links: PlainLink,
+    shares: Shares = EVEN,
 ) -> float:
     """By how much its collectives make a step longer than a rank's arithmetic.
 
     `alone` is what a rank's own arithmetic takes, in seconds, behind which gathers are hidden.
     """
-    count, nbytes = work.collectives(placement), work.collective_bytes(placement, size)
+    count = work.shape.collectives(placement)
+    nbytes = work.collective_bytes(placement, size, shares)
     if not count or size < 2:
         return 0.0
     bare = collective_seconds(placement, size, nbytes, timing, links)

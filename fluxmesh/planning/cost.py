@@ -10,17 +10,23 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement, StepTiming
-from fluxmesh.models.flux1 import tensor_maps
-from fluxmesh.models.flux1.config import AutoencoderConfig
-from fluxmesh.planning.workload import ModelSizes, Workload
+from fluxmesh.models.base import Architecture
+from fluxmesh.planning.workload import Workload
 
 FLOAT32_SLOWER = 2.0  # than bfloat16, where it was not measured
 DECODE_RATE = 0.4  # of a step's FLOP/s: convolutions keep a GPU less busy (57 ms at 1024², H200)
 
 
 Figure = Literal[
-    "step", "step of a like host", "step of another size", "collectives", "links", "arithmetic"
+    "step",
+    "step of a like host",
+    "step of another size",
+    "step in other shares",
+    "collectives",
+    "links",
+    "arithmetic",
 ]
 
 
@@ -43,41 +49,52 @@ def step_time(host: HostInfo, work: Workload, like: Sequence[StepTiming] = ()) -
     A step timed at this size, by the host or else by those of its kind (`like`); else the one
     nearest in size, by the ratio of their arithmetic; else the arithmetic at the host's rate.
     """
-    flops = step_flops(work.model, work.height, work.width)
+    model = work.model.architecture
+    flops = work.step_flops
     candidates: list[tuple[float, bool, float, StepTiming]] = []
     for is_other, timings in ((False, host.measured), (True, like)):
         for timed in timings:
             if timed.placement == "data" and is_of(timed, work):
-                ratio = flops / step_flops(work.model, timed.height, timed.width)
+                ratio = flops / model.step_flops(timed.height, timed.width)
                 candidates.append((abs(math.log(ratio)), is_other, ratio, timed))
     if not candidates:
-        return Estimate(flops / _rate(host, work), "arithmetic")
+        return Estimate(flops / guessed_rate(host, work), "arithmetic")
     _, is_other, ratio, timed = min(candidates, key=lambda candidate: candidate[:2])
-    if (timed.height, timed.width) == (work.height, work.width):
+    if (timed.height, timed.width) == (work.height, work.width) and work.is_plain:
         figure: Figure = "step of a like host" if is_other else "step"
         return Estimate(timed.step_seconds, figure, timed.when)
     return Estimate(timed.step_seconds * ratio, "step of another size", timed.when)
 
 
 def ring_time(
-    view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Workload
+    view: MeshView,
+    ranks: tuple[int, ...],
+    placement: Placement,
+    work: Workload,
+    shares: Shares = EVEN,
 ) -> StepTiming | None:
     """What these hosts took for a step together, at the size nearest to the work's.
 
-    As jobs found on just this ring, or as the hosts timed it with so many; the later of two that
-    are equally near. None where neither did.
+    As jobs found on just this ring, or as the hosts timed it with so many; of those that are
+    equally near the one with these shares, or else the latest. None where neither did.
     """
     pixels, timings = work.height * work.width, _timed_together(view, ranks, placement, work)
+    backend = view.backend_of(ranks)
     timings += [
         job.measured
         for job in view.timings.jobs
-        if (job.backend, job.ranks) == (view.backend, ranks)
+        if job.ranks == ranks
+        and job.backend == backend
         and job.measured.placement == placement
         and is_of(job.measured, work)
     ]
     return min(
         timings,
-        key=lambda timing: (abs(math.log(pixels / (timing.height * timing.width))), -timing.when),
+        key=lambda timing: (
+            abs(math.log(pixels / (timing.height * timing.width))),
+            timing.shares != shares,
+            -timing.when,
+        ),
         default=None,
     )
 
@@ -86,14 +103,16 @@ def _timed_together(
     view: MeshView, ranks: tuple[int, ...], placement: Placement, work: Workload
 ) -> list[StepTiming]:
     """A step of so many hosts at each size that all of these timed: the slowest one's time."""
-    size = len(ranks)
-    slowest: dict[tuple[int, int], StepTiming] = {}
-    tellers: dict[tuple[int, int], set[int]] = {}
+    size, backend = len(ranks), view.backend_of(ranks)
+    slowest: dict[tuple[int, int, Shares], StepTiming] = {}
+    tellers: dict[tuple[int, int, Shares], set[int]] = {}
     for rank in ranks:
         for timed in view.timed(rank).measured:
             if (timed.placement, timed.hosts) != (placement, size) or not is_of(timed, work):
                 continue
-            at = (timed.height, timed.width)
+            if timed.backend not in ("", backend):
+                continue
+            at = (timed.height, timed.width, timed.shares)
             tellers.setdefault(at, set()).add(rank)
             slowest[at] = max(timed, slowest.get(at, timed), key=lambda timing: timing.step_seconds)
     return [timed for at, timed in slowest.items() if len(tellers[at]) == size]
@@ -111,37 +130,14 @@ def decode_time(host: HostInfo, work: Workload, like: Sequence[StepTiming] = ())
     if timed:
         seconds, ratio = min(timed, key=lambda pair: abs(math.log(pair[1])))
         return seconds * ratio
-    flops = decode_flops(work.model.autoencoder, work.height, work.width)
-    return flops / (DECODE_RATE * _rate(host, work))
+    flops = decode_flops(work.model.architecture, work.height, work.width)
+    return flops / (DECODE_RATE * guessed_rate(host, work))
 
 
 @lru_cache(maxsize=256)
-def step_flops(model: ModelSizes, height: int, width: int) -> float:
-    """Arithmetic of one step of one image: the blocks' matrices and attention.
-
-    FLUX.1 at 1024x1024 and 512 text tokens: 74.4e12.
-    """
-    config, tokens = model.transformer, model.tokens(height, width)
-    hidden, mlp = config.hidden_size, config.mlp_hidden_dim
-    matrices = 4 * hidden**2 + 2 * hidden * mlp  # of a block, as one token meets them
-    blocks = config.depth + config.depth_single_blocks
-    return float(blocks * tokens * (2 * matrices + 4 * tokens * hidden))
-
-
-@lru_cache(maxsize=256)
-def decode_flops(config: AutoencoderConfig, height: int, width: int) -> float:
-    """Arithmetic of decoding one image: every convolution at its resolution, and attention."""
-    total = 0.0
-    coarsest = len(config.widths) - 1
-    for name, target in tensor_maps.autoencoder_tensors(config).items():
-        if not name.startswith("decoder.") or len(target.shape) != 4:
-            continue
-        level = 0 if name.startswith("decoder.conv_out") else coarsest
-        if name.startswith("decoder.up."):
-            level = int(name.split(".")[2]) - (".upsample." in name)
-        total += 2.0 * math.prod(target.shape) * height * width / 4**level
-    places = height * width / 4**coarsest
-    return total + (4 * places**2 * config.widths[-1] if config.mid_attention else 0)
+def decode_flops(model: Architecture, height: int, width: int) -> float:
+    """As `Architecture.decode_flops`, which counts every convolution, once."""
+    return model.decode_flops(height, width)
 
 
 def is_of(timed: StepTiming, work: Workload) -> bool:
@@ -150,6 +146,7 @@ def is_of(timed: StepTiming, work: Workload) -> bool:
     return (timed.model, timed.dtype, timed.bits) == (weights.model, weights.dtype, weights.bits)
 
 
-def _rate(host: HostInfo, work: Workload) -> float:
+def guessed_rate(host: HostInfo, work: Workload) -> float:
+    """FLOP a second, as an engine guesses at its device when it starts."""
     slower = FLOAT32_SLOWER if work.weights.dtype == "float32" else 1.0
     return host.flops_per_second / slower

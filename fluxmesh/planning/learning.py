@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from fluxmesh.cluster.snapshot import JobTiming, RingTiming, StepTiming, Timings
+from fluxmesh.cluster.snapshot import JobTiming, RingTiming, StepTiming, TextTiming, Timings
 
 LATEST = 0.5  # of an average
 MOST = 256  # kinds of jobs, and rings, that are remembered: the latest
@@ -29,17 +29,28 @@ def learned(known: Timings, news: Timings) -> Timings:
     jobs = {kind(job): job for job in known.jobs}
     for job in news.jobs:
         jobs[kind(job)] = _job(jobs.get(kind(job)), job)
+    texts = {text_kind(text): text for text in known.texts}
+    for text in news.texts:
+        before = texts.get(text_kind(text))
+        seconds = text.seconds if before is None else _average(before.seconds, text.seconds)
+        texts[text_kind(text)] = replace(text, seconds=seconds)
     return Timings(
         _latest(rings.values(), [ring.when for ring in rings.values()]),
         _latest(jobs.values(), [job.measured.when for job in jobs.values()]),
+        _latest(texts.values(), [text.when for text in texts.values()]),
     )
 
 
 def kind(job: JobTiming) -> Hashable:
-    """Equal for jobs whose times are averaged: same weights, size, placement and hosts."""
+    """Equal for jobs whose times are averaged: same weights, size, placement, hosts, shares."""
     m = job.measured
     weights = (m.model, m.dtype, m.bits)
-    return (job.backend, job.ranks, m.placement, *weights, m.height, m.width)
+    return (job.backend, job.ranks, m.placement, m.shares, *weights, m.height, m.width)
+
+
+def text_kind(text: TextTiming) -> Hashable:
+    """Equal for readings of prompts whose times are averaged."""
+    return (text.rank, text.model, text.dtype, text.bits, text.by_layers)
 
 
 def dated(news: Timings, when: float) -> Timings:
@@ -47,6 +58,7 @@ def dated(news: Timings, when: float) -> Timings:
     return Timings(
         tuple(replace(ring, when=when) for ring in news.rings),
         tuple(replace(job, measured=replace(job.measured, when=when)) for job in news.jobs),
+        tuple(replace(text, when=when) for text in news.texts),
     )
 
 
@@ -77,6 +89,9 @@ def _measured(old: StepTiming, new: StepTiming) -> StepTiming:
         decode_seconds=_known(old.decode_seconds, new.decode_seconds),
         # What one engine has compiled the next one may find on its disk: the latest counts.
         kernels_seconds=old.kernels_seconds if new.kernels_seconds is None else new.kernels_seconds,
+        placement_seconds=old.placement_seconds
+        if new.placement_seconds is None
+        else new.placement_seconds,
         first_seconds=_known(old.first_seconds, new.first_seconds),
     )
 

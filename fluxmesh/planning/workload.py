@@ -1,6 +1,6 @@
 """What a request asks for, in numbers: tokens, steps, bytes in memory, bytes on the wire. Pure.
 
-Stands between a checkpoint's configs (`config.py`, `tensor_maps.py`) and `plan.py`;
+Stands between what a family tells of a checkpoint (`models/base.py`) and `plan.py`;
 `cost.py` turns the same numbers into seconds. Bytes on the wire and of weights are counted
 exactly; memory of activations is estimated, from above. Left out, because every placement spends
 them alike: text encoding, the requests and pictures that travel between coordinator and agents.
@@ -9,78 +9,84 @@ them alike: text encoding, the requests and pictures that travel between coordin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import NamedTuple
 
-from fluxmesh.cluster.snapshot import ModelVariant, Placement, Platform
-from fluxmesh.models.flux1 import tensor_maps
-from fluxmesh.models.flux1.config import (
-    AutoencoderConfig,
-    ClipConfig,
-    FluxConfig,
-    ScheduleConfig,
-    T5Config,
-)
-from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.partition import token_run
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.cluster.snapshot import ModelVariant, Placement, Platform, prompt_mark
+from fluxmesh.models.base import Architecture, ModelDefaults, Role
+from fluxmesh.models.partition import TokenRuns
+from fluxmesh.models.transformer_shape import TransformerShape
 from fluxmesh.planning.activations import (
     SPLIT_STATES,
     STATES,
     WIDE_STATES,
     decoding_bytes,
     largest_of_decode,
+    largest_of_encode,
 )
 from fluxmesh.request import DTYPE_BYTES as BYTES
 from fluxmesh.request import FilledRequest, GenerateRequest
-from fluxmesh.sampling.schedule import timesteps
-from fluxmesh.weights.checkpoint import Checkpoint, ModelDefaults
+from fluxmesh.sampling.schedule import first_step
+from fluxmesh.weights.checkpoint import Checkpoint
+
+TEXT_STATES = 4  # arrays as large as a text encoder's widest that are there at once
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """What must be known of a checkpoint in order to plan with it; its files may be elsewhere."""
 
-    transformer: FluxConfig
-    t5: T5Config
-    clip: ClipConfig
-    autoencoder: AutoencoderConfig
-    defaults: ModelDefaults
+    architecture: Architecture
     bits: int | None = None  # that the checkpoint itself is quantized to
+    text_bits: int | None = None  # that its text encoders are, where those have others
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelSizes:
-        return cls(
-            checkpoint.transformer,
-            checkpoint.t5,
-            checkpoint.clip,
-            checkpoint.autoencoder,
-            checkpoint.defaults,
-            checkpoint.bits,
-        )
+        return cls(checkpoint.architecture, checkpoint.bits, checkpoint.text_bits)
+
+    @property
+    def defaults(self) -> ModelDefaults:
+        return self.architecture.defaults
 
     def fill(self, request: GenerateRequest) -> FilledRequest:
         """The request, with what it leaves open as the model has it.
 
-        A picture to begin from says the size, where the request does not. Raises `UsageError`.
+        A picture to begin from says the size, where the request does not, or reference pictures,
+        which are brought to the sizes at which the model reads them. Raises `UsageError`.
         """
-        own = self.defaults
-        height, width = own.height, own.width
+        own, model = self.defaults, self.architecture
+        references = request.references
+        if not isinstance(request, FilledRequest):
+            references = tuple(map(model.fitted, references))
+        height, width = model.size_of(references) or (own.height, own.width)
+        if request.control is not None and "control" in model.takes:
+            height, width = model.size_of_control(request.control)
         if request.source is not None and request.height is None and request.width is None:
             height, width = request.source.pixels.shape[:2]
         values = {field.name: getattr(request, field.name) for field in fields(GenerateRequest)}
+        guidance = own.guidance if request.guidance is None else request.guidance
+        if model.guidance_is_cfg and request.cfg is not None:
+            guidance = request.cfg
+        cfg = 1.0  # where it is not the same as guidance
+        if not model.guidance_is_cfg and request.cfg is not None:
+            cfg = request.cfg
+        elif not model.guidance_is_cfg and request.negative is not None:
+            cfg = model.true_cfg
+        negative = request.negative
+        if not model.guidance_is_cfg:  # a negative prompt is read where it is moved away from
+            negative = (negative or "") if cfg > 1 else None
         values |= {
             "height": request.height or height,
             "width": request.width or width,
             "steps": request.steps or own.steps,
-            "guidance": own.guidance if request.guidance is None else request.guidance,
+            "guidance": guidance,
+            "references": references,
+            "cfg": cfg,
+            "negative": negative,
         }
         return FilledRequest(**values)
-
-    def tokens(self, height: int, width: int) -> int:
-        """S: tokens of text and image, for a picture of that many pixels."""
-        side = 2 * self.autoencoder.downsampling  # pixels along a token
-        return self.defaults.t5_max_length + math.ceil(height / side) * math.ceil(width / side)
 
 
 class Resident(NamedTuple):
@@ -89,12 +95,26 @@ class Resident(NamedTuple):
     split: int
     kept: int
 
-    def on_each_of(self, shards: int) -> int:
-        return math.ceil(self.split / shards) + self.kept
+    def on_each_of(self, shards: int, part: float | None = None) -> int:
+        """On one of so many hosts that hold a shard each; `part` is its own where they differ."""
+        split = self.split / shards if part is None else self.split * part
+        return math.ceil(split) + self.kept
+
+
+class OwnShare(NamedTuple):
+    """What one host of a ring has of a step, where not all have the same."""
+
+    own: int = 0  # tokens, with `sequence`
+    longest: int = 0  # of any host of the ring
+    heads: float = 0.0  # part of them, with `tensor`
+    columns: float = 0.0  # part of the MLPs' columns
 
 
 class Phases(NamedTuple):
-    """Bytes that an engine needs while it denoises, and while it decodes."""
+    """Bytes that an engine needs while it denoises, and while it decodes.
+
+    Who encodes pictures beside that, `Workload.encoding_memory` says.
+    """
 
     denoise: int
     decode: int
@@ -113,28 +133,77 @@ class Workload:
     decoding_batch_size: int = 1
     preload: bool = False
     low_memory: bool = False
+    added: int = 0  # tokens of reference pictures
+    reference_pixels: int = 0  # of the largest of these
+    reads_canvas: bool = False  # a picture of the output's size is encoded: a source, a control map
+    calls: int = 0  # of the transformer in a step; 0: as many as the model takes by itself
+    mark: str = ""  # `prompt_mark` of the prompt: who remembers it need not read it
+    is_read: bool = False  # the prompt: nobody has to any more
 
     @classmethod
     def of(cls, request: FilledRequest, model: ModelSizes) -> Workload:
         """The work that a request to a model of these sizes is."""
         strength = 1.0 if request.source is None else request.source.strength
-        levels = timesteps(request.steps, 1, ScheduleConfig(), strength)
+        sizes = (picture.shape for picture in request.references)
         return cls(
             model,
-            ModelVariant.of(request, model.bits),
+            ModelVariant.of(request, model.bits, model.text_bits),
             request.n_images,
             request.height,
             request.width,
-            len(levels) - 1,
+            request.steps - first_step(request.steps, strength),
             request.decoding_batch_size,
             request.preload,
             request.low_memory,
+            added=model.architecture.added_tokens(request.references),
+            # What has models that see references needs no autoencoder for them.
+            reference_pixels=0
+            if model.architecture.of_role("vision")
+            else max((height * width for height, width, _ in sizes), default=0),
+            reads_canvas=request.source is not None or request.control is not None,
+            calls=model.architecture.calls(request.guidance, request.cfg),
+            mark=prompt_mark(request.prompt, request.t5_padding, request.negative),
         )
+
+    @property
+    def plain(self) -> Workload:
+        """The same of a prompt alone, as steps are timed."""
+        return replace(self, added=0, calls=0, reference_pixels=0, reads_canvas=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step of it takes as long as one of a prompt alone."""
+        return not self.added and self.shape == self.model.architecture.shape
+
+    @cached_property
+    def step_flops(self) -> float:
+        """Arithmetic of one step of one image, after the first."""
+        return self.shape.flops(self.tokens, self.remembered)
+
+    @cached_property
+    def begin_flops(self) -> float:
+        """Arithmetic before the first step of a request: keys and values of remembered references.
+
+        Their tokens attend to one another alone, in one call.
+        """
+        return replace(self.shape, calls=1).flops(self.remembered)
+
+    @property
+    def encoded_pixels(self) -> int:
+        """Of the largest picture that an engine encodes; 0: none."""
+        canvas = self.height * self.width if self.reads_canvas else 0
+        return max(canvas, self.reference_pixels)
 
     @cached_property
     def tokens(self) -> int:
-        """S: text and image."""
-        return self.model.tokens(self.height, self.width)
+        """S: text and image, and reference pictures unless they are remembered."""
+        tokens = self.model.architecture.tokens(self.height, self.width)
+        return tokens + self.added - self.remembered
+
+    @property
+    def remembered(self) -> int:
+        """Tokens of which keys and values are kept, which all others attend to."""
+        return self.added if self.model.architecture.remembers_references else 0
 
     @property
     def is_quantized(self) -> bool:
@@ -143,189 +212,191 @@ class Workload:
     @cached_property
     def transformer(self) -> Resident:
         """Bytes of the transformer in memory."""
-        return _resident(self.model.transformer, self.weights.dtype, self.weights.bits)
+        return _resident(self.model.architecture, self.weights.dtype, self.weights.bits)
 
     @cached_property
     def modulation_bytes(self) -> int:
         """What `low_memory` lets leave of the transformer, which `tensor` splits."""
-        return _modulation_bytes(self.model.transformer, self.weights.dtype, self.weights.bits)
+        return self._nbytes("modulator")
 
     @cached_property
     def transformer_file(self) -> Resident:
         """Bytes of the transformer as a checkpoint stores it."""
-        return _resident(self.model.transformer, "bfloat16", self.model.bits)
+        return _resident(self.model.architecture, "bfloat16", self.model.bits)
 
     @cached_property
     def autoencoder_bytes(self) -> int:
-        return _autoencoder_parameters(self.model.autoencoder) * BYTES[self.weights.dtype]
+        return self._nbytes("autoencoder")
 
     @cached_property
     def text_bytes(self) -> int:
-        """T5 and CLIP in memory."""
-        return _text_bytes(self.model.clip, self.model.t5, self.weights.dtype, self.weights.bits)
+        """The text encoders in memory, and what sees references where they do."""
+        weights = self.weights
+        text = self.model.architecture.nbytes(("text",), weights.dtype, weights.bits_of_text)
+        return text + self.vision_bytes
 
-    def sent_a_step(self, placement: Placement, hosts: int) -> int:
+    @cached_property
+    def text_file_bytes(self) -> int:
+        """The same as a checkpoint stores them."""
+        model = self.model
+        text = model.architecture.nbytes(("text",), "bfloat16", model.text_bits or model.bits)
+        return text + self._vision_bytes("bfloat16")
+
+    @cached_property
+    def vision_bytes(self) -> int:
+        """What sees the request's references in the place of the autoencoder, in memory: it comes
+        where the prompt is read, after the text encoders, and is never quantized."""
+        return self._vision_bytes(self.weights.dtype)
+
+    @cached_property
+    def text_working_bytes(self) -> int:
+        """Of what text encoders compute beside their weights."""
+        return TEXT_STATES * self.model.architecture.text_row * BYTES[self.weights.dtype]
+
+    @cached_property
+    def shape(self) -> TransformerShape:
+        shape = self.model.architecture.shape
+        return replace(shape, calls=self.calls or shape.calls)
+
+    def share(
+        self, placement: Placement, hosts: int, shares: Shares, place: int
+    ) -> OwnShare | None:
+        """That of the host at `place` of the ring; None where all have the same."""
+        if shares.are_even:
+            return None
+        if placement == "sequence":
+            runs = TokenRuns.of(self.tokens, hosts, shares)
+            return OwnShare(runs.counts[place], runs.longest)
+        heads, columns = shares.heads, shares.columns
+        return OwnShare(heads=heads[place] / sum(heads), columns=columns[place] / sum(columns))
+
+    def weights_part(self, share: OwnShare | None) -> float | None:
+        """Of what `tensor` splits of the weights, the part that such a host holds."""
+        if share is None:
+            return None
+        weights = self.weights
+        columns = self.model.architecture.column_part(weights.dtype, weights.bits)
+        return columns * share.columns + (1 - columns) * share.heads
+
+    def sent_a_step(self, placement: Placement, hosts: int, shares: Shares = EVEN) -> int:
         """Bytes that each host sends in a step: all-gathers of K and V, or ring reductions."""
         if placement == "data" or hosts < 2:
             return 0
-        each = self.collective_bytes(placement, hosts)
+        each = self.collective_bytes(placement, hosts, shares)
         if placement == "sequence":
-            return self.collectives(placement) * (hosts - 1) * each
-        return math.ceil(self.collectives(placement) * 2 * (hosts - 1) * each / hosts)
+            return self.shape.collectives(placement) * (hosts - 1) * each
+        return math.ceil(self.shape.collectives(placement) * 2 * (hosts - 1) * each / hosts)
 
-    def collective_bytes(self, placement: Placement, hosts: int) -> int:
+    def collective_bytes(self, placement: Placement, hosts: int, shares: Shares = EVEN) -> int:
         """Of the array that each host gives to one collective: its K and V, or a part of a sum."""
-        row = self.model.transformer.hidden_size * BYTES[self.weights.dtype]
+        row = self.shape.hidden_size * BYTES[self.weights.dtype]
         if placement == "data":
             return 0
         if placement == "sequence":
-            # Gathers take equal shapes: every host's tokens are padded to those of the first.
-            return 2 * math.ceil(self.tokens / hosts) * row
+            # Gathers take equal shapes: every host's tokens are padded to the most that one has.
+            return 2 * TokenRuns.of(self.tokens, hosts, shares).longest * row
         return self.tokens * row
 
     @cached_property
     def beside_gathers(self) -> tuple[tuple[int, float], ...]:
-        """(blocks, the part of such a block's arithmetic that needs no keys of other hosts).
-
-        Double blocks compute their queries while keys and values travel, single blocks the inner
-        half of their MLP too.
-        """
-        config = self.model.transformer
-        hidden, mlp = config.hidden_size, config.mlp_hidden_dim
-        block = 4 * hidden**2 + 2 * hidden * mlp + 2 * self.tokens * hidden
-        return (
-            (config.depth, hidden**2 / block),
-            (config.depth_single_blocks, (hidden**2 + hidden * mlp) / block),
-        )
-
-    def collectives(self, placement: Placement) -> int:
-        """Collectives in a step, whatever the number of hosts."""
-        config = self.model.transformer
-        if placement == "data":
-            return 0
-        doubles = 1 if placement == "sequence" else 2
-        return doubles * config.depth + config.depth_single_blocks
+        """(blocks, the part of such a block's arithmetic that needs no keys of other hosts)."""
+        return tuple(self.shape.beside_gathers(self.tokens))
 
     def sent_a_request(self, placement: Placement, hosts: int) -> int:
-        """Bytes beside the steps': `tensor` gathers the modulations of all steps, once."""
+        """Bytes beside the steps': what `tensor` splits of the modulations is gathered, once."""
         if placement != "tensor" or hosts < 2:
             return 0
-        config = self.model.transformer
-        columns = (12 * config.depth + 3 * config.depth_single_blocks + 2) * config.hidden_size
-        whole = self.steps * columns * BYTES[self.weights.dtype]
+        shape = self.shape
+        whole = self.steps * shape.calls * shape.split_modulations * BYTES[self.weights.dtype]
         return math.ceil(whole * (hosts - 1) / hosts)
 
     def memory(
-        self, placement: Placement, hosts: int, shards: int, platform: Platform = "cuda"
+        self,
+        placement: Placement,
+        hosts: int,
+        shards: int,
+        platform: Platform = "cuda",
+        share: OwnShare | None = None,
     ) -> Phases:
-        """Bytes on one of `hosts` hosts whose engine holds 1/`shards` of the transformer."""
-        config, size = self.model.transformer, BYTES[self.weights.dtype]
-        row = config.hidden_size * size
+        """Bytes on one of `hosts` hosts whose engine holds 1/`shards` of the transformer.
+
+        `share` is its own where not all hosts have the same.
+        """
+        row = self.shape.hidden_size * BYTES[self.weights.dtype]
         states = STATES + (WIDE_STATES if self.weights.dtype == "float16" else 0)
-        if placement == "sequence":
-            own = math.ceil(self.tokens / hosts)
+        tokens = max(self.tokens, self.remembered)  # those of a step, or of references before it
+        if placement == "sequence" and share is not None:
+            # K and V, whole: as they were gathered, without what filled them up, and turned
+            own, longest = (math.ceil(n * tokens / self.tokens) for n in share[:2])
+            every = 2 * longest * hosts + 4 * tokens
+            working = (states * own + every) * row
+        elif placement == "sequence":
+            own = math.ceil(tokens / hosts)
             working = states * own * row + 4 * own * hosts * row  # K and V, whole, twice
         elif placement == "tensor":
-            kept = states - SPLIT_STATES
-            working = math.ceil((kept + SPLIT_STATES / hosts) * self.tokens * row)
+            whole = states - SPLIT_STATES
+            split = SPLIT_STATES / hosts
+            if share is not None:
+                split = SPLIT_STATES * max(share.heads, share.columns)
+            working = math.ceil((whole + split) * tokens * row)
         else:
-            working = states * self.tokens * row
-        transformer = self.transformer.on_each_of(shards)
+            working = states * tokens * row
+        kept = 2 * self.remembered * self.shape.blocks * row  # keys and values, in all blocks
+        if placement == "tensor":  # of this rank's heads
+            kept = math.ceil(kept / hosts if share is None else kept * share.heads)
+        part_held = self.weights_part(share) if shards > 1 else None
+        transformer = self.transformer.on_each_of(shards, part_held)
         decode = self.autoencoder_bytes + self._decode_bytes(platform)
+        # Whoever encodes pictures keeps what it did that with.
+        extra = self.autoencoder_bytes if self.preload or self.encoded_pixels else 0
         if self.low_memory:  # the modulation weights, then the others, then the autoencoder
             modulation = math.ceil(self.modulation_bytes / shards)
-            return Phases(max(modulation, transformer - modulation + working), decode)
-        extra = self.autoencoder_bytes if self.preload else 0
-        return Phases(transformer + working + extra, decode + transformer)
+            if share is not None and shards > 1:
+                modulation = math.ceil(self.modulation_bytes * share.heads)
+            least = max(modulation, transformer - modulation + working + kept)
+            return Phases(least + extra, decode)
+        return Phases(transformer + working + kept + extra, decode + transformer + kept)
+
+    def encoding_memory(
+        self, shards: int, platform: Platform, weights_part: float | None = None
+    ) -> int:
+        """Bytes on the one host that encodes the request's pictures, one after another; 0: none.
+
+        Beside its part of the transformer, 1/`shards` or `weights_part` of what is split, which may
+        be there from earlier requests and leaves in low memory alone.
+        """
+        if not self.encoded_pixels:
+            return 0
+        size = BYTES[self.weights.dtype]
+        largest = largest_of_encode(self.model.architecture, self.encoded_pixels, size)
+        encode = self.autoencoder_bytes + decoding_bytes(largest, platform)
+        if self.low_memory:
+            return encode
+        return encode + self.transformer.on_each_of(shards, weights_part)
+
+    def _vision_bytes(self, dtype: str) -> int:
+        return self.model.architecture.nbytes(("vision",), dtype, None) if self.added else 0
+
+    def _nbytes(self, role: Role) -> int:
+        return self.model.architecture.nbytes((role,), self.weights.dtype, self.weights.bits)
 
     def _decode_bytes(self, platform: Platform) -> int:
         size, batch = BYTES[self.weights.dtype], min(self.decoding_batch_size, self.images)
-        largest = largest_of_decode(self.model.autoencoder, self.height, self.width, size)
+        largest = largest_of_decode(self.model.architecture, self.height, self.width, size)
         return decoding_bytes(batch * largest, platform)
 
 
-def tensor_problem(work: Workload, hosts: int) -> str:
-    """Why `tensor` can't split this model over so many hosts; "" where it can.
-
-    Heads stay whole, and so do quantization groups: matrices that are split along their columns
-    (those that lead out of attention and MLP) are quantized in groups along the same columns.
-    """
-    config = work.model.transformer
-    if config.num_heads % hosts:
-        return f"{config.num_heads} heads do not divide by {hosts}"
-    if config.mlp_hidden_dim % hosts:
-        return f"{config.mlp_hidden_dim} MLP columns do not divide by {hosts}"
-    if not work.is_quantized:
-        return ""
-    hidden, mlp = config.hidden_size, config.mlp_hidden_dim
-    for name, columns, parts in (
-        ("double_blocks.0.img_attn.proj.weight", hidden, (hidden,)),
-        ("double_blocks.0.img_mlp.2.weight", mlp, (mlp,)),
-        ("single_blocks.0.linear2.weight", hidden + mlp, (hidden, mlp)),
-    ):
-        group = group_size("transformer", name, (hidden, columns))
-        for part in parts:
-            if group and part // hosts % group:
-                return (
-                    f"{part} columns over {hosts} hosts are {part // hosts}, not whole "
-                    f"quantization groups of {group}"
-                )
-    return ""
+def tensor_problem(work: Workload, hosts: int, shares: Shares = EVEN) -> str:
+    """Why `tensor` can't split this model over so many hosts, in these shares; "" where it can."""
+    return work.model.architecture.partition.obstacle(hosts, work.is_quantized, shares) or ""
 
 
-def split_tokens(tokens: int, hosts: int) -> tuple[int, ...]:
+def split_tokens(tokens: int, hosts: int, shares: Shares = EVEN) -> tuple[int, ...]:
     """Tokens of each rank under `sequence`, without what fills up the last ones."""
-    runs = (token_run(tokens, rank, hosts) for rank in range(hosts))
-    return tuple(max(0, min(stop, tokens) - start) for start, stop in runs)
+    return TokenRuns.of(tokens, hosts, shares).own
 
 
-@lru_cache(maxsize=64)
-def _resident(config: FluxConfig, dtype: str, bits: int | None) -> Resident:
-    """Blocks and modulations are split; embedders, norms and the last linear are kept."""
-    tensors = tensor_maps.transformer_tensors(config)
-    split = {
-        name: target
-        for name, target in tensors.items()
-        if name.startswith(("double_blocks.", "single_blocks.", "final_layer.adaLN_modulation."))
-        and ".norm." not in name
-    }
-    kept = {name: target for name, target in tensors.items() if name not in split}
-    return Resident(
-        _bytes("transformer", split, dtype, bits), _bytes("transformer", kept, dtype, bits)
-    )
-
-
-@lru_cache(maxsize=64)
-def _modulation_bytes(config: FluxConfig, dtype: str, bits: int | None) -> int:
-    tensors = tensor_maps.transformer_tensors(config)
-    some = {name: target for name, target in tensors.items() if tensor_maps.modulates(name)}
-    return _bytes("transformer", some, dtype, bits)
-
-
-@lru_cache(maxsize=64)
-def _autoencoder_parameters(config: AutoencoderConfig) -> int:
-    return tensor_maps.parameter_count(tensor_maps.autoencoder_tensors(config))
-
-
-@lru_cache(maxsize=64)
-def _text_bytes(clip: ClipConfig, t5: T5Config, dtype: str, bits: int | None) -> int:
-    return sum(
-        _bytes(component, tensors, dtype, bits)
-        for component, tensors in (
-            ("text_encoder", tensor_maps.clip_tensors(clip)),
-            ("text_encoder_2", tensor_maps.t5_tensors(t5)),
-        )
-    )
-
-
-def _bytes(component: str, tensors: tensor_maps.Tensors, dtype: str, bits: int | None) -> int:
-    """Bytes of tensors in memory, the large matrices quantized where `bits` says so."""
-    total = 0
-    for name, target in tensors.items():
-        count = math.prod(target.shape)
-        group = group_size(component, name, target.shape) if bits else None
-        if bits is None or group is None:
-            total += count * BYTES[dtype]
-        else:  # a scale and a bias a group
-            total += count * bits // 8 + 2 * (count // group) * BYTES[dtype]
-    return total
+def _resident(architecture: Architecture, dtype: str, bits: int | None) -> Resident:
+    """Blocks, and modulations where they are cut, are split; the rest each host keeps."""
+    split = architecture.split_bytes(dtype, bits)
+    return Resident(split, architecture.nbytes(("modulator", "denoiser"), dtype, bits) - split)

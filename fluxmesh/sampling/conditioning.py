@@ -1,8 +1,7 @@
-"""What the transformer is told about a prompt, and a memory of the last few prompts.
+"""A memory of the last few prompts: one that was seen lately costs nothing.
 
-T5's features and CLIP's pooled vector depend on the prompt alone, so a prompt seen before costs
-nothing: `PromptMemory` keeps the latest. Stands below the pipeline; the encoders themselves are
-in `t5.py` and `clip.py`.
+Features depend on what is read and on the bits of the text encoders alone. Stands below the
+pipeline; what they are is their family's (`models/runtime.py`).
 """
 
 from __future__ import annotations
@@ -10,35 +9,58 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-import mlx.core as mx
+from fluxmesh.models.runtime import PromptFeatures
 
 REMEMBERED = 16  # prompts; 512 tokens of T5-XXL's features are 4 MiB in bfloat16
 
 
-class Conditioning(NamedTuple):
-    """A prompt as the transformer reads it, in the dtype of the encoders' weights."""
+class PromptKey(NamedTuple):
+    """All that a prompt's features depend on, beside the weights as they are stored."""
 
-    t5: mx.array  # [1, T, context_in_dim], one vector a token
-    clip: mx.array  # [1, vec_in_dim], one vector a prompt
+    prompt: str
+    padded: bool
+    negative: str | None  # what to move away from; None is the model's own
+    bits: int | None  # of the text encoders, where they have their own
 
 
 class PromptMemory:
-    """The conditioning of the latest prompts, least recently used first out."""
+    """The features of the latest prompts, least recently used first out."""
 
     def __init__(self, size: int = REMEMBERED) -> None:
         self.size = size
-        self._known: OrderedDict[tuple[str, bool], Conditioning] = OrderedDict()
+        self._known: OrderedDict[PromptKey, PromptFeatures] = OrderedDict()
 
-    def get(self, prompt: str, padded: bool) -> Conditioning | None:
-        """What was stored for this prompt with this padding, or None."""
-        conditioning = self._known.get((prompt, padded))
-        if conditioning is not None:
-            self._known.move_to_end((prompt, padded))
-        return conditioning
+    @property
+    def prompts(self) -> tuple[PromptKey, ...]:
+        """What is remembered, the least recently used first."""
+        return tuple(self._known)
 
-    def put(self, prompt: str, padded: bool, conditioning: Conditioning) -> None:
+    def get(
+        self,
+        prompt: str,
+        padded: bool,
+        negative: str | None = None,
+        bits: int | None = None,
+    ) -> PromptFeatures | None:
+        """What was stored for this prompt with this padding and this negative prompt, as text
+        encoders of so many bits read them, or None."""
+        key = PromptKey(prompt, padded, negative, bits)
+        features = self._known.get(key)
+        if features is not None:
+            self._known.move_to_end(key)
+        return features
+
+    def put(
+        self,
+        prompt: str,
+        padded: bool,
+        features: PromptFeatures,
+        negative: str | None = None,
+        bits: int | None = None,
+    ) -> None:
         """Stores what `get` then finds, and forgets the least recently used beyond `size`."""
-        self._known[prompt, padded] = conditioning
-        self._known.move_to_end((prompt, padded))
+        key = PromptKey(prompt, padded, negative, bits)
+        self._known[key] = features
+        self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)

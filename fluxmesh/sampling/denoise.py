@@ -1,9 +1,9 @@
 """The sampler: from noise to a picture's latents, one step at a time, as a generator.
 
-`plan` computes what all images of a request share (time steps, modulations, rotary tables);
-`denoise` then walks one image from its noise to its latents and yields after each step without
-evaluating anything: the caller evaluates, reports, shows a preview or stops. Stands between the
-transformer (`transformer.py`) and the pipeline (`pipeline.py`), and knows neither files nor
+A family's runtime computes what all images of a request share (`DenoisePlan`: time steps,
+modulations, rotary tables); `denoise` then walks one image from its noise to its latents and yields
+after each step without evaluating anything: the caller evaluates, reports, shows a preview or
+stops. Stands between the transformer and the pipeline (`pipeline.py`), and knows neither files nor
 prompts.
 
 The flow is straight: x_t = (1 - t) * clean + t * noise, the model predicts dx/dt, and an Euler
@@ -13,18 +13,14 @@ Fast"). Latents and their update are float32 whatever the dtype of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.transformer import Modulations
+from fluxmesh.models.runtime import DenoisePlan
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.sampling import latents
-from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.img2img import SourceLatents
 
 Guide = Callable[[mx.array, int], mx.array]
@@ -37,32 +33,6 @@ differentiated, not the transformer: a step costs no more memory than without a 
 Source: He et al. 2023, "Manifold Preserving Guided Diffusion" (https://arxiv.org/abs/2311.16424),
 without its projection.
 """
-
-
-class Flow(Protocol):
-    """What the sampler asks of a transformer: `Flux`, or one spread over hosts by `parallel.py`."""
-
-    @property
-    def config(self) -> FluxConfig: ...
-
-    @property
-    def dtype(self) -> mx.Dtype: ...
-
-    def rope(self, txt_ids: np.ndarray, img_ids: np.ndarray, /) -> mx.array: ...
-
-    def modulations(
-        self, timesteps: mx.array, y: mx.array, guidance: float | None, /
-    ) -> Modulations: ...
-
-    def __call__(
-        self,
-        img: mx.array,
-        txt: mx.array,
-        pe: mx.array,
-        modulation: Modulations,
-        cache: StepCache | None = None,
-        /,
-    ) -> mx.array: ...
 
 
 class StepState(NamedTuple):
@@ -80,39 +50,8 @@ class Basis(NamedTuple):
     latents: mx.array | None  # that it began from; None: those of the very beginning
 
 
-@dataclass(frozen=True)
-class DenoisePlan:
-    """What every image of one request has in common."""
-
-    times: list[float]  # noise levels from the first to 0.0: one more than steps
-    text: mx.array  # T5's features [1, T, context_in_dim]
-    modulations: Modulations  # of all steps
-    pe: mx.array  # rotary tables, float32
-    latent_size: tuple[int, int]  # (height, width) in latents
-
-    @property
-    def steps(self) -> int:
-        return len(self.times) - 1
-
-
-def plan(
-    flow: Flow,
-    text: Conditioning,
-    times: list[float],
-    latent_size: tuple[int, int],
-    guidance: float,
-) -> DenoisePlan:
-    """Computes modulations and rotary tables, lazily; `guidance` is for models that embed it."""
-    strength = guidance if flow.config.guidance_embed else None
-    rows, columns = (side // latents.PATCH for side in latent_size)
-    pe = flow.rope(latents.text_positions(text.t5.shape[1]), latents.image_positions(rows, columns))
-    levels = mx.array(times[:-1], dtype=mx.float32)
-    modulations = flow.modulations(levels, text.clip, strength)
-    return DenoisePlan(times, text.t5.astype(flow.dtype), modulations, pe, latent_size)
-
-
 def denoise(
-    flow: Flow,
+    flow: Any,
     plan: DenoisePlan,
     noise: mx.array,
     *,
@@ -120,7 +59,7 @@ def denoise(
     guide: Guide | None = None,
     first: int = 0,
     latents: mx.array | None = None,
-    cache: StepCache | None = None,
+    caches: Sequence[StepCache] = (),
     basis: Basis | None = None,
 ) -> Iterator[StepState]:
     """Yields a `StepState` for each of `plan.steps` steps of one image; nothing is evaluated.
@@ -129,26 +68,24 @@ def denoise(
     first time step, and after every step puts back what its mask keeps. With `first`, goes on
     from the `latents` that so many steps left, to the same bytes as without the interruption.
 
-    With an empty `cache`, steps that differ little are approximated, the first and the last never;
-    then each step evaluates its beginning, in order to compare. To go on to the same bytes it needs
+    `flow` is the transformer, also spread over hosts. With empty `caches`, one for each of
+    `plan.calls`, steps that differ little are approximated, the first and the last never; then each
+    step evaluates its beginning, in order to compare. To go on to the same bytes it needs
     a `basis`, whose blocks are computed again; without one, the step after `first` is computed.
     """
     x = start = noise if source is None else source.noised(noise, plan.times[0])
 
-    def velocity_of(x: mx.array, i: int) -> mx.array:
-        modulation = plan.modulations.at(i)
-        return flow(x.astype(flow.dtype), plan.text, plan.pe, modulation, cache)
-
     if first:
         assert latents is not None, "to go on, the latents after the last step are needed"
         x = latents
-        if cache is not None and basis is not None:
-            velocity_of(start if basis.latents is None else basis.latents, basis.step)
+        if caches and basis is not None:
+            begun = start if basis.latents is None else basis.latents
+            plan.velocity(flow, begun, basis.step, caches)
     for i in range(first, plan.steps):
         t, t_next = plan.times[i], plan.times[i + 1]
-        if cache is not None:
+        for cache in caches:
             cache.is_forced = i == plan.steps - 1
-        velocity = velocity_of(x, i).astype(mx.float32)
+        velocity = plan.velocity(flow, x, i, caches)
         clean = x - t * velocity
         if guide is not None:
             clean = clean - _pull(guide, clean, plan.latent_size, i)
@@ -157,7 +94,7 @@ def denoise(
         if source is not None:
             x = source.keep(x, noise, t_next)
             clean = source.keep(clean, noise, 0.0)
-        yield StepState(x, clean, cache is not None and cache.reused)
+        yield StepState(x, clean, any(cache.reused for cache in caches))
 
 
 def _pull(guide: Guide, clean: mx.array, latent_size: tuple[int, int], step: int) -> mx.array:

@@ -3,7 +3,7 @@
 An image's noise is a function of its seed and size alone, drawn here and nowhere else, so that
 image k of a request is the same on every host, placement and backend.
 
-The transformer reads latents packed into tokens (`models/packing.py`).
+The transformer reads latents packed into tokens (`models/autoencoder/packing.py`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 from fluxmesh.errors import UsageError
-from fluxmesh.models.packing import PATCH, pack, unpack
+from fluxmesh.models.autoencoder.packing import PATCH, pack, unpack
 
 __all__ = [
     "PATCH",
-    "image_positions",
     "initial_noise",
     "pack",
-    "text_positions",
     "token_grid",
     "unpack",
 ]
@@ -48,16 +46,3 @@ def token_grid(height: int, width: int, downsampling: int = 8) -> tuple[int, int
     if height < side or width < side or height % side or width % side:
         raise UsageError(f"The image is {height}x{width}; each side must be a multiple of {side}.")
     return height // side, width // side
-
-
-def image_positions(rows: int, columns: int) -> np.ndarray:
-    """Position ids of image tokens, int32 [rows * columns, 3]: (0, row, column)."""
-    ids = np.zeros((rows, columns, 3), dtype=np.int32)
-    ids[..., 1] = np.arange(rows)[:, None]
-    ids[..., 2] = np.arange(columns)[None, :]
-    return ids.reshape(rows * columns, 3)
-
-
-def text_positions(length: int) -> np.ndarray:
-    """Position ids of text tokens, int32 [length, 3]: all zero."""
-    return np.zeros((length, 3), dtype=np.int32)

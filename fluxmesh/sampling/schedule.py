@@ -12,23 +12,11 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers" (https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 
 from fluxmesh.errors import UsageError
-
-
-class Shifting(Protocol):
-    """How a family shifts its time steps: `flux1.config.ScheduleConfig`, and others'."""
-
-    @property
-    def use_dynamic_shifting(self) -> bool: ...
-
-    @property
-    def shift(self) -> float: ...  # used when not dynamic
-
-    def mu(self, image_seq_len: int, steps: int, /) -> float: ...
+from fluxmesh.models.base import Shifting
 
 
 def timesteps(
@@ -45,16 +33,22 @@ def timesteps(
     """
     if steps < 1:
         raise UsageError(f"steps is {steps}; it must be at least 1.")
-    if not 0 < strength <= 1:
-        raise UsageError(f"strength is {strength}; it must be above 0 and at most 1.")
-
+    first = first_step(steps, strength)
     linear = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if schedule.use_dynamic_shifting:
         factor = math.exp(schedule.mu(image_seq_len, steps))
         levels = factor / (factor + (1 / linear - 1))
     else:
         levels = schedule.shift * linear / (1 + (schedule.shift - 1) * linear)
-
-    # diffusers' own expression: how steps * strength rounds decides which step comes first.
-    first = int(max(steps - min(steps * strength, steps), 0))
     return [*levels[first:].tolist(), 0.0]
+
+
+def first_step(steps: int, strength: float) -> int:
+    """How many of `steps` steps image-to-image at this strength skips.
+
+    Raises `UsageError` where `strength` lies outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise UsageError(f"strength is {strength}; it must be above 0 and at most 1.")
+    # diffusers' own expression: how steps * strength rounds decides which step comes first.
+    return int(max(steps - min(steps * strength, steps), 0))

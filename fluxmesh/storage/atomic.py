@@ -13,16 +13,14 @@ import os
 import re
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from fluxmesh.errors import OutputError
 from fluxmesh.storage import durable
+from fluxmesh.storage.interrupts import uninterrupted
 
 # What a file system without hard links (exFAT, some network shares) answers to link().
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -84,31 +82,6 @@ def write_file(path: Path, data: bytes, *, replace: bool = False) -> None:
                 f"Could not write {path}: {error.strerror or error}; "
                 "make room, or name another place."
             ) from error
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done, then lets it through.
-
-    Python runs signal handlers in the main thread only; elsewhere, and where Ctrl-C is ignored
-    (a job in the background), there is nothing to hold back.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not callable(signal.getsignal(signal.SIGINT)):
-        yield
-        return
-    held: list[int] = []
-
-    def hold(number: int, _frame: FrameType | None) -> None:
-        held.append(number)
-
-    previous = signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:  # also where the block failed: to stop is what the user asked for
-            raise KeyboardInterrupt
 
 
 # Within

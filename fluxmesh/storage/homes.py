@@ -2,6 +2,7 @@
 
     FLUXMESH_HOME   ~/.config/fluxmesh                   a user's: `Home`
     FLUXMESH_STATE  ~/.local/state/fluxmesh              the agents', in `agent-PORT`: `AgentHome`
+                    ~/.local/state/fluxmesh/models       checkpoints that were pushed to this host
 
 All folders are 0700 and all files 0600. A file is replaced in one piece or not at all, and one that
 others could have read or changed is refused, for a key in it may no longer be a secret.
@@ -22,6 +23,12 @@ class HomeError(FluxmeshError):
     """A folder or file that fluxmesh keeps is not the user's own, or can't be used."""
 
 
+def home_folder() -> Path:
+    """A user's folder, which need not be there."""
+    chosen = os.environ.get("FLUXMESH_HOME")
+    return Path(chosen) if chosen else Path.home() / ".config" / "fluxmesh"
+
+
 @dataclass(frozen=True)
 class Home:
     """A user's folder."""
@@ -31,14 +38,22 @@ class Home:
     @classmethod
     def default(cls) -> Home:
         """That of FLUXMESH_HOME, or of the user; made if it is not there."""
-        chosen = os.environ.get("FLUXMESH_HOME")
-        folder = Path(chosen) if chosen else Path.home() / ".config" / "fluxmesh"
-        return cls(private_folder(folder))
+        return cls(private_folder(home_folder(), "FLUXMESH_HOME"))
 
     @property
     def mesh(self) -> Path:
         """The mesh that is up."""
         return self.folder / "mesh.json"
+
+    @property
+    def hints(self) -> Path:
+        """When the user was given each hint."""
+        return self.folder / "hints.json"
+
+    @property
+    def history(self) -> Path:
+        """What was typed at `fluxmesh interactive`."""
+        return self.folder / "history"
 
 
 @dataclass(frozen=True)
@@ -50,9 +65,13 @@ class AgentHome:
     @classmethod
     def default(cls, port: int) -> AgentHome:
         """That of the agent at `port`, below FLUXMESH_STATE or the user's own; made if missing."""
-        chosen = os.environ.get("FLUXMESH_STATE")
-        base = Path(chosen) if chosen else Path.home() / ".local" / "state" / "fluxmesh"
-        return cls(private_folder(private_folder(base) / f"agent-{port}"))
+        base = private_folder(_agents(), "FLUXMESH_STATE")
+        return cls(private_folder(base / f"agent-{port}"))
+
+    @classmethod
+    def is_there(cls, port: int) -> bool:
+        """Whether there is a folder of an agent at `port`."""
+        return (_agents() / f"agent-{port}").is_dir()
 
     @property
     def authorized(self) -> Path:
@@ -89,11 +108,16 @@ class AgentHome:
         return self.folder / "adapters"
 
 
-def private_folder(path: Path) -> Path:
+def models_folder() -> Path:
+    """A host's own folder of models, where its hostfile names none; it need not be there."""
+    return _agents() / "models"
+
+
+def private_folder(path: Path, variable: str = "") -> Path:
     """Makes a folder that only its owner may look into, and returns it.
 
-    One that is there already is made so. Raises `HomeError` where it belongs to someone else, is a
-    link, or can't be made.
+    `variable` is what would name another one, if anything does. One that is there already is made
+    so. Raises `HomeError` where it belongs to someone else, is a link, or can't be made.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,7 +127,8 @@ def private_folder(path: Path) -> Path:
         if stat.S_IMODE(status.st_mode) & 0o077:
             path.chmod(0o700)
     except OSError as error:
-        raise HomeError(f"{path} can't be used: {error.strerror or error}.") from None
+        remedy = f"; set {variable} to a folder that you can write" if variable else ""
+        raise HomeError(f"{path} can't be used: {error.strerror or error}{remedy}.") from None
     return path
 
 
@@ -164,3 +189,9 @@ def _read(path: Path, forbidden: int, reason: str) -> str:
         raise HomeError(f"{path} can't be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise HomeError(f"{path} is not text.") from None
+
+
+def _agents() -> Path:
+    """The folder of this user's agents, each of which has one of its own in it."""
+    chosen = os.environ.get("FLUXMESH_STATE")
+    return Path(chosen) if chosen else Path.home() / ".local" / "state" / "fluxmesh"

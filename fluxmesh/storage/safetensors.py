@@ -16,31 +16,32 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
+from fluxmesh.errors import IncompleteModelError, OutputError, WeightsError
+from fluxmesh.storage import other_formats
 from fluxmesh.storage.atomic import Opens, new_file
 
 PIECE = 4 << 20  # bytes that one thread reads at once
+SUFFIXES = (".safetensors", ".sft")  # of one format
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
-# what numpy reads the bytes as; it has no bfloat16, so that the two bytes stay as they are
+NOT_THIS = "not a safetensors file, or is corrupt at its beginning; download it again"
+# What numpy reads the bytes as. It has neither bfloat16 nor float8: their bytes stay as they are.
 NUMPY: dict[str, type[np.generic]] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "U32": np.uint32,
-}
-FLOATS = ("F32", "F16", "BF16")  # that a weight may be stored in
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+    "F8_E4M3": np.uint8, "F8_E5M2": np.uint8,
+}  # fmt: skip
+_UNREAD = {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}  # bytes; may lie beside
+ITEM_BYTES = {name: np.dtype(kind).itemsize for name, kind in NUMPY.items()} | _UNREAD
+FLOATS = ("F32", "F16", "BF16")  # that a weight may be stored in, byte for byte
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+
+Check = Callable[[Entry, np.ndarray], None]  # of values that were read, flat, of `numpy_dtype`
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,25 @@ def _read_header(path: Path, size: int, _mtime: int) -> Header:
     """Headers are asked for by name, check and load: parsed once while the file stays the same."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(other_formats.FIRST)
+            length = int.from_bytes(first[:8], "little")
             if size < 8 or length > MAX_HEADER:
-                raise WeightsError(
-                    f"{path} is not a safetensors file, or is corrupt at its beginning; "
-                    "download it again."
-                )
+                raise WeightsError(f"{path} is {other_formats.what(path, first) or NOT_THIS}.")
             if 8 + length > size:
                 raise WeightsError(f"{path} is truncated inside its header; download it again.")
+            file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise WeightsError(f"Can't read {path}: {error.strerror}.") from error
+    return parse_header(path, text, size)
+
+
+def parse_header(path: Path, text: bytes, size: int) -> Header:
+    """The header of a file of `size` bytes, from its JSON; the file may be elsewhere.
+
+    Raises `WeightsError` as `read_header` does.
+    """
+    length = len(text)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
@@ -110,7 +123,10 @@ def _entry(path: Path, key: str, value: Any, data: int, size: int) -> Entry:
     dtype, shape = value["dtype"], value["shape"]
     begin, end = value["data_offsets"]
     if dtype not in ITEM_BYTES:
-        raise WeightsError(f"{path}: {key} has dtype {dtype!r}, which fluxmesh doesn't know.")
+        raise WeightsError(
+            f"{path}: {key} has dtype {dtype!r}, which fluxmesh doesn't know; name a file that "
+            "stores it in bfloat16, float16, float32 or fp8."
+        )
     numbers = [*shape, begin, end]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a size is not a whole number")
@@ -142,14 +158,14 @@ def read_index(path: Path) -> tuple[Path, ...]:
     """The files that a `*.safetensors.index.json` lists, in order.
 
     An entry must be a plain file name in the index's own folder: a path that leads elsewhere is
-    refused, whoever wrote it. Raises `WeightsError`, or `ModelNotFoundError` for a missing file.
+    refused, whoever wrote it. Raises `WeightsError`, or `IncompleteModelError` for a missing file.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path} has no weight_map; download it again.")
     names = dict.fromkeys(weight_map.values())
     for name in names:
-        if not (isinstance(name, str) and is_file_name(name) and name.endswith(".safetensors")):
+        if not (isinstance(name, str) and is_file_name(name) and name.endswith(SUFFIXES)):
             raise WeightsError(
                 f"{path} names {name!r} in its weight_map, which is not a .safetensors file of its "
                 "own folder; don't use this checkpoint."
@@ -157,10 +173,7 @@ def read_index(path: Path) -> tuple[Path, ...]:
     files = tuple(path.with_name(name) for name in names)
     for file in files:
         if not file.is_file():
-            raise ModelNotFoundError(
-                f"{path} names {file.name}, which is missing; complete the checkpoint with "
-                "`fluxmesh models pull`."
-            )
+            raise IncompleteModelError(path.parent, f"{file.name}, which {path.name} names")
     return files
 
 
@@ -172,7 +185,7 @@ def is_file_name(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint. Raises `WeightsError` naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise WeightsError(f"Can't read {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -183,11 +196,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def numpy_dtype(entry: Entry) -> type[np.generic]:
-    """What the tensor's bytes are read as. Raises `WeightsError` for a dtype no weight has."""
+    """What the tensor's bytes are read as. Raises `WeightsError` for one that isn't read."""
     if entry.dtype not in NUMPY:
         raise WeightsError(
-            f"{entry.path}: {entry.key} has dtype {entry.dtype}; fluxmesh reads float32, float16 "
-            "and bfloat16 weights."
+            f"{entry.path}: {entry.key} has dtype {entry.dtype}, which fluxmesh doesn't read; name "
+            "a file that stores it in bfloat16, float16 or float32."
         )
     return NUMPY[entry.dtype]
 
@@ -201,19 +214,40 @@ def read_rows_into(out: np.ndarray, entry: Entry, start: int = 0) -> None:
     read_each_into([(out, entry, start)])
 
 
-def read_each_into(reads: Iterable[tuple[np.ndarray, Entry, int]]) -> None:
-    """As `read_rows_into`, each (out, entry, start), several at a time."""
+def read_each_into(
+    reads: Iterable[tuple[np.ndarray, Entry, int]], check: Check | None = None
+) -> None:
+    """As `read_rows_into`, each (out, entry, start), several at a time.
+
+    `check` is shown each piece of a tensor as it comes, and may raise.
+    """
     pieces = []
     for out, entry, start in reads:
-        view = out.reshape(-1).view(np.uint8).data
+        flat = out.reshape(-1)
         begin = entry.begin + start * row_bytes(entry)
-        offsets = range(0, len(view), PIECE)
-        pieces += [(entry, view[i : i + PIECE], begin + i) for i in offsets]
-    if sum(len(view) for _, view, _ in pieces) <= PIECE:  # most tensors: not worth a thread
+        step = PIECE // flat.itemsize
+        for i in range(0, len(flat), step):
+            pieces.append((entry, flat[i : i + step], begin + i * flat.itemsize))
+
+    def read(piece: tuple[Entry, np.ndarray, int]) -> None:
+        entry, values, offset = piece
+        read_bytes_into(values.view(np.uint8).data, entry, offset)
+        if check is not None:
+            check(entry, values)
+
+    in_threads(read, pieces, sum(values.nbytes for _, values, _ in pieces))
+
+
+def in_threads(work: Callable[[T], None], pieces: Sequence[T], nbytes: int) -> None:
+    """Does the `work` of reading `nbytes` in pieces: in threads where it is worth them.
+
+    Raises what the first piece that fails raises.
+    """
+    if nbytes <= PIECE:  # most tensors
         for piece in pieces:
-            _read_piece(piece)
+            work(piece)
     else:
-        list(_readers().map(_read_piece, pieces))
+        list(_readers().map(work, pieces))
 
 
 def row_bytes(entry: Entry) -> int:
@@ -227,9 +261,8 @@ def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)), thread_name_prefix="reader")
 
 
-def _read_piece(piece: tuple[Entry, memoryview, int]) -> None:
-    """Fills the memory from an offset of the tensor's file on."""
-    entry, view, offset = piece
+def read_bytes_into(view: memoryview, entry: Entry, offset: int) -> None:
+    """Fills the memory from an offset of the tensor's file on. Raises as `read_rows_into`."""
     try:
         with open(entry.path, "rb", buffering=0) as file:
             file.seek(offset)
@@ -294,4 +327,6 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
         return OutputError(f"The disk is full: {path} was not written; free some space.")
     if isinstance(error, FileExistsError):
         return OutputError(f"{path} exists already; name another, or remove it.")
+    if error.errno == errno.ENAMETOOLONG:
+        return OutputError(f"Can't write {path}: its name is too long; choose a shorter one.")
     return OutputError(f"Can't write {path}: {error.strerror}; check the folder's permissions.")

@@ -136,6 +136,15 @@ def check_new(folder: Path) -> None:
         )
 
 
+def check_begun(folder: Path) -> None:
+    """Raises `UsageError` where `folder` holds nothing that a resume could go on from."""
+    if not iterations(folder):
+        raise UsageError(
+            f"`resume` goes on from a checkpoint, and {folder} holds none; leave `resume` out to "
+            "begin, or name the `output_dir` of the run."
+        )
+
+
 def prune(folder: Path, keep: int, best: int | None) -> None:
     """Removes all checkpoints but the last `keep` and the one of iteration `best`."""
     kept = {*iterations(folder)[-keep:], best}

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fluxmesh.training.data.dataset import Example
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for whoever looks on: what was passed over, what was cut."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -21,8 +33,11 @@ class Prepared:
     batch_size: int
     numbers: int  # that are trained
     warmup: int  # updates
+    rate: float  # when it is full
     begins_at: int  # updates done, by the run that is resumed
     revision: str  # of the base model
+    # Those that are trained on, for whoever shows them; no program reads them.
+    examples: Sequence[Example] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,5 +118,5 @@ class Finished:
 
 
 TrainEvent = (
-    Prepared | Dealt | Encoding | Updated | Validated | Progress | CheckpointSaved | Finished
+    Note | Prepared | Dealt | Encoding | Updated | Validated | Progress | CheckpointSaved | Finished
 )

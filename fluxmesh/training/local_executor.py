@@ -44,7 +44,8 @@ def train(
     `DivergedError`, `DoesNotFitError` where memory runs out, and `CancelledError` on Ctrl-C.
     """
     with kept_awake(), _in_words(request.model):
-        examples = read_examples(request)
+        examples, notes = read_examples(request)
+        yield from notes
         pipeline = FluxPipeline(
             request.model, dtype=request.dtype, bits=request.bits, on_loading=on_loading
         )

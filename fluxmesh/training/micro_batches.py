@@ -6,7 +6,7 @@ or where: so the micro-batches of an update may be dealt to any hosts, and a res
 An epoch is every crop of every image once, shuffled; images of different sizes never share a
 micro-batch, so that the last one of each size may be short. Time steps: uniform or logit-normal
 (Esser et al. 2024, https://arxiv.org/abs/2403.03206), both shifted as in generation at the
-image's length, or the four of schnell.
+image's length, or the levels of a few steps alone, for a model that was distilled to those.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
+from fluxmesh.models.base import Architecture, Shifting
 from fluxmesh.sampling.latents import token_grid
 from fluxmesh.training.data.bucketing import Size
 from fluxmesh.training.rng import CAPTION, DROPOUT, NOISE, ORDER, TIME, generator
@@ -52,30 +52,40 @@ class MicroBatch:
 class TimeSteps:
     """How noise levels are drawn."""
 
-    kind: str  # "uniform", "logit-normal" or "schnell"
-    schedule: ScheduleConfig
+    kind: str  # "uniform", "logit-normal", "schnell", or "distilled": the model's own few steps
+    schedule: Shifting
     downsampling: int = 8  # pixels a latent covers along one side
+    steps: int = SCHNELL_STEPS  # of a generation, on whose number some schedules depend
 
     @classmethod
-    def of(
-        cls, asked: str, flux: FluxConfig, schedule: ScheduleConfig, downsampling: int
-    ) -> TimeSteps:
-        """`asked` is the request's; "auto" is schnell's four for a model distilled like it."""
+    def of(cls, asked: str, model: Architecture) -> TimeSteps:
+        """`asked` is the request's; "auto" is what `model` was trained for."""
+        own = model.distilled_steps
         if asked == "auto":
-            plain = not schedule.use_dynamic_shifting and schedule.shift == 1.0
-            asked = "schnell" if plain and not flux.guidance_embed else "uniform"
-        return cls(asked, schedule, downsampling)
+            asked = "uniform" if own is None else "distilled"
+        steps = own or model.defaults.steps
+        return cls(asked, model.shifting, model.downsampling, steps)
 
     def shifted(self, levels: np.ndarray, size: Size) -> np.ndarray:
-        """Levels in (0, 1), moved towards 1 as generation does at `size`; float64."""
+        """Levels in (0, 1], moved towards 1 as generation does at `size`; float64."""
         rows, columns = token_grid(*size, self.downsampling)
-        factor = math.exp(self.schedule.mu(rows * columns))
+        factor = math.exp(self.schedule.mu(rows * columns, self.steps))
         return factor * levels / (1 + (factor - 1) * levels)
+
+    def own_levels(self, size: Size) -> np.ndarray | None:
+        """All levels that are drawn, ascending float32, where these are few; else None."""
+        if self.kind == "schnell":
+            return (np.arange(1, SCHNELL_STEPS + 1) / SCHNELL_STEPS).astype(np.float32)
+        if self.kind == "distilled":
+            levels = np.arange(1, self.steps + 1) / self.steps
+            return self.shifted(levels, size).astype(np.float32)
+        return None
 
     def draw(self, random: np.random.Generator, count: int, size: Size) -> np.ndarray:
         """`count` noise levels in (0, 1], float32."""
-        if self.kind == "schnell":
-            levels = random.integers(1, SCHNELL_STEPS + 1, count) / SCHNELL_STEPS
+        own = self.own_levels(size)
+        if own is not None:
+            levels = own[random.integers(0, len(own), count)]
         elif self.kind == "logit-normal":
             levels = self.shifted(1 / (1 + np.exp(-random.standard_normal(count))), size)
         else:

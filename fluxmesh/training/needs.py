@@ -65,11 +65,11 @@ def _smaller(
 
 
 def _needed(request: TrainRequest, model: ModelSizes, size: Size) -> int:
-    config = model.transformer
-    tokens = request.batch_size * model.tokens(*size)
-    state = tokens * config.hidden_size * DTYPE_BYTES[request.dtype]
+    shape = model.architecture.shape
+    tokens = request.batch_size * model.architecture.tokens(*size)
+    state = tokens * shape.hidden_size * DTYPE_BYTES[request.dtype]
     return (
         transformer_bytes(request, model)
-        + NUMBER_BYTES * VectorLayout(config, request).size
-        + gradient_bytes(state, config.depth + config.depth_single_blocks)
+        + NUMBER_BYTES * VectorLayout(model.architecture.transformer_tensors, request).size
+        + gradient_bytes(state, shape.blocks)
     )

@@ -15,6 +15,7 @@ from fluxmesh.sampling.latents import PATCH
 from fluxmesh.training.data.bucketing import Size, bucket_of, buckets
 from fluxmesh.training.data.dataset import Example, fingerprint
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit
+from fluxmesh.training.defaults import fill
 from fluxmesh.training.micro_batches import MicroBatch, Sampler, TimeSteps
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.rng import VALIDATION, generator
@@ -44,7 +45,7 @@ class TrainingPlan:
     request: TrainRequest
     examples: Sequence[Example]
     sizes: tuple[Size, ...]  # of each example, in pixels
-    trained: tuple[int, ...]  # indices into `examples`
+    trained: tuple[int, ...]  # indices into `examples`, each as often as it is shown in an epoch
     held_out: tuple[int, ...]
     priors: tuple[int, ...]  # what the model is to keep as it was
     sampler: Sampler  # its image i is example `trained[i]`
@@ -65,9 +66,9 @@ class TrainingPlan:
 
     @property
     def crops(self) -> list[tuple[int, int]]:
-        """Every (example, crop) that the run needs."""
+        """Every (example, crop) that the run needs, each once."""
         count = self.request.num_augmentations
-        every = (*self.trained, *self.priors)
+        every = dict.fromkeys((*self.trained, *self.priors))
         trained = [(image, crop) for image in every for crop in range(count)]
         return trained + [(image, 0) for image in self.held_out]
 
@@ -100,14 +101,25 @@ class TrainingPlan:
 
     def sizes_count(self) -> dict[Size, int]:
         """How many images are trained at each size."""
-        return dict(sorted(Counter(self.sizes[image] for image in self.trained).items()))
+        return dict(sorted(Counter(self.sizes[image] for image in set(self.trained)).items()))
 
 
 def prepare(
     request: TrainRequest, examples: Sequence[Example], checkpoint: Checkpoint
 ) -> TrainingPlan:
-    """Raises `UsageError` where nothing would be left to train on, or a size does not divide."""
-    downsampling = checkpoint.autoencoder.downsampling
+    """The plan, whose request has nothing left open.
+
+    Raises `UsageError` where nothing would be left to train on, a size does not divide, or the
+    model can't paint from a prompt alone.
+    """
+    model = checkpoint.architecture
+    if model.is_tool:
+        raise UsageError(
+            f"{checkpoint.name} reads a picture beside the latents, for which fluxmesh trains no "
+            "adapters; name the model that it was made from, such as dev."
+        )
+    request = fill(request, model.shape.hidden_size)
+    downsampling = model.downsampling
     multiple = PATCH * downsampling
     own = checkpoint.defaults.height * checkpoint.defaults.width
     area = min(DEFAULT_AREA, own)
@@ -122,7 +134,7 @@ def prepare(
             )
         sizes = (request.resolution,) * len(examples)
     shown = [i for i, example in enumerate(examples) if not example.prior]
-    priors = tuple(i for i, example in enumerate(examples) if example.prior)
+    priors = tuple(i for i, x in enumerate(examples) if x.prior for _ in range(x.repeats))
     if request.validation >= len(shown):
         raise UsageError(
             f"`validation` holds out {request.validation} of {len(shown)} images, which leaves "
@@ -130,10 +142,9 @@ def prepare(
         )
     order = generator(request.seed, VALIDATION, 0).permutation(len(shown)).tolist()
     held_out = tuple(sorted(shown[i] for i in order[: request.validation]))
-    trained = tuple(i for i in shown if i not in set(held_out))
-    times = TimeSteps.of(
-        request.timesteps, checkpoint.transformer, checkpoint.schedule, downsampling
-    )
+    # One that is shown more often stands there as often: an epoch has every crop of each.
+    trained = tuple(i for i in shown if i not in set(held_out) for _ in range(examples[i].repeats))
+    times = TimeSteps.of(request.timesteps, model)
 
     def sampler(images: Sequence[int], caption_dropout: float) -> Sampler:
         return Sampler(

@@ -49,9 +49,9 @@ class TrainRequest:
     bits: int | None = None  # 4 or 8: the frozen model is quantized (QLoRA)
 
     # Data
-    split: str = "train"  # of a Hub data set
-    image_column: str = "image"
-    caption_column: str = "prompt"
+    split: str = "train"  # of a data set that has several
+    image_column: str = ""  # keys of an entry; "" is whichever of the usual is there
+    caption_column: str = ""
     resolution: tuple[int, int] | None = None  # (height, width) in pixels; None: buckets
     num_augmentations: int = 5  # crops of each image
     trigger: str = ""  # put before every caption that lacks it
@@ -77,9 +77,9 @@ class TrainRequest:
     timesteps: str = "auto"
     grad_checkpoint: bool = False  # compute blocks twice instead of keeping their activations
     optimizer: str = "adam"
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None  # None is by the model's width (`defaults.py`)
     lr_schedule: str = "cosine"
-    warmup_steps: int = 100  # updates
+    warmup_steps: int | None = None  # updates; None is a tenth of them, 100 at most
     weight_decay: float = 0.01  # of adamw
     clip_norm: float | None = 1.0  # largest norm of an update's gradient; None never clips
     ema: float | None = None  # decay of the average of weights that is saved; None saves the last
@@ -121,7 +121,7 @@ class TrainRequest:
             "batch_size": (self.batch_size, 1, 1024),
             "grad_accumulate": (self.grad_accumulate, 1, 65_536),
             "lora_rank": (self.lora_rank, 1, MAX_RANK),
-            "warmup_steps": (self.warmup_steps, 0, MAX_ITERATIONS),
+            "warmup_steps": (self.warmup_steps or 0, 0, MAX_ITERATIONS),
             "checkpoint_every": (self.checkpoint_every, 1, MAX_ITERATIONS),
             "keep_checkpoints": (self.keep_checkpoints, 1, 10_000),
             "progress_every": (self.progress_every, 1, MAX_ITERATIONS),
@@ -137,7 +137,8 @@ class TrainRequest:
             raise UsageError.about(
                 "lora_blocks", f"is {self.lora_blocks}", "it must be 1 or more, or -1"
             )
-        self._within("learning_rate", self.learning_rate, 0, 10)
+        if self.learning_rate is not None:
+            self._within("learning_rate", self.learning_rate, 0, 10)
         self._within("guidance", self.guidance, 0, 100)
         self._within("prior_weight", self.prior_weight, 0, 1000)
         self._within("weight_decay", self.weight_decay, 0, 10)

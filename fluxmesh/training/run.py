@@ -17,30 +17,35 @@ from typing import Protocol
 
 import numpy as np
 
-from fluxmesh.adapters.formats import write_adapter
-from fluxmesh.errors import CancelledError, FluxmeshError
+from fluxmesh.adapters.formats import write_low_ranks
+from fluxmesh.errors import CancelledError, FluxmeshError, UsageError
 from fluxmesh.storage.atomic import replaced_file
 from fluxmesh.storage.safetensors import make_folder
+from fluxmesh.storage.writable import check_folder
 from fluxmesh.training import checkpoint
 from fluxmesh.training.checkpoint import RunCounters
 from fluxmesh.training.compute.lr_schedule import warmup_updates
 from fluxmesh.training.compute.parameter_vector import VectorLayout
-from fluxmesh.training.data.dataset import Example, load_dataset
+from fluxmesh.training.data.dataset import DatasetError, Example, load_dataset
+from fluxmesh.training.data.remarks import Remarks
 from fluxmesh.training.events import (
     CheckpointSaved,
     Finished,
+    Note,
     Prepared,
     Progress,
     TrainEvent,
     Updated,
     Validated,
 )
+from fluxmesh.training.notes import notes_of
 from fluxmesh.training.plan import TrainingPlan
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights.checkpoint import Checkpoint
 
 SMOOTH = 0.9  # of the running mean of the loss
 EXPLODES = 10.0  # times the lowest running mean, where the run ends
+NO_LOSS = 1e30  # on a mesh stands for one that is no number, which no message may hold
 SETTLED = 10  # updates before an explosion is looked for
 
 
@@ -90,21 +95,49 @@ class Executor(Protocol):
         """The state as a checkpoint stores it."""
 
 
-def read_examples(request: TrainRequest) -> list[Example]:
-    """A request's data set, and after it the pictures of `prior_folder`.
+def read_examples(request: TrainRequest) -> tuple[list[Example], list[Note]]:
+    """A request's data set, and after it the pictures of `prior_folder`; and what is noted of them.
 
-    Raises `DatasetError`, and `OutputError` where a run has been.
+    Raises `DatasetError`, `OutputError` where a run has been, or nothing can be written, and
+    `UsageError` where none has been that could be resumed, or for a setting that neither data set
+    has a use for.
     """
-    if not request.resume:
+    for place in (request.output_dir, request.cache_dir):
+        if place:
+            check_folder(Path(place))
+    if request.resume:
+        checkpoint.check_begun(Path(request.output_dir))
+    else:
         checkpoint.check_new(Path(request.output_dir))
     columns = {"image_column": request.image_column, "caption_column": request.caption_column}
-    examples = load_dataset(
-        request.dataset, split=request.split, trigger=request.trigger, **columns
-    )
+    sets = [(request.dataset, request.trigger, False)]
     if request.prior_folder:
-        priors = load_dataset(request.prior_folder, split=request.split, **columns)
-        examples += [replace(example, prior=True) for example in priors]
-    return examples
+        sets.append((request.prior_folder, "", True))
+    examples: list[Example] = []
+    notes: list[Note] = []
+    applied: set[str] = set()
+    failed: list[DatasetError] = []
+    for name, trigger, is_prior in sets:
+        remarks = Remarks()
+        try:
+            read = load_dataset(
+                name, split=request.split, trigger=trigger, remarks=remarks, **columns
+            )
+        except DatasetError as error:
+            failed.append(error)
+            continue
+        examples += [replace(example, prior=is_prior) for example in read]
+        notes += [Note(f"{name}: {note}.") for note in remarks.notes]
+        applied |= remarks.applied
+    if failed:
+        raise DatasetError.of(failed)
+    given = {**columns, "split": "" if request.split == TrainRequest.split else request.split}
+    for setting, value in given.items():
+        if value and setting not in applied:
+            raise UsageError.about(
+                setting, f"is {value!r}, for which {request.dataset} has no use", "leave it out"
+            )
+    return examples, notes
 
 
 class Run:
@@ -114,7 +147,7 @@ class Run:
         """Checks that a resume finds what the run began with. Computes nothing."""
         self.request: TrainRequest = plan.request
         self.plan, self.base, self.executor = plan, base, executor
-        self.layout = VectorLayout(base.transformer, plan.request)
+        self.layout = VectorLayout(base.architecture.transformer_tensors, plan.request)
         self.folder = Path(self.request.output_dir)
         self.counters = RunCounters(0, 0)
         self.saved_at: int | None = None
@@ -128,6 +161,7 @@ class Run:
         """Runs it. Raises `DivergedError`, `CancelledError` on Ctrl-C, and what the executor
         raises.
         """
+        yield from notes_of(self.plan, self.base)
         yield from self.executor.encode()
         vectors = {} if self.begin is None else self.begin.vectors
         self.executor.open(self.counters.update, vectors)
@@ -148,8 +182,8 @@ class Run:
     def _prepared(self) -> Prepared:
         plan, request = self.plan, self.request
         return Prepared(
-            images=len(plan.trained),
-            priors=len(plan.priors),
+            images=len(set(plan.trained)),
+            priors=len(set(plan.priors)),
             sizes=plan.sizes_count(),
             held_out=len(plan.held_out),
             updates=request.updates,
@@ -157,8 +191,10 @@ class Run:
             batch_size=request.batch_size,
             numbers=self.layout.size,
             warmup=warmup_updates(request),
+            rate=request.learning_rate or 0.0,
             begins_at=self.counters.update,
             revision=self.base.revision,
+            examples=[plan.examples[image] for image in dict.fromkeys(plan.trained)],
         )
 
     def _loop(self) -> Iterator[TrainEvent]:
@@ -200,7 +236,10 @@ class Run:
         counters = self.counters
         iteration = self.request.micro_batches(counters.update).stop
         if moved.bad or not (math.isfinite(moved.loss) and math.isfinite(moved.norm)):
-            raise self._diverged(iteration, "is not a number, or out of range")
+            update = counters.update + 1
+            raise self._diverged(
+                iteration, f"or its gradient was not finite (NaN or infinity) in update {update},"
+            )
         smooth = lowest = moved.loss
         if counters.smooth_loss is not None and counters.lowest_loss is not None:
             smooth = SMOOTH * counters.smooth_loss + (1 - SMOOTH) * moved.loss
@@ -231,6 +270,12 @@ class Run:
         if not self.plan.held_out:
             return
         loss = self.executor.validate()
+        if not loss < NO_LOSS:
+            update = self.counters.update
+            raise self._diverged(
+                self.counters.iteration,
+                f"on what was held out was not finite (NaN or infinity) after update {update},",
+            )
         best = self.counters.best_loss is None or loss < self.counters.best_loss
         if best:
             self.counters = replace(
@@ -280,6 +325,7 @@ class Run:
             "lora_rank": str(self.request.lora_rank),
             "lora_blocks": str(self.request.lora_blocks),
         }
-        config = self.base.transformer
+        names = self.base.architecture.adapter_names
+        made = {names[0].component: adapter}
         make_folder(self.folder)
-        write_adapter(path, adapter, config, metadata=metadata, opened=replaced_file)
+        write_low_ranks(path, made, names, metadata=metadata, opened=replaced_file)

@@ -23,13 +23,15 @@ from fluxmesh.engine.state import Reports
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.models.partition import Shard
-from fluxmesh.sampling.conditioning import Conditioning
+from fluxmesh.models.runtime import PromptFeatures
 from fluxmesh.training.compute import exact_sum
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.dataset import Example
 from fluxmesh.training.data.encode_units import caption_name, crop_name
+from fluxmesh.training.data.kohya import MAX_REPEATS
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import LESS_MEMORY, TrainRequest
+from fluxmesh.training.run import NO_LOSS
 from fluxmesh.wire.messages import Work
 from fluxmesh.wire.messages.training import (
     STOPPED,
@@ -53,11 +55,9 @@ from fluxmesh.wire.messages.training import (
     in_pieces,
 )
 
-NO_LOSS = 1e30  # stands for one that is no number, which no message may hold
-
 
 class Given:
-    """Features as they were sent. Captions are numbers."""
+    """PromptFeatures as they were sent. Captions are numbers."""
 
     def __init__(self) -> None:
         self._held: dict[str, Mapping[str, np.ndarray]] = {}
@@ -69,8 +69,8 @@ class Given:
         for name in names:
             self._held.pop(name, None)
 
-    def text(self, caption: str) -> Conditioning:
-        return features.text(self._find(caption_name(caption)))
+    def text(self, caption: str) -> PromptFeatures:
+        return features.from_arrays(self._find(caption_name(caption)))
 
     def latents(self, image: int, crop: int) -> mx.array:
         return features.latents(self._find(crop_name(image, crop)))
@@ -166,13 +166,7 @@ class TrainingWorker(Worker):
             yield from self.loading(work, "transformer")
             self.begin("opening the training")
             request = request_of(work.request)
-            shown = len(work.captions) - work.priors
-            examples = [
-                Example("", str(caption), "", (height, width), b"", prior=place >= shown)
-                for place, (caption, (height, width)) in enumerate(
-                    zip(work.captions.tolist(), work.sizes.tolist(), strict=True)
-                )
-            ]
+            examples = _examples(work)
             plan = prepare(request, examples, pipeline.checkpoint)
             learner = Learner(pipeline, self._given, plan, self._go_on)
             if work.update:
@@ -282,6 +276,27 @@ class TrainingWorker(Worker):
     def _go_on(self) -> None:
         if self.options.stopping():
             raise Stopped
+
+
+def _examples(work: OpenTraining) -> list[Example]:
+    """The data set as far as a host needs to know it. Raises `UsageError`."""
+    columns = (work.captions.tolist(), work.sizes.tolist(), work.repeats.tolist())
+    repeats = columns[2]
+    if len({*map(len, columns)}) > 1 or min(repeats) < 1 or max(repeats) > MAX_REPEATS:
+        raise UsageError("This is no training that could be opened: its pictures don't add up.")
+    shown = len(work.captions) - work.priors
+    return [
+        Example(
+            where="",
+            caption=str(caption),
+            content="",
+            size=(height, width),
+            data=b"",
+            prior=place >= shown,
+            repeats=times,
+        )
+        for place, (caption, (height, width), times) in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def _check_state(vectors: Mapping[str, np.ndarray], size: int) -> None:

@@ -1,48 +1,43 @@
 """What a checkpoint on this machine is: which files, which sizes, which defaults. Imports no mlx.
 
-Three kinds are understood: a diffusers folder, BFL's single files, and fluxmesh's own quantized
-folder (a diffusers folder whose weights carry fluxmesh's names, with a `fluxmesh.json`).
-`hub.py` turns the name that a user gives into one of these; `loading.py` reads them.
+A folder is diffusers', or fluxmesh's own quantized one (a diffusers folder whose weights carry
+fluxmesh's names, with a `fluxmesh.json`); `folder_files.py` knows what it must hold, and
+`single_files.py` makes a checkpoint of files that are no folder. `hub.py` turns the name that a
+user gives into one of these; `loading.py` reads them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from fluxmesh.errors import ModelNotFoundError, WeightsError
-from fluxmesh.models.flux1.config import (
-    AutoencoderConfig,
-    ClipConfig,
-    FluxConfig,
-    ScheduleConfig,
-    T5Config,
-)
-from fluxmesh.models.flux1.single_file import autoencoder_config_of, flux_config_of
+from fluxmesh.errors import IncompleteModelError, ModelNotFoundError, WeightsError
+from fluxmesh.models.base import Architecture, ModelDefaults
+from fluxmesh.models.files.family import Family, FolderDescription
+from fluxmesh.models.registry import FAMILIES, NAMES, READERS, family_of
+from fluxmesh.request import BITS
 from fluxmesh.storage import apple_double
+from fluxmesh.storage.numbers import affine
 from fluxmesh.storage.safetensors import read_index, read_json
+from fluxmesh.storage.tensor_files import read_headers
+from fluxmesh.weights.configs import config_in, is_of, schedule_in
+from fluxmesh.weights.folder_files import (
+    INDEX,
+    MANIFEST,
+    files_of,
+    vocabulary_in,
+    weight_names,
+)
 
-COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
+__all__ = ["MANIFEST", "Checkpoint", "Component", "ModelDefaults", "from_folder"]
+
 FORMAT = 1  # of a quantized folder's fluxmesh.json
-MANIFEST = "fluxmesh.json"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ModelDefaults:
-    """What a request takes where the user says nothing."""
-
-    steps: int
-    guidance: float
-    height: int  # pixels
-    width: int  # pixels
-    t5_max_length: int  # tokens that a prompt is padded and cut to
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,7 @@ class Quantization:
     """How a quantized folder's linears are stored."""
 
     bits: int
+    text_bits: int | None = None  # of the text encoders, where those have others
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,16 @@ class Component:
     """One model's weight files and the names that its tensors have in them."""
 
     files: tuple[Path, ...]
-    layout: str  # "diffusers" (and transformers), "bfl", or "fluxmesh" for a quantized folder
+    layout: str  # whose names: "diffusers" (and transformers), "bfl", "mflux" or "fluxmesh"
+    prefix: str = ""  # before the names, in a file that holds other models too
 
     @property
     def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
+        """Bytes of the files; of one that holds other models too, those of this one's tensors."""
+        if not self.prefix:
+            return sum(file.stat().st_size for file in self.files)
+        entries = read_headers(self.files).entries
+        return sum(entry.nbytes for key, entry in entries.items() if key.startswith(self.prefix))
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,33 @@ class Checkpoint:
 
     name: str  # as the user may say it again: an alias, a Hub id or a path
     revision: str  # the Hub's commit, or `local-` and a fingerprint of the files
-    kind: str  # "diffusers", "bfl" or "quantized"
-    components: Mapping[str, Component]  # by the names in COMPONENTS
-    tokenizer: Path  # folder with CLIP's vocab.json and merges.txt
-    tokenizer_2: Path  # folder with T5's spiece.model
-    transformer: FluxConfig
-    t5: T5Config
-    clip: ClipConfig
-    autoencoder: AutoencoderConfig
-    schedule: ScheduleConfig
-    defaults: ModelDefaults
+    kind: str  # "diffusers", "bfl" (single files), "mflux", "quantized" or "reader"
+    components: Mapping[str, Component]  # by the folders that they have in a diffusers folder
+    tokenizers: Mapping[str, Path]  # folders with a vocabulary, by the text encoder that it is of
+    architecture: Architecture
     quantization: Quantization | None = None
 
     @property
     def bits(self) -> int | None:
         return self.quantization.bits if self.quantization else None
+
+    @property
+    def text_bits(self) -> int | None:
+        """Of the text encoders, where they are stored in others than `bits`."""
+        return self.quantization.text_bits if self.quantization else None
+
+    def bits_of(self, folder: str) -> int | None:
+        """Bits that a component's matrices are stored in, by the folder that it has."""
+        texts = {part.folder for part in self.architecture.of_role("text")}
+        return (self.text_bits if folder in texts else None) or self.bits
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.architecture)
+
+    @property
+    def defaults(self) -> ModelDefaults:
+        return self.architecture.defaults
 
     @cached_property
     def content(self) -> str:
@@ -94,176 +107,159 @@ class Checkpoint:
         in `fingerprint`), the tokenizers, and all that the JSON files tell.
         """
         digest = hashlib.sha256()
-        for part in COMPONENTS:
-            component = self.components[part]
-            digest.update(f"{part} {component.layout}\n".encode())
+        for part, component in self.components.items():
+            digest.update(f"{part} {component.layout}{component.prefix}\n".encode())
             for file in sorted(component.files):
                 _sample(digest, file)
-        for file in (
-            *(self.tokenizer / name for name in ("vocab.json", "merges.txt")),
-            self.tokenizer_2 / "spiece.model",
-        ):
-            _sample(digest, file)
-        configs = (self.transformer, self.t5, self.clip, self.autoencoder, self.schedule)
-        digest.update(repr((*configs, self.defaults.t5_max_length, self.bits)).encode())
+        for tokenizer in self.family.folder.tokenizers.values():
+            if tokenizer.component not in self.tokenizers:
+                continue  # of what reads no words
+            folder, choices = self.tokenizers[tokenizer.component], tokenizer.choices
+            for name in vocabulary_in(_names_in(folder), choices) or choices[0]:
+                _sample(digest, folder / name)
+        bits = (self.bits,) if self.text_bits is None else (self.bits, self.text_bits)
+        digest.update(repr((*self.architecture.identity, *bits)).encode())
         return digest.hexdigest()[:16]
 
 
 def from_folder(folder: Path, name: str, revision: str | None = None) -> Checkpoint:
     """A diffusers folder, or fluxmesh's quantized one.
 
-    Raises `ModelNotFoundError` for a folder that lacks a part, `WeightsError` for a broken one.
+    Raises `IncompleteModelError` that names all that a folder lacks, `ModelNotFoundError` for one
+    of another family, `WeightsError` for a broken one.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ModelNotFoundError(
-            f"{folder} holds no model_index.json, so it is no diffusers folder; name a folder "
-            "that has one, or a single .safetensors file."
-        )
-    pipeline = str(read_json(index).get("_class_name"))
-    if not pipeline.startswith("Flux") or pipeline.startswith("Flux2"):
-        raise ModelNotFoundError(f"{folder} holds a {pipeline}; fluxmesh runs FLUX.1 only.")
+    family = family_in(folder)
+    _check_complete(folder, family)
+    files = {part: weight_files(folder / part) for part in family.folder.components}
+    if revision is None:
+        weights = [file for part in files.values() for file in part]
+        revision = fingerprint([*weights, *apple_double.without(folder.glob("*/*.json"))])
+    return described(folder, files, name, revision)
+
+
+def described(
+    folder: Path, files: Mapping[str, tuple[Path, ...]], name: str, revision: str
+) -> Checkpoint:
+    """What the JSON files of a folder say of these weights, which need not be here yet.
+
+    Raises as `from_folder`.
+    """
+    form = family_in(folder).folder
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     quantization = _quantization(folder, manifest)
     layout = "fluxmesh" if quantization else "diffusers"
-    transformer = _config(folder / "transformer" / "config.json", FluxConfig.from_dict)
-    autoencoder = _config(folder / "vae" / "config.json", AutoencoderConfig.from_dict)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    _check_is_text_to_image(transformer, autoencoder, folder)
-    components = {part: Component(weight_files(folder / part), layout) for part in COMPONENTS}
-    tokenizers = _tokenizer_folders(folder)
-    if revision is None:
-        revision = fingerprint(
-            [*_parts(components), *apple_double.without(folder.glob("*/*.json"))]
-        )
+    description = FolderDescription(
+        configs={part: config_in(folder, part, form) for part in form.components},
+        schedule=schedule_in(folder, form),
+        index=read_json(folder / INDEX),
+        tokenizers={
+            tokenizer.component: folder / place for place, tokenizer in form.tokenizers.items()
+        },
+    )
     return Checkpoint(
         name=name,
         revision=revision,
         kind="quantized" if quantization else "diffusers",
-        components=components,
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        transformer=transformer,
-        t5=_config(folder / "text_encoder_2" / "config.json", T5Config.from_dict),
-        clip=_config(folder / "text_encoder" / "config.json", ClipConfig.from_dict),
-        autoencoder=autoencoder,
-        schedule=_config(scheduler, ScheduleConfig.from_dict),
-        defaults=_defaults(transformer, tokenizers[1], manifest),
+        components={part: Component(files[part], layout) for part in form.components},
+        tokenizers=description.tokenizers,
+        architecture=with_defaults(
+            form.architecture(description, folder), _declared_defaults(manifest)
+        ),
         quantization=quantization,
     )
 
 
-def from_single_files(
-    transformer: Path,
-    autoencoder: Path | None,
-    text: Path,
+def from_components(
+    family: Family,
+    components: Mapping[str, Component],
+    description: FolderDescription,
     name: str,
     revision: str | None = None,
+    kind: str = "bfl",
 ) -> Checkpoint:
-    """BFL's files, with `text` the folder whose text encoders and tokenizers serve them.
+    """A checkpoint without a folder of diffusers.
 
-    Without an `autoencoder` file, the `vae/` of that folder serves too.
-
-    Sizes are read from the tensors' shapes. What shapes do not tell is BFL's own: a head's
-    channels go 1/8, 7/16 and 7/16 to the three axes, the autoencoder norms in 32 groups, and a
-    model with a guidance embedding shifts its time steps by the image's length.
+    Raises `WeightsError` where the parts don't go together, or the transformer takes more than
+    latents.
     """
-    flux = flux_config_of(transformer)
-    ae = (
-        autoencoder_config_of(autoencoder)
-        if autoencoder
-        else _config(text / "vae" / "config.json", AutoencoderConfig.from_dict)
-    )
-    _check_is_text_to_image(flux, ae, transformer)
-    components = {
-        "transformer": Component((transformer,), "bfl"),
-        "text_encoder": Component(weight_files(text / "text_encoder"), "diffusers"),
-        "text_encoder_2": Component(weight_files(text / "text_encoder_2"), "diffusers"),
-        "vae": (
-            Component((autoencoder,), "bfl")
-            if autoencoder
-            else Component(weight_files(text / "vae"), "diffusers")
-        ),
-    }
-    tokenizers = _tokenizer_folders(text)
+    form = family.folder
+    transformer = components["transformer"].files
+    bits = affine.bits_of(read_headers(transformer))
     return Checkpoint(
         name=name,
+        architecture=form.architecture(description, transformer[0]),
         revision=revision or fingerprint(_parts(components)),
-        kind="bfl",
-        components=components,
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        transformer=flux,
-        t5=_config(text / "text_encoder_2" / "config.json", T5Config.from_dict),
-        clip=_config(text / "text_encoder" / "config.json", ClipConfig.from_dict),
-        autoencoder=ae,
-        schedule=ScheduleConfig(use_dynamic_shifting=flux.guidance_embed),
-        defaults=_defaults(flux, tokenizers[1], {}),
+        kind=kind,
+        components={part: components[part] for part in form.components},
+        tokenizers=description.tokenizers,
+        quantization=Quantization(bits) if bits else None,
     )
 
 
-def has_text_encoders(folder: Path) -> bool:
-    """Whether a folder has the text encoders and tokenizers that single files lack."""
-    needed = ("text_encoder/config.json", "text_encoder_2/config.json", "tokenizer/vocab.json")
-    return all((folder / path).is_file() for path in (*needed, "tokenizer_2/spiece.model"))
+def with_defaults(architecture: Architecture, values: Mapping[str, Any]) -> Architecture:
+    """The same, painting as `values` say where a request says nothing."""
+    defaults = dataclasses.replace(architecture.defaults, **values)
+    same: Architecture = dataclasses.replace(architecture, defaults=defaults)  # type: ignore[type-var]
+    return same
+
+
+def family_in(folder: Path, where: object = None) -> Family:
+    """Whose model a diffusers folder is, by its model_index.json.
+
+    `where` is what the sentence calls it, if not by its path. Raises `ModelNotFoundError` for a
+    folder of another family, or of no model.
+    """
+    index = folder / INDEX
+    if not index.is_file() and (folder.parent / INDEX).is_file():
+        raise ModelNotFoundError(
+            f"{folder} is one part of a diffusers folder; name the folder above it."
+        )
+    if not index.is_file():
+        raise ModelNotFoundError(
+            f"{folder} holds no {INDEX}, so it is no diffusers folder; name a folder that has "
+            "one, or a single .safetensors file."
+        )
+    pipeline = str(read_json(index).get("_class_name"))
+    for reader in READERS.values():
+        if pipeline == reader.pipeline:
+            raise ModelNotFoundError(
+                f"{where or folder} holds {reader.name}, which paints nothing by itself; give it "
+                f"as `{reader.alias}` beside a model that paints, whose `reference` it reads."
+            )
+    for family in FAMILIES:
+        if family.folder.is_of(pipeline):
+            return family
+    raise ModelNotFoundError(f"{where or folder} holds a {pipeline}; fluxmesh runs {NAMES} only.")
+
+
+def _check_complete(folder: Path, family: Family) -> None:
+    below = (path for path in folder.glob("*/*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in below]
+    missing = files_of([*names, *_names_in(folder)], family.folder).missing
+    if missing:
+        raise IncompleteModelError(folder, ", ".join(missing))
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The names of the files right inside of a folder; none where it is not there."""
+    return [path.name for path in folder.glob("*") if path.is_file()]
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component's folder: those of its index, or the only one."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return read_index(index)
-        if (folder / f"{stem}.safetensors").is_file():
-            return (folder / f"{stem}.safetensors",)
-    raise ModelNotFoundError(
-        f"{folder} holds no weights (model.safetensors or its index); complete the checkpoint "
-        "with `fluxmesh models pull`, or name another."
-    )
+    """The safetensors files of a component's folder: those of its index, or the only one.
 
-
-def _tokenizer_folders(folder: Path) -> tuple[Path, Path]:
-    for path in ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/spiece.model"):
-        if not (folder / path).is_file():
-            raise ModelNotFoundError(
-                f"{folder / path} is missing; complete the checkpoint with `fluxmesh models pull`."
-            )
-    return folder / "tokenizer", folder / "tokenizer_2"
+    Raises `IncompleteModelError` where there are none, or one of the index is missing.
+    """
+    names = weight_names(_names_in(folder))
+    if names is None:
+        raise IncompleteModelError(folder, "weights as .safetensors")
+    if names.index is not None:
+        return read_index(folder / names.index)
+    return tuple(folder / name for name in names.files)
 
 
 def _parts(components: Mapping[str, Component]) -> list[Path]:
-    return [file for part in COMPONENTS for file in components[part].files]
-
-
-def _config(path: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
-    if not path.is_file():
-        raise ModelNotFoundError(
-            f"{path} is missing; complete the checkpoint with `fluxmesh models pull`."
-        )
-    values = read_json(path)
-    try:
-        config = read(values)
-    except KeyError as error:
-        raise WeightsError(f"{path} lacks {error.args[0]!r}; download it again.") from error
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path} has a value of the wrong type; download it again.") from error
-    for field, kind in get_type_hints(type(config)).items():
-        value = getattr(config, field)
-        if not _is_of(kind, value):
-            raise WeightsError(
-                f"{path} gives {field} the value {str(value)[:40]!r}, which is of the wrong type; "
-                "download it again."
-            )
-    return config
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a value out of a JSON file has the type that the config's field declares."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
-    if kind is float:
-        return type(value) in (int, float) and abs(value) < 1e30  # false for nan and infinity
-    return type(value) is kind  # not isinstance: True is no number of layers
+    return [file for component in components.values() for file in component.files]
 
 
 def _quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | None:
@@ -275,39 +271,24 @@ def _quantization(folder: Path, manifest: Mapping[str, Any]) -> Quantization | N
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, not {FORMAT}; quantize "
             "the model again with this version of fluxmesh."
         )
-    bits = entry.get("bits")
-    if bits not in (3, 4, 5, 6, 8):
-        raise WeightsError(f"{folder / MANIFEST} says {bits!r} bits; quantize the model again.")
-    return Quantization(bits)
+    bits, text_bits = entry.get("bits"), entry.get("text_bits")
+    for number in (bits, bits if text_bits is None else text_bits):
+        if type(number) is not int or number not in BITS:
+            raise WeightsError(
+                f"{folder / MANIFEST} says {number!r} bits; quantize the model again."
+            )
+    assert isinstance(bits, int)
+    return Quantization(bits, text_bits)
 
 
-def _check_is_text_to_image(flux: FluxConfig, ae: AutoencoderConfig, where: Path) -> None:
-    """Fill, Canny and Depth take a picture beside the latents, which fluxmesh doesn't give."""
-    latents = 4 * ae.z_channels  # a token covers two by two of them
-    if flux.in_channels != latents:
-        raise WeightsError(
-            f"The transformer of {where} takes {flux.in_channels} channels where text-to-image "
-            f"takes {latents}; fluxmesh runs FLUX.1 schnell, dev and models shaped like them."
-        )
-
-
-def _defaults(flux: FluxConfig, tokenizer_2: Path, manifest: Mapping[str, Any]) -> ModelDefaults:
-    guided = flux.guidance_embed
-    values: dict[str, Any] = {"steps": 50 if guided else 4, "guidance": 4.0}
-    values |= {"height": 512, "width": 512}
+def _declared_defaults(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder's fluxmesh.json says that a request takes; the tokenizer's length is not."""
     declared = manifest.get("defaults")
-    if isinstance(declared, dict):
-        kinds = get_type_hints(ModelDefaults)
-        values |= {key: declared[key] for key in values if _is_of(kinds[key], declared.get(key))}
-    return ModelDefaults(**values, t5_max_length=_t5_max_length(tokenizer_2, guided))
-
-
-def _t5_max_length(tokenizer_2: Path, guided: bool) -> int:
-    """What the tokenizer declares; models without guidance (schnell) saw 256 at most."""
-    path = tokenizer_2 / "tokenizer_config.json"
-    declared = read_json(path).get("model_max_length") if path.is_file() else None
-    length = declared if isinstance(declared, int) and 0 < declared <= 4096 else 512
-    return length if guided else min(length, 256)
+    if not isinstance(declared, dict):
+        return {}
+    kinds = get_type_hints(ModelDefaults)
+    names = ("steps", "guidance", "height", "width")
+    return {name: declared[name] for name in names if is_of(kinds[name], declared.get(name))}
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -323,10 +304,13 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def _sample(digest: hashlib._Hash, path: Path) -> None:
-    """Adds a file's size and 64 places of its bytes."""
-    size = os.path.getsize(path)
-    digest.update(f"{size}\n".encode())
-    with open(path, "rb") as file:
-        for place in range(0, size, max(size // 64, 4096)):
-            file.seek(place)
-            digest.update(file.read(4096))
+    """Adds a file's size and 64 places of its bytes. Raises `WeightsError`."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size}\n".encode())
+            for place in range(0, size, max(size // 64, 4096)):
+                file.seek(place)
+                digest.update(file.read(4096))
+    except OSError as error:
+        raise WeightsError(f"Can't read {path}: {error.strerror or error}.") from error

@@ -16,113 +16,281 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, OutputError, WeightsError
 from fluxmesh.machine.awake import kept_awake
+from fluxmesh.models.files.family import Family, FolderFormat
+from fluxmesh.models.files.kinds import FileContents
+from fluxmesh.models.registry import FAMILIES, NAMES
 from fluxmesh.storage.hashing import sha256_of
+from fluxmesh.storage.safetensors import SUFFIXES, Entry, Header, read_header
+from fluxmesh.weights import identify, mflux_folder, single_files
+from fluxmesh.weights.checkpoint import described, family_in
+from fluxmesh.weights.folder_files import INDEX, FolderFiles, files_of, vocabulary_in
+from fluxmesh.weights.listing import Listing, remote_header
+from fluxmesh.weights.reader import ComponentReader
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "vae")
-WEIGHTS = ("diffusion_pytorch_model", "model")
-TOKENIZERS = (
-    "tokenizer/vocab.json",
-    "tokenizer/merges.txt",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer_2/spiece.model",
-    "tokenizer_2/tokenizer_config.json",
-)
+Wanted = tuple[str, Sequence[str]]  # a repository, and which parts of it
+Files = Sequence[tuple[Listing, Sequence[str]]]  # a repository's files by name
+
+MAX_ROOTS = 24  # files of a repository without folders whose headers are asked for
+WORTH_ASKING = 16 << 20  # bytes; a smaller file is fetched as soon as its header is
 
 
-def download_model(repo: str, cache: Path, progress: Progress | None = None) -> Path:
-    """Fetches `repo` and returns the folder of its snapshot, which is named by the commit.
-
-    Raises `ModelNotFoundError`, `OutputError` (disk full) or `WeightsError` (a file whose
-    SHA-256 is not the Hub's; it is removed).
-    """
-    return _download(repo, cache, progress, needed_files)
-
-
-def download_text_encoders(repo: str, cache: Path, progress: Progress | None = None) -> Path:
-    """The same, without the transformer: what one of BFL's single files lacks."""
-
-    def chosen(files: list[str]) -> list[str]:
-        return [file for file in needed_files(files) if not file.startswith("transformer/")]
-
-    return _download(repo, cache, progress, chosen)
+def repo_bytes(repo: str, cache: Path) -> int:
+    """What a download of all that is needed of `repo` would fetch. Raises `ModelNotFoundError`."""
+    with _one_sentence(repo, cache):
+        listing = Listing.of(repo, cache)
+        files = next(
+            (files for files in _by_family(listing) if not files.missing),
+            files_of(listing.sizes, FAMILIES[0].folder),
+        )
+        is_folder = INDEX in listing.sizes or files.is_mflux
+        names = files.names if is_folder else set(remote_single_files(listing).file_of.values())
+        return sum(listing.sizes[name] for name in names)
 
 
-def needed_files(files: list[str]) -> list[str]:
-    """Of a repository's files, those that fluxmesh reads: the diffusers folder, else one file.
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The parts of a model that a repository holds as single files."""
 
-    Small files come first, so that a wrong repository is found out before 30 GB of it are here.
-    """
-    if "model_index.json" not in files:
-        roots = [file for file in files if "/" not in file and file.endswith(".safetensors")]
-        models = [file for file in roots if file != "ae.safetensors"]
-        return roots if len(models) == 1 else []
-    wanted = {"model_index.json", "fluxmesh.json", "scheduler/scheduler_config.json", *TOKENIZERS}
-    chosen = [file for file in files if file in wanted]
-    weights = []
-    for folder in FOLDERS:
-        chosen += [file for file in files if file == f"{folder}/config.json"]
-        for stem in WEIGHTS:
-            index = f"{folder}/{stem}.safetensors.index.json"
-            if index in files:
-                chosen.append(index)
-                weights += [
-                    file
-                    for file in files
-                    if file.startswith(f"{folder}/{stem}-") and file.endswith(".safetensors")
-                ]
-                break
-            if f"{folder}/{stem}.safetensors" in files:
-                weights.append(f"{folder}/{stem}.safetensors")
-                break
-    return chosen + weights
+    family: Family
+    file_of: Mapping[str, str]  # by folder of a diffusers folder
+    transformer: FileContents
+    prefix: str  # before the names of its tensors
 
 
 @kept_awake()
-def _download(
-    repo: str, cache: Path, progress: Progress | None, choose: Callable[[list[str]], list[str]]
+def download_model(
+    repo: str,
+    cache: Path,
+    progress: Progress | None = None,
+    lacking: Callable[[RemoteFiles], Sequence[Wanted]] = lambda files: (),
 ) -> Path:
-    with _one_sentence(repo, cache):
-        import huggingface_hub
+    """Fetches `repo` and returns the folder of its snapshot, which is named by the commit.
 
-        endpoint = os.environ.get("HF_ENDPOINT")  # read now, not when the library was imported
-        api = huggingface_hub.HfApi(endpoint=endpoint)
-        info = api.model_info(repo, files_metadata=True)
-        siblings = {file.rfilename: file for file in info.siblings or []}
-        files = choose(list(siblings))
-        if not files:
+    What the model lacks, and what its files are, is known from names and headers before the first
+    weight comes. Of a repository without folders, `lacking` hears which parts of a model its files
+    hold, and says what is to come from elsewhere. Raises `ModelNotFoundError`, `OutputError` (disk
+    full) or `WeightsError` (a file of the wrong shapes, or whose SHA-256 is not the Hub's; the
+    latter is removed).
+    """
+    with _one_sentence(repo, cache):
+        listing = Listing.of(repo, cache)
+        family = _family_of(listing)
+        files = files_of(listing.sizes, family.folder)
+        if INDEX in listing.sizes or files.is_mflux:
+            if files.missing:
+                raise ModelNotFoundError(
+                    f"{repo} lacks {', '.join(files.missing)}, so that nothing of it was fetched; "
+                    "name another model."
+                )
+            wanted: Files = [(listing, files.names)]
+            _check_space(wanted)
+            _fetch([(listing, files.small)], wanted, progress)
+            check_remote(listing, files)
+        else:
+            single = remote_single_files(listing)
+            others = [
+                _parts_of(source, parts, cache, single.family) for source, parts in lacking(single)
+            ]
+            wanted = [*others, (listing, tuple(dict.fromkeys(single.file_of.values())))]
+            _check_space(wanted)
+        _fetch(wanted, wanted, progress)
+        for fetched, _ in wanted:
+            fetched.finish()
+        return listing.snapshot
+
+
+@kept_awake()
+def download_parts(
+    family: Family, sources: Sequence[Wanted], cache: Path, progress: Progress | None = None
+) -> None:
+    """Fetches folders of a family's models, or the vocabulary of a repository that is one.
+
+    Raises as `download_model` does.
+    """
+    with _one_sentence(" and ".join(repo for repo, _ in sources), cache):
+        wanted = [_parts_of(repo, parts, cache, family) for repo, parts in sources]
+        _check_space(wanted)
+        _fetch(wanted, wanted, progress)
+        for listing, _ in wanted:
+            listing.finish()
+
+
+@kept_awake()
+def download_files(
+    repo: str,
+    cache: Path,
+    progress: Progress | None,
+    choose: Callable[[list[str]], list[str]],
+) -> Path:
+    """Fetches the files that `choose` picks out of a repository's names, and no others.
+
+    Returns the folder of its snapshot. `choose` may raise as it likes; else raises as
+    `download_model` does.
+    """
+    with _one_sentence(repo, cache):
+        listing = Listing.of(repo, cache)
+        wanted = [(listing, tuple(choose(list(listing.sizes))))]
+        _check_space(wanted)
+        _fetch(wanted, wanted, progress)
+        listing.finish()
+        return listing.snapshot
+
+
+def _parts_of(
+    repo: str, parts: Sequence[str], cache: Path, family: Family
+) -> tuple[Listing, tuple[str, ...]]:
+    """The files that make these parts. Raises `ModelNotFoundError` where there are none."""
+    listing = Listing.of(repo, cache)
+    files = needed_parts(listing.sizes, parts, family.folder)
+    if not files:
+        raise ModelNotFoundError(f"{repo} has no {', '.join(parts)}; try again later.")
+    return listing, tuple(files)
+
+
+def needed_files(files: Collection[str], form: FolderFormat) -> list[str]:
+    """Of the names in a diffusers folder's repository, those that fluxmesh reads."""
+    return list(files_of(files, form).names)
+
+
+def needed_parts(files: Collection[str], parts: Sequence[str], form: FolderFormat) -> list[str]:
+    """The same of some folders alone; of a repository without folders, its vocabulary."""
+    needed = [file for file in needed_files(files, form) if file.partition("/")[0] in parts]
+    if needed:
+        return needed
+    for part in parts:
+        choices = form.tokenizers[part].choices if part in form.tokenizers else ()
+        vocabulary = vocabulary_in(files, choices) or ()
+        needed += [*vocabulary, *({"tokenizer_config.json"} & set(files))] if vocabulary else []
+    return needed
+
+
+def remote_single_files(listing: Listing) -> RemoteFiles:
+    """Of a repository without folders, the file of each part: of the one transformer, and others.
+
+    Read from the headers, which are all that is fetched. Raises `ModelNotFoundError` that says what
+    the file is where it is no transformer, or what there is where it is not one alone.
+    """
+    roots = [name for name in listing.sizes if "/" not in name and name.endswith(SUFFIXES)]
+    files: list[tuple[FileContents, Family, dict[str, str]]] = []
+    refused: list[FluxmeshError] = []
+    for name in roots[:MAX_ROOTS]:
+        try:
+            file = identify.contents(Path(name), remote_header(listing, name))
+            family = identify.family_of(file)
+            files.append((file, family, identify.parts(file, family.files.name)))
+        except (ModelNotFoundError, WeightsError) as error:
+            refused.append(error)
+    transformers = [known for known in files if "transformer" in known[2]]
+    if len(transformers) > 1:
+        names = ", ".join(str(file.path) for file, _, _ in transformers)
+        raise ModelNotFoundError(
+            f"{listing.repo} holds {len(transformers)} transformers ({names}); "
+            f"fetch one with `hf download {listing.repo} FILE`, and name the file."
+        )
+    if not transformers:
+        if len(refused) == 1:
+            raise ModelNotFoundError(f"{listing.repo}: {refused[0]}")
+        blocks = sorted(name for name in listing.sizes if name.endswith(".gguf"))
+        if blocks:
             raise ModelNotFoundError(
-                f"{repo} holds neither a diffusers folder nor one single .safetensors file of "
-                "FLUX.1; name another model."
+                f"{listing.repo} holds GGUF files ({', '.join(blocks)}); fetch one with "
+                f"`hf download {listing.repo} FILE`, and name the file."
             )
-        sizes = {file: siblings[file].size or 0 for file in files}
-        folder = cache / f"models--{repo.replace('/', '--')}"
-        snapshot = folder / "snapshots" / str(info.sha)
-        missing = [file for file in files if not (snapshot / file).is_file()]
-        total, left = sum(sizes.values()), sum(sizes[file] for file in missing)
-        _check_space(repo, cache, left - _partial_bytes(folder))
-        bar = _progress_bar(total - left, total, progress)
-        for file in missing:
+        raise ModelNotFoundError(
+            f"{listing.repo} holds neither a diffusers folder nor one single .safetensors file of "
+            f"{NAMES}; name another model."
+        )
+    transformer, family, prefixes = transformers[0]
+    file_of = {"transformer": str(transformer.path)}
+    for part in family.files.configs:
+        names_of = [
+            str(file.path) for file, other, parts in files if other is family and part in parts
+        ]
+        if names_of:
+            usual = single_files.by_name(family.files.usual.get(part, ""))
+            file_of.setdefault(part, min(names_of, key=usual))
+    return RemoteFiles(family, file_of, transformer, prefixes["transformer"])
+
+
+def _family_of(listing: Listing) -> Family:
+    """By its model_index.json; of one without, the family that mflux knows.
+
+    Raises `ModelNotFoundError` for a diffusers folder of another family, by its name.
+    """
+    if INDEX not in listing.sizes:
+        return next(family for family in FAMILIES if family.mflux is not None)
+    for files in _by_family(listing):  # by names alone, space is known before the first byte
+        if not files.missing:
+            _check_space([(listing, files.names)])
+            break
+    index = [(listing, (INDEX,))]
+    _fetch(index, index, None)  # a few hundred bytes
+    return family_in(listing.snapshot, listing.repo)
+
+
+def _by_family(listing: Listing) -> Iterator[FolderFiles]:
+    """What a repository has of a model of each family, by names; the one with most parts first."""
+    for family in FAMILIES:
+        yield files_of(listing.sizes, family.folder)
+
+
+def check_remote(listing: Listing, files: FolderFiles) -> None:
+    """Checks every large file's names and shapes against the configs, by its header alone."""
+    folder = listing.snapshot
+    if files.is_mflux:
+        first = mflux_folder.FIRST
+        if listing.missing([first]) and listing.sizes[first] >= WORTH_ASKING:
+            mflux_folder.family_in_mflux(folder, remote_header(listing, first))
+        return
+    paths = {part: tuple(folder / name for name in files.weights[part]) for part in files.weights}
+    checkpoint = described(folder, paths, listing.repo, listing.commit)
+    for part in files.weights:
+        names = files.weights[part]
+        here = [name for name in names if (folder / name).is_file()]
+        if all(name in here or listing.sizes[name] >= WORTH_ASKING for name in names):
+            entries: dict[str, Entry] = {}
+            for name in names:
+                header = (
+                    read_header(folder / name) if name in here else remote_header(listing, name)
+                )
+                entries |= header.entries
+            ComponentReader(checkpoint, part, Header(entries))
+
+
+def _fetch(files: Files, all_files: Files, progress: Progress | None) -> None:
+    """Fetches those of `files` that are not here; `progress` counts `all_files`."""
+    import huggingface_hub
+
+    total = sum(listing.sizes[file] for listing, names in all_files for file in names)
+    bar = _progress_bar(total - _left(all_files), total, progress)
+    for listing, names in files:
+        for file in listing.missing(names):
             path = huggingface_hub.hf_hub_download(
-                repo, file, revision=info.sha, cache_dir=cache, endpoint=endpoint, tqdm_class=bar
+                listing.repo,
+                file,
+                revision=listing.commit,
+                cache_dir=listing.cache,
+                endpoint=listing.endpoint,
+                tqdm_class=bar,
             )
-            lfs = siblings[file].lfs
-            if lfs is not None:
-                _check_hash(repo, Path(path), lfs.sha256)
-        # the revision that `cached_snapshot` finds: written last, when every file is here
-        (folder / "refs").mkdir(parents=True, exist_ok=True)
-        (folder / "refs" / "main").write_text(str(info.sha))
-    return snapshot
+            if file in listing.hashes:
+                _check_hash(listing.repo, Path(path), listing.hashes[file])
+
+
+def _left(files: Files) -> int:
+    """Bytes that are not here yet."""
+    return sum(listing.sizes[file] for listing, names in files for file in listing.missing(names))
 
 
 def _partial_bytes(folder: Path) -> int:
@@ -130,7 +298,9 @@ def _partial_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("blobs/*.incomplete"))
 
 
-def _check_space(repo: str, cache: Path, needed: int) -> None:
+def _check_space(files: Files) -> None:
+    needed = _left(files) - sum(_partial_bytes(listing.folder) for listing, _ in files)
+    repo, cache = files[-1][0].repo, files[-1][0].cache
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
     if needed > free:

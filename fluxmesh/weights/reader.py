@@ -1,32 +1,38 @@
-"""A checkpoint's four models as tables of stored tensors, checked before a byte of them is read.
+"""A checkpoint's models as tables of stored tensors, checked before a byte of them is read.
 
 `ComponentReader` joins a component's files with the table of what its model holds
-(`tensor_maps.py`): it says which tensor is missing or of the wrong shape, and reads any rows of any
-tensor, however the file splits it. Imports no mlx, so that a coordinator can check a checkpoint
-too.
+(`tensor_maps.py` of its family): it says which tensor is missing or of the wrong shape, and reads
+any rows of any tensor, however the file splits it and in whatever form it stores the numbers
+(`storage/numbers/`). Matrices in MLX's quantized form stay in it where the model's layers take it:
+each comes as `weight`, `scales` and `biases`. Imports no mlx.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from fluxmesh.errors import WeightsError
-from fluxmesh.models.flux1 import tensor_maps
-from fluxmesh.models.flux1.quantization import group_size
-from fluxmesh.models.flux1.tensor_maps import Rows, Tensors
-from fluxmesh.storage.safetensors import (
-    FLOATS,
-    NUMPY,
-    Entry,
-    numpy_dtype,
-    read_each_into,
-    read_headers,
+from fluxmesh.models import tensor_map
+from fluxmesh.models.tensor_map import ModelTensor, Rows, Tensors
+from fluxmesh.storage.numbers import finite, foreign
+from fluxmesh.storage.numbers.affine import LEAVES, Packing
+from fluxmesh.storage.numbers.rearranged import ChannelsLastSource, ZeroSource
+from fluxmesh.storage.numbers.tensor_source import (
+    CHUNK,
+    AffineSource,
+    PackedSource,
+    PlainSource,
+    TensorSource,
+    source_of,
 )
-from fluxmesh.weights.checkpoint import COMPONENTS, Checkpoint
+from fluxmesh.storage.safetensors import NUMPY, Header, read_each_into
+from fluxmesh.storage.tensor_files import read_headers
+from fluxmesh.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,64 +43,72 @@ class Stored:
     dtype: str
 
 
-def tables(checkpoint: Checkpoint) -> dict[str, Tensors]:
-    """What each component's model holds, unquantized. Raises `WeightsError` for absurd sizes."""
+def table_of(checkpoint: Checkpoint, component: str) -> Tensors:
+    """What the files of a component must hold, unquantized.
+
+    Raises `WeightsError` for absurd sizes.
+    """
     _check_sizes(checkpoint)
-    return {
-        "transformer": tensor_maps.transformer_tensors(checkpoint.transformer),
-        "text_encoder": tensor_maps.clip_tensors(checkpoint.clip),
-        "text_encoder_2": tensor_maps.t5_tensors(checkpoint.t5),
-        "vae": tensor_maps.autoencoder_tensors(checkpoint.autoencoder),
-    }
-
-
-def quantized_table(component: str, tensors: Tensors, bits: int) -> Tensors:
-    """The table of a quantized folder: packed `weight`, `scales` and `biases` for each matrix."""
-    out: Tensors = {}
-    for name, target in tensor_maps.in_bfl_file(tensors).items():
-        group = group_size(component, name, target.shape)
-        if group is None:
-            out[name] = target
-            continue
-        rows, columns = target.shape
-        module = name.removesuffix(".weight")
-        for leaf, width in (
-            ("weight", columns * bits // 32),
-            ("scales", columns // group),
-            ("biases", columns // group),
-        ):
-            key = f"{module}.{leaf}"
-            out[key] = tensor_maps.ModelTensor((rows, width), (Rows(key, 0, rows),))
-    return out
+    return checkpoint.architecture.tensors_in(component)
 
 
 class ComponentReader:
     """Reads one component of a checkpoint by the model's own names."""
 
-    def __init__(self, checkpoint: Checkpoint, component: str) -> None:
-        """Reads headers alone. Raises `WeightsError` naming the file and the tensor."""
+    def __init__(
+        self, checkpoint: Checkpoint, component: str, header: Header | None = None
+    ) -> None:
+        """Reads headers alone; `header` is that of files that are not here yet.
+
+        Raises `WeightsError` naming the file and the tensor.
+        """
         self.checkpoint, self.component = checkpoint, component
         part = checkpoint.components[component]
-        self.targets = tables(checkpoint)[component]
-        if checkpoint.bits:
-            self.targets = quantized_table(component, self.targets, checkpoint.bits)
-        elif part.layout == "bfl":
-            self.targets = tensor_maps.in_bfl_file(self.targets)
-        self.header = read_headers(part.files)
-        self.nbytes = part.nbytes
-        self._entries: dict[str, Entry] = {}
-        for name, target in self.targets.items():
-            self._check(name, target)
+        family = checkpoint.family
+        self._spellings = family.folder.spellings
+        self._left_out: Collection[str] = ()
+        table = table_of(checkpoint, component)
+        if part.layout in ("bfl", "fluxmesh"):
+            table = tensor_map.in_bfl_file(table)
+        elif part.layout == "mflux" and family.mflux is not None:
+            table = family.mflux.renamed(component, table)
+            self._left_out = family.mflux.left_out
+        self.header = header or read_headers(part.files)
+        foreign.refuse(self.header)
+        self.nbytes = 0 if header else part.nbytes
+        self.targets: Tensors = {}
+        self.packings: dict[str, Packing] = {}  # of the linears that stay quantized, by module
+        self._sources: dict[str, TensorSource] = {}
+        for name, target in table.items():
+            self._add(name, target)
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Stored:
+    @property
+    def bits(self) -> int | None:
+        """Bits that the component's matrices are stored in and stay in; None for plain ones."""
+        counts = [packing.bits for packing in self.packings.values()]
+        return max(set(counts), key=counts.count) if counts else None
+
+    @property
+    def looked_up(self) -> frozenset[str]:
+        """Tensors that no model holds (`Architecture.looked_up_in`)."""
+        return self.checkpoint.architecture.looked_up_in(self.component)
+
+    def group_size(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """Columns that share a scale where the tensor is quantized; None where it is whole."""
+        return self.checkpoint.architecture.group_size(self.component, name, shape)
+
+    def rows(
+        self, name: str, start: int = 0, stop: int | None = None, dtype: str | None = None
+    ) -> Stored:
         """Rows `start` to `stop` of the model's tensor `name`, and not a byte more.
 
-        PyTorch's axis order. A shard of a model is made of such calls. Raises `WeightsError`
-        where the file can't be read.
+        PyTorch's axis order. A shard of a model is made of such calls. `dtype`, F32 say, is what
+        they are wanted in; None is `dtype(name)`. Raises `WeightsError` where the file can't be
+        read.
         """
         target = self.targets[name]
         stop = target.shape[0] if stop is None else stop
-        dtype = self.dtype(name, start, stop)
+        dtype = dtype or self.dtype(name, start, stop)
         out = np.empty((stop - start, *target.shape[1:]), dtype=NUMPY[dtype])
         self.rows_into(out, name, start)
         return Stored(out, dtype)
@@ -108,61 +122,112 @@ class ComponentReader:
         reads = []
         offset = 0
         for start, stop in spans:
-            for piece, entry in self._pieces(name, start, stop):
-                reads.append((out[offset : offset + piece.count], entry, piece.start))
+            for piece, source in self._pieces(name, start, stop):
+                rows = out[offset : offset + piece.count]
                 offset += piece.count
-        read_each_into(reads)
+                if source.is_plain and NUMPY[source.dtype] == out.dtype:
+                    reads.append((rows, source.entry, piece.start))
+                else:
+                    source.read_into(rows, piece.start)
+        read_each_into(reads, finite.glance)
 
-    def dtype(self, name: str, start: int = 0, stop: int | None = None) -> str:
-        """The file's name for the dtype of these rows. Raises `WeightsError` where they differ."""
+    def check_rows(self, name: str, start: int, stop: int) -> None:
+        """Reads rows and looks at every number. Raises `WeightsError` for NaN and infinity."""
+        for piece, source in self._pieces(name, start, stop):
+            dtype = source.dtype if source.is_plain else "F32"
+            out = np.empty((piece.count, *source.shape[1:]), dtype=NUMPY[dtype])
+            if source.is_plain:
+                read_each_into([(out, source.entry, piece.start)], finite.check)
+            else:
+                source.read_into(out, piece.start)
+
+    def dtype(
+        self, name: str, start: int = 0, stop: int | None = None, wanted: str | None = None
+    ) -> str:
+        """What safetensors calls the dtype that these rows are best read in.
+
+        Of plain numbers, the file's own: their bytes are read as they are. What must be computed
+        comes in `wanted`, if it is given.
+        """
         stop = self.targets[name].shape[0] if stop is None else stop
-        entries = [entry for _, entry in self._pieces(name, start, stop)]
-        dtypes = {entry.dtype for entry in entries}
-        if len(dtypes) > 1:
-            raise WeightsError(
-                f"{self._where()} stores the parts of {name} in different dtypes "
-                f"({', '.join(sorted(dtypes))}); fluxmesh reads files of one dtype."
-            )
-        numpy_dtype(entries[0])  # raises for one that no weight has
-        return entries[0].dtype
+        sources = [source for _, source in self._pieces(name, start, stop)]
+        dtypes = {source.dtype for source in sources}
+        if wanted is not None and not (len(dtypes) == 1 and all(s.is_plain for s in sources)):
+            return wanted
+        return dtypes.pop() if len(dtypes) == 1 else "F32"
 
-    def _pieces(self, name: str, start: int, stop: int) -> list[tuple[Rows, Entry]]:
-        pieces = tensor_maps.pieces_between(self.targets[name].pieces, start, stop)
-        return [(piece, self._entries[piece.key]) for piece in pieces]
+    def _pieces(self, name: str, start: int, stop: int) -> list[tuple[Rows, TensorSource]]:
+        pieces = tensor_map.pieces_between(self.targets[name].pieces, start, stop)
+        return [(piece, self._sources[piece.key]) for piece in pieces]
 
     def stored_bytes(self, name: str) -> int:
         """Bytes that the tensor takes in the file."""
         total = 0
         for piece in self.targets[name].pieces:
-            entry = self._entries[piece.key]
-            total += entry.nbytes * piece.count // max(entry.shape[0], 1)
+            source = self._sources[piece.key]
+            total += source.nbytes * piece.count // max(source.shape[0], 1)
         return total
 
-    def _check(self, name: str, target: tensor_maps.ModelTensor) -> None:
-        is_packed = bool(self.checkpoint.bits) and f"{name.removesuffix('.weight')}.scales" in (
-            self.targets
-        )
-        allowed = ("U32",) if is_packed and name.endswith(".weight") else FLOATS
+    def _add(self, name: str, target: ModelTensor) -> None:
+        """Finds a tensor's pieces in the files and checks them."""
         ends = _rows_by_key(target)
+        packings = set()
         for piece in target.pieces:
-            entry = self._find(piece.key)
             expected = (ends[piece.key], *target.shape[1:])
-            if not tensor_maps.same_but_for_ones(entry.shape, expected):
+            source = self._source(piece.key, expected)
+            if not tensor_map.same_but_for_ones(source.shape, expected):
                 raise WeightsError(
-                    f"{entry.path}: {entry.key} has shape {entry.shape} where the model's config "
-                    f"asks for {expected}; the file belongs to another model, or is damaged."
+                    f"{source.entry.path}: {source.entry.key} has shape {source.shape} where the "
+                    f"model's config asks for {expected}; the file belongs to another model, or is "
+                    "damaged."
                 )
-            if entry.dtype not in allowed:
-                raise WeightsError(
-                    f"{entry.path}: {entry.key} has dtype {entry.dtype}; fluxmesh reads "
-                    f"{', '.join(allowed)} there."
-                )
-            self._entries[piece.key] = entry
+            self._sources[piece.key] = source
+            packings.add(source.packing if isinstance(source, AffineSource) else None)
+        packing = packings.pop() if len(packings) == 1 else None
+        if packing is not None and self.group_size(name, target.shape) is not None:
+            self._add_packed(name, target, packing)
+        else:
+            self.targets[name] = target
 
-    def _find(self, key: str) -> Entry:
-        for spelling in tensor_maps.spellings(key):
+    def _source(self, key: str, expected: tuple[int, ...]) -> TensorSource:
+        """The tensor of the file in PyTorch's order of axes."""
+        if self.checkpoint.components[self.component].layout != "mflux":
+            return source_of(self.header, self._spelled(key), expected)
+        if key in self._left_out and key not in self.header.entries:
+            return ZeroSource(next(iter(self.header.entries.values())), expected)
+        return ChannelsLastSource.of(source_of(self.header, self._spelled(key), expected))
+
+    def _add_packed(self, name: str, target: ModelTensor, packing: Packing) -> None:
+        """Keeps a matrix in MLX's quantized form: three tensors of as many rows in its place."""
+        stored_bits = self.checkpoint.bits_of(self.component)
+        module = name.removesuffix(".weight")
+        pieces: dict[str, list[Rows]] = {leaf: [] for leaf in LEAVES}
+        for piece in target.pieces:
+            source = self._sources.pop(piece.key)
+            assert isinstance(source, AffineSource)
+            if stored_bits and packing.bits != stored_bits:
+                raise WeightsError(
+                    f"{source.entry.path}: {source.entry.key} has shape {source.entry.shape}, "
+                    f"which is {packing.bits} bits a number where the model says {stored_bits}; "
+                    "quantize it again."
+                )
+            for leaf, entry in zip(LEAVES, source.triple.entries, strict=True):
+                key = f"{piece.key.removesuffix('.weight')}.{leaf}"
+                kind = PackedSource if leaf == "weight" else PlainSource
+                self._sources[key] = kind(entry, entry.shape)
+                pieces[leaf].append(Rows(key, piece.start, piece.stop))
+        rows, columns = target.shape
+        widths = (packing.width(columns), columns // packing.group, columns // packing.group)
+        for leaf, width in zip(LEAVES, widths, strict=True):
+            self.targets[f"{module}.{leaf}"] = ModelTensor((rows, width), tuple(pieces[leaf]))
+        self.packings[module] = packing
+
+    def _spelled(self, key: str) -> str:
+        """The name that a tensor has in the file."""
+        prefix = self.checkpoint.components[self.component].prefix
+        for spelling in (f"{prefix}{name}" for name in self._spellings(key)):
             if spelling in self.header.entries:
-                return self.header.entries[spelling]
+                return spelling
         raise WeightsError(
             f"{self._where()} lacks {key}, which the model needs; the file is incomplete or of "
             "another model."
@@ -173,7 +238,7 @@ class ComponentReader:
         return str(files[0]) if len(files) == 1 else str(files[0].parent)
 
 
-def _rows_by_key(target: tensor_maps.ModelTensor) -> dict[str, int]:
+def _rows_by_key(target: ModelTensor) -> dict[str, int]:
     """Rows that each tensor of the file must have: no target leaves any row of it unused."""
     ends: dict[str, int] = {}
     for piece in target.pieces:
@@ -187,14 +252,50 @@ def verify(checkpoint: Checkpoint) -> None:
     Raises `WeightsError` naming the first file and tensor that is truncated, corrupt, missing or
     of the wrong shape or dtype.
     """
-    for component in COMPONENTS:
+    for component in checkpoint.components:
         ComponentReader(checkpoint, component)
+
+
+def stored_bits(checkpoint: Checkpoint) -> int | None:
+    """Bits that a checkpoint, or any component of it, is quantized to; None for a plain one.
+
+    Reads headers alone. Raises as `verify`.
+    """
+    if checkpoint.bits:
+        return checkpoint.bits
+    bits = (ComponentReader(checkpoint, component).bits for component in checkpoint.components)
+    return next(filter(None, bits), None)
+
+
+def first_not_finite(
+    checkpoint: Checkpoint, progress: Callable[[int, int], None] = lambda done, total: None
+) -> WeightsError | None:
+    """The error of the first tensor that holds NaN or infinity, looking at every number.
+
+    For who got NaN from a step: loading looks at a part of large tensors only. Reads all files;
+    `progress` hears (bytes read, bytes in all).
+    """
+    readers = [ComponentReader(checkpoint, component) for component in checkpoint.components]
+    total = sum(reader.stored_bytes(name) for reader in readers for name in reader.targets)
+    done = 0
+    for reader in readers:
+        for name, target in reader.targets.items():
+            step = max(1, CHUNK // max(1, math.prod(target.shape[1:])))
+            for start in range(0, target.shape[0], step):
+                stop = min(start + step, target.shape[0])
+                try:
+                    reader.check_rows(name, start, stop)
+                except WeightsError as error:
+                    return error
+                progress(done + reader.stored_bytes(name) * stop // target.shape[0], total)
+            done += reader.stored_bytes(name)
+    return None
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
     """Sizes that no FLUX has would make tables without end, or models that can't compute."""
-    for part in ("transformer", "t5", "clip", "autoencoder", "schedule"):
-        config = getattr(checkpoint, part)
+    model = checkpoint.architecture
+    for part, config in model.configs.items():
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             low, high = _bounds(field.name)
@@ -206,7 +307,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
                     f"The {part} config of {checkpoint.name} says {field.name} is {value}; "
                     "the checkpoint is damaged."
                 )
-    flux = checkpoint.transformer
+    flux = model.transformer
     if (
         flux.hidden_size % flux.num_heads
         or sum(flux.axes_dim) != flux.head_dim
@@ -217,7 +318,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             f"{flux.num_heads} heads and rotary axes {flux.axes_dim}; the axes must be even and "
             "sum to the size of a head."
         )
-    for rule, holds in _rules(checkpoint).items():
+    for rule, holds in model.rules.items():
         if not holds:
             raise WeightsError(f"{checkpoint.name} is damaged: in its configs, {rule}.")
 
@@ -227,29 +328,3 @@ def _bounds(field: str) -> tuple[int, int]:
     if "depth" in field or "layers" in field or "blocks" in field:
         return (0 if field == "depth_single_blocks" else 1), 512
     return (0 if field == "eos_token_id" else 1), 2**24
-
-
-def _rules(checkpoint: Checkpoint) -> dict[str, bool]:
-    """What else must hold before the models can compute, in words."""
-    t5, clip, ae = checkpoint.t5, checkpoint.clip, checkpoint.autoencoder
-    schedule = checkpoint.schedule
-    exact = t5.relative_attention_num_buckets // 4  # distances with a bucket of their own
-    return {
-        "T5's layer_norm_epsilon must be above 0": t5.layer_norm_epsilon > 0,
-        "T5's relative_attention_num_buckets must be at least 4, and "
-        "relative_attention_max_distance above a quarter of them": (
-            1 <= exact < t5.relative_attention_max_distance
-        ),
-        "CLIP's layer_norm_eps must be above 0": clip.layer_norm_eps > 0,
-        "CLIP's heads must divide its hidden_size": (
-            clip.hidden_size % clip.num_attention_heads == 0
-        ),
-        "the autoencoder's norm groups must divide each of its widths": all(
-            width % ae.norm_groups == 0 for width in ae.widths
-        ),
-        "the autoencoder's scaling factor must not be 0": ae.scale_factor != 0,
-        "the scheduler's shift must be above 0": schedule.shift > 0,
-        "the scheduler's max_image_seq_len must be above its base_image_seq_len": (
-            schedule.max_image_seq_len > schedule.base_image_seq_len
-        ),
-    }

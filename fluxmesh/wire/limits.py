@@ -9,5 +9,5 @@ from fluxmesh.bounds import MAX_ARRAY
 
 MAX_FRAME = MAX_ARRAY  # bytes
 MAX_HEADER = 1 << 20  # bytes
-MAX_FRAMES = 14  # of one message; `Paint` has the header, 5 arrays and at most 8 features
+MAX_FRAMES = 26  # of one message; `Paint` has the header, 5 arrays, 8 features and 12 conditions
 MAX_MESSAGE = 8 * MAX_FRAME  # bytes of all frames together

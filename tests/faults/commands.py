@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.request import GenerateRequest
 from tests.faults.mesh import LIMIT, Up
@@ -90,6 +92,7 @@ def generate(
     arguments += ["--model", asked.model, "--dtype", asked.dtype, "--n-images", asked.n_images]
     arguments += ["--image-size", f"{asked.height}x{asked.width}", "--steps", asked.steps]
     arguments += ["--placement", placement, "--json", "-o", folder]
+    arguments += conditions(up.folder, asked)
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_DISK, *map(str, arguments)],
         env=up.env,
@@ -106,6 +109,20 @@ def generate(
             process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def conditions(folder: Path, request: GenerateRequest) -> list[object]:
+    """Options for what a request gives beside a prompt; its pictures are written to `folder`."""
+    options: list[object] = []
+    named = [("--reference", picture) for picture in request.references]
+    named += [] if request.control is None else [("--control", request.control)]
+    for number, (option, pixels) in enumerate(named):
+        path = folder / f"given-{number}.png"
+        Image.fromarray(pixels).save(path)
+        options += [option, path]
+    if request.negative is not None:
+        options += ["--negative-prompt", request.negative, "--cfg", request.cfg]
+    return options
 
 
 def _is_moment(moment: str, line: dict[str, Any], steps: int) -> bool:

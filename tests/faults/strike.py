@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -32,6 +32,7 @@ from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint
 from tests.faults.mesh import LIMIT, Outcome, Up, paint
+from tests.flux2_checkpoint import TWELVE_HEADS, make_flux2
 
 STEP, DECODE, LOAD = 0.3, 0.3, 0.2  # seconds that an engine pauses
 DELAYS = f"step={STEP},encode=0.2,decode={DECODE},load={LOAD}"
@@ -56,13 +57,54 @@ Moment = Literal["load", "encode", "first", "middle", "last", "decode", "save"]
 MOMENTS: tuple[Moment, ...] = ("load", "first", "middle", "last", "decode", "save")
 
 
-def make_model(folder: Path) -> str:
-    """A random checkpoint that 1, 2 and 3 hosts can share; every bias counts."""
+ModelFamily = Literal["flux1", "flux2"]
+MODEL_FAMILIES: tuple[ModelFamily, ...] = ("flux1", "flux2")
+
+
+def make_model(folder: Path, family: ModelFamily = "flux1") -> str:
+    """A random checkpoint that 1, 2 and 3 hosts can share, FLUX.2's 4 too; every bias counts."""
+    if family == "flux2":
+        return str(make_flux2(folder, transformer=TWELVE_HEADS))
     return str(make_checkpoint(folder, transformer=TRANSFORMER).path)
+
+
+ModelKind = Literal["flux1", "flux2", "base", "dev", "canny"]
+MODEL_KINDS: tuple[ModelKind, ...] = ("flux1", "flux2", "base", "dev", "canny")
+TOOL = "canny"  # in the path of one that follows a map, and paints nothing without
+
+
+def make_kind(folder: Path, kind: ModelKind) -> str:
+    """A random checkpoint, also of those that take more than a prompt: klein ("flux2") references,
+    a base model and dev a negative prompt, canny a map. 1, 2 and 3 hosts can share it."""
+    if kind == "base":
+        return str(make_flux2(folder / kind, kind, transformer=TWELVE_HEADS))
+    if kind in ("dev", TOOL):
+        wide = TRANSFORMER.in_channels * (2 if kind == TOOL else 1)
+        sizes = replace(TRANSFORMER, in_channels=wide)
+        return str(make_checkpoint(folder / kind, transformer=sizes, guidance=True).path)
+    return make_model(folder / kind, kind)
+
+
+def conditions(kind: ModelKind, seed: int = 0) -> dict[str, Any]:
+    """What a request gives such a model beside a prompt; nothing where it takes nothing."""
+    draw = np.random.default_rng(seed)
+    pictures = [draw.integers(0, 256, (64, 80, 3), dtype=np.uint8) for _ in range(2)]
+    if kind == "flux2":
+        return {"references": tuple(pictures[: 1 + seed % 2])}
+    if kind in ("base", "dev"):
+        return {"negative": "a house", "cfg": 2.0 + seed % 3}
+    return {"control": pictures[0]} if kind == TOOL else {}
+
+
+def hosts_of(family: ModelFamily) -> tuple[int, ...]:
+    """The sizes of meshes whose every process is hurt."""
+    return (2, 3) if family == "flux1" else (2, 4)
 
 
 def request_of(model: str, **keys: Any) -> GenerateRequest:
     fields = {"seed": 5, "height": 32, "width": 48, "steps": STEPS, "n_images": 2, **keys}
+    if Path(model).name == TOOL:
+        fields = conditions(TOOL) | fields
     return GenerateRequest("two dogs", model=model, dtype="float32", **fields)
 
 

@@ -27,18 +27,23 @@ FREE = 10.0  # seconds in which a mesh forgets a coordinator that was killed
 LETTING_GO = 1.5  # seconds in which a command may end, beside the step that is under way
 PLACEMENTS: tuple[Placement, ...] = ("data", "tensor", "sequence")
 CASES = [
-    pytest.param(placement, moment, id=f"{moment}-{placement}")
+    pytest.param(family, placement, moment, id=f"{family}-{moment}-{placement}")
+    for family in strike.MODEL_FAMILIES
     for placement in PLACEMENTS
     for moment in strike.MOMENTS
 ]
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize(("placement", "moment"), CASES)
+@pytest.mark.parametrize(("family", "placement", "moment"), CASES)
 def test_the_successor_of_a_coordinator_that_was_killed_finds_the_mesh_free(
-    grounds: Grounds, tmp_path: Path, placement: Placement, moment: strike.Moment
+    grounds: Grounds,
+    tmp_path: Path,
+    family: strike.ModelFamily,
+    placement: Placement,
+    moment: strike.Moment,
 ) -> None:
-    ground = grounds.of(2)
+    ground = grounds.of(2, family)
     up = ground.up
     with up.connect() as mesh:
         heal(up, mesh, placement, cold=moment == "load")
@@ -69,16 +74,20 @@ def test_the_successor_of_a_coordinator_that_was_killed_finds_the_mesh_free(
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(
-    ("placement", "moment"),
+    ("family", "placement", "moment"),
     [
         *CASES,
-        *(pytest.param("data", name, id=name) for name in ("start", "planned")),
+        *(pytest.param("flux1", "data", name, id=name) for name in ("start", "planned")),
     ],
 )
 def test_ctrl_c_ends_a_command_within_a_step_and_leaves_the_mesh_warm(
-    grounds: Grounds, tmp_path: Path, placement: Placement, moment: str
+    grounds: Grounds,
+    tmp_path: Path,
+    family: strike.ModelFamily,
+    placement: Placement,
+    moment: str,
 ) -> None:
-    up = grounds.of(2).up
+    up = grounds.of(2, family).up
     is_cold = moment == "load"
     with up.connect() as mesh:
         heal(up, mesh, placement, cold=is_cold)

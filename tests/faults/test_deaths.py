@@ -17,18 +17,19 @@ from tests.faults.mesh import paint
 from tests.faults.strike import SLACK, STEP, STEPS, Fault, allowed, difference, heal, request_for
 
 CASES = [
-    pytest.param(hosts, fault, id=f"{hosts}-{fault}")
-    for hosts in (2, 3)
+    pytest.param(family, hosts, fault, id=f"{family}-{hosts}-{fault}")
+    for family in strike.MODEL_FAMILIES
+    for hosts in strike.hosts_of(family)
     for fault in strike.faults_of(hosts, signal.SIGKILL)
 ]
 
 
-@pytest.mark.sample(1)
-@pytest.mark.parametrize(("hosts", "fault"), CASES)
+@pytest.mark.sample(1, flux2=1)
+@pytest.mark.parametrize(("family", "hosts", "fault"), CASES)
 def test_a_death_costs_seconds_and_no_acknowledged_step(
-    grounds: Grounds, hosts: int, fault: Fault
+    grounds: Grounds, family: strike.ModelFamily, hosts: int, fault: Fault
 ) -> None:
-    ground = grounds.of(hosts)
+    ground = grounds.of(hosts, family)
     up = ground.up
     request = request_for(up.model, fault.placement, hosts)
     images = request.n_images

@@ -27,19 +27,20 @@ from tests.faults.strike import (
 MOMENTS = ("load", "first", "middle", "decode")
 LOOKS = 1.5  # seconds between a silence that is too long and the event that tells it
 CASES = [
-    pytest.param(hosts, fault, id=f"{hosts}-{fault}")
-    for hosts in (2, 3)
+    pytest.param(family, hosts, fault, id=f"{family}-{hosts}-{fault}")
+    for family in strike.MODEL_FAMILIES
+    for hosts in strike.hosts_of(family)
     for fault in strike.faults_of(hosts, signal.SIGSTOP)
     if fault.moment in MOMENTS
 ]
 
 
 @pytest.mark.sample(1)
-@pytest.mark.parametrize(("hosts", "fault"), CASES)
+@pytest.mark.parametrize(("family", "hosts", "fault"), CASES)
 def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
-    grounds: Grounds, hosts: int, fault: Fault
+    grounds: Grounds, family: strike.ModelFamily, hosts: int, fault: Fault
 ) -> None:
-    ground = grounds.of(hosts)
+    ground = grounds.of(hosts, family)
     up = ground.up
     request = request_for(up.model, fault.placement, hosts)
     with up.connect() as mesh:

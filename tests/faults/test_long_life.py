@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import mesh
+from tests.faults import mesh, strike
+from tests.faults.conftest import ModelOf
 from tools import endurance
 
 UP = 20.0  # seconds in which four agents of this machine are up, weights and all
@@ -25,7 +26,11 @@ def test_500_jobs_leak_nothing_raise_no_alarm_and_cost_little(model: str, tmp_pa
     }
 
 
-def test_four_agents_are_up_in_time(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", strike.MODEL_FAMILIES)
+def test_four_agents_are_up_in_time(
+    model_of: ModelOf, family: strike.ModelFamily, tmp_path: Path
+) -> None:
+    model = model_of(family)
     began = time.monotonic()
     with mesh.up(tmp_path, 4, model) as up:
         assert time.monotonic() - began < UP

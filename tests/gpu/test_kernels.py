@@ -47,7 +47,7 @@ def test_a_traced_gradient_is_the_one_that_is_not_and_repeats(tmp_path, dtype, k
     (part,) = made.plan.parts(3)
     keys = part.micro.dropout_keys(len(made.adapters.names))
     batch = made.batch(part)
-    _, plain = loss_and_gradient(made.flux, made.adapters, batch, made.request.guidance, keys)
+    _, plain = loss_and_gradient(made.runtime, made.adapters, batch, made.request.guidance, keys)
     (_, traced), (_, repeated) = made.step(batch, keys), made.step(batch, keys)
     assert np.array_equal(np.array(traced), np.array(repeated))
     bound = 1e-5 if dtype == "float32" else 2e-2

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxmesh.adapters import lora
+from fluxmesh.adapters.changes import LowRank
 from fluxmesh.adapters.fuse import fuse_checkpoint
-from fluxmesh.adapters.lora import LowRank
 from fluxmesh.errors import UsageError
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.weights import hub, loading
 from fluxmesh.weights.quantize import quantize_checkpoint
+from tests import flux1_adapters as lora
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import Run
-from tests.numerics.loading import assert_same, parameters
+from tests.numerics.loading import assert_same, load_clip, load_t5, parameters
 from tests.numerics.test_lora import assert_same_change, random_adapter
 
 PAINT = ("generate", "a dog", "--seed", 3, "--steps", 2, "--dtype", "float32")
@@ -54,7 +54,7 @@ def _shapes(config) -> dict[str, tuple[int, ...]]:
 @pytest.fixture
 def adapter(checkpoint: Path, tmp_path: Path) -> Path:
     """A file in diffusers' keys, with settings of PEFT's that scale it by 12/3."""
-    config = hub.resolve(str(checkpoint)).transformer
+    config = hub.resolve(str(checkpoint)).architecture.transformer
     metadata = {
         "lora_adapter_metadata": json.dumps({"transformer.r": 3, "transformer.lora_alpha": 12}),
         "lora_blocks": "2",
@@ -81,7 +81,7 @@ def test_generate_paints_the_same_with_a_converted_adapter_there_and_back(
     back = fluxmesh("adapters", "convert", "there.safetensors", "back.safetensors", *model,
                     "--to", "diffusers", "--json")  # fmt: skip
     assert back.of("converted")[0]["format"] == "diffusers", back.err
-    config = hub.resolve(str(checkpoint)).transformer
+    config = hub.resolve(str(checkpoint)).architecture.transformer
     original = lora.read_adapter(adapter, config)
     assert original[MODULES[1]].scale == 4
     for name in ("there", "back"):
@@ -111,7 +111,7 @@ def test_converting_tells_the_mlx_examples_what_they_ask_for_and_keeps_the_rest(
 def test_an_adapter_of_the_embedded_model_is_known_without_naming_it(
     fluxmesh: Run, tmp_path: Path
 ) -> None:
-    config = hub.resolve("tiny").transformer
+    config = hub.resolve("tiny").architecture.transformer
     lora.write_adapter(tmp_path / "a.safetensors", some_adapter(config), config)
     done = fluxmesh("adapters", "convert", "a.safetensors", "b.safetensors", "--to", "kohya")
     assert done.code == 0, done.err
@@ -137,7 +137,7 @@ def test_generate_paints_the_same_from_a_fused_folder(
     fluxmesh: Run, tmp_path: Path, layout: str
 ) -> None:
     made = make_checkpoint(tmp_path / "model", seed=2, layout=layout, guidance=True)
-    config = hub.resolve(str(made.path)).transformer
+    config = hub.resolve(str(made.path)).architecture.transformer
     for name, scale in (("one", 1.0), ("two", 0.5)):
         lora.write_adapter(tmp_path / f"{name}.safetensors", some_adapter(config, scale), config)
     loras = ("one.safetensors:0.8", "two.safetensors")
@@ -168,7 +168,7 @@ def test_a_fused_folder_holds_what_fusing_on_the_way_gives_in_the_dtype_of_the_s
     made = make_checkpoint(tmp_path / "model", guidance=True, dtype=dtype)
     source = hub.resolve(str(made.path))
     path = tmp_path / "a.safetensors"
-    lora.write_adapter(path, random_adapter(3), source.transformer)
+    lora.write_adapter(path, random_adapter(3), source.architecture.transformer)
     monkeypatch.setattr(fuse, "SHARD_BYTES", 100_000)
     heard: list[tuple[int, int]] = []
     fuse_checkpoint(source, tmp_path / "fused", [(path, 0.7)], lambda *seen: heard.append(seen))
@@ -188,7 +188,7 @@ def test_a_fused_folder_holds_what_fusing_on_the_way_gives_in_the_dtype_of_the_s
     for name, values in theirs.items():
         actual, wanted = (np.array(x.astype(mx.float32)) for x in (ours[name], values))
         assert np.abs(actual - wanted).max() <= step * np.abs(wanted).max(), name
-    for load in (loading.load_t5, loading.load_clip, loading.load_autoencoder):
+    for load in (load_t5, load_clip, loading.load_autoencoder):
         assert_same(parameters(load(checkpoint)), parameters(load(source)))
 
 
@@ -198,7 +198,7 @@ def test_fusing_never_overwrites_and_an_interrupted_one_leaves_nothing(
     made = make_checkpoint(tmp_path / "model", guidance=True)
     source = hub.resolve(str(made.path))
     path = tmp_path / "a.safetensors"
-    lora.write_adapter(path, random_adapter(3), source.transformer)
+    lora.write_adapter(path, random_adapter(3), source.architecture.transformer)
     (tmp_path / "there").mkdir()
     done = fluxmesh("adapters", "fuse", "model", "a.safetensors", "there")
     assert done.code == 1 and "exists already" in done.err
@@ -217,7 +217,7 @@ def test_a_quantized_model_is_not_fused_into(tmp_path: Path) -> None:
     source = hub.resolve(str(make_checkpoint(tmp_path / "model", guidance=True).path))
     quantize_checkpoint(source, tmp_path / "q", 4)
     path = tmp_path / "a.safetensors"
-    lora.write_adapter(path, random_adapter(3), source.transformer)
+    lora.write_adapter(path, random_adapter(3), source.architecture.transformer)
     with pytest.raises(UsageError, match="quantized"):
         fuse_checkpoint(hub.resolve(str(tmp_path / "q")), tmp_path / "f", [(path, 1.0)])
     assert not (tmp_path / "f").exists()
@@ -227,5 +227,5 @@ def test_an_adapter_that_is_missing_is_told_before_anything_is_written(
     fluxmesh: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
     done = fluxmesh("adapters", "fuse", checkpoint, "no.safetensors", "fused")
-    assert done.code == 1 and "No adapter file no.safetensors" in done.err
+    assert done.code == 2 and "No adapter file no.safetensors" in done.err
     assert not any(tmp_path.iterdir())

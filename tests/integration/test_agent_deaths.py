@@ -58,7 +58,11 @@ def test_an_engine_that_is_killed_is_reported_and_the_next_one_does_the_work(
             start = time.monotonic()
             report = await failed(coordinator)
             assert time.monotonic() - start < 1.0
-            assert (report.kind, report.fatal, report.job) == ("Died", True, "job")
+            assert (report.kind, report.fatal, report.job) == (
+                messages.ENGINE_KILLED,
+                True,
+                "job",
+            )
             assert "signal 9" in report.text
             status = await coordinator.status()
             assert (status.state, status.engine_pid, status.holds) == ("failed", None, None)

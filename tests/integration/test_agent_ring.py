@@ -9,11 +9,13 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fluxmesh.cluster.shares import Shares
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.keys import Keys
@@ -150,6 +152,64 @@ def test_two_engines_paint_in_a_ring_what_one_paints(
             assert [s.counters.steps for s in status] == [4 * len(spread) + 3, 4 * len(spread)]
             assert len({s.ring for s in status}) == 1
             assert [(s.ring_rank, s.ring_size) for s in status] == [(0, 2), (1, 2)]
+
+    play(scene())
+
+
+def test_engines_paint_in_unequal_shares_what_one_paints_and_change_them_between_jobs(
+    tmp_path: Path, weights: ModelVariant
+) -> None:
+    tensor = Shares(heads=(1, 1), columns=(64, 192))  # of two heads
+
+    async def scene() -> None:
+        async with mesh(tmp_path, weights) as coordinators:
+            await join_ring(coordinators, 1)
+            text = await encode(coordinators[0], weights)
+
+            async def painted(placement: str, shares: Shares, job: str) -> np.ndarray:
+                works = [
+                    replace(
+                        painting(coordinator, weights, text, placement=placement, job=job),
+                        shares=shares,
+                    )
+                    for coordinator in coordinators
+                ]
+                return (await paint(coordinators, works))[-1].latents
+
+            uneven = [Shares(tokens=(2, 1)), Shares(tokens=(1, 5)), Shares()]
+            spread, sent = [], [0]
+            for number, shares in enumerate(uneven):
+                spread.append(await painted("sequence", shares, f"{number}"))
+                sent.append((await coordinators[0].status()).counters.sent_bytes)
+            first, second, even = (after - before for before, after in pairwise(sent))
+            assert second > first > even  # each gives as much as the longest share is
+            spread += [await painted("tensor", tensor, "a"), await painted("tensor", Shares(), "b")]
+            await coordinators[1].done(
+                replace(
+                    painting(coordinators[1], weights, text, placement="sequence", job="wrong"),
+                    shares=Shares(tokens=(1, 1, 1)),
+                )
+            )
+            failed = await coordinators[1].until(messages.Failed)
+            assert "shares of tokens are those of 3 hosts, and the ring has 2" in failed.text
+            counted = []
+            for shard, coordinator in enumerate(coordinators):
+                load = Load(
+                    **coordinator.head(), weights=weights, shards=2, shard=shard, shares=tensor
+                )
+                await coordinator.done(load)
+                holding = (await coordinator.until(messages.Loaded)).holding
+                assert (holding.shards, holding.shard, holding.shares) == (2, shard, tensor)
+                counted.append((await coordinator.status()).counters.block_bytes)
+            assert 1.25 * counted[0] < counted[1]
+            spread.append(await painted("tensor", tensor, "c"))
+            after = [(await coordinator.status()) for coordinator in coordinators]
+            assert [status.counters.block_bytes for status in after] == counted  # not loaded anew
+            await coordinators[0].done(painting(coordinators[0], weights, text, job="alone"))
+            for _ in range(3):
+                alone = await coordinators[0].until(messages.Stepped)
+            for latents in spread:
+                assert error(latents, alone.latents) <= 1e-5
 
     play(scene())
 

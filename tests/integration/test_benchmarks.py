@@ -12,9 +12,12 @@ import pytest
 
 from benchmarks.folders import file_shapes
 from benchmarks.harness import difference
+from benchmarks.packed import pays_from
 from benchmarks.products import products
-from benchmarks.sizes import FULL
+from benchmarks.sizes import FULL, TRANSFORMERS
 from fluxmesh.models.flux1 import tensor_maps
+from fluxmesh.models.flux2 import tensor_maps as flux2_tensor_maps
+from fluxmesh.models.flux2.config import Flux2Config
 from tests.integration.conftest import environment
 
 ROOT = Path(__file__).parents[2]
@@ -60,14 +63,48 @@ def test_step_times_fluxmesh_beside_the_sum_and_says_what_is_left_out(tmp_path: 
     assert measured["fluxmesh"]["sample"]
 
 
-def test_the_sum_counts_each_matrix_of_the_transformer_once_a_step() -> None:
+def test_step_times_klein_too(tmp_path: Path) -> None:
+    printed, results = run(
+        *(tmp_path, "step", "--model", "klein-4b", "--steps", "2", "--warmup", "1"),
+        *("--what", "sum", "fluxmesh", "fluxmesh-low-memory"),
+    )
+    measured = {result["what"]: result for result in results}
+    assert len(measured["fluxmesh"]["times"]) == 3 and measured["sum"]["seconds"] > 0
+    assert measured["fluxmesh-low-memory"]["sample"] == measured["fluxmesh"]["sample"]
+    assert measured["fluxmesh"]["sample"] and "failed" not in printed
+
+
+def test_packed_times_three_products_of_each_number_of_rows(tmp_path: Path) -> None:
+    printed, results = run(tmp_path, "packed", "--bits", "3", "8", "--steps", "1")
+    assert [(result["bits"], result["number"]) for result in results] == [
+        (bits, rows) for bits in (3, 8) for rows in (1, 16)
+    ]
+    for result in results:
+        assert min(result[way] for way in ("quantized", "unpacked", "plain", "unpacking")) > 0
+        assert 0 < result["apart"] < 3e-2  # both round to bfloat16
+    assert "128→96, 8 bits: unpacking alone" in printed
+
+
+@pytest.mark.parametrize(
+    ("quantized", "unpacked", "expected"),
+    [((1, 5, 9), (2, 3, 4), 8), ((1, 2, 3), (2, 3, 4), None), ((4, 1, 9), (2, 3, 4), 64)],
+)
+def test_unpacking_pays_from_where_it_is_faster_ever_after(quantized, unpacked, expected) -> None:
+    numbers = zip((1, 8, 64), quantized, unpacked, strict=True)
+    results = [{"number": n, "quantized": q, "unpacked": u} for n, q, u in numbers]
+    assert pays_from(results) == expected
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+def test_the_sum_counts_each_matrix_of_the_transformer_once_a_step(model: str) -> None:
+    config = TRANSFORMERS[model]
+    maps = flux2_tensor_maps if isinstance(config, Flux2Config) else tensor_maps
     counted = sum(
-        product.columns * product.outputs * product.count
-        for product in products(FULL.transformer, 1024, 512)
+        product.columns * product.outputs * product.count for product in products(config, 1024, 512)
     )
     used = sum(
         target.shape[0] * target.shape[1]
-        for name, target in tensor_maps.transformer_tensors(FULL.transformer).items()
+        for name, target in maps.transformer_tensors(config).items()
         if len(target.shape) == 2 and "mod" not in name and not name.endswith("_in.in_layer.weight")
         and not name.endswith("_in.out_layer.weight")
     )  # fmt: skip
@@ -98,6 +135,35 @@ def test_mesh_measures_each_placement_beside_what_was_predicted(tmp_path: Path) 
         assert float(difference(steps[what], steps["one"])) < 1e-5  # the same weights on each rank
     assert requests["data"]["predicted"] == requests["one"]["request"] / 3 * 2
     assert "failed" not in printed
+
+
+def test_overlap_times_ways_with_a_link_and_without(tmp_path: Path) -> None:
+    ways = ("one", "bare gathers", "tree", "rows", "own stream, together", "tensor, halves")
+    counts = ("--backend", "ring", "--steps", "2", "--warmup", "1", "--settings", "plain")
+    printed, results = run(tmp_path, "overlap", *counts, "--ways", *ways)
+    steps = [result for result in results if "ranks" in result]
+    assert [(r["way"], r["linked"]) for r in steps] == [
+        ("one", True),
+        ("tree", True), ("tree", False), ("rows", True), ("rows", False),
+        ("own stream, together", True), ("tensor, halves", True), ("tensor, halves", False),
+    ]  # fmt: skip
+    tree = next(result for result in steps if result["way"] == "tree")
+    for result in steps:
+        assert len(result["ranks"]) == 2 and result["seconds"] == max(result["ranks"]) > 0
+        if result["linked"] and result is not tree:
+            assert float(difference(result, tree)) < 1e-5  # the same weights, the same picture
+    assert "plain, bare gathers, 64²" in printed and "fail" not in printed
+
+
+def test_overlap_computes_both_ends_of_a_group_without_one(tmp_path: Path) -> None:
+    counts = ("--backend", "none", "--engines", "4", "--steps", "2", "--warmup", "1")
+    ways = ("one", "bare gathers", "tree", "own stream", "rows")
+    printed, results = run(tmp_path, "overlap", *counts, "--settings", "plain", "--ways", *ways)
+    assert [(result["way"], len(result["ranks"])) for result in results] == [
+        *(("one", 1), ("tree", 2), ("rows", 2))
+    ]
+    assert not any(result["linked"] for result in results) and "fail" not in printed
+    assert "| plain | rows | 64² |" in printed
 
 
 def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> None:
@@ -131,9 +197,13 @@ def test_load_compares_an_engine_with_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(320)
-def test_load_times_the_commands_alone_with_a_model_that_is_there(tmp_path: Path) -> None:
-    """Seven commands, each a process: a minute by themselves, more beside other tests."""
-    printed, results = run(tmp_path, "load", "--model", "tiny", "--steps", "1", seconds=300)
+def test_load_times_the_commands_alone_with_a_model_that_is_there(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    """Seven commands, each a process: half a minute by themselves, more beside other tests."""
+    printed, results = run(
+        *(tmp_path, "load", "--model", str(checkpoint), "--steps", "1"), seconds=300
+    )
     assert [measurement["what"] for measurement in results] == [
         *["a process for the request"] * 2,
         "fluxmesh up",
@@ -203,3 +273,12 @@ def test_plans_holds_what_was_predicted_against_what_agents_took(
         "ring of hosts (0, 1) over ring",
     ):
         assert text in printed
+
+
+def test_unequal_hosts_are_timed_with_equal_shares_and_with_the_planners(tmp_path: Path) -> None:
+    printed, results = run(tmp_path, "unequal", "--steps", "1", "--placements", "sequence")
+    assert [result["name"] for result in results] == ["equal", "chosen"]
+    for result in results:
+        assert len(result["alone"]) == len(result["compute"]) == 2
+        assert min(result["seconds"], *result["compute"], result["predicted"]) > 0
+    assert results[0]["shares"] == [] and "| sequence | equal |" in printed

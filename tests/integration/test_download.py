@@ -3,119 +3,22 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import re
 import shutil
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fluxmesh.errors import ModelNotFoundError, OutputError, WeightsError
+from fluxmesh.errors import ModelNotFoundError, NotFetchedError, OutputError, WeightsError
+from fluxmesh.models.flux1.family import FLUX1
+from fluxmesh.models.flux1.files.completion import VOCABULARIES
 from fluxmesh.weights import download, hub
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, write_safetensors
+from tests.hub_server import COMMITS, CUT, Hub, serving
 from tests.mac import mac, until
-
-COMMITS = ("a" * 40, "b" * 40)
-CUT = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@dataclass
-class Hub:
-    """What the server has, how it misbehaves, and what it was asked for."""
-
-    repos: dict[str, Path] = field(default_factory=dict)
-    commit: str = COMMITS[0]
-    gated: bool = False
-    listing_status: int = 200
-    cut: int = 0  # times that the file CUT breaks off half-way
-    sha256: str | None = None  # told instead of the true one
-    fetched: list[str] = field(default_factory=list)
-    ranges: list[str] = field(default_factory=list)
-    url: str = ""
-
-
-class Handler(BaseHTTPRequestHandler):
-    hub: Hub  # set on a subclass for each server
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        listing = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path)
-        if listing:
-            self.listing(listing[1])
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
-            self.file(match[1], match[3])
-        else:
-            self.refuse(404, "")
-
-    def listing(self, repo: str) -> None:
-        if repo not in self.hub.repos:
-            self.refuse(401, "RepoNotFound")
-            return
-        if self.hub.listing_status != 200:
-            self.refuse(self.hub.listing_status, "")
-            return
-        root = self.hub.repos[repo]
-        siblings = []
-        for file in sorted(root.rglob("*")):
-            if file.is_file():
-                content = file.read_bytes()
-                name = file.relative_to(root).as_posix()
-                entry: dict[str, object] = {"rfilename": name, "size": len(content)}
-                if file.suffix == ".safetensors":
-                    digest = self.hub.sha256 or hashlib.sha256(content).hexdigest()
-                    entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 100}
-                siblings.append(entry)
-        answer = {"id": repo, "modelId": repo, "sha": self.hub.commit, "siblings": siblings}
-        self.answer(json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-    def file(self, repo: str, name: str) -> None:
-        if self.hub.gated:
-            self.refuse(401, "GatedRepo")
-            return
-        content = (self.hub.repos[repo] / name).read_bytes()
-        etag = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted else 0
-        if self.command == "GET":
-            self.hub.fetched.append(name)
-            if wanted:
-                self.hub.ranges.append(name)
-        part = content[start:]
-        if wanted:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if self.command == "GET" and name == CUT and self.hub.cut > 0:
-            self.hub.cut -= 1
-            self.answer(part, headers, 206 if wanted else 200, send=len(part) // 2)
-            return
-        self.answer(part, headers, 206 if wanted else 200)
-
-    def answer(
-        self, body: bytes, headers: dict[str, str], status: int = 200, send: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:send])
-        if send is not None:  # hang up in the middle
-            self.close_connection = True
-
-    def refuse(self, status: int, code: str) -> None:
-        self.answer(b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}, status)
-
-    def log_message(self, *_: object) -> None:
-        """Tests print nothing."""
+from tests.wild_layouts import mflux, variant
 
 
 @pytest.fixture
@@ -126,20 +29,8 @@ def server(tmp_path, monkeypatch) -> Iterator[Hub]:
     # what a real repository holds beside what FLUX needs
     for extra in ("README.md", "flux1-schnell.safetensors", "ae.safetensors", "vae/other.bin"):
         (tmp_path / "repo" / extra).write_bytes(b"x" * 1000)
-    handler = type("Bound", (Handler,), {"hub": state})
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", state.url)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    for variable in ("AE", "FLUX_DEV", "FLUX_SCHNELL", "HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between retries
-    yield state
-    http.shutdown()
-    http.server_close()
+    with serving(state, tmp_path / "cache", monkeypatch):
+        yield state
 
 
 def sentence(caught) -> str:
@@ -163,7 +54,8 @@ def test_progress_counts_the_bytes_of_the_model(server, tmp_path):
     progress: list[tuple[int, int]] = []
     hub.resolve("schnell", progress=lambda done, total: progress.append((done, total)))
     needed = download.needed_files(
-        [p.relative_to(tmp_path / "repo").as_posix() for p in (tmp_path / "repo").rglob("*")]
+        [p.relative_to(tmp_path / "repo").as_posix() for p in (tmp_path / "repo").rglob("*")],
+        FLUX1.folder,
     )
     total = sum((tmp_path / "repo" / name).stat().st_size for name in needed)
     assert progress[-1] == (total, total)
@@ -176,7 +68,7 @@ def test_what_is_here_is_used_without_asking(server):
     server.fetched.clear()
     server.listing_status = 500
     assert hub.resolve("schnell").revision == COMMITS[0]
-    assert hub.default_model() == "schnell"
+    assert next(hub.preferred_here()).name == "schnell"
     assert server.fetched == []
 
 
@@ -201,10 +93,12 @@ def test_the_command_says_what_came_and_how_large_it_is(server):
     assert done.exit_code == 0, done.output
     assert f"schnell is here: 6.4 MB, revision {COMMITS[0]}." in done.stdout
     outcome = CliRunner().invoke(models, ["pull", "schnell", "--json"])
-    line = json.loads(outcome.stdout)
+    before, line = map(json.loads, outcome.stdout.splitlines())
+    assert before["event"] == "pulling" and before["bytes"] > line["bytes"]  # with small files
     assert (line["event"], line["revision"]) == ("pulled", COMMITS[0])
     listed = CliRunner().invoke(models, ["list"])
-    assert "schnell (default)" in listed.stdout
+    (row,) = (row for row in listed.stdout.splitlines() if row.startswith("schnell"))
+    assert row.rstrip().endswith("here, default")
 
 
 def test_a_connection_that_breaks_off_is_taken_up_where_it_stopped(server, tmp_path, monkeypatch):
@@ -223,7 +117,7 @@ def test_a_download_that_failed_goes_on_at_the_next_call(server, tmp_path):
     with pytest.raises(ModelNotFoundError) as caught:
         hub.resolve("schnell")
     assert "pull again" in sentence(caught)
-    assert hub.default_model() == "tiny"
+    assert next(hub.preferred_here()).name == "tiny"
     server.cut = 0
     server.fetched.clear()
     (file,) = hub.resolve("schnell").components["transformer"].files
@@ -309,25 +203,160 @@ def test_a_repository_without_flux_is_refused_before_a_byte_of_it(server, tmp_pa
     assert server.fetched == []
 
 
-def test_a_single_file_repository_borrows_the_text_encoders(server, tmp_path):
-    made = make_checkpoint(tmp_path / "full", layout="bfl", seed=4)
-    alone = tmp_path / "alone"
+def finetune(server: Hub, folder: Path) -> Path:
+    """A repository with a transformer alone; its file."""
+    made = make_checkpoint(folder / "full", layout="bfl", seed=4)
+    alone = folder / "alone"
     alone.mkdir()
     shutil.copy(made.path, alone / "finetune.safetensors")
     server.repos["someone/finetune"] = alone
-    checkpoint = hub.resolve("someone/finetune")
+    return alone / "finetune.safetensors"
+
+
+def test_a_single_file_repository_borrows_the_text_encoders(server, tmp_path):
+    finetune(server, tmp_path)
+    progress: list[tuple[int, int]] = []
+    checkpoint = hub.resolve("someone/finetune", progress=lambda *now: progress.append(now))
+    # what all of it takes is told from the first byte on, and the borrowed parts come first
+    assert len({total for _, total in progress}) == 1 and progress[-1][0] == progress[-1][1]
+    assert server.fetched[-1] == "finetune.safetensors"
+    assert server.heads == ["finetune.safetensors"]
     assert checkpoint.kind == "bfl"
     assert checkpoint.revision == COMMITS[0]
     assert not any(name.startswith("transformer/") for name in server.fetched)
     assert checkpoint.components["vae"].layout == "diffusers"
 
 
+def test_a_file_of_ones_own_fetches_nothing_until_pull_is_asked(server, tmp_path):
+    file = finetune(server, tmp_path)
+    with pytest.raises(NotFetchedError) as caught:
+        hub.resolve(str(file))
+    assert f"fluxmesh models pull {file}" in sentence(caught)
+    assert server.fetched == [] and not (tmp_path / "cache").exists()
+    checkpoint = hub.pull(str(file))
+    assert checkpoint.components["transformer"].files == (file,)
+    assert not any(name.startswith("transformer/") for name in server.fetched)
+    server.fetched.clear()
+    assert hub.pull(str(file)).content == checkpoint.content == hub.resolve(str(file)).content
+    assert server.fetched == []
+
+
+def test_files_that_lack_vocabularies_alone_fetch_those_and_no_more(server, tmp_path):
+    made = make_checkpoint(tmp_path / "full", layout="bfl", seed=4)
+    for repo, part in VOCABULARIES.items():
+        folder = shutil.move(made.folder / part, tmp_path / part)
+        (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
+        server.repos[repo] = Path(folder)
+    with pytest.raises(NotFetchedError, match="No tokenizers"):
+        hub.resolve(str(made.path))
+    checkpoint = hub.pull(str(made.path))
+    assert set(server.fetched) == {
+        *("vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json"),
+    }
+    assert checkpoint.tokenizers["clip"].parents[1].name == "models--openai--clip-vit-large-patch14"
+
+
+def test_what_a_repository_lacks_is_told_before_a_byte_of_it(server, tmp_path):
+    for missing in ("vae/diffusion_pytorch_model.safetensors", "tokenizer_2/spiece.model"):
+        (tmp_path / "repo" / missing).unlink()
+    with pytest.raises(ModelNotFoundError) as caught:
+        hub.pull("schnell")
+    message = sentence(caught)
+    assert "vae/" in message and "tokenizer_2/spiece.model" in message
+    assert "models pull" not in message  # it was just that
+    assert server.fetched == ["model_index.json"] and server.heads == []  # whose model it is
+    assert next(hub.preferred_here()).name == "tiny"
+
+
+def test_another_family_of_models_is_told_by_its_name_and_not_by_what_it_lacks(server, tmp_path):
+    (tmp_path / "repo" / "model_index.json").write_text('{"_class_name": "Flux3Pipeline"}')
+    shutil.rmtree(tmp_path / "repo" / "text_encoder_2")
+    with pytest.raises(ModelNotFoundError) as caught:
+        hub.pull("schnell")
+    message = sentence(caught)
+    assert message.startswith("black-forest-labs/FLUX.1-schnell holds a Flux3Pipeline")
+    assert server.fetched == ["model_index.json"]
+
+
+@pytest.mark.parametrize("problem", ["other sizes", "quantized by others"])
+def test_weights_of_the_wrong_shape_are_told_before_any_is_fetched(
+    server, tmp_path, monkeypatch, problem
+):
+    monkeypatch.setattr(download, "WORTH_ASKING", 0)
+    if problem == "other sizes":
+        config = tmp_path / "repo" / "text_encoder_2" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"d_ff": 4321}))
+    else:
+        key = "x_embedder.weight.quant_state.bitsandbytes__nf4"
+        write_safetensors(tmp_path / "repo" / CUT, {key: np.zeros(4)})
+    with pytest.raises(WeightsError, match="4321|bitsandbytes"):
+        hub.pull("schnell")
+    assert server.heads and not any(name.endswith(".safetensors") for name in server.fetched)
+
+
+def test_headers_are_asked_for_where_the_server_sends_all(server, monkeypatch):
+    """A mirror that knows no ranges answers with the whole file: the beginning is read."""
+    monkeypatch.setattr(download, "WORTH_ASKING", 0)
+    server.knows_ranges = False
+    assert hub.pull("schnell").revision == COMMITS[0]
+
+
+def test_a_repository_of_another_kind_of_file_is_told_by_what_it_is(server, tmp_path):
+    (tmp_path / "lora").mkdir()
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    write_safetensors(tmp_path / "lora" / "pytorch_lora_weights.safetensors", {key: np.zeros(9)})
+    server.repos["someone/lora"] = tmp_path / "lora"
+    with pytest.raises(ModelNotFoundError) as caught:
+        hub.resolve("someone/lora")
+    message = sentence(caught)
+    assert message.startswith("someone/lora: pytorch_lora_weights.safetensors is an adapter (LoRA)")
+    assert server.fetched == []
+
+
+def test_a_repository_with_several_transformers_names_them(server, tmp_path):
+    file = finetune(server, tmp_path)
+    shutil.copy(file, file.with_name("second.safetensors"))
+    with pytest.raises(ModelNotFoundError, match="finetune.safetensors, second.safetensors"):
+        hub.resolve("someone/finetune")
+    assert server.fetched == []
+
+
+def test_a_repository_of_gguf_files_says_how_to_fetch_one(server, tmp_path):
+    folder = tmp_path / "blocks"
+    folder.mkdir()
+    for form in ("Q4_0", "Q8_0"):
+        (folder / f"flux1-dev-{form}.gguf").write_bytes(b"GGUF")
+    server.repos["someone/blocks"] = folder
+    with pytest.raises(ModelNotFoundError) as caught:
+        hub.resolve("someone/blocks")
+    message = sentence(caught)
+    assert "holds GGUF files (flux1-dev-Q4_0.gguf, flux1-dev-Q8_0.gguf)" in message
+    assert "`hf download someone/blocks FILE`" in message
+    assert server.fetched == []
+
+
+def test_a_model_that_mflux_saved_is_fetched_from_the_hub(server, tmp_path):
+    server.repos["someone/mflux"] = mflux(tmp_path / "mflux", 8)
+    checkpoint = hub.resolve("someone/mflux")
+    assert (checkpoint.kind, checkpoint.bits, checkpoint.revision) == ("mflux", 8, COMMITS[0])
+    listed = {model.name: model for model in hub.list_models()}
+    assert listed["someone/mflux"].revision == COMMITS[0]
+
+
+def test_a_variant_is_fetched_where_nothing_plainer_is(server, tmp_path):
+    server.repos["someone/variant"] = variant(tmp_path / "variant", "bf16", 3)
+    checkpoint = hub.resolve("someone/variant")
+    assert len(checkpoint.components["transformer"].files) == 3
+    assert all(".bf16" in file.name for file in checkpoint.components["vae"].files)
+
+
 def test_names_of_files_beside_the_weights_decide_nothing():
-    files = ["model_index.json", "transformer/model.fp16.safetensors", "vae/model.safetensors"]
+    files = ["model_index.json", "transformer/notes.safetensors", "vae/model.safetensors"]
+    files += ["vae/model.fp16.safetensors", "vae/pytorch_model.bin", "vae/._model.safetensors"]
     files += ["text_encoder_2/model-00001-of-00002.safetensors"]
     files += ["text_encoder_2/model-00002-of-00002.safetensors"]
     files += ["text_encoder_2/model.safetensors.index.json", "text_encoder_2/model.safetensors"]
-    assert set(download.needed_files(files)) == {
+    assert set(download.needed_files(files, FLUX1.folder)) == {
         "model_index.json",
         "vae/model.safetensors",
         "text_encoder_2/model.safetensors.index.json",

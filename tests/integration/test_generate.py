@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +43,24 @@ def test_image_k_of_a_seed_is_the_file_of_that_seed_alone(
     files = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     assert files["out.2.png"] == files["out-1.png"]
     assert files["out.1.png"] != files["out-1.png"]
+
+
+def test_previews_are_told_where_they_are_asked_for_and_change_no_byte(
+    fluxmesh: Run, tmp_path: Path
+) -> None:
+    asked = ("generate", "a red apple", "--model", "tiny", *SIZE, "--steps", "3", "--seed", "2")
+    plain = fluxmesh(*asked, "--json", "-o", "plain.png")
+    shown = fluxmesh(*asked, "--json", "--preview", "-o", "shown.png")
+    piped = fluxmesh(*asked, "--preview", "-o", "piped.png")
+    assert (plain.code, shown.code, piped.code) == (0, 0, 0), plain.err + shown.err + piped.err
+    files = [(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "shown", "piped")]
+    assert files[0] == files[1] == files[2]
+    assert '"event": "preview"' not in plain.out and "\x1b" not in piped.out + piped.err
+    told = [json.loads(line) for line in shown.out.splitlines()]
+    previews = [each for each in told if each["event"] == "preview"]
+    assert [(each["step"], each["steps"]) for each in previews] == [(1, 3), (2, 3), (3, 3)]
+    with Image.open(io.BytesIO(base64.b64decode(previews[-1]["png"]))) as preview:
+        assert preview.size == (6, 4)
 
 
 def test_a_grid_holds_the_images_side_by_side(
@@ -143,6 +164,50 @@ def test_prompts_come_from_a_file_or_stdin_one_a_line(
     assert names(tmp_path) == ["out-1.png", "out-2.png", "out.png", "prompts.txt"]
     assert from_stdin.events[-1]["files"] == ["out-2.png"]
     assert (tmp_path / "out-1.png").read_bytes() == (tmp_path / "out-2.png").read_bytes()
+
+
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"
+
+
+def test_a_prompt_that_is_cut_says_from_which_word_on_to_people_and_programs(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{LONG}\n", encoding="utf-8")
+    command = ("generate", "--prompt-file", "prompts.txt", "--model", checkpoint, *SIZE)
+    told = fluxmesh(*command, "--steps", "1")
+    assert told.code == 0, told.err
+    (sentence,) = [line for line in told.err.splitlines() if "left out" in line]
+    pattern = r"The model reads (\d+) of the (\d+) tokens of the prompt; .* from “(.+)” on\."
+    kept, tokens, start = re.fullmatch(pattern, sentence).groups()
+    lines = fluxmesh(*command, "--steps", "1", "--json").of("encoded")
+    assert [line["dropped"] for line in lines] == ["", LONG[LONG.index(start.removesuffix(" …")) :]]
+    assert lines[1]["kept"] == int(kept) == 16 < lines[1]["tokens"] == int(tokens)
+    read = LONG.removesuffix(lines[1]["dropped"])
+    assert (
+        fluxmesh("generate", f"{read}", "--model", checkpoint, *SIZE, "--steps", "1").err.count(
+            "left out"
+        )
+        == 0
+    )
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_mask_of_zeros_is_refused_and_one_of_ones_paints(
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path, value: int
+) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.png")
+    Image.new("L", (32, 32), value).save(tmp_path / "mask.png")
+    done = fluxmesh(
+        *("generate", "a dog", "--model", checkpoint, "--image", "photo.png", "--steps", "1"),
+        *("--mask", "mask.png", "-o", "out.png"),
+    )
+    if value:
+        assert done.code == 0, done.err
+        assert np.asarray(Image.open(tmp_path / "out.png")).std() > 5
+    else:
+        assert done.code == 2
+        assert "--mask mask.png paints nothing" in done.err
+        assert not (tmp_path / "out.png").exists()
 
 
 def test_stepwise_keeps_the_picture_after_each_step(
@@ -269,19 +334,21 @@ def test_a_missing_model_is_told_in_a_sentence_to_people_and_programs(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("option", ["--output", "--stepwise", "--adapter", "--model"])
+@pytest.mark.parametrize(
+    ("option", "code"), [("--output", 1), ("--stepwise", 1), ("--adapter", 2), ("--model", 2)]
+)
 def test_a_path_that_can_not_be_is_a_sentence(
-    fluxmesh: Run, checkpoint: Path, tmp_path: Path, option: str
+    fluxmesh: Run, checkpoint: Path, tmp_path: Path, option: str, code: int
 ) -> None:
     done = fluxmesh("generate", "dog", "--model", checkpoint, option, "x" * 300)
-    assert done.code == 1, done.err
+    assert done.code == code, done.err
     assert "Error: " in done.err and "Traceback" not in done.err
     assert names(tmp_path) == []
 
 
 def test_an_adapter_that_is_missing_is_named(fluxmesh: Run, checkpoint: Path) -> None:
     done = fluxmesh("generate", "dog", "--model", checkpoint, "--adapter", "no.safetensors:0.5")
-    assert done.code == 1
+    assert done.code == 2
     assert "No adapter file no.safetensors" in done.err
 
 
@@ -407,3 +474,69 @@ def test_a_reader_that_goes_away_is_no_traceback(
     assert process.stderr.read() == b""
     process.stderr.close()
     assert names(tmp_path) == []
+
+
+def test_mlx_without_a_backend_is_told_with_what_to_install(
+    fluxmesh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Linux without `[cpu]` or `[cuda]`: mlx is installed, and can't be imported."""
+    (tmp_path / "bare" / "mlx").mkdir(parents=True)
+    (tmp_path / "bare" / "mlx" / "__init__.py").touch()
+    why = "libmlx.so: cannot open shared object file: No such file or directory"
+    (tmp_path / "bare" / "mlx" / "core.py").write_text(f"raise ImportError({why!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bare"))
+    remedy = "fluxmesh[cpu]" if sys.platform == "linux" else "pip install mlx"
+
+    painted = fluxmesh("generate", "dogs", "--model", "tiny")
+    assert painted.code == 1 and "Traceback" not in painted.err
+    assert f"ended with exit code 1: ImportError: {why}; run " in painted.err
+    assert remedy in painted.err
+
+    looked = fluxmesh("doctor", "--json")
+    (mlx,) = [line for line in looked.of("check") if line["check"] == "MLX"]
+    assert looked.code == 1 and mlx["level"] == "fail"
+    assert why in mlx["text"] and remedy in mlx["text"]
+
+
+def test_a_home_that_cannot_be_written_keeps_nobody_from_painting(
+    fluxmesh: Run, home: Path, tmp_path: Path
+) -> None:
+    """Root can write everywhere: a link that leads nowhere stands where the folder would be."""
+    (home / "mesh").symlink_to(tmp_path / "nowhere")
+    painted = fluxmesh("generate", "dogs", "--model", "tiny", "--image-size", "64x64")
+    assert painted.code == 0, painted.err
+    refused = fluxmesh("up", "--model", "tiny")
+    assert refused.code == 1 and "Traceback" not in refused.err
+    assert "can't be used" in refused.err and "set FLUXMESH_HOME to a folder" in refused.err
+
+
+def test_a_photo_of_which_parts_stay_is_painted_at_two_megapixels_unless_told(
+    fluxmesh: Run, tmp_path: Path
+) -> None:
+    """Small ones stay as they are, to the pixel: the other tests of masks hold that."""
+    from fluxmesh_coordinator.commands.generate import KEPT_AREA, Painter
+    from fluxmesh_coordinator.commands.settings import GenerateSettings
+    from fluxmesh_coordinator.console.generate_report import GenerateJsonReporter
+
+    sizes = {"photo.png": (2400, 3200), "small.png": (1024, 1536)}
+    for name, (height, width) in sizes.items():
+        Image.new("RGB", (width, height), "red").save(tmp_path / name)
+    notes: list[str] = []
+    reporter = GenerateJsonReporter()
+    reporter.note = notes.append  # type: ignore[method-assign]
+    painter = Painter(reporter, keep_warm=False)
+
+    def size_of(name: str, **more: Any) -> tuple[int, int]:
+        settings = GenerateSettings(
+            model="tiny", image=str(tmp_path / name), outpaint=(0, 0, 64, 0), **more
+        )
+        request = painter.resolve(settings, "a beach", 1).resolved.request
+        return request.height, request.width
+
+    assert size_of("small.png") == (1024, 1600)
+    assert not any("would take long" in note for note in notes)
+    height, width = size_of("photo.png")
+    assert 0.9 * KEPT_AREA < height * width <= 1.05 * KEPT_AREA
+    (note,) = [note for note in notes if "would take long" in note]
+    assert note.startswith("A picture of 2400x3264 would") and "`image_size`" in note
+    assert size_of("photo.png", image_size=(2400, 3264)) == (2400, 3264)

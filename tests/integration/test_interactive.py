@@ -54,3 +54,13 @@ def test_interactive_takes_a_folder_not_a_file(fluxmesh: Run) -> None:
     done = fluxmesh("interactive", "-o", "dog.png")
     assert done.code == 2
     assert "interactive takes a folder" in done.err
+
+
+def test_a_prompt_that_is_cut_is_told_each_time(fluxmesh: Run, checkpoint: Path) -> None:
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    done = fluxmesh(
+        *("interactive", "--model", checkpoint, "--image-size", "32x32", "--steps", "1"),
+        stdin=f"{long}\na dog\n{long}\n",
+    )
+    assert done.code == 0, done.err
+    assert done.err.count("tokens of the prompt; left out is all from “") == 2

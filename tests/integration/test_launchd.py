@@ -129,7 +129,7 @@ def test_up_lets_its_user_in_at_an_agent_that_launchd_runs_and_down_ends_it(daem
         path.stem for path in daemon.state.authorized.glob("*.pub")
     }
     assert daemon.process.poll() is None
-    assert remote.ask(host, "stop", port=daemon.port) == {"stopped": True}
+    assert remote.ask(host, "stop", port=daemon.port)["stopped"]
     assert daemon.process.wait(10) == 0  # so launchd leaves it
 
 

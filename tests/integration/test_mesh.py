@@ -180,7 +180,7 @@ def test_the_command_line_uses_the_mesh_that_is_up(
         assert "was predicted" in done.err
         assert read_recipe(tmp_path / "a.png").placement == "tensor"
         refused = fluxmesh(*command, "--placement", "data", "--force-shard")
-        assert refused.code == 4 and "exclude each other" in refused.err
+        assert refused.code == 2 and "exclude each other" in refused.err
         assert all(member.process.poll() is None for member in agents)
 
 

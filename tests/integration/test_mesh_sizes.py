@@ -18,6 +18,7 @@ from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.checkpoints import make_checkpoint
+from tests.flux2_checkpoint import TWELVE_HEADS, Kind, make_flux2
 from tests.integration.agents import agent, as_if_apart
 from tests.integration.test_mesh import counters, pictures, record_of
 from tests.parallel.cases import ODD, ON_DISK
@@ -75,14 +76,25 @@ async def learn_nothing(runner: JobRunner) -> None:
     """What a job measured is not kept."""
 
 
-@pytest.mark.parametrize(("shape", "sizes"), [("deeper", (2, 4)), ("shallow", (3,))])
+def make(shape: str, folder: Path) -> Path:
+    """A checkpoint of a shape of FLUX.1, or of a kind of FLUX.2."""
+    if shape in SHAPES:
+        return make_checkpoint(folder, seed=11, transformer=SHAPES[shape][0]).path
+    kind: Kind = "dev" if shape == "FLUX.2 dev" else "klein"
+    return make_flux2(folder, kind, seed=11, transformer=TWELVE_HEADS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [("deeper", (2, 4)), ("shallow", (3,)), ("FLUX.2 dev", (2,)), ("FLUX.2 klein", (3, 4))],
+)
 def test_one_to_four_hosts_give_one_picture(
     shape: str, sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, (height, width) = SHAPES[shape]
-    made = make_checkpoint(tmp_path / "model", seed=11, transformer=config)
+    height, width = SHAPES[shape][1] if shape in SHAPES else (48, 80)
+    model = make(shape, tmp_path / "model")
     request = GenerateRequest(
-        "two dogs", 5, str(made.path), IMAGES, height, width, STEPS, dtype="float32"
+        "two dogs", 5, str(model), IMAGES, height, width, STEPS, dtype="float32"
     )
     latents = Latents(monkeypatch)
     as_if_apart(monkeypatch)

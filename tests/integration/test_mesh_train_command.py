@@ -118,6 +118,6 @@ def test_ctrl_c_saves_the_last_whole_update_and_exits_130(mesh, place, tmp_path,
     assert status == 130, said
     assert "go on with --resume" in said
     (saved,) = checkpoint.iterations(tmp_path / "out")
-    assert saved in (8, 12) and all(event["event"] != "checkpointsaved" for event in events)
+    assert saved in (8, 12) and all(event["event"] != "checkpoint" for event in events)
     mesh.fluxmesh(*words, "--resume")
     assert final(tmp_path / "out") == alone

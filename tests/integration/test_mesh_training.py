@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from fluxmesh.training.events import Dealt, Encoding, Prepared, Progress, Update
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
 from tests.datasets import make_dataset
+from tests.flux2_checkpoint import TRANSFORMER as FLUX2
+from tests.flux2_checkpoint import make_flux2
 from tests.integration.test_mesh import mesh_of
 from tests.trainings import asked, final, make_place, of, run
 
@@ -104,6 +107,24 @@ def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, hosts, dtype)
     assert steps == [3] * hosts, "every host makes every update"
     assert len(of(events, Updated)) == 3
     assert checkpoint.iterations(tmp_path / "out") == [8, 16, 24]
+
+
+def test_any_number_of_hosts_trains_flux2_to_the_same_bytes(tmp_path):
+    """Of the smallest size, and klein's base model, whose prompts come with a negative one."""
+    sizes = replace(FLUX2, hidden_size=32, num_heads=2, depth=1, depth_single_blocks=1)
+    make_flux2(tmp_path / "model", "base", transformer=sizes, text_length=40)
+    make_dataset(tmp_path / "data", sizes=((32, 32), (32, 48)))
+    pictures = {"progress_prompt": "a cat", "progress_every": 3, "progress_steps": 1}
+    wanted = small(tmp_path, tmp_path / "alone", iterations=3, grad_accumulate=3, **pictures)
+    run(wanted)
+    for hosts in (1, 2, 3):
+        out = tmp_path / f"out{hosts}"
+        with mesh_with(tmp_path / f"mesh{hosts}", hosts, tmp_path) as mesh:
+            events = follow(mesh, dataclasses.replace(wanted, output_dir=str(out)))
+        (dealt,) = of(events, Dealt)
+        assert list(dealt.shares.values()) == {1: [3], 2: [2, 1], 3: [1, 1, 1]}[hosts]
+        assert len(of(events, Progress)) == 2
+        assert final(out) == final(tmp_path / "alone")
 
 
 def test_hosts_encode_what_the_cache_lacks_as_this_process_would(place, tmp_path, three):

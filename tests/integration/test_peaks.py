@@ -54,7 +54,8 @@ def peaks(folder: Path, hosts: int, placement: Any, *options: str) -> dict[int, 
 
 
 def test_each_rank_of_a_sharded_mesh_stays_within_its_share_of_memory(tmp_path: Path) -> None:
-    work = Workload.of(REQUEST, ModelSizes.of(hub.resolve("tiny")))
+    sizes = ModelSizes.of(hub.resolve("tiny"))
+    work = Workload.of(sizes.fill(REQUEST), sizes)
     (whole,) = peaks(tmp_path / "whole", 1, "data").values()
     needs = [max(work.memory("tensor", HOSTS, shards)) for shards in (1, HOSTS)]
     cap = str(sum(needs) // 2)  # bytes: less than all of it needs, more than a share of it does

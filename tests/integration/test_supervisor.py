@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -81,7 +82,11 @@ def test_latents_of_megabytes_pass_to_an_engine_and_back_eight_kilobytes_at_a_ti
 
     async def main() -> tuple[list[Message], list[str]]:
         came, ended = asyncio.Queue[Message](), list[str]()
-        supervisor = Supervisor(home, EngineOptions(), came.put_nowait, ended.append)
+
+        def on_end(text: str, *, is_killed: bool) -> None:
+            ended.append(text)
+
+        supervisor = Supervisor(home, EngineOptions(), came.put_nowait, on_end)
         supervisor.start()
         for message in sent:
             supervisor.send(message)
@@ -94,3 +99,30 @@ def test_latents_of_megabytes_pass_to_an_engine_and_back_eight_kilobytes_at_a_ti
     assert all(same(message, returned) for message, returned in zip(sent, received, strict=True))
     assert ended == []
     assert f"buffer {BUFFER}\n" in home.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_killed"), [("SEGV", False), ("ABRT", False), ("KILL", True), ("TERM", True)]
+)
+def test_an_engine_that_others_end_is_told_apart_from_one_that_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_killed: bool
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nkill -{name} $$\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    home = AgentHome(tmp_path / "agent")
+    home.folder.mkdir(mode=0o700)
+
+    async def main() -> tuple[str, bool]:
+        ended = asyncio.Queue[tuple[str, bool]]()
+
+        def on_end(text: str, *, is_killed: bool) -> None:
+            ended.put_nowait((text, is_killed))
+
+        Supervisor(home, EngineOptions(), lambda _: None, on_end).start()
+        return await asyncio.wait_for(ended.get(), 60)
+
+    text, was_killed = asyncio.run(main())
+    assert f"was killed by signal {getattr(signal, f'SIG{name}').value}" in text
+    assert was_killed is is_killed

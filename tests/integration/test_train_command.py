@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.datasets import make_dataset, write_lines
+from tests.datasets import make_dataset, write_lines, write_pictures
 from tests.integration.conftest import Run, environment
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 OPTIONS = (
     *("--iterations", 8, "--grad-accumulate", 2, "--num-augmentations", 1, "--lora-rank", 2),
     *("--warmup-steps", 1, "--learning-rate", 0.01, "--checkpoint-every", 4, "--dtype", "float32"),
@@ -117,6 +119,75 @@ def test_ctrl_c_saves_and_exits_130_and_resume_goes_on(
     assert [json.loads(line)["update"] for line in metrics] == list(range(1, 81))
 
 
+def test_a_misspelt_folder_is_answered_at_once_without_asking_the_hub(
+    fluxmesh: Run, tmp_path: Path
+) -> None:
+    make_dataset(tmp_path / "dog-6")
+    began = time.monotonic()
+    for name, code in (("dog6", 2), ("owner/dog6", 1)):
+        done = fluxmesh("train", name, "--model", "tiny")
+        assert done.code == code, done.err
+        assert f"There is no folder {name}" in done.err
+        assert "Retry" not in done.err and "Traceback" not in done.err
+    assert "did you mean dog-6?" in fluxmesh("train", "dog6", "--model", "tiny").err
+    assert time.monotonic() - began < 60
+
+
+def test_json_tells_a_run_in_few_lines_that_end_with_its_files(train: Run) -> None:
+    done = train("--json", "--progress-prompt", "a dog", "--progress-every", 8)
+    assert done.code == 0, done.err
+    kinds = [line["event"] for line in done.events]
+    assert kinds[0] == "start" and kinds.count("updated") == 4
+    assert kinds.count("checkpoint") == 2 and kinds.count("prepared") == 1
+    assert kinds.count("loading") + kinds.count("encoding") < 20
+    assert done.events[-1] == {
+        "event": "done",
+        "files": [line["path"] for line in done.of("saved")],
+    }
+    assert done.events[-1]["files"][-1] == "mlx_output/final_adapters.safetensors"
+    documented = (DOCS / "json.md").read_text(encoding="utf-8")
+    assert all(f"| `{kind}` |" in documented for kind in kinds)
+
+
+def test_captions_of_other_tools_are_trained_on_and_what_is_passed_over_is_told(
+    train: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    names = write_pictures(folder / "10_sks dog")
+    (folder / "metadata.csv").write_text(f"file_name,text\n10_sks dog/{names[0]},a red dog\n")
+    (folder / "10_sks dog" / "1.caption").write_text("a blue dog")
+    (folder / "lost.txt").write_text("a green dog")
+    done = train("--seed", 1, dataset=folder)
+    assert done.code == 0, done.err
+    assert (
+        "pictures: 1 picture: 10_sks dog/2.png without a caption file; kohya's folder" in done.err
+    )
+    assert "pictures: 1 text: lost.txt without a picture of the same name." in done.err
+    assert "which changes nothing: --iterations says how long the training is" in done.err
+    report = (tmp_path / "mlx_output" / "report.html").read_text()
+    assert all(caption in report for caption in ("a red dog", "a blue dog", "sks dog"))
+    notes = train("--json", "--output-dir", "other", dataset=folder).of("note")
+    assert len(notes) == 3 and all("--" in n["text"] or "pictur" in n["text"] for n in notes)
+
+
+def test_what_a_run_worked_out_is_told_and_kept_by_its_resume(
+    fluxmesh: Run, data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    words = ("train", data, "--model", checkpoint, "--cache-dir", tmp_path / "cache", "--json")
+    words += ("--iterations", 40, "--num-augmentations", 1, "--checkpoint-every", 40)
+    words += ("--resolution", "32x32", "--lora-rank", 2, "--dtype", "float32")
+    first = fluxmesh(*words)
+    assert first.code == 0, first.err
+    (prepared,) = first.of("prepared")
+    assert (prepared["updates"], prepared["warmup"]) == (10, 1)
+    assert prepared["rate"] > 1e-4, "a narrow model learns at a higher rate"
+    again = fluxmesh(*words, "--resume")
+    assert again.code == 0, again.err
+    assert again.of("prepared")[0]["begins_at"] == 10
+    other = fluxmesh(*words, "--resume", "--learning-rate", 0.5)
+    assert other.code == 2 and "learning_rate was" in other.err
+
+
 def test_mistakes_in_the_data_set_are_told_and_nothing_is_written(
     train: Run, tmp_path: Path
 ) -> None:
@@ -131,6 +202,13 @@ def test_mistakes_in_the_data_set_are_told_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (("--prior-weight", 0.5), "--prior-weight has no effect without --prior-folder"),
+        (("--progress-every", 10), "--progress-every has no effect without --progress-prompt"),
+        (("--progress-steps", 2), "--progress-steps has no effect without --progress-prompt"),
+        (("--weight-decay", 0.1), "--weight-decay is of adamw"),
+        (("--caption-column", "words"), "the key 'words' is missing"),
+        (("--split", "test"), "--split is 'test', for which"),
+        (("--resume",), "--resume goes on from a checkpoint, and mlx_output holds none"),
         (("--resolution", "500x512"), "--resolution"),
         (("--lora-targets", "*.to_q"), "--lora-targets"),
         (("--iterations", 0), "--iterations"),

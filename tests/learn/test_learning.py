@@ -14,9 +14,11 @@ import pytest
 
 from fluxmesh import FluxPipeline
 from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.training.data.dataset import load_dataset
 from tests.integration.conftest import Run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "tiny"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "robot"
 ASKED = (0, 10, 21)  # of the held-out prompts: the places shown, not shown, and shown
 LATENTS = (16, 16)
 
@@ -66,6 +68,43 @@ def test_a_minute_of_training_teaches_the_embedded_model_a_robot_on_backgrounds_
         for pictures in (painted(prompts), painted(prompts, str(tmp_path / "mlx_output")))
     )
     assert (after < before / 2).all(), (before, after)
+
+
+def test_the_pictures_of_the_example_are_those_that_the_program_draws(
+    tmp_path: Path, robot
+) -> None:
+    from sprites import draw
+
+    sprites = np.zeros((robot.ROBOT + 1, 128, 128, 4), dtype=np.uint8)
+    sprites[robot.ROBOT] = robot.render_robot()
+    examples = load_dataset(str(EXAMPLE))
+    assert [x.caption for x in examples] == [robot.caption(*pair) for pair in robot.shown()]
+    for example, pair in zip(examples, robot.shown(), strict=True):
+        np.testing.assert_array_equal(example.pixels(), draw(robot.scene(*pair), sprites, 128, 128))
+
+
+@pytest.mark.timeout(900)
+def test_a_training_teaches_with_its_defaults(fluxmesh: Run, tmp_path: Path, robot) -> None:
+    """A fifth of a default run's length, which takes two fifths off what is wrong with a picture;
+    docs/training.md has what the whole one gives."""
+    from sprites import draw
+
+    done = fluxmesh(
+        *("train", EXAMPLE, "--model", "tiny", "--seed", 1, "--iterations", 120),
+        *("--dtype", "float32", "--cache-dir", "cache", "--checkpoint-every", 120),
+        timeout=800,
+    )
+    assert done.code == 0, done.err
+    sprites = np.zeros((robot.ROBOT + 1, 128, 128, 4), dtype=np.uint8)
+    sprites[robot.ROBOT] = robot.render_robot()
+    pairs = [robot.asked()[number] for number in ASKED]
+    prompts = [robot.caption(*pair) for pair in pairs]
+    drawn = np.stack([draw(robot.scene(*pair), sprites, 128, 128) for pair in pairs]).astype(int)
+    before, after = (
+        np.square(pictures - drawn).mean(axis=(1, 2, 3))
+        for pictures in (painted(prompts), painted(prompts, str(tmp_path / "mlx_output")))
+    )
+    assert (after < 0.75 * before).all(), (before, after)
 
 
 @pytest.mark.timeout(900)

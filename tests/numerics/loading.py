@@ -12,10 +12,19 @@ from fluxmesh.errors import WeightsError
 from fluxmesh.weights import hub, loading
 from tests import checkpoints
 
+
+def load_clip(checkpoint, *more, **keys):
+    return loading.load_text_encoder(checkpoint, "clip", *more, **keys)
+
+
+def load_t5(checkpoint, *more, **keys):
+    return loading.load_text_encoder(checkpoint, "t5", *more, **keys)
+
+
 LOADERS = {
     "transformer": loading.load_transformer,
-    "text_encoder": loading.load_clip,
-    "text_encoder_2": loading.load_t5,
+    "text_encoder": load_clip,
+    "text_encoder_2": load_t5,
     "vae": loading.load_autoencoder,
 }
 FILES = {

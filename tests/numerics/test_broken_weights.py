@@ -116,15 +116,12 @@ def test_a_config_of_absurd_sizes_is_refused(tmp_path, folder, changes, word):
     ("folder", "field", "value"),
     [
         ("transformer", "num_layers", 2.0),
-        ("transformer", "in_channels", None),
         ("transformer", "guidance_embeds", "yes"),
         ("transformer", "axes_dims_rope", ["4", "6", "6"]),
         ("text_encoder", "hidden_act", {}),
         ("text_encoder", "vocab_size", True),
         ("text_encoder", "layer_norm_eps", float("nan")),
-        ("text_encoder_2", "num_heads", None),
         ("vae", "block_out_channels", "ab"),
-        ("vae", "latent_channels", None),
         ("vae", "scaling_factor", "a"),
         ("scheduler", "shift", float("inf")),
     ],
@@ -133,6 +130,15 @@ def test_a_config_value_of_the_wrong_type_is_refused(tmp_path, folder, field, va
     made = make_checkpoint(tmp_path)
     config = change_config(made.folder / folder, {field: value})
     assert_refused(made, str(config), "wrong type")
+
+
+@pytest.mark.parametrize(
+    ("folder", "field"), [("transformer", "in_channels"), ("vae", "latent_channels")]
+)
+def test_a_null_in_the_place_of_what_is_needed_is_as_good_as_nothing(tmp_path, folder, field):
+    made = make_checkpoint(tmp_path)
+    config = change_config(made.folder / folder, {field: None})
+    assert_refused(made, str(config), f"lacks '{field}'")
 
 
 def change_config(folder, changes):

@@ -21,6 +21,7 @@ from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.planning import activations
 from fluxmesh.planning.workload import Workload
+from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import AskStatus, Decode, EncodeSource, Measure
 from fluxmesh.wire.transport.base import ConnectionClosed
@@ -63,9 +64,9 @@ def test_a_decode_that_is_held_back_takes_half_the_memory_and_gives_the_same_bit
     """Not held back it takes 37 of its largest arrays on a CPU, of which a convolution's own are
     nine."""
     made = AutoEncoder(AutoencoderConfig(widths=(32, 64, 64, 64), num_res_blocks=2))
-    z = mx.random.normal((1, 16, 16, made.config.z_channels), key=mx.random.key(1))
+    z = mx.random.normal((1, 8, 8, made.config.z_channels), key=mx.random.key(1))
     mx.eval(made.parameters(), z)
-    largest = 128 * 128 * 64 * 4
+    largest = 64 * 64 * 64 * 4
 
     def peak() -> tuple[float, np.ndarray]:
         mx.clear_cache()
@@ -144,9 +145,21 @@ def test_a_decode_may_take_what_is_planned_also_where_it_goes_in_tiles(
     work = Workload.of(ask(height=side, width=side, low_memory=True), FLUX)
     for platform in ("metal", "cpu"):
         on(platform, monkeypatch)
-        waits = device_memory.decoding_room(FLUX.autoencoder, side, side, mx.bfloat16, True)
+        waits = device_memory.decoding_room(FLUX.architecture, side, side, mx.bfloat16, True)
         planned = work.memory("data", 1, 1, platform).decode - work.autoencoder_bytes
         assert waits <= planned
+
+
+def test_an_encode_may_take_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a picture whose decode would go in tiles."""
+    side = 4096
+    source = SourceImage(np.zeros((side, side, 3), np.uint8))
+    work = Workload.of(ask(height=side, width=side, low_memory=True, source=source), FLUX)
+    for platform in ("metal", "cpu"):
+        on(platform, monkeypatch)
+        waits = device_memory.encoding_room(FLUX.architecture, side * side, mx.bfloat16, True)
+        planned = work.encoding_memory(1, platform) - work.autoencoder_bytes
+        assert planned / 3 < waits <= planned
 
 
 def test_a_mac_may_use_what_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:

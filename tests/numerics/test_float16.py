@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh.adapters.formats import LowRank, write_adapter
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.worker import Worker
@@ -32,6 +31,7 @@ from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights import hub, loading
 from tests.checkpoints import AUTOENCODER, T5, make_checkpoint
+from tests.flux1_adapters import LowRank, write_adapter
 from tests.numerics.units import latents, painting
 from tests.parallel.cases import ODD, ParallelCase, noise_of, plan_of, random_flux
 
@@ -65,8 +65,8 @@ def grown(dtype: str, by: float) -> Flux:
 def painted(flux: Flux, cache: float = 0.0) -> np.ndarray:
     """Latents after the case's steps."""
     case = replace(CASE, cache=cache, steps=6) if cache else CASE
-    store = StepCache(cache) if cache else None
-    *_, step = denoise(flux, plan_of(case, flux), noise_of(case), cache=store)
+    stores = [StepCache(cache)] if cache else []
+    *_, step = denoise(flux, plan_of(case, flux), noise_of(case), caches=stores)
     return np.array(step.x)
 
 
@@ -177,7 +177,9 @@ def test_gelu_of_large_numbers_is_those_numbers() -> None:
 def test_what_runs_once_a_prompt_or_picture_is_what_bfloat16_has(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, guidance=True)
     half, other = (FluxPipeline(str(made.path), dtype=name) for name in ("float16", "bfloat16"))
-    for feature, same in zip(half.encode("two dogs"), other.encode("two dogs"), strict=True):
+    for feature, same in zip(
+        half.encode("two dogs").values(), other.encode("two dogs").values(), strict=True
+    ):
         assert feature.dtype == mx.bfloat16 and mx.array_equal(feature, same).item()
     x = half.noise(1, (4, 4))
     assert mx.array_equal(half.decode(x, (4, 4)), other.decode(x, (4, 4))).item()
@@ -279,7 +281,7 @@ def test_a_number_beyond_float16_is_refused_by_name(
 
 @pytest.fixture(scope="module")
 def adapter_file(stored: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = hub.resolve(stored).transformer
+    config = hub.resolve(stored).architecture.transformer
     rng = np.random.default_rng(5)
 
     def low(rows: int, columns: int) -> LowRank:

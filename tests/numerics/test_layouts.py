@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fluxmesh import FluxPipeline
-from fluxmesh.adapters import lora
-from fluxmesh.adapters.lora import LowRank
+from fluxmesh.adapters.changes import LowRank
 from fluxmesh.weights import hub
 from fluxmesh.weights.quantize import quantize_checkpoint
+from tests import flux1_adapters as lora
 from tests.checkpoints import make_checkpoint
 
 

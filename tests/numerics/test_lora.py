@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh.adapters import lora
-from fluxmesh.adapters.lora import LowRank
-from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError, WeightsError
+from fluxmesh.adapters.changes import LowRank
+from fluxmesh.errors import AdapterError, ModelNotFoundError, OutputError
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.weights import hub, loading
 from tests import checkpoints
+from tests import flux1_adapters as lora
 from tests.checkpoints import make_checkpoint, write_safetensors
 
 CONFIG = dataclasses.replace(checkpoints.TRANSFORMER, guidance_embed=True)
@@ -253,7 +253,6 @@ PAIR = {"a": np.ones((4, 64)), "b": np.ones((64, 4))}
     [
         "transformer.transformer_blocks.2.attn.to_q",  # the model has two
         "lora_unet_double_blocks_7_img_attn_proj",
-        "lora_unet_down_blocks_0_attentions_0_proj_in",  # of Stable Diffusion
         "diffusion_model.double_blocks.0.img_attn.norm.query_norm",
         "guidance",
     ],
@@ -263,23 +262,24 @@ def test_keys_that_match_nothing_are_named(tmp_path, module):
     refused(tmp_path, dict(zip(keys, PAIR.values(), strict=True)), *keys, "match nothing")
 
 
+def test_an_adapter_of_stable_diffusion_is_called_so(tmp_path):
+    module = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    keys = (f"{module}.lora_down.weight", f"{module}.lora_up.weight")
+    arrays = dict(zip(keys, PAIR.values(), strict=True))
+    refused(tmp_path, arrays, keys[0], "another model", "Stable Diffusion")
+
+
 @pytest.mark.parametrize(
-    "key",
+    ("key", "word"),
     [
-        "transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight",
-        "lora_unet_double_blocks_0_img_attn_proj.hada_w1_a",
-        "lora_unet_double_blocks_0_img_attn_proj.dora_scale",
-        "diffusion_model.double_blocks.0.img_attn.proj.diff_b",
+        ("transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight", "incomplete"),
+        ("lora_unet_double_blocks_0_img_attn_proj.hada_w1_a", "incomplete"),
+        ("lora_unet_double_blocks_0_img_attn_proj.dora_scale", "incomplete"),
+        ("lora_unet_double_blocks_0_img_attn_proj.oft_blocks", "OFT"),
     ],
 )
-def test_adapters_of_other_kinds_are_refused_by_key(tmp_path, key):
-    refused(tmp_path, {key: np.ones((4, 4))}, key, "other than LoRA")
-
-
-def test_keys_of_text_encoders_are_refused_with_a_way_out(tmp_path):
-    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    arrays = {f"{key}.lora_down.weight": PAIR["a"], f"{key}.lora_up.weight": PAIR["b"]}
-    refused(tmp_path, arrays, key, "remove the text encoders' keys")
+def test_half_an_adapter_and_other_kinds_are_refused_by_module(tmp_path, key, word):
+    refused(tmp_path, {key: np.ones((4, 4))}, key.rpartition(".")[0].rpartition(".lora_")[0], word)
 
 
 def test_many_unknown_keys_are_counted_not_listed(tmp_path):
@@ -304,7 +304,7 @@ def test_a_truncated_adapter_is_refused(tmp_path):
     path = tmp_path / "adapter.safetensors"
     lora.write_adapter(path, random_adapter(), CONFIG)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(WeightsError, match="truncated"):
+    with pytest.raises(AdapterError, match="truncated"):
         lora.read_adapter(path, CONFIG)
 
 

@@ -214,7 +214,7 @@ def test_a_first_step_ticks_and_the_next_ones_do_not(weights: ModelVariant) -> N
     latents(worker, replace(work, image=1))
     assert quiet[-3:] == ["step", "", ""]
     wider = initial_noise(7, 32, 64, 16, 8)
-    latents(worker, replace(work, width=64, noise=wider))
+    latents(worker, replace(work, width=64, noise=wider, latents=wider))
     assert quiet[-3:] == ["first step", "", ""]
 
 

@@ -43,7 +43,7 @@ def test_the_prior_s_loss_and_gradient_are_added_by_their_weight(place, tmp_path
     loss, gradient = 0.0, np.zeros(made.adapters.size)
     for part in (shown, prior):
         keys = part.micro.dropout_keys(len(made.adapters.names))
-        value, slope = loss_and_gradient(made.flux, made.adapters, made.batch(part), 4.0, keys)
+        value, slope = loss_and_gradient(made.runtime, made.adapters, made.batch(part), 4.0, keys)
         loss += part.weight * value.item() / 2
         gradient += part.weight * np.array(slope) / 2
     total = exact_sum.read(made.total([number], 1))
@@ -77,7 +77,7 @@ def test_a_prior_without_weight_is_the_same_as_none(place, tmp_path):
 
 def test_the_trigger_and_what_is_held_out_are_the_data_set_s_alone(place, tmp_path):
     request = kept(place, tmp_path, trigger="sks", validation=2)
-    examples = read_examples(request)
+    examples, _ = read_examples(request)
     assert [e.caption.startswith("sks") for e in examples] == [True] * 3 + [False] * 4
     plan = learner(dataclasses.replace(request, trigger="")).plan
     assert len(plan.held_out) == 2 and not set(plan.held_out) & set(plan.priors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ def test_a_prompt_seen_before_runs_no_encoder(flux: FluxPipeline) -> None:
     assert not flux.is_loaded("t5")
     flux.encode("a cat")
     assert flux.is_loaded("t5")
+
+
+def test_a_prompt_that_is_cut_warns_and_one_that_fits_does_not(flux: FluxPipeline) -> None:
+    prompt = "one two three four five six seven eight nine ten eleven"
+    with pytest.warns(UserWarning, match="reads 16 of the .* left out is all from “"):
+        next(flux.generate_latents(prompt, num_steps=1, latent_size=(4, 4), seed=1))
+    cut = flux.cut(prompt)
+    assert cut is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(flux.generate_latents(prompt[: cut.start], num_steps=1, latent_size=(4, 4), seed=1))
 
 
 def test_ensure_models_are_loaded_loads_all(flux: FluxPipeline) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,16 @@ from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,
     FluxmeshError,
+    NotFiniteError,
     OutputError,
     UsageError,
 )
+from fluxmesh.storage.safetensors import read_header
 from fluxmesh.training import checkpoint
 from fluxmesh.training.compute.learner import Learner, UpdateResult
+from fluxmesh.training.data.dataset import load_dataset
 from fluxmesh.training.events import (
+    Note,
     Prepared,
     Progress,
     Updated,
@@ -30,7 +36,13 @@ from fluxmesh.training.events import (
 )
 from fluxmesh.training.local_executor import DivergedError, train
 from fluxmesh.training.micro_batches import deal
+from fluxmesh.training.notes import notes_of
+from fluxmesh.training.plan import prepare
+from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import Run
+from fluxmesh.weights.hub import resolve
+from tests.datasets import make_dataset, write_lines
+from tests.overflowing import overflowing as overflowing_model
 from tests.trainings import FINAL, asked, final, learner, make_place, of, run
 
 
@@ -39,15 +51,28 @@ def place(tmp_path_factory) -> Path:
     return make_place(tmp_path_factory.mktemp("training"))
 
 
+@pytest.fixture(scope="module")
+def place_of(tmp_path_factory) -> Callable[[str], Path]:
+    """As `place`, of any model."""
+    return functools.cache(lambda model: make_place(tmp_path_factory.mktemp(model), model))
+
+
 # --- the same training ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, dtype):
-    """20 updates of 8 micro-batches; 3 hosts don't divide 8. Each deal is summed on its own."""
-    request = asked(
-        place, tmp_path, dtype=dtype, iterations=160, grad_accumulate=8, batch_size=1, lora_blocks=2
-    )
+@pytest.mark.parametrize(
+    ("model", "dtype", "updates"),
+    [
+        ("dev", "float32", 20),
+        ("dev", "bfloat16", 20),
+        ("klein-base", "float32", 3),
+        ("flux2-dev", "bfloat16", 3),
+    ],
+)
+def test_any_number_of_hosts_gives_the_same_bytes(place_of, tmp_path, model, dtype, updates):
+    """Updates of 8 micro-batches, which 3 hosts don't divide. Each deal is summed on its own."""
+    short = {"iterations": 8 * updates, "grad_accumulate": 8, "batch_size": 1, "lora_blocks": 2}
+    request = asked(place_of(model), tmp_path, dtype=dtype, **short)
     made = learner(request)
     start = made.state
     trained = []
@@ -66,7 +91,9 @@ def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, dtype):
     assert trained[0] != np.array(start.weights).tobytes()
 
 
-def test_what_is_looked_at_on_the_way_changes_nothing(place, tmp_path):
+@pytest.mark.parametrize("model", ["dev", "klein", "klein-base"])
+def test_what_is_looked_at_on_the_way_changes_nothing(place_of, tmp_path, model):
+    place = place_of(model)
     run(asked(place, tmp_path / "a"))
     events = run(
         asked(
@@ -97,7 +124,10 @@ def test_another_seed_gives_another_adapter(place, tmp_path):
 @pytest.fixture(scope="module")
 def straight(place, tmp_path_factory) -> str:
     """The adapter of a run that nothing stopped, with an average of weights and validation."""
-    out = tmp_path_factory.mktemp("straight")
+    return _straight(place, tmp_path_factory.mktemp("straight"))
+
+
+def _straight(place: Path, out: Path) -> str:
     run(asked(place, out, **RESUMED))
     return final(out)
 
@@ -117,6 +147,12 @@ def test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path, straig
     assert of(again, Prepared)[0].begins_at == updates
     assert [event.update for event in of(again, Updated)] == list(range(updates + 1, 5))
     assert final(tmp_path) == straight
+
+
+def test_a_run_of_flux2_that_was_closed_goes_on_to_the_same_bytes(place_of, tmp_path):
+    place = place_of("klein-base")
+    wanted = _straight(place, tmp_path / "straight")
+    test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path / "closed", wanted, 1)
 
 
 PROGRAM = """
@@ -222,15 +258,70 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(place, tmp
 
     def broken(self, part, *more):
         if part.micro.number == 9:
-            self.flux.img_in.bias = self.flux.img_in.bias * float("nan")
+            self.flow.img_in.bias = self.flow.img_in.bias * float("nan")
         return gradient(self, part, *more)
 
     monkeypatch.setattr(Learner, "gradient", broken)
-    with pytest.raises(DivergedError, match=r"iteration 12.*0000008_adapters"):
+    sentence = r"not finite \(NaN or infinity\) in update 3, by iteration 12.*0000008_adapters"
+    with pytest.raises(DivergedError, match=sentence):
         run(asked(place, tmp_path))
     assert checkpoint.iterations(tmp_path) == [4, 8]
     saved = checkpoint.latest(tmp_path)
     assert all(np.isfinite(vector).all() for vector in saved.vectors.values())
+
+
+def test_a_gradient_that_overflows_is_told_as_the_loss_is(place, tmp_path, monkeypatch):
+    advance = Learner.advance
+
+    def overflowing(self, total) -> UpdateResult:
+        moved = advance(self, total)
+        return dataclasses.replace(moved, norm=math.inf) if self.state.update == 2 else moved
+
+    monkeypatch.setattr(Learner, "advance", overflowing)
+    with pytest.raises(DivergedError, match=r"in update 2, .*0000004_adapters"):
+        run(asked(place, tmp_path))
+    assert checkpoint.iterations(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e30])  # the last is what a mesh sends
+def test_what_was_held_out_may_show_it_first(place, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(Learner, "validate", lambda self: 1.0 if self.state.update < 2 else loss)
+    with pytest.raises(DivergedError, match=r"held out was not finite .* after update 2, "):
+        run(asked(place, tmp_path, validation=1))
+    assert checkpoint.iterations(tmp_path) == [4]
+
+
+def test_a_picture_on_the_way_that_is_not_finite_is_no_file(place, tmp_path, monkeypatch):
+    advance = Learner.advance
+
+    def broken(self, total) -> UpdateResult:
+        moved = advance(self, total)
+        if self.state.update == 2:
+            weights = self.state.weights * float("nan")
+            self.state = dataclasses.replace(self.state, weights=weights)
+        return moved
+
+    monkeypatch.setattr(Learner, "advance", broken)
+    with pytest.raises(NotFiniteError, match="NaN or infinity came out of"):
+        run(asked(place, tmp_path, progress_prompt="a dog", progress_every=8))
+    assert [path.name for path in tmp_path.glob("*.png")] == []
+
+
+def test_a_picture_of_the_data_set_that_overflows_the_autoencoder_is_told(tmp_path):
+    model = overflowing_model(tmp_path / "model", "encoder")
+    make_dataset(tmp_path / "data")
+    request = TrainRequest(
+        dataset=str(tmp_path / "data"),
+        model=str(model),
+        dtype="float32",
+        output_dir=str(tmp_path / "out"),
+        cache_dir=str(tmp_path / "cache"),
+        seed=1,
+    )
+    with pytest.raises(NotFiniteError, match="the autoencoder, which read the picture"):
+        run(request)
+    kept = [read_header(path) for path in (tmp_path / "cache").rglob("*.safetensors")]
+    assert kept and not any("latents" in header.entries for header in kept)
 
 
 def test_a_loss_that_explodes_stops_the_run(place, tmp_path, monkeypatch):
@@ -278,3 +369,37 @@ def test_what_the_device_fails_of_is_told_with_what_helps(
     with pytest.raises(kind, match=sentence) as caught:
         run(asked(place, tmp_path))
     assert type(caught.value) is kind
+
+
+def test_captions_that_are_cut_are_told_with_their_pictures_before_anything_is_encoded(
+    place, tmp_path
+):
+    data = make_dataset(tmp_path / "data", sizes=((40, 40), (48, 24)))
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    rows = [{"image": "0.png", "prompt": long}, {"image": "1.png", "prompt": "a dog"}]
+    write_lines(data, rows)
+    request = asked(place, tmp_path / "out", dataset=str(data), progress_prompt=long, iterations=8)
+    events = run(dataclasses.replace(request, progress_steps=1))
+    captions, prompt = of(events, Note)
+    assert events[0] is captions
+    assert captions.text.startswith("The model reads 16 tokens of a caption, and not the end of 1 ")
+    assert "longer one: train.jsonl line 1 (from “" in captions.text
+    assert prompt.text.startswith("The model reads 16 of the ")
+    assert "tokens of the progress prompt; left out is all from “" in prompt.text
+    assert not of(run(asked(place, tmp_path / "short", iterations=8)), Note)
+
+
+def test_settings_that_do_nothing_are_told(tmp_path):
+    make_dataset(tmp_path / "data")
+    examples = load_dataset(str(tmp_path / "data"))
+
+    def notes(**changed) -> list[str]:
+        request = TrainRequest(str(tmp_path / "data"), 1, iterations=40, **changed)
+        base = resolve("tiny")
+        return [note.text for note in notes_of(prepare(request, examples, base), base)]
+
+    assert notes() == notes(warmup_steps=9) == []
+    assert notes(guidance=2.5) == ["`guidance` is 2.5, and tiny takes none."]
+    assert notes(warmup_steps=100) == [
+        "`warmup_steps` is 100 of 10 updates; the rate rises for 5 of them."
+    ]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fluxmesh.adapters import lora
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import UsageError
 from fluxmesh.storage.safetensors import read_header
@@ -29,6 +28,7 @@ from fluxmesh.training.events import (
     Validated,
 )
 from fluxmesh.training.local_executor import train
+from tests import flux1_adapters as lora
 from tests.datasets import make_dataset, picture
 from tests.trainings import FINAL, asked, final, learner, make_place, of, run
 
@@ -38,13 +38,19 @@ def place(tmp_path_factory) -> Path:
     return make_place(tmp_path_factory.mktemp("training"))
 
 
+@pytest.fixture(scope="module", params=["dev", "klein-base"])
+def either(request, tmp_path_factory) -> Path:
+    """As `place`, of FLUX.1 and of FLUX.2."""
+    return make_place(tmp_path_factory.mktemp(request.param), request.param)
+
+
 # --- loss and gradients --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype, bits):
-    made = learner(asked(place, tmp_path, dtype=dtype, bits=bits, lora_dropout=0.3))
+def test_checkpointing_changes_neither_loss_nor_gradient(either, tmp_path, dtype, bits):
+    made = learner(asked(either, tmp_path, dtype=dtype, bits=bits, lora_dropout=0.3))
     (part,) = made.plan.parts(3)
     keys = part.micro.dropout_keys(len(made.adapters.names))
     drawn = mx.random.normal((made.adapters.size,), key=mx.random.key(3))
@@ -53,7 +59,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(place, tmp_path, dtype,
 
     def step(keys, kept):
         loss, gradient = loss_and_gradient(
-            made.flux, made.adapters, made.batch(part), 4.0, keys, kept
+            made.runtime, made.adapters, made.batch(part), 4.0, keys, kept
         )
         return loss.item(), np.array(gradient)
 
@@ -77,15 +83,15 @@ def test_a_gradient_that_is_traced_once_is_the_one_that_is_not(place, tmp_path, 
         (part,) = made.plan.parts(number)
         batch, keys = made.batch(part), part.micro.dropout_keys(len(made.adapters.names))
         traced = made.step(batch, keys)
-        wanted = loss_and_gradient(made.flux, made.adapters, batch, made.request.guidance, keys)
+        wanted = loss_and_gradient(made.runtime, made.adapters, batch, made.request.guidance, keys)
         for actual, expected in zip(traced, wanted, strict=True):
             assert (
                 mx.linalg.norm(actual - expected).item() <= 1e-5 * mx.linalg.norm(expected).item()
             )
 
 
-def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):
-    made = learner(asked(place, tmp_path, dtype="bfloat16"))
+def test_lora_stays_float32_and_lifts_no_activation(either, tmp_path):
+    made = learner(asked(either, tmp_path, dtype="bfloat16"))
     seen = set()
 
     def watch(block, *arrays):
@@ -93,9 +99,9 @@ def test_lora_stays_float32_and_lifts_no_activation(place, tmp_path):
         seen.update(x.dtype for x in (out if isinstance(out, tuple) else (out,)))
         return out
 
-    made.flux.call = watch
+    made.flow.call = watch
     (part,) = made.plan.parts(0)
-    _, gradient = loss_and_gradient(made.flux, made.adapters, made.batch(part), 4.0)
+    _, gradient = loss_and_gradient(made.runtime, made.adapters, made.batch(part), 4.0)
     assert seen == {mx.bfloat16}
     assert gradient.dtype == made.state.weights.dtype == mx.float32
 
@@ -128,14 +134,14 @@ def test_before_the_first_update_the_adapter_changes_nothing(place, tmp_path):
     assert all(layer.lora_a.any().item() for layer in made.adapters.layers.values())
 
 
-def test_only_the_adapter_moves(place, tmp_path):
-    made = learner(asked(place, tmp_path, bits=4))
-    assert isinstance(made.flux.double_blocks[0].img_attn.qkv.linear, nn.QuantizedLinear)
+def test_only_the_adapter_moves(either, tmp_path):
+    made = learner(asked(either, tmp_path, bits=4))
+    assert isinstance(made.flow.double_blocks[0].img_attn.qkv.linear, nn.QuantizedLinear)
 
     def base():
         return {
             name: np.array(value.astype(mx.float32) if value.dtype == mx.bfloat16 else value)
-            for name, value in tree_flatten(made.flux.parameters())
+            for name, value in tree_flatten(made.flow.parameters())
             if "lora_" not in name
         }
 
@@ -203,8 +209,8 @@ def test_targets_that_match_nothing_are_refused(place, tmp_path):
 # --- what is saved -------------------------------------------------------------------------------
 
 
-def test_the_adapter_loads_as_any_other_and_paints_what_training_saw(place, tmp_path):
-    request = asked(place, tmp_path, lora_alpha=6.0, lora_dropout=0.0, ema=0.9)
+def test_the_adapter_loads_as_any_other_and_paints_what_training_saw(either, tmp_path):
+    request = asked(either, tmp_path, lora_alpha=6.0, lora_dropout=0.0, ema=0.9)
     events = list(train(dataclasses.replace(request, progress_prompt="a cat", progress_every=16)))
     header = read_header(tmp_path / FINAL)
     assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in header.entries
@@ -224,7 +230,7 @@ def test_every_checkpoint_has_an_adapter_beside_it(place, tmp_path):
     assert [event.iteration for event in of(events, CheckpointSaved)] == [4, 8, 12, 16]
     last = checkpoint.adapters_path(tmp_path, 16)
     assert last.read_bytes() == (tmp_path / FINAL).read_bytes()
-    config = FluxPipeline(str(place / "model")).checkpoint.transformer
+    config = FluxPipeline(str(place / "model")).checkpoint.architecture.transformer
     for event in of(events, CheckpointSaved)[1:]:
         assert lora.read_adapter(event.path, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fluxmesh.errors import DoesNotFitError, FluxmeshError, UsageError
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.encode_units import Unit
 from fluxmesh.training.data.feature_cache import FeatureCache
+from fluxmesh.training.data.kohya import MAX_REPEATS
+from fluxmesh.training.plan import prepare
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
@@ -86,6 +89,7 @@ class TrainingEngine:
             update=update,
             sizes=opening.sizes,
             captions=opening.captions,
+            repeats=opening.repeats,
             priors=opening.priors,
         )
         (opened,) = (r for r in self.do(work) if not isinstance(r, messages.LoadProgress))
@@ -254,6 +258,38 @@ def test_a_request_that_is_none_is_refused(job):
                         update=0,
                         sizes=opening.sizes,
                         captions=opening.captions,
+                        repeats=opening.repeats,
                     )
+                )
+            )
+
+
+def test_a_host_shows_pictures_as_often_as_the_run_does(job):
+    examples = [
+        dataclasses.replace(example, repeats=1 + 2 * number)
+        for number, example in enumerate(job.plan.examples)
+    ]
+    request = dataclasses.replace(job.plan.request, validation=0)
+    plan = prepare(request, examples, resolve(request.model))
+    engine = TrainingEngine(dataclasses.replace(job, plan=plan))
+    engine.open()
+    assert engine.worker.learner.plan.trained == plan.trained == (0, 1, 1, 1, 2, 2, 2, 2, 2)
+    epoch = [plan.parts(number)[0] for number in range(plan.sampler.epoch_length)]
+    shown = Counter(item for part in epoch for item in part.items)
+    assert shown == {(image, crop): 1 + 2 * image for image in range(3) for crop in range(2)}
+    assert len(plan.crops) == 6 and sum(plan.sizes_count().values()) == 3
+
+    opening = engine.names.opening()
+    for repeats in ([0, 1, 1], [1, 1], [1, 1, MAX_REPEATS + 1]):
+        with pytest.raises(UsageError, match="don't add up"):
+            engine.do(
+                training.OpenTraining(
+                    **HEAD,
+                    weights=job.weights,
+                    request=opening.request,
+                    update=0,
+                    sizes=opening.sizes,
+                    captions=opening.captions,
+                    repeats=np.array(repeats, np.int32),
                 )
             )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxmesh.weights import loading
-from fluxmesh.weights.reader import ComponentReader, tables
+from fluxmesh.weights.reader import ComponentReader, table_of
 from tests import checkpoints
 from tests.allocation import allocated
 from tests.checkpoints import make_checkpoint
@@ -17,6 +17,8 @@ from tests.numerics.loading import (
     FILES,
     LOADERS,
     assert_same,
+    load_clip,
+    load_t5,
     parameters,
     resolved,
     rewrite,
@@ -49,7 +51,7 @@ def test_a_single_file_may_carry_the_prefix_that_some_trainers_write(tmp_path):
 def test_the_models_hold_exactly_the_tensors_of_the_tables(tmp_path, component):
     checkpoint = resolved(make_checkpoint(tmp_path, guidance=True))
     loaded = parameters(LOADERS[component](checkpoint))
-    targets = tables(checkpoint)[component]
+    targets = table_of(checkpoint, component)
     assert loaded.keys() == targets.keys()
     for name, target in targets.items():
         shape = target.shape
@@ -71,8 +73,8 @@ def test_shards_are_the_whole(tmp_path):
 def test_a_bfloat16_file_is_read_bit_for_bit(tmp_path):
     stored = resolved(make_checkpoint(tmp_path / "bf16", seed=5, dtype="bfloat16"))
     full = resolved(make_checkpoint(tmp_path / "f32", seed=5))
-    assert_same(parameters(loading.load_t5(stored)), parameters(loading.load_t5(full)))
-    lifted = parameters(loading.load_t5(stored, mx.float32))
+    assert_same(parameters(load_t5(stored)), parameters(load_t5(full)))
+    lifted = parameters(load_t5(stored, mx.float32))
     assert all(value.dtype == mx.float32 for value in lifted.values())
 
 
@@ -80,14 +82,14 @@ def test_a_float16_file_is_read(tmp_path):
     made = make_checkpoint(tmp_path)
     path = made.folder / FILES["text_encoder_2"]
     arrays = checkpoints.random_arrays(
-        tables(resolved(made))["text_encoder_2"], np.random.default_rng(1)
+        table_of(resolved(made), "text_encoder_2"), np.random.default_rng(1)
     )
     from fluxmesh.storage.safetensors import write_tensors
 
     path.unlink()
     halves = {key: (value.astype(np.float16), "F16") for key, value in arrays.items()}
     write_tensors(path, halves, {})
-    loaded = parameters(loading.load_t5(resolved(made), mx.float32))
+    loaded = parameters(load_t5(resolved(made), mx.float32))
     for name, (value, _) in halves.items():
         np.testing.assert_array_equal(np.array(loaded[name]), value.astype(np.float32))
 
@@ -97,11 +99,11 @@ def test_clip_is_found_under_both_of_its_spellings(tmp_path, spelling):
     made = make_checkpoint(tmp_path)
     path = made.folder / FILES["text_encoder"]
     arrays = checkpoints.random_arrays(
-        tables(resolved(made))["text_encoder"], np.random.default_rng(1)
+        table_of(resolved(made), "text_encoder"), np.random.default_rng(1)
     )
     named = {spelling.format(key): value for key, value in arrays.items()}
     checkpoints.write_safetensors(path, named)
-    loaded = parameters(loading.load_clip(resolved(made), mx.float32))
+    loaded = parameters(load_clip(resolved(made), mx.float32))
     for name, value in arrays.items():
         np.testing.assert_array_equal(np.array(loaded[name]), value)
 
@@ -110,11 +112,11 @@ def test_t5_is_found_when_only_its_encoder_has_the_embedding(tmp_path):
     made = make_checkpoint(tmp_path)
     path = made.folder / FILES["text_encoder_2"]
     arrays = checkpoints.random_arrays(
-        tables(resolved(made))["text_encoder_2"], np.random.default_rng(1)
+        table_of(resolved(made), "text_encoder_2"), np.random.default_rng(1)
     )
     embedding = arrays.pop("shared.weight")
     checkpoints.write_safetensors(path, arrays | {"encoder.embed_tokens.weight": embedding})
-    loaded = loading.load_t5(resolved(made), mx.float32)
+    loaded = load_t5(resolved(made), mx.float32)
     np.testing.assert_array_equal(np.array(loaded.shared.weight), embedding)
 
 
@@ -128,9 +130,9 @@ def test_a_shard_reads_its_rows_and_nothing_else(tmp_path, monkeypatch):
 
     original = components.read_each_into
 
-    def counting(reads):
+    def counting(reads, check):
         read.extend(out.nbytes for out, _, _ in reads)
-        original(reads)
+        original(reads, check)
 
     monkeypatch.setattr(components, "read_each_into", counting)
     part = loading.read_rows(reader, name, mx.float32, 60, 200)  # of q, k, v and the MLP

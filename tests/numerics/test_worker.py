@@ -37,7 +37,7 @@ def test_encoders_that_may_not_stay_make_room_and_leave(
 ) -> None:
     list(worker.do(Load(**HEAD, weights=weights, components=("transformer", "autoencoder"))))
     assert loaded(worker) == ["flow", "ae"]
-    list(worker.do(Encode(**HEAD, weights=weights, prompt="one", stay=False)))
+    list(worker.do(Encode(**HEAD, weights=weights, prompt="one", stay=False, makes_room=True)))
     assert loaded(worker) == ["ae"]
     list(worker.do(Load(**HEAD, weights=weights)))
     (again,) = only(
@@ -47,6 +47,11 @@ def test_encoders_that_may_not_stay_make_room_and_leave(
     assert loaded(worker) == ["flow", "ae"]  # nothing had to run
     list(worker.do(Encode(**HEAD, weights=weights, prompt="two")))
     assert loaded(worker) == ["t5", "clip", "flow", "ae"]
+    # Who is thought to remember a prompt is told so: what is there stays, unless it has to run.
+    list(worker.do(Encode(**HEAD, weights=weights, prompt="two", makes_room=True)))
+    assert loaded(worker) == ["t5", "clip", "flow", "ae"]
+    list(worker.do(Encode(**HEAD, weights=weights, prompt="three", makes_room=True)))
+    assert loaded(worker) == ["ae"]
 
 
 def test_what_is_held_is_said_and_leaves_for_other_weights(

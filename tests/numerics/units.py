@@ -50,4 +50,5 @@ def latents(worker: Worker, work: Paint) -> list[np.ndarray]:
 
 def loaded(worker: Worker) -> list[str]:
     assert worker.pipeline is not None
-    return [name for name in ("t5", "clip", "flow", "ae") if worker.pipeline.is_loaded(name)]
+    names = (*sorted(worker.pipeline.runtime.text_models, reverse=True), "flow", "ae")
+    return [name for name in names if worker.pipeline.is_loaded(name)]

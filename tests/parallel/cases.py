@@ -12,18 +12,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.adapters.lora import LowRank, beside, fused
+from fluxmesh.adapters.changes import LowRank
+from fluxmesh.adapters.lora_on_linear import beside, fused
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
 from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import cuts
 from fluxmesh.models.flux1.quantization import group_size
+from fluxmesh.models.flux1.runtime import Flux1Flow, Flux1Plan, plan
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.models.partition import Shard
 from fluxmesh.sampling import latents
-from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import DenoisePlan, Flow, Guide, plan
+from fluxmesh.sampling.denoise import Guide
 from fluxmesh.sampling.img2img import SourceLatents
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.weights import hub
@@ -58,6 +60,10 @@ SHALLOW = replace(
 ON_DISK = replace(
     SHALLOW, in_channels=64, out_channels=64, vec_in_dim=32, context_in_dim=32, guidance_embed=True
 )
+# large enough for what every host holds (norms, biases of sums) to be well under 1%
+LARGE = replace(
+    ON_DISK, hidden_size=256, num_heads=8, axes_dim=(8, 12, 12), depth=1, depth_single_blocks=2
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,17 @@ class ParallelCase:
     steps: int = STEPS
     cache: float = 0.0  # threshold of step caching
     repaints: bool = False  # half of a picture, towards a custom loss
+    cfg: float = 1.0  # above it, a step moves away from another text, by a second call
+    shares: Shares = EVEN
 
     @property
     def image_tokens(self) -> int:
         return self.size[0] * self.size[1] // 4
+
+    @property
+    def calls(self) -> int:
+        """Of the transformer, a step."""
+        return 2 if self.cfg > 1 else 1
 
     @property
     def tokens(self) -> int:
@@ -119,6 +132,8 @@ def cases(size: int, checkpoint: Path) -> list[ParallelCase]:
             ParallelCase("swapped", placement, **small, images=2, swapped=True),
             ParallelCase("from files", placement, ON_DISK, checkpoint=str(checkpoint)),
             ParallelCase("repainted", placement, **small, repaints=True),
+            ParallelCase("filled", placement, replace(ODD, in_channels=16 + 16 + 64)),
+            ParallelCase("guided twice", placement, **small, cfg=3.0),
             # Thresholds that skip some steps, for random models change much from step to step; one
             # change is so near to them that the tokens which fill up a rank would tip it.
             ParallelCase("cached", placement, steps=6, cache=0.608)
@@ -171,28 +186,37 @@ def random_flux(case: ParallelCase) -> Flux:
     return flux
 
 
-def flow_of(case: ParallelCase, ranks: Ranks | None = None) -> Flow:
+def flow_of(case: ParallelCase, ranks: Ranks | None = None) -> Flux1Flow:
     """The transformer as the case's placement runs it."""
     if case.checkpoint:
-        shard = ranks.shard if ranks and case.placement == "tensor" else None
+        shard = None
+        if ranks and case.placement == "tensor":
+            shard = Shard(ranks.rank, ranks.size, case.shares)
         flux = load_transformer(hub.resolve(case.checkpoint), mx.float32, shard=shard)
     else:
         flux = random_flux(case)
     if ranks is None:
         return flux
-    return {"tensor": TensorFlux, "sequence": SequenceFlux}[case.placement](flux, ranks)
-
-
-def plan_of(case: ParallelCase, flow: Flow) -> DenoisePlan:
-    rng = np.random.default_rng(1)
-    text = Conditioning(
-        mx.array(
-            rng.standard_normal((1, case.text_tokens, case.config.context_in_dim)), dtype=mx.float32
-        ),
-        mx.array(rng.standard_normal((1, case.config.vec_in_dim)), dtype=mx.float32),
+    return {"tensor": TensorFlux, "sequence": SequenceFlux}[case.placement](
+        flux, ranks, case.shares
     )
+
+
+def plan_of(case: ParallelCase, flow: Flux1Flow) -> Flux1Plan:
     times = timesteps(case.steps, case.image_tokens, ScheduleConfig())
-    return plan(flow, text, times, case.size, guidance=3.5)
+    channels, beside = None, case.config.channels_beside
+    if beside:
+        values = np.random.default_rng(4).standard_normal((1, case.image_tokens, beside))
+        channels = mx.array(values, dtype=mx.float32)
+    how = {"channels": channels, "negative": text_of(case, seed=2), "cfg": case.cfg}
+    return plan(flow, text_of(case, seed=1), times, case.size, guidance=3.5, **how)
+
+
+def text_of(case: ParallelCase, seed: int) -> dict[str, mx.array]:
+    rng = np.random.default_rng(seed)
+    t5 = rng.standard_normal((1, case.text_tokens, case.config.context_in_dim))
+    clip = rng.standard_normal((1, case.config.vec_in_dim))
+    return {"t5": mx.array(t5, dtype=mx.float32), "clip": mx.array(clip, dtype=mx.float32)}
 
 
 def source_of(case: ParallelCase) -> SourceLatents | None:
@@ -212,5 +236,5 @@ def guide_of(case: ParallelCase) -> Guide | None:
 def noise_of(case: ParallelCase, image: int = 0) -> mx.array:
     height, width = (8 * side for side in case.size)
     return mx.array(
-        latents.initial_noise(image, height, width, channels=case.config.in_channels // 4)
+        latents.initial_noise(image, height, width, channels=case.config.out_channels // 4)
     )

@@ -20,13 +20,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux2.config import Flux2Config, Flux2Schedule
 from fluxmesh.models.flux2.parallel import SequenceFlux2, TensorFlux2
 from fluxmesh.models.flux2.partition import cuts
 from fluxmesh.models.flux2.positions import image_positions
 from fluxmesh.models.flux2.quantization import group_size
-from fluxmesh.models.flux2.runtime import Flux2Runtime, ReferenceTokens, TextFeatures
+from fluxmesh.models.flux2.runtime import ReferenceTokens, TextFeatures
 from fluxmesh.models.flux2.transformer import Flux2
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
@@ -36,6 +37,7 @@ from fluxmesh.models.waiting import InGraph, OnHost
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps
 from tests.flux2_models import random_flux2
+from tests.flux2_runtime import Flux2Models
 from tests.parallel.worker import RankWork, join
 
 WAITING_SIZES = (2, 3)  # ranks that also run each case with a host that waits for collectives
@@ -75,6 +77,7 @@ class Flux2Case:
     is_distilled: bool = True
     steps: int = 3
     cache: float = 0.0  # threshold of step caching
+    shares: Shares = EVEN
 
     @property
     def image_tokens(self) -> int:
@@ -146,7 +149,7 @@ def references() -> ReferenceTokens:
     count = sum(rows * columns for rows, columns in REFERENCES)
     ids = [image_positions(*grid, number) for number, grid in enumerate(REFERENCES, start=1)]
     tokens = rng.standard_normal((1, count, 16)).astype(np.float32)
-    return ReferenceTokens(mx.array(tokens), np.concatenate(ids), (4, 6))
+    return ReferenceTokens(mx.array(tokens), np.concatenate(ids))
 
 
 def run(case: Flux2Case, ranks: Ranks | None, work: RankWork | None = None) -> tuple[Any, Any]:
@@ -154,10 +157,12 @@ def run(case: Flux2Case, ranks: Ranks | None, work: RankWork | None = None) -> t
     whole = flux_of(case)
     flow: Any = whole
     if ranks:
-        flow = {"tensor": TensorFlux2, "sequence": SequenceFlux2}[case.placement](whole, ranks)
+        flow = {"tensor": TensorFlux2, "sequence": SequenceFlux2}[case.placement](
+            whole, ranks, case.shares
+        )
     flux = getattr(flow, "flux", flow)
     unused: Any = None
-    runtime = Flux2Runtime(
+    runtime = Flux2Models(
         transformer=flow,
         text_encoder=unused,
         embedding=unused,

@@ -38,10 +38,10 @@ def painted(case: ParallelCase) -> Play:
     def play(ranks: Ranks) -> np.ndarray:
         flow = flow_of(case, ranks)
         plan = plan_of(case, flow)
-        mx.eval(plan.modulations, plan.pe)
-        cache = StepCache(case.cache, ranks.gather) if case.cache else None
-        walk = denoise(flow, plan, noise_of(case), cache=cache)
-        ahead = cache is None
+        mx.eval(*plan.arrays)
+        caches = [StepCache(case.cache, ranks.gather)] if case.cache else []
+        walk = denoise(flow, plan, noise_of(case), caches=caches)
+        ahead = not caches
         for step, _ in walked(walk, case.steps, ranks, stopping=lambda: False, ahead=ahead):
             x = np.array(step.x)
         return x

@@ -1,17 +1,44 @@
-"""Starts real ranks on loopback, waits for them, and never leaves one behind."""
+"""Starts real ranks on loopback, waits for them, and never leaves one behind.
+
+What ranks have computed is the same for all tests of a session, also where pytest-xdist spreads
+these over several processes: `once` has it made by the first that needs it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 
 from tests.paths import ROOT, python_path
+
+
+def once(folders: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the session that `make` has filled, in this process or in another one.
+
+    Others wait meanwhile; where it fails, the next one tries again in a new folder.
+    """
+    base = folders.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    link = shared / name
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not link.exists():
+            folder = folders.mktemp(name)
+            make(folder)
+            link.symlink_to(folder)
+    return link
 
 
 def free_ports(count: int) -> list[int]:
@@ -64,3 +91,10 @@ def run_ranks(
     said = "\n".join(f"rank {rank}: {log[-3000:]}" for rank, log in enumerate(logs))
     assert codes == [0] * size, f"exit codes {codes} (None: hung)\n{said}"
     return outs
+
+
+def written(folder: Path, rank: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a rank has left in a folder: its arrays, and what it did, both by case."""
+    out = folder / f"rank{rank}"
+    with np.load(out.with_suffix(".npz")) as arrays:
+        return dict(arrays), json.loads(out.with_suffix(".json").read_text())

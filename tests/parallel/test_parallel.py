@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +13,12 @@ import pytest
 from tests.checkpoints import make_checkpoint
 from tests.parallel import worker
 from tests.parallel.cases import ON_DISK, STEPS, WAITING_SIZES, ParallelCase, cases
-from tests.parallel.ring import run_ranks
+from tests.parallel.ring import once, run_ranks, written
 
 SIZES = (2, 3, 4)
 TIMEOUT = 180.0  # of all ranks together: a hang is a failure, not a wait
+# Whoever needs a ring first runs it for all tests, and others wait for it.
+pytestmark = pytest.mark.timeout(300)
 CASES = [case for case in cases(2, Path()) if case.placement == "tensor"]
 NAMES = [case.name for case in CASES if not case.cache]
 EXACT = [case.name for case in CASES if not case.cache and case.dtype == "float32"]
@@ -39,14 +40,20 @@ class RanksResult(NamedTuple):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parallel")
-    made = make_checkpoint(folder / "checkpoint", seed=2, transformer=ON_DISK, guidance=True)
+    def make(folder: Path) -> None:
+        make_checkpoint(folder, seed=2, transformer=ON_DISK, guidance=True)
+
+    model = once(tmp_path_factory, "parallel-model", make)
 
     @functools.cache
-    def ranks(size: int) -> list[Path]:
-        here = folder / str(size)
-        here.mkdir()
-        return run_ranks(size, [str(size), str(made.path)], here, TIMEOUT)
+    def ranks(size: int) -> list[tuple[Any, dict[str, Any]]]:
+        """What each rank wrote: latents, and what it did."""
+        folder = once(
+            tmp_path_factory,
+            f"parallel-{size}",
+            lambda here: run_ranks(size, [str(size), str(model)], here, TIMEOUT),
+        )
+        return [written(folder, rank) for rank in range(size)]
 
     @functools.cache
     def alone(case: ParallelCase) -> tuple[np.ndarray, dict[str, Any]]:
@@ -54,24 +61,18 @@ def result(tmp_path_factory):
 
     def find(size: int, name: str, placement: str) -> RanksResult:
         case = next(
-            case
-            for case in cases(size, made.path)
-            if (case.name, case.placement) == (name, placement)
+            case for case in cases(size, model) if (case.name, case.placement) == (name, placement)
         )
-        outs, key = ranks(size), f"{name}/{placement}"
-        reports = [json.loads(out.with_suffix(".json").read_text()) for out in outs]
+        every, key = ranks(size), f"{name}/{placement}"
+        waits = size in WAITING_SIZES
         expected, did = alone(replace(case, placement="one"))
         return RanksResult(
             case,
-            [np.load(out.with_suffix(".npz"))[key] for out in outs],
-            [report[key] for report in reports],
-            [
-                np.load(out.with_suffix(".npz"))[f"{key}/on host"]
-                for out in outs
-                if size in WAITING_SIZES
-            ],
-            [report[f"{key}/on host"] for report in reports if size in WAITING_SIZES],
-            [(report["same nonce"], report["strange nonce"]) for report in reports],
+            [latents[key] for latents, _ in every],
+            [report[key] for _, report in every],
+            [latents[f"{key}/on host"] for latents, _ in every if waits],
+            [report[f"{key}/on host"] for _, report in every if waits],
+            [(report["same nonce"], report["strange nonce"]) for _, report in every],
             expected,
             did,
         )
@@ -117,7 +118,7 @@ def test_float16_is_nearer_to_float32_than_bfloat16(result):
 def test_every_rank_has_the_same_whole_latents(result, size, placement):
     for name in NAMES:
         outcome = result(size, name, placement)
-        shape = (outcome.case.images, outcome.case.image_tokens, outcome.case.config.in_channels)
+        shape = (outcome.case.images, outcome.case.image_tokens, outcome.case.config.out_channels)
         for latents, did in zip(outcome.latents, outcome.did, strict=True):
             assert latents.shape == shape and did["dtype"] == "mlx.core.float32"
             assert latents.tobytes() == outcome.latents[0].tobytes(), name
@@ -140,10 +141,10 @@ def test_tensor_sums_twice_a_double_block_and_once_a_single_block(result, size, 
     outcome = result(size, name, "tensor")
     case, config = outcome.case, outcome.case.config
     number = 4 if case.dtype == "float32" else 2
-    sums = (2 * config.depth + config.depth_single_blocks) * STEPS * case.images
+    sums = (2 * config.depth + config.depth_single_blocks) * STEPS * case.images * case.calls
     activations = case.tokens * config.hidden_size * number  # bytes of all tokens, at one place
     modulations = (12 * config.depth + 3 * config.depth_single_blocks + 2) * config.hidden_size
-    once = (size - 1) * (STEPS * modulations * number // size)
+    once = (size - 1) * (STEPS * case.calls * modulations * number // size)
     for did in outcome.did:
         assert did["traffic"] == {
             "sums": sums,
@@ -162,7 +163,7 @@ def test_sequence_gathers_once_a_block_and_once_a_step(result, size, name):
     tokens = -(-case.tokens // size) * size  # with what fills them up
     activations = tokens * config.hidden_size * number
     velocity = (size - 1) * tokens // size * config.out_channels * number
-    steps = STEPS * case.images
+    steps = STEPS * case.images * case.calls
     for did in outcome.did:
         assert did["traffic"] == {
             "sums": 0,
@@ -179,8 +180,9 @@ def test_each_rank_does_its_part_of_the_blocks_work(result, size, placement, nam
     case, config = outcome.case, outcome.case.config
     D, M, S = config.hidden_size, config.mlp_hidden_dim, case.tokens
     blocks = config.depth + config.depth_single_blocks
-    linears = blocks * S * (4 * D * D + 2 * D * M) * STEPS * case.images
-    attention = blocks * 2 * S * S * D * STEPS * case.images
+    calls = STEPS * case.images * case.calls
+    linears = blocks * S * (4 * D * D + 2 * D * M) * calls
+    attention = blocks * 2 * S * S * D * calls
     for did in outcome.did:
         if placement == "tensor":
             assert (did["linears"] * size, did["attention"] * size) == (linears, attention)

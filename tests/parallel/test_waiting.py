@@ -131,3 +131,36 @@ def test_a_step_is_built_ahead_only_where_that_computes_nothing(
     next(pace)  # the first one tells how long a step is
     assert made == built
     assert len(list(pace)) == 2
+
+
+def test_the_question_whether_to_stop_is_on_its_way_before_the_next_step_is_described(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one graph of CUDA's, `depends` would not keep it from running beside the next gather."""
+    done: list[str] = []
+
+    class Asking(Ranks):
+        def ask(self, value: int) -> mx.array:
+            done.append("ask")
+            self.asked = super().ask(value)
+            return self.asked
+
+    ranks = Asking(mx.distributed.init(), waiting=InGraph())
+    commit = mx.async_eval
+
+    def commits(*arrays: mx.array) -> None:
+        done.append("answer" if arrays[0] is getattr(ranks, "asked", None) else "step")
+        commit(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", commits)
+
+    def steps() -> Iterator[StepState]:
+        for number in range(3):
+            done.append(f"describe {number}")
+            x = mx.ones((2,)) + number
+            yield StepState(x, x)
+
+    assert len(list(walked(steps(), 3, ranks, stopping=lambda: False))) == 3
+    described = [i for i, what in enumerate(done) if what.startswith("describe")]
+    ahead = done[described[2] - 3 : described[2] + 1]
+    assert ahead == ["step", "ask", "answer", "describe 2"]

@@ -97,7 +97,7 @@ def run(
             noise_of(case, image),
             source=source_of(case),
             guide=guide_of(case),
-            cache=StepCache(case.cache, gather) if case.cache else None,
+            caches=[StepCache(case.cache, gather)] if case.cache else (),
         )
         for image in range(case.images)
     ]

@@ -80,7 +80,8 @@ def test_encode_and_decode_equal_diffusers(name: str) -> None:
 def test_attention_in_chunks_of_queries_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, _, (h, w) = CASES["four levels"]
     oracle, ae = build(sizes)
-    monkeypatch.setattr("fluxmesh.models.convolutional.QUERY_ROWS", 4)  # 15 places: 4, 4, 4 and 3
+    # 15 places: 4, 4, 4 and 3
+    monkeypatch.setattr("fluxmesh.models.autoencoder.convolutional.QUERY_ROWS", 4)
     latents = normal(1, h, w, 4, seed=2)
     z = torch.from_numpy(latents.transpose(0, 3, 1, 2)) / 0.3611 + 0.1159
     expected = oracle.decode(z).sample.permute(0, 2, 3, 1)

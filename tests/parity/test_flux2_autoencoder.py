@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 
+from fluxmesh.models.autoencoder.packing import pack
 from fluxmesh.models.flux2.autoencoder import Flux2AutoEncoder
 from fluxmesh.models.flux2.config import Flux2AutoencoderConfig
 from fluxmesh.models.flux2.single_file import flux2_autoencoder_config_of
 from fluxmesh.models.flux2.tensor_maps import autoencoder_tensors
-from fluxmesh.models.packing import pack
 from fluxmesh.models.tensor_map import in_bfl_file
 from tests import flux2_models
 from tests.parity import flux2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 
+from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.models.flux2.autoencoder import Flux2AutoEncoder
 from fluxmesh.models.flux2.config import (
     Flux2AutoencoderConfig,
@@ -21,7 +23,6 @@ from fluxmesh.models.flux2.config import (
 )
 from fluxmesh.models.flux2.embedding import EmbeddingRows
 from fluxmesh.models.flux2.references import fitted
-from fluxmesh.models.flux2.runtime import Flux2Runtime
 from fluxmesh.models.flux2.single_file import flux2_config_of
 from fluxmesh.models.flux2.tensor_maps import (
     autoencoder_tensors,
@@ -37,6 +38,7 @@ from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.storage.safetensors import read_header
 from tests.flux2_models import load
+from tests.flux2_runtime import Flux2Models
 from tests.parity import flux2
 from tests.parity.oracles import BOUND, relative_error
 
@@ -69,9 +71,13 @@ class Made:
             self.oracle = Flux2KleinPipeline(**self.parts, is_distilled=kind == "klein")
         self.oracle.set_progress_bar_config(disable=True)
         self.folder = flux2.save(self.parts, folder)
+        index = dict(self.oracle.config) | {"_class_name": type(self.oracle).__name__}
+        (folder / "model_index.json").write_text(json.dumps(index))
         self.runtime = runtime(self.folder, encoder, kind)
 
-    def theirs(self, noise: np.ndarray, **options: Any) -> tuple[list[torch.Tensor], np.ndarray]:
+    def theirs(
+        self, noise: np.ndarray, size: tuple[int, int] = SIZE, **options: Any
+    ) -> tuple[list[torch.Tensor], np.ndarray]:
         """diffusers' latents after each step, and its picture in [0, 1]."""
         kept = []
 
@@ -79,16 +85,14 @@ class Made:
             kept.append(tensors["latents"].clone())
             return {}
 
-        latents = noise.transpose(0, 2, 1).reshape(1, -1, SIZE[0] // 2, SIZE[1] // 2)
+        latents = noise.transpose(0, 2, 1).reshape(1, -1, size[0] // 2, size[1] // 2)
         pictures = self.oracle(
             prompt=PROMPT,
             latents=torch.from_numpy(latents.copy()),
-            height=HEIGHT,
-            width=WIDTH,
             output_type="np",
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=["latents"],
-            **self.options | options,
+            **{"height": HEIGHT, "width": WIDTH} | self.options | options,
         ).images
         return kept, np.asarray(pictures)
 
@@ -109,14 +113,14 @@ class Made:
         return latents, np.array(self.runtime.decode(latents[-1], SIZE))
 
 
-def runtime(folder: Path, encoder: str, kind: str) -> Flux2Runtime:
+def runtime(folder: Path, encoder: str, kind: str) -> Flux2Models:
     text = folder / "text_encoder"
     text_config = TextEncoderConfig.from_dict(flux2.config_of(text))
     files = [text / "model.safetensors"]
     config = Flux2Config.from_dict(flux2.config_of(folder / "transformer"))
     ae_config = Flux2AutoencoderConfig.from_dict(flux2.config_of(folder / "vae"))
     weights = "diffusion_pytorch_model.safetensors"
-    return Flux2Runtime(
+    return Flux2Models(
         transformer=load(
             Flux2(config), transformer_tensors(config), [folder / "transformer" / weights]
         ),
@@ -155,6 +159,17 @@ def test_text_to_image(made: Made) -> None:
     check(made.ours(noise), made.theirs(noise))
 
 
+def test_a_pipeline_on_the_folder_paints_what_diffusers_paints(made: Made) -> None:
+    """As a user has it: by the folder's name, nothing said of what it is."""
+    flux = FluxPipeline(str(made.folder), dtype="float32")
+    noise = flux.noise(9, SIZE)
+    assert np.array_equal(np.array(noise), noise_of(9))
+    guidance, steps = made.options.get("guidance_scale", 1.0), made.options["num_inference_steps"]
+    latents = list(flux.generate_latents(PROMPT, 1, steps, guidance, SIZE, seed=9))[1:]
+    mx.eval(latents)
+    check((latents, np.array(flux.decode(latents[-1], SIZE))), made.theirs(noise_of(9)))
+
+
 def test_reference_pictures(made: Made) -> None:
     """Two of other sizes than the output, neither a multiple of 16."""
     noise = noise_of(8)
@@ -163,6 +178,22 @@ def test_reference_pictures(made: Made) -> None:
     check(ours, made.theirs(noise, image=images))
     without = made.ours(noise)
     assert relative_error(ours[0][-1], torch.from_numpy(np.array(without[0][-1]))) > 1e-2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pipeline_on_the_folder_edits_what_diffusers_edits(made: Made, count: int) -> None:
+    """As a user has it: files of any size, and the output has that of the first."""
+    pictures = REFERENCES[-count:]
+    flux = FluxPipeline(str(made.folder), dtype="float32")
+    size = flux.latent_size_of(pictures)
+    assert size == ((8, 10) if count == 1 else SIZE)
+    guidance, steps = made.options.get("guidance_scale", 1.0), made.options["num_inference_steps"]
+    latents = list(flux.generate_latents(PROMPT, 1, steps, guidance, seed=9, references=pictures))
+    mx.eval(latents[1:])
+    images = [Image.fromarray(picture) for picture in pictures]
+    given = {"image": images if count == 2 else images[0], "height": None, "width": None}
+    theirs = made.theirs(np.array(flux.noise(9, size)), size=size, **given)
+    check((latents[1:], np.array(flux.decode(latents[-1], size))), theirs)
 
 
 def test_a_large_reference_is_scaled_as_diffusers_scales_it(made: Made) -> None:

@@ -106,7 +106,7 @@ def test_features_equal_the_pipeline_s_padding_included(made: Any, prompt: str) 
     files = [folder / "text_encoder" / "model.safetensors"]
     encoder = load(TextEncoder(config), text_encoder_tensors(config), files)
     tokens = ChatTokenizer.from_folder(folder / "tokenizer", kind).encode(prompt)
-    features = encoder.encode(tokens, EmbeddingRows(files, config))
+    features = encoder.encode([tokens], EmbeddingRows(files, config))[0]
     expected = reference(kind, parts, prompt)
     pads = slice(0, tokens.padding) if tokens.is_padded_before else slice(len(tokens.ids), 512)
     error = relative_error(features, expected)

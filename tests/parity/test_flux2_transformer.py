@@ -164,7 +164,7 @@ def test_remembered_references_equal_diffusers_key_value_cache() -> None:
         return_dict=False,
         **text,
     )[0]
-    memory = flux.remember(mx.array(refs.numpy()), ref_ids.numpy())
+    memory = flux.remember(mx.array(refs.numpy()), ref_ids.numpy(), flux.reference_modulation())
     pe = flux.rope(x["txt_ids"], x["img_ids"][:own])
     modulations = flux.modulations(mx.array([0.9, 0.4]))
     for step, expected in enumerate((first, later)):

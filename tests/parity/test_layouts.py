@@ -12,12 +12,12 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers import FluxPipeline as DiffusersPipeline
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
-from fluxmesh.adapters import lora
-from fluxmesh.adapters.lora import LowRank
+from fluxmesh.adapters.changes import LowRank
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import to_diffusers, transformer_tensors
 from fluxmesh.weights import hub, loading
 from tests import checkpoints
+from tests import flux1_adapters as lora
 from tests.checkpoints import make_checkpoint
 from tests.parity.oracles import BOUND, normal, relative_error
 

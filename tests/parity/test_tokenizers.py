@@ -172,3 +172,33 @@ def test_t5_keeps_an_accent_that_transformers_loses(t5) -> None:
     ours, oracle = t5
     assert ours.encode("²", pad=False) == oracle("²\u0301").input_ids
     assert ours.encode("²\u0301", pad=False) == [*oracle("²").input_ids[:-1], 2, 1]
+
+
+def alone(oracle, folder: Path) -> Path:
+    """What transformers saves: `tokenizer.json` and a config, no file of earlier years."""
+    oracle.save_pretrained(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert "tokenizer.json" in names
+    assert not names & {"vocab.json", "merges.txt", "spiece.model"}
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "narrow_clip"])
+def test_clip_s_tokenizer_json_equals_transformers(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    ours, oracle = request.getfixturevalue(kind)
+    folder = alone(oracle, tmp_path)
+    saved, texts = ClipTokenizer.from_folder(folder), NASTY + fuzz(LETTERS + JOINERS, 200)
+    assert_equal(saved, ClipOracle.from_pretrained(folder), CLIP_LENGTH, texts)
+    assert [saved.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+
+
+def test_t5_s_tokenizer_json_equals_transformers(t5, tmp_path: Path) -> None:
+    ours, oracle = t5
+    folder = alone(oracle, tmp_path)
+    saved, texts = T5Tokenizer.from_folder(folder, T5_LENGTH), NASTY + fuzz(LETTERS, 200)
+    assert_equal(saved, T5Oracle.from_pretrained(folder), T5_LENGTH, texts)
+    texts += fuzz(LETTERS + JOINERS, 200)
+    assert [saved.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+    assert saved.vocab_size == ours.vocab_size

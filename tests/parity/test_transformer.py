@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from fluxmesh.models.flux1 import positions
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.tensor_maps import in_bfl_file, transformer_tensors
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.sampling import latents
 from tests.parity.oracles import BOUND, load, normal, randomize, relative_error
 
 
@@ -69,8 +69,8 @@ def inputs(case: ParityCase) -> dict[str, np.ndarray]:
         "txt": normal(B, case.text, 20, seed=2),
         "y": normal(B, 12, seed=3),
         "t": np.linspace(1.0, 0.13, B, dtype=np.float32),
-        "img_ids": latents.image_positions(rows, columns),
-        "txt_ids": latents.text_positions(case.text),
+        "img_ids": positions.image_positions(rows, columns),
+        "txt_ids": positions.text_positions(case.text),
         "guidance": np.linspace(3.5, 1.25, B, dtype=np.float32),
     }
 

@@ -5,43 +5,62 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fluxmesh.cluster.snapshot import Holding, HostInfo, LinkInfo, MeshView, ModelVariant
+from fluxmesh.cluster.snapshot import (
+    Holding,
+    HostInfo,
+    LinkInfo,
+    MeshView,
+    ModelVariant,
+    TextHolding,
+    prompt_mark,
+)
+from fluxmesh.models.base import ModelDefaults
+from fluxmesh.models.flux1.architecture import Flux1Architecture
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.planning.plan import Option, Plan
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import FilledRequest, GenerateRequest
-from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
 GB = 10**9
 FLUX = ModelSizes(
-    FluxConfig(),
-    T5Config(),
-    ClipConfig(),
-    AutoencoderConfig(),
-    ModelDefaults(steps=4, guidance=0.0, height=1024, width=1024, t5_max_length=512),
+    Flux1Architecture(
+        FluxConfig(),
+        T5Config(),
+        ClipConfig(),
+        AutoencoderConfig(),
+        ModelDefaults(steps=4, guidance=0.0, height=1024, width=1024, t5_max_length=512),
+    )
 )
 
 
 def small(heads: int = 4, head_dim: int = 16, mlp_ratio: float = 4.0) -> ModelSizes:
     """A model that is quick to count."""
     return ModelSizes(
-        FluxConfig(
-            in_channels=16,
-            vec_in_dim=32,
-            context_in_dim=32,
-            hidden_size=heads * head_dim,
-            num_heads=heads,
-            depth=1,
-            depth_single_blocks=2,
-            mlp_ratio=mlp_ratio,
-            axes_dim=(head_dim // 2, head_dim // 4, head_dim // 4),
-        ),
-        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
-        ClipConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
-        AutoencoderConfig(widths=(16, 32), num_res_blocks=1, norm_groups=8),
-        ModelDefaults(steps=2, guidance=0.0, height=64, width=64, t5_max_length=16),
+        Flux1Architecture(
+            FluxConfig(
+                in_channels=16,
+                vec_in_dim=32,
+                context_in_dim=32,
+                hidden_size=heads * head_dim,
+                num_heads=heads,
+                depth=1,
+                depth_single_blocks=2,
+                mlp_ratio=mlp_ratio,
+                axes_dim=(head_dim // 2, head_dim // 4, head_dim // 4),
+            ),
+            T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4),
+            ClipConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1),
+            AutoencoderConfig(widths=(16, 32), num_res_blocks=1, norm_groups=8),
+            ModelDefaults(steps=2, guidance=0.0, height=64, width=64, t5_max_length=16),
+        )
     )
+
+
+def with_defaults(sizes: ModelSizes, defaults: ModelDefaults) -> ModelSizes:
+    """The same model, with other defaults."""
+    assert isinstance(sizes.architecture, Flux1Architecture)
+    return replace(sizes, architecture=replace(sizes.architecture, defaults=defaults))
 
 
 def ask(**keys: Any) -> FilledRequest:
@@ -61,6 +80,12 @@ def held(shards: int = 1, shard: int = 0, **keys: Any) -> Holding:
     )
 
 
+def warm_text(prompt: str = "a cat", nbytes: int = 10 * GB, **keys: Any) -> TextHolding:
+    """What an engine that has read `prompt` for `ask(**keys)` keeps of that."""
+    marks = (prompt_mark(prompt),)
+    return TextHolding(weights=ModelVariant.of(ask(**keys)), nbytes=nbytes, prompts=marks)
+
+
 def mac(rank: int, **keys: Any) -> HostInfo:
     """An M2 Ultra with 192 GB, FLUX in memory, and 2.86 s a step at 1024x1024."""
     fields: dict[str, Any] = {
@@ -72,6 +97,8 @@ def mac(rank: int, **keys: Any) -> HostInfo:
         "load_rate": 3e9,
         "holds": held(),
     }
+    if "holds" not in keys:  # and "a cat" was asked for before
+        fields["text"] = warm_text()
     return HostInfo(rank=rank, **{**fields, **keys})
 
 
@@ -123,3 +150,10 @@ def won(choice: Plan) -> Option:
     """What the plan takes, which there must be."""
     assert choice.winner is not None, choice.reason
     return choice.winner
+
+
+def reading(choice: Plan) -> tuple[int, str]:
+    """Who reads the prompt as the plan takes it, and how."""
+    text = won(choice).text
+    assert text is not None
+    return text.rank, text.way

@@ -11,13 +11,22 @@ import numpy as np
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant
-from fluxmesh.models.flux1.config import AutoencoderConfig, FluxConfig, ScheduleConfig
+from fluxmesh.models.base import ModelDefaults
+from fluxmesh.models.flux1.architecture import Flux1Architecture
+from fluxmesh.models.flux1.config import (
+    AutoencoderConfig,
+    ClipConfig,
+    FluxConfig,
+    ScheduleConfig,
+    T5Config,
+)
+from fluxmesh.models.flux1.family import FLUX1
+from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.training.data.dataset import Example
 from fluxmesh.training.data.encode_units import Caption, Crop, Unit
 from fluxmesh.training.plan import prepare
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.run import UpdateResult
-from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -43,6 +52,7 @@ class GenerationSimulation(Simulation[GenerationSession]):
         self, hosts: int = 1, *, faults: Callable[[Any], None] | None = None, **keys: Any
     ) -> None:
         placement, force_shard = keys.pop("placement", None), keys.pop("force_shard", False)
+        self.sizes: ModelSizes = keys.pop("sizes", SIZES)
         self.request = ask(**{"height": 32, "width": 32, "steps": 3, **keys})
         # Links so fast that more hosts are always faster.
         view = full(*[mac(rank, holds=None) for rank in range(hosts)], rate=1e18)
@@ -51,7 +61,7 @@ class GenerationSimulation(Simulation[GenerationSession]):
             id="job",
             secret=b"secret",
             request=self.request,
-            sizes=SIZES,
+            sizes=self.sizes,
             placement=placement,
             force_shard=force_shard,
         )
@@ -86,7 +96,7 @@ class GenerationSimulation(Simulation[GenerationSession]):
         pictures = {event.image: event for event in self.of(events.Picture)}
         assert len(self.of(events.Picture)) == len(pictures) == self.request.n_images
         for image, event in pictures.items():
-            assert np.array_equal(event.pixels, expected(self.request, SIZES, image)), image
+            assert np.array_equal(event.pixels, expected(self.request, self.sizes, image)), image
             assert event.seed == self.request.seed + image
         assert self.repeated == []
 
@@ -99,6 +109,14 @@ class SimulatedJob:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     defaults: ModelDefaults = field(default_factory=lambda: ModelDefaults(4, 4.0, 64, 64, 16))
+
+    family = FLUX1
+
+    @property
+    def architecture(self) -> Flux1Architecture:
+        return Flux1Architecture(
+            self.transformer, T5Config(), ClipConfig(), self.autoencoder, self.defaults
+        )
 
 
 @functools.cache

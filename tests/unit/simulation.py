@@ -28,7 +28,9 @@ from fluxmesh_coordinator.jobs.types import (
     Learn,
     Leased,
     LeasedHost,
+    LetGo,
     Links,
+    Remember,
     Reported,
     SendToAgent,
     TellUser,
@@ -96,6 +98,7 @@ class Simulation(Generic[S]):
         self.heard: list[tuple[float, Input]] = []  # by the session
         self.out: list[list[Instruction]] = []  # what it said to each of these
         self.stuck: list[str] = []
+        self.let_go: list[int] = []  # hosts that others may have
         self.end: JobFinished | None = None
 
     # What a kind of job is
@@ -215,8 +218,13 @@ class Simulation(Generic[S]):
                     self._sent(instruction.rank, instruction.message)
                 case TellUser():
                     self.events.append(instruction.event)
+                case LetGo():
+                    self.let_go.append(instruction.rank)
                 case JobStuck():
                     self.stuck.append(instruction.reason)
+                case Remember():
+                    fallback = self.links.fallback.noted(instruction.fault)
+                    self.links = replace(self.links, fallback=fallback)
                 case Learn():
                     self.learned = learned(self.learned, instruction.news)
                 case JobFinished():

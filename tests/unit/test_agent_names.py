@@ -43,8 +43,29 @@ def test_a_path_inside_of_a_root_is_found(roots: Roots, tmp_path: Path) -> None:
 )
 def test_a_path_outside_of_the_roots_is_no_model(roots: Roots, tmp_path: Path, name: str) -> None:
     (tmp_path / "models" / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(ModelNotFoundError, match="where its agent may read"):
+    with pytest.raises(ModelNotFoundError, match="where its agent may read") as caught:
         roots.model(name.format(tmp_path))
+    assert f"({tmp_path}/models, " in str(caught.value)  # the user sees which folders these are
+
+
+def test_a_path_of_another_machine_is_what_was_pushed_from_there(
+    roots: Roots, tmp_path: Path
+) -> None:
+    assert roots.model("/Users/anna/models/mine") == str(tmp_path / "models/mine")
+    assert roots.model("/Users/anna/models/mine/") == str(tmp_path / "models/mine")
+    for name, suffix in (("flux1-dev", ".safetensors"), ("dev", ".safetensors"), ("q4", ".gguf")):
+        file = tmp_path / "models" / name / f"{name}{suffix}"
+        file.parent.mkdir()
+        file.touch()
+        (file.parent / "ae.safetensors").touch()
+        path = name if name == "dev" else f"/Users/anna/{name}{suffix}"
+        assert roots.model(path) == str(file)
+    here = tmp_path / "more" / "mine"  # what is at the path itself comes first
+    here.mkdir()
+    assert roots.model(str(here)) == str(here)
+    (tmp_path / "models" / "away").symlink_to(tmp_path / "outside")
+    with pytest.raises(ModelNotFoundError):
+        roots.model("/Users/anna/away")
 
 
 def test_a_host_with_all_of_its_disk_as_root_reads_any_model(tmp_path: Path) -> None:

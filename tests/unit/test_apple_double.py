@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.adapters.formats import find_adapter
+from fluxmesh.adapters.find import find_adapter
 from fluxmesh.storage.keys import Allowlist, Keys
 from fluxmesh.training.data import dataset
+from fluxmesh.training.data.remarks import Remarks
+from fluxmesh.training.data.rows import Columns
 from fluxmesh.weights.checkpoint import from_folder
 from fluxmesh.weights.hub import _in_snapshot
 from tests.checkpoints import make_checkpoint
@@ -27,14 +29,13 @@ def test_an_adapter_in_a_folder_is_found_beside_one(tmp_path: Path) -> None:
     assert find_adapter(tmp_path) == file
 
 
-def test_a_single_file_of_the_hub_is_found_beside_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "flux1.safetensors"
-    file.touch()
-    beside(file)
-    monkeypatch.setattr("fluxmesh.weights.hub._single_file", lambda file, *_, **__: file)
-    assert _in_snapshot(tmp_path, "owner/name", False, None) == file  # type: ignore[comparison-overlap]
+def test_a_single_file_of_the_hub_is_found_beside_one(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, layout="bfl")
+    for file in (made.path, made.folder / "ae.safetensors"):
+        beside(file)
+    checkpoint = _in_snapshot(tmp_path, "owner/name")
+    assert checkpoint.components["transformer"].files == (made.path,)
+    assert checkpoint.components["vae"].files == (made.folder / "ae.safetensors",)
 
 
 def test_a_folder_that_was_copied_to_a_stick_and_back_is_the_same_revision(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_a_folder_that_was_copied_to_a_stick_and_back_is_the_same_revision(tmp_p
 
 def test_pictures_have_no_companions_and_no_folder_is_parquet_for_one(tmp_path: Path) -> None:
     (tmp_path / "._rows.parquet").write_bytes(COMPANION)
-    assert list(dataset._rows(str(tmp_path), print, "train", "image", "text")) == []
+    assert list(dataset._rows(str(tmp_path), "train", Columns(), Remarks())) == []
 
 
 def test_a_companion_of_a_key_is_not_even_warned_of(

@@ -96,5 +96,6 @@ def test_flux_is_planned_without_its_files(monkeypatch: pytest.MonkeyPatch, tmp_
     model, sizes = ResolvedModel.known("flux-dev"), ResolvedModel.known("flux-dev").sizes
     assert (model.name, model.full_name, model.is_here) == ("dev", "dev", False)
     assert (sizes.defaults.steps, sizes.defaults.t5_max_length) == (50, 512)
-    assert sizes.transformer.guidance_embed and sizes.tokens(1024, 1024) == 4608
+    assert sizes.architecture.tokens(1024, 1024) == 4608
+    assert "guidance_in.in_layer.weight" in sizes.architecture.tensors("denoiser")
     assert ResolvedModel.known("tiny").is_here

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from fluxmesh.models.flux1.config import ScheduleConfig
+from fluxmesh.models.flux1.runtime import plan
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.runtime import DenoisePlan
 from fluxmesh.models.step_cache import StepCache
-from fluxmesh.sampling.denoise import Basis, DenoisePlan, StepState, denoise
-from tests.unit.test_denoise import make_noise, make_plan, random_flux
+from fluxmesh.sampling.denoise import Basis, StepState, denoise
+from fluxmesh.sampling.schedule import timesteps
+from tests.unit.test_denoise import SIZE, make_noise, make_plan, random_flux, random_text
 
 STEPS = 12
 SOME = 0.15  # one that skips some steps of the model below
@@ -22,7 +27,9 @@ def paint(
     flow: Flux, made: DenoisePlan, threshold: float, seed: int = 3, **more: Any
 ) -> tuple[list[np.ndarray], list[bool]]:
     """The latents after each step, and which steps were reused."""
-    walk = denoise(flow, made, make_noise(seed), cache=StepCache(threshold), **more)
+    walk = denoise(
+        flow, made, make_noise(seed), caches=StepCache.of_calls(made.calls, threshold), **more
+    )
     return _evaluated(walk)
 
 
@@ -153,16 +160,24 @@ def test_images_share_no_cache(flow: Flux) -> None:
     made = make_plan(flow, STEPS)
     alone = {seed: paint(flow, made, SOME, seed) for seed in (3, 4)}
     assert any(alone[3][1]) and any(alone[4][1])
-    walks = [denoise(flow, made, make_noise(seed), cache=StepCache(SOME)) for seed in (3, 4)]
+    walks = [denoise(flow, made, make_noise(seed), caches=[StepCache(SOME)]) for seed in (3, 4)]
     together = [[np.array(step.x) for step in steps] for steps in zip(*walks, strict=True)]
     for place, seed in enumerate((3, 4)):
         assert together[-1][place].tobytes() == alone[seed][0][-1].tobytes()
 
 
+def guided_plan(flow: Flux) -> DenoisePlan:
+    """Two calls a step, of texts so different that each alone would skip other steps."""
+    times = timesteps(STEPS, 6, ScheduleConfig())
+    negative = {name: 30 * array[:, ::-1] for name, array in random_text().items()}
+    return plan(flow, random_text(), times, SIZE, guidance=4.0, negative=negative, cfg=3.0)
+
+
+@pytest.mark.parametrize("make", [lambda flow: make_plan(flow, STEPS), guided_plan])
 def test_an_image_goes_on_to_the_same_bytes_from_the_step_that_was_last_computed(
-    flow: Flux,
+    flow: Flux, make: Callable[[Flux], DenoisePlan]
 ) -> None:
-    made = make_plan(flow, STEPS)
+    made = make(flow)
     whole, reused = paint(flow, made, SOME)
     assert any(reused[1:]) and not all(reused[1:-1])
     differs = False

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fluxmesh import images
 from fluxmesh.errors import UsageError
+from fluxmesh.images import files
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -38,21 +39,21 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to view"
     path = saved(tmp_path, Image.fromarray(gradient(32, 48)), exif=exif)
-    assert np.array_equal(images.read_picture(path), np.rot90(gradient(32, 48), k=-1))
+    assert np.array_equal(files.read_picture(path), np.rot90(gradient(32, 48), k=-1))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     white = Image.new("RGB", (4, 3), "white")
     picture = white.convert(mode) if mode != "LAB" else Image.new("LAB", (4, 3), (255, 128, 128))
-    pixels = images._over(picture, background=0)
+    pixels = files.over(picture, background=0)
     assert pixels.shape == (3, 4, 3)
     assert pixels.min() >= 250
 
 
 def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path: Path) -> None:
     deep = np.array([[0, 32768, 65535]], np.uint16)
-    pixels = images.read_picture(saved(tmp_path, Image.fromarray(deep)))
+    pixels = files.read_picture(saved(tmp_path, Image.fromarray(deep)))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
 
 
@@ -60,7 +61,7 @@ def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path: Path) -> None:
 def test_transparent_parts_become_white(mode: str, tmp_path: Path) -> None:
     clear = Image.new("RGBA", (2, 2), (10, 10, 10, 0))
     path = saved(tmp_path, clear.convert(mode), "in.png")
-    assert np.all(images.read_picture(path) == 255)
+    assert np.all(files.read_picture(path) == 255)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
@@ -76,25 +77,39 @@ def test_a_photo_of_an_iphone_is_told_with_how_to_convert_it(tmp_path: Path) -> 
     photo = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic"
     path = tmp_path / "photo.jpg"  # whatever it is called
     path.write_bytes(photo)
-    for read in (images.read_picture, images.load_source, lambda _: decode(photo)):
+    for read in (files.read_picture, images.load_source, lambda _: decode(photo)):
         with pytest.raises(UsageError, match="is HEIC, .* `sips -s format jpeg"):
             read(path)
 
 
 def decode(data: bytes) -> np.ndarray:
-    return images.decode_picture(data, "line 3")
+    return files.decode_picture(data, "line 3")
 
 
 def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(64, 64)))
     path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(UsageError, match="can't be read"):
-        images.read_picture(path)
+        files.read_picture(path)
 
 
 def test_without_a_size_sides_become_multiples_of_sixteen(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(101, 60)))
     assert images.load_source(path).pixels.shape == (96, 64, 3)
+
+
+def test_margins_that_grow_and_a_size_that_changes_are_told_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    path = saved(tmp_path, Image.fromarray(gradient(64, 128)))
+    sentences: list[str] = []
+    images.load_source(path, tell=sentences.append)
+    images.load_source(path, outpaint=(16, 0, 0, 0), tell=sentences.append)
+    assert sentences == []
+    images.load_source(path, outpaint=(10, 0, 0, 4), tell=sentences.append)
+    assert sentences == ["`outpaint` 10,0,0,4 became 16,0,0,16: sides are multiples of 16."]
+    images.load_source(path, height=32, tell=sentences.append)
+    assert sentences[1:] == [f"{path} becomes 32x64 pixels; it is 64x128."]
 
 
 def test_a_large_picture_is_scaled_to_the_area_and_keeps_proportions(tmp_path: Path) -> None:

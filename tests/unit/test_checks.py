@@ -15,6 +15,7 @@ GOOD: dict[str, Any] = {
     "python": "/opt/venv/bin/python",
     "python_version": "3.12.4",
     "mlx_version": "0.32.4",
+    "system": "Linux x86_64",
     "memory_bytes": 192 * 10**9,
     "disk_free_bytes": 10**12,
     "clock": NOW,
@@ -46,6 +47,12 @@ def test_a_host_like_this_machine_is_well() -> None:
     [
         ("Python", "fail", {"python_version": "3.9.6"}, "3.9.6 is too old"),
         ("MLX", "fail", {"mlx_version": ""}, "pip install mlx"),
+        (
+            "MLX",
+            "fail",
+            {"mlx_problem": "ImportError: libmlx.so: cannot open shared object file"},
+            '-m pip install "fluxmesh[cpu]", or "fluxmesh[cuda]" where',
+        ),
         ("MLX", "warn", {"mlx_version": "0.33.0"}, "0.33.0 there and 0.32.4 here"),
         ("disk", "warn", {"disk_free_bytes": 10**8}, "make room"),
         ("clock", "warn", {"clock": NOW - 90}, "90 s behind"),

@@ -75,10 +75,19 @@ def test_ci_asks_of_make_what_it_has_and_of_each_system_what_it_can(
     done = machine.run(str(ROOT / ".ci" / "run"))
 
     assert done.returncode == 0, done.stderr
-    ssh = " ssh" if system == "Linux" else ""
-    assert machine.called("make") == ["test", "--help", f"{options} learn parity lint{ssh}"]
+    ssh = " ssh page" if system == "Linux" else ""
+    assert machine.called("make") == ["test", "--help", f"{options} learn parity lint wheel{ssh}"]
     assert ("'make ssh' is left out" in done.stdout) == (system == "Darwin")
-    assert not (system == "Darwin" and machine.called("apt-get"))
+    installed = [call for call in machine.called("apt-get") if call.startswith("install")]
+    assert [call.split()[-3:] for call in installed] == (
+        [["zsh", "fish", "chromium"]] if system == "Linux" else []
+    )
+
+
+def test_ci_without_a_way_to_install_says_what_is_missing(machine: BareMachine) -> None:
+    machine.put("uname", "echo Linux")
+    done = machine.run(str(ROOT / ".ci" / "run"))
+    assert done.returncode == 1 and "zsh fish chromium, and start again" in done.stderr
 
 
 def test_ci_stops_at_the_first_failure(machine: BareMachine) -> None:

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from fluxmesh.cluster.snapshot import ModelVariant
-from fluxmesh.errors import ModelNotFoundError
+from fluxmesh.errors import FluxmeshError, ModelNotFoundError, NotFetchedError
 from fluxmesh.events import Event, Picture
+from fluxmesh.models.base import ModelDefaults
 from fluxmesh.request import FilledRequest
 from fluxmesh.weights import hub
-from fluxmesh.weights.checkpoint import ModelDefaults
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.artifacts.pictures import PicturePath
-from fluxmesh_coordinator.cli.conversation import Conversation
+from fluxmesh_coordinator.cli.conversation import Conversation, choices
 from fluxmesh_coordinator.commands.generate import Painter
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
 from fluxmesh_coordinator.runtime.resolved import Resolved
-from tests.unit.meshes import small
+from tests.unit.meshes import small, with_defaults
 
 DEFAULTS = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
-SIZES = replace(small(), defaults=DEFAULTS)
+SIZES = with_defaults(small(), DEFAULTS)
 
 
 class CountingMesh:
@@ -53,14 +53,19 @@ class CountingMesh:
 
 
 @pytest.fixture
-def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def talk(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
     """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
-        return SimpleNamespace(name=name, revision="r", **vars(SIZES))
+        return SimpleNamespace(name=name, revision="r", **vars(SIZES), defaults=SIZES.defaults)
 
+    monkeypatch.setenv("FLUXMESH_HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setattr(hub, "resolve", resolve)
-    monkeypatch.setattr(hub, "default_checkpoint", lambda: resolve("tiny"))
+    monkeypatch.setattr(hub, "preferred_here", lambda: iter([resolve("tiny")]))
 
     def say(
         *said: str, settings: GenerateSettings | None = None
@@ -105,12 +110,12 @@ def test_a_cache_is_a_setting_and_the_first_line_tells_it(talk: Any) -> None:
     requests, shown = talk("/cache 0.1", "a dog", "/cache 7", "/cache", "two dogs")
     assert [request.cache for request in requests] == [0.1, 0.0]
     assert shown.count("approximate: --cache 0.1).") == 1
-    assert "Error: --cache is 7.0" in shown
+    assert "Error: /cache is 7.0" in shown
 
 
 def test_every_prompt_has_a_new_seed_and_a_file_of_its_own(talk: Any, tmp_path: Path) -> None:
     requests, shown = talk("a dog", "a dog", "", "a dog")
-    assert shown.count("fluxmesh models pull schnell") == 1
+    assert shown.count("fluxmesh models pull klein-4b") == 1
     assert len({request.seed for request in requests}) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.png", "out-2.png", "out.png"]
 
@@ -121,7 +126,7 @@ def test_mistakes_are_told_and_change_nothing(talk: Any) -> None:
         settings=GenerateSettings(steps=3, seed=1),
     )
     assert shown.count("Error: ") == 6
-    for part in ("not HEIGHTxWIDTH", "--steps is 0", "'many' is not", "--seed is -1", "/help"):
+    for part in ("not HEIGHTxWIDTH", "/steps is 0", "'many' is not", "/seed is -1", "/help"):
         assert part in shown
     assert [(request.steps, request.seed) for request in requests] == [(3, 1)]
 
@@ -149,11 +154,11 @@ def test_a_model_that_only_the_mesh_has_is_not_fetched(
 
     def resolve(name: str, *, download: bool = True, **_more: Any) -> Any:
         assert not download
-        raise ModelNotFoundError(name)
+        raise NotFetchedError(name)
 
     monkeypatch.setattr(hub, "resolve", resolve)
     reporter = GenerateTerminalReporter(console=Console(file=io.StringIO()))
-    model = Painter(reporter, keep_warm=False).model(None)
+    model = Painter(reporter, keep_warm=False).model(None, GenerateSettings().request("", 0))
     assert (model.name, model.revision, model.is_here) == ("dev", "", False)
     assert model.sizes.defaults.steps == 50
 
@@ -174,3 +179,101 @@ def test_a_mesh_that_holds_quantized_weights_paints_with_them(
     assert "Painting with dev (32x48, 4 bits, 4 steps" in shown
     (request,), _ = talk("a dog", settings=GenerateSettings(dtype="float32"))
     assert (request.bits, request.dtype) == (None, "float32")
+
+
+def test_a_picture_and_what_is_done_to_it_are_settings(talk: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "in.png")
+    Image.new("L", (48, 32), 255).save(tmp_path / "mask.png")
+    (tmp_path / "my dog.safetensors").touch()
+    picture, mask = str(tmp_path / "in.png"), str(tmp_path / "mask.png")
+    requests, shown = talk(
+        *("/strength 0.5", f"/image {picture}", "/strength 0.5", "a dog", "/strength"),
+        *(f"/mask {mask}", "/outpaint 16,0,0,0", "a cat", "/settings", "/image", "a bird"),
+    )
+    assert shown.count("Error: /strength says how to change /image") == 1
+    dog, cat, bird = (request.source for request in requests)
+    assert dog.strength == 0.5 and dog.mask is None and dog.pixels.shape == (32, 48, 3)
+    assert cat.strength == 1.0 and cat.pixels.shape == (32, 64, 3) and cat.mask.min() == 255
+    assert bird is None  # and mask and margins went with the picture
+    settings = [line.split() for line in shown.splitlines()]
+    assert ["/image", picture] in settings and ["/outpaint", "16,0,0,0"] in settings
+
+
+def test_adapters_are_named_with_their_strengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my dog.safetensors", "cat.safetensors"):
+        (tmp_path / name).touch()
+    reporter = GenerateTerminalReporter(console=Console(file=io.StringIO(), width=200))
+    conversation = Conversation(GenerateSettings(), PicturePath(tmp_path), reporter, read=str)
+    conversation.answer("/adapter 'my dog.safetensors:0.5' cat.safetensors")
+    adapters = (("my dog.safetensors", 0.5), ("cat.safetensors", 1.0))
+    assert conversation.settings.adapter == adapters
+    for wrong, sentence in (
+        ("/adapter cta.safetensors", "does not exist; did you mean cat.safetensors"),
+        ("/adapter 'my dog", "a quote that is not closed"),
+        ("/image nothing.png", "`image` nothing.png does not exist"),
+        ("/mask nothing.png", "`mask` nothing.png does not exist"),
+        ("/control-from nothing.png", "`control_from` nothing.png does not exist"),
+        ("/reference nothing.png@0.5", "`reference` nothing.png does not exist"),
+        ("/stpes 3", "/stpes is not known; did you mean /steps?"),
+    ):
+        with pytest.raises(FluxmeshError, match=sentence):
+            conversation.answer(wrong)
+    assert conversation.settings.adapter == adapters
+    conversation.answer("/adapter")
+    assert conversation.settings.adapter == ()
+
+
+def test_a_wrong_model_is_refused_at_once_with_names(tmp_path: Path) -> None:
+    reporter = GenerateTerminalReporter(console=Console(file=io.StringIO(), width=200))
+    conversation = Conversation(GenerateSettings(), PicturePath(tmp_path), reporter, read=str)
+    with pytest.raises(ModelNotFoundError, match=r"'schnel'; did you mean schnell\?.*krea-dev"):
+        conversation.answer("/model schnel")
+    assert conversation.settings.model is None
+    for name in ("schnell", "FLUX-dev", "owner/repo", str(tmp_path)):
+        conversation.answer(f"/model {name}")
+        assert conversation.settings.model == name
+
+
+def test_tab_knows_settings_models_and_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    (tmp_path / "plain.txt").touch()
+    assert choices("/s") == ["/size", "/steps", "/seed", "/strength", "/settings"]
+    assert choices("/model ti") == ["tiny"]
+    assert choices("/image p") == ["pictures/", "plain.txt"]
+    assert choices("/mask pictures/") == ["pictures/a.png"]
+    assert choices("/adapter x.safetensors pl") == ["plain.txt"]
+    assert choices("a red apple p") == [] and choices("/steps p") == []
+
+
+def test_ctrl_c_at_the_prompt_ends_it_the_second_time_in_a_row(tmp_path: Path) -> None:
+    def say(*lines: str | None) -> tuple[int, str]:
+        """How many were read of what was typed (None: Ctrl-C), and what was shown."""
+        screen, left = io.StringIO(), list(lines)
+
+        def read() -> str:
+            line = left.pop(0)
+            if line is None:
+                raise KeyboardInterrupt
+            return line
+
+        reporter = GenerateTerminalReporter(console=Console(file=screen, width=200))
+        Conversation(GenerateSettings(), PicturePath(tmp_path), reporter, read=read).run()
+        return len(lines) - len(left), screen.getvalue()
+
+    assert say(None, None, "/steps 3")[0] == 2
+    read, shown = say(None, "/steps 3", None, "/quit")
+    assert read == 4 and shown.count("Ctrl-C again") == 2
+
+
+def test_words_that_the_embedded_checkpoint_can_not_read_are_told_once(talk: Any) -> None:
+    _, shown = talk("a hyena and an appel", "a hyena on a red background", "a cat")
+    assert shown.count('tiny does not know "hyena", "appel" (apple?): it paints 90') == 1
+    assert shown.count("does not know") == 1

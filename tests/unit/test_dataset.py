@@ -12,6 +12,7 @@ from PIL import Image
 
 from fluxmesh.errors import ModelNotFoundError, UsageError
 from fluxmesh.training.data.dataset import DatasetError, fingerprint, load_dataset
+from fluxmesh.training.data.remarks import Remarks
 from tests.datasets import CAPTIONS, SIZES, make_dataset, picture, write_lines, write_pictures
 
 
@@ -50,11 +51,16 @@ def test_photos_of_an_iphone_are_told_all_in_one_unless_they_were_converted(tmp_
     write_pictures(tmp_path)
     for name in ("0.HEIC", "IMG_1.HEIC", "IMG_2.heic", "._IMG_3.heic"):
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(DatasetError, match="1 problem: IMG_1.HEIC and 1 more: HEIC can't be read"):
+    sentence = (
+        "1 problem: IMG_1.HEIC, IMG_2.heic: HEIC can't be read; `pip install pillow-heif`, or"
+    )
+    with pytest.raises(DatasetError, match=sentence):
         load_dataset(str(tmp_path), trigger="sks")
     for number in (1, 2):
         (tmp_path / f"{number}.png").rename(tmp_path / f"IMG_{number}.png")
-    assert len(load_dataset(str(tmp_path), trigger="sks")) == len(SIZES)
+    remarks = Remarks()
+    assert len(load_dataset(str(tmp_path), trigger="sks", remarks=remarks)) == len(SIZES)
+    assert remarks.notes[0].startswith("0.HEIC, IMG_1.HEIC, IMG_2.heic: passed over")
 
 
 def hub_folder(tmp_path, **columns):
@@ -151,7 +157,7 @@ def test_an_index_without_a_list_is_told(tmp_path, text):
 def test_an_empty_folder_a_file_and_a_broken_encoding_are_told(tmp_path):
     with pytest.raises(DatasetError, match="holds no pictures"):
         load_dataset(str(tmp_path))
-    (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe")
+    (tmp_path / "train.jsonl").write_bytes("é".encode("latin-1"))
     with pytest.raises(UsageError, match="UTF-8"):
         load_dataset(str(tmp_path))
     with pytest.raises(UsageError, match="is a file"):
@@ -160,9 +166,17 @@ def test_an_empty_folder_a_file_and_a_broken_encoding_are_told(tmp_path):
 
 def test_a_picture_without_a_caption_file_is_told_unless_there_is_a_trigger(tmp_path):
     write_pictures(tmp_path)
-    with pytest.raises(DatasetError, match=r"0\.txt for 0\.png: the caption is empty"):
+    with pytest.raises(DatasetError, match=r"no caption for 3 pictures: 0\.png, 1\.png, 2\.png"):
         load_dataset(str(tmp_path))
-    assert {example.caption for example in load_dataset(str(tmp_path), trigger="sks")} == {"sks"}
+    remarks = Remarks()
+    examples = load_dataset(str(tmp_path), trigger="sks", remarks=remarks)
+    assert {example.caption for example in examples} == {"sks"}
+    (note,) = remarks.notes
+    assert "`trigger` stands alone, for 3 pictures: 0.png, 1.png, 2.png" in note
+    (tmp_path / "0.txt").write_text(" \n")
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(str(tmp_path))
+    assert caught.value.problems[0] == "0.txt for 0.png: the caption is empty"
 
 
 def test_the_trigger_stands_before_captions_that_lack_it(tmp_path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
 
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
+from fluxmesh.models.flux1.runtime import Flux1Plan, plan
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.runtime import guided_velocity
 from fluxmesh.sampling import latents
-from fluxmesh.sampling.conditioning import Conditioning
-from fluxmesh.sampling.denoise import DenoisePlan, denoise, plan
+from fluxmesh.sampling.denoise import denoise
 from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 from fluxmesh.sampling.schedule import timesteps
 
@@ -38,15 +41,15 @@ def random_flux(dtype: mx.Dtype = mx.float32) -> Flux:
     return flow
 
 
-def random_text() -> Conditioning:
+def random_text() -> dict[str, mx.array]:
     rng = np.random.default_rng(1)
-    return Conditioning(
-        mx.array(rng.standard_normal((1, 5, 12)), dtype=mx.float32),
-        mx.array(rng.standard_normal((1, 8)), dtype=mx.float32),
-    )
+    return {
+        "t5": mx.array(rng.standard_normal((1, 5, 12)), dtype=mx.float32),
+        "clip": mx.array(rng.standard_normal((1, 8)), dtype=mx.float32),
+    }
 
 
-def make_plan(flow: Flux, steps: int = 4, strength: float = 1.0) -> DenoisePlan:
+def make_plan(flow: Flux, steps: int = 4, strength: float = 1.0) -> Flux1Plan:
     times = timesteps(steps, 6, ScheduleConfig(), strength)
     return plan(flow, random_text(), times, SIZE, guidance=4.0)
 
@@ -150,3 +153,26 @@ def test_guidance_reaches_only_models_that_embed_it(guidance_embed: bool) -> Non
     weak, strong = (plan(flow, random_text(), times, SIZE, guidance=g) for g in (1.0, 5.0))
     same = bool(mx.allclose(weak.modulations.final, strong.modulations.final, atol=1e-6))
     assert same is not guidance_embed
+
+
+def test_a_second_call_needs_what_the_first_gave_and_gets_its_inputs_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing but data orders two collectives in a CUDA graph: there `depends` does nothing."""
+    monkeypatch.setattr(mx, "depends", lambda x, _before: x)
+    img = mx.array([[[0.1, -0.0, 3.0]]])
+    texts = [mx.ones((1, 2, 4), mx.bfloat16), mx.full((1, 2, 4), 0.3, mx.bfloat16)]
+    calls: list[tuple[mx.array, mx.array]] = []
+
+    def ask(x: mx.array, text: mx.array, call: int) -> mx.array:
+        calls.append((x, text))
+        return mx.erfinv(x) if call == 0 else x  # an operation that nothing else here has
+
+    guided_velocity(ask, img, texts, 3.0)
+    for given in calls[1]:
+        drawn = io.StringIO()
+        mx.export_to_dot(drawn, given)
+        assert "ErfInv" in drawn.getvalue()
+    for given, own in zip(calls[1], (img, texts[1]), strict=True):
+        assert given.dtype == own.dtype
+        assert np.array_equal(np.array(given.view(mx.uint8)), np.array(own.view(mx.uint8)))

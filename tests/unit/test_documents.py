@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxmesh.models.registry import ALIASES, BY_PREFERENCE, PUBLISHED, spelled
 from fluxmesh.wire import protocol
 from tests.paths import ROOT
 from tools import sequence
@@ -52,7 +53,8 @@ def test_a_document_names_files_and_folders_that_there_are(document: str):
 
 
 @pytest.mark.parametrize(
-    "document", (*DOCUMENTS, "README.md", *("docs/macos.md", "docs/training.md"))
+    "document",
+    (*DOCUMENTS, "README.md", *("docs/macos.md", "docs/training.md", "docs/everyday.md")),
 )
 def test_a_document_links_to_files_and_targets_that_there_are(document: str):
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -60,6 +62,24 @@ def test_a_document_links_to_files_and_targets_that_there_are(document: str):
     assert not [link for link in links if not ((ROOT / document).parent / link).exists()]
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^|EXTRA=cpu |python3\.12 )make ([a-z]+)", text, re.M)) <= targets
+
+
+def test_the_readme_s_table_of_models_is_the_registry_s():
+    """Their order too: the one before the other is taken where none is named."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| model \| to fetch .*?\n\n", text, re.M | re.S)
+    assert rows is not None
+    order = []
+    for row in rows[0].strip().splitlines()[2:]:
+        names, size, steps, licence = (cell.strip() for cell in row.strip("|").split("|"))
+        for name in re.findall(r"`([^`]+)`", names):
+            alias = ALIASES[spelled(name)]
+            model = PUBLISHED[alias]
+            order += [] if alias in order else [alias]
+            assert size == f"{model.gigabytes:.0f} GB", name
+            assert steps == str(model.architecture.defaults.steps), name
+            assert licence == model.licence.name + (", gated" if model.is_gated else ""), name
+    assert order == list(BY_PREFERENCE)
 
 
 def _unfolded(path: str) -> list[str]:

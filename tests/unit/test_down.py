@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.wire.messages import JobProgress, LeaseHolder
 from fluxmesh_agent.lifecycle import Lifecycle
 from fluxmesh_agent.status import status_of
 from fluxmesh_coordinator.agents import mesh_file
@@ -24,6 +25,7 @@ def test_a_host_that_a_job_holds_is_not_ended(monkeypatch: pytest.MonkeyPatch) -
         memory=None,
         holder="someone",
         job="a1b2",
+        lease=LeaseHolder(user="anna@studio", title="4 images, 128x128", progress=JobProgress()),
         waiting=0,
     )
     ended: list[MeshRecord] = []
@@ -36,7 +38,10 @@ def test_a_host_that_a_job_holds_is_not_ended(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(survey, "survey", lambda mesh: survey.Survey(mesh, {0: status}, {}, {}))
     monkeypatch.setattr(bringup, "take_down", take_down)
     monkeypatch.setattr(mesh_file, "remove", lambda: None)
-    with pytest.raises(FluxmeshError, match="Host 0 works on a1b2; wait .*`force`"):
+    assert survey.in_use(survey.Survey(MESH, {0: status}, {}, {})).startswith(
+        "Host 0 works on 4 images, 128x128 (anna@studio); wait "
+    )
+    with pytest.raises(FluxmeshError, match="Host 0 works on 4 images, .*; wait .*`force`"):
         down.main([], standalone_mode=False)
     assert ended == []
     down.main(["--force"], standalone_mode=False)

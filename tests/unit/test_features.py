@@ -9,21 +9,21 @@ import pytest
 from fluxmesh.engine import features
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import UsageError
-from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.wire.messages.training import Validate
 
+AXES = {"t5": 3, "clip": 2}
 T5, CLIP = np.ones((1, 4, 8), np.uint16), np.ones((1, 8), np.uint16)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_a_prompts_features_are_the_same_bits_on_the_other_side(dtype: mx.Dtype) -> None:
     t5, clip = mx.random.normal((1, 5, 8)).astype(dtype), mx.random.normal((1, 6)).astype(dtype)
-    named = features.of_text(Conditioning(t5, clip))
+    named = features.to_arrays({"t5": t5, "clip": clip})
     assert {array.dtype.name for array in named.values()} <= {"uint16", "float32"}
     assert features.tokens(named) == 5
-    text = features.text(named)
-    assert (text.t5.dtype, text.clip.dtype) == (dtype, dtype)
-    assert mx.array_equal(text.t5, t5) and mx.array_equal(text.clip, clip)
+    text = features.from_arrays(named, AXES)
+    assert (text["t5"].dtype, text["clip"].dtype) == (dtype, dtype)
+    assert mx.array_equal(text["t5"], t5) and mx.array_equal(text["clip"], clip)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_prompts_features_are_the_same_bits_on_the_other_side(dtype: mx.Dtype)
 )
 def test_features_of_something_else_are_named(named: dict[str, np.ndarray], what: str) -> None:
     with pytest.raises(UsageError, match=what):
-        features.text(named)
+        features.from_arrays(named, AXES)
 
 
 def test_the_latents_of_a_crop_are_one() -> None:

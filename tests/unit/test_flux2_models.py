@@ -16,8 +16,10 @@ from mlx.utils import tree_flatten
 
 from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.kernels.ops import HEADROOM, swiglu, swiglu_beside
-from fluxmesh.models import convolutional, layers
-from fluxmesh.models.convolutional import Decoder
+from fluxmesh.models import layers
+from fluxmesh.models.autoencoder import convolutional
+from fluxmesh.models.autoencoder.convolutional import Decoder
+from fluxmesh.models.autoencoder.tiling import tiles
 from fluxmesh.models.flux2 import layers as flux2_layers
 from fluxmesh.models.flux2 import text_encoder
 from fluxmesh.models.flux2.autoencoder import Flux2AutoEncoder
@@ -41,7 +43,6 @@ from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import replace_module
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.models.tensor_map import Rows, parameter_count, to_diffusers
-from fluxmesh.models.tiling import tiles
 from fluxmesh.sampling.schedule import timesteps
 from tests.flux2_models import SMALL, random_flux2, randomize
 
@@ -292,7 +293,9 @@ def test_every_block_returns_the_dtype_of_the_weights(seen, dtype: mx.Dtype) -> 
     flux, encoder, ae = Flux2(SMALL), TextEncoder(TEXT), Flux2AutoEncoder(AE)
     for model in (flux, encoder, ae):
         model.set_dtype(dtype)
-    memory = flux.remember(mx.ones((1, 6, 16)), image_positions(2, 3, 1), 4.0)
+    memory = flux.remember(
+        mx.ones((1, 6, 16)), image_positions(2, 3, 1), flux.reference_modulation(4.0)
+    )
     results = [
         flux_step(flux),
         *(array for kept in (*memory.double, *memory.single) for array in kept),
@@ -394,7 +397,9 @@ def test_a_step_cache_skips_all_blocks_but_the_first() -> None:
 
 def test_remembered_references_do_not_change_from_step_to_step_but_change_the_result() -> None:
     flux = random_flux2()
-    memory = flux.remember(mx.ones((1, 6, 16)), image_positions(2, 3, 1), 4.0)
+    memory = flux.remember(
+        mx.ones((1, 6, 16)), image_positions(2, 3, 1), flux.reference_modulation(4.0)
+    )
     assert len(memory.double) == len(memory.single) == 2
     assert memory.double[0].k.shape == (1, 2, 6, 16)
     pe, img, txt = flux.rope(*IDS), mx.ones((1, 6, 16)), mx.ones((1, 5, 20))
@@ -449,6 +454,6 @@ def test_a_picture_decoded_in_tiles_that_cut_tokens_is_restored_as_a_whole(
     )
     z = mx.random.normal((1, 12, 6, 4))
     whole = np.array(ae.decode_tiled(z, tile=5, overlap=1))
-    monkeypatch.setattr("fluxmesh.models.convolutional.UNTILED_LATENTS", 5)
+    monkeypatch.setattr("fluxmesh.models.autoencoder.convolutional.UNTILED_LATENTS", 5)
     tiled = np.array(ae.decode_tiled(z, tile=5, overlap=1))
     np.testing.assert_allclose(tiled, whole, rtol=1e-5, atol=1e-6)

@@ -12,10 +12,11 @@ import pytest
 
 from fluxmesh.errors import UsageError
 from fluxmesh.models.flux2.positions import image_positions
-from fluxmesh.models.flux2.runtime import Flux2Runtime, ReferenceTokens, TextFeatures
+from fluxmesh.models.flux2.runtime import ReferenceTokens, TextFeatures
 from fluxmesh.models.flux2.transformer import Flux2
 from fluxmesh.models.step_cache import StepCache
 from tests.flux2_models import SMALL, random_flux2
+from tests.flux2_runtime import Flux2Models
 
 TIMES = [1.0, 0.6, 0.0]
 PROMPT, NEGATIVE = mx.ones((1, 5, 20)), mx.zeros((1, 5, 20))
@@ -37,10 +38,10 @@ class WatchedFlux2:
         return velocity
 
 
-def runtime(guidance_embed: bool = False, **options: Any) -> Flux2Runtime:
+def runtime(guidance_embed: bool = False, **options: Any) -> Flux2Models:
     flux = WatchedFlux2(random_flux2(replace(SMALL, guidance_embed=guidance_embed)))
     unused: Any = None
-    return Flux2Runtime(
+    return Flux2Models(
         transformer=flux,
         text_encoder=unused,
         embedding=unused,
@@ -52,7 +53,7 @@ def runtime(guidance_embed: bool = False, **options: Any) -> Flux2Runtime:
 
 def references() -> ReferenceTokens:
     tokens = mx.random.normal((1, 4, 16), key=mx.random.key(2))
-    return ReferenceTokens(tokens, image_positions(2, 2, 1), (4, 4))
+    return ReferenceTokens(tokens, image_positions(2, 2, 1))
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,36 @@ def test_a_ring_lost_for_a_late_host_is_not_formed_again_and_nobody_is_blamed(
     assert all(done.session.given_up([rank]) is None for rank in range(3))
 
 
+@pytest.mark.parametrize("placement", ["sequence", "tensor"])
+def test_a_late_host_is_heard_of_too_where_a_neighbour_noticed_first(placement: Any) -> None:
+    struck: list[int] = []
+
+    def break_it(mesh: GenerationSimulation) -> None:
+        ring = mesh.session.state.ring
+        if struck or ring is None or not ring.is_up or len(mesh.of(events.Step)) < 2:
+            return
+        struck.append(1)
+        late = messages.Failed(
+            ring_generation=mesh.session.state.hosts[1].ring_generation, job="job",
+            kind=messages.PEER_LATE, text="The GPU waited for too long.", fatal=True,
+        )  # fmt: skip
+        machine = mesh.machines.pop(1)  # its engine has not ended yet
+        mesh.break_ring(0, "[ring] connection to a peer was lost")
+        (kill,) = (
+            sent.message
+            for sent in mesh.sent
+            if sent.rank == 1 and isinstance(sent.message, messages.Kill)
+        )
+        mesh.feed(Reported(1, late))
+        machine.empty()
+        mesh.machines[1] = machine
+        mesh.feed(Answered(1, kill, messages.Done()))
+
+    done = GenerationSimulation(3, steps=6, faults=break_it, placement=placement).run()
+    done.check()
+    assert [plan.placement for plan in done.of(events.Planned)] == [placement, "data"]
+
+
 def test_a_model_that_no_host_holds_goes_on_in_a_ring_after_a_late_host() -> None:
     def break_it(mesh: GenerationSimulation) -> None:
         if len(mesh.of(events.Step)) == 2 and not mesh.of(events.HostLost):
@@ -161,7 +191,7 @@ def test_a_host_whose_files_are_broken_is_left_out_while_another_has_them() -> N
     bad = [0, 1]
     done = GenerationSimulation(2, n_images=2, placement="data", faults=break_it).run()
     assert isinstance(done.error, WeightsError)
-    assert "mac0: model.safetensors is truncated." in str(done.error)
+    assert str(done.error) == "mac0 and mac1: model.safetensors is truncated."
     assert "mac1: model.safetensors is truncated." in str(done.error)
 
 

@@ -12,7 +12,7 @@ from fluxmesh import events
 from fluxmesh.errors import WeightsError
 from fluxmesh.request import SourceImage
 from fluxmesh.wire import messages
-from tests.fakes import FEATURES
+from tests.fakes import FEATURES, READ
 from tests.unit.simulated_jobs import PLACEMENTS, GenerationSimulation
 
 
@@ -69,6 +69,21 @@ def test_a_ring_that_stands_is_used_again() -> None:
     assert {message.ring_generation for message in second.messages(messages.Paint)} == {1}
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_previews_come_behind_their_steps_and_only_where_they_are_asked_for(
+    placement: Any,
+) -> None:
+    done = GenerationSimulation(2, n_images=2, placement=placement, preview_every=2).run()
+    done.check()
+    shown = sorted((event.image, event.step) for event in done.of(events.Preview))
+    assert shown == [(0, 2), (1, 2)]  # of three steps each, told once, by whoever has the latents
+    for event in done.of(events.Preview):
+        assert (event.steps, event.pixels.max()) == (3, 2)
+        steps = [e for e in done.events if isinstance(e, events.Step) and e.image == event.image]
+        assert done.events.index(event) == done.events.index(steps[1]) + 1
+    assert not GenerationSimulation(2, placement=placement).run().of(events.Preview)
+
+
 def test_events_come_in_the_order_of_the_work() -> None:
     done = GenerationSimulation(1, n_images=2).run()
     kinds = [type(event) for event in done.events if not isinstance(event, events.Loading)]
@@ -80,6 +95,28 @@ def test_events_come_in_the_order_of_the_work() -> None:
         "denoise": 4,
         "decode": 5,
     }
+
+
+def test_the_end_of_a_prompt_that_is_cut_is_told_where_it_begins() -> None:
+    for words, said in ((14, (15, READ, "11 12 13")), (11, (0, 0, ""))):
+        prompt = " ".join(map(str, range(1, words)))
+        done = GenerationSimulation(1, n_images=1, prompt=f"0 {prompt}").run()
+        (encoded,) = done.of(events.Encoded)
+        assert (encoded.tokens, encoded.kept, encoded.dropped) == said
+        assert not encoded.negative_dropped
+
+
+def test_the_end_of_a_negative_prompt_that_is_cut_is_told_as_the_prompt_s_is() -> None:
+    negative = " ".join(map(str, range(14)))
+    done = GenerationSimulation(1, n_images=1, negative=negative, cfg=2.0).run()
+    (encoded,) = done.of(events.Encoded)
+    assert (encoded.negative_tokens, encoded.negative_kept) == (15, READ)
+    assert (encoded.negative_dropped, encoded.dropped) == ("11 12 13", "")
+    (said,) = [cut.sentence(end, what) for what, cut, end in encoded.cuts]
+    assert said == (
+        f"The model reads {READ} of the 15 tokens of the negative prompt; left out is all from "
+        "“11 12 13” on."
+    )
 
 
 def test_images_are_decoded_in_groups_that_do_not_depend_on_the_hosts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,9 +98,18 @@ def test_a_decode_may_take_longer_for_more_and_larger_pictures(
     assert f"decoding took more than {budget} s" in state.overdue(budget + 1.0)
 
 
-def test_a_large_first_step_may_take_longer() -> None:
+@pytest.mark.parametrize(("side", "references"), [(2048, 0), (1024, 3), (512, 3)])
+def test_a_large_first_step_may_take_longer_and_so_may_one_with_references(
+    side: int, references: int
+) -> None:
+    """References as large as the picture, and what is no tokens of their own: Fill's channels."""
+    rows = LATENTS.shape[1]
+    conditions = {
+        f"reference_{n}": np.zeros((1, rows, 1, 64), np.float32) for n in range(references)
+    }
+    channels = {"channels": np.zeros((1, rows, 320), np.float32)}
     state = host()
-    state.sent(paint(2048), 0.0)
+    state.sent(replace(paint(side), conditions=conditions | channels), 0.0)
     assert ticks(state, 1200) == ""
     state.heard(messages.Beat(job="job", ring_generation=0, doing="first step"), 1201.0)
     assert "a first step took more than 1200 s" in state.overdue(1201.0)

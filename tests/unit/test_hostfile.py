@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 
 from fluxmesh.cluster.hostfile import (
     BACKENDS,
+    CONTROL_PORT,
+    ENVS,
+    FAST_SYNCH,
     Endpoint,
     Host,
     Hostfile,
     HostfileError,
     load,
+    may_be_set,
     parse,
 )
 from fluxmesh.errors import UsageError
@@ -92,7 +96,8 @@ def test_fluxmeshs_own_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "size"), [(1, 1), ("2 MB", 2_000_000), ("48GB", 48 * 10**9), ("0.5MiB", 1 << 19)]
+    ("value", "size"),
+    [(10**6, 10**6), ("2 MB", 2_000_000), ("48GB", 48 * 10**9), ("1.5MiB", 3 << 19)],
 )
 def test_memory_is_bytes_or_a_size_with_a_unit(value: Any, size: int) -> None:
     assert parse(json.dumps([host(memory=value)])).hosts[0].memory == size
@@ -123,6 +128,63 @@ def test_an_agent_listens_where_ssh_leads_not_on_the_ring() -> None:
     hostfile = parse('[{"ssh": "me@mac1.local", "ips": ["192.168.0.1"]}]')
     assert hostfile.control(0).address == "mac1.local"
     assert not hostfile.hosts[0].is_local
+
+
+def test_a_port_of_ssh_may_stand_behind_the_name() -> None:
+    """OpenSSH takes `me@mac1:2222` for a name; a URI it reads."""
+    given = {
+        "mac1:2222": "ssh://mac1:2222",
+        "me@mac1.local:22": "ssh://me@mac1.local:22",
+        "me@10.0.0.7:2222": "ssh://me@10.0.0.7:2222",
+        "me@[fe80::1]:2222": "ssh://me@[fe80::1]:2222",
+        "[fe80::1%en0]:22": "ssh://[fe80::1%en0]:22",
+        "ssh://me@mac1:2222": "ssh://me@mac1:2222",
+        "ssh://[fe80::1]:22": "ssh://[fe80::1]:22",
+        "me@[fe80::1]": "me@fe80::1",
+        "me@fe80::1": "me@fe80::1",
+        "fe80::1": "fe80::1",
+        "[::1]": "[::1]",
+        "me@mac1": "me@mac1",
+        "mac1": "mac1",
+    }
+    for text, ssh in given.items():
+        (read,) = parse(json.dumps([{"ssh": text}])).hosts
+        assert read.ssh == ssh, text
+    names = [parse(json.dumps([{"ssh": text}])).hosts[0].name for text in given]
+    assert names[:5] == ["mac1", "mac1.local", "10.0.0.7", "fe80::1", "fe80::1%en0"]
+    assert not parse('[{"ssh": "localhost:2222"}]').hosts[0].is_local, "another sshd than ours"
+
+
+@pytest.mark.parametrize("ssh", ["mac1:0", "mac1:65536", "mac1:", "mac1:x", "me@[fe80::1", "[a]b"])
+def test_what_ssh_could_not_read_is_a_mistake(ssh: str) -> None:
+    (mistake,) = mistakes([{"ssh": ssh}])
+    assert "ssh: expected" in mistake
+
+
+def test_a_mark_of_byte_order_is_no_mistake(tmp_path: Path) -> None:
+    text = '[{"ssh": "127.0.0.1"}]'
+    path = tmp_path / "mesh.json"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load(path) == parse(text) == parse("\ufeff" + text)
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(HostfileError, match="UTF-16; save it as UTF-8"):
+        load(path)
+
+
+def test_agents_of_one_machine_have_lists_of_ports_with_none_in_common() -> None:
+    local = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
+    named = {**local, "control": f"127.0.0.1:{CONTROL_PORT + 1}"}
+    hostfile = parse(json.dumps([local, named, local, {"ssh": "mac1", "ips": ["10.0.0.1"]}]))
+    lists = [hostfile.control_ports(rank) for rank in range(4)]
+    assert lists[1] == (CONTROL_PORT + 1,)
+    assert not set(lists[0]) & set(lists[2])
+    assert CONTROL_PORT + 1 not in lists[0] + lists[2], "that one is named"
+    assert [len(ports) > 50 for ports in lists] == [True, False, True, True]
+    assert [ports[0] for ports in lists] == [hostfile.control(rank).port for rank in range(4)]
+    assert lists[3][0] == CONTROL_PORT
+    settled = hostfile.at_ports({0: 5, 1: 6, 3: 7})
+    assert [settled.control(rank).port for rank in (0, 1, 3)] == [5, CONTROL_PORT + 1, 7]
+    assert settled.control(3).address == "mac1"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +232,7 @@ def test_another_user_of_this_machine_is_reached_by_ssh_and_shares_its_ports() -
         ("python", "/bin/sh\n-c", "the absolute path of a Python"),
         ("models", "models", "an absolute path"),
         ("memory", 0, "bytes, or a size"),
+        ("memory", 32, "bytes, or a size"),
         ("memory", True, "bytes, or a size"),
         ("memory", "48", "bytes, or a size"),
         ("memory", 1.5, "bytes, or a size"),
@@ -301,3 +364,9 @@ def test_any_json_is_a_hostfile_or_one_sentence(data: Any) -> None:
         assert "\n" not in str(error)
     else:
         assert [entry.rank for entry in hostfile.hosts] == list(range(len(hostfile.hosts)))
+
+
+def test_what_can_hang_a_gpu_is_set_by_hand_alone() -> None:
+    assert may_be_set(FAST_SYNCH) and FAST_SYNCH not in ENVS
+    assert all(may_be_set(key) for key in ENVS)
+    assert not may_be_set("LD_PRELOAD") and not may_be_set("MLX_RANK")

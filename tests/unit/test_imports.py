@@ -28,6 +28,8 @@ PURE = (
     *("fluxmesh.bounds", "fluxmesh.wire.messages"),
     *("fluxmesh.wire.fields", "fluxmesh.wire.values"),
     *("fluxmesh.wire.protocol", "fluxmesh.wire.limits"),
+    *("fluxmesh_coordinator.server.queue.fair_queue", "fluxmesh_coordinator.server.metrics"),
+    "fluxmesh_coordinator.server.queue.durations",
 )
 
 # Computes. A coordinator may import everything else of the library on a machine without mlx.
@@ -40,13 +42,24 @@ COMPUTES = (
 )
 # Below those folders, what describes a model or a request without computing.
 DESCRIBES = (
-    *("fluxmesh.models.tiling", "fluxmesh.models.tensor_map", "fluxmesh.models.conv_tensors"),
-    *("fluxmesh.models.partition", "fluxmesh.models.packing", "fluxmesh.models.flux1.config"),
+    *("fluxmesh.models.autoencoder.tiling", "fluxmesh.models.autoencoder.conv_tensors"),
+    *("fluxmesh.models.tensor_map", "fluxmesh.models.transformer_shape", "fluxmesh.models.base"),
+    *("fluxmesh.models.registry", "fluxmesh.models.files.family"),
+    *("fluxmesh.models.flux1.family", "fluxmesh.models.flux1.architecture"),
+    *("fluxmesh.models.flux1.files.folder", "fluxmesh.models.flux1.files.completion"),
+    *("fluxmesh.models.flux2.family", "fluxmesh.models.flux2.architecture"),
+    *("fluxmesh.models.flux2.files.folder", "fluxmesh.models.flux2.files.completion"),
+    *(
+        "fluxmesh.models.partition",
+        "fluxmesh.models.autoencoder.packing",
+        "fluxmesh.models.flux1.config",
+    ),
     *("fluxmesh.models.flux1.tensor_maps", "fluxmesh.models.flux1.single_file"),
+    *("fluxmesh.models.flux1.adapter_names", "fluxmesh.models.flux2.adapter_names"),
     *("fluxmesh.models.partition", "fluxmesh.models.flux1.partition"),
     "fluxmesh.models.flux1.quantization",
     *("fluxmesh.models.flux1.tokenizers", "fluxmesh.sampling.schedule"),
-    *("fluxmesh.models.file_shapes", "fluxmesh.models.flux2.config"),
+    *("fluxmesh.models.files.shapes", "fluxmesh.models.flux2.config"),
     *("fluxmesh.models.flux2.tensor_maps", "fluxmesh.models.flux2.single_file"),
     *("fluxmesh.models.flux2.quantization", "fluxmesh.models.flux2.positions"),
     *("fluxmesh.models.flux2.partition",),
@@ -190,6 +203,7 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
         ["doctor", "--help"],
         ["logs", "--help"],
         ["down", "--help"],
+        ["serve", "--help"],
     ],
     ids=" ".join,
 )
@@ -200,6 +214,7 @@ def test_the_command_line_answers_without_loading_what_computes(arguments: list[
         "except SystemExit as end: assert end.code == 0"
     )
     assert not loaded & (HEAVY | {"numpy", "PIL", "rich", "zmq", "msgpack", "asyncio"})
+    assert not loaded & {"starlette", "uvicorn"}
     assert "click" in loaded
 
 

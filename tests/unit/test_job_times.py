@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fluxmesh import events
+from fluxmesh.cluster.shares import EVEN
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.planning.learning import learned
@@ -29,7 +30,7 @@ from tests.unit.simulated_jobs import GenerationSimulation
 from tests.unit.simulation import SimulatedMachine
 from tests.unit.test_warming import Told
 
-RING = ("sequence", (0, 2))
+RING = ("sequence", (0, 2), EVEN)
 
 
 def times(**keys: Any) -> JobTimes:
@@ -56,7 +57,7 @@ def test_an_image_tells_its_steps_its_decode_and_what_stands_between() -> None:
     seen = times()
     seen.begin(9.5)
     paint(seen)
-    (job,) = seen.news("jaccl").jobs
+    (job,) = seen.news(lambda _: "jaccl").jobs
     assert (job.backend, job.ranks, job.last_seconds) == ("jaccl", (0, 2), 1.0)
     measured = job.measured
     assert (measured.step_seconds, measured.decode_seconds) == (1.0, 2.0)
@@ -68,8 +69,8 @@ def test_an_image_tells_its_steps_its_decode_and_what_stands_between() -> None:
 
 def test_by_data_what_goes_on_round_the_decode_is_time_of_the_image() -> None:
     seen = times()
-    paint(seen, members=("data", (1,)))
-    (job,) = seen.news("ring").jobs
+    paint(seen, members=("data", (1,), EVEN))
+    (job,) = seen.news(lambda _: "ring").jobs
     assert (job.backend, job.ranks) == ("", (1,))
     assert job.gap_seconds == pytest.approx(0.4 + 0.3)
 
@@ -77,15 +78,17 @@ def test_by_data_what_goes_on_round_the_decode_is_time_of_the_image() -> None:
 def test_a_first_step_that_compiled_is_told_apart_and_spoils_nothing() -> None:
     seen = times()
     paint(seen, first=21.0, readiness="new engine")
-    (job,) = seen.news("ring").jobs
+    (job,) = seen.news(lambda _: "ring").jobs
     assert job.measured.step_seconds == 1.0
     assert job.measured.kernels_seconds == pytest.approx(20.0)
     assert (job.measured.decode_seconds, job.gap_seconds) == (None, None)
     paint(seen, 1)
     paint(seen, 2, first=1.5, readiness="new shape")
+    paint(seen, 4, first=13.0, readiness="new placement")
     paint(seen, 3, first=90.0, readiness="loading")  # its weights came first: nobody counts on it
-    (job,) = seen.news("ring").jobs
+    (job,) = seen.news(lambda _: "ring").jobs
     assert job.measured.kernels_seconds == pytest.approx(20.0)
+    assert job.measured.placement_seconds == pytest.approx(12.0)
     assert job.measured.first_seconds == pytest.approx(0.5)
     assert job.gap_seconds == pytest.approx(0.4)
 
@@ -95,7 +98,7 @@ def test_one_step_that_is_cold_tells_nothing() -> None:
     seen.given(0, RING, 0.0, "new engine")
     seen.stepped(0, 1, 30.0, 30.0)
     seen.decoded(0, 1.0, 1.0)
-    assert seen.news("ring") == Timings()
+    assert seen.news(lambda _: "ring") == Timings()
 
 
 def test_a_job_that_had_to_load_tells_not_how_long_a_warm_one_takes_to_begin() -> None:
@@ -104,14 +107,14 @@ def test_a_job_that_had_to_load_tells_not_how_long_a_warm_one_takes_to_begin() -
     seen.prepares()
     paint(seen)
     seen.prepares()
-    assert seen.news("ring").jobs[0].begin_seconds is None
+    assert seen.news(lambda _: "ring").jobs[0].begin_seconds is None
 
 
 @pytest.mark.parametrize("keys", [{"cache": 0.1}, {"low_memory": True}, {"stepwise": True}])
 def test_jobs_whose_steps_are_not_plain_ones_tell_nothing(keys: dict[str, Any]) -> None:
     seen = times(**keys)
     paint(seen)
-    assert seen.news("ring") == Timings()
+    assert seen.news(lambda _: "ring") == Timings()
 
 
 def test_images_that_were_not_seen_from_the_first_step_on_tell_nothing() -> None:
@@ -122,14 +125,14 @@ def test_images_that_were_not_seen_from_the_first_step_on_tell_nothing() -> None
     seen.stepped(1, 1, 1.0, 1.0)
     seen.stepped(1, 3, 1.0, 1.0)
     seen.decoded(1, 1.0, 1.0)
-    assert seen.news("ring") == Timings()
+    assert seen.news(lambda _: "ring") == Timings()
 
 
 def test_hosts_that_share_a_device_tell_nothing_of_data() -> None:
     seen = times()
-    for image, members in enumerate((RING, ("data", (1,)), ("data", (2,)))):
+    for image, members in enumerate((RING, ("data", (1,), EVEN), ("data", (2,), EVEN))):
         paint(seen, image, members=members)
-    members_seen = {job.ranks for job in seen.news("ring", shared=[2]).jobs}
+    members_seen = {job.ranks for job in seen.news(lambda _: "ring", shared=[2]).jobs}
     assert members_seen == {(0, 2), (1,)}
 
 
@@ -201,6 +204,24 @@ def test_an_engine_that_ends_to_join_another_ring_has_nothing_compiled() -> None
         )
     (timing,) = simulation.run().learned.jobs
     assert timing.measured.kernels_seconds is not None
+
+
+def test_engines_that_painted_apart_teach_what_the_first_step_in_a_ring_compiles() -> None:
+    """Once: the next size of that placement is another size, and no new placement."""
+
+    def job_on(side: int, *shapes: StepShape) -> Any:
+        simulation = GenerationSimulation(2, placement="sequence", width=side)
+        for machine in simulation.machines.values():
+            info = replace(machine.leased.info, holds=held(), compiled=shapes)
+            machine.leased = replace(machine.leased, info=info)
+            machine.engine.shape_seconds = 7.0
+        (timing,) = simulation.run().learned.jobs
+        return timing.measured.placement_seconds, timing.measured.first_seconds
+
+    alone = StepShape.of(held().weights, "data", 1, 32, 32)
+    together = StepShape.of(held().weights, "sequence", 2, 32, 32)
+    assert job_on(48, alone) == (pytest.approx(7.0), None)
+    assert job_on(48, alone, together) == (None, pytest.approx(7.0))
 
 
 @pytest.mark.parametrize("placement", ["data", "sequence", "tensor"])

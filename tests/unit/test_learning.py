@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxmesh.cluster.snapshot import (
+    FIRSTS,
     CollectiveTime,
+    HostInfo,
     JobTiming,
     MeshView,
     ModelVariant,
@@ -49,7 +51,7 @@ def job(
 ) -> JobTiming:
     placement: Placement = keys.pop("placement", "sequence" if len(ranks) > 1 else "data")
     more = {"begin_seconds": None, "gap_seconds": None, **keys}
-    firsts = {name: more.pop(name, None) for name in ("kernels_seconds", "first_seconds")}
+    firsts = {name: more.pop(name, None) for name in FIRSTS}
     measured = timed(seconds, when, side, placement=placement, hosts=len(ranks), **firsts)
     backend = more.pop("backend", "ring" if len(ranks) > 1 else "")
     return JobTiming(backend=backend, ranks=ranks, measured=measured, last_seconds=seconds, **more)
@@ -244,10 +246,15 @@ def test_engines_that_end_to_form_another_ring_load_again() -> None:
     assert option(empty, "sequence", 2).load_seconds > 0
 
 
+def over(backend: str, host: HostInfo) -> HostInfo:
+    return replace(host, ring=replace(host.ring, backend=backend))
+
+
 def test_an_engine_that_begins_anew_for_nccl_loses_what_it_holds() -> None:
     alone = replace(view_of(), backend="nccl")
     assert option(alone, "sequence").cold_seconds > 7
-    joined = replace(view_of(in_ring(0), in_ring(1)), backend="nccl")
+    joined = view_of(*(over("nccl", in_ring(rank)) for rank in range(2)))
+    joined = replace(joined, backend="nccl")
     assert option(joined, "sequence").cold_seconds == 0.0
 
 
@@ -299,6 +306,25 @@ def test_an_unseen_shape_costs_an_engine_with_kernels_what_unseen_shapes_cost() 
     assert option(view, "sequence", **unseen).cold_seconds == 0.125
     assert option(view, "data").cold_seconds == 0.0
     assert plan(ask(**unseen), view, FLUX, placement="sequence").notice == ""
+
+
+def test_a_placement_never_taken_costs_more_than_a_size_never_seen() -> None:
+    """The kernels of a placement are compiled at its first step, whatever its size."""
+    jobs = [
+        job(0.6, placement_seconds=12.0),
+        job(0.6, side=768, first_seconds=0.125),
+        job(1.0, (0,), side=768, first_seconds=0.25),
+    ]
+    hosts = [in_ring(rank) for rank in range(2)]
+    view, unseen = view_of(*hosts, jobs=jobs), {"height": 512, "width": 512}
+    assert option(view, "sequence", **unseen).cold_seconds == 0.125
+    assert option(view, "data", **unseen).cold_seconds == 0.25
+    assert option(view, "tensor", **unseen).cold_seconds == 12.0
+    assert option(view, "tensor").cold_seconds == 12.0
+    renewed = learned(Timings(jobs=(jobs[0],)), Timings(jobs=(job(0.6, placement_seconds=3.0),)))
+    assert renewed.jobs[0].measured.placement_seconds == 3.0
+    again = learned(renewed, Timings(jobs=(job(0.6),)))
+    assert again.jobs[0].measured.placement_seconds == 3.0
 
 
 def test_a_ring_of_other_sizes_has_shapes_of_its_own() -> None:

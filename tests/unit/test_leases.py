@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.deadlines import DEADLINES
+from fluxmesh.wire.messages import JobProgress
 from fluxmesh_agent.leases import Holds, InLine, Leases, Loses
 
 
@@ -52,6 +53,34 @@ def test_a_lease_that_is_left_goes_to_the_next_with_a_higher_fence() -> None:
     assert not leases.is_valid("a", 40)
     assert not leases.is_valid("a", 41)
     assert not leases.is_valid("b", 40)
+
+
+def test_the_holder_tells_how_far_it_is_and_those_in_line_know_better_how_long() -> None:
+    leases = Leases()
+    assert leases.held_for(0.0) is None
+    leases.heard_progress(JobProgress(unit="image"), 0.0)  # of nobody
+    leases.ask("a", "job", 10.0, 0.0, user="anna@studio", title="4 images")
+    leases.tick(0.0)
+    leases.ask("b", "job", 7.0, 1.0, user="ben@air", title="training")
+    leases.ask("c", "job", 5.0, 1.0, user="cleo@mini")
+    holder = leases.held_for(4.0)
+    assert holder is not None
+    assert (holder.user, holder.title, holder.progress.seconds) == ("anna@studio", "4 images", 6.0)
+    assert [(job.user, job.title, job.seconds) for job in leases.waiting_jobs(4.0)] == [
+        ("ben@air", "training", 6.0),
+        ("cleo@mini", "", 13.0),
+    ]
+    leases.heard_progress(JobProgress(unit="image", done=1, total=4, seconds=30.0), 5.0)
+    holder = leases.held_for(8.0)
+    assert holder is not None
+    assert (holder.progress.done, holder.progress.total, holder.progress.seconds) == (1, 4, 27.0)
+    assert [job.seconds for job in leases.waiting_jobs(8.0)] == [27.0, 34.0]
+    leases.leave("a")
+    leases.hear("b", 9.0)
+    leases.tick(9.0)
+    holder = leases.held_for(9.0)
+    assert holder is not None  # with nothing of the one before
+    assert (holder.user, holder.progress.done, holder.progress.seconds) == ("ben@air", 0, 7.0)
 
 
 def test_nobody_gets_the_lease_before_the_last_holders_work_has_ended() -> None:
@@ -155,3 +184,21 @@ def test_how_long_a_job_says_it_takes_is_a_number_for_all_who_wait() -> None:
         leases.ask(client, "job", seconds, 0.0)
     waits = [n.seconds for n in leases.tick(0.0) if isinstance(n, InLine)]
     assert waits == [10.0, 10.0 + 1e9, 10.0 + 2e9, 10.0 + 2e9]
+
+
+def test_who_is_gone_holds_nobody_up_unless_it_comes_back_soon() -> None:
+    leases = Leases()
+    fence = granted(leases, "a")
+    leases.ask("b", "job", 5.0, 1.0)
+    leases.gone("a", 1.0)
+    assert leases.tick(1.0 + 0.9 * DEADLINES.left)[-1:] != [Holds("b", fence + 1)]
+    leases.hear("a", 1.0 + 0.9 * DEADLINES.left)  # another conversation of it
+    leases.hear("b", 3.0)
+    leases.tick(1.0 + 1.1 * DEADLINES.left)
+    assert leases.holder == "a"
+
+    leases.gone("a", 3.0)
+    notices = leases.tick(3.0 + 1.1 * DEADLINES.left)
+    assert [notice.client for notice in notices if isinstance(notice, Loses)] == ["a"]
+    assert Holds("b", fence + 1) in notices
+    leases.gone("nobody", 9.0)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, RingPlace
 from fluxmesh.wire.messages import (
+    ENGINE_KILLED,
     Account,
     Beat,
     Cancel,
@@ -197,7 +198,7 @@ def test_an_engine_that_is_in_no_ring_joins_one_as_it_is() -> None:
     joined = Joined(ring_generation=1, rank=0)
     assert life.engine_said(joined) == [Tell(joined)]
     life.engine_said(over(HOLDING))
-    assert life.ring == (ring_name(b"n" * 32), 0, 2)
+    assert life.ring == RingPlace(ring_name(b"n" * 32), 0, 2)
     assert life.state == "ready"
 
 
@@ -229,7 +230,7 @@ def test_to_be_alone_an_engine_leaves_its_ring_by_being_another() -> None:
         StartEngine(),
         Tell(Joined(ring_generation=3, rank=0)),
     ]
-    assert life.ring == ("", 0, 1)
+    assert life.ring == RingPlace()
 
 
 def test_an_engine_that_needs_another_environment_is_started_with_it() -> None:
@@ -469,3 +470,11 @@ def test_the_device_that_an_agent_was_given_is_its_engines_in_every_ring() -> No
     assert life.join(join(1, envs=asked)) == [Send(join(1, envs=asked))]
     other = join(2, envs=asked, nonce=b"x" * 32)
     assert life.join(other) == [KillEngine(), StartEngine(own), Send(other)]
+
+
+def test_an_engine_that_others_have_ended_is_lost_in_another_way() -> None:
+    life = Lifecycle()
+    life.join(join(1))
+    (_, told) = life.engine_ended("signal 9", is_killed=True)
+    assert isinstance(told, Tell) and isinstance(told.report, Failed)
+    assert (told.report.kind, told.report.fatal) == (ENGINE_KILLED, True)

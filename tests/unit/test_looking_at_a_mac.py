@@ -83,10 +83,10 @@ def test_up_leaves_a_mac_out_where_the_backend_cannot_be(
         wish = Wish(hosts, "mesh.json", HOSTS, weights, allow_partial=allowed)
         up = Bringup(wish, reporter, Home(tmp_path))
         if allowed:
-            assert [host.rank for host in up._check(hosts.hosts, Keys.new())[0]] == [0]
+            assert [host.rank for host in up._check(hosts.hosts, Keys.new(), ())[0]] == [0]
         else:
             with pytest.raises(FluxmeshError, match=r"host 1 \(mac1\), jaccl: RDMA is off"):
-                up._check(hosts.hosts, Keys.new())
+                up._check(hosts.hosts, Keys.new(), ())
     assert [note for note in reporter.notes if "Low Power Mode" in note]
     assert list(reporter.left_out) == [1]
 

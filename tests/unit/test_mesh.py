@@ -6,13 +6,13 @@ import asyncio
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from fluxmesh import events
 from fluxmesh.deadlines import DEADLINES
-from fluxmesh.errors import CancelledError, DoesNotFitError, FluxmeshError
+from fluxmesh.errors import CancelledError, DoesNotFitError, FluxmeshError, UsageError
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents import client
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -125,10 +125,39 @@ def test_a_program_holds_a_mesh_and_streams_a_job(tmp_path: Path) -> None:
             0: "",
             1: "",
         }
+        with pytest.raises(UsageError, match="`placement` is 'pipeline'"):
+            next(mesh.generate(request, cast(Any, "pipeline")))
+        with pytest.raises(UsageError, match="exclude each other"):
+            mesh.plan(request, "data", force_shard=True)
         with pytest.raises(FluxmeshError, match="nobody"):
             next(mesh.generate(dataclasses.replace(request, model="nobody")))
         asyncio.run_coroutine_threadsafe(fake[0].__aexit__(), mesh._loop).result()
     mesh.close()
+
+
+def test_hosts_are_told_what_they_work_at_and_how_far_it_is(tmp_path: Path) -> None:
+    quick = dataclasses.replace(DEADLINES, heartbeat=0.02, tick=0.01)
+
+    def dialer() -> Any:
+        fake = FakeMesh(tmp_path, 1, quick)
+        fake.start(0)
+        made = fake.network.dialer("anna@studio")
+        made.close = fake.__aexit__  # type: ignore[method-assign]
+        return made
+
+    with Mesh(FakeMesh(tmp_path, 1).record, dialer, deadlines=quick) as mesh:
+        assert not any(isinstance(each, str) or each.lease for each in mesh.status().values())
+        stream = mesh.generate(ask(model="tiny", height=32, width=32, steps=1000, n_images=3))
+        for event in stream:
+            if isinstance(event, events.Step) and event.step == 900:
+                break
+        status = mesh.status()[0]
+        stream.close()
+        assert not isinstance(status, str) and status.lease is not None
+        progress = status.lease.progress
+        assert (status.lease.user, status.lease.title) == ("anna@studio", "3 images, 32x32")
+        assert (progress.unit, progress.done, progress.total) == ("image", 0, 3)
+        assert progress.steps == 1000 and progress.step > 0 and progress.seconds > 0
 
 
 def test_closing_a_mesh_cancels_what_runs_on_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ import pytest
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant, StepShape
 from fluxmesh.deadlines import DEADLINES
+from fluxmesh.errors import CancelledError
 from fluxmesh.request import FilledRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import AgentClient
+from fluxmesh_coordinator.runtime.lent_hosts import HostBook
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.fakes import FakeMesh
 from tests.unit.meshes import ask
@@ -52,6 +55,22 @@ def wait(mesh: Mesh, is_so: Callable[[messages.Status], bool]) -> None:
     while not all(isinstance(s, messages.Status) and is_so(s) for s in mesh.status().values()):
         assert time.monotonic() < end, mesh.status()
         time.sleep(0.05)
+
+
+def test_a_job_that_is_cancelled_as_it_begins_waits_for_no_host(tmp_path: Path) -> None:
+    with mesh_of(tmp_path, 1) as (mesh, _):
+        resolved = mesh.resolve(REQUEST)
+        book = HostBook([0])
+        other, lent = book.lend([0]), book.lend([0])  # it waits for the host, and hears of nothing
+        stream = mesh.paint(resolved, lent=lent)
+        mesh.cancel(lent)  # in the very moment before the mesh knows of it
+        giving = threading.Timer(10.0, other.give_back)
+        giving.start()
+        begun = time.monotonic()
+        with pytest.raises(CancelledError):
+            next(stream)
+        assert time.monotonic() - begun < 5.0
+        giving.cancel()
 
 
 def test_hosts_that_did_not_make_a_picture_get_ready_for_its_size(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.errors import CancelledError
+from fluxmesh.planning.text_place import TextPlace, TextPlaces
+from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
@@ -90,5 +92,73 @@ def test_a_host_whose_engine_failed_too_often_is_free_for_others(tmp_path: Path)
         runner.stop.set()
         with pytest.raises(CancelledError):
             await running
+
+    play(tmp_path, 2, body)
+
+
+def test_a_host_that_has_read_the_prompt_and_paints_nothing_is_free_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not leased again, for as long as the job can go on without it."""
+
+    def apart(_places: TextPlaces, *_how: Any, **_more: Any) -> TextPlace:
+        return TextPlace(rank=1, way="stays", nbytes=0, makes_room=False)
+
+    monkeypatch.setattr(TextPlaces, "best", apart)
+
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        runner = JobRunner(
+            pool, GenerationSession(job(n_images=1, steps=1000, placement="data")), {}, Heard()
+        )
+        mesh.engine(0).pause = 0.02
+        running = asyncio.create_task(runner.run())
+        while not mesh.engine(0).made:
+            await asyncio.sleep(0.01)
+        while mesh.services[1].leases.holder:
+            await asyncio.sleep(0.05)
+        reader = mesh.engine(1).engine
+        assert reader is not None and reader.counters.encodes == 1 and not reader.steps
+        await asyncio.sleep(1.5)
+        assert not running.done() and mesh.services[0].leases.holder
+        assert mesh.services[1].leases.holder == ""
+        runner.stop.set()
+        with pytest.raises(CancelledError):
+            await running
+
+    play(tmp_path, 2, body)
+
+
+def test_a_conversation_that_ends_gives_its_lease_back_at_once(tmp_path: Path) -> None:
+    """An `up` that is cancelled, say, between two of its own lines."""
+
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        dialer = mesh.network.dialer("other")
+        async with AgentClient(dialer, mesh.record.members[0]) as client:
+            await client.lease("up-1", 60.0, lambda queued: None)
+            assert mesh.services[0].leases.job == "up-1"
+        await asyncio.sleep(0.05)  # the agent reads it
+        assert mesh.services[0].leases.job == ""
+        await dialer.close()
+
+    play(tmp_path, 1, body)
+
+
+def test_a_second_user_gets_the_host_that_is_free(tmp_path: Path) -> None:
+    """Also where both have seen it free, and one comes first."""
+
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer("other")) as other:
+            asked = [job(name, steps=40, placement="data") for name in ("one", "two")]
+            heard = [Heard(), Heard()]
+            runners = [
+                JobRunner(each, GenerationSession(begun), {}, tell)
+                for each, begun, tell in zip((pool, other), asked, heard, strict=True)
+            ]
+            await asyncio.gather(*(runner.run() for runner in runners))
+            plans = [tell.of(events.Planned)[0] for tell in heard]
+            assert sorted(each.hosts for each in plans) == [(0,), (1,)]
+            for tell, begun in zip(heard, asked, strict=True):
+                check(tell, begun)
+                assert not tell.of(events.Queued), "nobody waits"
 
     play(tmp_path, 2, body)

@@ -14,14 +14,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.models import convolutional
-from fluxmesh.models.flux1 import clip, layers, t5
+from fluxmesh.models.autoencoder import convolutional
+from fluxmesh.models.flux1 import clip, layers, positions, t5
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.sampling import latents
 
 FLUX = FluxConfig(
     in_channels=16,
@@ -75,7 +74,7 @@ def recording(call, name: str, dtypes: dict[str, set[mx.Dtype]]):
 
 def flux_step(flux: Flux, steps: int = 1) -> mx.array:
     """One denoising step on float32 latents and features, as the pipeline does it."""
-    pe = flux.rope(latents.text_positions(5), latents.image_positions(2, 3))
+    pe = flux.rope(positions.text_positions(5), positions.image_positions(2, 3))
     assert pe.dtype == mx.float32
     times = mx.array(np.linspace(1, 0.3, steps, dtype=np.float32))
     modulations = flux.modulations(times, mx.ones((1, 12)), guidance=4.0)
@@ -161,7 +160,7 @@ def test_parameters_are_called_as_bfl_s_files_call_them() -> None:
 
 def test_released_modulation_gives_the_same_step_and_says_so_when_asked_again() -> None:
     flux = Flux(FLUX)
-    pe = flux.rope(latents.text_positions(5), latents.image_positions(2, 3))
+    pe = flux.rope(positions.text_positions(5), positions.image_positions(2, 3))
     img, txt, y = mx.ones((1, 6, 16)), mx.ones((1, 5, 20)), mx.ones((1, 12))
     modulation = flux.modulations(mx.array([0.5]), y, guidance=4.0).at(0)
     before = flux(img, txt, pe, modulation)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.errors import UsageError
+from fluxmesh.models.flux1 import positions
 from fluxmesh.sampling import latents as noise
 
 
@@ -47,9 +48,9 @@ def test_a_token_holds_its_square_channel_by_channel() -> None:
     latents[0, 2:4, 4:6, 1] = [[5, 6], [7, 8]]
     tokens = noise.pack(latents)
     np.testing.assert_array_equal(tokens[0, 1 * 3 + 2], [1, 2, 3, 4, 5, 6, 7, 8])
-    positions = noise.image_positions(2, 3)
-    np.testing.assert_array_equal(positions[1 * 3 + 2], [0, 1, 2])
-    assert not noise.text_positions(5).any()
+    ids = positions.image_positions(2, 3)
+    np.testing.assert_array_equal(ids[1 * 3 + 2], [0, 1, 2])
+    assert not positions.text_positions(5).any()
 
 
 @pytest.mark.parametrize("height, width", [(0, 16), (24, 16), (16, 40), (8, 8)])

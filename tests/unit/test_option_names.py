@@ -20,11 +20,13 @@ from fluxmesh_coordinator.console import option_names
 from fluxmesh_coordinator.console.json_lines import emit
 from tools.house import FOLDERS
 
-# Where a user's own words are read or answered: the command lines, and what reports for them.
-SAYS_OPTIONS = {"cli", "commands", "console"}
-# Options that are handed to another program, or belong to another program's advice.
-WORDS = {"ips", "models", "rdma", "up"}  # keys of a hostfile, and a command: no settings
-OTHERS = {"bootstrap.py", "launch.py", "macos.py", "macos_checks.py"}
+# Where a user's own words are read or answered: command lines, what reports for them, a server.
+SAYS_OPTIONS = {"cli", "console", "server"}
+# Options that are handed to another program, or belong to another program's advice; and a page's
+# style, whose variables are written so.
+# Keys of a hostfile and of PEFT's settings, and a command: no settings of ours.
+WORDS = {"ips", "models", "rdma", "up", "bias", "modules_to_save"}
+OTHERS = {"bootstrap.py", "launch.py", "macos.py", "macos_checks.py", "training_html.py"}
 
 
 def strings(path: Path) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from fluxmesh.errors import UsageError
-from fluxmesh.weights.checkpoint import ModelDefaults
+from fluxmesh.models.base import ModelDefaults
+from fluxmesh.request import GenerateRequest
 from fluxmesh_coordinator.cli.options import (
     Adapter,
     ImageSize,
@@ -22,9 +22,9 @@ from fluxmesh_coordinator.cli.options import (
     chosen,
     settings_options,
 )
-from fluxmesh_coordinator.cli.prompts import read_prompts
+from fluxmesh_coordinator.cli.prompts import only_prompt, read_prompts
 from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
-from tests.unit.meshes import small
+from tests.unit.meshes import small, with_defaults
 
 
 def settings_of(*arguments: str) -> GenerateSettings:
@@ -77,9 +77,18 @@ def test_bits_alone_quantize() -> None:
     assert settings_of().effective_bits is None
 
 
+def test_text_encoders_have_bits_of_their_own_with_a_quantized_denoiser_or_without() -> None:
+    for options, bits in ((("--text-bits", "4"), (None, 4)), (("-q", "--text-bits", "8"), (4, 8))):
+        request = settings_of(*options).request("dog", 3)
+        assert (request.bits, request.text_bits) == bits
+    assert settings_of("-q").request("dog", 3).text_bits is None
+    with pytest.raises(UsageError, match="`text_bits` is 7; choose 3, 4, 5, 6 or 8"):
+        GenerateRequest("dog", 1, text_bits=7)
+
+
 def test_the_checkpoint_decides_what_the_user_leaves_open() -> None:
     defaults = ModelDefaults(steps=7, guidance=3.0, height=64, width=80, t5_max_length=16)
-    sizes = replace(small(), defaults=defaults)
+    sizes = with_defaults(small(), defaults)
     request = sizes.fill(GenerateSettings().request("dog", 1))
     assert (request.steps, request.guidance) == (7, 3.0)
     assert (request.height, request.width) == (64, 80)
@@ -112,7 +121,7 @@ def test_an_adapter_has_a_scale_unless_a_file_has_that_name(tmp_path: Path) -> N
     odd.write_bytes(b"")
     assert convert(str(odd)) == (str(odd), 1.0)
     for wrong in ("dog:nan", "dog:inf", ":1"):
-        with pytest.raises(click.BadParameter, match="not PATH or PATH:SCALE"):
+        with pytest.raises(click.BadParameter, match="not NAME or NAME@SCALE"):
             convert(wrong)
 
 
@@ -124,13 +133,13 @@ def test_margins_are_four_numbers() -> None:
 
 @pytest.mark.parametrize("option", ["mask", "outpaint", "strength"])
 def test_what_changes_a_picture_needs_one(option: str) -> None:
-    with pytest.raises(UsageError, match=f"--{option} says how to change --image"):
+    with pytest.raises(UsageError, match=f"`{option}` says how to change `image`"):
         GenerateSettings(**{option: 0.5}).request("dog", 1)
 
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
-    [({"strength": 5.0, "image": "a.png"}, "--strength is 5.0"), ({"n_rows": 0}, "--n-rows is 0")],
+    [({"strength": 5.0, "image": "a.png"}, "`strength` is 5.0"), ({"n_rows": 0}, "`n_rows` is 0")],
 )
 def test_numbers_are_checked_before_any_file_is(setting: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
@@ -150,9 +159,10 @@ def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 def test_prompts_come_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_bytes("﻿eins\r\n\n\t zwei 猫\n".encode())
+    path.write_bytes("﻿eins\r\n# a comment\n\n\t zwei 猫\n".encode())
     assert read_prompts("a dog", None, "old") == ["a dog"]
-    assert read_prompts("", None, "old") == [""]
+    assert read_prompts("", None, "old", allow_empty=True) == [""]
+    assert read_prompts(None, None, "") == [""]  # of a picture that was painted so
     assert read_prompts(None, None, "old") == ["old"]
     assert read_prompts(None, str(path), "old") == ["eins", "zwei 猫"]
     stdin(monkeypatch, b"from a pipe\n")
@@ -164,10 +174,14 @@ def test_prompts_come_from_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_prompts_that_are_none_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "empty").write_bytes(b"\n \n")
+    (tmp_path / "comments").write_bytes(b"# one\n  # two\n")
     stdin(monkeypatch, b"")
     for prompt, file, sentence in (
         (None, None, "There is no prompt"),
+        ("", None, "The prompt is empty: .* --allow-empty-prompt"),
+        (" \t", None, "The prompt is empty"),
         ("a", str(tmp_path / "empty"), "give one of them"),
+        (None, str(tmp_path / "comments"), "comments holds no prompt"),
         (None, str(tmp_path / "latin"), r"latin is not UTF-8 text \(byte 3\)"),
         (None, str(tmp_path / "empty"), "empty holds no prompt"),
         (None, str(tmp_path), "can't be read: Is a directory"),
@@ -175,6 +189,20 @@ def test_prompts_that_are_none_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(UsageError, match=sentence):
             read_prompts(prompt, file, None)
+
+
+def test_a_line_that_begins_with_a_number_sign_is_a_comment_unless_it_is_escaped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stdin(monkeypatch, b"# my prompts\n\\#1 fan\na cat # and a dog\n#a bird\n")
+    assert read_prompts("-", None, None) == ["#1 fan", "a cat # and a dog"]
+
+
+def test_a_prompt_without_quotes_is_told_with_them() -> None:
+    assert only_prompt((), "generate") is None
+    assert only_prompt(("a red apple",), "generate") == "a red apple"
+    with pytest.raises(UsageError, match='quotes, as in fluxmesh generate "a red apple"'):
+        only_prompt(("a", "red", "apple"), "generate")
 
 
 def test_several_sizes_are_read_each_once_and_in_their_order() -> None:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress
 
 from fluxmesh.errors import OutputError, WeightsError
 from fluxmesh.events import (
+    BackendChanged,
     Encoded,
     Event,
     HostLost,
@@ -33,6 +35,7 @@ from fluxmesh_coordinator.commands.generate import Painting, paint
 from fluxmesh_coordinator.console.generate_report import (
     GenerateJsonReporter,
     GenerateTerminalReporter,
+    TimeLeftColumn,
 )
 from tests.unit.meshes import resolved
 
@@ -105,6 +108,26 @@ def test_steps_are_files_that_say_which_step(tmp_path: Path) -> None:
         assert json.loads(picture.text["fluxmesh"])["seed"] == 6
 
 
+def test_of_several_prompts_each_file_is_told_with_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "a red apple on a\nyellow background, and beside it a bowl of soup"
+    request = GenerateRequest(long, seed=5)
+    for names_prompts in (True, False):
+        reporter = GenerateTerminalReporter(
+            names_prompts=names_prompts, console=Console(file=io.StringIO())
+        )
+        reporter.started(request, {})
+        reporter.saved(tmp_path / "out-8.png", [5])
+    several, alone = capsys.readouterr().out.splitlines()
+    assert several.endswith("out-8.png (seed 5): a red apple on a yellow background, and beside…")
+    assert alone.endswith("out-8.png (seed 5)")
+    programs = GenerateJsonReporter()
+    programs.started(replace(request, prompt="two dogs"), {})
+    programs.saved(tmp_path / "out.png", [5])
+    assert lines(capsys)[-1]["prompt"] == "two dogs"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), WeightsError("x is truncated.")])
 def test_what_was_complete_stays_when_the_runner_stops(
     tmp_path: Path, error: BaseException
@@ -174,6 +197,44 @@ def test_a_terminal_shows_steps_times_peaks_and_the_file(
     assert "Saved" in shown + capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("total", "said"), [(100, "3:14 left"), (3000, "1:39:54 left")])
+def test_a_bar_tells_one_time_and_what_it_is(total: int, said: str) -> None:
+    now = [0.0]
+    bar = Progress(get_time=lambda: now[0])
+    task = bar.add_task("steps", total=total)
+    assert str(TimeLeftColumn().render(bar.tasks[0])) == ""
+    for done in (1, 2, 3):
+        now[0] += 2.0
+        bar.update(task, completed=done)
+    assert str(TimeLeftColumn().render(bar.tasks[0])) == said
+
+
+def test_after_the_last_step_the_bar_says_decoding_whatever_is_loaded_for_it(
+    terminal: tuple[GenerateTerminalReporter, io.StringIO],
+) -> None:
+    reporter, screen = terminal
+
+    def shown() -> str:
+        screen.seek(0), screen.truncate()
+        reporter.progress.refresh()
+        return screen.getvalue()
+
+    with reporter:
+        reporter.started(REQUEST, {})
+        reporter.event(Loading("transformer", 10**6, 4 * 10**6))
+        assert "Loading transformer" in shown() and "1.0/4.0 MB" in shown()
+        reporter.event(Step(image=0, step=1, steps=2, seconds=0.1))
+        assert "step 1/2" in shown()
+        reporter.event(Step(image=0, step=2, steps=2, seconds=0.1))
+        assert "decoding" in shown()
+        reporter.event(Loading("autoencoder", 0, 2 * 10**6))
+        assert "decoding" in shown() and "Loading" not in shown() and "MB" not in shown()
+        reporter.event(Loading("autoencoder", 10**6, 2 * 10**6))
+        assert "decoding, autoencoder 1.0/2.0 MB" in shown()
+        reporter.event(Loading("autoencoder", 2 * 10**6, 2 * 10**6))
+        assert "decoding" in shown() and "MB" not in shown()
+
+
 def test_a_terminal_tells_how_many_steps_a_cache_approximated(
     terminal: tuple[GenerateTerminalReporter, io.StringIO],
 ) -> None:
@@ -216,6 +277,11 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
         )
         reporter.event(HostLost(1, "mac1", "Its agent is silent."))
         reporter.event(
+            BackendChanged(
+                hosts=(0, 1), names=("a", "b"), before="jaccl", after="ring", reason="a: errno 60."
+            )
+        )
+        reporter.event(
             Planned(
                 placement="data",
                 hosts=(0,),
@@ -227,12 +293,31 @@ def test_a_mesh_tells_its_queue_its_plan_and_its_losses(
         reporter.event(Peak("decode", 1))
     shown = screen.getvalue()
     assert shown.count("in line") == 2
+    changed = "jaccl failed on hosts 0 and 1, which go on over ring until the next `fluxmesh up`: "
+    assert f"{changed}a: errno 60.\n" in shown
     assert "Host 3 is in use: 2nd in line, about 40 s." in shown
     assert "Host 3 is in use: 1st in line." in shown
     assert "Plan: tensor on hosts 0, 1, 12.50 s. It is the only way." in shown
     assert "Host 1 (mac1) is lost: Its agent is silent." in shown
     assert "Plan: data on host 0" in shown and shown.count("The first is slow.") == 1
     assert "Took 0.0" in shown and "20.0" in shown.rpartition("Took")[2]
+
+
+def test_a_terminal_says_what_is_left_out_of_either_text(
+    terminal: tuple[GenerateTerminalReporter, io.StringIO],
+) -> None:
+    reporter, screen = terminal
+    left_out = {"negative_tokens": 9, "negative_kept": 7, "negative_dropped": "and blur"}
+    with reporter:
+        reporter.started(REQUEST, {})
+        reporter.event(Encoded("dogs", 0.5, cached=False, **left_out))
+        reporter.event(
+            Encoded("a dog", 0.5, cached=False, tokens=4, kept=3, dropped="dog", **left_out)
+        )
+    sentence = "The model reads 7 of the 9 tokens of the negative prompt; left out is all from"
+    shown = " ".join(screen.getvalue().split())
+    assert shown.count(f"{sentence} “and blur” on.") == 2
+    assert shown.count("3 of the 4 tokens of the prompt; left out is all from “dog” on.") == 1
 
 
 def test_one_bar_counts_the_bytes_of_all_hosts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from fluxmesh.cluster.snapshot import LinkInfo, MeshView, StepTiming
 from fluxmesh.errors import UsageError
-from fluxmesh.planning.plan import Option, plan
+from fluxmesh.planning.plan import Option, check_asked, plan
 from tests.unit.meshes import FLUX, ask, full, held, mac, option, ring, small, without, won
 
 
@@ -99,7 +100,7 @@ def test_tensor_uses_fewer_hosts_where_heads_do_not_divide(hosts: int) -> None:
     view = full(*(mac(rank) for rank in range(hosts)), rate=2e10)
     choice = plan(ask(), view, FLUX, placement="tensor")
     assert len(won(choice).ranks) == hosts - 1
-    assert f"24 heads do not divide by {hosts}" in choice.reason
+    assert f"24 heads don't divide by {hosts}" in choice.reason
     assert choice.reason.startswith("You asked for tensor.")
 
 
@@ -153,7 +154,7 @@ def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
     five = full(*(mac(rank) for rank in range(2)))
     odd = plan(ask(), five, small(heads=3), placement="tensor")
     assert odd.winner is None
-    assert odd.reason == ("You asked for tensor, which can't be done: 3 heads do not divide by 2.")
+    assert odd.reason == ("You asked for tensor, which can't be done: 3 heads don't divide by 2.")
     assert plan(ask(), MeshView(()), FLUX).reason == "The mesh has no host."
 
 
@@ -234,3 +235,68 @@ def test_a_ring_that_was_timed_takes_what_it_took() -> None:
     choice = plan(ask(height=512, width=512), ring(*hosts, rate=1.2e9), FLUX)
     assert option(choice, "tensor", 2).phases[0].step_seconds == pytest.approx(small)
     assert not option(choice, "data").measured
+
+
+def test_a_host_that_others_have_costs_what_it_is_waited_for() -> None:
+    busy = replace(mac(0), busy_seconds=60.0)
+    choice = plan(ask(), ring(busy, mac(1)), FLUX)
+    assert won(choice).ranks == (1,) and won(choice).name == "data"
+    assert "Others have host 0 for about 60 s." in choice.reason
+    idle = plan(ask(), ring(mac(0), mac(1)), FLUX)
+    for name in ("sequence", "tensor"):
+        waits = option(choice, name)
+        assert waits.wait_seconds == 60.0
+        assert waits.seconds == pytest.approx(option(idle, name).seconds + 60.0)
+    # Not for a moment: then both together are the faster way.
+    soon = plan(ask(), ring(replace(mac(0), busy_seconds=0.1), mac(1)), FLUX)
+    assert won(soon).ranks == won(idle).ranks == (0, 1)
+
+
+def test_many_images_wait_for_a_host_that_is_free_soon() -> None:
+    """All hosts of a job are leased before it begins."""
+    busy = replace(mac(0), busy_seconds=5.0)
+    few, many = (plan(ask(n_images=n), ring(busy, mac(1)), FLUX) for n in (1, 40))
+    assert won(few).ranks == (1,)
+    assert won(many).ranks == (0, 1)
+    assert won(many).wait_seconds == 5.0
+
+
+def test_the_text_is_read_where_nobody_waits() -> None:
+    busy = replace(mac(0, flops_per_second=1e15), busy_seconds=60.0)
+    choice = plan(ask(), ring(busy, mac(1)), FLUX)
+    assert (won(choice).ranks, won(choice).text_rank) == ((1,), 1)
+
+
+def test_a_request_of_minutes_is_told_with_the_size_that_takes_one() -> None:
+    view = ring(mac(0))
+    huge = plan(ask(height=3024, width=4032, steps=20), view, FLUX)
+    assert huge.shorter is not None
+    height, width = huge.shorter
+    assert height % 16 == width % 16 == 0
+    assert width / height == pytest.approx(4032 / 3024, rel=0.05)
+    smaller = won(plan(ask(height=height, width=width, steps=20), view, FLUX))
+    assert 40.0 < smaller.seconds <= 60.5
+    assert f"29 minutes; at {height}x{width} (`image_size`) it would take about one" in huge.notice
+    short = plan(ask(), view, FLUX)
+    assert short.shorter is None and "takes about" not in short.notice
+    # Where even a small one takes longer, no size is named.
+    many = plan(ask(n_images=400, steps=50), view, FLUX)
+    assert many.shorter is None and many.notice.startswith("This takes about ")
+
+
+@pytest.mark.parametrize(
+    ("placement", "force_shard", "sentence"),
+    [
+        ("pipeline", False, "`placement` is 'pipeline'; choose data, sequence or tensor."),
+        ("", False, "`placement` is ''"),
+        ("data", True, "`placement` data and `force_shard` exclude each other"),
+    ],
+)
+def test_a_way_that_no_hosts_could_take_is_a_mistake_of_whoever_asks(
+    placement: str, force_shard: bool, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(sentence)) as caught:
+        check_asked(placement, force_shard=force_shard)
+    assert caught.value.exit_code == 2
+    for name in (None, "data", "sequence", "tensor"):
+        check_asked(name, force_shard=False)

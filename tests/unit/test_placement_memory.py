@@ -11,11 +11,25 @@ import pytest
 
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.planning.plan import plan
-from tests.unit.meshes import FLUX, GB, ask, full, held, mac, option, ring, without, won
+from tests.unit.meshes import (
+    FLUX,
+    GB,
+    ask,
+    full,
+    held,
+    mac,
+    option,
+    reading,
+    ring,
+    warm_text,
+    without,
+    won,
+)
 
 
 def test_a_model_too_large_for_any_host_is_sharded() -> None:
-    small_macs = [mac(r, memory_bytes=16 * GB, free_bytes=12 * GB, holds=None) for r in range(4)]
+    bare = {"holds": None, "text": warm_text(nbytes=0)}
+    small_macs = [mac(r, memory_bytes=16 * GB, free_bytes=12 * GB, **bare) for r in range(4)]
     choice = plan(ask(), full(*small_macs), FLUX)
     assert won(choice).name == "tensor" and won(choice).phases[0].layout == "sharded"
     assert len(won(choice).ranks) == 4
@@ -39,7 +53,7 @@ def test_slower_hosts_that_hold_the_model_are_found_among_faster_ones_that_canno
 def test_what_an_idle_agent_holds_is_not_free() -> None:
     agents = [mac(rank, device="gpu", free_bytes=4 * GB) for rank in range(2)]
     winner = won(plan(ask(), full(*agents, rate=1e8), FLUX))
-    assert (len(winner.ranks), winner.text_stays) == (1, False)
+    assert len(winner.ranks) == 1
     assert winner.memory[0].available == 28 * GB
 
 
@@ -91,18 +105,17 @@ def test_agents_on_one_machine_share_its_memory_and_its_gpu() -> None:
     choice = plan(ask(n_images=5), full(*roomy, rate=8e9), FLUX)
     assert sorted(Counter(won(choice).phases[0].owners).values()) == [1, 1, 1, 2]
     steps = 5 * (4 * 74.362e12 + 10.472e12 / 0.4) / 26e12
-    assert won(choice).seconds == pytest.approx(steps + won(choice).load_seconds, rel=1e-3)
+    assert won(choice).seconds == pytest.approx(
+        steps + won(choice).load_seconds + won(choice).text_seconds, rel=1e-3
+    )
 
 
 def test_text_encoders_run_where_there_is_room() -> None:
-    tight, roomy = mac(0, memory_bytes=30 * GB), mac(1)
+    tight, roomy = mac(0, memory_bytes=30 * GB, text=None), mac(1, text=None)
     view = ring(tight, roomy)
-    assert (won(plan(ask(), view, FLUX)).text_rank, won(plan(ask(), view, FLUX)).text_stays) == (
-        1,
-        True,
-    )
+    assert reading(plan(ask(), view, FLUX)) == (1, "stays")
     choice = plan(ask(), ring(tight), FLUX)
-    assert (won(choice).text_rank, won(choice).text_stays) == (0, False)
+    assert reading(choice) == (0, "turns")
     preload = plan(ask(preload=True), ring(tight), FLUX)
     assert preload.winner is None
     assert "no host has 9.8 GB for the text encoders beside the rest" in preload.reason

@@ -196,7 +196,7 @@ def check(choice: Plan, view: MeshView, option: Option) -> None:
         for a, b in zip(phase.ranks, phase.ranks[1:] + phase.ranks[:1], strict=True):
             assert view.link(a, b) is not None
         if phase.placement == "tensor":
-            assert tensor_problem(work, len(phase.ranks)) == ""
+            assert tensor_problem(work, len(phase.ranks), phase.shares) == ""
         else:
             assert sum(phase.tokens) == work.tokens and min(phase.tokens) > 0
             assert len(phase.tokens) == len(phase.ranks)

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from fluxmesh.cluster.snapshot import CollectiveTime
 from fluxmesh.planning.plan import plan
 from fluxmesh_coordinator.console import plan_table, terminal
-from tests.unit.meshes import FLUX, ask
+from tests.unit.meshes import FLUX, GB, ask
 from tests.unit.test_learning import job, mac, ring_of, timed, view_of, warm
+from tests.unit.test_text_place import bare, chosen
 
 NOW = 1_000_000.0
 
@@ -41,6 +43,36 @@ def test_what_up_measured_is_measured_too_and_what_nobody_did_is_a_dash() -> Non
     assert table["sequence", "0,1"][-1] == "from plain sockets"
     assumed = [mac(rank, measured=(timed(3.0),)) for rank in range(2)]
     assert cell(rows(view_of(*assumed))["data", "0"], "last measured") == "3.00 s"
+
+
+def test_who_reads_the_prompt_is_told_with_the_reason_and_each_hosts_memory() -> None:
+    """By layers, in turns, beside the denoiser, on another host, and from memory."""
+    apart = chosen(bare(0, 40), bare(1, 80))
+    assert plan_table.text_line(apart).startswith("Text encoder (bfloat16, 33.3 GB) on host 1, ")
+    small = chosen(*(bare(rank, 27) for rank in range(4)))
+    assert "host 0, layer by layer, 1." in plan_table.text_line(small)
+    assert "as a whole it doesn't fit into 27.0 GB" in plan_table.text_line(small)
+    reload = chosen(*(bare(rank, 48) for rank in range(2)))
+    assert "the denoiser would have to load again for each prompt" in plan_table.text_line(reload)
+    both = chosen(bare(0, 48), bare(1, 48), text_bits=4)
+    line = plan_table.text_line(both)
+    assert "(4 bits, 9.4 GB)" in line and "beside its part of the denoiser, where it stays" in line
+    turns = plan(ask(), view_of(mac(0, memory_bytes=30 * GB, text=None)), FLUX)
+    assert "in turns with the denoiser: 9.8 and 26.1 GB" in plan_table.text_line(turns)
+    assert "7.98 s loads the denoiser again" in plan_table.text_line(turns)
+    known = plan(ask(), view_of(), FLUX)
+    assert "remembered on host 0" in plan_table.text_line(known)
+
+
+def test_the_memory_of_hosts_is_shown_phase_by_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    choice = chosen(bare(0, 27), bare(1, 27), bare(2, 27), bare(3, 27))
+    plan_table.show(choice, view_of(), NOW)
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(i for i, line in enumerate(lines) if line.endswith("may use"))
+    rows = [line.split() for line in lines[heading + 1 : heading + 5]]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[0][1] == "1.2" and rows[1][1] == "-"
+    assert all(row[-2:] == ["27.0", "GB"] for row in rows)
 
 
 def test_what_only_a_first_request_takes_is_a_column_of_its_own() -> None:
@@ -77,6 +109,15 @@ def test_each_ring_is_told_by_its_latency_and_rate() -> None:
     )
 
 
+def test_a_slow_ring_has_a_rate_too() -> None:
+    slow = replace(
+        ring_of(when=NOW), sums=(CollectiveTime(1_000, 0.010), CollectiveTime(1_001_000, 0.510))
+    )
+    view = view_of(rings=[slow])
+    (line,) = plan_table.rings(plan(ask(), view, FLUX), view, NOW)
+    assert " sums take " in line and " 2.00 MB/s; " in line
+
+
 def test_a_program_is_told_all_of_it() -> None:
     view = view_of(jobs=[job(2.0, when=5.0)], rings=[ring_of(when=7.0)])
     printed = json.loads(json.dumps(plan_table.as_json(plan(ask(), view, FLUX), view, NOW)))
@@ -100,3 +141,35 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert text in printed
     assert max(map(len, printed.splitlines()[:4])) <= terminal.PLAIN_WIDTH
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_narrow_terminal_has_whole_cells_in_fewer_columns(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "PLAIN_WIDTH", width)
+    view = view_of(jobs=[job(2.0, when=NOW - 60, kernels_seconds=20.0)], rings=[ring_of(when=NOW)])
+    plan_table.show(plan(ask(n_images=3), view, FLUX), view, NOW)
+    printed = capsys.readouterr().out.splitlines()
+    _, headings, *table = printed[: next(k for k, x in enumerate(printed) if "predicted" in x)]
+    shown = headings.split("  ")
+    assert {text.strip() for text in shown} - {""} <= set(plan_table.HEADINGS)
+    assert all(heading in headings for heading in ("placement", "hosts", "time", "a step"))
+    assert max(map(len, (headings, *table))) <= width
+    text = "\n".join(table)
+    assert "sequence" in text and "2.86 s + 1.77 s" in text
+    assert ("last measured" in headings) == (width >= 120)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.447, "447 ms"),
+        (21.5, "21.50 s"),
+        (99.6, "1 min 40 s"),
+        (3544.6, "59 min 5 s"),
+        (5804.9, "1 h 37 min"),
+    ],
+)
+def test_times_are_in_the_units_that_a_person_uses(seconds: float, text: str) -> None:
+    assert plan_table.duration(seconds) == text

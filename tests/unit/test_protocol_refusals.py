@@ -12,13 +12,16 @@ import pytest
 from fluxmesh.cluster.snapshot import Holding
 from fluxmesh.wire import limits
 from fluxmesh.wire.messages import (
+    Decode,
     Encode,
+    EncodePictures,
     HasFile,
     Hello,
     LeaseQueued,
     Load,
     Loaded,
     Message,
+    Paint,
     Pictured,
     Ports,
     Stepped,
@@ -213,3 +216,77 @@ def test_what_a_class_holds_its_own_fields_to_is_a_protocol_error() -> None:
     plain["fields"]["holding"]["shard"] = 2
     with pytest.raises(ProtocolError, match="Shard 2 of 2"):
         decode([msgpack.packb(plain)])
+
+
+HEAD: dict[str, Any] = {"fence": 1, "job": "job", "ring_generation": 1, "weights": WEIGHTS}
+SIZE: dict[str, Any] = {"height": 32, "width": 48}
+
+
+def paint(**arrays: np.ndarray) -> Paint:
+    """One whose latents are [1, 6, 16]."""
+    return Paint(
+        **HEAD,
+        **SIZE,
+        placement="data",
+        image=0,
+        steps=2,
+        first=0,
+        guidance=1.0,
+        low_memory=False,
+        preview=False,
+        strength=1.0,
+        features={"prompt": np.zeros((1, 2, 4), np.float32)},
+        **{"latents": None, "noise": np.zeros((1, 6, 16), np.float32), **arrays},  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "shape", "sentence"),
+    [
+        (
+            EncodePictures(**HEAD, named={"mask": np.zeros((32, 48, 3), np.uint8)}),
+            ("named", "mask"),
+            [32, 144],
+            "The picture 'mask' came as [32, 144], and that is no picture",
+        ),
+        (
+            EncodePictures(**HEAD, named={"control": np.zeros((32, 48, 3), np.uint8)}),
+            ("named", "control"),
+            [32, 72, 2],
+            "The picture 'control' came as [32, 72, 2], and that is no picture",
+        ),
+        *(
+            (
+                paint(**{name: np.zeros((1, 6, 16), np.float32)}),
+                (name,),
+                [1, 12, 8],
+                f"`{name}` came as [1, 12, 8] and the noise as [1, 6, 16]",
+            )
+            for name in ("latents", "source", "basis_latents")
+        ),
+        (
+            paint(mask=np.zeros((32, 48), np.uint8)),
+            ("mask",),
+            [48, 32],
+            "The mask came as [48, 32] for an image of 32x48",
+        ),
+        (
+            Decode(**HEAD, **SIZE, images=(0, 1), latents=np.zeros((2, 6, 16), np.float32)),
+            ("latents",),
+            [1, 12, 16],
+            "The latents of 1 images came for 2",
+        ),
+    ],
+)
+def test_arrays_that_do_not_go_together_are_refused_in_a_sentence(
+    message: Message, field: tuple[str, ...], shape: list[int], sentence: str
+) -> None:
+    first, *arrays = encode(message, 9)
+    plain = msgpack.unpackb(bytes(first))
+    array = plain["fields"]
+    for name in field:
+        array = array[name]
+    array["shape"] = shape
+    with pytest.raises(ProtocolError) as refused:
+        decode([msgpack.packb(plain), *arrays])
+    assert sentence in str(refused.value) and str(refused.value).count(". ") == 0

@@ -24,7 +24,8 @@ from fluxmesh_coordinator.artifacts.recipe import (
     read_recipe,
 )
 from fluxmesh_coordinator.commands.settings import GenerateSettings
-from tests.unit.meshes import resolved
+from tests.adapter_files import write
+from tests.unit.meshes import resolved, small
 
 RECIPE = Recipe(
     prompt='a "猫"\nand\x00 a dog 🐕',
@@ -56,8 +57,11 @@ def test_any_prompt_seed_and_guidance_survive(prompt: str, seed: int, guidance: 
 
 
 def test_a_recipe_holds_all_that_a_request_says(tmp_path: Path) -> None:
-    adapter = tmp_path / "dog.safetensors"
-    adapter.write_bytes(b"weights")
+    out, into = small().architecture.transformer_tensors["img_in.weight"].shape
+    key = "lora_unet_img_in.lora"
+    arrays = {f"{key}_down.weight": np.ones((1, into), np.float32),
+              f"{key}_up.weight": np.ones((out, 1), np.float32)}  # fmt: skip
+    adapter = write(tmp_path / "dog.safetensors", arrays)
     settings = GenerateSettings(
         model="tiny",
         n_images=2,
@@ -91,6 +95,16 @@ def test_a_picture_that_a_cache_approximated_says_so() -> None:
     assert Recipe.from_json(json.dumps(older)).cache == 0.0
 
 
+def test_bits_of_text_encoders_are_told_where_they_have_their_own() -> None:
+    asked = GenerateRequest("a cat", 1, model="m", bits=4)
+    same, own = (replace(asked, text_bits=bits) for bits in (4, 8))
+    for request in (asked, same):
+        assert "text_bits" not in Recipe.of(resolved(request)).to_json()
+    recipe = Recipe.from_json(Recipe.of(resolved(own)).to_json())
+    assert recipe.text_bits == 8
+    assert GenerateSettings.of_recipe(recipe).request("a cat", 1).text_bits == 8
+
+
 def test_a_missing_adapter_is_named() -> None:
     request = GenerateRequest(
         "a", 1, height=16, width=16, steps=1, adapters=(AdapterRef("no.safetensors"),)
@@ -121,9 +135,9 @@ def test_a_picture_that_came_as_bytes_is_known_by_its_hash_alone(tmp_path: Path)
     assert sent.image_sha256 == sent.mask_sha256 == named.image_sha256
     recipe = Recipe.from_json(replace(RECIPE, source=sent).to_json())
     settings = GenerateSettings.of_recipe(recipe)
-    with pytest.raises(UsageError, match="no file by name; give --image"):
+    with pytest.raises(UsageError, match="no file by name; give `image`"):
         settings.request("a dog", 1)
-    with pytest.raises(UsageError, match="no file by name; give --mask"):
+    with pytest.raises(UsageError, match="no file by name; give `mask`"):
         replace(settings, image=str(path)).request("a dog", 1)
     replace(settings, image=str(path), mask=b"pixels").request("a dog", 1)
 

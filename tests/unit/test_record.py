@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxmesh.cluster.shares import Shares
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
@@ -63,6 +64,8 @@ MESH = MeshRecord(
                     decode_seconds=None,
                     first_seconds=2.0,
                     when=1e9,
+                    hosts=2,
+                    shares=Shares(heads=(16, 8), columns=(8192, 4096)),
                 ),
                 last_seconds=0.4,
                 gap_seconds=0.1,

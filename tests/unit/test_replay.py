@@ -6,20 +6,24 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 
+from fluxmesh.cluster import snapshot
+from fluxmesh.cluster.snapshot import ModelVariant, TextHolding, prompt_mark
 from fluxmesh.errors import CancelledError, FluxmeshError, UsageError
-from fluxmesh.request import SourceImage
-from fluxmesh.wire import messages
+from fluxmesh.request import FilledRequest, SourceImage
+from fluxmesh.wire import messages, protocol
 from fluxmesh.wire.messages import training
+from fluxmesh.wire.messages.unit import WorkReport
 from fluxmesh_coordinator import cli
 from fluxmesh_coordinator.jobs import input_log
 from fluxmesh_coordinator.jobs.input_log import InputLog, brief, hollow
-from fluxmesh_coordinator.jobs.replay import Packer, from_bytes, to_bytes
+from fluxmesh_coordinator.jobs.replay import CLASSES, Packer, from_bytes, to_bytes
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.types import Instruction, JobFinished, Reported, Tick
 from fluxmesh_coordinator.runtime.failed_jobs import KEPT, FailedJobs
@@ -66,7 +70,17 @@ def log_of(sim: Simulation[Any]) -> InputLog:
     return log
 
 
+def remembered(sim: Simulation[Any]) -> Simulation[Any]:
+    """On a host that remembers this prompt and others."""
+    marks = (prompt_mark("a cat"), prompt_mark(PROMPT))
+    machine = sim.machines[1]
+    holding = TextHolding(weights=ModelVariant("m"), prompts=marks)
+    machine.leased = replace(machine.leased, info=replace(machine.leased.info, text=holding))
+    return sim
+
+
 JOBS = {
+    "remembered": lambda: remembered(painting(placement="data", steps=20)),
     "data": lambda: painting(placement="data", steps=20),
     "sequence": lambda: painting(placement="sequence", steps=20),
     "training": lambda: TrainingSimulation(3, iterations=60, progress_prompt=PROMPT),
@@ -85,6 +99,24 @@ def test_a_session_says_the_same_again_to_what_was_written_down(kind: str) -> No
         assert in_full(instructions, now) == in_full(sim.out[place], then), place
     again = from_bytes(to_bytes(sim.session, log_of(sim), "AdapterError: x."))
     assert again.differences() == []
+
+
+def test_whatever_a_host_tells_of_itself_can_be_read_again() -> None:
+    # Of the library alone: other tests of this process may have added some of their own.
+    own = (kind for kind in protocol.TYPES.values() if kind.__module__.startswith("fluxmesh."))
+    reports = [kind for kind in own if issubclass(kind, WorkReport)]
+    told = (snapshot.HostInfo, snapshot.LinkInfo, snapshot.Timings, FilledRequest)
+    wanted = {kind for each in (*told, *reports) for kind in _inside(each)}
+    assert TextHolding in wanted
+    assert {kind.__name__ for kind in wanted} <= CLASSES.keys()
+
+
+def _inside(hint: Any) -> set[type]:
+    """The dataclasses that stand in a type, and in their fields."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        fields = get_type_hints(hint).values()
+        return {hint}.union(*map(_inside, fields))
+    return set().union(*map(_inside, get_args(hint)))
 
 
 def is_tick(event: object) -> bool:

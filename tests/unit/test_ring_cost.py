@@ -67,7 +67,7 @@ def h100s(size: int) -> MeshView:
         step_seconds=ALONE,
         decode_seconds=0.057,
     )
-    places = [RingPlace("up", rank, size) for rank in ranks]
+    places = [RingPlace("up", rank, size, "nccl") for rank in ranks]
     hosts = [mac(rank, measured=(step,), ring=place) for rank, place in enumerate(places)]
     view = full(*hosts, rate=4e9, backend="nccl")
     rings = (timing(ranks, gather, total, hidden=hidden),)

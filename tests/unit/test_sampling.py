@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.models.flux1.config import FluxConfig, ScheduleConfig
+from fluxmesh.models.flux1.family import FLUX1
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.sampling.schedule import timesteps
 from fluxmesh.training.micro_batches import Sampler, TimeSteps, deal
+from tests.flux2_checkpoint import architecture_of
 
 A, B = (64, 64), (48, 80)
 UNIFORM = TimeSteps("uniform", ScheduleConfig())
@@ -99,23 +102,41 @@ def test_logit_normal_time_steps_crowd_the_middle():
     assert abs(logits.mean()) < 0.05 and logits.std() == pytest.approx(1, abs=0.05)
 
 
-def test_schnell_trains_at_its_four_steps_alone():
-    drawn = levels(TimeSteps("schnell", ScheduleConfig()))
+@pytest.mark.parametrize("kind", ["schnell", "distilled"])
+def test_schnell_trains_at_its_four_steps_alone(kind):
+    drawn = levels(TimeSteps(kind, ScheduleConfig()))
     assert set(drawn.tolist()) == {0.25, 0.5, 0.75, 1.0}
 
 
 @pytest.mark.parametrize(
     ("guidance", "schedule", "kind"),
     [
-        (False, ScheduleConfig(), "schnell"),
+        (False, ScheduleConfig(), "distilled"),
         (True, ScheduleConfig(use_dynamic_shifting=True), "uniform"),
         (False, ScheduleConfig(shift=1.6), "uniform"),
     ],
 )
 def test_the_model_decides_how_time_steps_are_drawn(guidance, schedule, kind):
     config = FluxConfig(guidance_embed=guidance)
-    assert TimeSteps.of("auto", config, schedule, 8).kind == kind
-    assert TimeSteps.of("logit-normal", config, schedule, 8).kind == "logit-normal"
+    model = replace(FLUX1.published["dev"].architecture, transformer=config, schedule=schedule)
+    assert TimeSteps.of("auto", model).kind == kind
+    assert TimeSteps.of("logit-normal", model).kind == "logit-normal"
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("klein", 4), ("base", 50), ("dev", 50)])
+def test_flux2_s_time_steps_are_shifted_as_its_own_number_of_steps_is(kind, steps):
+    """A distilled klein sees the levels of its four steps alone, all others every level."""
+    model = architecture_of(kind)
+    times = TimeSteps.of("auto", model)
+    painted = timesteps(steps, 1024, model.shifting)[:-1]  # 512x512 is 1024 tokens
+    drawn = levels(times)
+    if kind == "klein":
+        assert sorted(set(drawn.tolist()), reverse=True) == pytest.approx(painted, abs=1e-6)
+    else:
+        assert times.kind == "uniform"
+        for share in (0.75, 0.5, 0.25):
+            level = painted[round(steps * (1 - share))]
+            assert np.mean(drawn <= level) == pytest.approx(share, abs=0.03)
 
 
 @given(st.integers(0, 70), st.lists(st.floats(0.1, 10), min_size=1, max_size=6))

@@ -7,7 +7,7 @@ import numpy as np
 
 from fluxmesh.request import SourceImage
 from fluxmesh.sampling import latents
-from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
+from fluxmesh.sampling.conditioning import PromptMemory
 from fluxmesh.sampling.img2img import SourceLatents, composite, mask_latents, to_model_range
 
 
@@ -50,8 +50,8 @@ def test_pixels_reach_the_autoencoder_in_minus_one_to_one() -> None:
     assert np.allclose(to_model_range(pixels), [[[[-1.0, 1.0, -0.6]]]], atol=1e-6)
 
 
-def features(value: float) -> Conditioning:
-    return Conditioning(mx.array([[[value]]]), mx.array([[value]]))
+def features(value: float) -> dict[str, mx.array]:
+    return {"t5": mx.array([[[value]]]), "clip": mx.array([[value]])}
 
 
 def test_the_memory_tells_prompts_and_paddings_apart() -> None:
@@ -61,7 +61,7 @@ def test_the_memory_tells_prompts_and_paddings_apart() -> None:
     assert memory.get("a cat", True) is None
     remembered = memory.get("a dog", True)
     assert remembered is not None
-    assert float(remembered.clip) == 1.0
+    assert float(remembered["clip"]) == 1.0
 
 
 def test_the_memory_forgets_the_least_recently_used() -> None:

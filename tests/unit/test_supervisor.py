@@ -12,7 +12,7 @@ from fluxmesh.engine.gpu_errors import RELAX
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh_agent import supervisor
-from fluxmesh_agent.supervisor import EngineOptions, Supervisor
+from fluxmesh_agent.supervisor import EngineOptions, Supervisor, last_words
 
 
 def started(
@@ -21,6 +21,9 @@ def started(
     """The environment of an engine on such a machine."""
     seen: dict[str, str] = {}
 
+    def nothing_ends(_text: str, *, is_killed: bool) -> None:
+        raise AssertionError("no engine ran")
+
     def popen(_command: Any, *, env: dict[str, str], **_options: Any) -> Any:
         seen.update(env)
         raise OSError(11, "no process today")
@@ -28,7 +31,7 @@ def started(
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(supervisor.subprocess, "Popen", popen)
     options = EngineOptions(envs=tuple(envs.items()))
-    watcher = Supervisor(AgentHome(folder), options, lambda _: None, lambda _: None)
+    watcher = Supervisor(AgentHome(folder), options, lambda _: None, nothing_ends)
     with pytest.raises(FluxmeshError, match="no process today"):
         watcher.start()
     return seen
@@ -43,3 +46,12 @@ def test_a_macs_engine_may_keep_its_display_waiting_and_the_user_has_the_last_wo
     assert started(tmp_path, monkeypatch, "darwin", **{RELAX: "0"})[RELAX] == "0"
     monkeypatch.setenv(RELAX, "0")
     assert started(tmp_path, monkeypatch, "darwin")[RELAX] == "0"
+
+
+def test_the_last_words_of_an_engine_are_not_its_log() -> None:
+    log = "2026-07-01 10:00:00,000 engine INFO loads"
+    abort = ["libc++abi: terminating", "[METAL] Command buffer execution failed", ""]
+    assert last_words([log, *abort, log]) == abort[:2]
+    raised = ["Traceback (most recent call last):", '  File "x.py"', "ImportError: libmlx.so"]
+    assert last_words([log, *raised]) == ["ImportError: libmlx.so"]
+    assert last_words([log]) == []

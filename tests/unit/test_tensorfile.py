@@ -65,10 +65,16 @@ def test_a_file_cut_inside_its_header_is_refused(file):
     refused(file, "truncated")
 
 
+def test_a_dtype_that_is_not_known_says_what_to_take_instead(tmp_path):
+    header = {"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}
+    with_header(tmp_path / "model.safetensors", header, b"0")
+    refused(tmp_path / "model.safetensors", "'F4'", "name a file that stores it in bfloat16")
+
+
 @pytest.mark.parametrize("content", [b"", b"12", b"<html>Not found</html>" * 3, b"\xff" * 64])
 def test_what_is_no_safetensors_file_is_refused(file, content):
     file.write_bytes(content)
-    refused(file, "download it again")
+    refused(file, "download", "again")
 
 
 def test_bytes_after_the_last_tensor_are_refused(file):

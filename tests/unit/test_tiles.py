@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxmesh.errors import UsageError
+from fluxmesh.models.autoencoder.tiling import tiles
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
-from fluxmesh.models.tiling import tiles
 
 CONFIG = AutoencoderConfig(
     widths=(4, 8), num_res_blocks=1, z_channels=4, norm_groups=4, mid_attention=False
@@ -42,7 +42,7 @@ def test_senseless_overlaps_are_refused(overlap: int) -> None:
 
 
 def test_a_picture_up_to_the_limit_is_decoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluxmesh.models.convolutional.UNTILED_LATENTS", 12 * 10)
+    monkeypatch.setattr("fluxmesh.models.autoencoder.convolutional.UNTILED_LATENTS", 12 * 10)
     ae = AutoEncoder(CONFIG)
     z = mx.random.normal((1, 12, 10, 4), key=mx.random.key(0))
     assert mx.array_equal(ae.decode_tiled(z, tile=6, overlap=2), ae.decode(z))
@@ -50,7 +50,7 @@ def test_a_picture_up_to_the_limit_is_decoded_whole(monkeypatch: pytest.MonkeyPa
 
 def test_a_larger_picture_is_blended_from_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no neighbour reaches, a pixel is its own tile's, and one in between is a mean."""
-    monkeypatch.setattr("fluxmesh.models.convolutional.UNTILED_LATENTS", 12 * 10 - 1)
+    monkeypatch.setattr("fluxmesh.models.autoencoder.convolutional.UNTILED_LATENTS", 12 * 10 - 1)
     ae = AutoEncoder(CONFIG)
     z = mx.random.normal((2, 12, 10, 4), key=mx.random.key(0))
     picture = ae.decode_tiled(z, tile=10, overlap=2)  # two tiles of 7 rows, sharing 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -11,30 +12,45 @@ import numpy as np
 import pytest
 
 import fluxmesh
+from fluxmesh.weights.embedded.checkpoints import embedded_names, folder_of
 
 TINY = Path(fluxmesh.__file__).parent / "tiny"
 TOOLS = Path(__file__).parents[2] / "tools" / "tiny"
 
 
 @pytest.fixture(scope="module")
-def scenes():
-    """`tools/tiny` holds programs, which import each other by bare names."""
+def programs():
+    """Modules of `tools/tiny`, which holds programs that import each other by bare names."""
     sys.path.insert(0, str(TOOLS))
+    names = ("scenes", "edits", "sprites", "score")
     try:
-        yield importlib.import_module("scenes")
+        yield {name: importlib.import_module(name) for name in names}
     finally:
         sys.path.remove(str(TOOLS))
-        sys.modules.pop("scenes", None)
+        for name in names:
+            sys.modules.pop(name, None)
 
 
-def test_the_checkpoint_is_small_and_comes_with_its_notice():
-    files = [file for file in (TINY / "checkpoint").rglob("*") if file.is_file()]
+@pytest.fixture(scope="module")
+def scenes(programs):
+    return programs["scenes"]
+
+
+@pytest.fixture(scope="module")
+def edits(programs):
+    return programs["edits"]
+
+
+@pytest.mark.parametrize("name", embedded_names())
+def test_a_checkpoint_is_small_and_comes_with_its_notice(name):
+    files = [file for file in folder_of(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 25_000_000
     assert "SIL OPEN FONT LICENSE" in (TINY / "NOTICE").read_text()
 
 
-def test_its_heads_divide_over_2_3_4_and_6_hosts():
-    config = json.loads((TINY / "checkpoint/transformer/config.json").read_text())
+@pytest.mark.parametrize("name", embedded_names())
+def test_its_heads_divide_over_2_3_4_and_6_hosts(name):
+    config = json.loads((folder_of(name) / "transformer/config.json").read_text())
     assert config["num_attention_heads"] == 12
 
 
@@ -80,3 +96,126 @@ def test_training_never_shows_what_evaluation_asks(scenes):
     assert len(shown_pairs) > 2000 and len(shown_singles) > 3000
     assert not pairs & shown_pairs
     assert not singles & shown_singles
+
+
+def test_an_edit_changes_what_it_asks_for_and_nothing_else(edits):
+    """Background, number, name, place and size of things: before it and after it."""
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(1500):
+        edit = edits.sample(rng, 1)
+        kinds.add(edit.kind)
+        (before,), after = edit.references, edit.target
+        changed = set()
+        if before.background != after.background:
+            changed.add("background")
+        if edit.kind == "remove":
+            assert set(after.things) < set(before.things) and len(after.things) == 1
+            changed.add("count")
+        elif edit.kind == "add":
+            (new,) = set(after.things) - set(before.things)
+            assert len(before.things) == 1 and before.things[0] in after.things
+            changed |= {f"{what} {after.things.index(new)}" for what in ("object", "place", "size")}
+        else:
+            for index, (old, new) in enumerate(zip(before.things, after.things, strict=True)):
+                changed |= {
+                    f"{what} {index}"
+                    for what, differs in {
+                        "object": old.name != new.name,
+                        "place": (old.column, old.row) != (new.column, new.row),
+                        "size": old.size != new.size,
+                    }.items()
+                    if differs
+                }
+        assert changed == edit.asked, edit
+    assert len(kinds) == len(edits.KINDS[1])
+
+
+def test_a_second_picture_gives_its_thing_or_its_background(edits):
+    rng = np.random.default_rng(1)
+    kinds = set()
+    for _ in range(800):
+        edit = edits.sample(rng, 2)
+        kinds.add(edit.kind)
+        first, second = edit.references
+        names = {thing.name for thing in edit.target.things}
+        if edit.kind == "ground":
+            assert edit.target == dataclasses.replace(first, background=second.background)
+            assert edit.target != first
+        else:
+            assert {thing.name for thing in second.things} <= names, edit
+        named = f"{edits.COLOURS[edit.target.background]} background" in edit.prompt.lower()
+        if edit.kind != "ground" and not named:
+            assert edit.target.background == first.background, edit
+    assert len(kinds) == len(edits.KINDS[2])
+
+
+def test_training_shows_no_picture_that_held_out_edits_make(edits):
+    asked = edits.questions(110, 0)
+    assert {edit.kind for edit in asked} == {
+        *("background", "remove", "replace", "move", "resize", "add", "swap"),
+        *("put", "join", "exchange", "ground"),
+    }
+    held_out = {
+        _same_picture(edit.references[0] if edit.kind == "remove" else edit.target)
+        for edit in asked
+    }
+    rng = np.random.default_rng(2)
+    shown = set()
+    for number in (1, 2) * 3000:
+        edit = edits.sample(rng, number)
+        shown |= {_same_picture(layout) for layout in (edit.target, *edit.references)}
+    assert not held_out & shown
+
+
+def _same_picture(layout):
+    """What is held out: a thing's place on a background, or that two things are together."""
+    if len(layout.things) == 2:
+        return frozenset(thing.name for thing in layout.things)
+    (thing,) = layout.things
+    return thing.name, thing.column, thing.row, layout.background
+
+
+def test_things_of_an_edit_lie_on_the_grid_of_any_picture(scenes, edits):
+    rng = np.random.default_rng(3)
+    for height, width in ((128, 128), (64, 64), (192, 128)) * 100:
+        for thing in edits.sample(rng, 1).target.scene(height, width).things:
+            side = thing.size * min(height, width)
+            left, top = thing.x * width - side / 2, thing.y * height - side / 2
+            for number in (side, left, top):
+                assert abs(number / scenes.GRID - round(number / scenes.GRID)) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def reader(programs):
+    """Reads pictures of glyphs that need no font: every thing has a pattern of its own."""
+    rng = np.random.default_rng(4)
+    cells = rng.integers(0, 256, (len(programs["scenes"].NAMES), 4, 4, 4), dtype=np.uint8)
+    cells[..., 3] = 255
+    sprites = cells.repeat(32, axis=1).repeat(32, axis=2)
+    return programs["score"].EditReader(sprites, 128, 128), sprites
+
+
+def test_an_edit_that_is_done_reads_so_and_one_that_is_not_does_not(programs, edits, reader):
+    """The target is right; the first picture left as it was has nothing of what was asked."""
+    read, sprites = reader
+    for edit in edits.questions(11, 5):
+        target, before = (
+            programs["sprites"].draw(layout.scene(128, 128), sprites, 128, 128)
+            for layout in (edit.target, edit.references[0])
+        )
+        verdict = read.judge(target, edit)
+        assert (verdict.asked, verdict.stays) == (True, True), edit
+        assert not read.judge(before, edit).asked, edit
+
+
+def test_an_edit_that_spoils_the_rest_reads_so(programs, edits, reader):
+    read, sprites = reader
+    for edit in edits.questions(11, 6):
+        other = dataclasses.replace(edit.target, background=(edit.target.background + 5) % 12)
+        picture = programs["sprites"].draw(other.scene(128, 128), sprites, 128, 128)
+        verdict = read.judge(picture, edit)
+        if "background" in edit.asked:
+            assert (verdict.asked, verdict.stays) == (False, True), edit
+        else:
+            assert (verdict.asked, verdict.stays) == (True, False), edit

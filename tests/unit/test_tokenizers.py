@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fluxmesh.errors import WeightsError
 from fluxmesh.models.flux1.tokenizers import END, START, ClipTokenizer, T5Tokenizer
+from tests.wild_layouts import clip_tokenizer_json, t5_tokenizer_json
 
 VOCAB = ["c", "a", "t", "t</w>", "s</w>", "ca", "cat</w>", START, END, "<pad>"]
 MERGES = "#version: 0.2\nc a\nca t</w>\n"
@@ -103,6 +105,10 @@ def test_t5_keeps_the_end_token_when_it_truncates(spiece: Path) -> None:
         ('{"a": "b"}', MERGES, "vocab.json is not a vocabulary"),
         ('{"a": 0}', MERGES, "lacks the token <|startoftext|>"),
         (None, "c a t\n", "merges.txt has the line 'c a t'"),
+        (None, "", "merges.txt does not fit the vocabulary beside it: 'ca'"),
+        (None, "#version: 0.2\nc a\n", "merges.txt does not fit the vocabulary beside it: 'cat"),
+        (None, MERGES + "t t\n", "merges.txt does not fit the vocabulary beside it: 'tt'"),
+        (None, "version https://git-lfs.github.com/spec/v1\nsize 3\n", "download both again"),
     ],
 )
 def test_broken_clip_files_are_named(
@@ -123,3 +129,109 @@ def test_missing_and_broken_sentencepiece_models_are_named(tmp_path: Path) -> No
             broken.write_bytes(content)
         with pytest.raises(WeightsError, match="spiece.model is not a sentencepiece model"):
             T5Tokenizer(broken, max_length=8)
+
+
+# Texts on which a tokenizer that is read otherwise would differ.
+TEXTS = [
+    "",
+    " \t\n ",
+    "Cat cats  a\u3000cat",
+    "cafe\u0301 nai\u0308ve \u00b2\u0301 \ufb01ne \u2167",
+    "\u732b \U0001f415\u200d\U0001f9ba x",
+    "<|endoftext|> a<|startoftext|>t </s> <pad><unk> <extra_id_0> <extra_id_3>",
+    "\u2581dog \u2581 a_b-c",
+    "a \uff1c/s\uff1e b",  # which the table of characters makes an end token's letters of
+    "a cat and a dog " * 40,
+]
+
+
+@pytest.mark.parametrize("are_pairs", [True, False])
+def test_clip_reads_a_tokenizer_json_as_its_two_files(
+    clip_files: tuple[Path, Path], tmp_path: Path, are_pairs: bool
+) -> None:
+    """Merges are pairs in today's files and a text in those of earlier years."""
+    values = json.loads(clip_tokenizer_json(clip_files[0].parent).to_str())
+    pairs = values["model"]["merges"]
+    assert [*map(list, pairs)] == [["c", "a"], ["ca", "t</w>"]]
+    values["model"]["merges"] = pairs if are_pairs else [" ".join(pair) for pair in pairs]
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    alone = ClipTokenizer.from_folder(folder)
+    both = ClipTokenizer(*clip_files, pad_token="<pad>")
+    assert alone.vocab_size == both.vocab_size
+    for text in TEXTS:
+        assert alone.encode(text) == both.encode(text), text
+
+
+def test_clip_knows_a_token_that_stands_beside_its_vocabulary(
+    clip_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokenizer = clip_tokenizer_json(clip_files[0].parent)
+    tokenizer.add_special_tokens(["<filler>"])
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<filler>"}')
+    alone = ClipTokenizer.from_folder(folder)
+    assert (alone.pad_id, alone.vocab_size) == (len(VOCAB), len(VOCAB) + 1)
+    assert alone.encode("a<filler>t", pad=False)[2] == len(VOCAB)
+
+
+@pytest.mark.parametrize("sentinels", [0, 4])
+def test_t5_reads_a_tokenizer_json_as_its_sentencepiece_model(
+    spiece: Path, tmp_path: Path, sentinels: int
+) -> None:
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    t5_tokenizer_json(spiece, sentinels).save(str(folder / "tokenizer.json"))
+    alone = T5Tokenizer.from_folder(folder, 32)
+    whole = T5Tokenizer(spiece, 32, sentinels)
+    assert (alone.vocab_size, alone.pad_id, alone.end_id) == (
+        *(whole.vocab_size, whole.pad_id, whole.end_id),
+    )
+    for text in TEXTS:
+        assert alone.encode(text) == whole.encode(text), text
+
+
+def test_the_older_files_go_before_a_tokenizer_json(clip_files: tuple[Path, Path]) -> None:
+    folder = clip_files[0].parent
+    (folder / "tokenizer.json").write_text("not read")
+    assert len(ClipTokenizer.from_folder(folder).encode("cat")) == 77
+
+
+def test_a_t5_file_with_rules_of_its_own_is_read_by_them(tmp_path: Path) -> None:
+    """A normalizer that no sentencepiece model has: whoever wrote the file meant it."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocab += [("\u2581cat", -1.0), *((letter, -3.0) for letter in "cat")]
+    tokenizer = Tokenizer(models.Unigram(vocab, 2, False))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = T5Tokenizer.from_folder(tmp_path, 16).encode("CAT", pad=False)
+    assert ids == [4, 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": {"type": "WordPiece", "vocab": {}}}',
+        '{"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 1}, "merges": ["a b c"]}}',
+        '{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}',
+        '{"model": {"type": "Unigram", "unk_id": null, "vocab": [["a", 0.0]]}}',
+        '{"model": {"type": "Unigram", "unk_id": 0, "vocab": []}, "added_tokens": [{"id": -1}]}',
+    ],
+)
+def test_a_tokenizer_json_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    for read in (ClipTokenizer.from_folder, lambda folder: T5Tokenizer.from_folder(folder, 8)):
+        with pytest.raises(WeightsError) as error:
+            read(tmp_path)
+        assert str(path) in str(error.value)

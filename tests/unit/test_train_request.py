@@ -6,7 +6,10 @@ import pytest
 
 from fluxmesh.errors import UsageError
 from fluxmesh.training.compute.lr_schedule import learning_rate, warmup_updates
+from fluxmesh.training.defaults import fill
 from fluxmesh.training.request import TrainRequest
+
+FLUX1 = 3072  # channels
 
 
 def request(**fields):
@@ -46,9 +49,28 @@ def test_a_number_out_of_range_is_refused_by_its_name(field, value):
 def test_the_seed_document_s_defaults_stand():
     asked = request()
     assert (asked.iterations, asked.batch_size, asked.grad_accumulate) == (600, 1, 4)
-    assert (asked.lora_rank, asked.lora_blocks, asked.learning_rate) == (8, -1, 1e-4)
-    assert (asked.warmup_steps, asked.guidance, asked.num_augmentations) == (100, 4.0, 5)
+    assert (asked.lora_rank, asked.lora_blocks) == (8, -1)
+    assert (asked.guidance, asked.num_augmentations) == (4.0, 5)
     assert asked.output_dir == "mlx_output" and asked.scale == 1.0
+    assert fill(asked, FLUX1).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"), [(3072, 1e-4), (192, 1.6e-3), (4096, 7.5e-5), (6144, 5e-5)]
+)
+def test_the_rate_goes_as_one_over_the_model_s_width_unless_it_is_given(width, rate):
+    assert fill(request(), width).learning_rate == rate
+    assert fill(request(learning_rate=3e-4), width).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("iterations", "warmup"), [(1, 1), (4, 1), (40, 1), (600, 15), (1200, 30), (20_000, 100)]
+)
+def test_the_warm_up_is_a_tenth_of_the_updates_unless_it_is_given(iterations, warmup):
+    assert fill(request(iterations=iterations), FLUX1).warmup_steps == warmup
+    asked = request(iterations=iterations, warmup_steps=100)
+    assert fill(asked, FLUX1).warmup_steps == 100
+    assert fill(request(iterations=iterations, warmup_steps=0), FLUX1).warmup_steps == 0
 
 
 def test_the_last_update_takes_what_is_left():
@@ -69,7 +91,13 @@ def test_what_does_not_reach_the_adapter_may_change_on_resume():
 @pytest.mark.parametrize("updates", [1, 2, 3, 20, 100, 101, 150, 600])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_rate_rises_is_full_and_falls_to_nothing_whatever_the_length(updates, schedule):
-    asked = request(iterations=updates, grad_accumulate=1, lr_schedule=schedule)
+    asked = request(
+        iterations=updates,
+        grad_accumulate=1,
+        lr_schedule=schedule,
+        learning_rate=1e-4,
+        warmup_steps=100,
+    )
     rates = [learning_rate(asked, update) for update in range(updates)]
     warmup = warmup_updates(asked)
     assert warmup == (100 if updates > 100 else updates // 2)
@@ -82,6 +110,8 @@ def test_the_rate_rises_is_full_and_falls_to_nothing_whatever_the_length(updates
 
 
 def test_a_constant_rate_stays():
-    asked = request(iterations=8, grad_accumulate=1, warmup_steps=2, lr_schedule="constant")
+    asked = request(
+        iterations=8, grad_accumulate=1, warmup_steps=2, lr_schedule="constant", learning_rate=0.1
+    )
     rates = [learning_rate(asked, update) for update in range(8)]
     assert rates[2:] == [asked.learning_rate] * 6 and rates[0] < rates[1] < rates[2]

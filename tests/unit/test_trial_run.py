@@ -21,7 +21,7 @@ from fluxmesh_coordinator.deploy.shard_layout import ShardLayout
 from fluxmesh_coordinator.deploy.trial_run import Programme, Way, keeps, programme
 from fluxmesh_coordinator.deploy.warmup import Warming
 from tests.fakes import FakeEngine, FakeMesh
-from tests.unit.meshes import FLUX, ask, full, held, mac, ring, small
+from tests.unit.meshes import FLUX, ask, full, held, mac, ring, small, warm_text
 from tests.unit.test_warming import Told
 
 SMALL, LARGE = (512, 512), (1024, 1024)
@@ -52,7 +52,13 @@ def test_where_links_are_slow_no_ring_is_formed() -> None:
 
 def test_hosts_that_hold_shards_are_tried_as_the_ring_that_they_must_be() -> None:
     hosts = [
-        mac(rank, memory_bytes=20 * 10**9, free_bytes=4 * 10**9, holds=held(4, rank))
+        mac(
+            rank,
+            memory_bytes=20 * 10**9,
+            free_bytes=4 * 10**9,
+            holds=held(4, rank),
+            text=warm_text("", nbytes=0),
+        )
         for rank in range(4)
     ]
     trial = tried(full(*hosts), shards=4)

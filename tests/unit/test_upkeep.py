@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import Holding, ModelVariant, StepShape
+from fluxmesh.cluster.shares import Shares
+from fluxmesh.cluster.snapshot import Holding, ModelVariant, RingPlace, StepShape
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
@@ -28,6 +29,7 @@ from fluxmesh_agent.upkeep import Upkeep, from_json, to_json
 WEIGHTS = ModelVariant("tiny")
 PARTS = ("transformer", "autoencoder", "text encoders")
 KEEP = Keep(weights=WEIGHTS, shards=1, shard=0, components=PARTS)
+SHARES = Shares(heads=(3, 1), columns=(128, 64))
 WHOLE = Holding(weights=WEIGHTS, nbytes=100)
 
 
@@ -177,19 +179,19 @@ def in_ring(nonce: bytes = b"n" * 32, holds: Holding | None = WHOLE) -> Lifecycl
 def test_an_engine_leaves_a_ring_that_a_loss_had_left_and_loads_all_again() -> None:
     upkeep, life = Upkeep(KEEP), in_ring()
     assert due(upkeep, life) is None and not upkeep.is_leaving(life)
-    upkeep.leave(life.ring[0])
+    upkeep.leave(life.ring.name)
     assert due(upkeep, life) == load(*PARTS, ring_generation=3) and upkeep.is_leaving(life)
     assert life.renew(load(*PARTS, ring_generation=3)) == [
         KillEngine(),
         StartEngine(),
         Send(load(*PARTS, ring_generation=3)),
     ]
-    assert (life.ring, life.holds) == (("", 0, 1), None) and not upkeep.is_leaving(life)
+    assert (life.ring, life.holds) == (RingPlace(), None) and not upkeep.is_leaving(life)
 
 
 def test_a_ring_that_another_job_formed_since_is_not_left() -> None:
     upkeep = Upkeep(KEEP)
-    upkeep.leave(in_ring().ring[0])
+    upkeep.leave(in_ring().ring.name)
     assert due(upkeep, in_ring(b"x" * 32)) is None
     other = in_ring(holds=Holding(weights=ModelVariant("dev"), nbytes=100))
     assert due(upkeep, other) is None and not upkeep.is_leaving(other)
@@ -286,8 +288,22 @@ def test_what_to_hold_outlives_the_agent() -> None:
         KEEP,
         Keep(weights=None),
         Keep(weights=adapted, shards=4, shard=3, components=("transformer",)),
+        Keep(weights=adapted, shards=2, shard=1, components=PARTS, shares=SHARES),
     ):
         assert from_json(to_json(keep)) == keep
+
+
+def test_a_share_comes_back_as_it_was_and_another_one_stays() -> None:
+    """A job may have dealt anew what the mesh was brought up with: nothing is loaded twice."""
+    keep = Keep(weights=WEIGHTS, shards=2, shard=1, components=PARTS, shares=SHARES)
+    own = due(Upkeep(keep), started())
+    assert isinstance(own, Load) and (own.shards, own.shard, own.shares) == (2, 1, SHARES)
+    mine = Holding(weights=WEIGHTS, nbytes=100, shards=2, shard=1, shares=SHARES)
+    more = due(Upkeep(keep), started("transformer", holds=mine))
+    assert isinstance(more, Load) and more.shares == SHARES
+    assert more.components == ("autoencoder", "text encoders")
+    other = Holding(weights=WEIGHTS, nbytes=100, shards=2, shard=1)
+    assert due(Upkeep(keep), started("transformer", holds=other)) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weights": 3}', '{"weights": {"model": "x"}}'])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,7 +113,10 @@ class Told:
     ) -> None:
         self.ready.append((placement, tuple(ranks), size))
 
-    def may_pull(self, model: str, ranks: Sequence[int]) -> bool:
+    def may_pull(self, model: str, nbytes: int | None, free: Mapping[int, int]) -> bool:
+        return False
+
+    def may_end(self, names: Sequence[str]) -> bool:
         return False
 
     def failed(self, rank: int, text: str) -> None:
@@ -382,3 +385,14 @@ def test_an_engine_that_ticks_and_never_ends_its_unit_is_given_up(
     monkeypatch.setattr(leased_work.time, "monotonic", lambda: now[0])
     with pytest.raises(HostUnreachableError, match="measuring its ring took more than 60 s"):
         asyncio.run(scene())
+
+
+def test_up_tells_once_for_each_place_in_line() -> None:
+    notes: list[str] = []
+    waiting = leased_work.PlaceInLine(notes.append, 1)
+    for place in (2, 2, 1, 1, 1):
+        waiting(messages.LeaseQueued(place=place, seconds=5.0))
+    assert notes == [
+        "Host 1 is busy; this `up` is number 2 in line.",
+        "Host 1 is busy; this `up` is number 1 in line.",
+    ]

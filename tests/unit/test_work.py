@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import HostInfo, StepTiming
+from fluxmesh.models.flux1.architecture import Flux1Architecture
 from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.planning.cost import decode_flops, decode_time, step_flops, step_time
+from fluxmesh.planning.cost import decode_flops, decode_time, step_time
 from fluxmesh.planning.workload import Workload, split_tokens, tensor_problem
 from fluxmesh.request import SourceImage
 from tests.unit.meshes import FLUX, ask, mac, small
@@ -25,8 +26,8 @@ def nbytes(model: nn.Module) -> int:
 
 
 def test_the_arithmetic_of_flux_is_that_which_was_measured() -> None:
-    assert step_flops(FLUX, 1024, 1024) == pytest.approx(74.4e12, rel=1e-3)
-    assert step_flops(FLUX, 512, 512) == pytest.approx(21.5e12, rel=1e-3)
+    assert FLUX.architecture.step_flops(1024, 1024) == pytest.approx(74.4e12, rel=1e-3)
+    assert FLUX.architecture.step_flops(512, 512) == pytest.approx(21.5e12, rel=1e-3)
 
 
 def test_bytes_on_the_wire_follow_the_designs_formulas() -> None:
@@ -62,7 +63,8 @@ def test_memory_of_flux_is_that_of_its_12_billion_parameters() -> None:
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_bytes_of_weights_are_those_that_mlx_holds(bits: int | None) -> None:
     sizes = small(heads=4, head_dim=16)
-    model = Flux(sizes.transformer)
+    assert isinstance(sizes.architecture, Flux1Architecture)
+    model = Flux(sizes.architecture.transformer)
     model.set_dtype(mx.bfloat16)
     if bits:
 
@@ -110,7 +112,7 @@ def test_the_models_defaults_fill_in_what_the_user_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("hosts", "problem"),
-    [(2, ""), (3, ""), (4, ""), (5, "24 heads do not divide by 5"), (6, ""), (7, "24 heads")],
+    [(2, ""), (3, ""), (4, ""), (5, "24 heads don't divide by 5"), (6, ""), (7, "24 heads")],
 )
 @pytest.mark.parametrize("bits", [None, 4])
 def test_heads_of_flux_divide_or_are_told_not_to(
@@ -128,7 +130,7 @@ def test_quantization_groups_stay_whole() -> None:
         "192 columns over 4 hosts are 48, not whole quantization groups of 64"
     )
     odd = small(heads=6, head_dim=16, mlp_ratio=3.03125)
-    assert tensor_problem(Workload.of(ask(), odd), 2) == "291 MLP columns do not divide by 2"
+    assert tensor_problem(Workload.of(ask(), odd), 2) == "291 MLP columns don't divide by 2"
 
 
 @given(st.integers(1, 10**6), st.integers(1, 300))
@@ -162,7 +164,7 @@ def test_a_step_takes_what_was_measured_at_its_size() -> None:
 def test_a_step_of_another_size_is_scaled_from_the_nearest() -> None:
     host = timed((512, 512, 0.9), (1024, 1024, 2.5))
     step = step_time(host, Workload.of(ask(height=1024, width=768), FLUX))
-    ratio = step_flops(FLUX, 1024, 768) / step_flops(FLUX, 1024, 1024)
+    ratio = FLUX.architecture.step_flops(1024, 768) / FLUX.architecture.step_flops(1024, 1024)
     assert step.seconds == pytest.approx(2.5 * ratio)
     assert (step.figure, step.measured) == ("step of another size", False)
 
@@ -176,7 +178,7 @@ def test_times_of_other_weights_tell_nothing(keys: dict[str, object]) -> None:
 
 
 def test_a_decode_is_measured_scaled_or_counted() -> None:
-    assert decode_flops(FLUX.autoencoder, 1024, 1024) == pytest.approx(10.5e12, rel=0.01)
+    assert decode_flops(FLUX.architecture, 1024, 1024) == pytest.approx(10.5e12, rel=0.01)
     flux = Workload.of(ask(), FLUX)
     assert decode_time(mac(0), flux) == pytest.approx(10.47e12 / 0.4 / 26e12, rel=1e-3)
     host = mac(

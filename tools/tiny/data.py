@@ -1,22 +1,23 @@
-"""Training data on the device: scenes drawn in batches, and pools of latents with their text."""
+"""Training data on the device: scenes drawn in batches, and pools of tokens with their text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
+import edits
 import numpy as np
 import scenes
-import sentencepiece
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from blueprint import PictureSizes, Tokens
 from sprites import pyramid
-from transformers import CLIPTokenizer
 
 LEVELS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 128)  # pixels of the sprites' copies
+SPRITES = "sprites.npz"
 PART = 4096  # scenes that one call of a worker draws
 PATCH = 16  # pixels that one token of the transformer covers along a side
 
@@ -47,21 +48,50 @@ class SceneBatch:
         )
 
 
-def _sample_many(job: tuple[int, int, int, int]) -> tuple[SceneBatch, list[str]]:
-    seed, count, height, width = job
+@dataclass(frozen=True)
+class Examples:
+    """What is painted and, in `pictures[1:]`, what it is made from; with the captions."""
+
+    pictures: list[SceneBatch]
+    captions: list[str]
+
+
+def _sample_many(job: tuple[int, int, PictureSizes]) -> Examples:
+    seed, count, sizes = job
     rng = np.random.default_rng(seed)
-    pairs = [scenes.sample(rng, height, width) for _ in range(count)]
-    return SceneBatch.of([scene for scene, _ in pairs]), [caption for _, caption in pairs]
+    rows: list[tuple[scenes.Scene, ...]] = []
+    captions = []
+    for _ in range(count):
+        if sizes.references:
+            edit = edits.sample(rng, len(sizes.references))
+            every = ((sizes.height, sizes.width), *sizes.references)
+            rows.append(
+                tuple(
+                    layout.scene(*size)
+                    for layout, size in zip((edit.target, *edit.references), every, strict=True)
+                )
+            )
+            captions.append(edit.prompt)
+        else:
+            scene, caption = scenes.sample(rng, sizes.height, sizes.width)
+            rows.append((scene,))
+            captions.append(caption)
+    return Examples([SceneBatch.of(list(column)) for column in zip(*rows, strict=True)], captions)
 
 
-def sample_scenes(
-    seed: int, count: int, height: int, width: int
-) -> Iterator[tuple[SceneBatch, list[str]]]:
-    """`count` scenes with captions in parts, drawn by all cores; the same for one seed."""
+def sample_examples(seed: int, count: int, sizes: PictureSizes) -> Iterator[Examples]:
+    """`count` examples in parts, drawn by all cores; the same for one seed."""
     starts = range(0, count, PART)
-    jobs = [(seed * 100_003 + s, min(PART, count - s), height, width) for s in starts]
-    with ProcessPoolExecutor() as workers:
+    jobs = [(seed * 100_003 + s, min(PART, count - s), sizes) for s in starts]
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as workers:
         yield from workers.map(_sample_many, jobs)
+
+
+def load_sprites(work: Path) -> np.ndarray:
+    """What the stage `sprites` kept, so that training needs no font."""
+    with np.load(work / SPRITES) as kept:
+        sprites: np.ndarray = kept["sprites"]
+    return sprites
 
 
 class Renderer:
@@ -116,58 +146,36 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return tokens.reshape(len(tokens), -1, 2 * h, 2 * w)
 
 
-class TextTokens:
-    """Both tokenizers of the checkpoint folder, over lists of captions."""
-
-    def __init__(self, checkpoint: Path, length: int) -> None:
-        self.spiece = sentencepiece.SentencePieceProcessor(
-            str(checkpoint / "tokenizer_2/spiece.model")
-        )
-        self.clip = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
-        self.length = length
-
-    def __call__(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """T5 ids [B, length] padded with 0, how many are real [B], and CLIP's ids [B, 32]."""
-        t5 = np.zeros((len(captions), self.length), dtype=np.int64)
-        real = np.zeros(len(captions), dtype=np.int64)
-        for row, ids in enumerate(self.spiece.encode(captions)):
-            ids = [*ids[: self.length - 1], self.spiece.eos_id()]
-            t5[row, : len(ids)] = ids
-            real[row] = len(ids)
-        clip = self.clip(captions, padding="max_length", truncation=True, return_tensors="np")
-        return t5, real, clip["input_ids"].astype(np.int64)
-
-
 @dataclass
 class Pool:
-    """Pictures of one size as packed latents, with their text, on the device."""
+    """Examples of one shape as tokens of pictures and of text, on the device."""
 
-    height: int
-    width: int
-    latents: torch.Tensor  # bfloat16 [N, tokens, 64], before shift and scale
-    t5: torch.Tensor  # int64 [N, longest]
-    real: np.ndarray  # T5 tokens that are not padding [N]
-    clip: torch.Tensor  # int64 [N, 32]
+    pictures: list[torch.Tensor]  # normalized, bfloat16 [N, tokens, 4C]: target, then references
+    text: dict[str, torch.Tensor]  # int64 [N, longest], by tokenizer
+    real: np.ndarray  # tokens of the caption that are not padding [N]
 
 
-@torch.no_grad()
 def build_pool(
-    autoencoder: AutoencoderKL, render: Renderer, text: TextTokens, seed: int, count: int,
-    height: int, width: int,
+    encode: Callable[[torch.Tensor], torch.Tensor], render: Renderer, tokens: Tokens, seed: int,
+    count: int, sizes: PictureSizes,
 ) -> Pool:  # fmt: skip
-    """Draws `count` scenes and encodes them to the posterior's mean."""
+    """Draws `count` examples and encodes their pictures."""
     device = render.device
-    latents, ids, real, clip = [], [], [], []
-    for batch, captions in sample_scenes(seed, count, height, width):
-        t5, lengths, clip_ids = text(captions)
-        ids.append(torch.from_numpy(t5).to(device))
-        clip.append(torch.from_numpy(clip_ids).to(device))
-        real.append(lengths)
-        for start in range(0, len(captions), 512):
-            image = render(batch[start : start + 512], height, width)
-            with torch.autocast(device.type, torch.bfloat16):
-                mean = autoencoder.encode(image).latent_dist.mean
-            latents.append(pack(mean).to(torch.bfloat16))
+    every = ((sizes.height, sizes.width), *sizes.references)
+    pictures: list[list[torch.Tensor]] = [[] for _ in every]
+    text: dict[str, list[torch.Tensor]] = {}
+    real = []
+    for examples in sample_examples(seed, count, sizes):
+        ids = tokens(examples.captions)
+        real.append(ids.pop("real"))
+        for name, rows in ids.items():
+            text.setdefault(name, []).append(torch.from_numpy(rows).to(device))
+        for part, batch, size in zip(pictures, examples.pictures, every, strict=True):
+            for start in range(0, len(examples.captions), 512):
+                image = render(batch[start : start + 512], *size)
+                part.append(encode(image).to(torch.bfloat16))
     return Pool(
-        height, width, torch.cat(latents), torch.cat(ids), np.concatenate(real), torch.cat(clip)
+        [torch.cat(part) for part in pictures],
+        {name: torch.cat(parts) for name, parts in text.items()},
+        np.concatenate(real),
     )

@@ -25,7 +25,7 @@ import numpy as np
 import robot
 from PIL import Image, ImageDraw
 from scenes import questions
-from score import Reader, table
+from score import SceneReader, table
 from sprites import FONT, render_sprites
 
 from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
@@ -116,7 +116,7 @@ def held_out_loss(dataset: Path, cache: Path, base: Base, adapter: Path | None) 
 
 
 def scored(work: Path, sprites: np.ndarray, base: Base, adapter: Path | None) -> Score:
-    reader = Reader(sprites, robot.PICTURE, robot.PICTURE)
+    reader = SceneReader(sprites, robot.PICTURE, robot.PICTURE)
     asked, known = robot.questions(), questions(KNOWN, SEED)
     pictures = paint([q.prompt for q in asked], base, adapter)
     verdicts = [reader.judge(*pair) for pair in zip(pictures, asked, strict=True)]

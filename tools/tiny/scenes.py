@@ -13,120 +13,127 @@ transformer wherever it stands, and a small model has fewer appearances to learn
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# name: (code points of the Noto Color Emoji glyph, other names that captions use now and then)
-OBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "dog": ("\U0001f436", ("puppy",)),
-    "cat": ("\U0001f431", ("kitten",)),
-    "rabbit": ("\U0001f430", ("bunny",)),
-    "fox": ("\U0001f98a", ()),
-    "bear": ("\U0001f43b", ()),
-    "panda": ("\U0001f43c", ()),
-    "tiger": ("\U0001f42f", ()),
-    "lion": ("\U0001f981", ()),
-    "cow": ("\U0001f42e", ()),
-    "pig": ("\U0001f437", ("piglet",)),
-    "frog": ("\U0001f438", ()),
-    "monkey": ("\U0001f435", ()),
-    "chicken": ("\U0001f414", ("hen",)),
-    "penguin": ("\U0001f427", ()),
-    "owl": ("\U0001f989", ()),
-    "horse": ("\U0001f40e", ()),
-    "unicorn": ("\U0001f984", ()),
-    "bee": ("\U0001f41d", ()),
-    "ladybug": ("\U0001f41e", ()),
-    "butterfly": ("\U0001f98b", ()),
-    "snail": ("\U0001f40c", ()),
-    "turtle": ("\U0001f422", ()),
-    "octopus": ("\U0001f419", ()),
-    "crab": ("\U0001f980", ()),
-    "fish": ("\U0001f420", ()),
-    "whale": ("\U0001f433", ()),
-    "dolphin": ("\U0001f42c", ()),
-    "elephant": ("\U0001f418", ()),
-    "duck": ("\U0001f986", ()),
-    "dinosaur": ("\U0001f995", ()),
-    "red apple": ("\U0001f34e", ("apple",)),
-    "green apple": ("\U0001f34f", ()),
-    "pear": ("\U0001f350", ()),
-    "lemon": ("\U0001f34b", ()),
-    "banana": ("\U0001f34c", ()),
-    "watermelon": ("\U0001f349", ()),
-    "bunch of grapes": ("\U0001f347", ()),
-    "strawberry": ("\U0001f353", ()),
-    "cherry": ("\U0001f352", ()),
-    "pineapple": ("\U0001f34d", ()),
-    "carrot": ("\U0001f955", ()),
-    "mushroom": ("\U0001f344", ("toadstool",)),
-    "cheese": ("\U0001f9c0", ()),
-    "hamburger": ("\U0001f354", ("burger",)),
-    "pizza": ("\U0001f355", ()),
-    "ice cream": ("\U0001f366", ()),
-    "donut": ("\U0001f369", ()),
-    "cake": ("\U0001f382", ("birthday cake",)),
-    "sun": ("\U0001f31e", ()),
-    "moon": ("\U0001f319", ()),
-    "star": ("\u2b50", ()),
-    "cloud": ("\u2601", ()),
-    "rainbow": ("\U0001f308", ()),
-    "snowman": ("\u26c4", ()),
-    "tree": ("\U0001f333", ()),
-    "palm tree": ("\U0001f334", ()),
-    "cactus": ("\U0001f335", ()),
-    "sunflower": ("\U0001f33b", ()),
-    "rose": ("\U0001f339", ()),
-    "car": ("\U0001f697", ()),
-    "bus": ("\U0001f68c", ()),
-    "train": ("\U0001f682", ("locomotive",)),
-    "airplane": ("\u2708", ("plane",)),
-    "rocket": ("\U0001f680", ("spaceship",)),
-    "sailboat": ("\u26f5", ("boat",)),
-    "house": ("\U0001f3e0", ()),
-    "castle": ("\U0001f3f0", ()),
-    "clock": ("\u23f0", ()),
-    "key": ("\U0001f511", ()),
-    "book": ("\U0001f4d5", ()),
-    "gift": ("\U0001f381", ("present",)),
-    "balloon": ("\U0001f388", ()),
-    "umbrella": ("\u2602", ()),
-    "top hat": ("\U0001f3a9", ("hat",)),
-    "crown": ("\U0001f451", ()),
-    "soccer ball": ("\u26bd", ("football",)),
-    "basketball": ("\U0001f3c0", ()),
-    "guitar": ("\U0001f3b8", ()),
-    "drum": ("\U0001f941", ()),
-    "camera": ("\U0001f4f7", ()),
-    "television": ("\U0001f4fa", ("tv",)),
-    "light bulb": ("\U0001f4a1", ()),
-    "heart": ("\u2764", ()),
-    "diamond": ("\U0001f48e", ()),
-    "ghost": ("\U0001f47b", ()),
-    "alien": ("\U0001f47d", ()),
-    "pumpkin": ("\U0001f383", ()),
-    "teddy bear": ("\U0001f9f8", ()),
-    "cup": ("\u2615", ("cup of coffee",)),
-    "astronaut": ("\U0001f9d1\u200d\U0001f680", ()),
+from fluxmesh.weights.embedded.words import BACKGROUNDS as GROUND_NAMES
+from fluxmesh.weights.embedded.words import THINGS
+
+# name: code points of the Noto Color Emoji glyph
+GLYPHS = {
+    "dog": "\U0001f436",
+    "cat": "\U0001f431",
+    "rabbit": "\U0001f430",
+    "fox": "\U0001f98a",
+    "bear": "\U0001f43b",
+    "panda": "\U0001f43c",
+    "tiger": "\U0001f42f",
+    "lion": "\U0001f981",
+    "cow": "\U0001f42e",
+    "pig": "\U0001f437",
+    "frog": "\U0001f438",
+    "monkey": "\U0001f435",
+    "chicken": "\U0001f414",
+    "penguin": "\U0001f427",
+    "owl": "\U0001f989",
+    "horse": "\U0001f40e",
+    "unicorn": "\U0001f984",
+    "bee": "\U0001f41d",
+    "ladybug": "\U0001f41e",
+    "butterfly": "\U0001f98b",
+    "snail": "\U0001f40c",
+    "turtle": "\U0001f422",
+    "octopus": "\U0001f419",
+    "crab": "\U0001f980",
+    "fish": "\U0001f420",
+    "whale": "\U0001f433",
+    "dolphin": "\U0001f42c",
+    "elephant": "\U0001f418",
+    "duck": "\U0001f986",
+    "dinosaur": "\U0001f995",
+    "red apple": "\U0001f34e",
+    "green apple": "\U0001f34f",
+    "pear": "\U0001f350",
+    "lemon": "\U0001f34b",
+    "banana": "\U0001f34c",
+    "watermelon": "\U0001f349",
+    "bunch of grapes": "\U0001f347",
+    "strawberry": "\U0001f353",
+    "cherry": "\U0001f352",
+    "pineapple": "\U0001f34d",
+    "carrot": "\U0001f955",
+    "mushroom": "\U0001f344",
+    "cheese": "\U0001f9c0",
+    "hamburger": "\U0001f354",
+    "pizza": "\U0001f355",
+    "ice cream": "\U0001f366",
+    "donut": "\U0001f369",
+    "cake": "\U0001f382",
+    "sun": "\U0001f31e",
+    "moon": "\U0001f319",
+    "star": "\u2b50",
+    "cloud": "\u2601",
+    "rainbow": "\U0001f308",
+    "snowman": "\u26c4",
+    "tree": "\U0001f333",
+    "palm tree": "\U0001f334",
+    "cactus": "\U0001f335",
+    "sunflower": "\U0001f33b",
+    "rose": "\U0001f339",
+    "car": "\U0001f697",
+    "bus": "\U0001f68c",
+    "train": "\U0001f682",
+    "airplane": "\u2708",
+    "rocket": "\U0001f680",
+    "sailboat": "\u26f5",
+    "house": "\U0001f3e0",
+    "castle": "\U0001f3f0",
+    "clock": "\u23f0",
+    "key": "\U0001f511",
+    "book": "\U0001f4d5",
+    "gift": "\U0001f381",
+    "balloon": "\U0001f388",
+    "umbrella": "\u2602",
+    "top hat": "\U0001f3a9",
+    "crown": "\U0001f451",
+    "soccer ball": "\u26bd",
+    "basketball": "\U0001f3c0",
+    "guitar": "\U0001f3b8",
+    "drum": "\U0001f941",
+    "camera": "\U0001f4f7",
+    "television": "\U0001f4fa",
+    "light bulb": "\U0001f4a1",
+    "heart": "\u2764",
+    "diamond": "\U0001f48e",
+    "ghost": "\U0001f47b",
+    "alien": "\U0001f47d",
+    "pumpkin": "\U0001f383",
+    "teddy bear": "\U0001f9f8",
+    "cup": "\u2615",
+    "astronaut": "\U0001f9d1\u200d\U0001f680",
 }
+# name: (glyph, other names that captions use now and then)
+OBJECTS = {name: (GLYPHS[name], others) for name, others in THINGS.items()}
 NAMES = tuple(OBJECTS)
 
-# name: (RGB, other ways to say it)
-BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {
-    "white": ((250, 250, 250), ("in the snow",)),
-    "gray": ((150, 155, 160), ()),
-    "black": ((25, 25, 30), ("at night", "in the dark")),
-    "red": ((190, 30, 45), ("on mars",)),
-    "orange": ((255, 160, 70), ()),
-    "yellow": ((255, 230, 110), ("at the beach", "on the sand")),
-    "green": ((70, 150, 80), ("on the grass", "in the forest")),
-    "light green": ((185, 230, 170), ()),
-    "blue": ((35, 80, 180), ("in the sea",)),
-    "light blue": ((160, 210, 245), ("in the sky",)),
-    "purple": ((120, 70, 170), ()),
-    "pink": ((255, 180, 205), ()),
+_RGB = {
+    "white": (250, 250, 250),
+    "gray": (150, 155, 160),
+    "black": (25, 25, 30),
+    "red": (190, 30, 45),
+    "orange": (255, 160, 70),
+    "yellow": (255, 230, 110),
+    "green": (70, 150, 80),
+    "light green": (185, 230, 170),
+    "blue": (35, 80, 180),
+    "light blue": (160, 210, 245),
+    "purple": (120, 70, 170),
+    "pink": (255, 180, 205),
 }
+# name: (RGB, other ways to say it)
+BACKGROUNDS = {name: (_RGB[name], others) for name, others in GROUND_NAMES.items()}
 COLOURS = tuple(BACKGROUNDS)
 RGB = np.array([rgb for rgb, _ in BACKGROUNDS.values()], dtype=np.uint8)
 
@@ -199,7 +206,7 @@ def pair_held_out(first: int, second: int) -> bool:
     return _hash(2, min(first, second), max(first, second)) % 10 == 0
 
 
-def _choice(rng: np.random.Generator, options: tuple) -> object:
+def choice(rng: np.random.Generator, options: Sequence[object]) -> object:
     return options[int(rng.integers(len(options)))]
 
 
@@ -216,7 +223,8 @@ def place_thing(name: int, size: float, x: float, y: float, height: int, width: 
     return Thing(name, side / short, _fit(x, side, width), _fit(y, side, height))
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
+    """With "a" or "an" before it."""
     vowel = phrase[0] in "aeiou" and not phrase.startswith("unicorn")
     return ("an " if vowel else "a ") + phrase
 
@@ -231,19 +239,19 @@ def _noun(rng: np.random.Generator, name: int, size_word: str) -> str:
     phrase = NAMES[name]
     others = OBJECTS[phrase][1]
     if others and rng.random() < 0.15:
-        phrase = _choice(rng, others)
+        phrase = choice(rng, others)
     draw = rng.random()
     if draw < 0.08:
-        phrase = f"{_choice(rng, ADJECTIVES)} {phrase}"
+        phrase = f"{choice(rng, ADJECTIVES)} {phrase}"
     elif draw < 0.11:
         phrase = f"{_unknown_word(rng)} {phrase}"
-    word = _choice(rng, SIZE_WORDS[size_word])
+    word = choice(rng, SIZE_WORDS[size_word])
     return f"{word} {phrase}" if word else phrase
 
 
 def _with_article(rng: np.random.Generator, phrase: str) -> str:
     draw = rng.random()
-    return phrase if draw < 0.1 else f"the {phrase}" if draw < 0.2 else _article(phrase)
+    return phrase if draw < 0.1 else f"the {phrase}" if draw < 0.2 else article(phrase)
 
 
 def _plural(phrase: str) -> str:
@@ -267,9 +275,9 @@ def _finish(rng: np.random.Generator, subject: str, place: str, background: int 
         colour = COLOURS[background]
         others = BACKGROUNDS[colour][1]
         if others and rng.random() < 0.12:
-            ground = _choice(rng, others)
+            ground = choice(rng, others)
         else:
-            ground = f"on {_article(colour)} background"
+            ground = f"on {article(colour)} background"
         draw = rng.random()
         if draw < 0.7:
             text += f"{where} {ground}"
@@ -279,9 +287,9 @@ def _finish(rng: np.random.Generator, subject: str, place: str, background: int 
             text = f"{ground}, {text}{where}"
     draw = rng.random()
     if draw < 0.2:
-        text = str(_choice(rng, OPENINGS)) + text
+        text = str(choice(rng, OPENINGS)) + text
     elif draw < 0.3:
-        text += str(_choice(rng, ENDINGS))
+        text += str(choice(rng, ENDINGS))
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:]
     if rng.random() < 0.3:
@@ -310,7 +318,7 @@ def _single(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, s
     thing = place_thing(name, size, ANCHORS[column], ANCHORS[row], height, width)
     scene = Scene(background, (thing,))
     subject = _with_article(rng, _noun(rng, name, word))
-    where = str(_choice(rng, phrases)) if said else ""
+    where = str(choice(rng, phrases)) if said else ""
     return scene, _finish(rng, subject, where, background if rng.random() < 0.88 else None)
 
 
@@ -326,7 +334,7 @@ def _pair(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, str
         word, size = _size(rng, PAIR_SIZES, 0.3)
         axis, leads, sizes = "x", 0, (size, size)
         phrase = NAMES[first]
-        adjective = _choice(rng, SIZE_WORDS[word])
+        adjective = choice(rng, SIZE_WORDS[word])
         subject = f"two {adjective} {_plural(phrase)}" if adjective else f"two {_plural(phrase)}"
     else:
         (word, size), (word2, size2) = (_size(rng, PAIR_SIZES, 0.3) for _ in range(2))
@@ -335,10 +343,10 @@ def _pair(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, str
         second_thing = _with_article(rng, _noun(rng, second, word2))
         if rng.random() < 0.15:
             leads, axis = 0, "x"
-            subject = f"{first_thing} {_choice(rng, ('and', 'next to', 'beside'))} {second_thing}"
+            subject = f"{first_thing} {choice(rng, ('and', 'next to', 'beside'))} {second_thing}"
         else:
             leads, axis, phrases = RELATIONS[int(rng.integers(len(RELATIONS)))]
-            subject = f"{first_thing} {_choice(rng, phrases)} {second_thing}"
+            subject = f"{first_thing} {choice(rng, phrases)} {second_thing}"
     ends = (ANCHORS[0], ANCHORS[2]) if leads == 0 else (ANCHORS[2], ANCHORS[0])
     scene = Scene(
         background,
@@ -372,12 +380,12 @@ def questions(count: int, seed: int) -> list[Question]:
     by_prompt: dict[str, Question] = {}
     while len(by_prompt) < count:
         background = int(rng.integers(len(COLOURS)))
-        ground = f"on {_article(COLOURS[background])} background"
+        ground = f"on {article(COLOURS[background])} background"
         if len(by_prompt) < count // 2:
             name, place = int(rng.integers(len(NAMES))), int(rng.integers(len(PLACES)))
             if not single_held_out(name, place, background):
                 continue
-            prompt = f"{_article(NAMES[name])} {PLACES[place][2][0]} {ground}"
+            prompt = f"{article(NAMES[name])} {PLACES[place][2][0]} {ground}"
             by_prompt[prompt] = Question(prompt, background, (name,), place=place)
         else:
             first, second = (int(n) for n in rng.integers(len(NAMES), size=2))
@@ -385,6 +393,6 @@ def questions(count: int, seed: int) -> list[Question]:
                 continue
             relation = int(rng.integers(len(RELATIONS)))
             words = RELATIONS[relation][2][0]
-            prompt = f"{_article(NAMES[first])} {words} {_article(NAMES[second])} {ground}"
+            prompt = f"{article(NAMES[first])} {words} {article(NAMES[second])} {ground}"
             by_prompt[prompt] = Question(prompt, background, (first, second), relation=relation)
     return list(by_prompt.values())

@@ -1,54 +1,61 @@
-"""Trains the embedded checkpoint: a small FLUX that paints emoji on plain backgrounds.
+"""Trains an embedded checkpoint: a small FLUX that paints emoji on plain backgrounds.
 
-    python tools/tiny/train.py sprites     --work W     draws the glyphs (needs the font)
-    python tools/tiny/train.py tokenizers  --work W
-    python tools/tiny/train.py autoencoder --work W
-    python tools/tiny/train.py flow        --work W     text encoders and transformer
-    python tools/tiny/train.py last        --work W     the same, at every size and text length
-    python tools/tiny/train.py export      --work W     writes W/checkpoint, a diffusers folder
+    python tools/tiny/train.py STAGE... --model tiny|tiny-klein --work W
 
-Every stage is seeded, keeps its state in W and goes on from there when it is started again;
-`--minutes` ends a sitting early, `--steps` counts over all sittings. README.md tells how long
-each took. Needs torch, diffusers, transformers, tokenizers, sentencepiece and Pillow.
+    sprites      draws the glyphs (needs the font)
+    tokenizers
+    autoencoder
+    flow         text encoders and transformer
+    last         the same, at every size and text length
+    export       writes W/checkpoint, a diffusers folder
+    look         scores held-out prompts and edits, writes contact sheets
+
+Every stage is seeded, keeps its state in W and goes on from there when it is started again.
+`--seconds` ends a sitting early: of all stages named, which then follow one another while there is
+time. `--budget flow=900` is a stage's time over all sittings, by which its learning rate falls to
+zero. README.md tells how long each took. Needs torch, diffusers, transformers, tokenizers and
+Pillow; `tiny` sentencepiece too.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-import models
+import data
+import edits
 import numpy as np
 import scenes
 import torch
-from autoencoder import load_autoencoder, train_autoencoder
-from flow import Flow, train_flow
+from autoencoder import train_autoencoder
+from blueprint import MODELS, load_blueprint
+from flow import export, train_flow
+from look import look
 from sprites import FONT, render_sprites
 
 
-def export(args: argparse.Namespace) -> None:
-    state = torch.load(args.work / "flow.pt", map_location=args.device, weights_only=True)
-    flow = Flow(args, state["shift"], state["scale"])
-    flow.load(state)
-    autoencoder = load_autoencoder(args)
-    autoencoder.register_to_config(shift_factor=flow.shift, scaling_factor=flow.scale)
-    models.save(args.work / "checkpoint", {"vae": autoencoder, **dict(flow.averaged().items())})
-    print(f"{args.work / 'checkpoint'} written after {state['steps']} steps")
+def make_sprites(args: argparse.Namespace) -> bool:
+    """Once: where they are kept already, no font is needed."""
+    if not (args.work / data.SPRITES).is_file():
+        np.savez_compressed(args.work / data.SPRITES, sprites=render_sprites(args.font))
+    return True
 
 
-def make_sprites(args: argparse.Namespace) -> None:
-    np.save(args.work / "sprites.npy", render_sprites(args.font))
-
-
-def make_tokenizers(args: argparse.Namespace) -> None:
+def make_tokenizers(args: argparse.Namespace) -> bool:
     rng = np.random.default_rng(args.seed)
     captions = [scenes.sample(rng)[1] for _ in range(100_000)]
-    models.train_t5_tokenizer(captions, args.work / "checkpoint/tokenizer_2")
-    models.train_clip_tokenizer(captions, args.work / "checkpoint/tokenizer")
+    if args.blueprint.edits:
+        captions += [edits.sample(rng, count).prompt for count in (1, 2) for _ in range(50_000)]
+    args.blueprint.train_tokenizers(captions, args.work / "checkpoint")
+    return True
 
 
-STAGES: dict[str, tuple[Callable[[argparse.Namespace], None], int, int, float]] = {
+Stage = Callable[[argparse.Namespace], bool]  # whether it is finished
+
+STAGES: dict[str, tuple[Stage, int, int, float]] = {
     # stage: (function, steps, batch, peak learning rate)
     "sprites": (make_sprites, 0, 0, 0.0),
     "tokenizers": (make_tokenizers, 0, 0, 0.0),
@@ -56,19 +63,27 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], None], int, int, float]] 
     "flow": (train_flow, 53_000, 256, 1e-3),
     "last": (train_flow, 1_700, 256, 2e-4),
     "export": (export, 0, 0, 0.0),
+    "look": (look, 0, 0, 0.0),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains fluxmesh's embedded checkpoint.")
-    parser.add_argument("stage", choices=STAGES)
+    parser = argparse.ArgumentParser(description="Trains an embedded checkpoint of fluxmesh.")
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE")
+    parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder of all state")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="in all, over every sitting")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rate", type=float, help="peak learning rate")
-    parser.add_argument("--pool", type=int, default=300_000, help="pictures drawn a sitting")
-    parser.add_argument("--minutes", type=float, default=1e6, help="ends this sitting after")
+    parser.add_argument("--pool", type=int, default=300_000, help="examples drawn a sitting")
+    parser.add_argument("--seconds", type=float, default=1e9, help="ends this sitting after")
+    parser.add_argument(
+        "--budget",
+        default="",
+        metavar="STAGE=SECONDS,...",
+        help="stages' seconds in all, over every sitting",
+    )
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--log-every", type=int, default=500)
     parser.add_argument("--font", type=Path, default=FONT)
@@ -81,11 +96,22 @@ def main() -> None:
         help="one CUDA graph a shape",
     )
     args = parser.parse_args()
-    run, steps, batch, rate = STAGES[args.stage]
-    args.steps, args.batch = args.steps or steps, args.batch or batch
-    args.rate = args.rate or rate
+    args.blueprint = load_blueprint(args.model)
     args.work.mkdir(parents=True, exist_ok=True)
-    run(args)
+    end = time.monotonic() + args.seconds
+    pairs = (text.partition("=") for text in args.budget.split(",") if text)
+    budgets = {stage: float(seconds) for stage, _, seconds in pairs}
+    for stage in args.stages:
+        run, steps, batch, rate = STAGES[stage]
+        steps, rate = args.blueprint.plans.get(stage, (steps, rate))
+        given = argparse.Namespace(**vars(args))
+        given.stage, given.seconds = stage, end - time.monotonic()
+        given.steps, given.batch = args.steps or steps, args.batch or batch
+        given.rate = args.rate or rate
+        given.budget = budgets.get(stage, math.inf)
+        if not run(given):
+            print(f"{stage} is not finished; the same command goes on with it", flush=True)
+            break
 
 
 if __name__ == "__main__":

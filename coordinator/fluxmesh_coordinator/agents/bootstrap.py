@@ -23,15 +23,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fluxmesh.deadlines import DEADLINES
-from fluxmesh.errors import FluxmeshError
+from fluxmesh.errors import FluxmeshError, NotFetchedError
 from fluxmesh.machine.memory import total_bytes
-from fluxmesh.storage.homes import AgentHome, private_folder, read_own, write_private
+from fluxmesh.machine.mlx_backend import BackendCheck
+from fluxmesh.storage import interrupts
+from fluxmesh.storage.homes import (
+    AgentHome,
+    models_folder,
+    private_folder,
+    read_own,
+    write_private,
+)
 from fluxmesh.storage.keys import Allowlist
 from fluxmesh.storage.log_tail import last_lines
 from fluxmesh.storage.processes import end_process, kill_recorded, read_record, started_at
@@ -41,6 +49,7 @@ from fluxmesh_coordinator.agents import addresses, macos, tcc
 SOMEBODY = "whoever started it there"  # neither of `up`'s users: launchd, or a person by hand
 
 Spec = dict[str, Any]  # address, port, models, memory, envs, roots: what an agent is started with
+TRIES = 20  # ports that others may take between a look at them and the start of an agent
 
 
 def agent_command(state: Path, spec: Spec, *more: str) -> list[str]:
@@ -72,22 +81,30 @@ class Agent:
             yield
 
     def running(self) -> dict[str, Any] | None:
-        """What was written when it was started; None where that process is gone."""
+        """What was written when it was started; None where that process is gone.
+
+        Its "endpoint" is "" where it does not listen yet, and whoever started it did not wait.
+        """
         record = read_record(self._running)
         if record and started_at(record["pid"]) == record["start"]:
-            return record
-        return self._started_elsewhere()
+            said = {} if record["endpoint"] else self._as_it_says(record["pid"])
+            return {**record, **said}
+        said = self._as_it_says()
+        # One that somebody else has started here, such as launchd after a restart.
+        return {"version": "", **said, "spec": None, "by": [SOMEBODY]} if said else None
 
-    def _started_elsewhere(self) -> dict[str, Any] | None:
-        """One that somebody else has started here, such as launchd after a restart, as it says."""
+    def _as_it_says(self, pid: int | None = None) -> dict[str, Any]:
+        """What an agent that listens has written of itself; nothing where there is none."""
         record = read_record(self.home.agent)
         if record is None or started_at(record["pid"]) != record["start"]:
-            return None
+            return {}
+        if pid is not None and record["pid"] != pid:
+            return {}
         try:
             key = read_own(self.state / "agent.pub").strip()
         except (FileNotFoundError, ValueError):
-            return None
-        return {"version": "", **record, "public_key": key, "spec": None, "by": [SOMEBODY]}
+            return {}
+        return {**record, "public_key": key}
 
     def start(self, spec: Spec, authorized: dict[str, str], *, kept: bool) -> dict[str, Any]:
         """Starts it for the users `authorized` (names to keys), who may change how from now on.
@@ -96,26 +113,41 @@ class Agent:
         Raises `FluxmeshError` with what it said last."""
         private_folder(self.home.authorized)
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(handle, "ab") as log:
-            begin = log.tell()
-            process = subprocess.Popen(
-                agent_command(self.state, spec),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd="/",
-                start_new_session=True,
-            )
-        ready = hand_over(process, authorized, dict(spec.get("envs", ())))
-        if ready is None:
-            process.kill()
-            process.wait()
-            said = [line for line in last_lines(self.log, 5, begin) if line.strip()]
-            why = said[-1] if said else "it said nothing"
-            raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
-        record = {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
-        record |= {"start": started_at(process.pid), "spec": spec, "version": __version__}
-        record["by"] = list(authorized)
+        record: dict[str, Any] = {"endpoint": "", "public_key": "", "boot": "", "spec": spec}
+        record |= {"version": __version__, "by": list(authorized)}
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            with interrupts.uninterrupted(), os.fdopen(handle, "ab") as log:
+                begin = log.tell()
+                process = subprocess.Popen(
+                    agent_command(self.state, spec),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    cwd="/",
+                    start_new_session=True,
+                )
+                record |= {"pid": process.pid, "start": started_at(process.pid)}
+            # Before it is told whom to let in, without which it does not begin: whatever becomes
+            # of us from here on, `stop` and the next `start` know of it.
+            self.remember(record)
+            ready = hand_over(process, authorized, dict(spec.get("envs", ())))
+            if ready is None:
+                said = [line for line in last_lines(self.log, 5, begin) if line.strip()]
+                why = said[-1] if said else "it said nothing"
+                raise FluxmeshError(f"Its agent did not start: {why.rstrip('.')}.")
+        except BaseException:
+            with interrupts.uninterrupted():
+                if process is not None:
+                    process.kill()
+                    process.wait()
+                    for pipe in (process.stdin, process.stdout):
+                        if pipe is not None:
+                            with suppress(OSError):  # what it did not read is lost
+                                pipe.close()
+                self._running.unlink(missing_ok=True)
+            raise
+        record |= {name: ready[name] for name in ("endpoint", "public_key", "pid", "boot")}
         if kept:
             record["kept_by"] = {"pid": os.getpid(), "start": started_at(os.getpid())}
         return record
@@ -191,6 +223,13 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
 
     With what `start` would be asked, also whether that would end the agent that runs.
     """
+    with BackendCheck() as mlx:
+        facts = _facts(request)
+        facts["mlx_problem"] = mlx.problem()
+        return facts
+
+
+def _facts(request: dict[str, Any]) -> dict[str, Any]:
     try:
         mlx = metadata.version("mlx")
     except metadata.PackageNotFoundError:
@@ -207,12 +246,17 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
         "clock": time.time(),
     }
     if request.get("model"):
+        from fluxmesh.weights import hub
+
         facts["model"] = _model(request["model"], request.get("models"))
+        facts["hub_free_bytes"] = hub.free_bytes()
     if request.get("port"):
+        request = at_a_port(request)
         running = Agent(request["port"]).running()
-        facts["agent"] = running and {name: running[name] for name in ("endpoint", "version")}
+        names = ("endpoint", "version", "boot")
+        facts["agent"] = running and {name: running[name] for name in names}
         if "spec" in request:
-            spec = addresses.settled(request["spec"], running, is_own)
+            spec = addresses.settled(at_a_port(request["spec"]), running, is_own)
             facts["ends"] = running is not None and not _fits(running, {**request, "spec": spec})
         address = addresses.settled(request, running, is_own)["address"]
         facts["control"] = {
@@ -223,6 +267,30 @@ def look(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
     if platform.system() == "Darwin":
         facts["mac"] = macos.collect(request.get("models"))
     return facts
+
+
+def at_a_port(place: Spec) -> Spec:
+    """`place`, where several ports are possible, at one of them; else as it is.
+
+    That of an agent of this user's which runs at one of them; else the first that nobody has. Who
+    starts one there may still come late: `start` looks again then.
+    """
+    place = dict(place)
+    ports: list[int] = place.pop("ports", [])
+    if not ports:
+        return place
+    for port in ports:
+        if AgentHome.is_there(port) and Agent(port).running() is not None:
+            return {**place, "port": port}
+    address = addresses.settled(place, None, is_own)["address"]
+    free = next((port for port in ports if can_bind(address, port)), ports[0])
+    return {**place, "port": free}
+
+
+def _runs_at(port: int) -> bool:
+    return AgentHome.is_there(port) and (
+        Agent(port).running() is not None or not Agent(port).was_stopped
+    )
 
 
 def can_bind(address: str, port: int) -> bool:
@@ -250,22 +318,39 @@ def is_own(address: str) -> bool:
 
 
 def _model(name: str, folder: str | None) -> dict[str, Any]:
-    """{"revision", "content", "bytes"}, or {"problem"} where it is not here or broken."""
-    from fluxmesh.weights import hub
+    """{"revision", "content", "bytes"}, or {"problem"} where it is not here or broken.
 
-    own = Path(os.path.expanduser(folder)) / name if folder else None
+    "is_fetchable" says whether fetching the model would mend it.
+    """
+    from fluxmesh.weights import hub
+    from fluxmesh.weights.models_folder import entry_in
+
+    own = entry_in(Path(os.path.expanduser(folder)) if folder else models_folder(), name)
+    is_own = own.exists() and not (os.path.isabs(name) and os.path.exists(name))
     try:
-        checkpoint = hub.resolve(
-            str(own) if own is not None and own.exists() else name, download=False
-        )
+        checkpoint = hub.resolve(str(own) if is_own else name, download=False)
     except FluxmeshError as error:
-        return {"problem": str(error)}
+        return {"problem": str(error), "is_fetchable": isinstance(error, NotFetchedError)}
     nbytes = sum(part.nbytes for part in checkpoint.components.values())
     return {"revision": checkpoint.revision, "content": checkpoint.content, "bytes": nbytes}
 
 
 def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Starts the agent, or lets the user in at the one that runs as asked already."""
+    given: Spec = request["spec"]
+    for _ in range(TRIES):
+        place = at_a_port(given)
+        try:
+            return _start_at({**request, "spec": place})
+        except FluxmeshError:
+            address = addresses.settled(place, None, is_own)["address"]
+            if "ports" not in given or can_bind(address, place["port"]):
+                raise
+            # Somebody has taken it since: the next one, then.
+    raise FluxmeshError(f"Each of {TRIES} free ports was taken before its agent listened there.")
+
+
+def _start_at(request: dict[str, Any]) -> dict[str, Any]:
     authorized = request["authorized"]
     agent = Agent(request["spec"]["port"])
     with agent.alone():
@@ -300,6 +385,7 @@ def start(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> di
 def _fits(record: dict[str, Any], request: dict[str, Any]) -> bool:
     """Whether an agent that runs can stay as it is."""
     fits = bool(record["version"] == __version__ and not request.get("rotate"))
+    fits = fits and bool(record["endpoint"])
     # Another user's agent keeps its settings: to change them would end what runs there.
     if set(record["by"]) & set(request["authorized"]):
         fits = fits and record["spec"] == request["spec"]
@@ -319,10 +405,22 @@ def dial(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dic
 
 
 def stop(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Ends the agent where it did not do so when it was asked over the network."""
-    agent = Agent(request["port"])
+    """Ends the agent, unless it is the one that ran before somebody began to change that.
+
+    "endpoint" is where it listened, "" where none has ended.
+    """
+    # Where it may be at one of several ports, it is at the one that `at_a_port` finds, too.
+    ports: list[int] = request.get("ports") or [request["port"]]
+    port = next((each for each in ports if _runs_at(each)), None)
+    if port is None:
+        return {"stopped": False, "endpoint": ""}
+    agent = Agent(port)
     with agent.alone():
-        return {"stopped": agent.stop()}
+        record = agent.running()
+        if record is not None and record["boot"] and record["boot"] == request.get("unless"):
+            return {"stopped": False, "endpoint": ""}
+        endpoint = record["endpoint"] if record else ""
+        return {"stopped": agent.stop(), "endpoint": endpoint}
 
 
 def logs(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -366,6 +464,7 @@ ACTIONS = {"look": look, "start": start, "stop": stop, "logs": logs, "pull": pul
 
 def main() -> None:
     """Reads one request and answers it; exits 0 also where the answer is an error."""
+    interrupts.cancel_from_now()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
 
@@ -389,10 +488,19 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         tell({"error": f"{where}{error.strerror or error}."})
     else:
-        tell({"result": result})
+        try:
+            tell({"result": result})
+        except OSError:  # who asked is gone, and nobody would know of it
+            if result.get("fresh"):
+                with interrupts.uninterrupted():
+                    stop({"port": int(result["endpoint"].rpartition(":")[2])}, tell)
+            return
         if request["keep_ssh"]:
             keep(result["pid"])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        os._exit(interrupts.EXIT_CODE)

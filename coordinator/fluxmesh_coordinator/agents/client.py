@@ -50,6 +50,7 @@ class AgentClient:
         self._clock = RunningClock()  # an agent is not silent while we sleep
         self._heard = 0.0
         self._over: FluxmeshError | None = None
+        self._may_hold = False  # a lease, or a place in line
         self.welcome: messages.Welcome | None = None
 
     async def __aenter__(self) -> Self:
@@ -85,6 +86,8 @@ class AgentClient:
         """
         seconds = self.deadlines.answer if seconds is None else seconds
         future = await self.post(message)
+        if isinstance(message, messages.LeaveQueue):
+            self._may_hold = False
         try:
             async with asyncio.timeout(seconds):
                 answer = await future
@@ -125,14 +128,21 @@ class AgentClient:
         return report
 
     async def lease(
-        self, job: str, seconds: float, waiting: Callable[[messages.LeaseQueued], None]
+        self,
+        job: str,
+        seconds: float,
+        waiting: Callable[[messages.LeaseQueued], None],
+        title: str = "",
     ) -> messages.Granted:
-        """Waits in line for this host's lease; `seconds` is how long it will be used.
+        """Waits in line for this host's lease; `seconds` is how long it will be used, and `title`
+        what for, for people.
 
         One that it had before must have been given up: what was told of it is forgotten.
         """
         self._forget_reports()
-        await self.ask(messages.AskLease(job, seconds), messages.Done)
+        self._may_hold = True
+        request = messages.AskLease(job, seconds, title)
+        await self.ask(request, messages.Done)
         while True:
             try:
                 async with asyncio.timeout(self.deadlines.hear_place):
@@ -145,7 +155,7 @@ class AgentClient:
                 case messages.LeaseQueued():
                     waiting(report)
                 case messages.Lost() | None:  # this machine slept, and has lost its place
-                    await self.ask(messages.AskLease(job, seconds), messages.Done)
+                    await self.ask(request, messages.Done)
 
     def _forget_reports(self) -> None:
         while not self._reports.empty():
@@ -158,6 +168,11 @@ class AgentClient:
         await end(*self._tasks)
         self._tasks = []
         if self._connection is not None:
+            if self._may_hold and self._over is None:
+                self._may_hold = False
+                with contextlib.suppress(FluxmeshError, TimeoutError):
+                    async with asyncio.timeout(self.deadlines.note):
+                        await self._connection.send(messages.LeaveQueue(), self._seq + 1)
             await self._connection.close()
         self._end(f"{self.title}: the connection is closed.")
 

@@ -6,6 +6,7 @@ with `start_again`. `start_ephemeral` is the mesh of one that `generate` brings 
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import ipaddress
@@ -16,13 +17,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from fluxmesh.cluster.hostfile import Host, Hostfile
 from fluxmesh.errors import FluxmeshError
+from fluxmesh.storage import interrupts
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import kill_recorded
@@ -58,13 +61,16 @@ def agent_spec(
 def place_of(hostfile: Hostfile, rank: int) -> dict[str, Any]:
     """Where the agent of a rank shall listen, as `starter` reads it: address, addresses, port.
 
+    Where the hostfile names no port, `ports` are all that it may be, and `port` is the first.
     `address` is "" where the hostfile has a name or ssh an alias: the host itself knows by which
     address ssh came. `addresses` are then those that this machine knows for the name.
     """
     host, control = hostfile.hosts[rank], hostfile.control(rank)
+    ports = hostfile.control_ports(rank)
+    at: dict[str, Any] = {"port": control.port} | ({"ports": list(ports)} if ports[1:] else {})
     if is_address(control.address):
         address = str(ipaddress.ip_address(control.address))
-        return {"address": address, "addresses": [], "port": control.port}
+        return {"address": address, "addresses": [], **at}
     name = control.address
     if not host.is_local and name == host.name:
         name = ssh_name(host) or name
@@ -74,7 +80,7 @@ def place_of(hostfile: Hostfile, rank: int) -> dict[str, Any]:
         entries = []  # ssh may reach it all the same, by way of another host
     entries.sort(key=lambda entry: entry[0] != socket.AF_INET)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
-    return {"address": "", "addresses": addresses, "port": control.port}
+    return {"address": "", "addresses": addresses, **at}
 
 
 @dataclass(frozen=True)
@@ -154,21 +160,12 @@ class Ephemeral:
     record: MeshRecord
     keys: Keys  # of the only user that it lets in
     process: subprocess.Popen[bytes]
+    forget: Callable[[], None]  # that it is to be ended with this command
 
     def close(self) -> None:
         """Ends it and removes its folder; twice is harmless. It also ends when we die."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        try:
-            self.process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        state = Path(self.record.members[0].state)
-        kill_recorded(AgentHome(state).engine)  # one that hangs does not see that its agent is gone
-        shutil.rmtree(state, ignore_errors=True)
+        _end_ephemeral(self.process, Path(self.record.members[0].state))
+        self.forget()
 
     def kill(self) -> None:
         """Ends it by force, because it does not answer."""
@@ -182,6 +179,25 @@ class Ephemeral:
         self.close()
 
 
+def _end_ephemeral(process: subprocess.Popen[bytes], state: Path) -> None:
+    """From its first moment on; it puts its engine in order, if it has one."""
+    with interrupts.uninterrupted():
+        if process.poll() is None:
+            process.terminate()
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):  # what it did not read is lost
+                process.stdin.close()
+        try:
+            process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        kill_recorded(AgentHome(state).engine)  # one that hangs does not see that its agent is gone
+        shutil.rmtree(state, ignore_errors=True)
+
+
 def start_ephemeral(envs: Sequence[tuple[str, str]] = (), keys: Keys | None = None) -> Ephemeral:
     """A mesh of one on this machine, for this call alone; its agent may read every model.
 
@@ -189,25 +205,30 @@ def start_ephemeral(envs: Sequence[tuple[str, str]] = (), keys: Keys | None = No
     those of an earlier one that died. Raises `FluxmeshError` with what the agent said last.
     """
     keys = keys or Keys.new()
-    state = Path(tempfile.mkdtemp(prefix="fluxmesh-"))
-    log = state / "agent.log"
     spec = {"address": "127.0.0.1", "port": 0, "roots": ["/"]}
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            agent_command(state, spec, "--ephemeral"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            start_new_session=True,  # Ctrl-C is the coordinator's to hear, not the agent's
-        )
-    ready = hand_over(process, {user_name(keys.public): keys.public}, dict(envs))
-    if ready is None:
+    with interrupts.uninterrupted(), interrupts.not_for_children():
+        state = Path(tempfile.mkdtemp(prefix="fluxmesh-"))
+        log = state / "agent.log"
+        with open(log, "ab") as file:
+            process = subprocess.Popen(
+                agent_command(state, spec, "--ephemeral"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,  # Ctrl-C is the coordinator's to hear, not the agent's
+            )
+        forget = interrupts.at_end(partial(_end_ephemeral, process, state))
+    try:
+        ready = hand_over(process, {user_name(keys.public): keys.public}, dict(envs))
+        if ready is None:
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            why = said[-1].rstrip(".") if said else "it said nothing"
+            raise FluxmeshError(f"The agent of this machine did not start: {why}.")
+    except BaseException:
         process.kill()
-        process.wait()
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        shutil.rmtree(state, ignore_errors=True)
-        why = said[-1].rstrip(".") if said else "it said nothing"
-        raise FluxmeshError(f"The agent of this machine did not start: {why}.")
+        _end_ephemeral(process, state)
+        forget()
+        raise
     member = Member(
         rank=0,
         address=ready["endpoint"],
@@ -217,4 +238,4 @@ def start_ephemeral(envs: Sequence[tuple[str, str]] = (), keys: Keys | None = No
         python=sys.executable,
     )
     record = MeshRecord(THIS_NAME, THIS_MACHINE, (member,), tuple(envs), ("/",))
-    return Ephemeral(record, keys, process)
+    return Ephemeral(record, keys, process, forget)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.cluster import hostfile as hostfiles
+from fluxmesh.cluster.backends import BackendFault, Fallback, below, with_addresses
 from fluxmesh.cluster.hostfile import Host, Hostfile
+from fluxmesh.cluster.shares import Shares
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
     JobTiming,
@@ -22,12 +24,13 @@ from fluxmesh.cluster.snapshot import (
     ModelVariant,
     RingTiming,
     StepTiming,
+    TextTiming,
     Timings,
 )
-from fluxmesh.errors import FluxmeshError
+from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.planning.learning import learned
 from fluxmesh.request import AdapterRef
-from fluxmesh.storage.homes import Home, read_private, write_private
+from fluxmesh.storage.homes import Home, home_folder, read_private, write_private
 from fluxmesh.storage.keys import is_key
 
 VERSION = 1
@@ -59,11 +62,36 @@ class MeshRecord:
     links: tuple[LinkInfo, ...] = ()  # as plain sockets measured them
     weights: ModelVariant | None = None  # that were loaded
     timings: Timings = Timings()  # of its rings and jobs
+    faults: tuple[BackendFault, ...] = ()  # of backends, since it was brought up
 
     @property
     def hostfile(self) -> Hostfile:
-        """Raises `HostfileError`, where this version reads hostfiles more strictly."""
-        return hostfiles.parse(self.text, self.name)
+        """With the ports that its agents have taken, and their addresses, where it names none.
+
+        Raises `HostfileError`, where this version reads hostfiles more strictly.
+        """
+        taken = {each.rank: each.address.rpartition(":")[2] for each in self.members}
+        ports = {rank: int(port) for rank, port in taken.items() if port.isdecimal()}
+        hostfile = hostfiles.parse(self.text, self.name).at_ports(ports)
+        agents = {m.rank: m.address.rpartition(":")[0].strip("[]") for m in self.members}
+        return replace(hostfile, hosts=with_addresses(hostfile.hosts, agents))
+
+    @property
+    def fallback(self) -> Fallback:
+        """What its rings form over where the hostfile's backend does not work."""
+        # Of hosts without an agent (`up --allow-partial`) no ring is formed: they need no address.
+        return Fallback(below(replace(self.hostfile, hosts=self.hosts)), self.faults)
+
+    @property
+    def backend_notes(self) -> list[str]:
+        """A sentence for each ring whose backend failed."""
+        first, fallback = self.hostfile.backend, self.fallback
+        last = {fault.ranks: fault for fault in self.faults if fault.is_out}
+        return [
+            f"Hosts {', '.join(map(str, ranks))} go on over {fallback.backend(first, ranks)} until "
+            f"the next `fluxmesh up`, since {fault.backend} failed: {fault.reason}"
+            for ranks, fault in last.items()
+        ]
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -78,6 +106,17 @@ class MeshRecord:
 
     def member(self, rank: int) -> Member | None:
         return next((member for member in self.members if member.rank == rank), None)
+
+    def ranks_of(self, names: Iterable[str]) -> list[int]:
+        """The hosts that a user means by ranks or names. Raises `UsageError` for what is none."""
+        ranks: list[int] = []
+        for name in names:
+            meant = [host.rank for host in self.hosts if name in (str(host.rank), host.name)]
+            if not meant:
+                every = ", ".join(f"{host.rank} ({host.name})" for host in self.hosts)
+                raise UsageError(f"The mesh has no host {name!r}; it has {every}.")
+            ranks += meant
+        return ranks
 
     def only(self, ranks: Iterable[int]) -> MeshRecord:
         """Some of its agents."""
@@ -104,8 +143,22 @@ class MeshRecord:
             links=tuple(LinkInfo(**link) for link in data.pop("links")),
             weights=None if weights is None else _weights(weights),
             timings=_timings(data.pop("timings", {})),
+            faults=tuple(map(_fault, data.pop("faults", ()))),
             **data,
         )
+
+
+@dataclass(frozen=True)
+class StartRecord:
+    """An `up` that starts agents, until they are on the record of a mesh."""
+
+    name: str  # of the hostfile, as a `MeshRecord` has it
+    text: str
+
+    @property
+    def hostfile(self) -> Hostfile:
+        """Raises `HostfileError`, where this version reads hostfiles more strictly."""
+        return hostfiles.parse(self.text, self.name)
 
 
 def _weights(data: dict[str, Any]) -> ModelVariant:
@@ -120,7 +173,12 @@ def _timings(data: dict[str, Any]) -> Timings:
     return Timings(
         tuple(_ring(ring) for ring in data.get("rings", ())),
         tuple(_job(job) for job in data.get("jobs", ())),
+        tuple(TextTiming(**text) for text in data.get("texts", ())),
     )
+
+
+def _fault(data: dict[str, Any]) -> BackendFault:
+    return BackendFault(ranks=tuple(data.pop("ranks")), **data)
 
 
 def _ring(data: dict[str, Any]) -> RingTiming:
@@ -130,8 +188,10 @@ def _ring(data: dict[str, Any]) -> RingTiming:
 
 
 def _job(data: dict[str, Any]) -> JobTiming:
-    ranks, measured = data.pop("ranks"), StepTiming(**data.pop("measured"))
-    return JobTiming(ranks=tuple(ranks), measured=measured, **data)
+    ranks, measured = data.pop("ranks"), data.pop("measured")
+    shares = Shares.from_plain(measured.pop("shares", {}))
+    timing = StepTiming(shares=shares, **measured)
+    return JobTiming(ranks=tuple(ranks), measured=timing, **data)
 
 
 def load(home: Home | None = None) -> MeshRecord | None:
@@ -139,7 +199,7 @@ def load(home: Home | None = None) -> MeshRecord | None:
 
     Raises `FluxmeshError` where the file is damaged, `HomeError` where it is not the user's own.
     """
-    path = (home or Home.default()).mesh
+    path = _to_read(home).mesh
     try:
         text = read_private(path)
     except FileNotFoundError:
@@ -153,6 +213,11 @@ def load(home: Home | None = None) -> MeshRecord | None:
         ) from None
 
 
+def _to_read(home: Home | None) -> Home:
+    """A user whose home can't be written has no mesh, and can do what needs none."""
+    return home or Home(home_folder())
+
+
 def save(record: MeshRecord, home: Home | None = None) -> Path:
     """Writes the mesh that is up, in one piece. Raises `HomeError`."""
     path = (home or Home.default()).mesh
@@ -160,16 +225,45 @@ def save(record: MeshRecord, home: Home | None = None) -> Path:
     return path
 
 
-def learn(text: str, news: Timings, home: Home | None = None) -> None:
-    """Adds what was measured on the mesh of this hostfile to what is known of it.
+def learn(text: str, news: Timings | BackendFault, home: Home | None = None) -> None:
+    """Adds what was found out on the mesh of this hostfile to what is known of it.
 
     Does nothing where another mesh is up by now. Raises as `load` and `save`.
     """
     known = load(home)
-    if known is not None and known.text == text:
-        save(replace(known, timings=learned(known.timings, news)), home)
+    if known is None or known.text != text:
+        return
+    if isinstance(news, BackendFault):
+        known = replace(known, faults=known.fallback.noted(news).faults)
+    else:
+        known = replace(known, timings=learned(known.timings, news))
+    save(known, home)
 
 
 def remove(home: Home | None = None) -> None:
     """Forgets the mesh; twice is harmless."""
     (home or Home.default()).mesh.unlink(missing_ok=True)
+
+
+def begin_start(record: StartRecord, home: Home | None = None) -> None:
+    """Writes down whose agents are about to start. Raises `HomeError`."""
+    write_private(_starting(home), json.dumps({"version": VERSION, **asdict(record)}) + "\n")
+
+
+def unfinished(home: Home | None = None) -> StartRecord | None:
+    """What an `up` that was killed began to start; None where there is none. Raises `HomeError`."""
+    try:
+        data = json.loads(read_private(_starting(_to_read(home))))
+        record = StartRecord(name=str(data["name"]), text=str(data["text"]))
+        return record if record.hostfile.hosts else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError, hostfiles.HostfileError):
+        return None  # it was not even written
+
+
+def end_start(home: Home | None = None) -> None:
+    """The agents are on record, or ended; twice is harmless."""
+    _starting(home).unlink(missing_ok=True)
+
+
+def _starting(home: Home | None) -> Path:
+    return (home or Home.default()).folder / "starting.json"

@@ -9,6 +9,7 @@ keys and certificates, knows the hosts that its user knows, and is on every Mac.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,13 +17,15 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import IO, Any, TypeVar
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.storage import interrupts
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.agents import find_python, tcc
 
@@ -35,6 +38,8 @@ KEEPER = "fluxmesh_coordinator.agents.keeper"
 # A connection that is kept may be silent while a Mac sleeps: it is held for ten minutes, and is
 # no other command's to share or to end.
 KEPT = ("ServerAliveInterval=30", "ServerAliveCountMax=20", "ControlMaster=no", "ControlPath=none")
+
+_asking: set[subprocess.Popen[bytes]] = set()  # that have not answered yet
 
 T = TypeVar("T")
 Tell = Callable[[dict[str, Any]], None]
@@ -55,15 +60,37 @@ def ask(
     after this process. Raises `HostUnreachableError` where ssh does not reach it, `FluxmeshError`
     where it can't do what is asked; both name the host.
     """
-    process = subprocess.Popen(
-        _command(host, keep_ssh),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=keep_ssh,  # no Ctrl-C and no closing window ends it
-    )
-    assert process.stdin and process.stdout and process.stderr
+    request = {"action": action, "version": __version__, "keep_ssh": keep_ssh, **fields}
     seconds: float = getattr(deadlines, f"ask_{action}")
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with interrupts.uninterrupted(), interrupts.not_for_children():
+            process = subprocess.Popen(
+                _command(host, keep_ssh),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                # Ctrl-C and a closing window are ours to hear: it may be in the middle of a start.
+                start_new_session=True,
+            )
+            _asking.add(process)
+        return _conversation(host, process, request, tell, seconds)
+    finally:
+        if process is not None:
+            with interrupts.uninterrupted():
+                _end(process)
+                _asking.discard(process)
+
+
+def _conversation(
+    host: Host,
+    process: subprocess.Popen[bytes],
+    request: dict[str, Any],
+    tell: Tell | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """The answer of a starter that runs. Raises as `ask`."""
+    assert process.stdin and process.stdout and process.stderr
     late = threading.Timer(seconds, process.kill)
     late.daemon = True
     late.start()
@@ -72,7 +99,6 @@ def ask(
     listener.start()
     answer: dict[str, Any] = {}
     try:
-        request = {"action": action, "version": __version__, "keep_ssh": keep_ssh, **fields}
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.close()
@@ -88,10 +114,7 @@ def ask(
         listener.join(1.0)
     finally:
         late.cancel()
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdout.close()
+        _end(process)
         if not listener.is_alive():  # else a connection that ssh shares still holds the pipe
             process.stderr.close()
     if "result" in answer:
@@ -101,6 +124,24 @@ def ask(
         raise FluxmeshError(f"{title(host)}: {answer['error']}")
     errors = b"".join(heard).decode("utf-8", errors="replace").splitlines()
     raise _failure(host, process.returncode, [line.strip() for line in errors if line.strip()])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a starter that has not answered: one that starts an agent ends that first.
+
+    Over ssh it is the connection that ends; the starter notices when it answers.
+    """
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(DEADLINES.starter_ends)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # what it did not read is lost
+                pipe.close()
 
 
 def _hear(errors: IO[bytes], heard: list[bytes]) -> None:
@@ -118,14 +159,34 @@ def each(
     """`do` for all hosts side by side: (results, errors), each by rank."""
     results: dict[int, T] = {}
     errors: dict[int, FluxmeshError] = {}
+    tasks: dict[int, Future[T]] = {}
     with ThreadPoolExecutor(MANY, thread_name_prefix="host") as pool:
-        tasks = {host.rank: pool.submit(do, host) for host in hosts}
-        for rank, task in tasks.items():
-            try:
-                results[rank] = task.result()
-            except FluxmeshError as error:
-                errors[rank] = error
+        try:
+            for host in hosts:
+                tasks[host.rank] = pool.submit(do, host)
+            for rank, task in tasks.items():
+                try:
+                    results[rank] = task.result()
+                except FluxmeshError as error:
+                    errors[rank] = error
+        except BaseException:
+            _break_off(tasks.values())
+            raise
     return results, errors
+
+
+def _break_off(tasks: Iterable[Future[Any]]) -> None:
+    """Ends what asks, and waits: of threads, none can be ended but by what they wait for."""
+    with interrupts.uninterrupted():
+        left = {task for task in tasks if not task.cancel()}
+        begun = time.monotonic()
+        while left:
+            left = wait(left, 0.05).not_done
+            for process in tuple(_asking):
+                if time.monotonic() - begun < DEADLINES.starter_ends:
+                    process.terminate()
+                else:
+                    process.kill()
 
 
 def title(host: Host) -> str:

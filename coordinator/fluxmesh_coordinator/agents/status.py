@@ -16,6 +16,7 @@ from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.homes import Home
 from fluxmesh.storage.keys import Keys, load_keys
 from fluxmesh.wire import messages
+from fluxmesh.wire.loop_thread import LoopThread
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
@@ -41,7 +42,13 @@ class Survey:
             for link in self.record.links
             if link.source in self.statuses and link.target in self.statuses
         )
-        return MeshView(hosts, links, self.record.hostfile.backend, self.record.timings)
+        return MeshView(
+            hosts,
+            links,
+            self.record.hostfile.backend,
+            self.record.timings,
+            self.record.fallback,
+        )
 
 
 def host_info(rank: int, status: messages.Status) -> HostInfo:
@@ -56,11 +63,14 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         load_rate=status.load_rate,
         measured=status.measured,
         holds=status.holds,
+        text=status.text,
+        kept=status.kept,
         device=status.device,
         platform=status.platform,
         machine_bytes=status.machine_bytes,
         compiled=status.compiled,
-        ring=RingPlace(status.ring, status.ring_rank, status.ring_size),
+        busy_seconds=status.busy_seconds,
+        ring=RingPlace(status.ring, status.ring_rank, status.ring_size, status.ring_backend),
     )
 
 
@@ -90,8 +100,16 @@ def in_use(survey: Survey) -> str:
     """Why its agents should not be ended now, in a sentence; "" where nobody holds one."""
     for rank, status in survey.statuses.items():
         if status.job:
-            return f"Host {rank} works on {status.job}; wait until it is done, or use `force`."
+            return f"Host {rank} works on {_work(status)}; wait until it is done, or use `force`."
     return ""
+
+
+def _work(status: messages.Status) -> str:
+    """What is done and for whom: `4 images, 128x128 (anna@studio)`; a job's name is an id."""
+    lease = status.lease
+    if lease is None:
+        return status.job
+    return f"{lease.title} ({lease.user})" if lease.title else f"a job of {lease.user}"
 
 
 def answering(survey: Survey) -> Survey:
@@ -130,7 +148,10 @@ def with_agents(
 
 
 def run(keys: Keys, do: Callable[[Dialer], Coroutine[Any, Any, T]]) -> T:
-    """Runs `do` with a dialer that proves `keys`, in an event loop of its own."""
+    """Runs `do` with a dialer that proves `keys`, in an event loop of its own.
+
+    Ctrl-C cancels it, and waits until what it has told the agents has left.
+    """
     from fluxmesh.wire.transport.dialer import CurveDialer  # loads zmq
 
     async def body() -> T:
@@ -140,4 +161,5 @@ def run(keys: Keys, do: Callable[[Dialer], Coroutine[Any, Any, T]]) -> T:
         finally:
             await dialer.close()
 
-    return asyncio.run(body())
+    with LoopThread("agents") as loop:
+        return loop.run(body())

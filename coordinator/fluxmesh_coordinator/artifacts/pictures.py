@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from fluxmesh.errors import OutputError, UsageError
 from fluxmesh.storage.atomic import write_file
+from fluxmesh.storage.writable import check_file, check_folder
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.artifacts.recipe import KEYWORD
 
@@ -24,11 +25,15 @@ DEFAULT_STEM = "out"
 GAP = 8  # pixels between the images of a grid
 
 
-def encode_png(pixels: np.ndarray, recipe_json: str) -> bytes:
-    """A PNG of uint8 (height, width, 3) `pixels`, with its recipe in a text chunk."""
+def encode_png(pixels: np.ndarray, recipe_json: str | None) -> bytes:
+    """A PNG of uint8 (height, width, 3) `pixels`, with its recipe in a text chunk.
+
+    None: with nothing but the pixels.
+    """
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("Software", f"fluxmesh {__version__}")
-    chunks.add_text(KEYWORD, recipe_json)
+    if recipe_json is not None:
+        chunks.add_text("Software", f"fluxmesh {__version__}")
+        chunks.add_text(KEYWORD, recipe_json)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", pnginfo=chunks)
     return buffer.getvalue()
@@ -68,12 +73,16 @@ class PicturePath:
     def parse(cls, output: str | None, *, force: bool = False) -> PicturePath:
         """Reads `--output`: None, a folder, or the name of a PNG file.
 
-        Raises `UsageError` for a name that isn't a PNG's, `OutputError` for a missing folder.
+        Raises `UsageError` for a name that isn't a PNG's, `OutputError` for a folder that is
+        missing or takes no files.
         """
         if output is None:
+            check_folder(Path())
             return cls(Path(), force=force)
-        path = Path(output)
-        if path.is_dir():
+        path = Path(os.path.expanduser(output))
+        if not output:
+            raise UsageError.about("output", "names nothing", "name a PNG file, or a folder")
+        if os.path.isdir(path):
             target = cls(path, force=force)
         elif output.endswith(("/", os.sep)):
             raise OutputError(f"`output` {output}: the folder does not exist; make it first.")
@@ -81,12 +90,11 @@ class PicturePath:
             target = cls(path.parent, path.stem, path.suffix or ".png", given=True, force=force)
         else:
             raise UsageError(f"`output` {output}: pictures are written as PNG; end it in .png.")
-        if not target.folder.is_dir():
+        if not os.path.lexists(target.folder):
             raise OutputError(
                 f"`output` {output}: the folder {target.folder} does not exist; make it first."
             )
-        if not os.access(target.folder, os.W_OK):
-            raise OutputError(f"`output` {output}: the folder {target.folder} can't be written to.")
+        check_file(target.folder / f"{target.stem}{target.suffix}")
         return target
 
 
@@ -173,8 +181,8 @@ class StepFiles:
     """The pictures after each step, in a folder of their own (`--stepwise`)."""
 
     def __init__(self, folder: str, n_prompts: int, n_images: int, *, force: bool) -> None:
-        """Raises `OutputError` if the folder has something in it already."""
-        self.folder = Path(folder)
+        """Raises `OutputError` if the folder has something in it already, or takes nothing."""
+        self.folder = Path(os.path.expanduser(folder))
         self.n_prompts = n_prompts
         self.n_images = n_images
         self.force = force
@@ -182,6 +190,7 @@ class StepFiles:
             raise OutputError(f"`stepwise` {folder} is no folder: name a new one.")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not force:
             raise OutputError(f"`stepwise` {folder} is not empty: name a new folder.")
+        check_folder(self.folder)
 
     def save(self, prompt: int, image: int, step: int, steps: int, data: bytes) -> Path:
         """Writes the preview after `step` (from 1) of `steps`; prompt and image count from 0."""

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from fluxmesh_coordinator.runtime.resolved import Resolved
 
 KEYWORD = "fluxmesh"  # of the PNG text chunk
+# Fields that most pictures lack.
+RARE = (
+    *("text_bits", "references", "reference_strengths", "redux", "redux_revision"),
+    *("control", "control_from", "negative", "cfg"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,28 @@ class SourceFiles:
 
 
 @dataclass(frozen=True)
+class NamedFile:
+    """A picture that the prompt speaks of, as it was named, and the hash of what is in it."""
+
+    name: str
+    sha256: str
+
+    @classmethod
+    def of(cls, file: str | bytes) -> NamedFile:
+        """Of a file as it is now; what came as bytes has no name: ""."""
+        return cls(_name_of(file), sha256_of(file))
+
+
+@dataclass(frozen=True)
+class ConditionFiles:
+    """The files of a request's conditions."""
+
+    references: tuple[NamedFile, ...] = ()
+    control: NamedFile | None = None
+    control_from: NamedFile | None = None  # a picture whose edges are the map
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that `--from` needs; the field names are those of the options."""
 
@@ -74,6 +101,7 @@ class Recipe:
     revision: str = ""  # of the checkpoint: a Hub commit, or a hash of its files
     dtype: str = "bfloat16"
     bits: int | None = None
+    text_bits: int | None = None  # of the text encoders, where they have others
     adapters: tuple[tuple[str, float, str], ...] = ()  # path, scale, sha256
     fuse_adapters: bool = False
     t5_padding: bool = True
@@ -81,6 +109,14 @@ class Recipe:
     cache: float = 0.0  # above 0 the picture is an approximation
     placement: str = "data"
     source: SourceFiles | None = None
+    references: tuple[NamedFile, ...] = ()
+    reference_strengths: tuple[float, ...] = ()  # of each; () where all count as they are
+    redux: str = ""  # with what they were read, by a model that reads none by itself
+    redux_revision: str = ""
+    control: NamedFile | None = None
+    control_from: NamedFile | None = None
+    negative: str | None = None
+    cfg: float | None = None
     n_images: int = 1  # more than one: this file is a grid of them
     n_rows: int = 1
     version: str = __version__  # of fluxmesh
@@ -91,9 +127,11 @@ class Recipe:
         resolved: Resolved,
         source: SourceFiles | None = None,
         n_rows: int = 1,
+        conditions: ConditionFiles | None = None,
     ) -> Recipe:
         """The recipe of all of a request's images, in the names that the user gave."""
         request, model = resolved.request, resolved.model
+        conditions = conditions or ConditionFiles()
         adapters = zip(resolved.adapters, request.adapters, strict=True)
         return cls(
             prompt=request.prompt,
@@ -106,12 +144,23 @@ class Recipe:
             revision=model.revision,
             dtype=request.dtype,
             bits=request.bits,
+            text_bits=None if request.text_bits == request.bits else request.text_bits,
             adapters=tuple((named.path, named.scale, hashed.path) for named, hashed in adapters),
             fuse_adapters=request.fuse_adapters,
             t5_padding=request.t5_padding,
             decoding_batch_size=request.decoding_batch_size,
             cache=request.cache,
             source=source,
+            references=conditions.references,
+            reference_strengths=(
+                request.reference_strengths if "reference_strengths" in request.conditions else ()
+            ),
+            redux=resolved.reader,
+            redux_revision=resolved.reader_revision,
+            control=conditions.control,
+            control_from=conditions.control_from,
+            negative=request.negative,
+            cfg=request.cfg if request.cfg > 1 else None,
             n_images=request.n_images,
             n_rows=n_rows,
         )
@@ -129,11 +178,18 @@ class Recipe:
             hashes[self.source.image] = self.source.image_sha256
             if self.source.mask is not None:
                 hashes[self.source.mask] = self.source.mask_sha256 or ""
+        hashes |= {file.name: file.sha256 for file in self.references}
+        for file in (self.control, self.control_from):
+            if file is not None:
+                hashes[file.name] = file.sha256
         return hashes
 
     def to_json(self, **more: Any) -> str:
         """ASCII, so that it fits a PNG text chunk of any reader; `more` adds keys."""
         values = asdict(self) | more
+        for name in RARE:  # what a picture was not made with, its recipe does not name
+            if not values[name]:
+                del values[name]
         if self.cache:
             values["approximate"] = True  # for whoever reads it without knowing what a cache does
         return json.dumps(values, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
@@ -159,6 +215,7 @@ class Recipe:
             revision=_field(values, "revision", str, ""),
             dtype=_field(values, "dtype", str, "bfloat16"),
             bits=_field(values, "bits", (int, type(None)), None),
+            text_bits=_field(values, "text_bits", (int, type(None)), None),
             adapters=tuple(_adapter(entry) for entry in _field(values, "adapters", list, [])),
             fuse_adapters=_field(values, "fuse_adapters", bool, False),
             t5_padding=_field(values, "t5_padding", bool, True),
@@ -166,6 +223,14 @@ class Recipe:
             cache=_number(values, "cache", 0.0),
             placement=_field(values, "placement", str, "data"),
             source=None if source is None else _source(source),
+            references=tuple(_file(file) for file in _field(values, "references", list, [])),
+            reference_strengths=_strengths(values),
+            redux=_field(values, "redux", str, ""),
+            redux_revision=_field(values, "redux_revision", str, ""),
+            control=_file_or_none(values, "control"),
+            control_from=_file_or_none(values, "control_from"),
+            negative=_field(values, "negative", (str, type(None)), None),
+            cfg=None if values.get("cfg") is None else _number(values, "cfg"),
             n_images=_field(values, "n_images", int, 1),
             n_rows=_field(values, "n_rows", int, 1),
             version=_field(values, "version", str, ""),
@@ -174,12 +239,13 @@ class Recipe:
 
 def differences(recorded: Recipe, now: Recipe) -> list[str]:
     """What makes it doubtful that `now` gives the picture of `recorded`, in sentences."""
-    sentences = []
-    if recorded.model == now.model and recorded.revision != now.revision:
-        sentences.append(
-            f"The picture was made with revision {recorded.revision} of {recorded.model}; "
-            f"this machine has {now.revision}."
-        )
+    named = [(recorded.model, recorded.revision, now.model, now.revision)]
+    named += [(recorded.redux, recorded.redux_revision, now.redux, now.redux_revision)]
+    sentences = [
+        f"The picture was made with revision {before} of {name}; this machine has {here or 'none'}."
+        for name, before, same, here in named
+        if name == same and before not in ("", here)  # "": only other machines had its files
+    ]
     before, present = recorded.file_hashes(), now.file_hashes()
     sentences.extend(
         f"{path} is not the file that it was when the picture was made."
@@ -203,7 +269,8 @@ def read_recipe(path: str | Path) -> Recipe:
     if text is None:
         raise UsageError(
             f"`recipe` {path}: this picture does not say how it was made; "
-            "only a PNG that fluxmesh wrote does, as long as no other program saved it again."
+            "only a PNG that fluxmesh wrote does, as long as no other program saved it again, and "
+            "not with `no_metadata`."
         )
     try:
         return Recipe.from_json(text)
@@ -246,6 +313,25 @@ def _adapter(entry: Any) -> tuple[str, float, str]:
         _number(values, "scale"),
         _field(values, "sha256", str),
     )
+
+
+def _strengths(values: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the references, all of them or none."""
+    listed = _field(values, "reference_strengths", list, [])
+    strengths = tuple(_number({"strength": each}, "strength") for each in listed)
+    if strengths and len(strengths) != len(_field(values, "references", list, [])):
+        raise ValueError("'reference_strengths' are not as many as 'references'")
+    return strengths
+
+
+def _file(values: Any) -> NamedFile:
+    if not isinstance(values, Mapping):
+        raise ValueError("a file is not a JSON object")
+    return NamedFile(_field(values, "name", str), _field(values, "sha256", str, ""))
+
+
+def _file_or_none(values: Mapping[str, Any], name: str) -> NamedFile | None:
+    return None if values.get(name) is None else _file(values[name])
 
 
 def _source(values: Any) -> SourceFiles:

@@ -1,45 +1,63 @@
-"""`report.html`: a training's loss curve and its progress pictures side by side, in one file.
+"""`report.html`: a training on one page, to look at while it runs and to send to a friend later.
 
-Made from what lies in the output folder (`metrics.jsonl`, `*_progress.png`), so that it is the
-same after a resume. The pictures are inside the file, the curve is SVG: it opens anywhere, and
-loads nothing from elsewhere. The SVG is written here, for a plotting library would be a large
-dependency for one polyline, and its file a picture whose points can't be read.
+What it was taught, how the loss went, what its progress pictures show, which checkpoint is the best
+as far as that was measured, and the command that uses it. One file that loads nothing from
+elsewhere, in light and dark. Losses and pictures come from what lies in the output folder
+(`metrics.jsonl`, `*_progress.png`), so that they are the same after a resume. While the run goes
+on, the page asks to be read again every few seconds; no script is in it.
 """
 
 from __future__ import annotations
 
 import base64
 import html
+import io
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from fluxmesh.storage.atomic import write_file
+from fluxmesh_coordinator.artifacts.loss_curve import Point, curve
 
 REPORT = "report.html"
 METRICS = "metrics.jsonl"
 PICTURE = re.compile(r"(\d{7,})_progress\.png")
-WIDTH, HEIGHT, MARGIN = 860, 280, 48  # of the curve, in pixels
-SPARSE = 30  # points of a curve, below which each is marked
-SMOOTH = 0.9  # of the running mean beside the single updates
-
-Point = tuple[float, float]
+REFRESH = 10  # seconds, while the training runs
+THUMBNAIL = 192  # pixels of a training picture's longer side, for screens that show two in one
+LARGEST = 768  # of a progress picture's
+SHOWN = 24  # training pictures
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8">{refresh}<title>{title}</title>
 <meta name="viewport" content="width=device-width">
 <style>
+:root {{ color-scheme: light dark; --text: #1d2430; --back: #fff; --quiet: #5b6675;
+  --panel: #f3f6fa; --grid: #e6eaf0; --faint: #a9b9d0; --mean: #2463b5; --held: #c2571a }}
+@media (prefers-color-scheme: dark) {{ :root {{ --text: #e4e8ee; --back: #14181f; --quiet: #97a3b4;
+  --panel: #1e242e; --grid: #2b3340; --faint: #4f6285; --mean: #6aa5f8; --held: #f0975a }} }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em;
-  color: #1d2430; background: #fff }}
-h1 {{ font-size: 1.4em }} h2 {{ font-size: 1.1em; margin-top: 2em }}
-table {{ border-collapse: collapse }} td {{ padding: .1em 1.5em .1em 0; vertical-align: top }}
-td:first-child {{ color: #5b6675 }}
-.pictures {{ display: flex; flex-wrap: wrap; gap: 12px }} figure {{ margin: 0 }}
-figure img {{ display: block; width: 200px; image-rendering: auto }} figcaption {{ color: #5b6675 }}
-svg {{ width: 100%; height: auto }} svg text {{ font-size: 12px; fill: #5b6675 }}
+  color: var(--text); background: var(--back) }}
+h1 {{ font-size: 1.5em; margin-bottom: .2em }} h2 {{ font-size: 1.1em; margin-top: 2em }}
+.state {{ color: var(--quiet); margin: 0 }} .state b {{ color: var(--text) }}
+progress {{ width: 100%; height: 8px; accent-color: var(--mean) }}
+pre {{ background: var(--panel); padding: .8em 1em; border-radius: 6px; overflow-x: auto;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px }}
+table {{ border-collapse: collapse }} td {{ padding: .1em 1.5em .1em 0; vertical-align: top;
+  overflow-wrap: anywhere }}
+td:first-child {{ color: var(--quiet); white-space: nowrap }}
+.pictures {{ display: flex; flex-wrap: wrap; gap: 14px }}
+figure {{ margin: 0; width: 200px }} .small figure {{ width: 96px }}
+figure img {{ display: block; width: 100%; border-radius: 4px }}
+figcaption {{ color: var(--quiet); font-size: 13px; overflow-wrap: anywhere }}
+.small figcaption {{ font-size: 11px; line-height: 1.3 }}
+svg {{ width: 100%; height: auto }} svg text {{ font-size: 12px; fill: var(--quiet) }}
+footer {{ color: var(--quiet); font-size: 12px; margin-top: 3em }}
 </style>
 <h1>{title}</h1>
 {body}
@@ -47,96 +65,77 @@ svg {{ width: 100%; height: auto }} svg text {{ font-size: 12px; fill: #5b6675 }
 """
 
 
-def write_report(folder: Path, title: str, facts: Mapping[str, Any]) -> Path:
-    """Writes the report of the run in `folder`, over an older one; returns its file.
+@dataclass(frozen=True)
+class TaughtPicture:
+    """A picture that is taught, small."""
 
-    `facts` are told in a table as they stand. Raises `OutputError`.
-    """
-    metrics = folder / METRICS
+    jpeg: bytes = field(repr=False)
+    caption: str
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, caption: str) -> TaughtPicture:
+        """Of uint8 [height, width, 3] at any size."""
+        picture = Image.fromarray(pixels)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        return cls(_jpeg(picture), caption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What the page tells beside what lies in the folder."""
+
+    title: str
+    facts: Mapping[str, Any] = field(default_factory=dict)  # told in a table as they stand
+    state: str = ""  # "running", "done", ...; and what is to be said of it
+    iteration: int = 0  # done
+    iterations: int = 0  # of the whole run
+    running: bool = False  # then the page asks to be read again
+    command: str = ""  # that paints with what was learned
+    best: str = ""  # which checkpoint that is, and how it is known
+    taught: Sequence[TaughtPicture] = ()
+    untaught: int = 0  # more of these, which are not shown
+    written: str = ""  # when, and by what
+
+    def write(self, folder: Path) -> Path:
+        """Writes the page over an older one; returns its file. Raises `OutputError`."""
+        title = html.escape(self.title)
+        refresh = f'<meta http-equiv="refresh" content="{REFRESH}">' if self.running else ""
+        body = "\n".join(self._parts(folder))
+        page = _PAGE.format(title=title, refresh=refresh, body=body)
+        write_file(folder / REPORT, page.encode(), replace=True)
+        return folder / REPORT
+
+    def _parts(self, folder: Path) -> Iterable[str]:
+        if self.state:
+            yield f'<p class="state">{self.state}</p>'
+        if self.running and self.iterations:
+            yield f'<progress value="{self.iteration}" max="{self.iterations}"></progress>'
+        pictures = sorted(path for path in folder.iterdir() if PICTURE.fullmatch(path.name))
+        if self.command:
+            yield f"<h2>Use it</h2><p>{html.escape(self.best)}</p>"
+            yield f"<pre>{html.escape(self.command)}</pre>"
+        if pictures:
+            yield _gallery("What it paints", [_progress(path) for path in pictures])
+        losses, held_out = read_losses(folder / METRICS)
+        if losses:
+            yield f"<h2>Loss</h2>{curve(losses, held_out)}"
+        if self.taught:
+            more = f" (and {self.untaught} more)" if self.untaught else ""
+            shown = [_figure("jpeg", each.jpeg, each.caption) for each in self.taught]
+            yield _gallery(f"What it was taught{more}", shown, "pictures small")
+        if self.facts:
+            yield f"<h2>How</h2>{_table(self.facts)}"
+        if self.written:
+            yield f"<footer>{html.escape(self.written)}</footer>"
+
+
+def read_losses(metrics: Path) -> tuple[list[Point], list[Point]]:
+    """(iteration, loss) of every update, and of every look at what was held out."""
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     entries = [json.loads(line) for line in lines]
     losses = [(e["iteration"], e["loss"]) for e in entries if e["event"] == "updated"]
     held_out = [(e["iteration"], e["loss"]) for e in entries if e["event"] == "validated"]
-    parts = [_table(facts)]
-    if losses:
-        parts += ["<h2>Loss</h2>", curve(losses, held_out)]
-    pictures = sorted(path for path in folder.iterdir() if PICTURE.fullmatch(path.name))
-    if pictures:
-        parts += ["<h2>Progress</h2>", '<div class="pictures">']
-        parts += [_figure(path) for path in pictures]
-        parts.append("</div>")
-    page = _PAGE.format(title=html.escape(title), body="\n".join(parts))
-    write_file(folder / REPORT, page.encode(), replace=True)
-    return folder / REPORT
-
-
-def curve(losses: Sequence[Point], held_out: Sequence[Point]) -> str:
-    """The losses over the iterations, as SVG: single updates, their running mean, held out."""
-    every = [*losses, *held_out]
-    across = ticks(0, max(x for x, _ in every))
-    up = ticks(min(0.0, min(y for _, y in every)), max(y for _, y in every))
-    right, (low, high) = across[-1], (up[0], up[-1])
-
-    def place(x: float, y: float) -> tuple[str, str]:
-        left = MARGIN + x / right * (WIDTH - 2 * MARGIN)
-        top = HEIGHT - MARGIN - (y - low) / (high - low) * (HEIGHT - 2 * MARGIN)
-        return f"{left:.1f}", f"{top:.1f}"
-
-    def line(points: Sequence[Point], style: str) -> str:
-        places = " ".join(",".join(place(*point)) for point in points)
-        return f'<polyline fill="none" stroke-linejoin="round" {style} points="{places}"/>'
-
-    parts = []
-    for y in up:
-        x0, top = place(0, y)
-        parts.append(f'<path stroke="#e6eaf0" d="M{x0} {top}H{WIDTH - MARGIN}"/>')
-        parts.append(
-            f'<text x="{MARGIN - 8}" y="{top}" dy="4" text-anchor="end">{_short(y)}</text>'
-        )
-    for x in across:
-        left, foot = place(x, low)
-        parts.append(f'<text x="{left}" y="{foot}" dy="20" text-anchor="middle">{_short(x)}</text>')
-    parts.append(f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 8}" text-anchor="end">iterations</text>')
-    kinds = [
-        ("each update", losses, "#a9b9d0", 1),
-        ("running mean", running_mean(losses), "#2463b5", 2),
-        ("held out", held_out, "#c2571a", 2),
-    ]
-    left_of_name = MARGIN
-    for name, points, colour, width in kinds:
-        if not points:
-            continue
-        parts.append(line(points, f'stroke="{colour}" stroke-width="{width}"'))
-        if width == 2 and len(points) < SPARSE:
-            circles = (place(*point) for point in points)
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in circles]
-        parts.append(f'<path stroke="{colour}" stroke-width="3" d="M{left_of_name} 14h18"/>')
-        parts.append(f'<text x="{left_of_name + 24}" y="18">{name}</text>')
-        left_of_name += 130
-    drawn = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss">{drawn}</svg>'
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, evenly apart, the first at or below `low` and the last at or above `high`."""
-    rough = (high - low) / 5 or 1.0
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step for step in (1, 2, 2.5, 5, 10) if step * power >= rough * (1 - 1e-9)) * power
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
-
-
-def _short(number: float) -> str:
-    return f"{round(number, 10):.10g}"
-
-
-def running_mean(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean that weighs its first values rightly."""
-    total, weight, out = 0.0, 0.0, []
-    for x, y in points:
-        total, weight = SMOOTH * total + y, SMOOTH * weight + 1
-        out.append((x, total / weight))
-    return out
+    return losses, held_out
 
 
 def _table(facts: Mapping[str, Any]) -> str:
@@ -147,10 +146,27 @@ def _table(facts: Mapping[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    iteration = int(path.name.partition("_")[0])
-    return (
-        f'<figure><img alt="iteration {iteration}" src="data:image/png;base64,{data}">'
-        f"<figcaption>iteration {iteration}</figcaption></figure>"
-    )
+def _gallery(heading: str, figures: Sequence[str], kind: str = "pictures") -> str:
+    return f'<h2>{html.escape(heading)}</h2><div class="{kind}">{"".join(figures)}</div>'
+
+
+def _progress(path: Path) -> str:
+    """A progress picture, as it is where it is small: FLUX's own would be too large to mail."""
+    data, kind = path.read_bytes(), "png"
+    with Image.open(io.BytesIO(data)) as picture:
+        if max(picture.size) > THUMBNAIL:
+            picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+            data, kind = _jpeg(picture), "jpeg"
+    return _figure(kind, data, f"iteration {int(path.name.partition('_')[0])}")
+
+
+def _figure(kind: str, data: bytes, caption: str) -> str:
+    text = html.escape(caption)
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()

@@ -7,14 +7,18 @@ that `fluxmesh --help` answers at once; a command imports what it computes with 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import NoReturn
 
 import click
 
 from fluxmesh.errors import CancelledError, FluxmeshError
 from fluxmesh.machine.open_files import allow_many_files
+from fluxmesh.spelling import did_you_mean
+from fluxmesh.storage import interrupts
 from fluxmesh.version import __version__
 from fluxmesh_coordinator.console.json_lines import emit
 from fluxmesh_coordinator.console.option_names import in_options
@@ -26,16 +30,50 @@ COMMANDS = {
     "models": "fluxmesh_coordinator.cli.models:models",
     "adapters": "fluxmesh_coordinator.cli.adapters:adapters",
     "up": "fluxmesh_coordinator.cli.up:up",
+    "hostfile": "fluxmesh_coordinator.cli.up:hostfile",
     "status": "fluxmesh_coordinator.cli.status:status",
     "plan": "fluxmesh_coordinator.cli.plan:plan",
+    "bench": "fluxmesh_coordinator.cli.bench:bench",
     "doctor": "fluxmesh_coordinator.cli.doctor:doctor",
     "logs": "fluxmesh_coordinator.cli.logs:logs",
     "down": "fluxmesh_coordinator.cli.down:down",
+    "serve": "fluxmesh_coordinator.cli.serve:serve",
+    "config": "fluxmesh_coordinator.cli.config:config",
+    "completion": "fluxmesh_coordinator.cli.completion:completion",
 }
+# Whose options environment and config.toml may give.
+TAKE_DEFAULTS = {"generate", "interactive", "plan", "up", "train"}
 
 
-class LazyGroup(click.Group):
+class SuggestingGroup(click.Group):
+    """A group that knows what is near a command that it has not."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name.startswith("-") or ctx.resilient_parsing or self.get_command(ctx, name):
+            return super().resolve_command(ctx, args)
+        end = did_you_mean(name, self.list_commands(ctx), ".")
+        raise click.UsageError(f"There is no command {name!r}{end}", ctx)
+
+
+class LazyGroup(SuggestingGroup):
     """A group that imports a command's module when the command is first asked for."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command, with the defaults that environment and config.toml give it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        asks_for_help = not {"-h", "--help"}.isdisjoint(rest)
+        if name in TAKE_DEFAULTS and not (ctx.resilient_parsing or asks_for_help):
+            from fluxmesh_coordinator.cli.defaults import Defaults
+
+            ctx.obj = Defaults.read()
+            values = {key: default.value for key, default in ctx.obj.of(name).items()}
+            ctx.default_map = {name: values}
+        return name, command, rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -62,37 +100,96 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 usage, 4 does not fit, 130 cancelled.
 
-    Every error becomes one sentence on stderr; with `--json` also one line on stdout.
+    Every error becomes one sentence on stderr; with `--json` also one line on stdout. None: this is
+    the program itself, whose signals are ours.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        interrupts.cancel_from_now()
+    code = _code_of(list(sys.argv[1:] if arguments is None else arguments))
+    if interrupts.happened():
+        interrupts.show_cursor()
+    interrupts.put_right()
+    if arguments is None:
+        interrupts.ignore()
+        if code == CancelledError.exit_code:  # Python would wait for threads, and tell of them
+            _flush()
+            os._exit(code)
+    sys.exit(code)
+
+
+def _code_of(arguments: Sequence[str]) -> int:
+    """What a command ends with, once that is told."""
     allow_many_files()
     try:
         code = cli.main(arguments, prog_name="fluxmesh", standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
+    except CancelledError as error:
+        return _fail(arguments, in_options(str(error)), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(arguments, "Cancelled.", CancelledError.exit_code)
+    except BaseException as error:
+        # Where a signal meets a library, what comes out of it may be anything.
+        if interrupts.happened():
+            return _fail(arguments, "Cancelled.", CancelledError.exit_code)
+        return _told(arguments, error)
+    return code if isinstance(code, int) else 0
+
+
+def _told(arguments: Sequence[str], error: BaseException) -> int:
+    """The exit code of an error, which is told as a sentence. Raises what is none of ours."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) and error.ctx is not None:
+        click.echo(error.ctx.get_help(), err=True)
+        _tell_program(arguments, f"{error.ctx.command_path} needs a command.", error.exit_code)
+        return error.exit_code
+    if isinstance(error, click.UsageError):
+        _show_usage(error)
         _tell_program(arguments, error.format_message(), error.exit_code)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        sys.exit(_fail(arguments, error.format_message(), error.exit_code))
-    except FluxmeshError as error:
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        return _fail(arguments, error.format_message(), error.exit_code)
+    if isinstance(error, FluxmeshError):
         code = _fail(arguments, in_options(str(error)), error.exit_code)
         if {"-v", "--verbose"} & set(arguments):
             for note in getattr(error, "__notes__", ()):
                 click.echo(note, err=True)
-        sys.exit(code)
-    except OSError as error:  # of a path that no command looked at more closely
+        return code
+    if isinstance(error, OSError):  # of a path that no command looked at more closely
         what = error.strerror or type(error).__name__
         where = "" if error.filename is None else f"{error.filename}: "
-        sys.exit(_fail(arguments, f"{where}{what}.", FluxmeshError.exit_code))
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(_fail(arguments, "Cancelled.", CancelledError.exit_code))
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(arguments, f"{where}{what}.", FluxmeshError.exit_code)
+    raise error
+
+
+def _show_usage(error: click.UsageError) -> None:
+    """As click shows it, with our word for an error."""
+    if error.ctx is not None:
+        click.echo(error.ctx.get_usage(), err=True)
+        click.echo(f"Try '{error.ctx.command_path} --help' for help.\n", err=True)
+    click.echo(f"{_error_word()} {error.format_message()}", err=True)
+
+
+def _error_word() -> str:
+    """Red on a terminal, unless its user wants no colours (https://no-color.org)."""
+    has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return click.style("Error:", fg="red", bold=True) if has_colours else "Error:"
 
 
 def _fail(arguments: Sequence[str], message: str, code: int) -> int:
-    click.echo(message if code == CancelledError.exit_code else f"Error: {message}", err=True)
-    _tell_program(arguments, message, code)
+    is_cancel = code == CancelledError.exit_code
+    with _into_nothing(code):
+        click.echo(message if is_cancel else f"{_error_word()} {message}", err=True)
+        _tell_program(arguments, message, code)
     return code
+
+
+def _flush() -> None:
+    with _into_nothing(CancelledError.exit_code):
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _into_nothing(code: int) -> AbstractContextManager[None]:
+    """Who reads what was cancelled may be gone, or have closed the terminal: that is no error."""
+    return suppress(OSError) if code == CancelledError.exit_code else nullcontext()
 
 
 def _tell_program(arguments: Sequence[str], message: str, code: int) -> None:

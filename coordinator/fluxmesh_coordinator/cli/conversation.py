@@ -1,48 +1,161 @@
 """What is typed at `fluxmesh interactive`: a line is a prompt, or a setting if it begins with /.
 
-A mistake or a failed picture is told, and the conversation goes on; Ctrl-C stops the picture that
-is being painted, and at the empty prompt it ends the conversation.
+A mistake or a failed picture is told, and the conversation goes on. Ctrl-C stops the picture that
+is being painted; at the prompt it drops what was typed, and the second one in a row ends the
+conversation, as Ctrl-D does.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
+import os
+import shlex
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.spelling import did_you_mean
+from fluxmesh.storage import interrupts
+from fluxmesh.storage.homes import Home
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath
-from fluxmesh_coordinator.cli.options import ImageSize
+from fluxmesh_coordinator.cli.options import Adapter, ImageSize, Margins
 from fluxmesh_coordinator.commands.generate import Painter, Spread
 from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
 from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
+from fluxmesh_coordinator.console.line_editor import LineEditor, path_choices
 
 PROMPT = "fluxmesh> "
 HELP = """\
 Type a prompt to paint it. A line that begins with / changes a setting until it is changed again:
-  /size 128x192    height and width in pixels      /steps 8       denoising steps
-  /seed 7          where the noise comes from      /n 4           images a prompt
-  /model schnell   the checkpoint                  /guidance 3.5  for models that take it
+  /model schnell   the checkpoint                  /size 128x192  height and width in pixels
+  /steps 8         denoising steps                 /seed 7        where the noise comes from
+  /n 4             images a prompt                 /guidance 3.5  for models that take it
   /cache 0.1       approximate and faster; 0 is off
+  /adapter dog.safetensors:0.8                     one LoRA or several
+  /image photo.png begin from this picture         /strength 0.6  how much of it is painted over
+  /mask mask.png   paint where this is white       /outpaint 0,0,64,0  left, top, right, bottom
+  /reference a.png b.png@0.8   pictures that prompts speak of; last: the picture painted last
+  /control map.png edges or depth to follow        /control-from photo.png  follow its edges
+  /negative blur   what to be without              /cfg 4         how strongly
 With no value, a setting goes back to what it is by itself (a seed is drawn for each prompt).
   /settings        what they are now
-  /quit            the end (Ctrl-D too)"""
+  /quit            the end (Ctrl-D, or Ctrl-C twice)
+Tab completes, the arrows bring back what was typed before, also in earlier sessions."""
+PATH_COMMANDS = ("/image", "/mask", "/control", "/control-from", "/adapter")
+LAST = "last"  # instead of a path: the picture that was painted last
+AGAIN = "Ctrl-C again, Ctrl-D or /quit ends."
+
+
+class PicturePathType(click.ParamType):
+    """A picture that can be read."""
+
+    name = "PATH"
+
+    def __init__(self, field: str) -> None:
+        """`field` is the setting's, which an error names."""
+        self.field = field
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from fluxmesh.images import read_picture
+
+        path = os.path.expanduser(str(value))
+        read_picture(path, self.field)
+        return path
+
+
+class References(click.ParamType):
+    """Pictures that can be read, or `last`, each with its strength; a path with spaces stands in
+    quotes."""
+
+    name = "PATH[@STRENGTH] ..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, float], ...]:
+        from fluxmesh.adapters.find import split_scale
+
+        read, references = PicturePathType("reference").convert, []
+        for word in _words(self, value, param, ctx):
+            try:
+                path, strength = split_scale(word)
+            except ValueError:
+                self.fail(f"{word!r} is not PATH or PATH@STRENGTH, such as mug.png@0.8.")
+            references.append((path if path == LAST else read(path, param, ctx), strength))
+        return tuple(references)
+
+
+def _words(
+    kind: click.ParamType, value: Any, param: click.Parameter | None, ctx: click.Context | None
+) -> list[str]:
+    try:
+        return shlex.split(str(value))
+    except ValueError:
+        kind.fail(f"{value!r} has a quote that is not closed.", param, ctx)
+
+
+class Adapters(click.ParamType):
+    """LoRA files, each with its strength; a path with spaces stands in quotes."""
+
+    name = "PATH[:SCALE] ..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, float], ...]:
+        words = _words(self, value, param, ctx)
+        adapters = tuple(Adapter().convert(os.path.expanduser(w), param, ctx) for w in words)
+        for path, _scale in adapters:
+            if not os.path.exists(path):
+                near = did_you_mean(path, path_choices(os.path.join(os.path.dirname(path), "")))
+                self.fail(f"{path} does not exist{near or '; check the path.'}", param, ctx)
+        return adapters
+
+
+class KnownModel(click.ParamType):
+    """A model that is here, or that the Hub may have."""
+
+    name = "MODEL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from fluxmesh.weights import hub
+
+        name = str(value)
+        hub.check_name(name)
+        return name
+
+
 # What is typed -> the field of `GenerateSettings`, and how its value is read.
 SETTINGS: dict[str, tuple[str, click.ParamType]] = {
+    "model": ("model", KnownModel()),
     "size": ("image_size", ImageSize()),
     "steps": ("steps", click.INT),
     "seed": ("seed", click.INT),
     "n": ("n_images", click.INT),
-    "model": ("model", click.STRING),
     "guidance": ("guidance", click.FLOAT),
     "cache": ("cache", click.FLOAT),
+    "adapter": ("adapter", Adapters()),
+    "image": ("image", PicturePathType("image")),
+    "strength": ("strength", click.FLOAT),
+    "mask": ("mask", PicturePathType("mask")),
+    "outpaint": ("outpaint", Margins()),
+    "reference": ("reference", References()),
+    "control": ("control", PicturePathType("control")),
+    "control-from": ("control_from", PicturePathType("control_from")),
+    "negative": ("negative_prompt", click.STRING),
+    "cfg": ("cfg", click.FLOAT),
 }
+# What a request calls otherwise than these settings do.
+OF_REQUEST = {
+    "references": "reference",
+    "reference_strengths": "reference",
+    "negative": "negative",
+}
+COMMANDS = (*SETTINGS, "settings", "help", "quit")
+OF_IMAGE = ("strength", "mask", "outpaint")  # fields that mean nothing without a picture
 
 
 class Conversation:
@@ -62,6 +175,8 @@ class Conversation:
         self.reporter = reporter
         self.painter = Painter(reporter, keep_warm=True, spread=spread)
         self.read = read or _reader()
+        self.last: Path | None = None  # the file that was written last
+        self.last_images = 0  # that are in it
 
     def run(self) -> None:
         """Until /quit or the end of the input."""
@@ -70,18 +185,28 @@ class Conversation:
 
     def _talk(self) -> None:
         self.reporter.note("A prompt a line; /help tells more, /quit ends.")
+        was_interrupted = False
         while True:
             try:
                 line = self.read().strip()
             except EOFError:
                 return
+            except KeyboardInterrupt:
+                self.reporter.note("" if was_interrupted else f"\n{AGAIN}")
+                if was_interrupted:
+                    return
+                interrupts.handled()
+                was_interrupted = True
+                continue
+            was_interrupted = False
             if line in ("/quit", "/exit"):
                 return
             try:
                 self.answer(line)
             except FluxmeshError as error:
-                self.reporter.note(f"Error: {error}")
+                self.reporter.note(f"Error: {_as_typed(str(error))}")
             except KeyboardInterrupt:
+                interrupts.handled()
                 self.reporter.note("Cancelled.")
             finally:
                 self.reporter.rest()
@@ -91,13 +216,34 @@ class Conversation:
         if line.startswith("/"):
             self._command(*line[1:].split(None, 1))
         elif line:
-            settings = self.settings
+            settings = self._with_last(self.settings)
             seed = draw_seed() if settings.seed is None else settings.seed
             settings.request(line, seed)  # raises what is wrong before anything is loaded
-            ready = self.painter.resolve(settings, line, seed)
+            every = int(self.reporter.shows_previews)
+            ready = self.painter.resolve(settings, line, seed, preview_every=every)
             files = PictureFiles(self.target, n_images=settings.n_images)
-            self.painter.paint(ready, files)
+            for sentence in settings.without_effect():
+                self.reporter.note(_as_typed(sentence))
+            for path in self.painter.paint(ready, files):
+                self.last, self.last_images = path, settings.n_images
             self.reporter.finished()
+
+    def _with_last(self, settings: GenerateSettings) -> GenerateSettings:
+        """The settings with the file that `last` means. Raises `UsageError` where there is none."""
+        if LAST not in (path for path, _ in settings.reference):
+            return settings
+        if self.last is None:
+            raise UsageError("/reference last: nothing was painted yet; name a picture, or paint.")
+        if self.last_images > 1:
+            raise UsageError(
+                f"/reference last: {self.last} is a grid of {self.last_images} pictures; paint one "
+                "with /n 1, or name a picture."
+            )
+        last = str(self.last)
+        return replace(
+            settings,
+            reference=tuple((last if p == LAST else p, s) for p, s in settings.reference),
+        )
 
     def _command(self, name: str = "", text: str = "") -> None:
         if name == "help":
@@ -106,17 +252,58 @@ class Conversation:
             for typed, (field, _) in SETTINGS.items():
                 self.reporter.note(f"  /{typed:<9} {_shown(getattr(self.settings, field))}")
         elif name in SETTINGS:
-            changed = replace(self.settings, **_read(*SETTINGS[name], text.strip()))
+            values = _read(*SETTINGS[name], text.strip())
+            if name == "image" and not text:
+                values |= dict.fromkeys(OF_IMAGE)
+            changed = replace(self.settings, **values)
             changed.request("", changed.seed or 0)  # raises before a bad value is kept
             self.settings = changed
         else:
-            raise UsageError(f"/{name} is not known; /help tells what is.")
+            end = did_you_mean(f"/{name}", [f"/{known}" for known in COMMANDS])
+            raise UsageError(f"/{name} is not known{end or '; /help tells what is.'}")
+
+
+def choices(line: str) -> list[str]:
+    """What the last word of a line that is being typed may become."""
+    command, space, value = line.partition(" ")
+    if not command.startswith("/"):
+        return []
+    if not space:
+        return [f"/{name}" for name in COMMANDS if f"/{name}".startswith(command)]
+    begun = value.rpartition(" ")[2]
+    if command == "/model":
+        from fluxmesh.weights import hub
+
+        names = [name for name in hub.names_here() if name.startswith(begun)]
+        return names or path_choices(begun)
+    if command == "/reference":
+        return [*([LAST] if LAST.startswith(begun) else []), *path_choices(begun)]
+    return path_choices(begun) if command in PATH_COMMANDS else []
+
+
+def _as_typed(sentence: str) -> str:
+    """A sentence of the library with what is typed here for settings: /steps, not an option."""
+    for typed, (field, _) in SETTINGS.items():
+        sentence = sentence.replace(f"`{field}`", f"/{typed}")
+    for field, typed in OF_REQUEST.items():
+        sentence = sentence.replace(f"`{field}`", f"/{typed}")
+    return sentence
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "by itself"
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    match value:
+        case None | ():
+            return "by itself"
+        case (int(height), int(width)):
+            return f"{height}x{width}"
+        case (int(), *_):
+            return ",".join(map(str, value))
+        case (str(), *_):
+            return " ".join(map(str, value))
+        case ((_, _), *_):
+            shown = (str(path) if scale == 1 else f"{path}@{scale:g}" for path, scale in value)
+            return " ".join(shown)
+    return str(value)
 
 
 def _read(field: str, kind: click.ParamType, text: str) -> dict[str, Any]:
@@ -135,9 +322,14 @@ def _reader() -> Callable[[], str]:
         sys.stdin.reconfigure(errors="surrogateescape")  # what isn't UTF-8 the request refuses
     if not sys.stdin.isatty():
         return _next_line
-    with suppress(ImportError):  # a Python built without it: lines can be typed all the same
-        importlib.import_module("readline")
-    return lambda: input(PROMPT)
+    return LineEditor(PROMPT, _history(), choices).read
+
+
+def _history() -> Path | None:
+    try:
+        return Home.default().history
+    except FluxmeshError:  # a home that can't be written to: nothing is remembered
+        return None
 
 
 def _next_line() -> str:

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import click
 
-MARKS = {"ok": "ok", "warn": "warning", "fail": "FAILS"}
+from fluxmesh_coordinator.cli.completion import complete_models
+from fluxmesh_coordinator.cli.paths import UserPath
+
+MARKS = {"ok": "ok", "warn": "[yellow]warning[/]", "fail": "[bold red]FAILS[/]"}
 
 
-@click.command()
-@click.argument("hostfile", required=False, type=click.Path(path_type=Path))
-@click.option("-m", "--model", metavar="MODEL", help="Also look whether it is on every host.")
+@click.command(short_help="Check whether hosts can make a mesh.")
+@click.argument("hostfile", required=False, type=UserPath(path_type=Path))
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    shell_complete=complete_models,
+    help="Also look whether it is on every host.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_json: bool) -> None:
@@ -41,12 +50,16 @@ def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_
         for finding in findings:
             emit("check", **asdict(finding))
     else:
+        from rich.markup import escape
+
         from fluxmesh_coordinator.console import terminal
 
         table = terminal.table(("host", "check", "", "found"))
         for finding in findings:
             host = "here" if finding.rank < 0 else f"{finding.rank}"
-            table.add_row(host, finding.check, MARKS[finding.level], in_options(finding.text))
+            table.add_row(
+                host, finding.check, MARKS[finding.level], escape(in_options(finding.text))
+            )
         terminal.output().print(table)
         for warning in hosts.warnings:
             click.echo(in_options(warning))

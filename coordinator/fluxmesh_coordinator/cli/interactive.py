@@ -6,13 +6,22 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import chosen, settings_options, spread_options
+from fluxmesh_coordinator.cli.options import (
+    display_options,
+    painting_settings,
+    settings_options,
+    spread_options,
+)
+from fluxmesh_coordinator.cli.paths import UserPath
 
 
 @click.command()
-@click.option("-o", "--output", metavar="FOLDER", help="Where pictures go.  [this folder]")
+@click.option(
+    "-o", "--output", type=UserPath(), metavar="FOLDER", help="Where pictures go.  [this folder]"
+)
 @settings_options
 @spread_options
+@display_options
 @click.option(
     "-v", "--verbose", is_flag=True, help="Also tell the plan, times, and peak memory by phase."
 )
@@ -23,6 +32,9 @@ def interactive(
     placement: Any,
     force_shard: bool,
     wait: float | None,
+    opens: bool,
+    shows: bool,
+    previews: bool,
     verbose: bool,
     **_settings: Any,
 ) -> None:
@@ -34,12 +46,12 @@ def interactive(
     from fluxmesh_coordinator.artifacts.pictures import PicturePath
     from fluxmesh_coordinator.cli.conversation import Conversation
     from fluxmesh_coordinator.commands.generate import Spread
-    from fluxmesh_coordinator.commands.settings import GenerateSettings
-    from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
+    from fluxmesh_coordinator.console.generate_report import Display, GenerateTerminalReporter
 
     target = PicturePath.parse(output)
     if target.given:
         raise UsageError(f"--output {output}: interactive takes a folder, and names the files.")
-    settings = GenerateSettings().with_chosen(chosen(context))
-    with GenerateTerminalReporter(verbose=verbose) as reporter:
+    settings = painting_settings(context)
+    display = Display(opens, shows, previews)
+    with GenerateTerminalReporter(verbose=verbose, display=display) as reporter:
         Conversation(settings, target, reporter, Spread(placement, force_shard, wait)).run()

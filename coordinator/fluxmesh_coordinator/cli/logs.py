@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from fluxmesh_coordinator.cli.completion import complete_hosts
 
-@click.command()
-@click.argument("host", required=False)
+
+@click.command(short_help="Show the end of each agent's log.")
+@click.argument("host", required=False, shell_complete=complete_hosts)
 @click.option(
     "-n", "--lines", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Of each."
 )
@@ -28,11 +30,7 @@ def logs(host: str | None, lines: int, as_json: bool) -> None:
     if mesh is None:
         raise UsageError(NO_MESH)
     if host is not None:
-        chosen = [each.rank for each in mesh.hosts if host in (str(each.rank), each.name)]
-        if not chosen:
-            names = ", ".join(f"{each.rank} ({each.name})" for each in mesh.hosts)
-            raise UsageError(f"The mesh has no host {host!r}; it has {names}.")
-        mesh = mesh.only(chosen)
+        mesh = mesh.only(mesh.ranks_of([host]))
 
     async def ask(client: AgentClient) -> tuple[str, ...]:
         return (await client.ask(messages.AskLogs(lines), messages.Logs)).lines

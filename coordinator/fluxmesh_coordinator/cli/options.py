@@ -6,16 +6,22 @@ too: an option that the user did not give says nothing here.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
+from fluxmesh_coordinator.cli.paths import UserPath
+
+if TYPE_CHECKING:
+    from fluxmesh_coordinator.artifacts.recipe import Recipe
+    from fluxmesh_coordinator.commands.settings import GenerateSettings
+
 Command = TypeVar("Command", bound=Callable[..., Any])
-ADAPTER_SCALE = 1.0
+_FILE = UserPath(exists=True, dir_okay=False)
+WEIGHTS = {"model", "dtype", "bits", "text_bits"}  # options that say which weights are held
 MULTIPLE = 16  # of pixels that each side of an image has
 
 
@@ -69,25 +75,40 @@ class Resolutions(Resolution):
 
 
 class Adapter(click.ParamType):
-    """PATH or PATH:SCALE; a file that exists wins over a scale."""
+    """NAME, NAME@SCALE or NAME:SCALE; a file that exists wins over a scale."""
 
-    name = "PATH[:SCALE]"
+    name = "NAME[@SCALE]"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, float]:
+        from fluxmesh.adapters.find import split_scale
+
         if isinstance(value, tuple):
             return value
-        path, colon, scale = value.rpartition(":")
-        if not colon or os.path.exists(value):
-            return value, ADAPTER_SCALE
         try:
-            number = float(scale)
+            return split_scale(value)
         except ValueError:
-            return value, ADAPTER_SCALE
-        if not path or not math.isfinite(number):
-            self.fail(f"{value!r} is not PATH or PATH:SCALE, such as dog.safetensors:0.8.")
-        return path, number
+            self.fail(f"{value!r} is not NAME or NAME@SCALE, such as dog.safetensors@0.8.")
+
+
+class ReferencePicture(click.ParamType):
+    """PATH or PATH@STRENGTH; a file that exists wins over a strength."""
+
+    name = "PATH[@STRENGTH]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        from fluxmesh.adapters.find import split_scale
+
+        if isinstance(value, tuple):
+            return value
+        try:
+            path, strength = split_scale(value)
+        except ValueError:
+            self.fail(f"{value!r} is not PATH or PATH@STRENGTH, such as mug.png@0.8.", param, ctx)
+        return _FILE.convert(path, param, ctx), strength
 
 
 class Margins(click.ParamType):
@@ -112,6 +133,38 @@ def chosen(context: click.Context) -> dict[str, Any]:
     }
 
 
+def painting_settings(context: click.Context, earlier: Recipe | None = None) -> GenerateSettings:
+    """How to paint: the command line, above environment and config.toml, above the defaults.
+
+    To make an `earlier` picture again, its recipe stands in for all but the command line. What a
+    mesh was brought up with stands above config.toml: it is warm, and `up` was told so later.
+    """
+    from fluxmesh_coordinator.commands.settings import GenerateSettings
+
+    values = chosen(context)
+    on_command_line = {
+        name: value
+        for name, value in values.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    if earlier is not None:
+        return GenerateSettings.of_recipe(earlier).with_chosen(on_command_line)
+    of_file = context.obj.of_file if context.obj is not None else frozenset()
+    configured = (WEIGHTS & values.keys() & of_file) - on_command_line.keys()
+    if configured and ("model" not in values or "model" in configured) and _mesh_has_weights():
+        values = {name: value for name, value in values.items() if name not in configured}
+    if on_command_line.get("quantize") is False:  # what config.toml says is put aside
+        values |= {name: None for name in ("bits", "text_bits") if name not in on_command_line}
+    return GenerateSettings().with_chosen(values)
+
+
+def _mesh_has_weights() -> bool:
+    from fluxmesh_coordinator.agents import mesh_file
+
+    record = mesh_file.load()
+    return record is not None and record.weights is not None
+
+
 def settings_options(command: Command) -> Command:
     """Adds an option for every field of `Settings` to a command."""
     for option in reversed(_OPTIONS):
@@ -126,6 +179,28 @@ def spread_options(command: Command) -> Command:
     return command
 
 
+def display_options(command: Command) -> Command:
+    """Adds the options that say what becomes of a saved picture: the fields of `Display`."""
+    for option in reversed(_DISPLAY):
+        command = option(command)
+    return command
+
+
+_DISPLAY = [
+    click.option(
+        "--open/--no-open", "opens", help="Open each picture in this machine's viewer.  [off]"
+    ),
+    click.option(
+        "--show/--no-show",
+        "shows",
+        help="Show each picture in the terminal: iTerm2, kitty, WezTerm, Ghostty.  [off]",
+    ),
+    click.option(
+        "--preview/--no-preview",
+        "previews",
+        help="Show it there while it is painted, small and after each step.  [off]",
+    ),
+]
 _SPREAD = [
     click.option(
         "--placement",
@@ -138,25 +213,63 @@ _SPREAD = [
         help="How long hosts that are lost may take to return.",
     ),
 ]  # fmt: skip
-_FILE = click.Path(exists=True, dir_okay=False)
 _OPTIONS = [
     click.option(
-        "-m", "--model", metavar="MODEL", help="tiny, schnell, dev, krea-dev, a Hub repo or a path."
+        "-m",
+        "--model",
+        metavar="MODEL",
+        shell_complete=complete_models,
+        help="tiny, klein, schnell, dev, a Hub repo, a path.  [the best that is here and fits]",
     ),
     click.option("-n", "--n-images", type=int, help="How many images; image k has seed + k.  [1]"),
     click.option("--image-size", type=ImageSize(), help="In pixels.  [the model's own]"),
     click.option("--steps", type=int, help="Denoising steps.  [the model's own]"),
     click.option("--guidance", type=float, help="Guidance, for models that take it.  [4.0]"),
     click.option("--seed", type=int, help="Where the noise comes from.  [drawn, and told]"),
-    click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid."),
+    click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid.  [1]"),
     click.option("--image", type=_FILE, metavar="PATH", help="Begin from this picture."),
     click.option(
-        "--strength", type=float, help="Share of the steps that --image goes through, 0 to 1."
+        "--strength",
+        type=float,
+        help="Share of the steps that --image goes through.  [0.6; 1 with --mask, --outpaint]",
     ),
-    click.option("--mask", type=_FILE, metavar="PATH", help="Paint where this picture is white."),
+    click.option(
+        "--mask",
+        type=_FILE,
+        metavar="PATH",
+        help="Paint where this picture is white, or transparent.",
+    ),
     click.option("--outpaint", type=Margins(), help="Paint a border around --image, in pixels."),
     click.option(
-        "--adapter", type=Adapter(), multiple=True, help="A LoRA, and its strength.  [1.0]"
+        "--reference",
+        type=ReferencePicture(),
+        multiple=True,
+        help="A picture that the prompt speaks of, and how much it counts; several are taken too.",
+    ),
+    click.option(
+        "--redux",
+        metavar="NAME",
+        help="The FLUX.1 Redux by which dev and schnell read it: a folder, a file.  [redux]",
+    ),
+    click.option(
+        "--control", type=_FILE, metavar="PATH", help="A map of edges or depth to follow."
+    ),
+    click.option(
+        "--control-from",
+        type=_FILE,
+        metavar="PATH",
+        help="Follow this picture's edges, which OpenCV finds.",
+    ),
+    click.option("--negative-prompt", metavar="TEXT", help="What the picture is to be without."),
+    click.option(
+        "--cfg", type=float, help="Strength against --negative-prompt: two calls.  [the model's]"
+    ),
+    click.option(
+        "--adapter",
+        type=Adapter(),
+        multiple=True,
+        shell_complete=complete_adapters,
+        help="A LoRA (file, folder or Hub id), and its strength.  [1.0]",
     ),
     click.option("--fuse-adapter", is_flag=True, help="Merge adapters into the weights: faster."),
     click.option(
@@ -164,19 +277,34 @@ _OPTIONS = [
         type=click.Choice(["bfloat16", "float16", "float32"]),
         help="Of weights.  [bfloat16]",
     ),
-    click.option("-q", "--quantize", is_flag=True, help="Quantize the weights: less memory."),
+    click.option(
+        "-q", "--quantize/--no-quantize", default=None, help="Quantize the weights: less memory."
+    ),
     click.option(
         "--bits",
         type=click.Choice(["3", "4", "5", "6", "8"]),
         callback=lambda _ctx, _param, value: None if value is None else int(value),
-        help="Of a quantized weight; implies --quantize.  [4]",
+        help="Of a quantized weight; implies --quantize.  [4 with --quantize]",
+    ),
+    click.option(
+        "--text-bits",
+        type=click.Choice(["3", "4", "5", "6", "8"]),
+        callback=lambda _ctx, _param, value: None if value is None else int(value),
+        help="Of a text encoder's weight.  [as --bits]",
     ),
     click.option(
         "--no-t5-padding", is_flag=True, help="Don't pad the prompt: faster, another picture."
     ),
     click.option("--decoding-batch-size", type=int, help="Images decoded at once.  [1]"),
     click.option("--preload-models", is_flag=True, help="Load every component first."),
-    click.option("--low-memory", is_flag=True, help="Give memory back as early as can be."),
+    click.option(
+        "--low-memory/--no-low-memory",
+        default=None,
+        help="Give memory back as early as can be.  [off]",
+    ),
+    click.option(
+        "--no-metadata", is_flag=True, help="Write no prompt, nor anything else, into the PNG."
+    ),
     click.option(
         "--cache",
         type=float,

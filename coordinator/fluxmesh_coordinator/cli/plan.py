@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import chosen, settings_options
+from fluxmesh_coordinator.cli.options import painting_settings, settings_options
+from fluxmesh_coordinator.cli.paths import UserPath
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import MeshView
+    from fluxmesh.planning.workload import ModelSizes
+    from fluxmesh.request import FilledRequest
     from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 
-_FILE = click.Path(path_type=Path)
+_FILE = UserPath(path_type=Path)
 
 
-@click.command()
-@click.argument("prompt", required=False)
+@click.command(short_help="Tell how `generate` would be done, and why.")
+@click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option(
     "--placement",
     type=click.Choice(["data", "sequence", "tensor"]),
@@ -36,7 +41,7 @@ _FILE = click.Path(path_type=Path)
 @click.pass_context
 def plan(
     context: click.Context,
-    prompt: str | None,
+    words: tuple[str, ...],
     placement: Any,
     force_shard: bool,
     hostfile: Path | None,
@@ -53,30 +58,44 @@ def plan(
     """
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner
-    from fluxmesh.weights import hub
     from fluxmesh_coordinator.agents import mesh_file
-    from fluxmesh_coordinator.commands.settings import GenerateSettings
+    from fluxmesh_coordinator.cli.prompts import only_prompt
+    from fluxmesh_coordinator.commands.generate import read_conditions
     from fluxmesh_coordinator.console import plan_table
     from fluxmesh_coordinator.console.json_lines import emit
     from fluxmesh_coordinator.console.option_names import in_options
     from fluxmesh_coordinator.jobs import remedies
+    from fluxmesh_coordinator.runtime.default_model import as_measured, default_model
     from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
     if (hostfile is None) != (assume is None):
         raise UsageError("--hostfile and --assume describe a mesh together; give both.")
-    settings = GenerateSettings().with_chosen(chosen(context))
+    planner.check_asked(placement, force_shard=force_shard)
+    prompt = only_prompt(words, "plan")
+    settings = painting_settings(context)
     if settings.image is not None:
         raise UsageError("plan looks at no picture; give --image-size instead of --image.")
     up = mesh_file.load() if hostfile is None else None
     loaded = up.weights if up else None
     default = loaded.model if loaded else None
-    model = ResolvedModel.known(settings.model or default or hub.default_model())
-    asked = settings.as_loaded(loaded).request(prompt or "", 0)
-    request, sizes = Resolved.of(asked, model).request, model.sizes
+    name = default if settings.model is None else settings.model
+    references, control, _ = read_conditions(settings)
+    asked = settings.as_loaded(loaded).request(
+        prompt or "", 0, references=references, control=control
+    )
+    view_of: Callable[[FilledRequest, ModelSizes], MeshView] | None = None
     if hostfile is not None and assume is not None:
-        view = _assumed(hostfile, assume, request, sizes)
+        view_of = partial(_assumed, hostfile, assume)
+    if up is not None and not up.is_this_machine:
+        view_of = as_measured(_measured(up))
+    if name is None:
+        standing_in = default_model(asked, view_of)
+        model = ResolvedModel.of(standing_in.checkpoint)
     else:
-        view = _measured(up)
+        standing_in, model = None, ResolvedModel.known(name)
+    resolved = Resolved.of(asked, model)
+    request, sizes = resolved.request, resolved.model.sizes
+    view = _measured(up) if view_of is None else view_of(request, sizes)
     plan = planner.plan(request, view, sizes, placement=placement, force_shard=force_shard)
     now = time.time()
     if as_json:
@@ -84,6 +103,8 @@ def plan(
         said["remedies"] = remedies.sentences(plan.remedies)
         emit(**said)
     else:
+        if standing_in is not None:
+            click.echo(in_options(standing_in.sentence))
         if not model.is_here:
             click.echo(f"{model.name} is not on this machine: planned with its published sizes.")
         plan_table.show(plan, view, now)

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from fluxmesh_coordinator.cli.completion import complete_data_sets, complete_models
 from fluxmesh_coordinator.cli.options import Resolution, chosen
+from fluxmesh_coordinator.cli.paths import UserPath
 
 
 def choice(*values: str) -> click.Choice:
@@ -16,16 +18,22 @@ def choice(*values: str) -> click.Choice:
 
 _OPTIONS = [
     click.option(
-        "-m", "--model", metavar="MODEL", help="tiny, schnell, dev, a Hub repo or a path."
+        "-m",
+        "--model",
+        metavar="MODEL",
+        shell_complete=complete_models,
+        help="tiny, schnell, dev, a Hub repo or a path.  [the best that is here]",
     ),
     click.option("--seed", type=int, help="Where all that is random comes from.  [drawn, told]"),
     click.option("--dtype", type=choice("bfloat16", "float32"), help="Of the model.  [bfloat16]"),
     click.option("-q", "--quantize", is_flag=True, help="Quantize the model (QLoRA)."),
-    click.option("--bits", type=choice("4", "8"), help="Of a quantized weight.  [4]"),
+    click.option(
+        "--bits", type=choice("4", "8"), help="Of a quantized weight.  [4 with --quantize]"
+    ),
     # data
-    click.option("--split", help="Of a data set on the Hub.  [train]"),
-    click.option("--image-column", help="Of a data set on the Hub.  [image]"),
-    click.option("--caption-column", help="Of a data set on the Hub.  [prompt]"),
+    click.option("--split", help="Of a data set that has several.  [train]"),
+    click.option("--image-column", help="Key of an entry's picture.  [image or file_name]"),
+    click.option("--caption-column", help="Of its caption.  [prompt, text or caption]"),
     click.option("--resolution", type=Resolution(), help="Of every picture.  [by its proportions]"),
     click.option("--num-augmentations", type=int, help="Crops of each picture.  [5]"),
     click.option("--trigger", metavar="WORD", help="Put before captions that lack it."),
@@ -33,6 +41,7 @@ _OPTIONS = [
     click.option("--validation", type=int, help="Pictures held out to measure on.  [0]"),
     click.option(
         "--prior-folder",
+        type=UserPath(),
         metavar="DIR",
         help="Pictures with captions of what the model shall keep: other dogs.",
     ),
@@ -61,15 +70,17 @@ _OPTIONS = [
     ),
     click.option("--grad-checkpoint", is_flag=True, help="Less memory, a third slower."),
     click.option("--optimizer", type=choice("adam", "adamw"), help="[adam]"),
-    click.option("--learning-rate", type=float, help="[0.0001]"),
+    click.option("--learning-rate", type=float, help="[by the model's width: 0.0001 for dev]"),
     click.option("--lr-schedule", type=choice("cosine", "linear", "constant"), help="[cosine]"),
-    click.option("--warmup-steps", type=int, help="Updates in which the rate rises.  [100]"),
+    click.option("--warmup-steps", type=int, help="Updates in which the rate rises.  [a tenth]"),
     click.option("--weight-decay", type=float, help="Of adamw.  [0.01]"),
     click.option("--clip-norm", type=float, help="Of an update's gradient at most.  [1.0]"),
     click.option("--ema", type=float, help="Save the average of weights with this decay."),
     # output
-    click.option("--output-dir", metavar="DIR", help="[mlx_output]"),
-    click.option("--cache-dir", metavar="DIR", help="Of latents and text features."),
+    click.option("--output-dir", type=UserPath(), metavar="DIR", help="[mlx_output]"),
+    click.option(
+        "--cache-dir", type=UserPath(), metavar="DIR", help="Of latents and text features."
+    ),
     click.option("--checkpoint-every", type=int, help="Iterations.  [50]"),
     click.option("--keep-checkpoints", type=int, help="The last so many, and the best.  [3]"),
     click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output-dir."),
@@ -86,14 +97,14 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
-@click.argument("dataset")
+@click.command(short_help="Train a LoRA on a folder or a data set of the Hub.")
+@click.argument("dataset", type=UserPath(), shell_complete=complete_data_sets)
 @train_options
 @click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")
 @click.pass_context
 def train(context: click.Context, dataset: str, as_json: bool, **_fields: Any) -> None:
-    """Train a LoRA on DATASET: a folder with train.jsonl, or with .txt files beside the pictures,
-    or a data set on the Hugging Face Hub.
+    """Train a LoRA on DATASET: a folder of pictures with captions in train.jsonl, metadata.jsonl or
+    .csv, or .txt files beside them, or a data set on the Hugging Face Hub.
 
     The adapter is final_adapters.safetensors in --output-dir; `generate --adapter` takes it.
     """

@@ -2,35 +2,54 @@
 
 `Painter.resolve` looks at mesh, model and files, once, and fills in what the user left open;
 `Painter.paint` gives the result to the mesh and hands its events to `paint`, which reports them and
-writes the pictures. No host is asked anything before the first picture.
+writes the pictures. No host is asked anything before the first picture, unless neither user nor
+mesh names a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from fluxmesh.cluster.snapshot import Placement
+from fluxmesh.errors import UsageError
 from fluxmesh.events import Event, Picture, Planned, Step
-from fluxmesh.request import FilledRequest, SourceImage
+from fluxmesh.request import FilledRequest, GenerateRequest, SourceImage
+from fluxmesh.spelling import nearest
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
-from fluxmesh_coordinator.artifacts.recipe import Recipe, SourceFiles, differences
+from fluxmesh_coordinator.artifacts.recipe import (
+    ConditionFiles,
+    NamedFile,
+    Recipe,
+    SourceFiles,
+    differences,
+)
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.console.generate_report import Reporter
 
 if TYPE_CHECKING:
-    from fluxmesh.weights.checkpoint import ModelDefaults
+    from fluxmesh.models.base import ModelDefaults
     from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+    from fluxmesh_coordinator.runtime.default_model import DefaultModel
+    from fluxmesh_coordinator.runtime.lent_hosts import LentHosts
     from fluxmesh_coordinator.runtime.mesh import Mesh
     from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
 EMBEDDED = "tiny"
+LIKE_A_SLIP = 0.8  # likeness of two words, from which on one may be meant by the other
 # Image-to-image without a size scales a picture down to this many times the model's own area.
 SOURCE_AREA = 2.25
+# Where parts of a picture stay as they are (a mask, margins), it stays at its own size up to the
+# largest that FLUX.1 was made for, two megapixels; a photo of twelve would take hours, and what is
+# painted at such a size is no good. `image_size` says otherwise.
+KEPT_AREA = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,11 @@ class Painting:
     files: PictureFiles
     prompt: int = 0  # the prompt's number in this call, from 0
     steps: StepFiles | None = None  # where each step's picture goes
+    has_metadata: bool = True  # whether a picture's recipe is written into it
+
+    def png(self, pixels: np.ndarray, recipe: Recipe, **more: int) -> bytes:
+        """A file of these pixels; `more` is added to what its recipe says."""
+        return encode_png(pixels, recipe.to_json(**more) if self.has_metadata else None)
 
 
 def paint(
@@ -62,11 +86,11 @@ def paint(
                 planned = event.placement
             elif isinstance(event, Step) and event.preview is not None and painting.steps:
                 made = replace(recipe.of_image(recipe.seed + event.image), placement=planned)
-                data = encode_png(event.preview, made.to_json(step=event.step))
+                data = painting.png(event.preview, made, step=event.step)
                 painting.steps.save(painting.prompt, event.image, event.step, event.steps, data)
             elif isinstance(event, Picture) and painting.files.save_raw:
                 made = replace(recipe.of_image(event.seed), placement=event.placement)
-                data = encode_png(event.pixels, made.to_json())
+                data = painting.png(event.pixels, made)
                 saved.append(painting.files.save(painting.prompt, event.image, data))
                 reporter.saved(saved[-1], [event.seed])
             elif isinstance(event, Picture):
@@ -77,7 +101,7 @@ def paint(
         whole = recipe if len(shown) > 1 else recipe.of_image(recipe.seed)
         whole = replace(whole, placement=placements.pop() if len(placements) == 1 else "mixed")
         sheet = grid([picture.pixels for picture in shown], recipe.n_rows)
-        saved.append(painting.files.save(painting.prompt, None, encode_png(sheet, whole.to_json())))
+        saved.append(painting.files.save(painting.prompt, None, painting.png(sheet, whole)))
         reporter.saved(saved[-1], [picture.seed for picture in shown])
     return saved
 
@@ -97,6 +121,7 @@ class ReadyPrompt:
 
     resolved: Resolved
     recipe: Recipe
+    has_metadata: bool = True  # whether the pictures tell it
 
     def with_prompt(self, prompt: str) -> Self:
         """Another prompt, painted in the same way."""
@@ -115,10 +140,13 @@ class Painter:
         self.keep_warm = keep_warm
         self.spread = spread or Spread()
         self._mesh: Mesh | None = None
+        self._beginning = threading.Lock()  # a server asks from several threads
         self._record: MeshRecord | None = None  # of the mesh that is up
         self._has_looked = False  # for one
-        self._hinted = False
-        self._models: dict[str | None, ResolvedModel] = {}
+        self._told_words: set[str] = set()  # that the embedded checkpoint does not know
+        self._models: dict[str, ResolvedModel] = {}
+        self._defaults: dict[Any, DefaultModel] = {}  # by what requests give beside a prompt
+        self._default: DefaultModel | None = None  # the latest of them
 
     def __enter__(self) -> Self:
         return self
@@ -135,60 +163,125 @@ class Painter:
             self._has_looked = True
         return self._record
 
-    def model(self, asked: str | None) -> ResolvedModel:
-        """The model of that name; None: what the mesh has loaded, or the default one.
+    def model(
+        self, asked: str | None, request: GenerateRequest, *, paints_into: bool = False
+    ) -> ResolvedModel:
+        """The model of that name; None: what the mesh has loaded, or the best for the request.
 
-        It is downloaded if it has to be, unless hosts of a mesh have it.
+        `paints_into` as `default_model` has it. It is downloaded if it has to be, unless hosts of a
+        mesh have it; its licence is told first.
         """
-        # By what was asked: the default stays what it was, whatever is fetched meanwhile.
-        if asked not in self._models:
-            from fluxmesh.weights import hub
-            from fluxmesh_coordinator.runtime.resolved import ResolvedModel
+        from fluxmesh_coordinator.runtime.resolved import ResolvedModel
 
-            loaded = self.record.weights.model if self.record and self.record.weights else None
-            name = asked or loaded
-            if name is None:
-                self._models[asked] = ResolvedModel.of(hub.default_checkpoint())
-            else:
-                self._models[asked] = ResolvedModel.for_mesh(
-                    name, self.record, self.reporter.downloading
-                )
-        return self._models[asked]
+        loaded = self.record.weights.model if self.record and self.record.weights else None
+        name = loaded if asked is None else asked
+        if name is None:
+            return ResolvedModel.of(self._standing_in(request, paints_into=paints_into).checkpoint)
+        if name not in self._models:
+            self._models[name] = ResolvedModel.for_mesh(
+                name, self.record, self.reporter.downloading, self.reporter.note
+            )
+        return self._models[name]
+
+    def _standing_in(self, request: GenerateRequest, *, paints_into: bool) -> DefaultModel:
+        """What is taken where neither user nor mesh names a model.
+
+        For all requests that give the same beside a prompt it stays what it was, whatever is
+        fetched meanwhile.
+        """
+        from fluxmesh_coordinator.runtime.default_model import default_model, view_of_mesh
+
+        kind = (request.conditions, len(request.references), request.adapters, paints_into)
+        if kind not in self._defaults:
+            is_elsewhere = self.record is not None and not self.record.is_this_machine
+            view_of = view_of_mesh(self.mesh) if is_elsewhere else None
+            self._defaults[kind] = default_model(request, view_of, paints_into=paints_into)
+        self._default = self._defaults[kind]
+        return self._default
 
     def resolve(
-        self, settings: GenerateSettings, prompt: str, seed: int, *, stepwise: bool = False
+        self,
+        settings: GenerateSettings,
+        prompt: str,
+        seed: int,
+        *,
+        stepwise: bool = False,
+        preview_every: int = 0,
     ) -> ReadyPrompt:
         """Finds mesh, model and files of a prompt, each once, and fills in what is left open.
 
         Says which model paints, at which size and from which seed; and how to get FLUX.
         """
+        from fluxmesh.sampling.takes import check_published
         from fluxmesh_coordinator.runtime.resolved import Resolved
 
-        model = self.model(settings.model)
+        references, control, conditions = read_conditions(settings)
+
+        def asked(settings: GenerateSettings, source: SourceImage | None = None) -> GenerateRequest:
+            return settings.request(
+                prompt,
+                seed,
+                model=settings.model or "",
+                stepwise=stepwise,
+                preview_every=preview_every,
+                source=source,
+                references=references,
+                control=control,
+            )
+
+        check_published(asked(settings))  # before a model is fetched that is of no use
+        has_mask = settings.mask is not None or settings.outpaint is not None
+        paints_into = settings.image is not None and has_mask
+        model = self.model(settings.model, asked(settings), paints_into=paints_into)
         settings = settings.as_loaded(self.record.weights if self.record else None)
         source, files = self._source(settings, model.sizes.defaults)
-        asked = settings.request(prompt, seed, stepwise=stepwise, source=source)
-        resolved = Resolved.of(asked, model)
+        resolved = Resolved.of(
+            asked(settings, source), model, self.reporter.downloading, self.reporter.note
+        ).complete()
+        self._tell_fitted(settings, references, resolved.request)
         self._introduce(resolved, is_default=settings.model is None)
-        if source is not None:
-            name = "The picture" if isinstance(settings.image, bytes) else settings.image
-            self.reporter.note(f"{name} becomes {_size(resolved.request)} pixels.")
-        return ReadyPrompt(resolved, Recipe.of(resolved, files, settings.n_rows))
+        for note in resolved.notes:
+            self.reporter.note(note)
+        if settings.no_t5_padding and model.sizes.architecture.always_pads:
+            self.reporter.note(
+                f"`t5_padding` has no effect: {model.name} reads every prompt padded."
+            )
+        recipe = Recipe.of(resolved, files, settings.n_rows, conditions)
+        return ReadyPrompt(resolved, recipe, not settings.no_metadata)
 
     def _introduce(self, resolved: Resolved, *, is_default: bool) -> None:
         request, name = resolved.request, resolved.model.name
-        size = "" if request.source is not None else f"{_size(request)}, "
         bits = f"{request.bits} bits, " if request.bits else ""
-        cache = f", approximate: --cache {request.cache:g}" if request.cache else ""
+        if request.text_bits not in (None, request.bits):
+            bits += f"text encoder {request.text_bits} bits, "
+        cache = f", approximate: `cache` {request.cache:g}" if request.cache else ""
         steps = f"{request.steps} steps"
+        if request.cfg > 1:
+            steps += f" of two calls each, `cfg` {request.cfg:g}"
         self.reporter.note(
-            f"Painting with {name} ({size}{bits}{steps}, seed {request.seed}{cache})."
+            f"Painting with {name} ({_size(request)}, {bits}{steps}, seed {request.seed}{cache})."
         )
-        if is_default and name == EMBEDDED and not self._hinted:
-            self._hinted = True
+        if is_default and self._default is not None:
+            self.reporter.hint(f"default {self._default.name}", self._default.sentence)
+
+    def _tell_unknown(self, prompt: str, model: str) -> None:
+        """Words that an embedded checkpoint can't read, each once, with one that it can."""
+        from fluxmesh.weights.embedded.checkpoints import embedded_names, folder_of
+        from fluxmesh.weights.embedded.words import THINGS, known_words, unknown_words
+
+        if model not in embedded_names():
+            return
+        words = unknown_words(prompt, folder_of(model))
+        new = [word for word in words if word not in self._told_words]
+        self._told_words.update(new)
+        if new:
+            known = list(known_words())
+            near = {word: nearest(word, known, LIKE_A_SLIP) for word in new}
+            said = [f'"{word}"' + (f" ({near[word]}?)" if near[word] else "") for word in new]
             self.reporter.note(
-                f"{EMBEDDED} is the small checkpoint inside fluxmesh; for FLUX itself, run "
-                "`fluxmesh models pull schnell`, or name one with --model."
+                f"{model} does not know {', '.join(said)}: it paints "
+                f"{len(THINGS)} everyday things, which `fluxmesh models show "
+                f"{model}` lists."
             )
 
     def _source(
@@ -202,7 +295,8 @@ class Painter:
         height, width = settings.image_size or (None, None)
         # Where parts stay as they are, they stay at their size too, unless the user gave one.
         keeps = settings.mask is not None or settings.outpaint is not None
-        area = None if keeps else int(SOURCE_AREA * defaults.height * defaults.width)
+        area = int(SOURCE_AREA * defaults.height * defaults.width)
+        area = max(area, KEPT_AREA) if keeps else area
         source = load_source(
             settings.image,
             mask=settings.mask,
@@ -211,7 +305,10 @@ class Painter:
             height=height,
             width=width,
             max_area=area,
+            tell=self.reporter.note,
         )
+        if keeps and settings.image_size is None:
+            self._tell_scaled(settings, source)
         files = SourceFiles.of(
             settings.image,
             source.strength,
@@ -220,6 +317,30 @@ class Painter:
             sized=settings.image_size is not None,
         )
         return source, files
+
+    def _tell_fitted(
+        self, settings: GenerateSettings, pictures: Sequence[np.ndarray], request: FilledRequest
+    ) -> None:
+        """The references that the model reads at another size than they have."""
+        for (file, _), picture, fitted in zip(
+            settings.reference, pictures, request.references, strict=True
+        ):
+            sizes = [f"{each.shape[0]}x{each.shape[1]}" for each in (fitted, picture)]
+            if sizes[0] != sizes[1]:
+                name = "The reference" if isinstance(file, bytes) else file
+                self.reporter.note(f"{name} is read at {sizes[0]} pixels; it has {sizes[1]}.")
+
+    def _tell_scaled(self, settings: GenerateSettings, source: SourceImage) -> None:
+        """That a picture of which parts stay is painted smaller than it is, and how it is not."""
+        from fluxmesh.images import canvas_size
+
+        assert settings.image is not None
+        height, width = canvas_size(settings.image, settings.outpaint)
+        if height * width > KEPT_AREA and source.pixels.shape[0] < height:
+            self.reporter.note(
+                f"A picture of {height}x{width} would take long: it is painted at "
+                f"{source.pixels.shape[0]}x{source.pixels.shape[1]}; `image_size` says otherwise."
+            )
 
     def paint(
         self,
@@ -235,27 +356,77 @@ class Painter:
         `earlier` is the recipe of the picture that is made again: doubts about it are noted.
         """
         request, model, recipe = ready.resolved.request, ready.resolved.model, ready.recipe
+        if not request.adapters:  # an adapter brings words of its own
+            self._tell_unknown(request.prompt, model.name)
         for doubt in differences(earlier, recipe) if earlier else []:
             self.reporter.note(doubt)
         self.reporter.started(request, {"name": model.name, "revision": model.revision})
-        events = self._start(ready.resolved)
-        return paint(events, Painting(recipe, files, number, steps), self.reporter)
+        events = self.start(ready.resolved)
+        painting = Painting(recipe, files, number, steps, ready.has_metadata)
+        return paint(events, painting, self.reporter)
 
-    def _start(self, resolved: Resolved) -> Generator[Event, None, None]:
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that is up, or one of this machine, which begins now and ends with us."""
+        with self._beginning:
+            if self._mesh is None:
+                from fluxmesh_coordinator.runtime.mesh import Mesh
+
+                self._mesh = Mesh.of_user(self.record)
+            return self._mesh
+
+    def start(
+        self,
+        resolved: Resolved,
+        spread: Spread | None = None,
+        lent: LentHosts | None = None,
+    ) -> Generator[Event, None, None]:
+        """Has a request painted; `spread` is this one's, where it is not the painter's own.
+
+        `lent` as of `Mesh.paint`.
+        """
         from fluxmesh.engine import tf32
 
         tf32.prepare(resolved.request.dtype)  # before an agent of our own inherits it
-        if self._mesh is None:
-            from fluxmesh_coordinator.runtime.mesh import Mesh
-
-            self._mesh = Mesh.of_user(self.record)
-        return self._mesh.paint(
+        spread = spread or self.spread
+        return self.mesh.paint(
             resolved,
-            self.spread.placement,
-            self.spread.force_shard,
-            self.spread.wait,
+            spread.placement,
+            spread.force_shard,
+            spread.wait,
             keep_warm=self.keep_warm,
+            lent=lent,
         )
+
+
+def read_conditions(
+    settings: GenerateSettings,
+) -> tuple[list[np.ndarray], np.ndarray | None, ConditionFiles]:
+    """The pixels of references and control picture, and the record of their files.
+
+    Of `control_from` the edges are found here. Raises `UsageError` for a file that is no picture.
+    """
+    if not settings.reference and settings.control is None and settings.control_from is None:
+        return [], None, ConditionFiles()
+    from fluxmesh.images import read_picture
+
+    control, source = settings.control, settings.control_from
+    if control is not None and source is not None:
+        raise UsageError("`control` and `control_from` both give a map; choose one.")
+    pixels = None if control is None else read_picture(control, "control")
+    if source is not None:
+        from fluxmesh.images.edges import edges_of
+
+        pixels = edges_of(read_picture(source, "control_from"))
+    return (
+        [read_picture(file, "reference") for file, _ in settings.reference],
+        pixels,
+        ConditionFiles(
+            tuple(NamedFile.of(file) for file, _ in settings.reference),
+            None if control is None else NamedFile.of(control),
+            None if source is None else NamedFile.of(source),
+        ),
+    )
 
 
 def _size(request: FilledRequest) -> str:

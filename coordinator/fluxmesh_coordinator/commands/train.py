@@ -19,7 +19,6 @@ from fluxmesh.storage.atomic import write_file
 from fluxmesh.storage.hashing import sha256_of
 from fluxmesh.training import checkpoint
 from fluxmesh.training.events import (
-    CheckpointSaved,
     Finished,
     Prepared,
     Progress,
@@ -31,31 +30,51 @@ from fluxmesh.training.request import TrainRequest
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.artifacts.recipe import Recipe
-from fluxmesh_coordinator.artifacts.training_html import METRICS, write_report
+from fluxmesh_coordinator.artifacts.training_html import METRICS
 from fluxmesh_coordinator.commands.settings import draw_seed
-from fluxmesh_coordinator.console.train_report import TrainReporter, as_json
+from fluxmesh_coordinator.console.train_report import RunEvent, TrainReporter, as_json
+from fluxmesh_coordinator.console.training_page import TrainingPage
 
 DEFAULT_BITS = 4
+NEEDS = {  # settings, each with the one that it is about
+    "prior_weight": "prior_folder",
+    "progress_every": "progress_prompt",
+    "progress_steps": "progress_prompt",
+}
+FOUND_OUT = ("seed", "learning_rate", "warmup_steps")  # where the user gave none
 
 
 def request_of(dataset: str, chosen: Mapping[str, Any]) -> TrainRequest:
-    """The request for what the user chose; a resumed run keeps the seed that it began with."""
+    """The request for what the user chose; a resumed run keeps what it found out as it began.
+
+    Raises `UsageError` for an option that would do nothing.
+    """
     names = {field.name for field in fields(TrainRequest)}
     values = {name: chosen[name] for name in names & chosen.keys()}
     if "bits" in values:
         values["bits"] = int(values["bits"])
     elif chosen.get("quantize"):
         values["bits"] = DEFAULT_BITS
-    if "seed" not in values:
-        values["seed"] = draw_seed()
-        if values.get("resume"):
-            begun = checkpoint.latest(Path(values.get("output_dir", TrainRequest.output_dir)))
-            values["seed"] = begun.request["seed"] if begun else values["seed"]
+    if values.get("resume"):
+        begun = checkpoint.latest(Path(values.get("output_dir", TrainRequest.output_dir)))
+        kept = {name: begun.request[name] for name in FOUND_OUT} if begun else {}
+        values = kept | values
+    values.setdefault("seed", draw_seed())
+    _check_effects(chosen)
     if "model" not in values:
-        from fluxmesh.weights import hub
+        from fluxmesh_coordinator.runtime.default_model import default_to_train
 
-        values["model"] = hub.default_model()
+        values["model"] = default_to_train()
     return TrainRequest(**(values | {"dataset": dataset}))
+
+
+def _check_effects(values: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for what was chosen and would change nothing."""
+    for setting, needed in NEEDS.items():
+        if setting in values and not values.get(needed):
+            raise UsageError.about(setting, f"has no effect without `{needed}`", "give both")
+    if "weight_decay" in values and values.get("optimizer") != "adamw":
+        raise UsageError.about("weight_decay", "is of adamw", "choose it with `optimizer`")
 
 
 def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
@@ -67,23 +86,32 @@ def conduct(request: TrainRequest, reporter: TrainReporter) -> None:
 
     tf32.prepare(request.dtype)
     reporter.started(request)
+    page = TrainingPage(request)
+
+    def tell(event: RunEvent) -> None:
+        page.event(event)
+        reporter.event(event)
+
     record = mesh_file.load()
     if record is None:
         gpu_errors.relax()
         from fluxmesh.training.local_executor import train
 
-        follow(train(request, reporter.event), request, reporter)
+        follow(train(request, tell), request, reporter, page)
         return
     from fluxmesh_coordinator.runtime.mesh import Mesh
 
     with Mesh.of_user(record) as mesh:
-        follow(mesh.train(request, reporter.event), request, reporter)
+        follow(mesh.train(request, tell), request, reporter, page)
 
 
 def follow(
-    events: Generator[TrainEvent, None, None], request: TrainRequest, reporter: TrainReporter
+    events: Generator[TrainEvent, None, None],
+    request: TrainRequest,
+    reporter: TrainReporter,
+    page: TrainingPage,
 ) -> None:
-    """Reports `events`, and writes the metrics and the progress pictures.
+    """Reports `events`, and writes the metrics, the progress pictures and the page.
 
     Ctrl-C becomes `CancelledError` once the run has left its checkpoint.
     """
@@ -94,9 +122,13 @@ def follow(
                 if isinstance(event, Prepared):
                     revision = event.revision
                 keep(event, request, revision, reporter)
+                page.event(event)
                 reporter.event(event)
-    except KeyboardInterrupt:
-        raise CancelledError("Stopped; go on with --resume.") from None
+    except BaseException as error:
+        page.ended(error)
+        if isinstance(error, KeyboardInterrupt):
+            raise CancelledError("Stopped; go on with `resume`.") from None
+        raise
 
 
 def keep(event: TrainEvent, request: TrainRequest, revision: str, reporter: TrainReporter) -> None:
@@ -114,28 +146,8 @@ def keep(event: TrainEvent, request: TrainRequest, revision: str, reporter: Trai
             text = progress_recipe(request, event, revision).to_json()
             write_file(path, encode_png(event.pixels, text), replace=True)
             reporter.saved(path)
-        case CheckpointSaved():
-            write_report(folder, *told_in_report(request))
         case Finished():
-            write_report(folder, *told_in_report(request))
             reporter.saved(event.path)
-
-
-def told_in_report(request: TrainRequest) -> tuple[str, dict[str, Any]]:
-    """The report's title, and the facts in its table."""
-    prior = f"{request.prior_folder}, weight {request.prior_weight:g}"
-    facts = {
-        "data set": request.dataset,
-        **({"prior": prior} if request.prior_folder else {}),
-        "seed": request.seed,
-        "base": f"{request.model}, {request.bits} bits" if request.bits else request.model,
-        "updates": f"{request.updates} of {request.grad_accumulate} x {request.batch_size} images",
-        "LoRA": f"rank {request.lora_rank}, scale {request.scale:g}",
-        "rate": f"{request.learning_rate:g}, {request.lr_schedule}",
-    }
-    if request.progress_prompt:
-        facts["progress prompt"] = request.progress_prompt
-    return f"{request.model} on {Path(request.dataset).name}", facts
 
 
 def rewind(metrics: Path, iteration: int) -> None:

@@ -6,11 +6,12 @@ People read notes and progress on stderr and the names of finished files on stdo
 
 from __future__ import annotations
 
+import base64
+import os
 import sys
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -18,27 +19,42 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from fluxmesh.events import (
+    BackendChanged,
     Encoded,
     Event,
     HostLost,
+    HostUnfit,
     Loading,
     Peak,
     Picture,
     Planned,
+    Preview,
     Queued,
     Step,
 )
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator.console.json_lines import emit
+from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.console.daily_hints import is_due
+from fluxmesh_coordinator.console.json_lines import Paced, emit
+from fluxmesh_coordinator.console.tables import ordinal
 from fluxmesh_coordinator.console.terminal import say
+from fluxmesh_coordinator.console.terminal_pictures import (
+    KNOWN,
+    TerminalPreview,
+    drawing,
+    open_in_viewer,
+    protocol_of,
+)
 
+PROMPT_WIDTH = 48  # characters, where a prompt stands behind a file's name
 PHASES = {"text": "text", "denoise": "generation", "decode": "decoding"}
 
 
@@ -47,15 +63,18 @@ class Reporter(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_error: object) -> None: ...
+
+    @property
+    def shows_previews(self) -> bool:
+        """Whether what is not finished is to be shown: else nobody need make it."""
+        ...
 
     def note(self, text: str) -> None:
         """One sentence for people."""
+
+    def hint(self, name: str, text: str) -> None:
+        """What a user may not know yet, once a day at most; a program is not told."""
 
     def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
         """A checkpoint's files are on their way."""
@@ -73,28 +92,68 @@ class Reporter(Protocol):
         """All requests are done."""
 
 
+class TimeLeftColumn(ProgressColumn):
+    """The one time that a bar tells: what is left of it, as far as its pace says."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        if left is None or task.finished:
+            return Text("")
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return Text(f"{clock} left", style="progress.remaining")
+
+
+def shortened(prompt: str, width: int = PROMPT_WIDTH) -> str:
+    """A prompt on part of a line: its first words, as many as `width` characters hold."""
+    line = " ".join(prompt.split())
+    if len(line) <= width:
+        return line
+    return f"{line[: width - 1].rsplit(' ', 1)[0]}…"
+
+
 def progress_bar(console: Console) -> Progress:
     """Nothing into a file; each task has a `unit`, what stands behind its bar."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
         TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeLeftColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
 
 
+@dataclass(frozen=True)
+class Display:
+    """What becomes of a picture on the screen, once it is saved."""
+
+    opens: bool = False  # in the machine's own viewer
+    shows: bool = False  # in the terminal, if that can
+    previews: bool = False  # and there while it is painted
+
+
 class GenerateTerminalReporter:
     """A progress bar with time left, the files as they appear, peaks of memory when asked."""
 
-    def __init__(self, *, verbose: bool = False, console: Console | None = None) -> None:
-        self.verbose = verbose
+    def __init__(
+        self,
+        *,
+        verbose: bool = False,
+        names_prompts: bool = False,
+        display: Display | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """`names_prompts`: each file that is saved is told with its prompt, which are several."""
+        self.verbose, self.names_prompts = verbose, names_prompts
+        self.display = display or Display()
         self.console = console or Console(stderr=True, highlight=False)
         self.progress = progress_bar(self.console)
+        self.preview = TerminalPreview(self.console, os.environ)
         self.request: GenerateRequest | None = None
         self.task: TaskID | None = None
         self.doing: str | None = None  # what the bar counts bytes of, None when it counts steps
@@ -104,6 +163,7 @@ class GenerateTerminalReporter:
         self.place = 0  # in line
         self.bytes: dict[int | None, tuple[int, int]] = {}  # read by each host, and in all
         self.steps: dict[int, int] = {}  # done of each image
+        self.decoding: Step | None = None  # the last step of an image that is not there yet
 
     def __enter__(self) -> Self:
         return self
@@ -115,9 +175,19 @@ class GenerateTerminalReporter:
         """Takes the bar off the screen, until there is something to show again."""
         self._clear()
         self.progress.stop()
+        self.preview.erase()
+
+    @property
+    def shows_previews(self) -> bool:
+        return self.display.previews and self.preview.can_show
 
     def note(self, text: str) -> None:
+        self._erase_preview()
         say(self.console, text)
+
+    def hint(self, name: str, text: str) -> None:
+        if is_due(name):
+            self.note(text)
 
     def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
         self._bytes(f"Downloading {model}", done_bytes, total_bytes)
@@ -127,6 +197,7 @@ class GenerateTerminalReporter:
         self.began = self.predicted = 0.0
         self.place = 0
         self.steps = {}
+        self.decoding = None
         self._clear()
 
     def event(self, event: Event) -> None:
@@ -135,6 +206,8 @@ class GenerateTerminalReporter:
                 self._loading(event)
             case Step():
                 self._step(event)
+            case Preview():
+                self._preview(event)
             case Peak():
                 self.peaks[event.phase] = max(event.bytes, self.peaks.get(event.phase, 0))
                 if self.verbose and event.phase == "decode":  # the last of a job
@@ -146,22 +219,45 @@ class GenerateTerminalReporter:
                 self._planned(event)
             case HostLost():
                 self.note(f"Host {event.host} ({event.name}) is lost: {event.reason}")
-            case Encoded() if self.verbose:
-                again = " (seen before)" if event.cached else ""
-                self.note(f"Read the prompt in {event.seconds:.2f} s{again}.")
-            case Picture() if self.verbose:
-                self._pictured(event)
+            case HostUnfit():
+                self.note(f"Host {event.host} ({event.name}) takes no part: {event.reason}")
+            case BackendChanged():
+                self.note(f"{event}")
+            case Encoded():
+                self._encoded(event)
+            case Picture():
+                self.decoding = None
+                self._erase_preview()
+                if self.verbose:
+                    self._pictured(event)
 
     def saved(self, path: Path, seeds: list[int]) -> None:
         first, last = seeds[0], seeds[-1]
         which_seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
+        prompt = self.request.prompt if self.request and self.names_prompts else ""
+        line = f"Saved {path} ({which_seeds}){prompt and f': {shortened(prompt)}'}"
         # Through the console that draws the bar, so that the two don't mix on one screen;
         # to stdout itself when that goes elsewhere.
         if sys.stdout.isatty() and self.console.is_terminal:
-            self.note(f"Saved {path} ({which_seeds})")
+            self.note(line)
         else:
-            sys.stdout.write(f"Saved {path} ({which_seeds})\n")
+            sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
+        self._display(path)
+
+    def _display(self, path: Path) -> None:
+        """Shows a file where the user asked for it; in a pipe there is nobody to see it."""
+        if self.display.opens and (problem := open_in_viewer(path)):
+            self.note(problem)
+        if not (self.display.shows and sys.stdout.isatty()):
+            return
+        protocol = protocol_of(os.environ)
+        if protocol is None:
+            self.hint("show", f"This terminal shows no pictures; {KNOWN} do.")
+            return
+        self.rest()  # a bar that is drawn again would run over the picture
+        sys.stdout.write(drawing(path.read_bytes(), protocol, path.name))
+        sys.stdout.flush()
 
     def finished(self) -> None:
         self.rest()
@@ -170,6 +266,13 @@ class GenerateTerminalReporter:
                 if phase in self.peaks:
                     self._peak(f"for the {name}", self.peaks[phase])
             self._peak("overall", max(self.peaks.values()))
+
+    def _encoded(self, event: Encoded) -> None:
+        for what, cut, end in event.cuts:
+            self.note(cut.sentence(end, what))
+        if self.verbose:
+            again = " (seen before)" if event.cached else ""
+            self.note(f"Read the prompt in {event.seconds:.2f} s{again}.")
 
     def _pictured(self, event: Picture) -> None:
         cache = self.request.cache if self.request else 0.0
@@ -185,7 +288,7 @@ class GenerateTerminalReporter:
             return
         self.place = event.place
         about = f", about {event.seconds:.0f} s" if event.seconds >= 1 else ""
-        self.note(f"Host {event.host} is in use: {_ordinal(event.place)} in line{about}.")
+        self.note(f"Host {event.host} is in use: {ordinal(event.place)} in line{about}.")
 
     def _planned(self, event: Planned) -> None:
         now = time.monotonic()
@@ -205,7 +308,13 @@ class GenerateTerminalReporter:
             self.bytes = {}
         self.bytes[event.host] = (event.done_bytes, event.total_bytes)
         done, total = (sum(parts) for parts in zip(*self.bytes.values(), strict=True))
-        self._bytes(doing, done, total)
+        if self.decoding is None:
+            self._bytes(doing, done, total)
+            return
+        self._step(self.decoding)  # what is loaded now is a part of it
+        if self.task is not None and 0 < done < total:
+            unit = f"decoding, {event.component} {of_bytes(done, total)}"
+            self.progress.update(self.task, unit=unit)
 
     def _peak(self, what: str, nbytes: int) -> None:
         label = f"Peak memory used {what}:"
@@ -217,12 +326,13 @@ class GenerateTerminalReporter:
             self.doing = doing
             self.task = self._bar(doing)
         assert self.task is not None
-        unit = f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
+        unit = of_bytes(done, total)
         self.progress.update(self.task, total=total, completed=done, unit=unit)
 
     def _step(self, event: Step) -> None:
         images = self.request.n_images if self.request else 1
         self.steps[event.image] = event.step
+        self.decoding = event if event.step == event.steps else None
         if self.task is None or self.doing is not None:
             self._clear()
             self.task = self._bar("")
@@ -234,6 +344,18 @@ class GenerateTerminalReporter:
             unit=f"step {event.step}/{event.steps}" if event.step < event.steps else "decoding",
         )
 
+    def _preview(self, event: Preview) -> None:
+        if self.shows_previews:
+            self.progress.stop()  # a bar that is drawn again would run over the picture
+            self.preview.show(encode_png(event.pixels, None))
+            self.progress.start()
+
+    def _erase_preview(self) -> None:
+        if self.preview.is_shown:
+            self.progress.stop()
+            self.preview.erase()
+            self.progress.start()
+
     def _bar(self, doing: str) -> TaskID:
         self.progress.start()
         return self.progress.add_task(doing, unit="")
@@ -244,16 +366,22 @@ class GenerateTerminalReporter:
         self.task = self.doing = None
 
 
-def _ordinal(number: int) -> str:
-    teen = number % 100 in (11, 12, 13)
-    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
+def of_bytes(done: int, total: int) -> str:
+    """So many of so many, in the unit that suits all of them."""
+    if total >= 1e9:
+        return f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
+    return f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
 
 
 class GenerateJsonReporter:
     """One JSON object a line: each event by its name, with its fields (pixels left out)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, previews: bool = False) -> None:
+        """`previews`: pictures that are not finished are told too, as PNG in base64."""
+        self.shows_previews = previews
         self.files: list[str] = []
+        self._paced = Paced()
+        self.prompt = ""  # that is painted now
 
     def __enter__(self) -> Self:
         return self
@@ -264,9 +392,13 @@ class GenerateJsonReporter:
     def note(self, text: str) -> None:
         self._line("note", {"text": text})
 
+    def hint(self, name: str, text: str) -> None:
+        pass
+
     def downloading(self, model: str, done_bytes: int, total_bytes: int) -> None:
         values = {"model": model, "done_bytes": done_bytes, "total_bytes": total_bytes}
-        self._line("download", values)
+        if self._paced.passes("download", done_bytes, total_bytes):
+            self._line("download", values)
 
     def started(self, request: GenerateRequest, model: dict[str, Any]) -> None:
         shown = (
@@ -280,20 +412,27 @@ class GenerateJsonReporter:
             "dtype",
             "cache",
         )
+        self.prompt = request.prompt
         self._line("start", {name: getattr(request, name) for name in shown} | {"model": model})
 
     def event(self, event: Event) -> None:
+        if isinstance(event, Loading) and not self._paced.passes(
+            "loading", event.done_bytes, event.total_bytes
+        ):
+            return
         values = {field.name: getattr(event, field.name) for field in fields(event)}
         shown = {
             name: value
             for name, value in values.items()
             if value is not None and not isinstance(value, np.ndarray)
         }
+        if isinstance(event, Preview):
+            shown["png"] = base64.b64encode(encode_png(event.pixels, None)).decode()
         self._line(type(event).__name__.lower(), shown)
 
     def saved(self, path: Path, seeds: list[int]) -> None:
         self.files.append(str(path))
-        self._line("saved", {"path": str(path), "seeds": seeds})
+        self._line("saved", {"path": str(path), "seeds": seeds, "prompt": self.prompt})
 
     def finished(self) -> None:
         self._line("done", {"files": self.files})

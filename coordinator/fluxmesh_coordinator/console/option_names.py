@@ -15,20 +15,41 @@ OPTIONS = {
     "preload": "--preload-models",
     "t5_padding": "--no-t5-padding",
     "recipe": "--from",
+    "references": "--reference",
+    "reference_strengths": "--reference",
+    "negative": "--negative-prompt",
 }
 # Those whose option is the field with hyphens.
 SAME = {
     *("adapter", "allow_partial", "assume", "batch_size", "bits", "cache"),
-    *("caption_dropout", "checkpoint_every", "clip_norm", "decoding_batch_size", "dtype"),
+    *("cache_dir", "caption_column", "image_column", "prior_folder", "progress_prompt", "split"),
+    *(
+        "trigger",
+        "caption_dropout",
+        "checkpoint_every",
+        "clip_norm",
+        "decoding_batch_size",
+        "dtype",
+    ),
     *("ema", "env", "force", "force_shard", "grad_accumulate", "grad_checkpoint"),
-    *("guidance", "image"),
+    *(
+        "guidance",
+        "image",
+        "reference",
+        "redux",
+        "control",
+        "control_from",
+        "negative_prompt",
+        "cfg",
+    ),
     *("image_size", "iterations", "keep_checkpoints", "learning_rate", "lora_alpha"),
     *("lora_blocks", "lora_dropout", "lora_rank", "lora_targets", "low_memory"),
-    *("lr_schedule", "mask", "model", "n_images", "n_rows", "num_augmentations"),
+    *("lr_schedule", "mask", "model", "n_images", "n_rows", "no_metadata", "num_augmentations"),
+    *("fuse_adapter", "prior_folder", "progress_prompt"),
     *("optimizer", "outpaint", "output", "output_dir", "placement", "prior_weight"),
-    *("progress_every", "progress_steps", "quantize", "resolution", "resume", "seed"),
+    *("progress_every", "progress_steps", "push", "quantize", "resolution", "resume", "seed"),
     *("steps", "stepwise", "strength", "timesteps", "validation", "warmup_steps"),
-    "weight_decay",
+    *("text_bits", "weight_decay"),
 }
 
 

@@ -6,9 +6,11 @@ from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fluxmesh_coordinator.console.option_names import in_options
 
+ERROR = "Error:"
 PLAIN_WIDTH = 160  # characters, where the output is no terminal
 
 
@@ -22,7 +24,10 @@ def output() -> Console:
 
 def say(console: Console, sentence: str) -> None:
     """A sentence, with options for settings; nothing in it is markup, and no line is broken."""
-    console.print(in_options(sentence), soft_wrap=True, markup=False)
+    text = Text(in_options(sentence))
+    if sentence.startswith(ERROR):
+        text.stylize("bold red", 0, len(ERROR))
+    console.print(text, soft_wrap=True)
 
 
 def table(headings: Sequence[str], *, right: Collection[str] = ()) -> Table:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fluxmesh.cluster.hostfile import Host
+from fluxmesh.machine.mlx_backend import remedy
 
 Level = Literal["ok", "warn", "fail"]
 PYTHON = (3, 11)
@@ -78,6 +79,12 @@ def _mlx(look: Look, here: Look) -> tuple[str, Level, str]:
     version, ours = str(look["mlx_version"]), str(here["mlx_version"])
     if not version:
         return "MLX", "fail", f"missing; run {look['python']} -m pip install mlx there."
+    problem = str(look.get("mlx_problem", ""))
+    if problem:
+        return "MLX", "fail", (
+            f"{version} does not load ({problem}); "
+            f"{remedy(str(look['python']), str(look['system']))}."
+        )  # fmt: skip
     if version != ours:
         return "MLX", "warn", (
             f"{version} there and {ours} here: pictures may differ in their last bits; "

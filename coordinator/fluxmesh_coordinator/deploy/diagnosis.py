@@ -48,6 +48,8 @@ def of_agents(mesh: MeshRecord) -> list[Finding]:
     for link in mesh.links:
         rate = f"to host {link.target}: {link.rate / 1e9:.2f} GB/s, {link.latency * 1e6:.0f} us"
         findings.append(Finding(link.source, "link", "ok", rate))
+    first = mesh.members[0].rank
+    findings += [Finding(first, "backend", "warn", note) for note in mesh.backend_notes]
     findings += reach.findings(mesh)
     ranks = [member.rank for member in mesh.members]
     linked = {(link.source, link.target) for link in mesh.links}

@@ -9,22 +9,38 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fluxmesh.cluster.backends import BackendFault
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.snapshot import HostInfo, RingTiming, Timings
+from fluxmesh.cluster.snapshot import HostInfo, RingPlace, RingTiming, Timings
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.events import BackendChanged
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
 from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
-from fluxmesh_coordinator.jobs.failures import error_of
+from fluxmesh_coordinator.agents.mesh_file import MeshRecord
+from fluxmesh_coordinator.jobs.failures import error_of, is_of_backend
 from fluxmesh_coordinator.jobs.host import HostState
 from fluxmesh_coordinator.jobs.ring import Orders, Ring
 from fluxmesh_coordinator.jobs.types import Job, LeasedHost
+
+
+class PlaceInLine:
+    """Tells of the line that `up` stands in for a host, once for each place that it has."""
+
+    def __init__(self, note: Callable[[str], None], rank: int) -> None:
+        self.note, self.rank = note, rank
+        self.place = 0
+
+    def __call__(self, queued: messages.LeaseQueued) -> None:
+        if queued.place != self.place:
+            self.place = queued.place
+            self.note(f"Host {self.rank} is busy; this `up` is number {self.place} in line.")
 
 
 class Errand:
@@ -34,6 +50,7 @@ class Errand:
         self.client = client
         self.fence, self.ring_generation = granted.fence, granted.ring_generation
         self.weights = work.weights
+        self.failure = ""  # the kind of what its engine failed with last, as in `Failed`
         self._job = f"up-{secrets.token_hex(4)}"
 
     @property
@@ -90,6 +107,7 @@ class Errand:
             ):
                 continue  # left over from an engine that was ended
             if isinstance(report, messages.Failed):
+                self.failure = report.kind
                 raise error_of(report.kind, f"{self.client.title}: {report.text}")
             if isinstance(report, messages.Lost):
                 raise FluxmeshError(f"{self.client.title}: {report.reason}")
@@ -119,33 +137,81 @@ async def form_ring(
             ring=info.ring.name,
             ring_rank=info.ring.rank,
             ring_size=info.ring.size,
+            ring_backend=info.ring.backend,
         )
         states[rank] = HostState(leased, 0.0)
-    ring = Ring.of(tuple(sorted(errands)), states)
+    ring = Ring.of(tuple(sorted(errands)), states, backend)
     if ring.is_up:
         return 0.0
-    orders = ring.ask(states, backend)
+    orders = ring.ask(states)
     while orders:
         asked, orders = orders, []
         for rank, message in asked:
             assert isinstance(message, messages.AskPorts)
             reply = await errands[rank].client.ask(message, messages.Ports)
             orders += ring.answered(rank, message.ip, reply.ports, states)
-    joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)), backend)
+    joins: Orders = ring.join(states, Job(id="", secret=secrets.token_bytes(32)))
     await together(
         errands[rank].join(join) for rank, join in joins if isinstance(join, messages.Join)
     )
     return time.monotonic() - begun
 
 
+@dataclass(frozen=True)
+class RingFindings:
+    """What is known of a ring that was formed."""
+
+    news: Timings = Timings()
+    faults: tuple[BackendFault, ...] = ()  # of the mesh's backends, with those that were known
+
+
 async def form_known_ring(
+    errands: Mapping[int, Errand],
+    infos: Mapping[int, HostInfo],
+    mesh: MeshRecord,
+    note: Callable[[str], None],
+) -> RingFindings:
+    """As `form_ring`; what is news of it: its collectives too, where nobody has timed them.
+
+    Where a backend does not work, which `note` hears, the next one below it is tried: it fails here
+    as in a job, and a ring that can't be measured can't work. Raises as `form_ring`, also where an
+    engine was killed, or its host short of what it takes: no backend is to blame for that.
+    """
+    hostfile, ranks, fallback = mesh.hostfile, tuple(sorted(errands)), mesh.fallback
+    while True:
+        backend = fallback.backend(hostfile.backend, ranks)
+        try:
+            news = await _form_measured(errands, hostfile.hosts, infos, backend, mesh.timings)
+            return RingFindings(news, fallback.faults)
+        except FluxmeshError as error:
+            is_host = any(not is_of_backend(errand.failure) for errand in errands.values())
+            if fallback.after(backend) is None or is_host:
+                raise
+            fault = BackendFault(backend=backend, ranks=ranks, reason=str(error), when=time.time())
+        highest = max(errand.ring_generation for errand in errands.values())
+        for errand in errands.values():
+            errand.ring_generation = highest
+        await together(errand.begin_anew() for errand in errands.values())  # all hosts are there
+        fallback = fallback.noted(fault)
+        infos = {rank: replace(info, ring=RingPlace()) for rank, info in infos.items()}
+        changed = BackendChanged(
+            hosts=ranks,
+            names=tuple(infos[rank].name for rank in ranks),
+            before=backend,
+            after=fallback.backend(hostfile.backend, ranks),
+            reason=fault.reason,
+        )
+        note(str(changed))
+
+
+async def _form_measured(
     errands: Mapping[int, Errand],
     hosts: Sequence[Host],
     infos: Mapping[int, HostInfo],
     backend: str,
     known: Timings,
 ) -> Timings:
-    """As `form_ring`; what is news of it: its collectives too, where nobody has timed them."""
+    """Over one backend."""
     seconds = await form_ring(errands, hosts, infos, backend)
     timing = known.ring(backend, tuple(sorted(errands)))
     if timing is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import Holding, MeshView, Placement
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import HostUnreachableError, WeightsError
@@ -33,9 +34,12 @@ class ModelLoading:
     def is_held(self, status: messages.Status, place: ShardLayout, rank: int) -> bool:
         """Whole weights serve where a shard would do: nothing is thrown away."""
         held = status.holds
-        if held is None or held.weights != self.work.weights or not self._is_meant(held):
+        if held is None or not self._is_meant(held):
             return False
-        return held.shards == 1 or (held.shards, held.shard) == (place.shards, place.shard(rank))
+        if held.weights.denoiser != self.work.weights.denoiser:
+            return False
+        wanted = (place.shards, place.shard(rank), place.shares)
+        return held.shards == 1 or (held.shards, held.shard, held.shares) == wanted
 
     def untimed(self, view: MeshView, place: ShardLayout) -> list[int]:
         """Who has to time a step of this size: one host of each device, or all that hold shards."""
@@ -62,6 +66,7 @@ class ModelLoading:
                 weights=errand.weights,
                 shards=place.shards,
                 shard=place.shard(rank),
+                shares=place.shares,
                 components=COMPONENTS,
             )
             async for report in errand.do(load, DEADLINES.engine_sign):
@@ -78,14 +83,15 @@ class ModelLoading:
             f"{remedy(model)}"
         )
 
-    async def time_step(self, errand: Errand, placement: Placement) -> None:
-        """With nothing else running on the device."""
+    async def time_step(self, errand: Errand, placement: Placement, shares: Shares = EVEN) -> None:
+        """With nothing else running on the device; in these shares of a ring."""
         measure = messages.Measure(
             **errand.common,
             weights=errand.weights,
             height=self.work.height,
             width=self.work.width,
             placement=placement,
+            shares=shares,
         )
         try:
             async with asyncio.timeout(DEADLINES.timed_step):

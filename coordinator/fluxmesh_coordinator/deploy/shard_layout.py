@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fluxmesh.cluster.snapshot import MeshView, Placement
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.cluster.snapshot import MeshView
 from fluxmesh.errors import DoesNotFitError
 from fluxmesh.planning.capacity import Memory, shortage
 from fluxmesh.planning.remedies import for_weights
-from fluxmesh.planning.workload import Workload, tensor_problem
+from fluxmesh.planning.share_choice import ShareChoice
+from fluxmesh.planning.step_times import StepTimes
+from fluxmesh.planning.workload import Workload
 from fluxmesh_coordinator.jobs import remedies
 
 
@@ -23,6 +26,7 @@ class ShardLayout:
     shards: int
     idle: tuple[int, ...] = ()  # hosts that can't hold their part
     why: str = ""  # they can't
+    shares: Shares = EVEN  # of the shards
 
     def shard(self, rank: int) -> int:
         return self.ranks.index(rank) if self.shards > 1 else 0
@@ -35,9 +39,11 @@ def layout(work: Workload, view: MeshView) -> ShardLayout:
         return place
 
     def fits(work: Workload, view: MeshView) -> int | None:
-        shards = _layout(work, view).shards
-        placement: Placement = "tensor" if shards > 1 else "data"
-        return Memory(work, view).needed(placement, shards, shards) if shards else None
+        place, memory = _layout(work, view), Memory(work, view)
+        if place.shards < 2:
+            return memory.needed("data", 1, 1) if place.shards else None
+        needs = memory.together("tensor", place.ranks, place.shards, place.shares)
+        return max(need.needed for need in needs)
 
     helps = remedies.sentences(for_weights(work, view, fits)) or "Use more hosts."
     raise DoesNotFitError(f"{work.weights.model} does not fit: {place.why}. {helps}")
@@ -49,14 +55,15 @@ def _layout(work: Workload, view: MeshView) -> ShardLayout:
     Without ranks or shards where no host can hold its part.
     """
     memory, ranks, size = Memory(work, view), view.ranks, len(view.ranks)
-    whole, part = memory.needed("data", 1, 1), memory.needed("tensor", size, size)
+    whole = memory.needed("data", 1, 1)
     needs = memory.needs(ranks, [whole] * size)
     if all(need.fits for need in needs):
         return ShardLayout(ranks, 1)
-    if size > 1 and not tensor_problem(work, size):
-        shares = memory.needs(ranks, [part] * size, size)
-        if all(need.fits for need in shares):
-            return ShardLayout(ranks, size)
+    if size > 1:
+        choice = ShareChoice(work, view, memory, StepTimes(work, view))
+        shares = choice.of("tensor", ranks, size)
+        if choice.can("tensor", ranks, size, shares):
+            return ShardLayout(ranks, size, shares=shares)
     able: tuple[int, ...] = ()
     for rank in ranks:
         if all(need.fits for need in memory.needs((*able, rank), [whole] * (len(able) + 1))):

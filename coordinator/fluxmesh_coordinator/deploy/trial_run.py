@@ -12,9 +12,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fluxmesh.cluster.snapshot import MeshView, ModelVariant, Placement, StepShape, Timings
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.cluster.snapshot import MeshView, ModelVariant, Placement, RingPlace, StepShape
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.plan import Plan, plan
@@ -24,9 +25,14 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.tasks import together
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
-from fluxmesh_coordinator.agents.status import Survey
+from fluxmesh_coordinator.agents.status import Survey, host_info
 from fluxmesh_coordinator.deploy.bringup import Watcher
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring
+from fluxmesh_coordinator.deploy.leased_work import (
+    Errand,
+    PlaceInLine,
+    RingFindings,
+    form_known_ring,
+)
 
 Size = tuple[int, int]  # height, width
 
@@ -38,6 +44,7 @@ class Way:
     size: Size
     placement: Placement
     ranks: tuple[int, ...]
+    shares: Shares = EVEN  # of the ring's hosts
 
     def shape(self, weights: ModelVariant) -> StepShape:
         """What an engine tells that has made a step in this way."""
@@ -76,7 +83,7 @@ def programme(
             option = settled.warm or settled.winner  # which is the best is what it is once warm
             if option is None:
                 continue
-            if reader is None and option.text_stays:
+            if reader is None and option.text is not None and option.text.stays:
                 reader = option.text_rank
             for phase in option.phases:
                 # Whoever holds the weights is given whole images when there are more of them.
@@ -85,7 +92,7 @@ def programme(
                     continue
                 if apart or rings:
                     ranks = tuple(hosts) if apart else phase.ranks
-                    ways.append(Way(size, phase.placement, ranks))
+                    ways.append(Way(size, phase.placement, ranks, phase.shares))
     ring = next((way.ranks for way in ways if way.placement != "data"), ())
     wanted = dict.fromkeys(ways)
     kept = [way for way in wanted if way.placement == "data" or way.ranks == ring]
@@ -106,6 +113,7 @@ def _plan(work: Workload, view: MeshView, size: Size, images: int) -> Plan:
         steps=work.steps,
         dtype=weights.dtype,
         bits=weights.bits,
+        text_bits=weights.text_bits,
     )
     return plan(work.model.fill(request), view, work.model)
 
@@ -121,7 +129,7 @@ class TrialRun:
     hosts: Sequence[int]
     shards: int  # in how many parts
     sizes: Sequence[Size]
-    learn: Callable[[Timings], None]  # hears what is measured of a ring that is new
+    learn: Callable[[RingFindings], None]  # hears what is found out about a ring that is new
     reader: int | None = None  # who has the text encoders in memory afterwards
     _errands: dict[int, Errand] = field(default_factory=dict)
 
@@ -140,7 +148,7 @@ class TrialRun:
                 f"{_title(way)} is not made ready: its ring has other members than the one for "
                 f"{'x'.join(map(str, self.sizes[0]))}."
             )
-        new_ring = () if _is_ring(statuses, todo.ring) else todo.ring  # may end its engines
+        new_ring = () if self._is_ring(statuses, todo.ring) else todo.ring  # may end its engines
         reads = todo.reader is not None and (
             "text encoders" not in statuses[todo.reader].components
         )
@@ -169,11 +177,9 @@ class TrialRun:
         return dict(sorted(zip(self.clients, statuses, strict=True)))
 
     async def _lease(self, rank: int) -> Errand:
-        def waiting(queued: messages.LeaseQueued) -> None:
-            self.watcher.note(f"Host {rank} is busy; this `up` is number {queued.place} in line.")
-
+        waiting = PlaceInLine(self.watcher.note, rank)
         client = self.clients[rank]
-        granted = await client.lease("up, trial pictures", 60.0, waiting)
+        granted = await client.lease("up, trial pictures", 60.0, waiting, "getting ready")
         return Errand(client, granted, self.work)
 
     async def _read(self, rank: int) -> None:
@@ -224,18 +230,32 @@ class TrialRun:
 
     def _is_ready(self, way: Way, statuses: Mapping[int, messages.Status]) -> bool:
         """Whether every host of it has made such a step, in the ring that it is in."""
-        if way.placement != "data" and not _is_ring(statuses, way.ranks):
+        if way.placement != "data" and not self._is_ring(statuses, way.ranks):
             return False
         shape = way.shape(self.work.weights)
         return all(shape in statuses[rank].compiled for rank in way.ranks)
+
+    def _is_ring(self, statuses: Mapping[int, messages.Status], ranks: tuple[int, ...]) -> bool:
+        """Whether the engines of these hosts are the ring already that a job would form."""
+        if not ranks:
+            return False
+        first = statuses[ranks[0]]
+        backend = self.mesh.fallback.backend(self.mesh.hostfile.backend, ranks)
+        return bool(first.ring) and all(
+            host_info(rank, statuses[rank]).ring
+            == RingPlace(first.ring, place, len(ranks), backend)
+            and statuses[rank].ring_generation == first.ring_generation
+            for place, rank in enumerate(ranks)
+        )
 
     async def _form(self, ring: tuple[int, ...]) -> None:
         infos = {
             host.rank: host for host in Survey(self.mesh, await self._statuses(), {}, {}).view.hosts
         }
         members = {rank: self._errands[rank] for rank in ring}
-        hostfile, timings = self.mesh.hostfile, self.mesh.timings
-        self.learn(await form_known_ring(members, hostfile.hosts, infos, hostfile.backend, timings))
+        findings = await form_known_ring(members, infos, self.mesh, self.watcher.note)
+        self.mesh = replace(self.mesh, faults=findings.faults)
+        self.learn(findings)
 
     async def _end_engines(self, ranks: Iterable[int]) -> None:
         """A survivor of a broken ring can hang."""
@@ -252,6 +272,7 @@ class TrialRun:
             height=height,
             width=width,
             placement=way.placement,
+            shares=way.shares,
         )
         await self._do(rank, warm)
 
@@ -276,21 +297,13 @@ def _title(way: Way) -> str:
     return f"{way.placement} at {'x'.join(map(str, way.size))} on hosts {hosts}"
 
 
-def _is_ring(statuses: Mapping[int, messages.Status], ranks: tuple[int, ...]) -> bool:
-    """Whether the engines of these hosts are one ring already, in this order."""
-    if not ranks:
-        return False
-    first = statuses[ranks[0]]
-    return bool(first.ring) and all(
-        (statuses[rank].ring, statuses[rank].ring_rank, statuses[rank].ring_size)
-        == (first.ring, place, len(ranks))
-        and statuses[rank].ring_generation == first.ring_generation
-        for place, rank in enumerate(ranks)
-    )
-
-
 def keeps(
-    work: Workload, hosts: Sequence[int], shards: int, reader: int | None, idle: Iterable[int] = ()
+    work: Workload,
+    hosts: Sequence[int],
+    shards: int,
+    reader: int | None,
+    idle: Iterable[int] = (),
+    shares: Shares = EVEN,
 ) -> dict[int, messages.Keep]:
     """What each host is to hold, whatever happens to its engine; `idle` ones nothing."""
     wanted = {rank: messages.Keep(weights=None) for rank in idle}
@@ -300,7 +313,7 @@ def keeps(
             components = (*components, "text encoders")
         shard = place if shards > 1 else 0
         wanted[rank] = messages.Keep(
-            weights=work.weights, shards=shards, shard=shard, components=components
+            weights=work.weights, shards=shards, shard=shard, shares=shares, components=components
         )
     if reader is not None and reader not in hosts:  # it reads for the others
         wanted[reader] = messages.Keep(

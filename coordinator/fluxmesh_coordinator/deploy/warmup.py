@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement, Timings
+from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.planning.learning import learned
 from fluxmesh.planning.step_times import neighbours
@@ -30,7 +30,12 @@ from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.agents.status import host_info, run, user_keys
 from fluxmesh_coordinator.deploy.bringup import Watcher, leave_out
-from fluxmesh_coordinator.deploy.leased_work import Errand, form_known_ring
+from fluxmesh_coordinator.deploy.leased_work import (
+    Errand,
+    PlaceInLine,
+    RingFindings,
+    form_known_ring,
+)
 from fluxmesh_coordinator.deploy.link_rates import measure_links
 from fluxmesh_coordinator.deploy.model_loading import ModelLoading
 from fluxmesh_coordinator.deploy.shard_layout import ShardLayout, layout
@@ -115,16 +120,18 @@ class Warming:
                 continue
         return reader
 
-    def _learn(self, news: Timings) -> None:
-        """Puts what was measured of rings on the mesh's record."""
-        if news.rings:
-            self.mesh = replace(self.mesh, timings=learned(self.mesh.timings, news))
+    def _learn(self, findings: RingFindings) -> None:
+        """Puts what was found out about rings on the mesh's record."""
+        timings = learned(self.mesh.timings, findings.news)
+        mesh = replace(self.mesh, timings=timings, faults=findings.faults)
+        if mesh != self.mesh:
+            self.mesh = mesh
             mesh_file.save(self.mesh, self.home)
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
         place = self._place
-        keep = keeps(self.work, place.ranks, place.shards, reader, place.idle)
+        keep = keeps(self.work, place.ranks, place.shards, reader, place.idle, place.shares)
 
         async def tell(rank: int) -> messages.Done:
             return await self.clients[rank].ask(keep[rank], messages.Done)
@@ -158,7 +165,8 @@ class Warming:
 
     async def _know_ring(self) -> None:
         """Forms the ring of all hosts and times its collectives, where nobody did before."""
-        ranks, backend = tuple(sorted(self.clients)), self.mesh.hostfile.backend
+        ranks = tuple(sorted(self.clients))
+        backend = self.mesh.fallback.backend(self.mesh.hostfile.backend, ranks)
         view = MeshView((), self.mesh.links)
         is_joined = all(view.link(a, b) for a, b in neighbours(ranks))
         if len(ranks) < 2 or not is_joined or self.mesh.timings.ring(backend, ranks):
@@ -183,9 +191,7 @@ class Warming:
         self, errands: Mapping[int, Errand], infos: Mapping[int, HostInfo]
     ) -> None:
         """One of all these; its timings go on the mesh's record."""
-        mesh = self.mesh
-        hosts, backend = mesh.hostfile.hosts, mesh.hostfile.backend
-        self._learn(await form_known_ring(errands, hosts, infos, backend, mesh.timings))
+        self._learn(await form_known_ring(errands, infos, self.mesh, self.watcher.note))
 
     # Weights and step times
 
@@ -200,7 +206,8 @@ class Warming:
 
         statuses = await self._each(ask, self.clients)
         infos = tuple(host_info(rank, status) for rank, status in statuses.items())
-        view = MeshView(infos, self.mesh.links, self.mesh.hostfile.backend, self.mesh.timings)
+        mesh = self.mesh
+        view = MeshView(infos, mesh.links, mesh.hostfile.backend, mesh.timings, mesh.fallback)
         place = self._place = layout(self.work, view)
         for rank in place.idle:
             self.watcher.note(f"Host {rank} holds no weights: {place.why}.")
@@ -226,10 +233,10 @@ class Warming:
         return set(leases) <= set(self.clients)
 
     async def _lease(self, rank: int) -> messages.Granted:
-        def waiting(queued: messages.LeaseQueued) -> None:
-            self.watcher.note(f"Host {rank} is busy; this `up` is number {queued.place} in line.")
-
-        return await self.clients[rank].lease(f"up-{secrets.token_hex(4)}", 60.0, waiting)
+        waiting = PlaceInLine(self.watcher.note, rank)
+        return await self.clients[rank].lease(
+            f"up-{secrets.token_hex(4)}", 60.0, waiting, "getting ready"
+        )
 
     @contextlib.contextmanager
     def _timing(self, placement: Placement, ranks: Sequence[int]) -> Iterator[None]:
@@ -254,7 +261,9 @@ class Warming:
             self.watcher.stage(f"Loading {self.work.weights.model}")
             await together(self._model.load(ring[rank], place, rank) for rank in ring)
             with self._timing("tensor", place.ranks):
-                await together(self._model.time_step(ring[rank], "tensor") for rank in ring)
+                await together(
+                    self._model.time_step(ring[rank], "tensor", place.shares) for rank in ring
+                )
         except FluxmeshError as error:
             self.watcher.note(f"A step of all hosts together could not be timed: {error}")
             await _begin_anew(ring.values())

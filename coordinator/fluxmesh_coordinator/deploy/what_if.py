@@ -24,10 +24,9 @@ from fluxmesh.cluster.snapshot import (
     StepTiming,
 )
 from fluxmesh.errors import UsageError
-from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.models import registry
 from fluxmesh.planning.cold import RESTARTING
 from fluxmesh.planning.workload import ModelSizes, Workload
-from fluxmesh.weights.checkpoint import ModelDefaults
 
 REQUIRED = ("memory", "link_rate")
 NUMBERS = {"flops_per_second": 26e12, "load_rate": 3e9, "link_latency": 1e-4}  # left out
@@ -39,21 +38,14 @@ KEYS = (
 
 
 def published(alias: str) -> ModelSizes:
-    """FLUX.1's own sizes, as its repositories on the Hub declare them."""
-    guided = alias != "schnell"
-    return ModelSizes(
-        FluxConfig(guidance_embed=guided),
-        T5Config(),
-        ClipConfig(),
-        AutoencoderConfig(),
-        ModelDefaults(50 if guided else 4, 4.0, 512, 512, 512 if guided else 256),
-    )
+    """A known model's own sizes, as its repository on the Hub declares them."""
+    return ModelSizes(registry.published(alias))
 
 
 def load_assumption(path: Path) -> dict[str, Any]:
     """The JSON object in a file, every value of it checked. Raises `UsageError`."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"`assume` {path}: {error.strerror or error}.") from None
     except ValueError as error:
@@ -105,7 +97,8 @@ def assumed_view(
         warm = assumption["warm"] and nbytes * crowd <= memory
         # Engines that end to form a ring would lose what is assumed to be loaded.
         is_joined = warm and hostfile.backend in RESTARTING
-        ring = RingPlace("assumed", host.rank, len(hostfile.hosts)) if is_joined else RingPlace()
+        place = RingPlace("assumed", host.rank, len(hostfile.hosts), hostfile.backend)
+        ring = place if is_joined else RingPlace()
         hosts.append(
             HostInfo(
                 rank=host.rank,

@@ -13,12 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluxmesh.cluster import hostfile
-from fluxmesh.cluster.snapshot import Holding, HostInfo, Placement, RingPlace, StepShape
+from fluxmesh.cluster.snapshot import (
+    Holding,
+    HostInfo,
+    Placement,
+    RingPlace,
+    StepShape,
+    TextHolding,
+)
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.wire.messages import (
     WARM_STEP,
     Beat,
     EngineUnit,
+    Join,
     LoadProgress,
     Message,
     Paint,
@@ -28,9 +36,9 @@ from fluxmesh_coordinator.jobs.types import LeasedHost
 
 SLACK = 4.0  # times what a step took before
 
-Readiness = Literal["new engine", "new shape", "loading", "warm"]
-"""For a first step: no kernel of the model is compiled; those of this step aren't; all are, and
-its weights come first; nothing is to be done before."""
+Readiness = Literal["new engine", "new placement", "new shape", "loading", "warm"]
+"""For a first step: no kernel of the model is compiled; none of this placement's is; those of this
+size aren't; all are, and its weights come first; nothing is to be done before."""
 
 
 @dataclass
@@ -50,7 +58,7 @@ class HostState:
         self.info: HostInfo = leased.info
         self.fence = leased.fence
         self.ring_generation = leased.ring_generation
-        self.ring = RingPlace(leased.ring, leased.ring_rank, leased.ring_size)
+        self.ring = RingPlace(leased.ring, leased.ring_rank, leased.ring_size, leased.ring_backend)
         self.line: deque[QueuedWork] = deque()
         self.is_loaded = False  # with what the phase needs
         self.killed: float | None = None  # since when its engine is being ended
@@ -77,6 +85,12 @@ class HostState:
     def is_free(self) -> bool:
         """Whether it has nothing to do."""
         return not self.line and self.killed is None
+
+    @property
+    def is_in_collective(self) -> bool:
+        """Whether its engine joins a ring now, or may wait for others in one."""
+        unit = self.line[0].message if self.line else None
+        return isinstance(unit, Join) or (unit is not None and unit.is_collective)
 
     def has(self, *kinds: type[Message]) -> bool:
         """Whether something of these kinds is in line."""
@@ -108,9 +122,11 @@ class HostState:
         held, weights = self.info.holds, paint.weights
         if not self.info.has_kernels(weights):
             return "new engine"
-        if self._kind(paint) not in self.info.compiled:
-            return "new shape"
-        return "warm" if held is not None and held.weights == weights else "loading"
+        if (shape := self._kind(paint)) not in self.info.compiled:
+            return "new shape" if self.info.has_taken(shape) else "new placement"
+        return (
+            "warm" if held is not None and held.weights.denoiser == weights.denoiser else "loading"
+        )
 
     def stepped(
         self,
@@ -174,16 +190,28 @@ class HostState:
         self.line.clear()
         self.is_loaded = False
         self.ring = RingPlace()
-        self.info = replace(self.info, compiled=())
+        self.info = replace(self.info, compiled=(), text=None)
         self._shapes.clear()
         self._is_new = True
         self._at = ""
         self._heard = self._moved = now
 
     def hold(self, holding: Holding | None) -> int:
-        """The engine holds this now; returns by how many bytes that is more than before."""
+        """The engine holds this now; returns by how many bytes that is more than before.
+
+        None is nothing at all: what it had for reading prompts is gone, too.
+        """
         before = self.info.held_bytes
-        self.info = replace(self.info, holds=holding)
+        if holding is None:
+            self.info = replace(self.info, holds=None, text=None, kept=())
+        else:
+            self.info = replace(self.info, holds=holding)
+        return self.info.held_bytes - before
+
+    def can_read(self, text: TextHolding) -> int:
+        """The engine has this for reading prompts now; returns as `hold` does."""
+        before = self.info.held_bytes
+        self.info = replace(self.info, text=text)
         return self.info.held_bytes - before
 
     def overdue(self, now: float) -> str:

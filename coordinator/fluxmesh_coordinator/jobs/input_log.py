@@ -22,6 +22,8 @@ from fluxmesh_coordinator.jobs.types import (
     JobFinished,
     JobStuck,
     Learn,
+    LetGo,
+    Remember,
     Reported,
     SendToAgent,
     TellUser,
@@ -75,6 +77,10 @@ def brief(instruction: Instruction) -> str:
             return f"tell {type(instruction.event).__name__}"
         case Learn():
             return "learn"
+        case LetGo():
+            return f"let go of {instruction.rank}"
+        case Remember():
+            return f"remember {instruction.fault.backend}"
         case JobStuck():
             return "stuck"
         case JobFinished():

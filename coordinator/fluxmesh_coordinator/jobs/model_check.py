@@ -38,6 +38,17 @@ def difference(model: str, contents: Mapping[int, tuple[str, str]]) -> str:
     return f"Hosts hold different files under the name {model}: {hosts}. {remedy(model)}"
 
 
+def other_reader(reader: str, rank: int, name: str) -> WeightsError:
+    """That a host reads references with other files than the machine that asks has."""
+    help = "copy the one that you mean to all of them"
+    if "/" not in reader:  # an alias, and neither a path nor somebody's repository
+        help = f"run `fluxmesh models pull {reader}` on all of them"
+    return WeightsError(
+        f"Host {rank} ({name}) and this machine hold different files under the name {reader}, "
+        f"which read the references; {help}, and ask again."
+    )
+
+
 def remedy(model: str) -> str:
     """What makes them the same again."""
     copy = "Copy the one that you mean to the others"

@@ -9,23 +9,23 @@ their shapes, secrets are zeros of the same length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from fluxmesh import request
-from fluxmesh.cluster import hostfile, hostfile_fields, snapshot
+from fluxmesh.cluster import backends, hostfile, hostfile_fields, shares, snapshot
 from fluxmesh.errors import UsageError
-from fluxmesh.models.flux1 import config
+from fluxmesh.models import registry
+from fluxmesh.models.base import ModelDefaults
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.training import request as train_request
 from fluxmesh.training.data import dataset, encode_units
 from fluxmesh.training.micro_batches import Sampler, TimeSteps
 from fluxmesh.training.plan import TrainingPlan
 from fluxmesh.version import __version__
-from fluxmesh.weights import checkpoint
 from fluxmesh.wire import protocol
 from fluxmesh_coordinator.jobs import types
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -35,7 +35,7 @@ from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.training import tasks
 from fluxmesh_coordinator.jobs.training.session import TrainingSession
 
-FORMAT = 2
+FORMAT = 3
 MAX_BYTES = 1 << 16  # of a secret or a nonce
 KIND = "~"  # the key under which a map says what it stands for
 
@@ -51,6 +51,8 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
             snapshot.LinkInfo,
             snapshot.ModelVariant,
             snapshot.Holding,
+            snapshot.KeptModel,
+            shares.Shares,
             snapshot.StepTiming,
             snapshot.RingPlace,
             snapshot.StepShape,
@@ -58,11 +60,12 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
             snapshot.RingTiming,
             snapshot.JobTiming,
             snapshot.CollectiveTime,
+            snapshot.TextHolding,
+            snapshot.TextTiming,
         ),
-        *(hostfile.Host, hostfile_fields.Endpoint),
-        *(request.FilledRequest, request.AdapterRef, request.SourceImage),
-        *(GenerationJob, ModelSizes, checkpoint.ModelDefaults, config.FluxConfig, config.T5Config),
-        *(config.ClipConfig, config.AutoencoderConfig, config.ScheduleConfig),
+        *(hostfile.Host, hostfile_fields.Endpoint, backends.Fallback, backends.BackendFault),
+        *(request.FilledRequest, request.AdapterRef, request.SourceImage, request.PromptCut),
+        *(GenerationJob, ModelSizes, ModelDefaults, *registry.PARTS),
         *(
             train_request.TrainRequest,
             dataset.Example,
@@ -74,9 +77,9 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
 }
 # What a user wrote, or where his files lie: class -> fields.
 PRIVATE: dict[str, set[str]] = {
-    "FilledRequest": {"prompt"},
-    "Encode": {"prompt"},
-    "Encoded": {"prompt"},  # the event
+    "FilledRequest": {"prompt", "negative"},
+    "Encode": {"prompt", "negative"},
+    "Encoded": {"prompt", "dropped", "negative_dropped"},  # the event
     "Caption": {"text"},
     "Example": {"where", "caption", "data"},
     "TrainRequest": {
@@ -158,6 +161,8 @@ class Packer:
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {"": ""}  # the user's -> what stands for it
+        # Of the prompt, by which a host says that it remembers it -> of what stands for it.
+        self._marks: dict[str, str] = {}
 
     def pack(self, value: Any) -> Any:
         """As `unpack` reads it. Raises `TypeError` for a class that is not known."""
@@ -171,10 +176,14 @@ class Packer:
             return {KIND: "map", "items": [[k, self.pack(v)] for k, v in value.items()]}
         name = type(value).__name__
         if is_dataclass(value):
-            return {KIND: name} | {
+            packed = {
                 each.name: self._field(name, each.name, getattr(value, each.name))
                 for each in fields(value)
             }
+            if isinstance(value, request.FilledRequest):
+                texts = {each: packed[each] for each in ("prompt", "negative")}
+                self._marks[_mark(value)] = _mark(replace(value, **texts))
+            return {KIND: name} | packed
         if isinstance(value, hostfile_fields.Endpoint):
             return {KIND: name, **value._asdict()}
         if isinstance(value, tuple | list | range):
@@ -196,7 +205,13 @@ class Packer:
             return self._texts.setdefault(value, f"text {len(self._texts)}")
         if name in SENTENCES and isinstance(value, str):
             return self.sentence(value)
+        if (kind, name) == ("TextHolding", "prompts"):  # others than this one change nothing
+            return [self._marks[mark] for mark in value if mark in self._marks]
         return self.pack(value)
+
+
+def _mark(asked: request.FilledRequest) -> str:
+    return snapshot.prompt_mark(asked.prompt, asked.t5_padding, asked.negative)
 
 
 def unpack(plain: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Generic
 
 from fluxmesh import events
+from fluxmesh.cluster.backends import BackendFault
 from fluxmesh.cluster.snapshot import HostInfo
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import CancelledError, FluxmeshError
@@ -34,6 +35,7 @@ from fluxmesh_coordinator.jobs.types import (
     LeasedHost,
     Links,
     Proposal,
+    Remember,
     Reported,
     SendToAgent,
     Stop,
@@ -50,7 +52,9 @@ class JobSession(ABC, Generic[H]):
 
     def __init__(self, state: JobState[H], deadlines: Deadlines = DEADLINES) -> None:
         self.state, self.deadlines = state, deadlines
-        self.recovery: Recovery[H] = Recovery(state, self.send, self.tell, self.end, deadlines)
+        self.recovery: Recovery[H] = Recovery(
+            state, self.send, self.tell, self.end, self._remember, deadlines
+        )
         self.now = 0.0
         self._out: list[Instruction] = []
         self._error: FluxmeshError | None = None  # how it ends
@@ -89,6 +93,15 @@ class JobSession(ABC, Generic[H]):
     def closing(self) -> None:
         """The end has begun, and hosts let go of what they do: a last word to them."""
 
+    @property
+    def title(self) -> str:
+        """What it is, for those who wait for its hosts; nothing of a prompt."""
+        return ""
+
+    def progress(self, rank: int, now: float) -> messages.JobProgress:
+        """How far it is, as one of its hosts is told."""
+        return messages.JobProgress()
+
     # In
 
     @property
@@ -125,6 +138,7 @@ class JobSession(ABC, Generic[H]):
         if self.state.is_ending:
             self._wind_down()
         else:
+            self.recovery.settle()
             self.go_on()
         out, self._out = self._out, []
         return out
@@ -152,6 +166,9 @@ class JobSession(ABC, Generic[H]):
         """What only one kind of job says."""
         self._out.append(instruction)
 
+    def _remember(self, fault: BackendFault) -> None:
+        self._out.append(Remember(fault))
+
     def stuck(self, reason: str) -> None:
         """The hosts at hand can't go on."""
         self._out.append(JobStuck(reason))
@@ -160,6 +177,11 @@ class JobSession(ABC, Generic[H]):
         """There is nothing left to do."""
         self._is_over = True
         self._out.append(JobFinished(self._error))
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether it ends because somebody stopped it."""
+        return isinstance(self._error, CancelledError)
 
     # What happens
 
@@ -211,8 +233,10 @@ class JobSession(ABC, Generic[H]):
             return
         if not isinstance(report, messages.EngineReport):
             return
-        if report.ring_generation != host.ring_generation:
-            return  # left over from an engine that is gone
+        if report.ring_generation != host.ring_generation:  # left over from an engine that is gone
+            if isinstance(report, messages.Failed) and not self.state.is_ending:
+                self.recovery.explained(host.rank, report)
+            return
         if isinstance(report, messages.WorkReport) and report.job not in ("", self.id):
             return
         unit = host.heard(report, self.now)
@@ -284,14 +308,20 @@ class JobSession(ABC, Generic[H]):
         if state.is_ending:
             return
         state.is_ending, self._error = True, error
-        self._cancel_by = self.now + max(
-            (host.cancel_deadline() for host in state.hosts.values()), default=0.0
-        )
+        patience = max((host.cancel_deadline() for host in state.hosts.values()), default=0.0)
+        if self._is_stopped:
+            patience = min(patience, self.deadlines.stop)
+        self._cancel_by = self.now + patience
         self.break_off()
         self.closing()
 
     def _wind_down(self) -> None:
         hosts = list(self.state.hosts.values())
+        if self._is_stopped and self.now >= self._cancel_by:
+            # Whoever stopped it does not wait for a step of many seconds: without a lease its
+            # agent ends that, and the engine only where it takes longer than to load again.
+            self.finish()
+            return
         for host in hosts:
             if not host.is_free and host.killed is None and self.now >= self._cancel_by:
                 self.recovery.kill(host, host.ring_generation + 1, self.now)

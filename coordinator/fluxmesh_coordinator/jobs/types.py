@@ -7,7 +7,7 @@ Pure, as the whole folder: no socket, no clock, no chance.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from fluxmesh import events
 from fluxmesh.cluster import hostfile
+from fluxmesh.cluster.backends import BackendFault, Fallback
 from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, Timings
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.planning.remedies import Remedy
@@ -46,6 +47,7 @@ class LeasedHost:
     ring: str = ""  # `messages.ring_name` of the ring that its engine is in
     ring_rank: int = 0
     ring_size: int = 1
+    ring_backend: str = "ring"
 
     @property
     def rank(self) -> int:
@@ -57,13 +59,18 @@ class Links:
     """How the hosts reach one another."""
 
     links: tuple[LinkInfo, ...] = ()
-    backend: str = "ring"
+    backend: str = "ring"  # the hostfile's
     timings: Timings = Timings()
+    fallback: Fallback = Fallback()
 
     def view(self, hosts: Iterable[HostInfo]) -> MeshView:
         """These hosts as the planner sees them."""
         ordered = tuple(sorted(hosts, key=lambda host: host.rank))
-        return MeshView(ordered, self.links, self.backend, self.timings)
+        return MeshView(ordered, self.links, self.backend, self.timings, self.fallback)
+
+    def backend_of(self, ranks: Sequence[int]) -> str:
+        """What a ring of these hosts forms over."""
+        return self.fallback.backend(self.backend, ranks)
 
 
 class WayToDo(Protocol):
@@ -177,7 +184,14 @@ class SendToAgent:
 
 Told = events.Event | TrainEvent | Result  # what a job tells the program that began it
 # What of it a training's user hears beside the events of the run itself.
-Heard = events.Loading | events.Queued | events.HostLost | Dealt
+Heard = (
+    events.Loading
+    | events.Queued
+    | events.HostLost
+    | events.HostUnfit
+    | events.BackendChanged
+    | Dealt
+)
 
 
 @dataclass(frozen=True)
@@ -195,6 +209,20 @@ class Learn:
 
 
 @dataclass(frozen=True)
+class LetGo:
+    """The job has no more use for a host: others may have it."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Remember:
+    """A backend that failed, for this job's next leases and for later jobs; not dated yet."""
+
+    fault: BackendFault
+
+
+@dataclass(frozen=True)
 class JobStuck:
     """The hosts that are left can't do what is left: `JobSession.begin` goes on with others."""
 
@@ -208,4 +236,4 @@ class JobFinished:
     error: FluxmeshError | None = None
 
 
-Instruction = SendToAgent | TellUser | Learn | JobStuck | JobFinished
+Instruction = SendToAgent | TellUser | Learn | LetGo | Remember | JobStuck | JobFinished

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Self
 
+from fluxmesh.cluster.backends import BackendFault
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.snapshot import HostInfo, Timings
 from fluxmesh.deadlines import DEADLINES, Deadlines
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 RESTARTS = 3  # of one agent, in the life of a pool
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
-Keep = Callable[[Timings], None]  # blocks; FluxmeshError
+Keep = Callable[[Timings | BackendFault], None]  # blocks; FluxmeshError
 
 
 class AgentPool:
@@ -49,15 +50,19 @@ class AgentPool:
         keep: Keep | None = None,
         deadlines: Deadlines = DEADLINES,
     ) -> None:
-        """`keep` writes down what jobs measure, for other coordinators of the mesh."""
+        """`keep` writes down what jobs find out, for other coordinators of the mesh."""
         self.record, self.deadlines = record, deadlines
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
-        self.links = Links(record.links, record.hostfile.backend, record.timings)
-        self._keep = keep
+        self.links = Links(record.links, record.hostfile.backend, record.timings, record.fallback)
+        self._keep, self._writing = keep, asyncio.Lock()
+        self._notes: dict[asyncio.Task[None], BackendFault] = {}  # that are being written down
         self.clients: dict[int, AgentClient] = {}  # those that answer
         self.reasons: dict[int, str] = {}  # why the others do not
         self._members = {member.rank: member for member in record.members}
-        self.one_job = asyncio.Lock()  # leases are a coordinator's, not a job's
+        # Leases are a coordinator's, not a job's: to an agent all jobs of this pool are one. So a
+        # job has the whole pool, or hosts lent to it (`lent_hosts.py`), and each one's turn.
+        self.one_job = asyncio.Lock()
+        self.turns = {rank: asyncio.Lock() for rank in self.hosts}
         self._client = secrets.token_hex(16)
         self._dialer, self._restart = dialer, restart
         self._restarts: dict[int, int] = {}
@@ -77,6 +82,7 @@ class AgentPool:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
+        await asyncio.gather(*self._notes)
         tasks = [*self._tasks.values(), *([self._ticking] if self._ticking else [])]
         await end(*tasks)
         await together(client.close() for client in self.clients.values())
@@ -104,12 +110,36 @@ class AgentPool:
         """Plans of later jobs know what this one measured."""
         news = dated(news, time.time())
         self.links = replace(self.links, timings=learned(self.links.timings, news))
+        await self._write(news)
+
+    def remember(self, fault: BackendFault) -> None:
+        """Rings form over another backend from now on, in later jobs too."""
+        fault = replace(fault, when=time.time())
+        self.links = replace(self.links, fallback=self.links.fallback.noted(fault))
+        note = asyncio.create_task(self._write(fault))
+        self._notes[note] = fault
+        note.add_done_callback(self._notes.pop)
+
+    def adopt(self, faults: tuple[BackendFault, ...]) -> None:
+        """What others have found out since, or `fluxmesh up` has cleared, is so here too."""
+        fallback = replace(self.links.fallback, faults=faults)
+        for fault in self._notes.values():  # who read the record may have been too early
+            fallback = fallback.noted(fault)
+        self.links = replace(self.links, fallback=fallback)
+
+    def forgive(self) -> None:
+        """A first death that lies far back counts no more, as a host's does not."""
+        since = time.time() - self.deadlines.forgiven
+        self.links = replace(self.links, fallback=self.links.fallback.forgiving(since))
+
+    async def _write(self, news: Timings | BackendFault) -> None:
         if self._keep is None:
             return
-        try:
-            await asyncio.to_thread(self._keep, news)
-        except FluxmeshError as error:  # the pictures are worth more than their times
-            log.warning("what was measured is not kept: %s", error)
+        async with self._writing:
+            try:
+                await asyncio.to_thread(self._keep, news)
+            except FluxmeshError as error:  # the pictures are worth more than what is known of them
+                log.warning("what was found out is not kept: %s", error)
 
     def lost(self, rank: int, client: AgentClient, reason: str) -> None:
         """A client's conversation is over: another one is begun. Twice is harmless."""

@@ -14,25 +14,28 @@ import asyncio
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, TypeVar, cast
 
+from fluxmesh.cluster.backends import BackendFault
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
-from fluxmesh.planning.plan import Plan
+from fluxmesh.planning.plan import Plan, check_asked
 from fluxmesh.planning.plan import plan as find_plan
 from fluxmesh.planning.workload import Workload
 from fluxmesh.request import GenerateRequest
+from fluxmesh.sampling.takes import check_published
+from fluxmesh.storage import interrupts
 from fluxmesh.storage.keys import Keys
 from fluxmesh.training.events import TrainEvent
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.wire import messages
+from fluxmesh.wire.loop_thread import LoopThread
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.client import AgentClient
@@ -45,7 +48,8 @@ from fluxmesh_coordinator.jobs.types import Heard, Told
 from fluxmesh_coordinator.runtime.adapter_upload import Files
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool, Keep, Restart
 from fluxmesh_coordinator.runtime.failed_jobs import FailedJobs
-from fluxmesh_coordinator.runtime.job_runner import JobRunner
+from fluxmesh_coordinator.runtime.job_runner import NO_PATHS, JobRunner
+from fluxmesh_coordinator.runtime.lent_hosts import LentHosts
 from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 from fluxmesh_coordinator.runtime.running import Running
 
@@ -75,15 +79,22 @@ class Mesh:
         self._close = close
         self._jobs: set[Running] = set()  # that run now
         self._noted: dict[int, tuple[AgentClient, messages.NoteSize]] = {}  # told to ranks last
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mesh", daemon=True)
-        self._thread.start()
+        self._is_open = False
+        self._forget = interrupts.at_end(self.close)  # wherever Ctrl-C comes, it is closed
+        self._thread = LoopThread("mesh")
+        self._loop = self._thread.loop
 
         async def begin() -> AgentPool:
-            return await AgentPool(record, dialer(), restart, keep, deadlines).__aenter__()
+            pool = AgentPool(record, dialer(), restart, keep, deadlines)
+            try:
+                return await pool.__aenter__()
+            except BaseException:
+                await pool.__aexit__()
+                raise
 
         try:
             self._pool: AgentPool = self._run(begin())
+            self._is_open = True
         except BaseException:
             self._end()
             raise
@@ -182,7 +193,8 @@ class Mesh:
 
         A model that a mesh of this machine lacks is fetched. Raises as `generate`.
         """
-        return Resolved.of(request, ResolvedModel.for_mesh(request.model, self.record))
+        check_published(request)
+        return Resolved.of(request, ResolvedModel.for_mesh(request.model, self.record)).complete()
 
     def paint(
         self,
@@ -192,10 +204,15 @@ class Mesh:
         wait: float | None = None,
         *,
         keep_warm: bool = True,
+        lent: LentHosts | None = None,
     ) -> Generator[Event, None, None]:
-        """`generate`, for a request that is resolved."""
+        """`generate`, for a request that is resolved.
+
+        Jobs run one after another, unless hosts were `lent` to them: then beside others.
+        """
         job = self._job(resolved, placement, force_shard, keep_warm)
-        running = self.start(GenerationSession(job, self.deadlines), resolved.files, wait)
+        session = GenerationSession(job, self.deadlines)
+        running = self.start(session, resolved.files, wait, paths=resolved.paths, lent=lent)
         plans: list[Planned] = []
         try:
             for event in running.events():
@@ -221,12 +238,20 @@ class Mesh:
 
         yield from train_on(self, request, tell)
 
-    def start(self, session: JobSession[Any], files: Files, wait: float | None = None) -> Running:
-        """Begins a job in the background."""
+    def start(
+        self,
+        session: JobSession[Any],
+        files: Files,
+        wait: float | None = None,
+        *,
+        paths: Mapping[str, str] = NO_PATHS,
+        lent: LentHosts | None = None,
+    ) -> Running:
+        """Begins a job in the background; `paths` and `lent` as in `JobRunner`."""
         box: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
 
         async def begin() -> JobRunner:
-            return JobRunner(self._pool, session, files, box.put, FailedJobs())
+            return JobRunner(self._pool, session, files, box.put, FailedJobs(), paths, lent)
 
         runner = self._run(begin())
         done = asyncio.run_coroutine_threadsafe(runner.run(wait), self._loop)
@@ -238,7 +263,21 @@ class Mesh:
             box.put(None)
 
         done.add_done_callback(ended)
+        if lent is not None and lent.is_cancelled:  # before `cancel` could find it
+            running.cancel()
         return running
+
+    def cancel(self, lent: LentHosts | None = None) -> None:
+        """Has the jobs that run now end at their next step; may be called from any thread.
+
+        With `lent`, the job that has those hosts alone, also where it is about to begin. Whoever
+        iterates over their events gets `CancelledError`.
+        """
+        if lent is not None:
+            lent.is_cancelled = True
+        for running in list(self._jobs):
+            if lent is None or running.lent is lent:
+                running.cancel()
 
     def plan(
         self,
@@ -249,6 +288,15 @@ class Mesh:
         """What `generate` would do now, and every other way."""
         job = self._job(self.resolve(request), placement, force_shard, True)
         return plan_of(job, self.view)
+
+    def adopt(self, faults: tuple[BackendFault, ...]) -> None:
+        """Later jobs know of these backends that failed, and of no others."""
+        self._loop.call_soon_threadsafe(self._pool.adopt, faults)
+
+    @property
+    def latest(self) -> MeshRecord:
+        """The mesh's record, with the backends that have failed by now."""
+        return replace(self.record, faults=self._pool.links.fallback.faults)
 
     def status(self) -> dict[int, messages.Status | str]:
         """Of each host by rank: what it says of itself, or why it does not answer."""
@@ -273,12 +321,12 @@ class Mesh:
 
         Twice is harmless.
         """
-        if self._loop.is_closed():
-            return
         try:
             for running in list(self._jobs):
                 running.stop()
-            self._run(self._pool.__aexit__())
+            if self._is_open:
+                self._run(self._pool.__aexit__())
+                self._is_open = False
         finally:
             self._end()
 
@@ -304,9 +352,10 @@ class Mesh:
             return
         view = self.view
         memory = Memory(work, view)
-        needed = [memory.needed("data", 1, 1)]
-        fitting = [k for k in view.ranks if k in unaware and memory.needs((k,), needed)[0].fits]
-        self._run(self._pool.tell(dict.fromkeys(fitting, note)))
+        nbytes = memory.needed("data", 1, 1)
+        fitting = [k for k in view.ranks if k in unaware and memory.needs((k,), [nbytes])[0].fits]
+        sized = replace(note, memory_bytes=nbytes)
+        self._run(self._pool.tell(dict.fromkeys(fitting, sized)))
         # Those for which it does not fit, too: they need no second look at this size.
         self._noted |= {rank: (clients[rank], note) for rank in unaware & set(view.ranks)}
 
@@ -318,6 +367,7 @@ class Mesh:
     def _job(
         self, resolved: Resolved, asked: Placement | None, force_shard: bool, keep_warm: bool
     ) -> GenerationJob:
+        check_asked(asked, force_shard=force_shard)
         return GenerationJob(
             id=secrets.token_hex(8),
             secret=secrets.token_bytes(32),
@@ -326,22 +376,17 @@ class Mesh:
             placement=asked,
             force_shard=force_shard,
             warm=self.keeps_warm or keep_warm,
+            reader=resolved.reader_content,
         )
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, done in the loop's thread."""
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self._thread.run(work)
 
     def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.close()
         self._close()
+        self._forget()
 
 
 def plan_of(job: GenerationJob, view: MeshView) -> Plan:
@@ -355,7 +400,8 @@ def _remember(mesh: MeshRecord) -> None:
     """Writes down which agents run now, unless another mesh came up meanwhile."""
     known = load()
     if known is not None and known.text == mesh.text:
-        save(replace(mesh, timings=known.timings))  # others may have measured meanwhile
+        # Others may have measured meanwhile.
+        save(replace(mesh, timings=known.timings, faults=known.faults))
 
 
 def _curve(keys: Keys) -> Callable[[], Dialer]:

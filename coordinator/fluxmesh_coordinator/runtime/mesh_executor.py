@@ -35,6 +35,7 @@ from fluxmesh_coordinator.jobs.training.session import TrainingSession
 from fluxmesh_coordinator.jobs.training.tasks import TrainingJob, UnitEncoded, Wanted
 from fluxmesh_coordinator.jobs.types import Heard, Told
 from fluxmesh_coordinator.runtime.adapter_upload import Files
+from fluxmesh_coordinator.runtime.resolved import own_paths
 from fluxmesh_coordinator.runtime.running import Running
 
 Tell = Callable[[Heard], None]
@@ -47,12 +48,15 @@ class Hosts(Protocol):
     @property
     def view(self) -> MeshView: ...
 
-    def start(self, session: TrainingSession, files: Files) -> Running: ...
+    def start(
+        self, session: TrainingSession, files: Files, *, paths: Mapping[str, str]
+    ) -> Running: ...
 
 
 def train_on(mesh: Hosts, request: TrainRequest, tell: Tell) -> Generator[TrainEvent, None, None]:
     """See `Mesh.train`."""
-    examples = read_examples(request)
+    examples, notes = read_examples(request)
+    yield from notes
 
     def downloading(done: int, total: int) -> None:
         tell(Loading("download", done, total))
@@ -74,13 +78,14 @@ class MeshExecutor:
         self._cache = FeatureCache(
             Path(request.cache_dir) if request.cache_dir else default_folder()
         )
-        bits = base.bits or request.bits
+        bits = base.text_bits or base.bits or request.bits
         self._reader = EncoderIdentity(base.revision, request.dtype, bits, _device(mesh))
         self._number = 0  # of the task
         self._update: int | None = None
         self._given: tuple[int, Mapping[str, np.ndarray]] | None = None  # by the hosts, last
         job = job_of(plan, base, self._features, self._units.pixels)
-        self._running = mesh.start(TrainingSession(job), {})
+        paths = own_paths(request.model, hub.full_name(request.model))
+        self._running = mesh.start(TrainingSession(job), {}, paths=paths)
 
     def __enter__(self) -> MeshExecutor:
         return self
@@ -205,9 +210,9 @@ def job_of(
         id=secrets.token_hex(8),
         secret=secrets.token_bytes(32),
         plan=plan,
-        weights=ModelVariant.of(asked, base.bits),
+        weights=ModelVariant.of(asked, base.bits, base.text_bits),
         base_bytes=transformer_bytes(request, sizes),
-        size=VectorLayout(base.transformer, request).size,
+        size=VectorLayout(sizes.architecture.transformer_tensors, request).size,
         features=features,
         pixels=pixels,
         ways=ways(request, sizes, max(plan.sizes, key=math.prod)),

@@ -24,6 +24,7 @@ class Running:
         done: Future[None],
         box: queue.SimpleQueue[Told | None],
     ) -> None:
+        self.lent = runner.lent
         self._loop, self._runner, self._done, self._box = loop, runner, done, box
 
     def feed(self, event: Input) -> None:
@@ -42,6 +43,10 @@ class Running:
         if not self._done.done():
             self._loop.call_soon_threadsafe(self._runner.stop.set)
             self._done.exception()  # we were told to stop
+
+    def cancel(self) -> None:
+        """Has it end at its next step, and does not wait: its events end with `CancelledError`."""
+        self._loop.call_soon_threadsafe(self._runner.stop.set)
 
     def wait(self) -> None:
         """Waits for its end. Raises how it failed."""

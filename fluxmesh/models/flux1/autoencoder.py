@@ -1,7 +1,7 @@
 """The autoencoder of FLUX.1: pictures to latents and back, 8 pixels a latent along each side.
 
 Last in `pipeline.py`, and first for image-to-image and for training. Its halves and its tiles are
-those of all families (`models/convolutional.py`); here stands what lies between them.
+those of all families (`models/autoencoder/convolutional.py`); here stands what lies between them.
 
 Shapes are MLX's, channels last: pictures [B, H, W, 3] in [-1, 1], latents [B, h, w, z_channels].
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from fluxmesh.models.convolutional import ConvAutoencoder
+from fluxmesh.models.autoencoder.convolutional import ConvAutoencoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 
 

@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.errors import UsageError, WeightsError
-from fluxmesh.models.flux1.config import ClipConfig
+from fluxmesh.models.flux1.config import ClipConfig, SiglipConfig
 
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+Activation = Callable[[mx.array], mx.array]
+ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": nn.gelu_fast_approx,  # x * sigmoid(1.702 x), what OpenAI trained with
     "gelu": nn.gelu,
 }
@@ -36,11 +37,12 @@ class ClipOutput(NamedTuple):
 
 
 class ClipAttention(nn.Module):
-    """Causal self-attention."""
+    """Self-attention; `mask` as of `mx.fast.scaled_dot_product_attention`."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig | SiglipConfig, mask: str | None) -> None:
         super().__init__()
         D = config.hidden_size
+        self.mask = mask
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(D, D)
         self.k_proj = nn.Linear(D, D)
@@ -54,18 +56,18 @@ class ClipAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         scale = q.shape[-1] ** -0.5
-        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=self.mask)
         return self.out_proj(x.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
 
 class ClipMLP(nn.Module):
-    """Two linears with the config's activation between them."""
+    """Two linears with an activation between them."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig | SiglipConfig, activation: Activation) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = activation
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -74,12 +76,14 @@ class ClipMLP(nn.Module):
 class ClipLayer(nn.Module):
     """Attention and MLP, each after a norm and added to what came in."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(
+        self, config: ClipConfig | SiglipConfig, activation: Activation, mask: str | None
+    ) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = ClipAttention(config)
+        self.self_attn = ClipAttention(config, mask)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ClipMLP(config)
+        self.mlp = ClipMLP(config, activation)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -100,11 +104,13 @@ class ClipEmbeddings(nn.Module):
 
 
 class ClipEncoder(nn.Module):
-    """The layers, one after another."""
+    """The layers, one after another: CLIP's, whose mask is "causal", and SigLIP's, without one."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(
+        self, config: ClipConfig | SiglipConfig, activation: Activation, mask: str | None
+    ) -> None:
         super().__init__()
-        self.layers = [ClipLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [ClipLayer(config, activation, mask) for _ in range(config.num_hidden_layers)]
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self.layers:
@@ -125,7 +131,7 @@ class ClipTextModel(nn.Module):
             )
         self.config = config
         self.embeddings = ClipEmbeddings(config)
-        self.encoder = ClipEncoder(config)
+        self.encoder = ClipEncoder(config, ACTIVATIONS[config.hidden_act], "causal")
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, tokens: mx.array) -> ClipOutput:

@@ -2,7 +2,7 @@
 
 The field names of `FluxConfig` and `AutoencoderConfig` are those of black-forest-labs/flux
 (`src/flux/model.py`, `src/flux/modules/autoencoder.py`); `from_dict` reads the `config.json`
-of a diffusers folder. `T5Config` and `ClipConfig` keep transformers' names.
+of a diffusers folder. `T5Config`, `ClipConfig` and `SiglipConfig` keep transformers' names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+from fluxmesh.models.files.configs import UnsupportedConfigError
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +50,11 @@ class FluxConfig:
     @property
     def mlp_hidden_dim(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def channels_beside(self) -> int:
+        """Channels of a token's input behind those of its latents: a picture's, and a mask's."""
+        return self.in_channels - self.out_channels
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -139,6 +146,79 @@ class AutoencoderConfig:
             scale_factor=config["scaling_factor"],
             shift_factor=config.get("shift_factor") or 0.0,
         )
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of SigLIP's picture encoder (so400m-patch14-384), with which Redux sees."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 384  # pixels along a side of the square that a picture is stretched to
+    patch_size: int = 14  # pixels along a side of what becomes a token; what is left over is cut
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def rows(self) -> int:
+        """Tokens along a side."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads `image_encoder/config.json`, or that of the whole of SigLIP.
+
+        Raises `UnsupportedConfigError` for an activation that no SigLIP was trained with.
+        """
+        vision = config.get("vision_config", config)
+        if not isinstance(vision, Mapping):
+            raise TypeError("vision_config is no map")
+        activation = vision.get("hidden_act", SIGLIP_ACTIVATION)
+        if activation != SIGLIP_ACTIVATION:
+            raise UnsupportedConfigError(f"it has hidden_act {activation!r}, as no SigLIP does")
+        return cls(**{**SIGLIP_UNSAID, **_known(cls, vision)})
+
+
+SIGLIP_ACTIVATION = "gelu_pytorch_tanh"
+# What transformers means where a config of SigLIP's picture encoder leaves a value out.
+SIGLIP_UNSAID: Mapping[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+
+
+@dataclass(frozen=True)
+class ReduxConfig:
+    """Sizes of Redux's embedder, which brings SigLIP's tokens to the width of T5's."""
+
+    redux_dim: int = 1152  # SigLIP's width
+    txt_in_features: int = 4096  # T5's width
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads `image_embedder/config.json`."""
+        return cls(**_known(cls, config))
+
+
+InputKind = Literal["text", "control", "fill"]
+"""What the transformer reads behind a token's latents: nothing, a control picture's latents, or
+those of the picture to paint into and its mask."""
+
+
+def input_kind(flux: FluxConfig, ae: AutoencoderConfig) -> InputKind | None:
+    """What a transformer is made for, by the width of its input; None for no width that is known.
+
+    FLUX.1: 64 channels for text alone, 128 for Canny and Depth, 384 for Fill.
+    """
+    latents = 4 * ae.z_channels  # a token covers two by two of them
+    mask = (2 * ae.downsampling) ** 2  # a number a pixel
+    kinds: dict[int, InputKind] = {0: "text", latents: "control", latents + mask: "fill"}
+    return kinds.get(flux.channels_beside) if flux.out_channels == latents else None
 
 
 @dataclass(frozen=True)

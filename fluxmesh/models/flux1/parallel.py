@@ -4,9 +4,10 @@ Both wrap a `Flux` and are used as one (`rope`, `modulations`, a call a step), s
 doesn't know how many hosts take part. Every rank is given the same latents and prompt, makes the
 same calls in the same order, and gets the whole velocity, equal to the byte on all ranks.
 
-- `TensorFlux`: each host holds 1/N of the blocks and modulations (`partition.py`) and computes its
-  heads and MLP columns of all tokens. The hosts' partial outputs are summed twice in a double
-  block, text and image in one sum, and once in a single block; biases are added to the sum.
+- `TensorFlux`: each host holds its share of the blocks and modulations, 1/N where hosts are equal
+  (`partition.py`), and computes its heads and MLP columns of all tokens. The hosts' partial outputs
+  are summed twice in a double block, text and image in one sum, and once in a single block; biases
+  are added to the sum.
 - `SequenceFlux`: each host holds all weights and computes all channels of its tokens. Each block
   gathers keys and values once; queries and the single block's MLP are computed meanwhile. Source:
   DeepSpeed-Ulysses and ring attention solve the same (https://arxiv.org/abs/2309.14509,
@@ -21,6 +22,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.kernels.ops import gated_norm, gated_sum, gelu_beside, modulated_norm
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock, run
@@ -32,6 +34,7 @@ from fluxmesh.models.spread import (
     Streams,
     check_whole,
     dealt_velocity,
+    filled_up,
     joined_tokens,
     output_rows,
     own_rope,
@@ -53,25 +56,30 @@ class SpreadFlux(SpreadTransformer):
 
 
 class TensorFlux(SpreadFlux):
-    """Each rank computes 1/N of the heads and MLP columns, for all tokens."""
+    """Each rank computes its share of the heads and MLP columns, for all tokens."""
 
-    def __init__(self, flux: Flux, ranks: Ranks) -> None:
+    def __init__(self, flux: Flux, ranks: Ranks, shares: Shares = EVEN) -> None:
         """`flux` is whole, and then left as it is, or this rank's shard of a checkpoint.
 
-        Raises `UsageError` where it is another shard, or doesn't divide over the ranks.
+        Raises `UsageError` where it is another shard, or can't be dealt to the ranks so.
         """
-        super().__init__(sharded(flux, ranks), ranks)
+        super().__init__(sharded(flux, ranks, shares), ranks, shares)
 
     def modulations(
         self, timesteps: mx.array, y: mx.array, guidance: float | None = None
     ) -> Modulations:
-        """As `Flux.modulations`: each rank computes 1/N of them, and one gather joins all."""
+        """As `Flux.modulations`: each rank computes its share, and one gather joins all."""
         part = self.flux.modulations(timesteps, y, guidance)
         pieces = [*(mod for pair in part.double for mod in pair), *part.single, part.final]
-        ends = np.cumsum([piece.shape[-1] for piece in pieces])[:-1].tolist()
-        joined = mx.concatenate(pieces, axis=-1)  # [T, B, 1, all / N]
-        every = self.ranks.gather(joined[None])  # [N, T, B, 1, all / N]
-        whole = [mx.moveaxis(piece, 0, -2).flatten(-2) for piece in mx.split(every, ends, axis=-1)]
+        joined = mx.concatenate(pieces, axis=-1)  # [T, B, 1, its share of all]
+        widths = [piece.shape[-1] for piece in pieces]
+        heads = self.shares.heads or (1,) * self.ranks.size
+        own = heads[self.ranks.rank]
+        joined = filled_up(joined, joined.shape[-1] // own * max(heads), joined.ndim - 1)
+        every = self.ranks.gather(joined[None])  # [N, T, B, 1, the largest share]
+        ends = [np.cumsum([width // own * share for width in widths]).tolist() for share in heads]
+        parts = [mx.split(every[rank], ends[rank], axis=-1)[:-1] for rank in range(len(heads))]
+        whole = [mx.concatenate(list(piece), axis=-1) for piece in zip(*parts, strict=True)]
         pairs = 2 * len(part.double)
         return Modulations(
             double=list(zip(whole[:pairs:2], whole[1:pairs:2], strict=True)),
@@ -92,22 +100,23 @@ class TensorFlux(SpreadFlux):
 
 
 class SequenceFlux(SpreadFlux):
-    """Each rank computes ceil(S / N) of the S tokens, with all weights."""
+    """Each rank computes its share of the S tokens, ceil(S / N) or its own, with all weights."""
 
-    def __init__(self, flux: Flux, ranks: Ranks) -> None:
+    def __init__(self, flux: Flux, ranks: Ranks, shares: Shares = EVEN) -> None:
         """Shares the weights of `flux`, which stays as it is. Make it anew after adapters change.
 
         Raises `UsageError` where `flux` is a shard.
         """
         check_whole(flux)
-        super().__init__(flux, ranks)
+        super().__init__(flux, ranks, shares)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
         self._doubles = [_DoubleBlock(block, D) for block in flux.double_blocks]
         self._singles = [_SingleBlock(block, D, M) for block in flux.single_blocks]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
-        """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
-        return own_rope(self.flux.rope(txt_ids, img_ids), self.ranks)
+        """Rotary tables of this rank's tokens, float32 [(B,) 1, C, hd/2, 2]."""
+        pe = self.flux.rope(txt_ids, img_ids)
+        return own_rope(pe, self.ranks.rank, self.runs(pe.shape[-3]))
 
     def __call__(
         self,
@@ -126,8 +135,7 @@ class SequenceFlux(SpreadFlux):
         def rest(streams: Streams, attend: RingAttention) -> mx.array:
             return self._rest(streams, attend, modulation)
 
-        flux, final = self.flux, modulation.final
-        return dealt_velocity(flux, self.ranks, img, txt, pe, final, first, rest, cache)
+        return dealt_velocity(self, img, txt, pe, modulation.final, first, rest, cache)
 
     def _rest(self, streams: Streams, attend: RingAttention, modulation: Modulations) -> mx.array:
         """What the first double block gives, through all others: this rank's [B, C, D]."""

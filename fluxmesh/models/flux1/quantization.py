@@ -9,14 +9,16 @@ def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
     """Columns that share a scale when tensor `name` is quantized; None where it is kept whole.
 
     The matrices of all blocks are quantized; embeddings, norms, the layers that meet latents,
-    prompt and time, and the autoencoder are not: together a few percent of the bytes, and the
-    places where rounding shows most.
+    prompt and time, the autoencoder and what sees pictures are not: together a few percent of the
+    bytes, and the places where rounding shows most.
     """
     blocks = {
         "transformer": ("double_blocks.", "single_blocks."),
         "text_encoder": ("encoder.layers.",),
         "text_encoder_2": ("encoder.block.",),
         "vae": (),
+        "image_encoder": (),
+        "image_embedder": (),
     }[component]
     is_matrix = len(shape) == 2 and name.endswith(".weight") and name.startswith(blocks)
     if not is_matrix or "relative_attention_bias" in name:

@@ -8,14 +8,22 @@ and its `pieces` are ranges of rows of the tensors in a diffusers file that, sta
 weight loader, the checkpoint verifier, the LoRA reader and the tests read the same tables.
 
 Shapes are PyTorch's (convolutions are out, in, height, width). Imports no mlx.
-Source of the names: black-forest-labs/flux `src/flux/model.py`, `modules/autoencoder.py`;
-diffusers `FluxTransformer2DModel`, `AutoencoderKL`; transformers `T5EncoderModel`, `CLIPTextModel`.
+Source of the names: black-forest-labs/flux `src/flux/model.py`, `modules/autoencoder.py`,
+`modules/image_embedders.py`; diffusers `FluxTransformer2DModel`, `AutoencoderKL`; transformers
+`T5EncoderModel`, `CLIPTextModel`, `SiglipVisionModel`.
 """
 
 from __future__ import annotations
 
-from fluxmesh.models.conv_tensors import decoder_tensors, encoder_tensors
-from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
+from fluxmesh.models.autoencoder.conv_tensors import decoder_tensors, encoder_tensors
+from fluxmesh.models.flux1.config import (
+    AutoencoderConfig,
+    ClipConfig,
+    FluxConfig,
+    ReduxConfig,
+    SiglipConfig,
+    T5Config,
+)
 from fluxmesh.models.tensor_map import (
     COMFY_PREFIX,
     ModelTensor,
@@ -42,7 +50,9 @@ __all__ = [
     "modulates",
     "parameter_count",
     "pieces_between",
+    "redux_tensors",
     "same_but_for_ones",
+    "siglip_tensors",
     "spellings",
     "t5_tensors",
     "to_diffusers",
@@ -161,6 +171,14 @@ def clip_tensors(config: ClipConfig) -> Tensors:
         ("embeddings.position_embedding.weight", config.max_position_embeddings),
     ):
         table.same(name, name, (rows, width))
+    _clip_layers(table, config)
+    table.norm("final_layer_norm", "final_layer_norm", width)
+    return table.tensors
+
+
+def _clip_layers(table: TensorTable, config: ClipConfig | SiglipConfig) -> None:
+    """Those of CLIP, and of SigLIP, which names them alike."""
+    width = config.hidden_size
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -171,17 +189,59 @@ def clip_tensors(config: ClipConfig) -> Tensors:
         fc1, fc2 = f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"
         table.linear(fc1, fc1, config.intermediate_size, width)
         table.linear(fc2, fc2, width, config.intermediate_size)
-    table.norm("final_layer_norm", "final_layer_norm", width)
+
+
+def siglip_tensors(config: SiglipConfig) -> Tensors:
+    """Every tensor of SigLIP's picture encoder that is held, by transformers 5's name (no
+    `vision_model.`): its pooling head is left out."""
+    table = TensorTable()
+    width, patch = config.hidden_size, "embeddings.patch_embedding"
+    table.conv(patch, patch, width, 3, config.patch_size)
+    position = "embeddings.position_embedding.weight"
+    table.same(position, position, (config.rows**2, width))
+    _clip_layers(table, config)
+    table.norm("post_layernorm", "post_layernorm", width)
+    return table.tensors
+
+
+def redux_tensors(config: ReduxConfig) -> Tensors:
+    """Every tensor of Redux's embedder, by BFL's name."""
+    table = TensorTable()
+    inner = 3 * config.txt_in_features
+    table.linear("redux_up", "redux_up", inner, config.redux_dim)
+    table.linear("redux_down", "redux_down", config.txt_in_features, inner)
     return table.tensors
 
 
 def spellings(key: str) -> tuple[str, ...]:
     """Names under which a tensor may stand in a file, the usual one first."""
     if key == "shared.weight":
-        return (key, "encoder.embed_tokens.weight")
+        return (key, "encoder.embed_tokens.weight", "token_embd.weight")
     if key.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
         return (f"text_model.{key}", key)
+    if key.startswith("encoder.block.") or key == "encoder.final_layer_norm.weight":
+        return (key, _in_llama_cpp(key))
     return (key, f"{COMFY_PREFIX}{key}")
+
+
+_LLAMA_CPP = (  # how it names the parts of a T5 encoder, in GGUF files
+    ("encoder.block.", "enc.blk."),
+    ("encoder.final_layer_norm", "enc.output_norm"),
+    ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+    ("layer.0.SelfAttention.", "attn_"),
+    ("layer.0.layer_norm", "attn_norm"),
+    ("layer.1.layer_norm", "ffn_norm"),
+    ("layer.1.DenseReluDense.wi_0", "ffn_gate"),
+    ("layer.1.DenseReluDense.wi_1", "ffn_up"),
+    ("layer.1.DenseReluDense.wo", "ffn_down"),
+)
+
+
+def _in_llama_cpp(key: str) -> str:
+    """llama.cpp's name of a tensor of the T5 encoder (gguf-py, `tensor_mapping.py`)."""
+    for part, short in _LLAMA_CPP:
+        key = key.replace(part, short)
+    return key
 
 
 def modulates(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Prompts to token ids: byte-level BPE for CLIP, unigram pieces for T5. Imports no mlx.
 
 First in `pipeline.py`. Both give what transformers 5 gives for the same files (which, unlike its
-earlier versions, neither unescapes HTML nor repairs Unicode for CLIP).
+earlier versions, neither unescapes HTML nor repairs Unicode for CLIP). A vocabulary lies in files
+of its own, or whole in a `tokenizer.json` (`tokenizer_json.py`); the former go first.
 
 Sources: byte-level BPE, Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners", section 2.2, and openai/CLIP `clip/simple_tokenizer.py`; unigram pieces, Kudo 2018
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,10 @@ import regex
 import sentencepiece
 
 from fluxmesh.errors import WeightsError
+from fluxmesh.models.flux1 import tokenizer_json
+from fluxmesh.models.flux1.files.vocabularies import CLIP_FILES, T5_FILES
+from fluxmesh.models.flux1.tokenizer_json import UnigramTable
+from fluxmesh.request import PromptCut, cut_of
 from fluxmesh.storage.safetensors import read_json
 
 START = "<|startoftext|>"
@@ -40,20 +45,29 @@ class ClipTokenizer:
     """CLIP's tokenizer: a start token, the prompt, an end token, and padding after it."""
 
     def __init__(
-        self, vocab: Path | str, merges: Path | str, max_length: int = 77, pad_token: str = END
+        self,
+        vocab: Path | str,
+        merges: Path | str | None,
+        max_length: int = 77,
+        pad_token: str = END,
     ) -> None:
         """Reads `vocab.json` and `merges.txt`; `max_length` counts the two markers.
 
-        Raises `WeightsError` where a file is not what it should be.
+        Without `merges`, `vocab` is a `tokenizer.json`, which holds both. Raises `WeightsError`
+        where a file is not what it should be.
         """
         self.max_length = max_length
-        self.vocab = _read_vocab(Path(vocab))
-        self.ranks = _read_merges(Path(merges))
+        if merges is None:
+            self.vocab, self.ranks = tokenizer_json.read_clip(Path(vocab))
+        else:
+            self.vocab, self.ranks = _read_vocab(Path(vocab)), _read_merges(Path(merges))
         missing = [token for token in (START, END, pad_token) if token not in self.vocab]
         if missing:
             raise WeightsError(
                 f"{vocab} lacks the token {missing[0]}; it is not CLIP's vocabulary."
             )
+        if merges is not None:
+            _check_merges(Path(merges), self.vocab, self.ranks)
         self.start_id = self.vocab[START]
         self.end_id = self.vocab[END]
         self.pad_id = self.vocab[pad_token]
@@ -62,7 +76,7 @@ class ClipTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, limit: int = 4096) -> Self:
-        """Reads `tokenizer/` of a diffusers folder, or any folder with CLIP's two files.
+        """Reads `tokenizer/` of a diffusers folder, or any folder with CLIP's files.
 
         Length and pad token are those of `tokenizer_config.json`, else those of OpenAI's CLIP;
         the length is `limit` at most (how many positions the model has).
@@ -71,9 +85,10 @@ class ClipTokenizer:
         length, pad_token = config.get("model_max_length"), config.get("pad_token")
         if isinstance(pad_token, dict):  # written by older versions of transformers
             pad_token = pad_token.get("content")
+        vocab, *merges = files_in(folder, CLIP_FILES) or CLIP_FILES[0]
         return cls(
-            folder / "vocab.json",
-            folder / "merges.txt",
+            folder / vocab,
+            folder / merges[0] if merges else None,
             max_length=min(length if isinstance(length, int) and 2 < length <= 4096 else 77, limit),
             pad_token=pad_token if pad_token and isinstance(pad_token, str) else END,
         )
@@ -132,44 +147,43 @@ class ClipTokenizer:
 class T5Tokenizer:
     """T5's tokenizer: the prompt, an end token, and padding after it.
 
-    One difference to transformers 5 is known: after a letter that the normalizer replaces ("²"),
-    it loses a combining accent; here, as in the sentencepiece that T5 was trained with, it stays.
+    Two differences to transformers 5 are known, where it is here as in the sentencepiece that T5
+    was trained with: after a letter that the normalizer replaces ("²") a combining accent stays;
+    and what only the normalizer makes a special token of, such as "＜/s＞" in full width, is text.
     """
 
     def __init__(self, model: Path | str, max_length: int, extra_ids: int = 0) -> None:
-        """Reads `spiece.model`; `max_length` counts the end token.
+        """Reads `spiece.model` or a `tokenizer.json`; `max_length` counts the end token.
 
         `extra_ids` (of `tokenizer_config.json`) is how many sentinels, `<extra_id_0>` and so on,
-        the vocabulary has after its pieces, counting backwards.
-        Raises `WeightsError` where the file is not a sentencepiece model.
+        the vocabulary has after its pieces, counting backwards; a `tokenizer.json` says so itself.
+        Raises `WeightsError` where the file is not T5's vocabulary.
         """
         self.max_length = max_length
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"{model} is not a sentencepiece model; download it again."
-            ) from error
-        self.end_id: int = self.model.eos_id()
-        self.pad_id: int = max(self.model.pad_id(), 0)
-        specials = (self.pad_id, self.end_id, self.model.unk_id())
-        self._special_ids = {self.model.id_to_piece(i): i for i in specials if i >= 0}
-        self.vocab_size: int = self.model.vocab_size() + extra_ids
-        last = self.vocab_size - 1
-        self._special_ids |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
+        if Path(model).suffix == ".json":
+            table = tokenizer_json.read_t5(Path(model))
+        else:
+            table = _read_sentencepiece(Path(model), extra_ids)
+        self._encode, self._special_ids = table.encode, table.special_ids
+        self.pad_id, self.end_id, self.vocab_size = table.pad_id, table.end_id, table.vocab_size
         self._specials = _splitter(self._special_ids)
 
     @classmethod
     def from_folder(cls, folder: Path, max_length: int) -> Self:
-        """Reads `tokenizer_2/` of a diffusers folder, or any folder with `spiece.model`."""
+        """Reads `tokenizer_2/` of a diffusers folder, or any folder with T5's vocabulary."""
         declared = _read_config(folder).get("extra_ids")
         extra_ids = declared if isinstance(declared, int) and 0 <= declared <= 4096 else 0
-        return cls(folder / "spiece.model", max_length, extra_ids)
+        (model,) = files_in(folder, T5_FILES) or T5_FILES[0]
+        return cls(folder / model, max_length, extra_ids)
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
         """At most `max_length` ids, exactly as many with `pad`; the end token is always there."""
         ids = [*self._ids(text)[: self.max_length - 1], self.end_id]
         return _padded(ids, self.max_length, self.pad_id) if pad else ids
+
+    def cut(self, text: str) -> PromptCut | None:
+        """What `encode` leaves out of a prompt; None where nothing."""
+        return cut_of(text, lambda part: len(self._ids(part)) + 1, self.max_length)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -178,7 +192,7 @@ class T5Tokenizer:
                 ids.append(self._special_ids[part])
             else:
                 # The one space that transformers knows and sentencepiece's normalizer does not.
-                ids += self.model.encode(part.replace("\x85", " "))
+                ids += self._encode(part.replace("\x85", " "))
         return ids
 
 
@@ -210,6 +224,14 @@ def _padded(ids: list[int], length: int, pad_id: int) -> list[int]:
     return ids + [pad_id] * (length - len(ids))
 
 
+def files_in(folder: Path, choices: Iterable[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """The names of the first choice all of whose files the folder holds."""
+    for names in choices:
+        if all((folder / name).is_file() for name in names):
+            return names
+    return None
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     return read_json(path) if path.is_file() else {}
@@ -220,6 +242,36 @@ def _read_vocab(path: Path) -> dict[str, int]:
     if not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
         raise WeightsError(f"{path} is not a vocabulary; it must map tokens to ids.")
     return vocab
+
+
+def _read_sentencepiece(path: Path, extra_ids: int) -> UnigramTable:
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{path} is not a sentencepiece model; download it again.") from error
+    pad_id, end_id = max(model.pad_id(), 0), model.eos_id()
+    special_ids = {model.id_to_piece(i): i for i in (pad_id, end_id, model.unk_id()) if i >= 0}
+    vocab_size: int = model.vocab_size() + extra_ids
+    special_ids |= {f"<extra_id_{i}>": vocab_size - 1 - i for i in range(extra_ids)}
+    return UnigramTable(model.encode, special_ids, pad_id, end_id, vocab_size)
+
+
+def _check_merges(path: Path, vocab: Mapping[str, int], ranks: Iterable[tuple[str, str]]) -> None:
+    """Raises `WeightsError` for merges that are cut off, or another vocabulary's.
+
+    Byte-level BPE merges each of its pieces of several letters from two, and no others; markers
+    such as `<|endoftext|>` are added beside. Fewer merges would split words otherwise than the
+    encoder has learned, and paint another picture without a word.
+    """
+    made = {first + second for first, second in ranks}
+    pieces = {piece for piece in vocab if len(piece.removesuffix("</w>")) > 1}
+    lacking = sorted(piece for piece in pieces - made if not piece.startswith("<"))
+    if lacking or not made <= set(vocab):
+        other = lacking[0] if lacking else min(made - set(vocab))
+        raise WeightsError(
+            f"{path} does not fit the vocabulary beside it: {other!r} is in one of them alone; "
+            "download both again."
+        )
 
 
 def _read_merges(path: Path) -> dict[tuple[str, str], int]:

@@ -11,13 +11,13 @@ The architecture and all names are those of black-forest-labs/flux (`src/flux/mo
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.kernels.ops import with_room
+from fluxmesh.models.base import Part
 from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import (
@@ -29,12 +29,9 @@ from fluxmesh.models.flux1.layers import (
 )
 from fluxmesh.models.flux1.partition import partition
 from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.lora_linear import widened
 from fluxmesh.models.partition import Partition
 from fluxmesh.models.step_cache import StepCache
-
-Part = Literal["all", "modulation", "blocks"]
-"""Of a transformer: "modulation" is what `Flux.modulations` reads, "blocks" all that is left when
-that has been released."""
 
 
 def is_part(part: Part, name: str) -> bool:
@@ -64,12 +61,17 @@ class Modulations(NamedTuple):
             final=self.final[step],
         )
 
+    def of(self, row: int) -> Modulations:
+        """Those of one of the B vectors that they were made of, of all time steps."""
 
-def _make_room(linear: Any) -> None:
-    for name in ("bias", "sum_bias"):  # the latter in a shard
-        if name in linear:
-            linear[name] = with_room(linear[name])
-            mx.eval(linear[name])
+        def pick(mod: mx.array) -> mx.array:
+            return mod[..., row : row + 1, :, :]
+
+        return Modulations(
+            double=[(pick(img), pick(txt)) for img, txt in self.double],
+            single=[pick(mod) for mod in self.single],
+            final=pick(self.final),
+        )
 
 
 class Flux(DoubleStreamTransformer):
@@ -102,19 +104,13 @@ class Flux(DoubleStreamTransformer):
         """How it can be dealt to hosts."""
         return partition(self.config)
 
-    def make_room(self) -> None:
-        """Divides the biases of the linears that end branches by `fused.HEADROOM`, in place.
+    def take_inputs(self, config: FluxConfig) -> None:
+        """Takes as many channels as `config` says: those that are new weigh nothing yet.
 
-        Once, after the weights have come, and in float16 alone: `ops.py` says why.
+        What an adapter then adds to `img_in` makes a model that follows a control picture.
         """
-        for double in self.double_blocks:
-            for linear in (
-                *(double.img_attn.proj, double.txt_attn.proj),
-                *(double.img_mlp[2], double.txt_mlp[2]),
-            ):
-                _make_room(linear)
-        for single in self.single_blocks:
-            _make_room(single.linear2)
+        self.img_in = widened(self.img_in, config.in_channels)
+        self.config = config
 
     # Once a request
 

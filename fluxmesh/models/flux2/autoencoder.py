@@ -1,6 +1,6 @@
 """The autoencoder of FLUX.2: pictures to the transformer's tokens' latents and back.
 
-Its halves and its tiles are those of all families (`models/convolutional.py`). Between them and the
+Its halves and its tiles are those of all families (`models/autoencoder/`). Between them and the
 latents stand a 1x1 convolution on either side, and the statistics of a batch norm in the place of
 FLUX.1's shift and scale: of each of the numbers of a token (2x2 latents), their mean and variance
 in training. The small decoder (black-forest-labs/FLUX.2-small-decoder) has narrower levels.
@@ -14,9 +14,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.models.convolutional import ConvAutoencoder, conv1x1
+from fluxmesh.models.autoencoder.convolutional import ConvAutoencoder, conv1x1
+from fluxmesh.models.autoencoder.packing import pack, unpack
 from fluxmesh.models.flux2.config import Flux2AutoencoderConfig
-from fluxmesh.models.packing import pack, unpack
 
 
 class TokenStatistics(nn.Module):

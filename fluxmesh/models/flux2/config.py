@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from fluxmesh.models.files.configs import UnsupportedConfigError
+
 
 @dataclass(frozen=True)
 class Flux2Config:
@@ -60,6 +62,21 @@ class Flux2Config:
         )
 
 
+# The published models' transformers.
+KLEIN_4B = Flux2Config()
+KLEIN_9B = Flux2Config(
+    context_in_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single_blocks=24
+)
+DEV = Flux2Config(
+    context_in_dim=15360,
+    hidden_size=6144,
+    num_heads=48,
+    depth=8,
+    depth_single_blocks=48,
+    guidance_embed=True,
+)
+
+
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """Sizes of the language model whose states are the text features; names are transformers'.
@@ -80,6 +97,11 @@ class TextEncoderConfig:
     states: tuple[int, ...] = (9, 18, 27)  # state k is the output of the k-th layer
 
     @property
+    def kind(self) -> str:
+        """The language model, by transformers' name."""
+        return "qwen3" if self.qk_norm else "mistral3"
+
+    @property
     def layers(self) -> int:
         """Layers that are run."""
         return max(self.states)
@@ -93,20 +115,22 @@ class TextEncoderConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads `text_encoder/config.json`, of Qwen3 or of Mistral Small 3.
 
-        Raises `ValueError` for another language model, one with too few layers, or one that has
-        what neither of them has.
+        Raises `UnsupportedConfigError` for another language model, one with too few layers, or
+        one that has what neither of them has.
         """
         kind = config["model_type"]
         if kind not in STATES:
-            raise ValueError(f"{kind} is no text encoder of FLUX.2")
+            raise UnsupportedConfigError(f"{kind} is no text encoder of FLUX.2")
         text = config.get("text_config", config)  # Mistral Small 3 also has a vision tower
         states = STATES[kind]
         if text["num_hidden_layers"] < max(states):
-            raise ValueError(f"{kind} has {text['num_hidden_layers']} layers, not {max(states)}")
+            raise UnsupportedConfigError(
+                f"{kind} has {text['num_hidden_layers']} layers, not {max(states)}"
+            )
         extras = ("attention_bias", "sliding_window", "use_sliding_window", "rope_scaling")
         others = [key for key in extras if text.get(key)]
         if others or text.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{kind} has {', '.join(others) or text['hidden_act']}")
+            raise UnsupportedConfigError(f"{kind} has {', '.join(others) or text['hidden_act']}")
         heads = text["num_attention_heads"]
         rope = text.get("rope_parameters") or text  # transformers 5 and 4
         return cls(
@@ -117,7 +141,7 @@ class TextEncoderConfig:
             num_key_value_heads=text["num_key_value_heads"],
             head_dim=text.get("head_dim") or text["hidden_size"] // heads,
             rms_norm_eps=text["rms_norm_eps"],
-            rope_theta=float(rope["rope_theta"]),
+            rope_theta=rope["rope_theta"],
             qk_norm=kind == "qwen3",
             states=states,
         )
@@ -160,10 +184,10 @@ class Flux2AutoencoderConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads `vae/config.json` of a diffusers folder.
 
-        Raises `ValueError` where it lacks the two convolutions that every FLUX.2 has.
+        Raises `UnsupportedConfigError` where it lacks the two convolutions that every FLUX.2 has.
         """
         if not (config.get("use_quant_conv", True) and config.get("use_post_quant_conv", True)):
-            raise ValueError("FLUX.2's autoencoder has both quant convolutions")
+            raise UnsupportedConfigError("FLUX.2's autoencoder has both quant convolutions")
         widths = tuple(config["block_out_channels"])
         return cls(
             in_channels=config["in_channels"],
@@ -193,7 +217,7 @@ class Flux2Schedule:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads `scheduler/scheduler_config.json`."""
-        return cls(config.get("use_dynamic_shifting", True), float(config.get("shift", 3.0)))
+        return cls(config.get("use_dynamic_shifting", True), config.get("shift", 3.0))
 
     def mu(self, image_seq_len: int, steps: int) -> float:
         """The logarithm of the shift at `image_seq_len` image tokens, references not counted.

@@ -4,9 +4,9 @@ Both wrap a `Flux2` and are used as one (`rope`, `modulations`, `remember`, a ca
 rank is given the same latents, prompt and references, makes the same calls in the same order, and
 gets the whole velocity, equal to the byte on all ranks.
 
-- `TensorFlux2`: each host holds 1/N of the blocks (`partition.py`) and computes its heads and MLP
-  columns of all tokens. Partial outputs are summed twice in a double block, text and image in one
-  sum, and once in a single block.
+- `TensorFlux2`: each host holds its share of the blocks, 1/N where hosts are equal
+  (`partition.py`), and computes its heads and MLP columns of all tokens. Partial outputs are summed
+  twice in a double block, text and image in one sum, and once in a single block.
 - `SequenceFlux2`: each host holds all weights and computes all channels of its tokens. Each block
   gathers keys and values once; queries and the single block's MLP are computed meanwhile.
 
@@ -19,13 +19,13 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.kernels.ops import gated_norm, gated_sum, modulated_norm, swiglu_beside
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.double_stream import KeysValues, with_memory
 from fluxmesh.models.flux2.layers import Flux2DoubleBlock, Flux2SingleBlock
 from fluxmesh.models.flux2.transformer import Flux2, Flux2Modulations, ReferenceMemory
 from fluxmesh.models.layers import attention, run
-from fluxmesh.models.partition import token_run
 from fluxmesh.models.spread import (
     Projections,
     RingAttention,
@@ -51,22 +51,26 @@ class SpreadFlux2(SpreadTransformer):
         """As `Flux2.modulations`, whole on every rank."""
         return self.flux.modulations(timesteps, guidance)
 
+    def reference_modulation(self, guidance: float | None = None) -> Flux2Modulations:
+        """As `Flux2.reference_modulation`, whole on every rank."""
+        return self.flux.reference_modulation(guidance)
+
 
 class TensorFlux2(SpreadFlux2):
-    """Each rank computes 1/N of the heads and MLP columns, for all tokens."""
+    """Each rank computes its share of the heads and MLP columns, for all tokens."""
 
-    def __init__(self, flux: Flux2, ranks: Ranks) -> None:
+    def __init__(self, flux: Flux2, ranks: Ranks, shares: Shares = EVEN) -> None:
         """`flux` is whole, and then left as it is, or this rank's shard of a checkpoint.
 
-        Raises `UsageError` where it is another shard, or doesn't divide over the ranks.
+        Raises `UsageError` where it is another shard, or can't be dealt to the ranks so.
         """
-        super().__init__(sharded(flux, ranks), ranks)
+        super().__init__(sharded(flux, ranks, shares), ranks, shares)
 
     def remember(
-        self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None
+        self, references: mx.array, ids: mx.array | np.ndarray, mods: Flux2Modulations
     ) -> ReferenceMemory:
         """As `Flux2.remember`, of this rank's heads."""
-        return self.flux.remember(references, ids, guidance)
+        return self.flux.remember(references, ids, mods)
 
     def __call__(
         self,
@@ -82,32 +86,33 @@ class TensorFlux2(SpreadFlux2):
 
 
 class SequenceFlux2(SpreadFlux2):
-    """Each rank computes ceil(S / N) of the S tokens, with all weights."""
+    """Each rank computes its share of the S tokens, ceil(S / N) or its own, with all weights."""
 
-    def __init__(self, flux: Flux2, ranks: Ranks) -> None:
+    def __init__(self, flux: Flux2, ranks: Ranks, shares: Shares = EVEN) -> None:
         """Shares the weights of `flux`, which stays as it is. Make it anew after adapters change.
 
         Raises `UsageError` where `flux` is a shard.
         """
         check_whole(flux)
-        super().__init__(flux, ranks)
+        super().__init__(flux, ranks, shares)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
         self._doubles = [_SequenceDoubleBlock(block, D) for block in flux.double_blocks]
         self._singles = [_SequenceSingleBlock(block, D, M) for block in flux.single_blocks]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
-        """Rotary tables of this rank's tokens, float32 [(B,) 1, ceil(S/N), hd/2, 2]."""
-        return own_rope(self.flux.rope(txt_ids, img_ids), self.ranks)
+        """Rotary tables of this rank's tokens, float32 [(B,) 1, C, hd/2, 2]."""
+        pe = self.flux.rope(txt_ids, img_ids)
+        return own_rope(pe, self.ranks.rank, self.runs(pe.shape[-3]))
 
     def remember(
-        self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None
+        self, references: mx.array, ids: mx.array | np.ndarray, mods: Flux2Modulations
     ) -> ReferenceMemory:
         """As `Flux2.remember`: each rank computes its own tokens, and all keep all of them."""
-        R = references.shape[1]
-        start, stop = token_run(R, self.ranks.rank, self.ranks.size)
+        runs, rank = self.runs(references.shape[1]), self.ranks.rank
+        start, stop = runs.span(rank)
         own = filled_up(references[:, start:stop], stop - start, 1)
-        attend = RingAttention(self.ranks, R, own_rope(self.flux.reference_rope(ids), self.ranks))
-        mods = self.flux.reference_modulation(guidance)
+        pe = own_rope(self.flux.reference_rope(ids), rank, runs)
+        attend = RingAttention(self.ranks, runs, pe)
         streams: Streams = {"img": self.flux.tokens_of(own, self.flux.img_in)}
         double, single = [], []
         for block in self._doubles:
@@ -143,8 +148,7 @@ class SequenceFlux2(SpreadFlux2):
                 x, _ = single(x, attend, modulation.single, memory and memory.single[i])
             return x
 
-        flux, final = self.flux, modulation.final
-        return dealt_velocity(flux, self.ranks, img, txt, pe, final, first, rest, cache)
+        return dealt_velocity(self, img, txt, pe, modulation.final, first, rest, cache)
 
 
 class _SequenceDoubleBlock:

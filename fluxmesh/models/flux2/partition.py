@@ -22,7 +22,7 @@ def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
     if shard.size == 1:
         return {}
     D, M = config.hidden_size, config.mlp_hidden_dim
-    part = shard.part
+    part, columns = shard.part, shard.columns
     heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
     module_cuts: dict[str, Cut] = {}
     for i in range(config.depth):
@@ -30,13 +30,13 @@ def cuts(config: Flux2Config, shard: Shard) -> dict[str, Cut]:
             name = f"double_blocks.{i}.{stream}"
             module_cuts[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
             module_cuts[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
-            module_cuts[f"{name}_mlp.0"] = Cut(0, (part(M), part(M, M)), 2 * M)
-            module_cuts[f"{name}_mlp.2"] = Cut(1, (part(M),), M)
+            module_cuts[f"{name}_mlp.0"] = Cut(0, (columns(M), columns(M, M)), 2 * M)
+            module_cuts[f"{name}_mlp.2"] = Cut(1, (columns(M),), M)
     for i in range(config.depth_single_blocks):
         name = f"single_blocks.{i}"
-        gated = part(M, 3 * D), part(M, 3 * D + M)
+        gated = columns(M, 3 * D), columns(M, 3 * D + M)
         module_cuts[f"{name}.linear1"] = Cut(0, (*heads, *gated), 3 * D + 2 * M)
-        module_cuts[f"{name}.linear2"] = Cut(1, (part(D), part(M, D)), D + M)
+        module_cuts[f"{name}.linear2"] = Cut(1, (part(D), columns(M, D)), D + M)
     return module_cuts
 
 
@@ -44,7 +44,8 @@ def partition(config: Flux2Config) -> Partition:
     """How a transformer of this config can be dealt out."""
     return Partition(
         config.num_heads,
+        config.head_dim,
         config.mlp_hidden_dim,
         functools.partial(cuts, config),
-        lambda name, columns: group_size("transformer", f"{name}.weight", (1, columns)),
+        lambda name, width: group_size("transformer", f"{name}.weight", (1, width)),
     )

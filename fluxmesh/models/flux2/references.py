@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
 
 from fluxmesh.errors import UsageError
 
@@ -38,6 +37,8 @@ def fitted(picture: np.ndarray, multiple: int) -> np.ndarray:
     if height * width > MAX_AREA:
         scale = math.sqrt(MAX_AREA / (width * height))
         size = int(width * scale), int(height * scale)
+        from PIL import Image  # what plans without a picture needs none of it
+
         image = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
         picture = np.asarray(image)
         height, width = picture.shape[:2]

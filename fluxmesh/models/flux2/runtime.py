@@ -1,35 +1,56 @@
-"""What FLUX.2's models do together for a picture: text and references in, velocities, pixels out.
+"""What FLUX.2's models do together for a picture: text and references in, velocities out.
 
-The family's part of a pipeline. `encode_text`, `encode_references`, `prepare` and `decode` run once
-a request or picture, `velocity` once a step; `denoise` is the plain loop of one host. It knows
-neither files nor seeds: noise and time steps come from outside (`sampling/`).
+Above the family's models, behind `models/runtime.py`. `encode`, `encode_pictures` and `plan` run
+once a request or picture, `Flux2Plan.velocity` once a step. It knows no seeds: noise and time steps
+come from outside (`sampling/`). A prompt's features, and those of its references, are
+
+    "prompt"       [1, L, context_in_dim]   one vector a token, padding included
+    "negative"     the same of what to move away from, for a base model alone
+    "reference_1"  [1, rows, columns, 4C]   a picture's tokens, float32; then "reference_2" ...
 
 Three kinds of guidance. A distilled model (klein) needs none; dev has its strength embedded; a base
-model is asked twice a step, with the prompt and with a negative one (classifier-free guidance, Ho &
-Salimans 2022, https://arxiv.org/abs/2207.12598).
+model is asked twice a step, with the prompt and with a negative one (`guided_velocity`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.errors import UsageError
-from fluxmesh.images import to_model_range
+from fluxmesh.cluster.shares import EVEN, Shares
+from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.models.autoencoder.packing import PATCH
+from fluxmesh.models.autoencoder.reference_grids import encoded, reference_grids
+from fluxmesh.models.base import Part
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.flux2.architecture import Flux2Architecture
 from fluxmesh.models.flux2.autoencoder import Flux2AutoEncoder
 from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.models.flux2.embedding import EmbeddingRows
+from fluxmesh.models.flux2.parallel import SequenceFlux2, TensorFlux2
 from fluxmesh.models.flux2.positions import image_positions, text_positions
-from fluxmesh.models.flux2.references import fitted
-from fluxmesh.models.flux2.text_encoder import TextEncoder
+from fluxmesh.models.flux2.tensor_maps import modulates
+from fluxmesh.models.flux2.text_encoder import LayerwiseTextEncoder, TextEncoder
 from fluxmesh.models.flux2.tokenizer import ChatTokenizer
-from fluxmesh.models.flux2.transformer import Flux2Modulations, ReferenceMemory
-from fluxmesh.models.packing import PATCH, pack, unpack
+from fluxmesh.models.flux2.transformer import Flux2, Flux2Modulations, ReferenceMemory
+from fluxmesh.models.runtime import (
+    NO_CONDITIONS,
+    Conditions,
+    DenoisePlan,
+    PictureModels,
+    PromptFeatures,
+    Runtime,
+    TextModels,
+    guided_velocity,
+)
 from fluxmesh.models.step_cache import StepCache
+from fluxmesh.request import PromptCut
 
 
 class Flux2Flow(Protocol):
@@ -45,8 +66,10 @@ class Flux2Flow(Protocol):
 
     def modulations(self, timesteps: mx.array, guidance: float | None, /) -> Flux2Modulations: ...
 
+    def reference_modulation(self, guidance: float | None, /) -> Flux2Modulations: ...
+
     def remember(
-        self, references: mx.array, ids: np.ndarray, guidance: float | None, /
+        self, references: mx.array, ids: np.ndarray, mods: Flux2Modulations, /
     ) -> ReferenceMemory: ...
 
     def __call__(
@@ -73,168 +96,258 @@ class ReferenceTokens(NamedTuple):
 
     tokens: mx.array  # packed float32 [1, R, 4C]
     ids: np.ndarray  # positions, int32 [R, 4]
-    size: tuple[int, int]  # (height, width) of the first, in latents: the output's unless asked
+
+
+class ToRemember(NamedTuple):
+    """Reference pictures of which keys and values are kept, and what that takes."""
+
+    references: ReferenceTokens
+    mods: Flux2Modulations  # of the time step 0
 
 
 @dataclass(frozen=True)
-class Flux2Request:
+class Flux2Plan(DenoisePlan):
     """What every step of every picture of a request has in common."""
 
-    times: list[float]  # noise levels from the first to 0.0: one more than steps
-    text: TextFeatures
+    times: list[float]
+    text: TextFeatures  # with a negative where a step takes two calls, and only there
     guidance: float
     modulations: Flux2Modulations  # of all steps
     pe: mx.array  # rotary tables, float32
-    latent_size: tuple[int, int]  # (height, width) in latents
-    references: mx.array | None  # tokens that follow the noisy ones at every step [1, R, 4C]
-    memory: ReferenceMemory | None  # or what was kept of them, for klein 9B KV
+    latent_size: tuple[int, int]
+    references: mx.array | None = None  # tokens after the noisy ones at every step [1, R, 4C]
+    remembered: ToRemember | None = None  # or, for klein 9B KV, what is kept of them
+    memory: ReferenceMemory | None = None  # in `prepared`
 
     @property
-    def steps(self) -> int:
-        return len(self.times) - 1
+    def calls(self) -> int:  # type: ignore[override]
+        return 1 if self.text.negative is None else 2
+
+    @property
+    def arrays(self) -> Sequence[Any]:
+        mods = None if self.remembered is None else self.remembered.mods
+        kept = [part for part in (self.references, mods, self.memory) if part is not None]
+        return [self.modulations, self.pe, *kept]
+
+    def prepared(self, flow: Flux2Flow) -> Flux2Plan:
+        """With the references' keys and values."""
+        if self.remembered is None or self.memory is not None:
+            return self
+        (tokens, ids), mods = self.remembered
+        return replace(self, memory=flow.remember(tokens, ids, mods))
+
+    def velocity(
+        self, flow: Flux2Flow, x: mx.array, step: int, caches: Sequence[StepCache] = ()
+    ) -> mx.array:
+        img = x.astype(flow.dtype)
+        if self.references is not None:
+            img = mx.concatenate([img, self.references], axis=1)
+
+        def ask(img: mx.array, text: mx.array, call: int) -> mx.array:
+            cache, modulations = caches[call] if caches else None, self.modulations.at(step)
+            velocity = flow(img, text, self.pe, modulations, cache, self.memory)
+            return velocity[:, : x.shape[1]].astype(mx.float32)
+
+        texts = [text for text in self.text if text is not None]
+        return guided_velocity(ask, img, texts, self.guidance)
 
 
-class Flux2Runtime:
-    """The models of one checkpoint, run on one host."""
+def plan(
+    flow: Flux2Flow,
+    text: TextFeatures,
+    times: list[float],
+    latent_size: tuple[int, int],
+    guidance: float,
+    *,
+    is_distilled: bool,
+    references: ReferenceTokens | None = None,
+    remembers_references: bool = False,
+) -> Flux2Plan:
+    """Computes modulations and rotary tables, lazily.
 
-    def __init__(
-        self,
-        *,
-        transformer: Flux2Flow,
-        text_encoder: TextEncoder,
-        embedding: EmbeddingRows,
-        tokenizer: ChatTokenizer,
-        autoencoder: Flux2AutoEncoder,
-        is_distilled: bool,
-        remembers_references: bool = False,
-    ) -> None:
-        """`is_distilled` (of model_index.json) tells klein from its base model, whose weights look
-        alike; `remembers_references` tells klein 9B KV.
+    `is_distilled` (of model_index.json) tells klein from its base model, whose weights look alike;
+    `remembers_references` tells klein 9B KV. Raises `UsageError` where guidance takes negative
+    features and `text` has none.
+    """
+    embeds = flow.config.guidance_embed
+    is_asked_twice = not is_distilled and not embeds and guidance > 1
+    if is_asked_twice and text.negative is None:
+        raise UsageError(
+            f"At guidance {guidance} this model is asked with a negative prompt too; encode "
+            "one, or use guidance 1."
+        )
+    rows, columns = (side // PATCH for side in latent_size)
+    strength = guidance if embeds else None
+    ids, tokens, remembered = image_positions(rows, columns), None, None
+    if references is not None and remembers_references:
+        remembered = ToRemember(references, flow.reference_modulation(strength))
+    elif references is not None:
+        tokens = references.tokens.astype(flow.dtype)
+        ids = np.concatenate([ids, references.ids])
+    read = text if is_asked_twice else TextFeatures(text.prompt)
+    return Flux2Plan(
+        times=times,
+        text=TextFeatures(*(part.astype(flow.dtype) for part in read if part is not None)),
+        guidance=guidance,
+        modulations=flow.modulations(mx.array(times[:-1], dtype=mx.float32), strength),
+        pe=flow.rope(text_positions(text.prompt.shape[1]), ids),
+        latent_size=latent_size,
+        references=tokens,
+        remembered=remembered,
+    )
+
+
+def references_of(grids: Sequence[mx.array]) -> ReferenceTokens | None:
+    """Encoded pictures [1, rows, columns, 4C] one after another; None where there is none."""
+    if not grids:
+        return None
+    tokens = [grid.reshape(1, -1, grid.shape[-1]) for grid in grids]
+    ids = [
+        image_positions(grid.shape[1], grid.shape[2], n) for n, grid in enumerate(grids, start=1)
+    ]
+    return ReferenceTokens(mx.concatenate(tokens, axis=1), np.concatenate(ids))
+
+
+class Flux2Runtime(Runtime):
+    """The models of one checkpoint of FLUX.2."""
+
+    architecture: Flux2Architecture
+    text_models = ("text_encoder",)
+    readers: Mapping[str, str] = dict.fromkeys(("prompt", "negative"), "the text encoder")
+    prompt_features = ("prompt",)
+
+    @property
+    def feature_axes(self) -> Mapping[str, int]:
+        return dict.fromkeys(self._texts, 3)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        """Names of the features that a prompt gives: a base model may be asked twice a step."""
+        return ("prompt", "negative") if self.architecture.takes_negative else ("prompt",)
+
+    # Models
+
+    def build(self, component: str) -> nn.Module:
+        sizes = self.architecture
+        if component == "text_encoder":
+            return TextEncoder(sizes.text)
+        if component == "autoencoder":
+            return Flux2AutoEncoder(sizes.autoencoder)
+        return Flux2(sizes.transformer)
+
+    def by_layers(
+        self, component: str, dtype: mx.Dtype, layers: Callable[[], Iterator[nn.Module]]
+    ) -> LayerwiseTextEncoder:
+        return LayerwiseTextEncoder(self.architecture.text, dtype, layers)
+
+    def is_part(self, part: Part, name: str) -> bool:
+        if part == "modulation":
+            tells_dtype = "double_blocks.0.img_attn.norm.query_norm."
+            return modulates(name) or name.startswith(("time_in.", "guidance_in.", tells_dtype))
+        return part == "all" or not modulates(name)
+
+    def spread(
+        self, flow: Flux2, placement: str, ranks: Ranks, shares: Shares = EVEN
+    ) -> TensorFlux2 | SequenceFlux2:
+        return (TensorFlux2 if placement == "tensor" else SequenceFlux2)(flow, ranks, shares)
+
+    # Text
+
+    def load_tokenizers(self, folders: Mapping[str, Path]) -> ChatTokenizer:
+        """The language model's. Raises `WeightsError` for that of another model."""
+        folder, sizes = folders["text_encoder"], self.architecture
+        tokenizer = ChatTokenizer.from_folder(folder, sizes.text.kind, sizes.text_length)
+        if tokenizer.vocab_size > sizes.text.vocab_size:
+            raise WeightsError(
+                f"The vocabulary in {folder} has {tokenizer.vocab_size} tokens and its model "
+                f"{sizes.text.vocab_size}; the folder belongs to another model."
+            )
+        return tokenizer
+
+    def tokenize(self, models: TextModels, prompt: str, padded: bool) -> tuple[mx.array, ...]:
+        """The tokens without padding, which the model reads at every length."""
+        return (mx.array([models.tokenizers.encode(prompt).ids]),)
+
+    def cut(self, models: TextModels, prompt: str) -> PromptCut | None:
+        tokenizer: ChatTokenizer = models.tokenizers
+        return tokenizer.cut(prompt)
+
+    def encode(
+        self, models: TextModels, prompt: str, padded: bool, negative: str | None = None
+    ) -> PromptFeatures:
+        """Always padded: the transformer attends to the rows of padding too.
+
+        The negative prompt of a base model is empty by itself.
         """
-        self.transformer, self.autoencoder = transformer, autoencoder
-        self.text_encoder, self.embedding, self.tokenizer = text_encoder, embedding, tokenizer
-        self.is_distilled = is_distilled
-        self.remembers_references = remembers_references
+        embedding = EmbeddingRows(models.text_files("text_encoder"), self.architecture.text)
+        encoder: TextEncoder = models.text_model("text_encoder")
+        texts = dict(zip(self._texts, (prompt, negative or ""), strict=False))
+        tokens = [models.tokenizers.encode(text) for text in texts.values()]
+        return dict(zip(texts, encoder.encode(tokens, embedding), strict=True))
 
-    def is_asked_twice(self, guidance: float) -> bool:
-        """Whether a step at this strength takes two calls: classifier-free guidance."""
-        embeds = self.transformer.config.guidance_embed
-        return not self.is_distilled and not embeds and guidance > 1
+    def blank(self, dtype: mx.Dtype) -> PromptFeatures:
+        config = self.architecture.transformer
+        shape = (1, self.architecture.text_length, config.context_in_dim)
+        return {name: mx.zeros(shape, dtype) for name in self._texts}
 
-    # Once a request
+    # References
 
-    def encode_text(self, prompt: str, guidance: float, negative: str = "") -> TextFeatures:
-        """The features of a prompt, and of the negative one where guidance needs it; lazy."""
-        texts = [prompt, negative] if self.is_asked_twice(guidance) else [prompt]
-        tokens = [self.tokenizer.encode(text) for text in texts]
-        return TextFeatures(*(self.text_encoder.encode(ids, self.embedding) for ids in tokens))
-
-    def encode_references(self, pictures: Sequence[np.ndarray]) -> ReferenceTokens:
-        """Pictures, uint8 [H, W, 3] each and one at least, as tokens; lazy.
-
-        Raises `UsageError` for a picture that the model does not take (`references.py`).
-        """
-        side = PATCH * self.autoencoder.downsampling
-        parts, ids, sizes = [], [], []
-        for number, picture in enumerate(pictures, start=1):
-            pixels = fitted(picture, side)
-            latents = self.autoencoder.encode(mx.array(to_model_range(pixels)))
-            parts.append(pack(latents.astype(mx.float32)))
-            ids.append(image_positions(pixels.shape[0] // side, pixels.shape[1] // side, number))
-            sizes.append((latents.shape[1], latents.shape[2]))
-        return ReferenceTokens(mx.concatenate(parts, axis=1), np.concatenate(ids), sizes[0])
-
-    def prepare(
+    def encode_pictures(
         self,
-        text: TextFeatures,
+        models: PictureModels,
+        pictures: Mapping[str, np.ndarray],
+        strengths: Sequence[float] = (),
+    ) -> Conditions:
+        return {name: encoded(models.ae, pixels) for name, pixels in pictures.items()}
+
+    # Steps
+
+    def plan(
+        self,
+        flow: Flux2Flow,
+        features: PromptFeatures,
         times: list[float],
         latent_size: tuple[int, int],
         guidance: float,
-        references: ReferenceTokens | None = None,
-    ) -> Flux2Request:
-        """Computes modulations, rotary tables and what is remembered of references, lazily.
-
-        Raises `UsageError` where guidance takes negative features and `text` has none.
-        """
-        if self.is_asked_twice(guidance) and text.negative is None:
-            raise UsageError(
-                f"At guidance {guidance} this model is asked with a negative prompt too; encode "
-                "one, or use guidance 1."
-            )
-        flow = self.transformer
-        rows, columns = (side // PATCH for side in latent_size)
-        strength = guidance if flow.config.guidance_embed else None
-        ids, tokens, memory = image_positions(rows, columns), None, None
-        if references is not None and self.remembers_references:
-            memory = flow.remember(references.tokens, references.ids, strength)
-        elif references is not None:
-            tokens = references.tokens.astype(flow.dtype)
-            ids = np.concatenate([ids, references.ids])
-        return Flux2Request(
-            times=times,
-            text=TextFeatures(*(part.astype(flow.dtype) for part in text if part is not None)),
-            guidance=guidance,
-            modulations=flow.modulations(mx.array(times[:-1], dtype=mx.float32), strength),
-            pe=flow.rope(text_positions(text.prompt.shape[1]), ids),
-            latent_size=latent_size,
-            references=tokens,
-            memory=memory,
+        *,
+        cfg: float = 1.0,
+        conditions: Conditions = NO_CONDITIONS,
+    ) -> Flux2Plan:
+        """A base model's `guidance` is classifier-free: `cfg` says nothing."""
+        grids = reference_grids(conditions, self.architecture.transformer.in_channels)
+        return plan(
+            flow,
+            TextFeatures(features["prompt"], features.get("negative")),
+            times,
+            latent_size,
+            guidance,
+            is_distilled=self.architecture.is_distilled,
+            references=references_of(grids),
+            remembers_references=self.architecture.remembers_references,
         )
 
-    # Once a step
-
-    def velocity(
+    def velocities(
         self,
-        request: Flux2Request,
+        flow: Flux2,
         x: mx.array,
-        step: int,
-        caches: Sequence[StepCache] | None = None,
+        features: PromptFeatures,
+        times: mx.array,
+        grid: tuple[int, int],
+        guidance: float,
     ) -> mx.array:
-        """Noise minus image at step `step`, counted from 0: float32, of the shape of x [1, S, 4C].
+        text, strength = features["prompt"], guidance if flow.config.guidance_embed else None
+        ids = image_positions(*grid), text_positions(text.shape[1])
+        return flow.forward(x, ids[0], text, ids[1], times, strength)
 
-        `caches` are the image's own, one a call: of the prompt's, and the negative one's.
-        """
-        flow = self.transformer
-        img = x.astype(flow.dtype)
-        if request.references is not None:
-            img = mx.concatenate([img, request.references], axis=1)
-        velocities = []
-        for i, text in enumerate(request.text):
-            if text is None or (i and not self.is_asked_twice(request.guidance)):
-                continue
-            velocity = flow(
-                img,
-                text,
-                request.pe,
-                request.modulations.at(step),
-                caches[i] if caches else None,
-                request.memory,
-            )
-            velocities.append(velocity[:, : x.shape[1]].astype(mx.float32))
-        if len(velocities) == 1:
-            return velocities[0]
-        asked, negative = velocities
-        return negative + request.guidance * (asked - negative)
-
-    def denoise(
-        self, request: Flux2Request, noise: mx.array, caches: Sequence[StepCache] | None = None
-    ) -> Iterator[mx.array]:
-        """Yields one image's latents after each step, packed float32 [1, S, 4C], lazy.
-
-        Euler steps along a straight flow, as `sampling/denoise.py` takes them. With empty `caches`,
-        as for `velocity`, steps that differ little are approximated, the first and the last never.
-        """
-        x = noise
-        for step in range(request.steps):
-            for cache in caches or ():
-                cache.is_forced = step == request.steps - 1
-            t, t_next = request.times[step], request.times[step + 1]
-            x = x + (t_next - t) * self.velocity(request, x, step, caches)
-            yield x
-
-    # Once a picture
-
-    def decode(self, x: mx.array, latent_size: tuple[int, int]) -> mx.array:
-        """Packed latents [B, S, 4C] to pictures [B, H, W, 3] in [0, 1], float32, lazy."""
-        image = self.autoencoder.decode_tiled(unpack(x, latent_size)).astype(mx.float32)
-        return mx.clip(image * 0.5 + 0.5, 0.0, 1.0)
+    def conditioning(
+        self, noise: mx.array, features: PromptFeatures, latent_size: tuple[int, int]
+    ) -> tuple[mx.array, ...]:
+        """(x_T, x_positions, features, text_positions)."""
+        rows, columns = (side // PATCH for side in latent_size)
+        text = features["prompt"]
+        return (
+            noise,
+            mx.array(image_positions(rows, columns))[None],
+            mx.broadcast_to(text, (len(noise), *text.shape[1:])),
+            mx.array(text_positions(text.shape[1]))[None],
+        )

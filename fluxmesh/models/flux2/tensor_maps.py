@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from fluxmesh.models.conv_tensors import decoder_tensors, encoder_tensors
+from fluxmesh.models.autoencoder.conv_tensors import decoder_tensors, encoder_tensors
 from fluxmesh.models.flux2.config import Flux2AutoencoderConfig, Flux2Config, TextEncoderConfig
 from fluxmesh.models.tensor_map import COMFY_PREFIX, Rows, Tensors, TensorTable
 
@@ -139,6 +139,13 @@ def text_encoder_tensors(config: TextEncoderConfig) -> Tensors:
         add(f"{layer}.mlp.gate_proj", config.intermediate_size, width)
         add(f"{layer}.mlp.up_proj", config.intermediate_size, width)
         add(f"{layer}.mlp.down_proj", width, config.intermediate_size)
+    return table.tensors
+
+
+def embedding(config: TextEncoderConfig) -> Tensors:
+    """The language model's embedding, as the files hold it."""
+    table = TensorTable()
+    table.same(EMBEDDING, EMBEDDING, (config.vocab_size, config.hidden_size))
     return table.tensors
 
 

@@ -12,7 +12,8 @@ keys and values. Sources: Qwen3 technical report (https://arxiv.org/abs/2505.093
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -142,31 +143,81 @@ class TextEncoder(nn.Module):
 
         `real` is bool [L]: which tokens are not padding, in all prompts alike.
         """
-        config = self.config
-        cos, sin = half_tables(x.shape[1], config.head_dim, config.rope_theta)
-        reached = reach(real)
-        x = x.astype(self.dtype)
-        states = []
-        for count, layer in enumerate(self.layers, start=1):
-            x = layer(x, reached, cos, sin)
-            if count in config.states:
-                states.append(x)
-        return mx.concatenate(states, axis=-1)
+        return self.read([(x, real)])[0]
 
-    def encode(self, tokens: PromptTokens, embedding: EmbeddingRows) -> mx.array:
-        """A prompt's features, padding included: [1, L, states * D].
+    def read(self, texts: Sequence[tuple[mx.array, np.ndarray]]) -> list[mx.array]:
+        """As calling it with each of the texts, whatever their lengths."""
+        config = self.config
+        tables = [half_tables(x.shape[1], config.head_dim, config.rope_theta) for x, _ in texts]
+        reached = [reach(real) for _, real in texts]
+        xs = [x.astype(self.dtype) for x, _ in texts]
+        states: list[list[mx.array]] = [[] for _ in texts]
+        for count, layer in enumerate(self.each_layer(), start=1):
+            for i, (cos, sin) in enumerate(tables):
+                xs[i] = layer(xs[i], reached[i], cos, sin)
+                if count in config.states:
+                    states[i].append(xs[i])
+            self.passed(xs)
+        return [mx.concatenate(each, axis=-1) for each in states]
+
+    def each_layer(self) -> Iterable[Any]:
+        """In the order in which they run."""
+        return self.layers
+
+    def passed(self, xs: Sequence[mx.array]) -> None:
+        """All texts are through a layer, lazily."""
+
+    def encode(self, prompts: Sequence[PromptTokens], embedding: EmbeddingRows) -> list[mx.array]:
+        """Each prompt's features, padding included: [1, L, states * D].
 
         The rows of padding count: the transformer attends to them. After the prompt each is
         another; before it all are the same, so that one is computed.
         """
-        pads = [tokens.pad_id] * tokens.padding
-        if tokens.is_padded_before:
-            pads = pads[:1]
-            ids, real = [*pads, *tokens.ids], [False] * len(pads) + [True] * len(tokens.ids)
-        else:
-            ids, real = [*tokens.ids, *pads], [True] * len(tokens.ids) + [False] * len(pads)
-        features = self(embedding(ids, self.dtype), np.array(real, dtype=bool))
-        if not (tokens.is_padded_before and pads):
-            return features
-        first = mx.broadcast_to(features[:, :1], (1, tokens.padding, features.shape[-1]))
-        return mx.concatenate([first, features[:, 1:]], axis=1)
+        texts: list[tuple[mx.array, np.ndarray]] = []
+        for tokens in prompts:
+            pads = [tokens.pad_id] * tokens.padding
+            if tokens.is_padded_before:
+                pads = pads[:1]
+                ids, real = [*pads, *tokens.ids], [False] * len(pads) + [True] * len(tokens.ids)
+            else:
+                ids, real = [*tokens.ids, *pads], [True] * len(tokens.ids) + [False] * len(pads)
+            texts.append((embedding(ids, self.dtype), np.array(real, dtype=bool)))
+        return [
+            _with_all_padding(features, tokens)
+            for tokens, features in zip(prompts, self.read(texts), strict=True)
+        ]
+
+
+class LayerwiseTextEncoder(TextEncoder):
+    """The same text encoder where its weights don't fit: each layer comes, is run, and leaves.
+
+    The numbers are the same to the bit: what is evaluated when changes none.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        dtype: mx.Dtype,
+        layers: Callable[[], Iterator[nn.Module]],
+    ) -> None:
+        nn.Module.__init__(self)  # there are no layers of its own
+        self.config = config
+        self._dtype, self._layers = dtype, layers
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self._dtype
+
+    def each_layer(self) -> Iterable[Any]:
+        return self._layers()
+
+    def passed(self, xs: Sequence[mx.array]) -> None:
+        mx.eval(*xs)  # before the weights leave
+
+
+def _with_all_padding(features: mx.array, tokens: PromptTokens) -> mx.array:
+    """Padding before a prompt was read once, and stands there as often as there is padding."""
+    if not (tokens.is_padded_before and tokens.padding):
+        return features
+    first = mx.broadcast_to(features[:, :1], (1, tokens.padding, features.shape[-1]))
+    return mx.concatenate([first, features[:, 1:]], axis=1)

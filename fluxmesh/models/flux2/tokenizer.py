@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from fluxmesh.errors import ModelNotFoundError, WeightsError
+from fluxmesh.request import PromptCut, cut_of
 from fluxmesh.storage.safetensors import read_json
 
 MAX_LENGTH = 512  # tokens that a prompt is padded and cut to, frame included
@@ -114,12 +115,25 @@ class ChatTokenizer:
 
     def encode(self, prompt: str) -> PromptTokens:
         """The framed prompt, cut where it is longer than `max_length`: the frame's end too."""
-        for text in self.frame.removed:
-            prompt = prompt.replace(text, "")
-        text = f"{self.frame.before}{prompt}{self.frame.after}"
-        ids = self.model.encode(text, add_special_tokens=False).ids[: self.max_length]
+        ids = self._ids(f"{self._plain(prompt)}{self.frame.after}")[: self.max_length]
         padding = self.max_length - len(ids)
         return PromptTokens(ids, padding, self.pad_id, self.frame.is_padded_before)
+
+    def cut(self, prompt: str) -> PromptCut | None:
+        """What `encode` leaves out of a prompt, the frame's end not counted; None where nothing."""
+        return cut_of(prompt, lambda part: len(self._ids(self._plain(part))), self.max_length)
+
+    def _plain(self, prompt: str) -> str:
+        for text in self.frame.removed:
+            prompt = prompt.replace(text, "")
+        return prompt
+
+    def _ids(self, text: str) -> list[int]:
+        """Behind the frame's beginning."""
+        ids: list[int] = self.model.encode(
+            f"{self.frame.before}{text}", add_special_tokens=False
+        ).ids
+        return ids
 
 
 def _from_vocabulary(folder: Path) -> Tokenizer:

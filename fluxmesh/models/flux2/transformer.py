@@ -112,13 +112,13 @@ class Flux2(DoubleStreamTransformer):
         self.modulation_released = True
 
     def remember(
-        self, references: mx.array, ids: mx.array | np.ndarray, guidance: float | None = None
+        self, references: mx.array, ids: mx.array | np.ndarray, mods: Flux2Modulations
     ) -> ReferenceMemory:
         """Keys and values of reference tokens [B, R, in_channels], in klein 9B KV's manner.
 
-        `ids` are their positions, [R, 4].
+        `ids` are their positions, [R, 4], `mods` those of `reference_modulation`.
         """
-        mods, pe = self.reference_modulation(guidance), self.reference_rope(ids)
+        pe = self.reference_rope(ids)
         x = self.tokens_of(references, self.img_in)
         double, single = [], []
         for block in self.double_blocks:

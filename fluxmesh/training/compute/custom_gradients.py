@@ -1,6 +1,6 @@
 """Backward passes written by hand, where MLX's own keep too much or don't repeat.
 
-Stands between `flux/layers.py` and `loss.py`, which puts these in a transformer's place while it
+Stands between `models/layers.py` and `loss.py`, which puts these in a transformer's place while it
 traces a gradient (`lent`). The values are those of the layers; what changes is the way back
 (`kernels/ops.py` has that of the elementwise work):
 
@@ -24,9 +24,9 @@ from typing import Any, TypeVar, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.kernels import ops
-from fluxmesh.models.flux1 import layers
-from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.kernels import ops, packed_linear
+from fluxmesh.models import layers
+from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.planning.activations import SCORES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -110,33 +110,26 @@ def frozen(linear: Any) -> Callable[[mx.array], mx.array]:
     """A linear that is not trained, as a function of its input alone."""
     if not isinstance(linear, nn.QuantizedLinear):
         return linear
-
-    def unpacked(when: mx.array) -> mx.array:
-        """The matrix [out, in], not before `when` is there."""
-        packed, scales, biases = mx.depends([linear.weight, linear.scales, linear.biases], [when])
-        return mx.dequantize(packed, scales, biases, linear.group_size, linear.bits)
+    if ops.device() == "cuda":
+        return functools.partial(packed_linear.unpacked_product, linear)
 
     def back(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
-        return (cotangent @ unpacked(cotangent)).astype(x.dtype)
+        return packed_linear.gradient_of_rows(linear, x, cotangent)
 
     @own_way_back(back)
     def product(x: mx.array) -> mx.array:
-        if ops.device() != "cuda":
-            return linear(x)
-        y = x @ unpacked(x).T
-        return y + linear.bias if "bias" in linear else y
+        return linear(x)
 
     return product
 
 
 @contextmanager
-def lent(flux: Flux) -> Iterator[None]:
-    """Makes the blocks of `flux` compute attention with this, and then again with their own."""
-    blocks: list[Any] = [*flux.double_blocks, *flux.single_blocks]
+def lent(flow: DoubleStreamTransformer) -> Iterator[None]:
+    """Makes the blocks of `flow` compute attention with this, and then again with their own."""
     try:
-        for block in blocks:
+        for block in flow.blocks:
             block.attention = attention
         yield
     finally:
-        for block in blocks:
+        for block in flow.blocks:
             del block.attention

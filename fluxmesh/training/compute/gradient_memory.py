@@ -8,7 +8,7 @@ where a micro-batch needs more, it still runs, if more slowly.
 from __future__ import annotations
 
 from fluxmesh.engine.device_memory import bounded
-from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.transformer_shape import TransformerShape
 from fluxmesh.planning import activations
 
 __all__ = ["bounded", "needed"]
@@ -16,12 +16,11 @@ __all__ = ["bounded", "needed"]
 A_NUMBER = 30  # bytes for each number that is trained: its gradient, and sums of it in int64
 
 
-def needed(flux: Flux, tokens: int, trained: int) -> int:
+def needed(shape: TransformerShape, size: int, tokens: int, trained: int) -> int:
     """Bytes that a checkpointed gradient takes beside what is held, with some to spare.
 
-    `tokens` counts those of all images of the micro-batch, `trained` the numbers of the LoRAs.
+    `size` is the bytes of a number of the activations; `tokens` counts those of all images of the
+    micro-batch, `trained` the numbers of the LoRAs.
     """
-    config = flux.config
-    state = tokens * config.hidden_size * flux.dtype.size
-    blocks = config.depth + config.depth_single_blocks
-    return activations.gradient_bytes(state, blocks) + A_NUMBER * trained
+    state = tokens * shape.hidden_size * size
+    return activations.gradient_bytes(state, shape.blocks) + A_NUMBER * trained

@@ -15,16 +15,15 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.models.runtime import PromptFeatures
 from fluxmesh.sampling import latents
-from fluxmesh.sampling.conditioning import Conditioning
 from fluxmesh.sampling.denoise import denoise
 from fluxmesh.training.compute import exact_sum, gradient_memory, optimizer
 from fluxmesh.training.compute.lora_layers import TrainedLoras
 from fluxmesh.training.compute.loss import Batch, squared_errors, traced
 from fluxmesh.training.compute.lr_schedule import learning_rate
 from fluxmesh.training.compute.optimizer import State
-from fluxmesh.training.micro_batches import SCHNELL_STEPS
 from fluxmesh.training.plan import LEVELS, Part, TrainingPlan
 from fluxmesh.training.rng import VALIDATION, generator
 from fluxmesh.training.run import UpdateResult
@@ -33,8 +32,8 @@ from fluxmesh.training.run import UpdateResult
 class Features(Protocol):
     """Where a learner finds what was encoded."""
 
-    def text(self, caption: str) -> Conditioning:
-        """A caption's features, [1, T, context_in_dim] and [1, vec_in_dim]."""
+    def text(self, caption: str) -> PromptFeatures:
+        """A caption's features, by the family's names."""
 
     def latents(self, image: int, crop: int) -> mx.array:
         """A crop's latents, packed float32 [1, L, 4C]."""
@@ -59,14 +58,16 @@ class Learner:
         self.go_on = go_on
         self.plan = plan
         self.request = plan.request
-        self.flux = pipeline.flow
-        self.adapters = TrainedLoras(self.flux, self.request)
+        self.runtime, self.flow = pipeline.runtime, pipeline.flow
+        self.architecture = pipeline.checkpoint.architecture
+        tensors = self.architecture.transformer_tensors
+        self.adapters = TrainedLoras(self.flow, tensors, self.request)
         self.state: State = optimizer.begin(
             self.adapters.flatten(self.adapters.weights()), self.request
         )
         mx.eval(self.state.weights)
         self.step = traced(
-            self.flux, self.adapters, self.request.guidance, self.request.grad_checkpoint
+            self.runtime, self.adapters, self.request.guidance, self.request.grad_checkpoint
         )
 
     # An update
@@ -100,11 +101,9 @@ class Learner:
     def _bounded(self, batch: Batch) -> AbstractContextManager[None]:
         if not self.request.grad_checkpoint:
             return nullcontext()
-        images, tokens, _ = batch.clean.shape
-        tokens = images * (tokens + batch.t5.shape[1])
-        return gradient_memory.bounded(
-            gradient_memory.needed(self.flux, tokens, self.adapters.size)
-        )
+        size, trained = self.flow.dtype.size, self.adapters.size
+        shape = self.architecture.shape
+        return gradient_memory.bounded(gradient_memory.needed(shape, size, batch.tokens, trained))
 
     def gradient(self, part: Part, batch: Batch, parts: int) -> mx.array:
         """The vector of a part, one of `parts` of an update, which is `batch`; lazily."""
@@ -154,9 +153,11 @@ class Learner:
             clean,
             noise,
             mx.array(times),
-            mx.concatenate([text.t5 for text in texts]),
-            mx.concatenate([text.clip for text in texts]),
-            latents.token_grid(*size, self.pipeline.checkpoint.autoencoder.downsampling),
+            {
+                name: mx.concatenate([text[name] for text in texts])
+                for name in self.runtime.prompt_features
+            },
+            latents.token_grid(*size, self.architecture.downsampling),
         )
 
     # Looking at it
@@ -175,7 +176,8 @@ class Learner:
             noise = mx.array(random.standard_normal(clean.shape, dtype=np.float32))
             caption = self.plan.examples[image].caption
             batch = self._batch(clean, noise, time.reshape(1), [caption], size)
-            yield float(np.array(squared_errors(self.flux, batch, self.request.guidance))[0])
+            errors = squared_errors(self.runtime, self.flow, batch, self.request.guidance)
+            yield float(np.array(errors)[0])
 
     @contextmanager
     def _result(self) -> Iterator[None]:
@@ -187,9 +189,9 @@ class Learner:
             self.adapters.install(self.adapters.unflatten(self.state.weights))
 
     def _levels(self, size: tuple[int, int]) -> np.ndarray:
-        if self.plan.times.kind == "schnell":
-            return (np.arange(1, SCHNELL_STEPS + 1) / SCHNELL_STEPS).astype(np.float32)
-        return self.plan.times.shifted(np.array(LEVELS), size).astype(np.float32)
+        times = self.plan.times
+        own = times.own_levels(size)
+        return times.shifted(np.array(LEVELS), size).astype(np.float32) if own is None else own
 
     def paint(self) -> np.ndarray:
         """A picture of the progress prompt from the run's seed, uint8 [H, W, 3].
@@ -197,7 +199,7 @@ class Learner:
         Takes no number of the training's, and leaves its weights as they were.
         """
         pipeline, request = self.pipeline, self.request
-        side = pipeline.checkpoint.autoencoder.downsampling
+        side = self.architecture.downsampling
         size = (self.plan.picture_size[0] // side, self.plan.picture_size[1] // side)
         x = pipeline.noise(request.seed, size)
         with self._result():
@@ -207,13 +209,13 @@ class Learner:
                 guidance=request.guidance,
                 latent_size=size,
             )
-            for step in denoise(self.flux, made, x):
+            for step in denoise(self.flow, made, x):
                 self.go_on()
                 x = step.x
                 with pipeline.bounded_steps(size):
                     mx.eval(x)
         with pipeline.bounded_pixels(*self.plan.picture_size):
-            pixels = to_pixels(pipeline.decode(x, size))[0]
+            pixels = pipeline.pixels(x, size)[0]
         del pipeline.ae
         return pixels
 

@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
+from fluxmesh.models.tensor_map import Tensors
 from fluxmesh.training.compute.custom_gradients import frozen, plus_low_rank
 from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.request import TrainRequest
@@ -58,10 +59,15 @@ class TrainedLinear(LoRALinear):
 class TrainedLoras:
     """The LoRAs of one run, in place in a transformer."""
 
-    def __init__(self, flux: Flux, request: TrainRequest) -> None:
-        """Puts a `TrainedLinear` where the request asks for one; the rest of `flux` stays."""
-        self.flux = flux
-        self.layout = VectorLayout(flux.config, request)
+    def __init__(
+        self, flow: DoubleStreamTransformer, tensors: Tensors, request: TrainRequest
+    ) -> None:
+        """Puts a `TrainedLinear` where the request asks for one; the rest of `flow` stays.
+
+        `tensors` are the transformer's.
+        """
+        self.flow = flow
+        self.layout = VectorLayout(tensors, request)
         self.names = self.layout.names
         self.layers: dict[str, TrainedLinear] = {}
         shapes = self.layout.shapes
@@ -71,15 +77,15 @@ class TrainedLoras:
             a = mx.array((bound * (2 * drawn - 1)).astype(np.float32))
             b = mx.zeros((rank, out))
             layer = TrainedLinear(
-                module_at(flux, name), a, b, self.layout.scale, request.lora_dropout
+                module_at(flow, name), a, b, self.layout.scale, request.lora_dropout
             )
             self.layers[name] = layer
-            replace_module(flux, name, layer)
+            replace_module(flow, name, layer)
 
     def remove(self) -> None:
         """Leaves the transformer as it was."""
         for name, layer in self.layers.items():
-            replace_module(self.flux, name, layer.linear)
+            replace_module(self.flow, name, layer.linear)
 
     @property
     def size(self) -> int:

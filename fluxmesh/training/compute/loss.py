@@ -12,15 +12,14 @@ pass drops what the first one dropped (MLX's own random state would give it othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from fluxmesh.kernels import ops
-from fluxmesh.models.flux1.transformer import Flux
-from fluxmesh.sampling import latents
+from fluxmesh.models.runtime import Runtime
 from fluxmesh.training.compute import custom_gradients
 from fluxmesh.training.compute.lora_layers import TrainedLinear, TrainedLoras, Weights
 
@@ -31,30 +30,27 @@ class Batch(NamedTuple):
     clean: mx.array  # latents, packed float32 [B, L, 4C]
     noise: mx.array  # float32 [B, L, 4C]
     times: mx.array  # float32 [B], in (0, 1]
-    t5: mx.array  # [B, T, context_in_dim]
-    clip: mx.array  # [B, vec_in_dim]
+    features: Mapping[str, mx.array]  # of the prompts, by the family's names, B first
     grid: tuple[int, int]  # rows and columns of tokens
 
+    @property
+    def tokens(self) -> int:
+        """Of text and image, of all images together."""
+        images, tokens, _ = self.clean.shape
+        return images * (tokens + sum(x.shape[1] for x in self.features.values() if x.ndim == 3))
 
-def squared_errors(flux: Flux, batch: Batch, guidance: float) -> mx.array:
-    """Each image's mean square error, float32 [B], lazily."""
+
+def squared_errors(runtime: Runtime, flow: Any, batch: Batch, guidance: float) -> mx.array:
+    """Each image's mean square error by the transformer `flow`, float32 [B], lazily."""
     t = batch.times[:, None, None]
     noised = (1 - t) * batch.clean + t * batch.noise
-    velocity = flux.forward(
-        noised,
-        latents.image_positions(*batch.grid),
-        batch.t5,
-        latents.text_positions(batch.t5.shape[1]),
-        batch.times,
-        batch.clip,
-        guidance if flux.config.guidance_embed else None,
-    )
+    velocity = runtime.velocities(flow, noised, batch.features, batch.times, batch.grid, guidance)
     error = velocity.astype(mx.float32) - (batch.noise - batch.clean)
     return mx.mean(mx.square(error), axis=(1, 2))
 
 
 def loss_and_gradient(
-    flux: Flux,
+    runtime: Runtime,
     adapters: TrainedLoras,
     batch: Batch,
     guidance: float,
@@ -67,28 +63,28 @@ def loss_and_gradient(
     `keys` are dropout's (uint32 [layers, 2]); None drops nothing. `weights` are what the layers
     hold where None.
     """
-    held = adapters.weights()
+    held, flow = adapters.weights(), adapters.flow
 
     def loss(weights: Weights) -> mx.array:
         adapters.install(weights)
-        return mx.sum(squared_errors(flux, batch, guidance))
+        return mx.sum(squared_errors(runtime, flow, batch, guidance))
 
     adapters.set_keys(keys)
-    plain = flux.call
+    plain = flow.call
     if checkpoint:
-        flux.call = checkpointed
+        flow.call = checkpointed
     try:
-        with custom_gradients.lent(flux):
+        with custom_gradients.lent(flow):
             value, gradient = mx.value_and_grad(loss)(held if weights is None else weights)
     finally:
-        flux.call = plain
+        flow.call = plain
         adapters.install(held)
         adapters.set_keys(None)
     return value, adapters.flatten(gradient)
 
 
 def traced(
-    flux: Flux, adapters: TrainedLoras, guidance: float, checkpoint: bool
+    runtime: Runtime, adapters: TrainedLoras, guidance: float, checkpoint: bool
 ) -> Callable[[Batch, np.ndarray | None], tuple[mx.array, mx.array]]:
     """`loss_and_gradient` of a batch and dropout's keys; on a GPU, traced once for each size.
 
@@ -102,7 +98,7 @@ def traced(
     ) -> tuple[mx.array, mx.array]:
         drawn = keys[0] if keys else None
         return loss_and_gradient(
-            flux, adapters, Batch(*arrays), guidance, drawn, checkpoint, weights
+            runtime, adapters, Batch(*arrays), guidance, drawn, checkpoint, weights
         )
 
     compiled = ops.compiled(step)

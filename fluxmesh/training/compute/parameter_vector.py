@@ -11,29 +11,28 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from fluxmesh.adapters.formats import Adapter, LowRank
+from fluxmesh.adapters.changes import LowRank
+from fluxmesh.adapters.formats import Adapter
 from fluxmesh.errors import UsageError
-from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.tensor_maps import transformer_tensors
+from fluxmesh.models.tensor_map import Tensors
+from fluxmesh.models.transformer_shape import block_numbers
 from fluxmesh.training.request import TrainRequest
 
 
-def select(config: FluxConfig, blocks: int, targets: Sequence[str]) -> list[str]:
+def select(tensors: Tensors, blocks: int, targets: Sequence[str]) -> list[str]:
     """Linears of the last `blocks` blocks (-1: all) that match one of the patterns `targets`.
 
-    A pattern is a shell's, against BFL's name of the linear: `*attn.qkv`, `single_blocks.*`.
-    Raises `UsageError` where nothing matches.
+    `tensors` are the transformer's. A pattern is a shell's, against BFL's name of the linear:
+    `*attn.qkv`, `single_blocks.*`. Raises `UsageError` where nothing matches.
     """
-    every = config.depth + config.depth_single_blocks
+    block_of = block_numbers(tensors)
+    every = max(block_of.values()) + 1
     first = 0 if blocks == -1 else max(0, every - blocks)
     modules = []
-    for name, target in transformer_tensors(config).items():
-        kind, _, rest = name.partition(".")
-        if kind not in ("double_blocks", "single_blocks") or len(target.shape) != 2:
-            continue
-        block = int(rest.partition(".")[0]) + (config.depth if kind == "single_blocks" else 0)
+    for name, block in block_of.items():
         module = name.removesuffix(".weight")
-        if block >= first and any(fnmatchcase(module, pattern) for pattern in targets):
+        is_matrix = len(tensors[name].shape) == 2
+        if is_matrix and block >= first and any(fnmatchcase(module, p) for p in targets):
             modules.append(module)
     if not modules:
         raise UsageError(
@@ -46,12 +45,11 @@ def select(config: FluxConfig, blocks: int, targets: Sequence[str]) -> list[str]
 class VectorLayout:
     """The vector of one run."""
 
-    def __init__(self, config: FluxConfig, request: TrainRequest) -> None:
-        """Raises `UsageError` where the request trains nothing."""
-        self.config = config
+    def __init__(self, tensors: Tensors, request: TrainRequest) -> None:
+        """Of a transformer with these tensors. Raises `UsageError` where nothing is trained."""
         self.scale = request.scale
-        self.names = select(config, request.lora_blocks, request.lora_targets)
-        tensors, rank = transformer_tensors(config), request.lora_rank
+        self.names = select(tensors, request.lora_blocks, request.lora_targets)
+        rank = request.lora_rank
         self.shapes: list[tuple[int, int]] = []  # a, b, a, b, ... in the order of `names`
         for name in self.names:
             out, into = tensors[f"{name}.weight"].shape

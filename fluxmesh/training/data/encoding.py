@@ -14,9 +14,9 @@ import numpy as np
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.models.numpy_bits import from_numpy, to_numpy
-from fluxmesh.sampling import latents
-from fluxmesh.sampling.conditioning import Conditioning, PromptMemory
-from fluxmesh.sampling.img2img import to_model_range
+from fluxmesh.models.runtime import PromptFeatures
+from fluxmesh.request import SourceImage
+from fluxmesh.sampling.conditioning import PromptMemory
 from fluxmesh.storage import bfloat16
 from fluxmesh.training.data.bucketing import Size
 from fluxmesh.training.data.dataset import Example
@@ -51,7 +51,7 @@ class DatasetEncoder:
         reader = EncoderIdentity(
             pipeline.checkpoint.revision,
             str(pipeline.dtype).rpartition(".")[2],
-            pipeline.checkpoint.bits or pipeline.bits,
+            pipeline.checkpoint.text_bits or pipeline.checkpoint.bits or pipeline.bits,
             str(mx.default_device().type).rpartition(".")[2],
             pipeline.t5_padding,
         )
@@ -74,20 +74,18 @@ class DatasetEncoder:
         """A unit's features, computed here; as the cache stores them and a mesh sends them."""
         if isinstance(unit, Caption):
             known = self.pipeline.encode(unit.text)
-            return {"t5": _stored(known.t5), "clip": _stored(known.clip)}
-        pixels = to_model_range(self.units.pixels(unit))
-        clean = self.pipeline.ae.encode(mx.array(pixels))
-        with self.pipeline.bounded_pixels(*pixels.shape[1:3]):
-            return {"latents": _stored(latents.pack(clean.astype(mx.float32)))}
+            return {name: _stored(array) for name, array in known.items()}
+        source = self.pipeline.encode_source(SourceImage(self.units.pixels(unit)))
+        return {"latents": _stored(source.clean)}
 
     # What the training reads
 
-    def text(self, caption: str) -> Conditioning:
+    def text(self, caption: str) -> PromptFeatures:
         """A caption's features, [1, T, context_in_dim] and [1, vec_in_dim]."""
         known = self._texts.get(caption, True)
         if known is None:
             arrays = self._read(Caption(caption))
-            known = Conditioning(from_numpy(arrays["t5"][0]), from_numpy(arrays["clip"][0]))
+            known = {name: from_numpy(array) for name, (array, _) in arrays.items()}
             self._texts.put(caption, True, known)
         return known
 

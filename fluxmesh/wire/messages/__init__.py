@@ -17,6 +17,7 @@ or ring is recognised and dropped.
     conversation  what any trusted coordinator may ask, and the answers
     status        how a host and its engine stand
     lease         who may change a host, and what the holder may send beside work
+    parcel        how a checkpoint goes from one host to another
     unit          what all units of work have in common, and all reports of an engine
     ring          how engines become one ring
     work          the units that make pictures, each with its reports
@@ -58,17 +59,33 @@ from fluxmesh.wire.messages.lease import (
     LeaveQueue,
     Lost,
     PutFile,
+    TellProgress,
+)
+from fluxmesh.wire.messages.parcel import (
+    AskModel,
+    ModelAwaited,
+    ModelHere,
+    ModelParcel,
+    ModelProgress,
+    ParcelFile,
+    ReceiveModel,
+    SendModel,
+    StopModel,
 )
 from fluxmesh.wire.messages.ring import AskPorts, Join, Joined, ring_name
 from fluxmesh.wire.messages.status import (
     Account,
     Device,
     EngineCounters,
+    JobProgress,
+    LeaseHolder,
     Reading,
     State,
     Status,
+    WaitingJob,
 )
 from fluxmesh.wire.messages.unit import (
+    ENGINE_KILLED,
     PEER_LATE,
     WARM_STEP,
     Beat,
@@ -84,6 +101,7 @@ from fluxmesh.wire.messages.unit import (
 from fluxmesh.wire.messages.work import (
     Decode,
     Encode,
+    EncodePictures,
     EncodeSource,
     Load,
     Loaded,
@@ -91,6 +109,7 @@ from fluxmesh.wire.messages.work import (
     MeasureRing,
     Paint,
     Pictured,
+    PicturesEncoded,
     RingTimed,
     SourceEncoded,
     Stepped,

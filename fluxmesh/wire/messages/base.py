@@ -14,6 +14,7 @@ from fluxmesh.bounds import ArrayOf, Count, NamedArrays, Range, Text
 TYPES: dict[str, type[Message]] = {}  # all that travels, by name
 
 JobName = Annotated[str, Text(128)]
+JobTitle = Annotated[str, Text(128)]  # what a job is, for people: "4 images, 512x768, dev"
 ClientName = Annotated[str, Text(128, re.compile(r"[A-Za-z0-9_.-]{1,128}"))]
 BootName = Annotated[str, Text(128)]
 Version = Annotated[str, Text(64)]
@@ -29,6 +30,9 @@ Latents = Annotated[np.ndarray, ArrayOf(("float32",), (None, None, None))]  # [i
 OneLatents = Annotated[np.ndarray, ArrayOf(("float32",), (1, None, None))]  # [1, L, 4C]
 Picture = Annotated[np.ndarray, ArrayOf(("uint8",), (None, None, 3))]  # [height, width, 3]
 Mask = Annotated[np.ndarray, ArrayOf(("uint8",), (None, None))]  # [height, width]
+# Pictures by name, and what an engine made of them: `MAX_REFERENCES`, and what stands beside them.
+Pictures = Annotated[Mapping[str, np.ndarray], NamedArrays(most=12, dtypes=("uint8",))]
+Conditions = Annotated[Mapping[str, np.ndarray], NamedArrays(most=12)]
 # What a model reads beside latents, by name: an engine makes it of a text or a picture, and whoever
 # keeps it and sends it on to other engines does not know what it is.
 Features = Annotated[Mapping[str, np.ndarray], NamedArrays()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fluxmesh.bounds import Count, Pixels, Range, ShardIndex, Shards, check_shard
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.wire.messages import base
 from fluxmesh.wire.messages.base import BootName, ClientName, Components, Message, Port, Version
@@ -26,9 +27,7 @@ class Done(Message):
 class Refused(Message):
     """What was asked for can't be done; `text` is the sentence that the user reads."""
 
-    code: Literal[
-        "version", "malformed", "fence", "usage", "model", "memory", "busy", "network", "internal"
-    ]
+    code: Literal["version", "malformed", "fence", "usage", "network", "internal"]
     text: str
 
 
@@ -125,9 +124,11 @@ class Keep(Message):
     shards: Shards = 1
     shard: ShardIndex = 0
     components: Components = ()  # as in `Load`
+    shares: Shares = EVEN  # of which `shard` is one
 
     def __post_init__(self) -> None:
         check_shard(self.shard, self.shards)
+        self.shares.check(self.shards)
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class NoteSize(Message):
     weights: ModelVariant
     height: Pixels
     width: Pixels
+    memory_bytes: Annotated[int, Range(0, 1 << 50)] = 0  # that they take, as of `ModelWork`
 
 
 @dataclass(frozen=True)

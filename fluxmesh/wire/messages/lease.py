@@ -8,8 +8,8 @@ from typing import Annotated
 import numpy as np
 
 from fluxmesh.bounds import ArrayOf, Range
-from fluxmesh.wire.messages.base import Changing, JobName, Message, Report, Sha256
-from fluxmesh.wire.messages.status import Status
+from fluxmesh.wire.messages.base import Changing, JobName, JobTitle, Message, Report, Sha256
+from fluxmesh.wire.messages.status import JobProgress, Status
 
 MAX_FILE = 16 << 30  # bytes of an adapter
 
@@ -18,11 +18,13 @@ MAX_FILE = 16 << 30  # bytes of an adapter
 class AskLease(Message):
     """Answered by `Done`; then `LeaseQueued` reports until `Granted`.
 
-    `seconds` is how long the job may take, for those who wait behind it.
+    `seconds` is how long the job may take, for those who wait behind it; `title` tells them what it
+    is, and holds nothing of a prompt.
     """
 
     job: JobName
     seconds: float = 0.0
+    title: JobTitle = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ class HasFile(Changing):
 @dataclass(frozen=True)
 class Found(Message):
     there: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TellProgress(Changing):
+    """How far the holder's job is, for whoever asks for the host's status. Answered by `Done`."""
+
+    progress: JobProgress
 
 
 @dataclass(frozen=True, kw_only=True)

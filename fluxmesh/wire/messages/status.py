@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fluxmesh.bounds import Count
-from fluxmesh.cluster.snapshot import Holding, Platform, StepShape, StepTiming
-from fluxmesh.wire.messages.base import Components, JobName, Message
+from fluxmesh.cluster.snapshot import (
+    Holding,
+    KeptModels,
+    Platform,
+    StepShape,
+    StepTiming,
+    TextHolding,
+)
+from fluxmesh.wire.messages.base import Components, JobName, JobTitle, Message
 
 State = Literal["idle", "loading", "ready", "busy", "failed"]
 
@@ -21,6 +28,37 @@ class Reading:
     total_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class JobProgress:
+    """How far a job is, as its coordinator tells the hosts that it has leased."""
+
+    unit: Literal["", "image", "update"] = ""  # that it is counted in; "": not at all
+    done: int = 0
+    total: int = 0
+    step: int = 0  # done of the image that this host works at
+    steps: int = 0  # of it; 0: at none
+    seconds: float = 0.0  # until the job is over; 0: not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseHolder:
+    """Who has a host's lease, and for what."""
+
+    user: str  # as the agent's allowlist calls the holder's key
+    title: JobTitle
+    progress: JobProgress  # as was told last, with the seconds that are left now
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaitingJob:
+    """Who waits for a host's lease."""
+
+    user: str
+    title: JobTitle
+    seconds: float  # until it begins, as far as is known
+
+
+JobsInLine = Annotated[tuple[WaitingJob, ...], Count(64)]  # the first ones
 StepsMade = Annotated[tuple[StepShape, ...], Count(64)]  # of an engine, the latest one last
 
 
@@ -31,7 +69,8 @@ class EngineCounters(Message):
     images: int = 0  # denoised to the end
     steps: int = 0
     reused: int = 0  # of these, steps that a cache made cheap
-    encodes: int = 0
+    encodes: int = 0  # of prompts
+    pictures: int = 0  # read beside a prompt
     decodes: int = 0
     sent_bytes: int = 0  # in collectives
     transformer_bytes: int = 0  # of weights held now: blocks, modulation and the rest
@@ -70,12 +109,18 @@ class Status(Message):
     ring: str = ""  # that its engine is in: `ring_name` of the nonce; "" outside of one
     ring_rank: int = 0
     ring_size: int = 1
+    ring_backend: str = "ring"  # that it formed over
     platform: Platform = "cpu"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
     pressure: str = ""  # "warning" or "critical": the machine is short of memory
+    text: TextHolding | None = None
     loading: Reading | None = None  # what its engine reads now
     components: Components = ()  # that are in memory: `holds` tells of which weights
     compiled: StepsMade = ()
+    busy_seconds: float = 0.0  # until its lease is free, as far as is known
+    lease: LeaseHolder | None = None
+    line: JobsInLine = ()
+    kept: KeptModels = ()  # models in memory beside `holds`
 
 
 # Between an agent and its engine alone
@@ -104,5 +149,7 @@ class Account(Message):
     holds: Holding | None
     counters: EngineCounters
     load_rate: float  # bytes/s of the last load; 0 before one
+    text: TextHolding | None = None
     components: Components = ()
     compiled: StepsMade = ()
+    kept: KeptModels = ()

@@ -25,6 +25,7 @@ Length = Annotated[int, Range(1, 1 << 40)]  # of a vector, in numbers
 Piece = Annotated[np.ndarray, ArrayOf(("float32",), (None,))]  # of a vector
 Sizes = Annotated[np.ndarray, ArrayOf(("int32",), (None, 2))]  # [examples, 2], pixels
 Captions = Annotated[np.ndarray, ArrayOf(("int32",), (None,))]  # [examples]
+Repeats = Annotated[np.ndarray, ArrayOf(("int32",), (None,))]  # [examples]
 
 LOOKING = "looking at the training"
 
@@ -96,6 +97,7 @@ class OpenTraining(Work):
     update: int  # updates that the state has behind it; 0 begins anew
     sizes: Sizes = field(repr=False, compare=False)
     captions: Captions = field(repr=False, compare=False)
+    repeats: Repeats = field(repr=False, compare=False)  # how often an epoch shows each
     priors: int = 0  # the last so many examples are those that the model is to keep as it was
 
 

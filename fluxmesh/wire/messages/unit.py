@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from fluxmesh.bounds import Range
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.deadlines import Deadlines
 from fluxmesh.wire.messages.base import Changing, JobName, Report
 
 PEER_LATE = "PeerLate"  # a `Failed` of a ring: a GPU's watchdog ended what waited for too long
+ENGINE_KILLED = "Killed"  # a `Failed`: another program, or the system, ended the engine
 WARM_STEP = "step"  # what a `Beat` calls the first step of an image whose kernels are compiled
 
 
@@ -42,7 +44,7 @@ class Failed(WorkReport):
     """The engine ended, or could not do its work. `fatal`: it is gone, and all that it held."""
 
     # A class of fluxmesh.errors; "Raised": the engine ended itself over an exception, as those do
-    # whose neighbour in a ring is gone; PEER_LATE; "Died": something else ended it.
+    # whose neighbour in a ring is gone; PEER_LATE; ENGINE_KILLED; "Died": something else ended it.
     kind: str
     text: str
     fatal: bool
@@ -127,3 +129,6 @@ class ModelWork(Work, is_base=True):
     """Base of work with a model as it is: what pictures are made of."""
 
     weights: ModelVariant  # adapters by hash: AdapterRef(sha256, scale)
+    # That its job takes on this host, by the plan: within what the engine may use, other models
+    # stay in memory beside it. 0: nobody knows, and none stays.
+    memory_bytes: Annotated[int, Range(0, 1 << 50)] = 0

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from fluxmesh.bounds import Pixels, Range, ShardIndex, Shards, Text, check_shard
+from fluxmesh.bounds import (
+    MAX_PREVIEW,
+    Count,
+    Pixels,
+    Range,
+    ShardIndex,
+    Shards,
+    Text,
+    check_shard,
+)
+from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import CollectiveTime, Holding, Placement, StepTiming
 from fluxmesh.deadlines import Deadlines
+from fluxmesh.errors import UsageError
+from fluxmesh.request import MAX_REFERENCES, PromptCut, check_strengths
 from fluxmesh.wire.messages.base import (
     Components,
+    Conditions,
     Features,
     Image,
     Latents,
     Mask,
     OneLatents,
     Picture,
+    Pictures,
     Report,
 )
 from fluxmesh.wire.messages.unit import ModelWork, Work, WorkReport
@@ -42,7 +57,8 @@ class Loaded(WorkReport):
 class Load(ModelWork):
     """Makes the engine hold a transformer, whole or a shard of it, and `components` beside it.
 
-    What it holds of other weights leaves first. `LoadProgress` tells how far it is.
+    What it holds of other weights leaves first, where there is no room for both
+    (`ModelWork.memory_bytes`). `LoadProgress` tells how far it is.
     """
 
     reports: ClassVar = (Loaded,)
@@ -52,9 +68,12 @@ class Load(ModelWork):
     shard: ShardIndex = 0
     components: Components = ()
     low_memory: bool = False
+    text_stays: bool = True  # else text encoders that are there leave first
+    shares: Shares = EVEN  # of which `shard` is one
 
     def __post_init__(self) -> None:
         check_shard(self.shard, self.shards)
+        self.shares.check(self.shards)
 
     def limit(self, deadlines: Deadlines) -> float:
         return deadlines.load_moves  # each byte that is read begins it anew
@@ -69,6 +88,9 @@ class TextEncoded(WorkReport):
     cached: bool
     peak_bytes: int
     content: str  # `Checkpoint.content` of the files that the encoders came from
+    # Of texts that have more tokens than are read; the texts themselves do not travel.
+    cut: PromptCut | None = None
+    negative_cut: PromptCut | None = None
     features: Features = field(repr=False, compare=False)
 
 
@@ -82,8 +104,13 @@ class Encode(ModelWork):
 
     # A log that names a message names no prompt.
     prompt: Annotated[str, Text(1 << 17)] = field(repr=False)
+    # What to move away from; None is the model's own, of one that is guided so.
+    negative: Annotated[str, Text(1 << 17)] | None = field(default=None, repr=False)
     t5_padding: bool = True
     stay: bool = True  # whether the encoders may stay in memory afterwards
+    # Where encoders have to run, the transformer leaves first, and they leave afterwards.
+    makes_room: bool = False
+    by_layers: bool = False  # their layers are read and run one at a time, where they can be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +119,15 @@ class SourceEncoded(WorkReport):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeSource(ModelWork):
+class PictureWork(ModelWork, is_base=True):
+    """Base of what encodes pictures: with the autoencoder, or with models of its own."""
+
+    makes_room: bool = False  # the transformer leaves first
+    text_stays: bool = True  # else text encoders that are there leave first
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSource(PictureWork):
     """Encodes the picture to begin from."""
 
     reports: ClassVar = (SourceEncoded,)
@@ -107,6 +142,43 @@ class EncodeSource(ModelWork):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PicturesEncoded(WorkReport):
+    # `Checkpoint.content` of what read references, where the model reads none by itself
+    content: Annotated[str, Text(64)] = ""
+    conditions: Conditions = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodePictures(PictureWork):
+    """Encodes the pictures that the model reads beside the prompt: references, a control map."""
+
+    reports: ClassVar = (PicturesEncoded,)
+    doing: ClassVar = "encoding the pictures"
+    budget: ClassVar = 120.0
+
+    # uint8 [height, width, 3] each, or 1 of a mask, as `Architecture.pictures` has them
+    named: Pictures = field(repr=False, compare=False)
+    # Of models that read references with others: those, by a name as of `weights.model`, how much
+    # each reference counts, and whether they may stay in memory.
+    reader: Annotated[str, Text(4096)] = ""
+    strengths: Annotated[tuple[float, ...], Count(MAX_REFERENCES)] = ()
+    stay: bool = True
+
+    def __post_init__(self) -> None:
+        check_strengths(self.strengths, len(self.named))
+        for name, picture in self.named.items():
+            if picture.ndim != 3 or picture.shape[2] not in (1, 3):
+                raise UsageError(
+                    f"The picture {name!r} came as {list(picture.shape)}, and that is no picture; "
+                    "send [height, width, 3], or 1 for a mask."
+                )
+
+    @property
+    def pictures(self) -> float:
+        return sum(_large(math.prod(picture.shape[:2])) for picture in self.named.values())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stepped(WorkReport):
     """A step is done and evaluated; `latents` from rank 0 of a ring alone, and from `data`."""
 
@@ -117,7 +189,14 @@ class Stepped(WorkReport):
     peak_bytes: int
     latents: Latents | None = field(default=None, repr=False, compare=False)
     preview: Picture | None = field(default=None, repr=False, compare=False)
+    # What the step leads to, undecoded, a pixel a latent or fewer: no side above `MAX_PREVIEW`.
+    projected: Picture | None = field(default=None, repr=False, compare=False)
     reused: bool = False  # most of its blocks were not run: an approximation that was asked for
+
+    def __post_init__(self) -> None:
+        if self.projected is not None and max(self.projected.shape[:2]) > MAX_PREVIEW:
+            height, width, _ = self.projected.shape
+            raise UsageError(f"projected is {height}x{width}; {MAX_PREVIEW} a side is the most.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +226,46 @@ class Paint(ModelWork):
     features: Features = field(repr=False, compare=False)  # as `TextEncoded` gave them
     source: OneLatents | None = field(default=None, repr=False, compare=False)
     mask: Mask | None = field(default=None, repr=False, compare=False)
+    # As `PicturesEncoded` gave them.
+    conditions: Conditions | None = field(default=None, repr=False, compare=False)
+    cfg: float = 1.0  # above it, the model is asked twice a step
     cache: float = 0.0  # threshold of step caching; 0 computes every step
     # With a cache and `first`: the latest step that was computed, counted from 0, and the latents
     # that it began from; None where these are the very first.
     basis: StepsDone = 0
     basis_latents: OneLatents | None = field(default=None, repr=False, compare=False)
+    preview_every: StepsDone = 0  # project what each so many steps lead to; 0: none
+    shares: Shares = EVEN  # of the ring's hosts, the same in all of the job's steps by it
+
+    def __post_init__(self) -> None:
+        for name in ("latents", "source", "basis_latents"):
+            array = getattr(self, name)
+            if array is not None and array.shape != self.noise.shape:
+                raise UsageError(
+                    f"`{name}` came as {list(array.shape)} and the noise as "
+                    f"{list(self.noise.shape)}; all are of one image, and of one shape."
+                )
+        if self.mask is not None and self.mask.shape != (self.height, self.width):
+            raise UsageError(
+                f"The mask came as {list(self.mask.shape)} for an image of "
+                f"{self.height}x{self.width}; both must have one size."
+            )
 
     @property
     def is_collective(self) -> bool:
         return self.placement != "data"
 
     @property
+    def added_tokens(self) -> int:
+        """Tokens that conditions add to a step's: those that are grids [1, rows, columns, C]."""
+        shapes = [array.shape for array in (self.conditions or {}).values()]
+        return sum(shape[1] * shape[2] for shape in shapes if len(shape) == 4)
+
+    @property
     def pictures(self) -> float:
-        return _large(self.height * self.width)
+        """With references, which a step reads as it does the picture."""
+        tokens = self.noise.shape[1]
+        return _large(self.height * self.width) * (tokens + self.added_tokens) / tokens
 
     def gave(self, report: Report) -> bool:
         return isinstance(report, Stepped) and report.image == self.image
@@ -189,6 +295,13 @@ class Decode(ModelWork):
     width: Pixels
     latents: Latents = field(repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if len(self.latents) != len(self.images):
+            raise UsageError(
+                f"The latents of {len(self.latents)} images came for {len(self.images)}; send one "
+                "each."
+            )
+
     @property
     def pictures(self) -> float:
         return max(1, len(self.images)) * _large(self.height * self.width)
@@ -215,6 +328,7 @@ class Measure(ModelWork):
     height: Pixels
     width: Pixels
     placement: Placement = "data"
+    shares: Shares = EVEN  # of the ring's hosts
 
     @property
     def is_collective(self) -> bool:
@@ -239,6 +353,7 @@ class Warm(ModelWork):
     height: Pixels
     width: Pixels
     placement: Placement = "data"
+    shares: Shares = EVEN  # of the ring's hosts
 
     @property
     def is_collective(self) -> bool:

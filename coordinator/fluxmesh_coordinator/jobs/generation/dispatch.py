@@ -7,6 +7,7 @@ again whatever is missing.
 
 from __future__ import annotations
 
+from fluxmesh.cluster.shares import EVEN
 from fluxmesh.planning.plan import Phase
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
@@ -74,8 +75,8 @@ class GenerationDispatch:
         if state.ring is None:
             if not all(hosts[rank].is_free for rank in ranks):
                 return False
-            state.ring = Ring.of(ranks, hosts)
-        for rank, message in state.ring.advance(hosts, state.job, state.links.backend):
+            state.ring = Ring.of(ranks, hosts, state.links.backend_of(ranks))
+        for rank, message in state.ring.advance(hosts, state.job):
             self.send(hosts[rank], message)
         return state.ring.is_up
 
@@ -87,7 +88,7 @@ class GenerationDispatch:
         state, ring = self.state, self.state.ring
         assert ring is not None
         if ring.timed is None:
-            known = state.links.timings.ring(state.links.backend, ring.ranks)
+            known = state.links.timings.ring(ring.backend, ring.ranks)
             if known is not None or state.losses:
                 ring.timed = set(ring.ranks)
                 return True
@@ -118,6 +119,9 @@ class GenerationDispatch:
                 components.append("autoencoder")
             if request.preload and host is state.reader:
                 components.insert(0, "text encoders")
+            text_stays = rank not in state.text_leaves
+            if not text_stays:
+                state.encoders_leave(host)
             self.send(
                 host,
                 messages.Load(
@@ -127,17 +131,36 @@ class GenerationDispatch:
                     weights=state.work.weights,
                     shards=shards,
                     shard=place if shards > 1 else 0,
+                    shares=phase.shares if shards > 1 else EVEN,
                     components=tuple(components),
                     low_memory=request.low_memory,
+                    text_stays=text_stays,
                 ),
             )
 
     def _encode(self) -> None:
-        """Somebody reads the prompt, and the picture to begin from."""
+        """Somebody reads the prompt, and the pictures that the job comes with."""
+        state = self.state
+        self._encode_text()
+        host = state.picture_reader
+        if host is not None and host.killed is None:
+            self._encode_source(host)
+        if state.sees:
+            host = state.reader
+        if host is not None and host.killed is None:
+            self._encode_pictures(host)
+
+    def _encode_text(self) -> None:
         state, request, reader = self.state, self.state.job.request, self.state.reader
         if reader is None or reader.killed is not None:
             return
         if state.features is None and not self._anyone_has(messages.Encode):
+            place = state.text
+            makes_room = place is not None and place.makes_room
+            if makes_room:  # what it loaded before leaves, and is sent for again
+                reader.is_loaded = False
+            # What it is thought to remember it may have to read after all, beside nothing.
+            is_known = place is not None and place.way == "remembered"
             self.send(
                 reader,
                 messages.Encode(
@@ -146,24 +169,59 @@ class GenerationDispatch:
                     ring_generation=reader.ring_generation,
                     weights=state.work.weights,
                     prompt=request.prompt,
+                    negative=request.negative,
                     t5_padding=request.t5_padding,
                     stay=state.encoders_stay,
+                    makes_room=makes_room or is_known or request.low_memory,
+                    by_layers=is_known or (place is not None and place.way == "layers"),
                 ),
             )
-        source = request.source
-        if source is None or state.source is not None:
-            return
-        if not self._anyone_has(messages.EncodeSource):
+
+    def _encode_source(self, host: HostState) -> None:
+        """The picture to begin from is sent to one host, once: what is made of it is kept here."""
+        state, source = self.state, self.state.start
+        text_stays = host.rank not in state.text_leaves
+        room = {"makes_room": state.job.request.low_memory, "text_stays": text_stays}
+        lacks_source = source is not None and state.source is None
+        if source is not None and lacks_source and not self._anyone_has(messages.EncodeSource):
             self.send(
-                reader,
+                host,
                 messages.EncodeSource(
-                    fence=reader.fence,
+                    fence=host.fence,
                     job=state.job.id,
-                    ring_generation=reader.ring_generation,
+                    ring_generation=host.ring_generation,
                     weights=state.work.weights,
                     pixels=source.pixels,
+                    **room,
                 ),
             )
+
+    def _encode_pictures(self, host: HostState) -> None:
+        """And so are the others, all to one."""
+        state, request = self.state, self.state.job.request
+        lacks_conditions = state.pictures and state.conditions is None
+        if lacks_conditions and not self._anyone_has(messages.EncodePictures):
+            self.send(
+                host,
+                messages.EncodePictures(
+                    fence=host.fence,
+                    job=state.job.id,
+                    ring_generation=host.ring_generation,
+                    weights=state.work.weights,
+                    named=state.pictures,
+                    reader=request.redux if state.sees else "",
+                    strengths=request.reference_strengths if state.sees else (),
+                    stay=state.encoders_stay and state.text is not None and state.text.stays,
+                    makes_room=self._sees_alone if state.sees else request.low_memory,
+                    text_stays=state.sees or host.rank not in state.text_leaves,
+                ),
+            )
+
+    @property
+    def _sees_alone(self) -> bool:
+        """Whether what sees pictures takes memory in turn with the transformer."""
+        place = self.state.text
+        return self.state.job.request.low_memory or (place is not None and place.makes_room)
 
     def _anyone_has(self, kind: type[messages.Message]) -> bool:
         return any(host.has(kind) for host in self.state.hosts.values())
@@ -204,11 +262,11 @@ class GenerationDispatch:
     def _paint(self, host: HostState, image: ImageProgress, phase: Phase) -> None:
         """From the last acknowledged step on, or from noise."""
         state, request, sizes = self.state, self.state.job.request, self.state.job.sizes
-        features, source = state.features, request.source
+        features, source = state.features, state.start
         assert features is not None
         height, width = state.work.height, state.work.width
-        seed, encoder = request.seed_of(image.index), sizes.autoencoder
-        noise = initial_noise(seed, height, width, encoder.z_channels, encoder.downsampling)
+        seed, model = request.seed_of(image.index), sizes.architecture
+        noise = initial_noise(seed, height, width, model.latent_channels, model.downsampling)
         paint = messages.Paint(
             fence=host.fence,
             job=state.job.id,
@@ -223,15 +281,19 @@ class GenerationDispatch:
             guidance=request.guidance,
             low_memory=request.low_memory,
             preview=request.stepwise,
-            strength=1.0 if source is None else source.strength,
+            strength=1.0 if request.source is None else request.source.strength,
             latents=image.latents,
             noise=noise,
             features=features,
             source=state.source,
             mask=None if source is None else source.mask,
+            conditions=state.conditions,
+            cfg=request.cfg,
             cache=request.cache,
             basis=image.basis,
             basis_latents=image.basis_latents if request.cache else None,
+            preview_every=request.preview_every,
+            shares=phase.shares,
         )
         if state.option is not None:
             host.expect(paint, phase.step_seconds, measured=state.option.measured)

@@ -60,6 +60,11 @@ class ImageTable:
         return tuple(image.index for image in self.images if image.step < self.steps)
 
     @property
+    def steps_done(self) -> int:
+        """Of all images."""
+        return sum(image.step for image in self.images)
+
+    @property
     def is_complete(self) -> bool:
         return all(image.is_out for image in self.images)
 

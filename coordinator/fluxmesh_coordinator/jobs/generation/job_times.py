@@ -8,15 +8,17 @@ that have their devices to themselves, of jobs in which nothing was lost.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from fluxmesh.cluster.shares import Shares
 from fluxmesh.cluster.snapshot import JobTiming, Placement, StepTiming, Timings
 from fluxmesh.planning.workload import Workload
 from fluxmesh.request import FilledRequest
 from fluxmesh_coordinator.jobs.host import Readiness
 
-Members = tuple[Placement, tuple[int, ...]]  # how, and by which ranks in the order of their ring
+# How, by which ranks in the order of their ring, and in which shares.
+Members = tuple[Placement, tuple[int, ...], Shares]
 
 
 @dataclass
@@ -34,8 +36,10 @@ class _Seen:
     """What images of one placement on the same hosts took."""
 
     steps: list[float] = field(default_factory=list)  # without first ones
-    kernels: list[float] = field(default_factory=list)  # seconds that a new engine's took longer
-    firsts: list[float] = field(default_factory=list)  # the same, of other engines
+    # Seconds that first steps took longer: of new engines, by a new placement, at a new size.
+    kernels: list[float] = field(default_factory=list)
+    placements: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
 
@@ -45,7 +49,10 @@ class JobTimes:
 
     def __init__(self, work: Workload, request: FilledRequest) -> None:
         self.work = work
-        self.counts = not (request.cache or request.low_memory or request.stepwise)
+        # Steps with references, or of another number of calls, say nothing of plain ones.
+        self.counts = work.is_plain and not (
+            request.cache or request.low_memory or request.stepwise
+        )
         self._images: dict[int, _Image] = {}
         self._seen: dict[Members, _Seen] = {}
         self._begun: float | None = None  # when the job began; None where it had to load or to join
@@ -60,11 +67,16 @@ class JobTimes:
         if self._begin is None:
             self._begun = None
 
+    def encoded(self, seconds: float) -> None:
+        """The prompt is read: what that took is known by itself (`TextTiming`)."""
+        if self._begun is not None and self._begin is None:
+            self._begun += seconds
+
     def given(self, image: int, members: Members, now: float, readiness: Readiness) -> None:
         """An image is given out from its first step on."""
         self._images[image] = _Image(members, readiness)
         if self._begin is None and self._begun is not None:
-            self._begin = now - self._begun
+            self._begin = max(0.0, now - self._begun)
 
     def stepped(self, image: int, step: int, seconds: float, painting: float) -> None:
         """A step is done, `painting` seconds after the image came first in line."""
@@ -83,8 +95,9 @@ class JobTimes:
         if known.readiness != "warm":
             seen.steps += rest
             if rest and known.readiness != "loading":
-                firsts = seen.kernels if known.readiness == "new engine" else seen.firsts
-                firsts.append(max(0.0, known.steps[0] - statistics.median(rest)))
+                firsts = {"new engine": seen.kernels, "new placement": seen.placements}
+                longer = max(0.0, known.steps[0] - statistics.median(rest))
+                firsts.get(known.readiness, seen.firsts).append(longer)
             return
         seen.steps += rest or known.steps
         typical = statistics.median(rest or known.steps)
@@ -94,21 +107,26 @@ class JobTimes:
         seen.gaps.append(max(0.0, gap))
         seen.decodes.append(seconds)
 
-    def news(self, backend: str, shared: Iterable[int] = ()) -> Timings:
-        """What is worth knowing; nothing of `data` on the ranks that are `shared` devices'."""
+    def news(
+        self, backend: Callable[[tuple[int, ...]], str], shared: Iterable[int] = ()
+    ) -> Timings:
+        """What is worth knowing; nothing of `data` on the ranks that are `shared` devices'.
+
+        `backend` tells what a ring formed over.
+        """
         if not self.counts:
             return Timings()
         crowded = set(shared)
         return Timings(
             jobs=tuple(
-                self._job(backend, members, seen)
+                self._job(backend(members[1]), members, seen)
                 for members, seen in self._seen.items()
                 if seen.steps and not (members[0] == "data" and crowded & set(members[1]))
             )
         )
 
     def _job(self, backend: str, members: Members, seen: _Seen) -> JobTiming:
-        (placement, ranks), work = members, self.work
+        (placement, ranks, shares), work = members, self.work
         step = statistics.median(seen.steps)
         measured = StepTiming(
             model=work.weights.model,
@@ -121,7 +139,9 @@ class JobTimes:
             placement=placement,
             hosts=len(ranks),
             kernels_seconds=max(seen.kernels, default=None),
+            placement_seconds=max(seen.placements, default=None),
             first_seconds=max(seen.firsts, default=None),
+            shares=shares,
         )
         return JobTiming(
             backend="" if placement == "data" else backend,

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
-from fluxmesh.cluster.snapshot import RingTiming, Timings
+from fluxmesh.cluster.snapshot import RingTiming, TextTiming, Timings
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 from fluxmesh_coordinator.jobs.generation.state import GenerationState
@@ -44,7 +44,7 @@ class Observer:
             ranks = ring.ranks
         levels = {self.state.hosts[rank].readiness(message) for rank in ranks}
         readiness = min(levels, key=get_args(Readiness).index)  # of the one that is least ready
-        self._times.given(message.image, (message.placement, ranks), now, readiness)
+        self._times.given(message.image, (message.placement, ranks, message.shares), now, readiness)
 
     def prepares(self) -> None:
         """A host loads."""
@@ -52,26 +52,26 @@ class Observer:
 
     def joined(self, now: float) -> Timings:
         """A host has joined the ring; what is news of it, once all have."""
-        ring, backend = self.state.ring, self.state.links.backend
+        ring = self.state.ring
         self._times.prepares()
         if ring is None or not ring.is_up or ring.begun is None:
             return NOTHING
         ring.formed = now - ring.begun
-        known = self.state.links.timings.ring(backend, ring.ranks)
+        known = self.state.links.timings.ring(ring.backend, ring.ranks)
         if known is None:  # its collectives are measured next
             return NOTHING
         return Timings((replace(known, gathers=(), sums=(), forming_seconds=ring.formed),))
 
     def ring_timed(self, host: HostState, report: messages.RingTimed) -> Timings:
         """A host has measured the ring; what all of them found, once the last one has."""
-        ring, backend = self.state.ring, self.state.links.backend
+        ring = self.state.ring
         if ring is None or ring.timed is None:
             return NOTHING
         ring.timed.add(host.rank)
         if ring.timed != set(ring.ranks):
             return NOTHING
         timing = RingTiming(
-            backend=backend,
+            backend=ring.backend,
             ranks=ring.ranks,
             gathers=report.gathers,
             sums=report.sums,
@@ -79,6 +79,24 @@ class Observer:
             forming_seconds=ring.formed,
         )
         return Timings((timing,))
+
+    def encoded(self, host: HostState, report: messages.TextEncoded) -> Timings:
+        """A prompt is read; what that took, where it was not remembered."""
+        self._times.encoded(report.seconds)
+        weights, place = self.state.work.weights, self.state.text
+        if report.cached or place is None or place.rank != host.rank or self.state.losses:
+            return NOTHING
+        if place.way == "remembered":  # it was not, and nobody knows whether layer by layer
+            return NOTHING
+        timing = TextTiming(
+            rank=host.rank,
+            model=weights.model,
+            dtype=weights.dtype,
+            bits=weights.bits_of_text,
+            seconds=report.seconds,
+            by_layers=place.way == "layers",
+        )
+        return Timings(texts=(timing,))
 
     def stepped(
         self,
@@ -111,7 +129,7 @@ class Observer:
         hosts = self.state.hosts
         keys = Counter(host.info.device_key for host in hosts.values())
         shared = [rank for rank, host in hosts.items() if keys[host.info.device_key] > 1]
-        return self._times.news(self.state.links.backend, shared)
+        return self._times.news(self.state.links.backend_of, shared)
 
     def _leads(self, host: HostState) -> bool:
         ring = self.state.ring

@@ -11,19 +11,23 @@ last acknowledged step, which therefore never runs twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo, Timings
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.images import composite
 from fluxmesh.planning.plan import Plan
+from fluxmesh.request import FilledRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
 from fluxmesh_coordinator.jobs.generation.observer import NOTHING, Observer
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob, GenerationState
 from fluxmesh_coordinator.jobs.host import HostState, QueuedWork
+from fluxmesh_coordinator.jobs.model_check import other_reader
+from fluxmesh_coordinator.jobs.progress import RemainingTime
 from fluxmesh_coordinator.jobs.session import JobSession
-from fluxmesh_coordinator.jobs.types import Learn, LeasedHost
+from fluxmesh_coordinator.jobs.types import Learn, LeasedHost, LetGo
 
 
 class GenerationSession(JobSession[HostState]):
@@ -36,15 +40,19 @@ class GenerationSession(JobSession[HostState]):
         self._dispatch = GenerationDispatch(self.state, self.send)
         self._observer = Observer(self.state)
         self._peaks: dict[str, int] = {}
+        self._remaining = RemainingTime()
 
     # Hooks
 
     def send(self, host: HostState, message: messages.Changing) -> None:
+        if isinstance(message, messages.ModelWork):
+            message = replace(message, memory_bytes=self.state.memory_on(host.rank))
         super().send(host, message)
         self._observer.sent(host, message, self.now)
 
     def new_host(self, leased: LeasedHost) -> HostState:
-        return HostState(leased, self.now, self.deadlines)
+        info = leased.info.turned_to(self.state.work.weights)
+        return HostState(replace(leased, info=info), self.now, self.deadlines)
 
     def propose(self, hosts: Sequence[HostInfo]) -> Plan:
         return self.state.find(hosts)
@@ -72,6 +80,7 @@ class GenerationSession(JobSession[HostState]):
             self.finish()
         elif state.option is not None and not state.needs_plan:
             self._dispatch.go_on()
+            self._let_go()
 
     def reported(self, host: HostState, report: messages.Report, unit: QueuedWork | None) -> None:
         match report:
@@ -86,15 +95,54 @@ class GenerationSession(JobSession[HostState]):
                 self.state.holds(host, report.holding)
                 self.check_model(host, report.holding.content)
             case messages.TextEncoded():
-                self._encoded(host, report)
+                self._encoded(host, report, unit)
             case messages.SourceEncoded():
                 self.state.source = report.latents
+            case messages.PicturesEncoded():
+                self._check_reader(host, report.content)
+                self.state.conditions = self.state.conditions or report.conditions
             case messages.Stepped():
                 self._stepped(host, report, unit)
             case messages.Pictured():
                 self._pictured(host, report, unit)
 
+    @property
+    def title(self) -> str:
+        request = self.state.job.request
+        images = "1 image" if request.n_images == 1 else f"{request.n_images} images"
+        return f"{images}, {request.height}x{request.width}"
+
+    def progress(self, rank: int, now: float) -> messages.JobProgress:
+        table = self.state.images
+        together = self.state.has_ring_with(rank) and self.state.in_ring
+        own = [image for image in table.images if image.painter == rank]
+        shared = [image for image in table.images if image.painter is not None and together]
+        at = next(iter((*own, *shared)), None)
+        done, total = table.steps_done, len(table.images) * table.steps
+        return messages.JobProgress(
+            unit="image",
+            done=sum(image.is_out for image in table.images),
+            total=len(table.images),
+            step=at.step if at else 0,
+            steps=table.steps if at else 0,
+            seconds=self._remaining.left(done, total, now),
+        )
+
     # Within
+
+    def _let_go(self) -> None:
+        """Others may have a host that has read the prompt, and does nothing else."""
+        rank = self.state.spare_reader
+        if rank is not None:
+            del self.state.hosts[rank]
+            self.instruct(LetGo(rank))
+
+    def _check_reader(self, host: HostState, content: str) -> None:
+        """Ends the job where a host reads references with other files than its picture tells of:
+        on each mesh that would be another picture."""
+        job = self.state.job
+        if job.reader and content and content != job.reader:
+            self.end(other_reader(job.request.redux, host.rank, host.info.name))
 
     def _learn(self, news: Timings) -> None:
         if news != NOTHING:
@@ -106,6 +154,7 @@ class GenerationSession(JobSession[HostState]):
         if option is None:
             self.stuck(settled.reason)
         elif not self.state.images.is_complete:
+            self._remaining.predicted(option.seconds, self.now)
             self.tell(
                 events.Planned(
                     placement=option.name,
@@ -116,12 +165,19 @@ class GenerationSession(JobSession[HostState]):
                 )
             )
 
-    def _encoded(self, host: HostState, report: messages.TextEncoded) -> None:
+    def _encoded(
+        self, host: HostState, report: messages.TextEncoded, unit: QueuedWork | None
+    ) -> None:
         self.check_model(host, report.content)
+        self._learn(self._observer.encoded(host, report))
+        if unit is not None and isinstance(unit.message, messages.Encode) and not report.cached:
+            message = unit.message
+            self.state.has_read(host, encoders_stay=message.stay and not message.makes_room)
+            if message.makes_room:  # also what was loaded since that was sent
+                host.is_loaded = False
         if self.state.features is None:
-            self.state.features = report.features
-            prompt = self.state.job.request.prompt
-            self.tell(events.Encoded(prompt, report.seconds, report.cached))
+            self.state.features, self.state.read_by = report.features, host.rank
+            self.tell(encoded(self.state.job.request, report))
             self.tell(events.Peak("text", report.peak_bytes))
 
     def _stepped(self, host: HostState, report: messages.Stepped, unit: QueuedWork | None) -> None:
@@ -142,6 +198,7 @@ class GenerationSession(JobSession[HostState]):
             reused=report.reused,
         ):
             self.recovery.advanced()
+            self._remaining.stepped(images.steps_done, self.now)
             self._tell_step(host, report)
         if report.step < images.steps:
             return
@@ -166,6 +223,16 @@ class GenerationSession(JobSession[HostState]):
                 reused=report.reused,
             )
         )
+        if report.projected is not None:
+            self.tell(
+                events.Preview(
+                    image=report.image,
+                    step=report.step,
+                    steps=self.state.images.steps,
+                    pixels=report.projected,
+                    host=host.rank,
+                )
+            )
 
     def _pictured(
         self, host: HostState, report: messages.Pictured, unit: QueuedWork | None
@@ -194,3 +261,19 @@ class GenerationSession(JobSession[HostState]):
 
     def _peak(self, phase: str, nbytes: int) -> None:
         self._peaks[phase] = max(nbytes, self._peaks.get(phase, 0))
+
+
+def encoded(request: FilledRequest, report: messages.TextEncoded) -> events.Encoded:
+    """What is told of a request's texts once they are read."""
+    cut, negative_cut = report.cut, report.negative_cut
+    return events.Encoded(
+        request.prompt,
+        report.seconds,
+        report.cached,
+        tokens=cut.tokens if cut else 0,
+        kept=cut.kept if cut else 0,
+        dropped=request.prompt[cut.start :] if cut else "",
+        negative_tokens=negative_cut.tokens if negative_cut else 0,
+        negative_kept=negative_cut.kept if negative_cut else 0,
+        negative_dropped=(request.negative or "")[negative_cut.start :] if negative_cut else "",
+    )

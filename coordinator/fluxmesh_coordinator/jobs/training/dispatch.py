@@ -109,7 +109,7 @@ class TrainingDispatch:
             return False
         assert state.ring is not None
         if not state.ring.is_up:
-            orders = state.ring.advance(state.hosts, state.job, state.links.backend)
+            orders = state.ring.advance(state.hosts, state.job)
             for rank, message in orders:
                 self.send(state.hosts[rank], message)
             return False
@@ -133,7 +133,8 @@ class TrainingDispatch:
         if choice.winner is None:
             self.stuck(choice.reason)
             return False
-        state.ring = Ring.of(choice.winner.ranks, state.hosts)
+        ranks = choice.winner.ranks
+        state.ring = Ring.of(ranks, state.hosts, state.links.backend_of(ranks))
         for host in state.members:
             host.is_open = False
         return True

@@ -181,6 +181,7 @@ class TrainingHost(HostState):
                 update=update,
                 sizes=opening.sizes,
                 captions=opening.captions,
+                repeats=opening.repeats,
                 priors=opening.priors,
             )
         )

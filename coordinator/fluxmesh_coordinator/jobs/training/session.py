@@ -22,6 +22,7 @@ from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.host import QueuedWork
+from fluxmesh_coordinator.jobs.progress import RemainingTime
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.training.dispatch import TrainingDispatch
 from fluxmesh_coordinator.jobs.training.host import TrainingHost
@@ -56,6 +57,7 @@ class TrainingSession(JobSession[TrainingHost]):
         super().__init__(TrainingState(job), deadlines)
         self.state.pace.deadlines = deadlines
         self.is_halting = False
+        self._remaining = RemainingTime()
         self._dispatch = TrainingDispatch(
             state=self.state,
             send=self.send,
@@ -138,6 +140,15 @@ class TrainingSession(JobSession[TrainingHost]):
             if host.is_open and host.killed is None:
                 host.close()
 
+    @property
+    def title(self) -> str:
+        return f"training, {self.state.job.plan.request.updates} updates"
+
+    def progress(self, rank: int, now: float) -> messages.JobProgress:
+        done, total = self.state.reached, self.state.job.plan.request.updates
+        left = self._remaining.left(done, total, now)
+        return messages.JobProgress(unit="update", done=done, total=total, seconds=left)
+
     # What the run is told
 
     def _answer(self, value: object = None) -> None:
@@ -181,6 +192,7 @@ class TrainingSession(JobSession[TrainingHost]):
             state.done += 1
         if state.done > state.reached:
             state.reached, state.latest = state.done, moved
+            self._remaining.stepped(state.reached, self.now)
         task = state.task.task if state.task is not None else None
         if isinstance(task, AdvanceTask) and (first.bad or state.done == task.update + 1):
             self._answer(moved)

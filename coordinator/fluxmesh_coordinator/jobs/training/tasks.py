@@ -149,6 +149,7 @@ class Opening:
     request: str
     sizes: np.ndarray = field(repr=False)
     captions: np.ndarray = field(repr=False)
+    repeats: np.ndarray = field(repr=False)
     priors: int
 
 
@@ -180,7 +181,8 @@ class Names:
             request=json.dumps(dataclasses.asdict(request)),
             sizes=np.array([example.size for example in plan.examples], np.int32),
             captions=np.array(captions, np.int32),
-            priors=len(plan.priors),
+            repeats=np.array([example.repeats for example in plan.examples], np.int32),
+            priors=len(set(plan.priors)),
         )
 
     def of_micro_batches(self, numbers: Iterable[int]) -> list[str]:

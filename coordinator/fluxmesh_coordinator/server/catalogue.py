@@ -1,0 +1,157 @@
+"""What the server can paint with: models and adapters, by the names that clients know.
+
+A client names what is in these lists, and nothing else: no name of a client becomes a path, and
+none makes the server fetch anything. Below every face; everything here blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxmesh.errors import FluxmeshError, UsageError
+from fluxmesh.models.base import Architecture
+from fluxmesh.models.registry import PUBLISHED, family_of
+from fluxmesh.request import GenerateRequest
+from fluxmesh.sampling.takes import read_here
+from fluxmesh.spelling import did_you_mean
+from fluxmesh.weights import hub
+from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh_coordinator.runtime.default_model import default_model
+from fluxmesh_coordinator.server.problems import ProblemError
+
+FRESH = 30.0  # seconds, after which it is looked again at what is on this machine
+FIELDS = {"negative": "negative_prompt"}  # a condition of the library, as a client's field
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that can be asked for."""
+
+    name: str  # as clients say it
+    source: str  # as the library knows it: an alias, a Hub id, a path
+    checkpoint: Checkpoint
+    reading: Architecture  # as it reads references, with what is here
+
+    @property
+    def takes(self) -> list[str]:
+        """What a request may bring beside a prompt, as clients call it."""
+        conditions = sorted(self.reading.takes)
+        return ["image", "mask", "adapters", *(FIELDS.get(name, name) for name in conditions)]
+
+    def described(self) -> dict[str, Any]:
+        """What a client is told of it."""
+        architecture, defaults = self.reading, self.checkpoint.defaults
+        published = PUBLISHED.get(self.checkpoint.name)
+        return {
+            "name": self.name,
+            "family": family_of(architecture).name,
+            "size_bytes": sum(part.nbytes for part in self.checkpoint.components.values()),
+            "licence": published.licence.name if published else None,
+            "steps": defaults.steps,
+            "guidance": defaults.guidance if architecture.takes_guidance else None,
+            "size": {"width": defaults.width, "height": defaults.height},
+            "takes": self.takes,
+            "max_references": architecture.most_references if "references" in self.takes else 0,
+        }
+
+
+class Catalogue:
+    """Models and adapters of this server."""
+
+    def __init__(self, default: str | None, adapters: Path) -> None:
+        """`default` is the model that the server was started with: any name that the CLI takes.
+
+        Raises as `hub.resolve` where it is not on this machine.
+        """
+        self.adapters_folder = adapters
+        self.given = None if default is None else _served(default, hub.resolve(default))
+        self._lock = threading.Lock()
+        self._models: dict[str, ServedModel] = {}
+        self._looked = -FRESH
+
+    def models(self) -> dict[str, ServedModel]:
+        """By name, the default first."""
+        with self._lock:
+            if time.monotonic() - self._looked > FRESH:
+                self._models = self._look()
+                self._looked = time.monotonic()
+            return dict(self._models)
+
+    @property
+    def default(self) -> ServedModel:
+        """What paints where a client names nothing."""
+        return next(iter(self.models().values()))
+
+    def find(self, name: str) -> ServedModel | None:
+        """The model of that name, in any of its spellings; None: it is not here."""
+        models = self.models()
+        known = models.get(name) or models.get(hub.alias_of(name) or "")
+        if known is None:
+            known = next((m for m in models.values() if m.name.lower() == name.lower()), None)
+        return known
+
+    def model(self, name: str) -> ServedModel:
+        """Raises `ProblemError` where it is not here."""
+        known = self.find(name)
+        if known is None:
+            end = did_you_mean(name, list(self.models()), ".")
+            raise ProblemError(
+                404, f"`model` {name[:80]} is not on this server{end}", "model_not_found",
+                setting="model",
+            )  # fmt: skip
+        return known
+
+    def adapters(self) -> dict[str, Path]:
+        """Files of the adapters' folder, by their names without the suffix."""
+        try:
+            files = sorted(os.scandir(self.adapters_folder), key=lambda entry: entry.name)
+        except OSError:
+            return {}
+        return {
+            entry.name.removesuffix(SUFFIX): Path(entry.path)
+            for entry in files
+            if entry.name.endswith(SUFFIX) and not entry.name.startswith(".") and entry.is_file()
+        }
+
+    def adapter(self, name: str) -> Path:
+        """The file of an adapter. Raises `UsageError` for one that is not in the folder."""
+        known = self.adapters()
+        path = known.get(name.removesuffix(SUFFIX))
+        if path is None:
+            end = did_you_mean(name, list(known), ".")
+            raise UsageError(f"`adapters` names {name[:80]!r}, which is not on this server{end}")
+        return path
+
+    def without_paths(self, text: str) -> str:
+        """A sentence for clients, in their names for what lies in folders of this machine."""
+        text = text.replace(f"{self.adapters_folder}{os.sep}", "")
+        if self.given is not None and self.given.source != self.given.name:
+            for path in (hub.full_name(self.given.source), self.given.source):
+                text = text.replace(path, self.given.name)
+        return text
+
+    def _look(self) -> dict[str, ServedModel]:
+        usual = default_model(GenerateRequest(prompt="", seed=0))
+        first = self.given or _served("", usual.checkpoint)
+        models = {first.name: first}
+        for name in hub.names_here():
+            try:
+                model = _served(name, hub.resolve(name, download=False))
+            except FluxmeshError:  # not whole, or broken: `fluxmesh models list` says how
+                continue
+            models.setdefault(model.name, model)
+        return models
+
+
+def _served(name: str, checkpoint: Checkpoint) -> ServedModel:
+    source = name or checkpoint.name
+    is_path = hub.alias_of(source) is None and os.path.exists(os.path.expanduser(source))
+    shown = os.path.basename(source.rstrip("/")) if is_path else checkpoint.name
+    reading = read_here(checkpoint.architecture)
+    return ServedModel(shown.removesuffix(SUFFIX), source, checkpoint, reading)

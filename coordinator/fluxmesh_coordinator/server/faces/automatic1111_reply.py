@@ -1,0 +1,83 @@
+"""What clients of AUTOMATIC1111 read of a job: `info` with its pictures, and how far it is.
+
+Below `automatic1111.py`. Fields are those of its modules/processing.py and modules/api/models.py.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fluxmesh_coordinator.server.faces.bodies import Body
+from fluxmesh_coordinator.server.paint_request import PaintRequest
+from fluxmesh_coordinator.server.queue.served_job import ServedJob
+from fluxmesh_coordinator.server.queue.service import PaintingService
+
+SAMPLER = "Euler"
+
+
+def info(job: ServedJob, asked: PaintRequest, body: Body, ignored: list[str]) -> dict[str, Any]:
+    """Of the pictures that are there; of a job that was interrupted, these are fewer."""
+    seeds = [job.seed + image for image in sorted(job.pictures)]
+    texts = [
+        f"{asked.prompt}\nSteps: {job.steps}, Sampler: {SAMPLER}, Seed: {seed}, "
+        f"Size: {job.width}x{job.height}, Model: {job.model}"
+        for seed in seeds
+    ]
+    return {
+        "prompt": asked.prompt,
+        "all_prompts": [asked.prompt] * len(seeds),
+        "negative_prompt": asked.negative_prompt,
+        "all_negative_prompts": [asked.negative_prompt] * len(seeds),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "width": job.width,
+        "height": job.height,
+        "sampler_name": SAMPLER,
+        "cfg_scale": asked.guidance,
+        "steps": job.steps,
+        "batch_size": body.whole("batch_size") or 1,
+        "denoising_strength": asked.strength,
+        "sd_model_name": job.model,
+        "infotexts": texts,
+        "index_of_first_image": 0,
+        "job_timestamp": _timestamp(job),
+        "without_effect": ignored,
+    }
+
+
+def progress(service: PaintingService, client: str, *, with_picture: bool) -> dict[str, Any]:
+    """Of the client's own job, or of whichever runs."""
+    jobs = service.running(client) or service.running()
+    state: dict[str, Any] = {
+        "skipped": False,
+        "interrupted": False,
+        "stopping_generation": False,
+        "job": "",
+        "job_count": len(service.rows()),
+        "job_timestamp": "0",
+        "job_no": 0,
+        "sampling_step": 0,
+        "sampling_steps": 0,
+    }
+    if not jobs:
+        return {
+            "progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None,
+            "textinfo": None,
+        }  # fmt: skip
+    job = jobs[0]
+    seen = job.events.latest("preview") if with_picture else None
+    step = job.events.latest("step")
+    state |= {"job": job.id, "job_timestamp": _timestamp(job), "sampling_steps": job.steps}
+    state["sampling_step"] = step.data["step"] if step else 0
+    return {
+        "progress": round(job.progress, 4),
+        "eta_relative": round(job.seconds_left(time.monotonic()), 2),
+        "state": state,
+        "current_image": seen.data["data"] if seen else None,
+        "textinfo": None,
+    }
+
+
+def _timestamp(job: ServedJob) -> str:
+    return time.strftime("%Y%m%d%H%M%S", time.localtime(job.accepted))

@@ -1,0 +1,141 @@
+// fluxmesh's page: a form, what is being painted, what is finished, and the hosts behind it.
+//
+// Everything comes from this server; nothing is built. `server.js` asks, `composer.js` is the form
+// (with `sizes.js`, `attachments.js` and the brush of `masking.js`), `jobs.js` what is being painted,
+// `gallery.js` what is finished, `mesh.js` the hosts, `dom.js` and `theme.js` what all of them need.
+
+import { ask } from "./server.js";
+import { Composer } from "./composer.js";
+import { $, make, memory, tell } from "./dom.js";
+import { Gallery } from "./gallery.js";
+import { Jobs } from "./jobs.js";
+import { MeshView } from "./mesh.js";
+import { startTheme } from "./theme.js";
+
+const VARIED = 0.6; // how much changes of a picture that is varied
+const RETRY = 3000; // milliseconds until a server that did not answer is asked again
+const EXAMPLES = [
+  "a red apple to the left of a dog on a yellow background",
+  "two cats on a blue background",
+  "a green house on a pink background",
+];
+
+startTheme();
+const composer = new Composer((fields) => jobs.submit(fields));
+const gallery = new Gallery({ again, vary, edit, reuse }, (name) => composer.guided(name));
+const jobs = new Jobs({
+  ended: showFinished,
+  changed: () => mesh.look(),
+  view: (name) => gallery.open(name),
+});
+const mesh = new MeshView({
+  heard: ({ queue }) => jobs.resume(queue),
+  cancel: (id) => jobs.cancel(id).then(() => mesh.look(), (error) => tell(error.message)),
+});
+
+let asking = 0;
+
+/** The newest pictures, however long the server can't be reached. */
+function showFinished() {
+  clearTimeout(asking);
+  gallery.load().catch(() => { asking = setTimeout(showFinished, RETRY); });
+}
+
+/** How a picture was painted, as a request; another seed is drawn for it. */
+function request({ recipe, width, height }) {
+  const { prompt, model, steps, guidance, adapters } = recipe;
+  const known = composer.models.some(({ name }) => name === model);
+  return { prompt, model: known ? model : undefined, width, height, steps, guidance: guidance ?? undefined, adapters: adapters?.length ? adapters : undefined, n_images: 1 };
+}
+
+async function submit(fields) {
+  try {
+    await jobs.submit(fields);
+    scrollTo({ top: 0 });
+    $("prompt").focus({ preventScroll: true });
+  } catch (error) {
+    composer.fail(error.message, error.setting);
+    scrollTo({ top: 0 });
+  }
+}
+
+function again(picture) {
+  return submit(request(picture));
+}
+
+async function pixels(picture) {
+  const response = await fetch(picture.url);
+  if (!response.ok) throw new Error("The picture can't be read any more.");
+  return response.blob();
+}
+
+async function vary(picture) {
+  const blob = await pixels(picture).catch((error) => composer.fail(error.message));
+  if (!blob) return;
+  const data = new Uint8Array(await blob.arrayBuffer());
+  let text = "";
+  for (let k = 0; k < data.length; k += 8192) text += String.fromCharCode(...data.subarray(k, k + 8192));
+  await submit({ ...request(picture), image: btoa(text), strength: VARIED });
+}
+
+async function edit(picture) {
+  composer.attachments.clear();
+  composer.fill(picture.recipe, { seed: false });
+  try {
+    const takes = composer.model?.takes ?? [];
+    // Redux, which takes strengths, sees pictures and changes none.
+    const edits = takes.includes("references") && !takes.includes("reference_strengths");
+    const role = edits ? "references" : "image";
+    await composer.attachments.add(await pixels(picture), role);
+  } catch (error) {
+    composer.fail(error.message);
+  }
+}
+
+function reuse(picture) {
+  composer.fill(picture.recipe);
+}
+
+function showExamples() {
+  $("examples").replaceChildren(
+    ...EXAMPLES.map((prompt) => {
+      const button = make("button", { type: "button", textContent: prompt });
+      button.addEventListener("click", () => {
+        $("prompt").value = prompt;
+        $("prompt").dispatchEvent(new Event("input"));
+        $("prompt").focus();
+      });
+      return make("li", {}, button);
+    }),
+  );
+}
+
+function showHint() {
+  const isAlone = composer.models.every(({ name }) => name.startsWith("tiny"));
+  $("hint").hidden = !isAlone || memory.get("hint") === "seen";
+  $("hint-close").addEventListener("click", () => {
+    memory.set("hint", "seen");
+    $("hint").hidden = true;
+    $("prompt").focus();
+  });
+}
+
+async function start() {
+  try {
+    await composer.load();
+    await gallery.load();
+  } catch (error) {
+    if (error.code !== "offline") composer.fail(error.message);
+    setTimeout(start, RETRY);
+    return;
+  }
+  showExamples();
+  showHint();
+  mesh.look();
+  document.documentElement.dataset.ready = "yes";
+}
+
+// A finger does not want a keyboard over half of the page before it has asked for one.
+if (matchMedia("(hover: hover)").matches) $("prompt").focus();
+start();
+export { ask, composer, gallery, jobs };

@@ -1,0 +1,72 @@
+"""A transformer's quantized linear, and two ways to multiply with it.
+
+MLX's quantized product reads each packed weight once and unpacks it inside: the best there is for
+few rows. For the thousands of tokens of a picture arithmetic is what takes the time, and on CUDA
+that product reaches a quarter of what a plain one does. There, from `MANY_ROWS` rows on, the whole
+matrix is unpacked first, to the dtype of its scales, and multiplied as a plain one: the same
+weights, their products added in another order. Everywhere else nothing changes.
+
+The unpacked matrix is gone after its product. It is made no earlier than the rows that it is
+multiplied with, and how many of them MLX may queue is bounded with everything else that waits for
+the device (`engine/device_memory.py`). Nor does a gradient keep it: it is unpacked again on the way
+back.
+
+Below `models/slicing.py` and `weights/loading.py`, which make these, and
+`training/compute/custom_gradients.py`; adapters stand around them as around any linear.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fluxmesh.kernels.ops import device
+
+# Rows from which on unpacking pays on CUDA: `python -m benchmarks.packed` prints where, by bits.
+MANY_ROWS = 256
+
+
+class PackedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear`, which multiplies many rows in the way that suits the device."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., in] to [..., out], in the wider dtype of x and the scales."""
+        if has_many_rows(x):
+            return unpacked_product(self, x)
+        return cast(mx.array, super().__call__(x))
+
+
+def has_many_rows(x: mx.array) -> bool:
+    """Whether this device multiplies x [..., in] faster with an unpacked matrix."""
+    return device() == "cuda" and x.size >= MANY_ROWS * x.shape[-1]
+
+
+def unpacked(linear: nn.QuantizedLinear, when: mx.array) -> mx.array:
+    """A quantized linear's matrix [out, in], in its scales' dtype, not before `when` is there."""
+    packed, scales, biases = mx.depends([linear.weight, linear.scales, linear.biases], [when])
+    return mx.dequantize(packed, scales, biases, linear.group_size, linear.bits)
+
+
+def unpacked_product(linear: nn.QuantizedLinear, x: mx.array) -> mx.array:
+    """What `linear` gives for x [..., in], by its unpacked matrix; so is the gradient of x.
+
+    The linear itself is a constant: it has no gradient.
+    """
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        weight = unpacked(linear, x).T
+        return mx.addmm(linear.bias, x, weight) if "bias" in linear else x @ weight
+
+    @product.vjp
+    def back(x: mx.array, above: mx.array, _output: mx.array) -> mx.array:
+        return gradient_of_rows(linear, x, above)
+
+    return cast(mx.array, product(x))
+
+
+def gradient_of_rows(linear: Any, x: mx.array, above: mx.array) -> mx.array:
+    """The gradient of what a quantized linear was given, x, from that of what it gave."""
+    return (above @ unpacked(linear, above)).astype(x.dtype)

@@ -1,0 +1,90 @@
+"""A transformer of double and single blocks in numbers: what a step computes and sends. Pure.
+
+Both families' transformers are of this kind (Esser et al. 2024, https://arxiv.org/abs/2403.03206):
+`depth` double blocks, in which text and image have linears of their own and attend together, then
+`depth_single_blocks` single ones, whose MLP runs beside attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """D hidden channels, M columns of an MLP, of which a gated one has twice as many inside."""
+
+    hidden_size: int
+    mlp_hidden_dim: int
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    gated: bool = False
+    calls: int = 1  # of it in a step: two where guidance asks with a negative prompt too
+    # Numbers that a step's modulations are, where `tensor` splits the linears that make them.
+    split_modulations: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return self.depth + self.depth_single_blocks
+
+    def flops(self, tokens: int, remembered: int = 0) -> float:
+        """Arithmetic of one step of one image of S tokens: the blocks' matrices and attention.
+
+        All attend to `remembered` tokens too. FLUX.1 at 1024x1024 and 512 text tokens: 74.4e12;
+        FLUX.2 klein 4B: 34.8e12, and 76.7e12 with a reference of the same size.
+        """
+        block = tokens * (2 * self._matrices + 4 * (tokens + remembered) * self.hidden_size)
+        return float(self.calls * self.blocks * block)
+
+    def heads_part(self, tokens: int) -> float:
+        """The part of a step's arithmetic that heads are: the rest are the MLPs' columns."""
+        heads = 4 * self.hidden_size**2 + 2 * tokens * self.hidden_size
+        columns = self.hidden_size * (self._inner + self.mlp_hidden_dim)
+        return heads / (heads + columns)
+
+    def collectives(self, placement: Literal["data", "tensor", "sequence"]) -> int:
+        """Collectives in a step, whatever the number of hosts."""
+        if placement == "data":
+            return 0
+        doubles = 1 if placement == "sequence" else 2
+        return self.calls * (doubles * self.depth + self.depth_single_blocks)
+
+    def beside_gathers(self, tokens: int) -> Sequence[tuple[int, float]]:
+        """(blocks, the part of such a block's arithmetic that needs no keys of other hosts).
+
+        Double blocks compute their queries while keys and values travel, single blocks the inner
+        half of their MLP too.
+        """
+        hidden, inner = self.hidden_size, self._inner
+        block = self._matrices + 2 * tokens * hidden
+        return (
+            (self.calls * self.depth, hidden**2 / block),
+            (self.calls * self.depth_single_blocks, (hidden**2 + hidden * inner) / block),
+        )
+
+    @property
+    def _inner(self) -> int:
+        """Columns that an MLP's first matrix makes."""
+        return (2 if self.gated else 1) * self.mlp_hidden_dim
+
+    @property
+    def _matrices(self) -> int:
+        """Numbers of a block's matrices, as one token meets them."""
+        return 4 * self.hidden_size**2 + self.hidden_size * (self._inner + self.mlp_hidden_dim)
+
+
+def block_numbers(names: Collection[str]) -> dict[str, int]:
+    """The block that each tensor belongs to, counted in the order in which they run.
+
+    What is in no block is left out. Every family's modules have these names.
+    """
+    numbers: dict[str, int] = {}
+    depth = 0
+    for kind in ("double_blocks.", "single_blocks."):
+        mine = {name: depth + int(name.split(".")[1]) for name in names if name.startswith(kind)}
+        depth = max(mine.values(), default=depth - 1) + 1
+        numbers |= mine
+    return numbers

@@ -1,0 +1,123 @@
+"""How `tools/tiny` trains tiny-klein, against diffusers' pipeline that is to run it.
+
+What training computes must be what the pipeline computes later: a prompt's features, the time
+steps, where references stand. Random weights, float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+from tests.parity.oracles import BOUND, relative_error
+from tests.paths import ROOT
+
+TOOLS = ROOT / "tools" / "tiny"
+NAMES = ("blueprint", "scenes", "edits", "tiny_klein")
+PROMPT = "Put the dog from the second picture to the right of the apple."
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[dict[str, Any]]:
+    """Modules of `tools/tiny`, which import each other by bare names."""
+    sys.path.insert(0, str(TOOLS))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(TOOLS))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def made(programs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """The blueprint, a folder with a vocabulary, and its models with weights that all matter."""
+    klein, folder = programs["tiny_klein"].TinyKlein(), tmp_path_factory.mktemp("klein")
+    rng = np.random.default_rng(0)
+    captions = [programs["edits"].sample(rng, 2).prompt for _ in range(1000)]
+    klein.train_tokenizers(captions, folder)
+    torch.manual_seed(0)
+    modules = klein.build_models(folder).requires_grad_(False)
+    for parameter in modules["transformer"].parameters():
+        if not parameter.any():  # zero where training begins
+            parameter.normal_(std=0.05)
+    return klein, folder, modules
+
+
+def test_features_are_those_of_the_pipeline(made: tuple[Any, ...]) -> None:
+    """Padding included, and layers that training leaves out."""
+    klein, folder, modules = made
+    tokens = klein.load_tokens(folder)([PROMPT])
+    ids = klein.cut_text({"qwen": torch.from_numpy(tokens["qwen"])}, klein.text_tokens)
+    (features,) = klein.encode(modules, ids)
+    expected = Flux2KleinPipeline._get_qwen3_prompt_embeds(
+        modules["text_encoder"], _tokenizer(folder), PROMPT, max_sequence_length=klein.text_tokens
+    )
+    assert tokens["real"][0] < klein.text_tokens
+    assert relative_error(features.numpy(), expected) < BOUND
+    states = features.chunk(3, dim=-1)
+    assert not torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
+
+
+def test_words_of_captions_are_one_token_each(made: tuple[Any, ...]) -> None:
+    _, folder, _ = made
+    tokens = _tokenizer(folder).tokenize(f"user\n{PROMPT}")
+    assert [token.lstrip("Ġ") for token in tokens] == ["user", "Ċ", *PROMPT[:-1].split(), "."]
+
+
+def test_references_stand_where_the_pipeline_has_them(made: tuple[Any, ...]) -> None:
+    klein, _, _ = made
+    sizes = ((128, 64), (64, 96))
+    latents = [torch.zeros(1, 64, height // 16, width // 16) for height, width in sizes]
+    expected = torch.cat(
+        [
+            Flux2KleinPipeline._prepare_latent_ids(torch.zeros(1, 64, 8, 12)),
+            Flux2KleinPipeline._prepare_image_ids(latents),
+        ],
+        dim=1,
+    )[0]
+    assert torch.equal(klein.picture_ids(128, 192, sizes), expected.float())
+
+
+def test_the_noise_level_reaches_the_transformer(made: tuple[Any, ...]) -> None:
+    """As diffusers has it in float32, where nothing is rounded on the way."""
+    klein, _, modules = made
+    generator = torch.Generator().manual_seed(1)
+    ids = klein.picture_ids(64, 64, ((64, 64),))
+    noised, text = (torch.randn(1, n, d, generator=generator) for n, d in ((32, 64), (8, 288)))
+    time_proj = modules["transformer"].time_guidance_embed.time_proj
+    hooks = dict(time_proj._forward_pre_hooks)
+    outputs = []
+    for t in (0.95, 0.7):
+        here = klein.velocity(modules, noised, torch.tensor([t]), (text,), ids)
+        time_proj._forward_pre_hooks.clear()
+        there = klein.velocity(modules, noised, torch.tensor([t]), (text,), ids)
+        time_proj._forward_pre_hooks.update(hooks)
+        assert relative_error(here.numpy(), there) < BOUND
+        outputs.append(here)
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(64, 4), (144, 8)])
+def test_time_steps_are_the_scheduler_s(made: tuple[Any, ...], tokens: int, steps: int) -> None:
+    klein, folder, _ = made
+    klein.write_index(folder)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    mu = compute_empirical_mu(tokens, steps)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+    assert klein.time_steps(tokens, steps) == scheduler.sigmas.tolist()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import Qwen2Tokenizer
+
+    return Qwen2Tokenizer.from_pretrained(folder / "tokenizer")

@@ -1,0 +1,125 @@
+"""A server for tests: the real application, its line and its folder, on a lane without a mesh."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
+
+from fluxmesh.errors import FluxmeshError
+from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.server.app import application
+from fluxmesh_coordinator.server.catalogue import Catalogue
+from fluxmesh_coordinator.server.guard.access import Access
+from fluxmesh_coordinator.server.guard.limits import BodyLimits
+from fluxmesh_coordinator.server.picture_folder import PictureFolder
+from fluxmesh_coordinator.server.queue.fair_queue import QueueBounds
+from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.lane import Lane, Tell, preview
+from fluxmesh_coordinator.server.queue.served_job import ServedJob
+from fluxmesh_coordinator.server.queue.service import PaintingService
+
+ADDRESS = "http://127.0.0.1:8420"
+JSON = {"content-type": "application/json"}
+
+
+class SimulatedLane(Lane):
+    """Paints grey pictures, as fast as it may: while `may_go` is cleared it waits in a step."""
+
+    def __init__(self, pictures: PictureFolder) -> None:
+        super().__init__(pictures)
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.painted: list[ServedJob] = []  # in the order in which they began
+        self.fails: FluxmeshError | None = None
+        self.seconds = 0.001  # a step
+
+    def open(self) -> None:
+        """There is no mesh."""
+
+    def close(self) -> None:
+        self.may_go.set()
+        super().close()
+
+    def statuses(self) -> None:
+        return None
+
+    def paint(self, job: ServedJob, tell: Tell) -> None:
+        assert job.ready is not None
+        self.painted.append(job)
+        if self.fails is not None:
+            raise self.fails
+        tell("planned", {"placement": "data", "hosts": [0], "seconds": 0.1})
+        for image in range(job.n_images):
+            pixels = np.full((job.height, job.width, 3), 40 * image, np.uint8)
+            for step in range(1, job.steps + 1):
+                while not self.may_go.wait(0.01):
+                    if job.is_cancelled:
+                        return
+                if job.is_cancelled:
+                    return
+                time.sleep(self.seconds)
+                tell("step", {"image": image, "step": step, "steps": job.steps})
+                if job.previews:
+                    tell("preview", preview(image, step, pixels))
+            recipe = job.ready.recipe.of_image(job.seed + image)
+            data = encode_png(pixels, recipe.to_json())
+            name = self.pictures.commit(job.id, job.accepted, image, data)
+            url = f"/api/pictures/{name}"
+            fields = {"image": image, "name": name, "url": url, "seed": job.seed + image}
+            tell("picture", {**fields, "width": job.width, "height": job.height})
+
+
+class Serving:
+    """A server and a client of it; `lane` is what paints."""
+
+    def __init__(
+        self, folder: Path, bounds: QueueBounds | None = None, *, model: str | None = "tiny"
+    ) -> None:
+        self.folder = folder
+        self.adapters = folder / "adapters"
+        self.adapters.mkdir(exist_ok=True)
+        self.pictures = PictureFolder(folder / "pictures")
+        self.lane = SimulatedLane(self.pictures)
+        self.service = PaintingService(
+            Catalogue(model, self.adapters),
+            self.pictures,
+            Journal(folder / "journal"),
+            bounds=bounds,
+            lanes=[self.lane],
+        )
+
+    def app(self, access: Access, limits: BodyLimits | None = None) -> Starlette:
+        """The application, whose line lives as long as it does."""
+
+        @asynccontextmanager
+        async def life(_app: Any) -> AsyncIterator[None]:
+            await self.service.open()
+            try:
+                yield
+            finally:
+                await self.service.close()
+
+        inner = application(self.service, access, limits)
+        return Starlette(routes=[Mount("/", inner)], lifespan=life)
+
+    def app_alone(self) -> Starlette:
+        """The application, for who opens and closes the line."""
+        return application(self.service, Access.of(None))
+
+    @contextmanager
+    def client(
+        self, access: Access | None = None, limits: BodyLimits | None = None, **more: Any
+    ) -> Iterator[TestClient]:
+        """As a program on this machine asks."""
+        app = self.app(access or Access.of(None), limits)
+        with TestClient(app, base_url=ADDRESS, **more) as client:
+            yield client

@@ -1,0 +1,177 @@
+"""The server's line on a mesh of two hosts: who is painted beside whom, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from fluxmesh_coordinator.runtime.lent_hosts import HostBook
+from fluxmesh_coordinator.server.catalogue import Catalogue
+from fluxmesh_coordinator.server.paint_request import PaintRequest
+from fluxmesh_coordinator.server.picture_folder import PictureFolder
+from fluxmesh_coordinator.server.queue.host_choice import PaintWay, Ways
+from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.served_job import ServedJob
+from fluxmesh_coordinator.server.queue.service import PaintingService
+from tests.serving import SimulatedLane
+
+SECONDS = 10.0
+
+
+class TwoHostLane(SimulatedLane):
+    """One of the lanes of a mesh of two hosts, on which `sequence` takes both."""
+
+    def __init__(self, pictures: PictureFolder, first: TwoHostLane | None = None) -> None:
+        super().__init__(pictures)
+        self.shared = first.shared if first else HostBook([0, 1], lambda: self.painters.changed())
+        self.all: list[TwoHostLane] = first.all if first else []
+        if first is not None:
+            self.may_go = first.may_go
+        self.all.append(self)
+
+    def beside(self) -> TwoHostLane:
+        return TwoHostLane(self.pictures, self.all[0])
+
+    def book(self) -> HostBook:
+        return self.shared
+
+    def ways(self, busy: Mapping[int, float]) -> Ways:
+        def ways(job: ServedJob, ranks: frozenset[int]) -> list[PaintWay]:
+            wait = {rank: busy.get(rank, 0.0) for rank in ranks}
+            if job.spread is not None and job.spread.placement == "sequence":
+                last = max(wait.values())
+                return [PaintWay(ranks, last + SECONDS, last)] if len(ranks) == 2 else []
+            each = [PaintWay(frozenset([r]), wait[r] + SECONDS, wait[r]) for r in sorted(ranks)]
+            return sorted(each, key=lambda way: way.seconds)
+
+        return ways
+
+
+def play(folder: Path, body: Callable[[PaintingService, TwoHostLane], Awaitable[None]]) -> None:
+    pictures = PictureFolder(folder / "pictures")
+    lane = TwoHostLane(pictures)
+    journal = Journal(folder / "journal")
+    service = PaintingService(Catalogue("tiny", folder), pictures, journal, lanes=[lane])
+
+    async def run() -> None:
+        await service.open()
+        try:
+            async with asyncio.timeout(60):
+                await body(service, lane)
+        finally:
+            lane.may_go.set()
+            await service.close()
+
+    asyncio.run(run())
+
+
+def asked(seed: int, placement: str | None = None) -> PaintRequest:
+    return PaintRequest(
+        prompt="a dog",
+        width=64,
+        height=64,
+        steps=2,
+        seed=seed,
+        placement=placement,  # type: ignore[arg-type]
+    )
+
+
+async def running(service: PaintingService, count: int) -> list[str]:
+    """The jobs that run, once they are so many."""
+    while len(service.running()) != count:
+        await asyncio.sleep(0.005)
+    return [job.id for job in service.running()]
+
+
+def test_jobs_of_two_clients_run_at_once_and_the_third_has_the_first_place(tmp_path: Path) -> None:
+    async def body(service: PaintingService, lane: TwoHostLane) -> None:
+        lane.may_go.clear()
+        first = await service.submit(asked(1), "anna")
+        await running(service, 1)
+        assert first.lent is not None and first.lent.ranks == {0, 1}  # alone: its plan decides
+        first.lent.settle([0])
+        second = await service.submit(asked(2), "ben")
+        assert await running(service, 2) == [first.id, second.id]
+        third = await service.submit(asked(3), "cleo")
+        rows = service.rows()
+        assert [(row.job.id, row.place) for row in rows] == [
+            (first.id, 0), (second.id, 0), (third.id, 1),
+        ]  # fmt: skip
+        assert second.lent is not None and second.lent.ranks == {1}
+        service.cancel(second)  # and nobody else
+        await third.events.follow(0).__anext__()
+        while third.stage == "queued":
+            await asyncio.sleep(0.005)
+        assert (first.stage, second.stage) == ("running", "cancelled")
+        lane.may_go.set()
+        assert (await third.events.over()).kind == "done"
+        assert (await first.events.over()).kind == "done"
+        assert [len(each.painted) for each in lane.all] == [1, 2]  # two lanes, the second twice
+
+    play(tmp_path, body)
+
+
+def test_a_job_on_all_hosts_is_not_starved_by_small_ones(tmp_path: Path) -> None:
+    async def body(service: PaintingService, lane: TwoHostLane) -> None:
+        lane.may_go.clear()
+        first = await service.submit(asked(1), "anna")
+        await running(service, 1)
+        assert first.lent is not None
+        first.lent.settle([0])
+        while first.events.latest("planned") is None:  # which says how long it takes, too
+            await asyncio.sleep(0.005)
+        first.expected = 1000.0
+        service._durations.learn(first.model, first.work, SECONDS)
+        whole = await service.submit(asked(2, "sequence"), "ben")
+        small = [await service.submit(asked(3 + k), f"client {k}") for k in range(3)]
+        while not service._is_held_up:
+            await asyncio.sleep(0.005)
+        assert [job.id for job in service.running()] == [first.id]  # host 1 is kept for it
+        places = service.places()
+        assert [places[job.id].number for job in (whole, *small)] == [1, 2, 3, 4]
+        assert places[whole.id].seconds_left > 500  # the host that is idle is of no use to it
+        lane.may_go.set()
+        for job in (first, whole, *small):
+            assert (await job.events.over()).kind == "done"
+        assert whole.began < min(job.began for job in small)
+
+    play(tmp_path, body)
+
+
+def test_nobody_begins_on_hosts_for_which_a_job_that_runs_waits(tmp_path: Path) -> None:
+    async def body(service: PaintingService, lane: TwoHostLane) -> None:
+        lane.may_go.clear()
+        first = await service.submit(asked(1), "anna")
+        await running(service, 1)
+        assert first.lent is not None
+        first.lent.settle([0])
+        second = await service.submit(asked(2), "ben")
+        await running(service, 2)
+        assert second.lent is not None
+        second.lent.widen()  # it has lost its host, and takes the next that comes free
+        third = await service.submit(asked(3), "cleo")
+        service.cancel(first)
+        assert (await first.events.over()).kind == "cancelled"
+        await asyncio.sleep(0.1)
+        assert third.stage == "queued"
+        assert second.lent.widen() and second.lent.ranks == {0, 1}
+        second.lent.settle([0])
+        while third.stage == "queued":
+            await asyncio.sleep(0.005)
+        assert third.lent is not None and third.lent.ranks == {1}
+
+    play(tmp_path, body)
+
+
+def test_a_job_that_is_cancelled_before_its_lane_has_begun_paints_nothing(tmp_path: Path) -> None:
+    async def body(service: PaintingService, lane: TwoHostLane) -> None:
+        lane.may_go.clear()
+        job = await service.submit(asked(1), "anna")
+        while job.stage == "queued":
+            await asyncio.sleep(0)  # the very moment in which it has left the line
+        service.cancel(job)
+        assert (await job.events.over()).kind == "cancelled"
+        assert lane.shared.free == {0, 1}
+
+    play(tmp_path, body)

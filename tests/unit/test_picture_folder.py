@@ -1,0 +1,161 @@
+"""Pictures of a server, and what it remembers of jobs: across a restart, and under attack."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL.PngImagePlugin import PngImageFile
+
+from fluxmesh.errors import FluxmeshError, OutputError
+from fluxmesh.storage.homes import HomeError
+from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.server import picture_folder
+from fluxmesh_coordinator.server.picture_folder import NoSuchPictureError, PictureFolder
+from fluxmesh_coordinator.server.queue import journal as journal_module
+from fluxmesh_coordinator.server.queue.journal import Journal
+
+DATA = encode_png(np.zeros((16, 32, 3), np.uint8), None)
+
+
+def test_pictures_are_listed_newest_first_and_by_pages(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path / "new" / "pictures")
+    names = [folder.commit(f"job-{k}", 1_700_000_000.25 + k, 0, DATA) for k in range(5)]
+    assert names[0].startswith("20231114-221320-250-")
+    first, after = folder.newest(3)
+    assert [picture.name for picture in first] == names[:1:-1] and after == names[2]
+    rest, after = folder.newest(3, after)
+    assert [picture.name for picture in rest] == names[1::-1] and after == ""
+    assert (first[0].width, first[0].height) == (32, 16)
+    assert first[0].created == "2023-11-14T22:13:24.250Z"
+
+
+def test_a_list_unpacks_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = PictureFolder(tmp_path)
+    folder.commit("job", 1e9, 0, encode_png(np.zeros((16, 32, 3), np.uint8), '{"a": 1}'))
+
+    def unpack(_self: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(PngImageFile, "load", unpack)
+    recipes: list[str] = []
+
+    def note(text: str) -> dict[str, str]:
+        recipes.append(text)
+        return {}
+
+    monkeypatch.setattr(picture_folder, "_recipe", note)
+    assert len(folder.newest(1)[0]) == 1 and recipes == ['{"a": 1}']
+
+
+def test_a_job_s_pictures_stand_in_the_order_of_its_images(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    names = [folder.commit("a-job", 1e9, image, DATA) for image in (10, 2, 0)]
+    folder.commit("another", 1e9, 1, DATA)
+    assert folder.of_job("a-job") == names[::-1]
+    with pytest.raises(OutputError, match="already"):
+        folder.commit("a-job", 1e9, 2, DATA)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.png", "/etc/passwd", "secret.png", "", ".", "a\0b", "20231114-221320-250-x-0.png"],
+)
+def test_no_name_of_a_client_becomes_a_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes(DATA)
+    folder = PictureFolder(tmp_path / "pictures")
+    (folder.folder / "secret.png").write_bytes(DATA)
+    for ask in (folder.path, folder.thumbnail, folder.remove):
+        with pytest.raises(NoSuchPictureError):
+            ask(name)
+    assert folder.newest(10) == ([], "")
+
+
+def test_a_link_is_no_picture(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path / "pictures")
+    name = folder.commit("job", 1e9, 0, DATA)
+    os.rename(folder.folder / name, tmp_path / "elsewhere.png")
+    os.symlink(tmp_path / "elsewhere.png", folder.folder / name)
+    with pytest.raises(NoSuchPictureError):
+        folder.path(name)
+
+
+def test_a_picture_has_a_thumbnail_until_it_is_removed(tmp_path: Path) -> None:
+    folder = PictureFolder(tmp_path)
+    name = folder.commit("job", 1e9, 0, DATA)
+    assert folder.thumbnail(name).startswith(b"\xff\xd8")
+    folder.remove(name)
+    with pytest.raises(NoSuchPictureError):
+        folder.thumbnail(name)
+
+
+def test_a_journal_knows_what_was_not_finished(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    assert journal.lost == ()
+    for id in ("first", "second", "third"):
+        journal.accepted(id)
+    journal.ended("second")
+    journal.close()
+    with open(path, "a") as file:
+        file.write('["ended", "fir')  # killed in the middle of a line
+    again = Journal(path)
+    assert again.lost == ("first", "third")
+    again.close()
+    after = Journal(path)
+    assert after.lost == ()  # told once
+    after.close()
+
+
+def test_a_journal_stays_small_and_forgets_no_open_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "LARGEST", 1000)
+    journal = Journal(tmp_path / "journal")
+    journal.accepted("stays-open")
+    for number in range(200):
+        journal.accepted(f"job-{number}")
+        journal.ended(f"job-{number}")
+        assert journal.path.stat().st_size < 1200
+    journal.close()
+    assert Journal(tmp_path / "journal").lost == ("stays-open",)
+
+
+def test_a_journal_that_can_not_be_shortened_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.accepted("stays-open")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module, "LARGEST", 100)
+        patch.setattr(journal_module.os, "ftruncate", refused)
+        for number in range(10):
+            journal.accepted(f"job-{number}")
+            journal.ended(f"job-{number}")
+    journal.close()
+    assert Journal(tmp_path / "journal").lost == ("stays-open",)
+
+
+def test_two_servers_do_not_share_a_journal(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "journal")
+    first.accepted("a-job-of-the-first")
+    with pytest.raises(FluxmeshError, match="Another server writes its pictures to"):
+        Journal(tmp_path / "journal")
+    first.close()
+    again = Journal(tmp_path / "journal")
+    assert again.lost == ("a-job-of-the-first",)
+    again.close()
+
+
+def test_a_journal_that_is_none_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.mkdir()
+    with pytest.raises(HomeError):
+        Journal(path)
