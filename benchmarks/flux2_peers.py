@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.harness import Skipped
-from benchmarks.peers import Diffusers, Fluxmesh, OnMlx, Tick
+from benchmarks.peers import Diffusers, Fluxmesh, OnMlx, Tick, reference_grids
 from fluxmesh.models.flux2 import positions
 from fluxmesh.models.flux2.config import KLEIN_4B, KLEIN_9B, Flux2Config, Flux2Schedule
 from fluxmesh.sampling import latents
@@ -45,13 +46,23 @@ class FluxmeshKlein(Fluxmesh):
     ) -> tuple[Any, DenoisePlan]:
         import mlx.core as mx
 
-        from fluxmesh.models.flux2.runtime import TextFeatures, plan
+        from fluxmesh.models.flux2.runtime import TextFeatures, plan, references_of
 
         noise, text = map(mx.array, inputs(self.config, height, width, text_tokens))
         times = timesteps(steps, noise.shape[1], Flux2Schedule())
         features = TextFeatures(text.astype(self.dtype))
-        size = (height // 8, width // 8)
-        return noise, plan(self.flow, features, times, size, 1.0, is_distilled=True)
+        grids = reference_grids(self.references, self.config.in_channels, height, width)
+        made = plan(
+            self.flow,
+            features,
+            times,
+            (height // 8, width // 8),
+            1.0,
+            is_distilled=True,
+            references=references_of([mx.array(grid) for grid in grids]),
+            remembers_references=self.keeps_references,
+        )
+        return noise, made
 
 
 class MfluxKlein(OnMlx):
@@ -119,7 +130,7 @@ class MfluxKlein(OnMlx):
 
 
 class DiffusersKlein(Diffusers):
-    """diffusers' `Flux2KleinPipeline`."""
+    """diffusers' `Flux2KleinPipeline`, or that of 9B KV."""
 
     def _transformer(self) -> Any:
         from diffusers import Flux2Transformer2DModel
@@ -140,6 +151,7 @@ class DiffusersKlein(Diffusers):
         from diffusers import (
             AutoencoderKLFlux2,
             FlowMatchEulerDiscreteScheduler,
+            Flux2KleinKVPipeline,
             Flux2KleinPipeline,
         )
 
@@ -153,13 +165,20 @@ class DiffusersKlein(Diffusers):
             norm_num_groups=4,
             latent_channels=self.config.in_channels // 4,
         ).to(self.device, self.dtype)
-        return Flux2KleinPipeline(scheduler, autoencoder, None, None, transformer, True)
+        pipeline = Flux2KleinKVPipeline if self.keeps_references else Flux2KleinPipeline
+        return pipeline(scheduler, autoencoder, None, None, transformer, True)
 
     def _arguments(self, height: int, width: int, text_tokens: int) -> dict[str, Any]:
         noise, text = inputs(self.config, height, width, text_tokens)
         square = noise.reshape(1, height // 16, width // 16, -1).transpose(0, 3, 1, 2)
-        return {
+        arguments = {
             "prompt_embeds": self.placed(text),
-            "guidance_scale": 1.0,
             "latents": self.placed(np.ascontiguousarray(square)),
         }
+        if not self.keeps_references:  # where there is no such argument
+            arguments["guidance_scale"] = 1.0
+        if self.references:
+            # Grey: its autoencoder here is a tiny one, and no step waits for it.
+            picture = Image.new("RGB", (width, height), "grey")
+            arguments["image"] = [picture] * self.references
+        return arguments

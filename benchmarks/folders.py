@@ -1,7 +1,8 @@
-"""FLUX.1-dev and schnell at full size with random weights, as folders that fluxmesh loads.
+"""FLUX.1-dev, schnell and FLUX.2 klein 4B with random weights, as folders that fluxmesh loads.
 
 The 12 B transformer (shaped as dev and as schnell), T5-XXL, CLIP-L and the autoencoder are written
-once as diffusers folders in bfloat16, with tokenizers made on the spot. The pictures that come of
+once as diffusers folders in bfloat16, with tokenizers made on the spot; `write_klein` does
+the same of klein 4B. The pictures that come of
 them are noise: only time and memory are real. Needs fluxmesh's own dependencies and nothing else.
 """
 
@@ -16,7 +17,10 @@ from benchmarks.randomfile import RandomValues, write_random
 from benchmarks.sizes import Sizes
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux1.config import ClipConfig, FluxConfig, ScheduleConfig
-from tests import checkpoints
+from fluxmesh.models.flux2.architecture import Flux2Architecture
+from fluxmesh.models.flux2.family import FLUX2
+from fluxmesh.models.flux2.files.folder import Flux2Folder
+from tests import checkpoints, flux2_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 GUIDANCE = "time_text_embed.guidance_embedder"  # what dev has and schnell lacks
@@ -67,6 +71,37 @@ def write_models(folder: Path, sizes: Sizes) -> int:
             shapes = {name: target.shape for name, target in tensors.items()}
         written += write_random(dev / file, shapes, values)
         share(dev, schnell, file)
+    return written
+
+
+def klein(sizes: Sizes) -> Flux2Architecture:
+    """klein 4B, or the tiny one that stands for it at small sizes."""
+    if sizes.transformer == Sizes().transformer:
+        published = FLUX2.published["klein-4b"].architecture
+        assert isinstance(published, Flux2Architecture)
+        return published
+    return flux2_checkpoint.architecture_of("klein")
+
+
+def write_klein(folder: Path, sizes: Sizes) -> int:
+    """Writes FLUX.2 klein 4B as `folder`; returns the bytes."""
+    architecture, form, values, written = klein(sizes), Flux2Folder(), RandomValues(), 0
+    for part in form.components:
+        targets = architecture.tensors_in(part)
+        if part == "text_encoder":
+            shapes = {f"model.{name}": target.shape for name, target in targets.items()}
+        else:
+            shapes = file_shapes(targets)
+        written += write_random(folder / part / flux2_checkpoint.WEIGHTS[part], shapes, values)
+        checkpoints.write_json(folder / part / "config.json", form.config(architecture, part))
+    (folder / "tokenizer").mkdir()
+    tokenizer = flux2_checkpoint.tokenizer(architecture.text.kind)
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    length = {"model_max_length": max(sizes.text_tokens, flux2_checkpoint.TEXT_TOKENS)}
+    schedule = {"use_dynamic_shifting": True, "shift": 3.0}
+    checkpoints.write_json(folder / "tokenizer" / "tokenizer_config.json", length)
+    checkpoints.write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    checkpoints.write_json(folder / "model_index.json", form.index(architecture))
     return written
 
 

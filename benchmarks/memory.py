@@ -1,14 +1,15 @@
 """How much memory does a picture take, phase by phase and host by host?
 
     python -m benchmarks.memory                # 34 GB of disk or memory, a GPU, 5 minutes
+    python -m benchmarks.memory --what klein-4b klein-4b-4-bit    # FLUX.2: 14 GB
     python -m benchmarks.memory --small        # the same path on tiny models, for a CPU
 
-FLUX.1 at full size with random weights, from files (`writer.py`): the text encoders read a prompt,
-the transformer makes an image of 1024x1024, the autoencoder decodes it. One engine behind an agent
-of its own, which is what `fluxmesh generate` starts where no mesh is up; or, with `--engines`,
-several on this machine that hold a shard each (`tensor`). Peaks are MLX's own count, each phase by
-itself; `load` is that of the transformer's loading. Beside them stand the seconds that each phase
-took.
+FLUX.1 (or klein 4B) at full size with random weights, from files (`folders.py`): the text encoders
+read a prompt, the transformer makes an image of 1024x1024, the autoencoder decodes it. One engine
+behind an agent of its own, which is what `fluxmesh generate` starts where no mesh is up; or, with
+`--engines`, several on this machine that hold a shard each (`tensor`). Peaks are MLX's own count,
+each phase by itself; `load` is that of the transformer's loading. Beside them stand the seconds
+that each phase took.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import groups, harness
-from benchmarks.folders import scratch, write_models
+from benchmarks.folders import scratch, write_klein, write_models
 from benchmarks.harness import Result, Skipped, emit, say
 from benchmarks.sizes import FULL, SMALL, Sizes
 from fluxmesh.events import Encoded, Loading, Peak, Picture, Step
@@ -36,7 +37,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dev-low-memory": ("dev", {"low_memory": True}),
     "dev-4-bit": ("dev", {"bits": 4}),
     "dev-4-bit-low-memory": ("dev", {"bits": 4, "low_memory": True}),
+    "klein-4b": ("klein-4b", {}),
+    "klein-4b-4-bit": ("klein-4b", {"bits": 4}),
 }
+FLUX1 = [variant for variant, (model, _) in VARIANTS.items() if model != "klein-4b"]
 PHASES = ("text", "denoise", "decode")
 PROMPT = "a photo of an astronaut riding a horse on the moon"
 
@@ -45,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--what", nargs="+", choices=VARIANTS, default=FLUX1)
     parser.add_argument("--engines", type=int, nargs="*", default=[], help="shards to try: 2 4")
     parser.add_argument("--backend", choices=("ring", "nccl"), default="ring", help="of shards")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of each image")
@@ -63,7 +67,11 @@ def main() -> None:
     results: list[Result] = []
     try:
         start = time.perf_counter()
-        written = write_models(folder, sizes)
+        written = 0
+        if set(options.what) & set(FLUX1):
+            written += write_models(folder, sizes)
+        if set(options.what) - set(FLUX1):
+            written += write_klein(folder / "klein-4b", sizes)
         say(f"wrote {written / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s")
         for variant in options.what:
             for engines in (1, *options.engines):
@@ -93,8 +101,10 @@ def measure(case: Result) -> None:
     sizes = SMALL if case["small"] else FULL
     if case["engines"] == 1:
         emit(software=_software(), **alone(case, sizes))
-    else:
+    elif case["what"] in FLUX1:
         sharded(case, sizes)
+    else:
+        raise Skipped("klein's shards are not measured here")
 
 
 def _software() -> str:
@@ -235,7 +245,7 @@ def report(results: list[Result]) -> str:
     tables = [harness.table(header, peaks)]
     timed = [result for result in measured if result["seconds"]]
     kinds = ["load text encoders", "encode", "load transformer", "step", "load autoencoder"]
-    kinds.append("decode")
+    kinds.append("decode")  # those that a family's runtime tells apart
     rows = [
         [result["what"], *(f"{result['seconds'][kind]:.3f}" for kind in kinds)] for result in timed
     ]

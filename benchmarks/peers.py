@@ -30,6 +30,9 @@ GUIDANCE = 4.0
 class Peer(Protocol):
     """A transformer ready to denoise."""
 
+    references: int  # pictures of the image's size that it edits
+    keeps_references: bool  # their keys and values are computed once: klein 9B KV
+
     def software(self) -> str:
         """Names and versions."""
 
@@ -53,8 +56,17 @@ def inputs(
     return latents.initial_noise(7, height, width), text, vector
 
 
+def reference_grids(count: int, channels: int, height: int, width: int) -> list[np.ndarray]:
+    """As many encoded pictures [1, height / 16, width / 16, channels], float32."""
+    rng = np.random.Generator(np.random.Philox(8))
+    shape = (1, height // 16, width // 16, channels)
+    return [rng.standard_normal(shape, dtype=np.float32) for _ in range(count)]
+
+
 class OnMlx:
     """What peers on MLX have in common."""
+
+    references, keeps_references = 0, False
 
     def __init__(self, config: Any, dtype: str, bits: int | None) -> None:
         import mlx.core as mx
@@ -123,6 +135,8 @@ class Fluxmesh(OnMlx):
         self, height: int, width: int, steps: int, text_tokens: int
     ) -> tuple[Any, DenoisePlan]:
         """Noise [1, L, C], and what every step has in common."""
+        import mlx.core as mx
+
         from fluxmesh.models.flux1.config import ScheduleConfig
         from fluxmesh.models.flux1.runtime import plan
         from fluxmesh.sampling.schedule import timesteps
@@ -131,7 +145,9 @@ class Fluxmesh(OnMlx):
         schedule = ScheduleConfig(use_dynamic_shifting=True)
         times = timesteps(steps, noise.shape[1], schedule)
         known = {"t5": text.astype(self.dtype), "clip": vector.astype(self.dtype)}
-        return noise, plan(self.flow, known, times, (height // 8, width // 8), GUIDANCE)
+        grids = reference_grids(self.references, self.config.out_channels, height, width)
+        size, edited = (height // 8, width // 8), mx.array(grids[0]) if grids else None
+        return noise, plan(self.flow, known, times, size, GUIDANCE, reference=edited)
 
     def denoise(self, height: int, width: int, steps: int, text_tokens: int, tick: Tick) -> Any:
         import mlx.core as mx
@@ -143,6 +159,7 @@ class Fluxmesh(OnMlx):
         if self.flow.modulation_released:
             self.flow = self._made()
         noise, made = self._planned(height, width, steps, text_tokens)
+        made = made.prepared(self.flow)
         mx.eval(*made.arrays)
         if self.low_memory:
             self.flow.release_modulation()
@@ -273,7 +290,12 @@ class Mflux(OnMlx):
 
 
 class Diffusers:
-    """diffusers' `FluxPipeline`; `compiled` is "", "model" (all of it) or "blocks" (regional)."""
+    """diffusers' `FluxPipeline`, or Kontext's where it edits.
+
+    `compiled` is "", "model" (all of it) or "blocks" (regional).
+    """
+
+    references, keeps_references = 0, False
 
     def __init__(self, config: Any, dtype: str, bits: int | None, compiled: str) -> None:
         if bits is not None:
@@ -298,8 +320,7 @@ class Diffusers:
             transformer.compile(fullgraph=True, dynamic=False)
         elif compiled == "blocks":
             transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.pipeline = self._pipeline(transformer)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.transformer = transformer
 
     def _transformer(self) -> Any:
         from diffusers import FluxTransformer2DModel
@@ -318,20 +339,27 @@ class Diffusers:
         )
 
     def _pipeline(self, transformer: Any) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
 
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-        return FluxPipeline(scheduler, None, None, None, None, None, transformer)
+        pipeline = FluxKontextPipeline if self.references else FluxPipeline
+        return pipeline(scheduler, None, None, None, None, None, transformer)
 
     def _arguments(self, height: int, width: int, text_tokens: int) -> dict[str, Any]:
         """What the pipeline takes in place of a prompt and a seed."""
         noise, text, vector = map(self.placed, inputs(self.config, height, width, text_tokens))
-        return {
+        arguments = {
             "prompt_embeds": text,
             "pooled_prompt_embeds": vector,
             "guidance_scale": GUIDANCE,
             "latents": noise,
         }
+        if self.references:
+            shape = (1, self.config.out_channels // 4, height // 8, width // 8)
+            drawn = np.random.Generator(np.random.Philox(8)).standard_normal(shape, np.float32)
+            # `max_area`: a picture of this size stays as it is.
+            arguments |= {"image": self.placed(drawn), "max_area": height * width}
+        return arguments
 
     def placed(self, array: np.ndarray) -> Any:
         return self.torch.from_numpy(array).to(self.device, self.dtype)
@@ -359,7 +387,9 @@ class Diffusers:
             tick()
             return kept
 
-        self.pipeline(
+        pipeline = self._pipeline(self.transformer)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline(
             **self._arguments(height, width, text_tokens),
             height=height,
             width=width,

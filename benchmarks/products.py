@@ -40,11 +40,13 @@ class Product:
         return 2 * self.rows * self.columns * self.outputs
 
 
-def products(config: FluxConfig | Flux2Config, size: int, text_tokens: int) -> list[Product]:
-    """Every linear layer of a step at `size` x `size` pixels."""
+def products(
+    config: FluxConfig | Flux2Config, size: int, text_tokens: int, references: int = 0
+) -> list[Product]:
+    """Every linear layer of a step at `size` x `size` pixels, beside references of that size."""
     D, M = config.hidden_size, config.mlp_hidden_dim
     way_in = 2 * M if isinstance(config, Flux2Config) else M  # a gate, and what it gates
-    img, txt = (size // 16) ** 2, text_tokens
+    img, txt = (1 + references) * (size // 16) ** 2, text_tokens
     both = img + txt
     return [
         Product("img_in", img, config.in_channels, D, 1, False),
@@ -69,7 +71,7 @@ def sum_of_products(
     """Fields of the result: seconds in all, and of each shape."""
     dtype: mx.Dtype = getattr(mx, case["dtype"])
     shapes = []
-    for product in products(config, size, text_tokens):
+    for product in products(config, size, text_tokens, case["references"]):
         bits = case["bits"] if product.is_quantized else None
         shapes.append(
             {
@@ -80,7 +82,8 @@ def sum_of_products(
                 "seconds": seconds_of(_linear(product, dtype, bits), case),
             }
         )
-    tokens, heads, width = (size // 16) ** 2 + text_tokens, config.num_heads, config.head_dim
+    tokens = (1 + case["references"]) * (size // 16) ** 2 + text_tokens
+    heads, width = config.num_heads, config.head_dim
     shapes.append(
         {
             "name": "attention",

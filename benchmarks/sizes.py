@@ -37,8 +37,10 @@ SMALL = Sizes(
 # The transformers that a step is timed of, and what stands for each at small sizes.
 TRANSFORMERS: dict[str, FluxConfig | Flux2Config] = {
     "dev": FULL.transformer,
+    "kontext": FULL.transformer,
     "klein-4b": KLEIN_4B,
     "klein-9b": KLEIN_9B,
+    "klein-9b-kv": KLEIN_9B,
 }
 SMALL_KLEIN = Flux2Config(
     in_channels=16,
@@ -50,8 +52,11 @@ SMALL_KLEIN = Flux2Config(
     depth_single_blocks=2,
     axes_dim=(4, 4, 4, 4),
 )
+SMALL_KLEIN_9B = dataclasses.replace(SMALL_KLEIN, num_heads=8, axes_dim=(2, 2, 2, 2))
 SMALL_TRANSFORMERS: dict[str, FluxConfig | Flux2Config] = {
     "dev": SMALL.transformer,
+    "kontext": SMALL.transformer,
     "klein-4b": SMALL_KLEIN,
-    "klein-9b": dataclasses.replace(SMALL_KLEIN, num_heads=8, axes_dim=(2, 2, 2, 2)),
+    "klein-9b": SMALL_KLEIN_9B,
+    "klein-9b-kv": SMALL_KLEIN_9B,
 }

@@ -3,12 +3,15 @@
     python -m benchmarks.step                              # full size, a GPU or a Mac of 64 GB
     python -m benchmarks.step --apple mlx-examples/flux    # Apple's example from that folder too
     python -m benchmarks.step --model klein-4b             # FLUX.2 klein; dev unless said
+    python -m benchmarks.step --model kontext --references 1    # edits a picture of the same size
     python -m benchmarks.step --small                      # tiny sizes, to try this program
 
 Random weights, one image, 512 text tokens. "sum" is MLX's own matrix products and attention at the
 shapes of one step, each timed alone and added up: what a step would take if nothing else did. A
 peer that is not installed is left out and said so. Times are medians of `--steps` steps, each
-waited for, after `--warmup` steps that are not counted.
+waited for, after `--warmup` steps that are not counted. With references "first" is the first step
+of a second image, which in klein-9b-kv computes the keys and values that later ones keep; "sum"
+counts the references' tokens at every step, so it is no bound of what klein-9b-kv does later.
 """
 
 from __future__ import annotations
@@ -49,6 +52,12 @@ def main() -> None:
         "--sizes", type=int, nargs="+", help="pixels a side; 512 1024 unless --small"
     )
     parser.add_argument("--what", nargs="+", choices=WHAT, help="all but diffusers-blocks")
+    parser.add_argument(
+        "--references",
+        type=int,
+        default=0,
+        help="pictures of the same size to edit: kontext 1, klein several",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
         "--bits", type=int, nargs="*", default=[], help="quantized as well: 3 4 5 6 8"
@@ -84,6 +93,7 @@ def main() -> None:
                 "bits": bits,
                 "unpack_from": rows,
                 "sizes": sizes,
+                "references": options.references,
                 "steps": options.steps,
                 "warmup": options.warmup,
                 "apple": str(options.apple) if options.apple else None,
@@ -110,17 +120,30 @@ def measure(case: Result) -> None:
         for size in case["sizes"]:
             emit(size=size, **sum_of_products(config, size, text_tokens, case))
         return
+    if case["references"] and (case["model"] == "dev" or case["what"] in ("apple", "mflux")):
+        raise Skipped(f"{case['what']} is not timed with a reference on {case['model']} here")
+    if case["references"] > 1 and case["model"] == "kontext":
+        raise Skipped("Kontext reads one reference")
     peer = build(case, config)
+    peer.references = case["references"]
+    peer.keeps_references = case["model"] == "klein-9b-kv"
     for size in case["sizes"]:
         peer.reset_peak()
         watch = Stopwatch()
         steps = case["warmup"] + case["steps"]
         first = peer.denoise(size, size, steps, text_tokens, watch.tick)
+        times = watch.times
+        beside = {}
+        if peer.references:
+            watch = Stopwatch()
+            peer.denoise(size, size, 2, text_tokens, watch.tick)
+            beside["first"] = watch.times[0]
         emit(
             size=size,
+            **beside,
             software=peer.software(),
-            seconds=statistics.median(watch.times[case["warmup"] :]),
-            times=watch.times,
+            seconds=statistics.median(times[case["warmup"] :]),
+            times=times,
             peak=peer.peak(),
             sample=None if first is None else first.reshape(-1)[:1024].tolist(),
         )
@@ -157,6 +180,8 @@ def build(case: Result, config: Any) -> Any:
 
 def name_of(result: Result) -> str:
     name = result["what"] + (f", {result['bits']} bits" if result["bits"] else "")
+    if result["references"]:
+        name += f", {result['references']} references"
     rows = result["unpack_from"]
     return name if rows is None else f"{name}, unpacked from {rows} rows"
 
@@ -166,14 +191,15 @@ def line_of(result: Result) -> str:
     for problem in ("skipped", "failed"):
         if problem in result:
             return f"{name_of(result)}: {problem}: {result[problem]}"
-    return f"{name_of(result)}, {result['size']}²: {1000 * result['seconds']:.2f} ms"
+    first = f", first {1000 * result['first']:.2f} ms" if "first" in result else ""
+    return f"{name_of(result)}, {result['size']}²: {1000 * result['seconds']:.2f} ms{first}"
 
 
 def report(results: list[Result]) -> str:
     """The table, the shapes' table, and what was left out."""
     measured = [result for result in results if "seconds" in result]
-    header = ["what", "size", "ms a step", "fastest–slowest", "× sum", "× Apple", "peak GB",
-              "differs from fluxmesh by", "software"]  # fmt: skip
+    header = ["what", "size", "ms a step", "first", "fastest–slowest", "× sum", "× Apple",
+              "peak GB", "differs from fluxmesh by", "software"]  # fmt: skip
     tables = [harness.table(header, [row(result, measured) for result in measured])]
     for result in measured:
         if "shapes" in result:
@@ -190,6 +216,7 @@ def row(result: Result, measured: list[Result]) -> list[str]:
     }
     milliseconds = 1000 * result["seconds"]
     cells = [name_of(result), f"{result['size']}²", f"{milliseconds:.2f}"]
+    cells.append(f"{1000 * result['first']:.2f}" if "first" in result else "")
     counted = [1000 * seconds for seconds in result.get("times", [])[result["warmup"] :]]
     cells.append(f"{min(counted):.2f}–{max(counted):.2f}" if counted else "")
     for what in ("sum", "apple"):

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from benchmarks.flux2_peers import FluxmeshKlein
 from benchmarks.folders import file_shapes
 from benchmarks.harness import difference
 from benchmarks.packed import pays_from
+from benchmarks.peers import Fluxmesh
 from benchmarks.products import products
-from benchmarks.sizes import FULL, TRANSFORMERS
+from benchmarks.sizes import FULL, SMALL_TRANSFORMERS, TRANSFORMERS
 from fluxmesh.models.flux1 import tensor_maps
 from fluxmesh.models.flux2 import tensor_maps as flux2_tensor_maps
 from fluxmesh.models.flux2.config import Flux2Config
@@ -72,6 +75,29 @@ def test_step_times_klein_too(tmp_path: Path) -> None:
     assert len(measured["fluxmesh"]["times"]) == 3 and measured["sum"]["seconds"] > 0
     assert measured["fluxmesh-low-memory"]["sample"] == measured["fluxmesh"]["sample"]
     assert measured["fluxmesh"]["sample"] and "failed" not in printed
+
+
+def test_step_times_an_edit_beside_what_a_reference_adds_to_the_sum(tmp_path: Path) -> None:
+    counts = ("--steps", "2", "--warmup", "1", "--what", "sum", "fluxmesh", "apple")
+    printed, results = run(tmp_path, "step", "--model", "klein-9b-kv", "--references", "1", *counts)
+    measured = {result["what"]: result for result in results}
+    shapes = {shape["name"]: shape["shape"] for shape in measured["sum"]["shapes"]}
+    assert shapes["attention"] == "8×48×8"  # 16 tokens each of the text, the image, the reference
+    assert measured["fluxmesh"]["first"] > 0 and len(measured["fluxmesh"]["times"]) == 3
+    assert "apple is not timed with a reference" in printed and "failed" not in printed
+
+
+@pytest.mark.parametrize("model", ["kontext", "klein-4b", "klein-9b-kv"])
+def test_the_references_of_a_benchmark_reach_the_transformer(model: str) -> None:
+    config = SMALL_TRANSFORMERS[model]
+    peer = (FluxmeshKlein if isinstance(config, Flux2Config) else Fluxmesh)(
+        config, "float32", None, low_memory=False
+    )
+    alone = peer.denoise(64, 64, 1, 16, lambda: None)
+    peer.references, peer.keeps_references = 1, model == "klein-9b-kv"
+    edited = peer.denoise(64, 64, 1, 16, lambda: None)
+    assert edited.shape == alone.shape
+    assert np.linalg.norm(edited - alone) > 1e-3 * np.linalg.norm(alone)
 
 
 def test_packed_times_three_products_of_each_number_of_rows(tmp_path: Path) -> None:
@@ -179,6 +205,17 @@ def test_memory_tells_the_peak_of_each_phase_on_each_host(tmp_path: Path) -> Non
     # Each of two hosts reads half of the blocks, and only one of them the prompt.
     assert max(own["load"] for own in sharded) < 0.7 * whole[0]["load"]
     assert sharded[0]["text"] > 0 and sharded[1]["text"] == 0
+    assert list(room.iterdir()) == []
+
+
+def test_memory_tells_the_peaks_of_klein(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    variants = ("--what", "klein-4b", "klein-4b-4-bit", "--folder", str(room))
+    _, results = run(tmp_path, "memory", "--steps", "1", *variants)
+    plain, packed = (measurement["peaks"][0] for measurement in results)
+    assert all(plain[phase] > 0 for phase in ("load", "text", "denoise", "decode"))
+    assert packed["load"] < plain["load"] and packed["text"] < plain["text"]
     assert list(room.iterdir()) == []
 
 
