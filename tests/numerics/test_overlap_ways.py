@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +10,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map_with_path
 
-from benchmarks import overlap
-from benchmarks.overlap import WAYS, flow_of, typical
-from benchmarks.overlap_ways import LoneRank
+from benchmarks.overlap import WAYS, typical
+from benchmarks.overlap_ways import LoneRank, flow_of
 from benchmarks.sizes import SMALL_TRANSFORMERS
 from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.transformer import Flux
@@ -90,29 +87,3 @@ def test_a_way_computes_what_the_tree_does(name: str, way: str, rank: int, size:
 def test_a_step_that_was_begun_ahead_counts_with_its_neighbours() -> None:
     assert typical([0.3, 0.1, 0.2, 0.3, 0.1, 0.2]) == pytest.approx(0.2)
     assert typical([0.4]) == 0.4
-
-
-def test_engines_start_again_without_the_way_that_hung(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
-    def results_of(_module: str, case: Any, _envs: Any, timeout: float) -> Iterator[Any]:
-        asked.append(list(case["ways"]))
-        for way in case["ways"]:
-            yield {"begins": way}
-            if way == "edges":
-                yield {"failed": "exit codes [3, None]"}
-                return
-            yield {"way": way}
-
-    monkeypatch.setattr(overlap.harness, "results_of", results_of)
-    options = argparse.Namespace(
-        ways=["tree", "edges", "together"], sizes=None, small=True, engines=2, backend="ring",
-        model="dev", steps=1, warmup=1,
-    )  # fmt: skip
-    results = list(overlap.setting_of("plain", options, 60))
-    assert asked == [["tree", "edges", "together"], ["together"]]
-    assert results == [
-        {"way": "tree"},
-        {"way": "edges", "failed": "exit codes [3, None]"},
-        {"way": "together"},
-    ]
