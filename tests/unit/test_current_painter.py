@@ -168,7 +168,11 @@ def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: 
     ends: list[bool] = []
     lane_of_it = Lane(PictureFolder(tmp_path))
     job: Any = SimpleNamespace(
-        ready=SimpleNamespace(resolved=None), spread=None, lent=None, is_cancelled=False
+        ready=SimpleNamespace(resolved=None),
+        spread=None,
+        lent=None,
+        is_cancelled=False,
+        parts=lambda: [(0, None)],
     )
 
     def start(_resolved: object, _spread: object, lent: LentHosts) -> Iterator[Event]:

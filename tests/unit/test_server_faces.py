@@ -719,24 +719,6 @@ def test_the_second_signal_cancels_what_runs(serving: Serving) -> None:
     asyncio.run(asyncio.wait_for(life(), 20))
 
 
-def test_a_restarted_server_lists_pictures_and_tells_lost_jobs(tmp_path: Path) -> None:
-    serving = Serving(tmp_path)
-    with serving.client() as client:
-        client.post("/api/jobs", json={"prompt": "x", "n_images": 2, "id": "finished-job"})
-        client.get("/api/jobs/finished-job/events")
-        # A server that is killed closes nothing: what it has accepted stands in its journal.
-        serving.service.journal.accepted("unfinished-job")
-    serving.pictures.commit("unfinished-job", 2e9, 0, png())
-    again = Serving(tmp_path)
-    with again.client() as client:
-        assert len(client.get("/api/pictures").json()["pictures"]) == 3
-        (event,) = sse(client.get("/api/jobs/unfinished-job/events").text)
-        data = json.loads(event["data"])
-        assert event["event"] == "error" and data["code"] == "lost"
-        assert again.pictures.of_job("unfinished-job")[0] in data["message"]
-        assert client.get("/api/jobs/finished-job/events").status_code == 404
-
-
 def test_twenty_clients_are_served_in_turns_and_nothing_is_lost(tmp_path: Path) -> None:
     """A sample of `tools/serve_load.py`."""
     from fluxmesh_coordinator.server.paint_request import PaintRequest

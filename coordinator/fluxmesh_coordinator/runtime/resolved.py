@@ -210,6 +210,14 @@ class Resolved:
         check_given(self.request, self.model.name, self.model.sizes.architecture)
         return self
 
+    def of_images(self, first: int, count: int) -> Self:
+        """Of its images, `count` from `first` (counted from 0) on, alone."""
+        request = self.request
+        if (first, count) == (0, request.n_images):
+            return self
+        some = replace(request, seed=request.seed_of(first), n_images=count)
+        return replace(self, request=some)
+
     def with_prompt(self, prompt: str) -> Self:
         """The same for another prompt. Raises `UsageError` for one that is no text."""
         return replace(self, request=replace(self.request, prompt=prompt))

@@ -137,7 +137,7 @@ def planned_ways(view: MeshView, busy: Mapping[int, float]) -> Ways:
     def ways(job: ServedJob, ranks: frozenset[int]) -> list[PaintWay]:
         if job.ready is None or not ranks:
             return []
-        resolved = job.ready.resolved
+        resolved = job.ready.resolved.of_images(0, max(1, job.n_images - job.kept))
         work = Workload.of(resolved.request, resolved.model.sizes)
         key = (ranks, job.spread, replace(work, mark=""))  # a mark is a prompt's
         if key not in known:
