@@ -6,10 +6,11 @@ Lives in the server's event loop: `service.py` makes it, `lane.py` tells what be
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from fluxmesh.planning.workload import Workload
 from fluxmesh_coordinator.server.queue.event_log import EventLog
 from fluxmesh_coordinator.server.queue.journal import JobRecord
 
@@ -140,6 +141,14 @@ class ServedJob:
         if request.source is not None:
             pictures += [request.source.pixels, request.source.mask]
         return sum(picture.nbytes for picture in pictures if picture is not None)
+
+    @property
+    def denoiser(self) -> Hashable:
+        """The same for jobs that hosts paint with the same weights in memory."""
+        if self.ready is None:
+            return self.model
+        resolved = self.ready.resolved
+        return Workload.of(resolved.request, resolved.model.sizes).weights.denoiser
 
     @property
     def progress(self) -> float:
