@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from fluxmesh.cluster.backends import BackendFault
-from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.errors import FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.events import (
     BackendChanged,
     Encoded,
@@ -267,6 +267,11 @@ class Lane:
         try:
             lent.is_cancelled |= job.is_cancelled  # while the mesh began: nobody could be told
             for first, resolved in job.parts():
+                if resolved.model.stamps.changed is not None:  # its recipe would be of the old ones
+                    raise WeightsError(
+                        f"The files of {job.model} were changed while this waited; send it again, "
+                        "and they are read anew."
+                    )
                 with closing(painter.start(resolved, job.spread, lent)) as events:
                     translator = _Translator(job, job.ready, self.pictures, tell, first)
                     for event in events:

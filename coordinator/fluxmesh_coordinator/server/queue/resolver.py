@@ -35,8 +35,13 @@ class RequestResolver:
 
     @property
     def default(self) -> ServedModel | None:
-        """What paints where a request names nothing; None: what the mesh holds."""
-        return self.chosen or self.catalogue.given
+        """What paints where a request names nothing; None: what the mesh holds. Blocks.
+
+        Raises as `Catalogue.model`, `Catalogue.given`.
+        """
+        if self.chosen is not None:
+            return self.catalogue.model(self.chosen.name)  # as its files are now
+        return self.catalogue.given
 
     def usual_model(self) -> ServedModel:
         """The same, also where the mesh decides. Blocks."""
