@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.page.conftest import ADAPTER, WAIT, Served, open_page
@@ -209,6 +209,67 @@ def test_a_finished_picture_is_edited_under_a_mask_that_is_brushed(
     assert was.shape == now.shape
     assert np.array_equal(was[:, :32], now[:, :32])  # what was not brushed over stays, to the byte
     assert not np.array_equal(was[:, 40:], now[:, 40:])
+
+
+def tab_to(page: Page, target: Locator) -> None:
+    """By the Tab key alone."""
+    for _ in range(60):
+        if target.evaluate("(element) => element === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"Tab never comes to {target}")
+
+
+def test_a_mask_is_brushed_by_keyboard_alone(page: Page, served: Served) -> None:
+    name = paint(page, "a yellow sun", side="64")
+    tab_to(page, page.locator(f'[data-name="{name}"] button'))
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_role("button", name="Edit", exact=True))
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_role("button", name="Brush a mask"))
+    page.keyboard.press("Enter")
+    canvas, done = page.locator("#mask-canvas"), page.get_by_role("button", name="Use mask")
+    expect(canvas).to_be_focused()
+    expect(page.locator("#mask-keys")).to_be_visible()  # which says what there is to press
+    expect(page.locator("#mask-keys")).to_contain_text("Space puts it down")
+    untouched = pixel(page, 0.5, 0.5), pixel(page, 0.5, 0.9)
+    for _ in range(4):  # to the right edge
+        page.keyboard.press("Shift+ArrowRight")
+    expect(done).to_be_disabled()  # nothing is painted by moving
+    page.keyboard.press("Space")
+    expect(page.locator("#mask-keys")).to_contain_text("The brush is down")
+    for _ in range(5):
+        page.keyboard.press("Shift+ArrowUp")
+    for _ in range(20):
+        page.keyboard.press("Shift+ArrowDown")
+    page.keyboard.press("Escape")  # lifts it, and closes nothing
+    expect(page.locator("#mask-keys")).to_contain_text("Space puts it down")
+    assert (pixel(page, 0.5, 0.5), pixel(page, 0.5, 0.9)) == untouched
+    brushed = pixel(page, 0.97, 0.25)
+    for _ in range(6):
+        page.keyboard.press("ArrowLeft")
+    assert pixel(page, 0.97, 0.25) == brushed
+    page.keyboard.press("e")
+    expect(page.get_by_label("Erase")).to_be_checked()
+    page.keyboard.press("Space")
+    for _ in range(20):
+        page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press("Space")
+    page.keyboard.press("Control+z")  # of the eraser
+    assert pixel(page, 0.97, 0.25) == brushed
+    tab_to(page, done)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Change mask")).to_be_visible()
+    before = names(page)
+    tab_to(page, page.get_by_label("Prompt"))
+    page.keyboard.press("Control+a")
+    page.keyboard.type("a green tree")
+    page.keyboard.press("Control+Enter")
+    edited = finished(page, before)
+    with Image.open(served.pictures / name) as old, Image.open(served.pictures / edited) as new:
+        was, now = np.asarray(old.convert("RGB")), np.asarray(new.convert("RGB"))
+    assert np.array_equal(was[:, :32], now[:, :32])
+    assert not np.array_equal(was[:, 60:], now[:, 60:])
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
