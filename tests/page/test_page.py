@@ -10,13 +10,14 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
+from fluxmesh.wire.messages.status import State
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.page.conftest import ADAPTER, WAIT, Served, open_page
 from tests.server_process import server
@@ -412,21 +413,31 @@ def test_the_line_shows_a_place_and_is_left_by_a_button(page: Page, browser: Bro
 
 
 def test_hosts_show_their_memory_and_the_links_between_them(page: Page) -> None:
-    """As a mesh of two would tell of them."""
+    """As a larger mesh would tell of them, in every state that a host may be in."""
     status = page.request.get(f"{page.url}api/status").json()
     (own,) = status["hosts"]
+    page.get_by_label("More settings").click()
+    expect(page.get_by_label("Spread over hosts")).to_be_hidden()  # over one there is no choice
     memory = {"memory_bytes": 64 * 10**9, "memory_used_bytes": 16 * 10**9}
+    states = get_args(State)
     status["hosts"] = [
-        own | memory | {"name": "studio"},
-        own | memory | {"rank": 1, "name": "mini", "state": "gone", "reason": "It is silent."},
+        *(
+            own | memory | {"rank": rank, "name": f"studio {state}", "state": state}
+            for rank, state in enumerate(states)
+        ),
+        own | memory | {"rank": 9, "name": "mini", "state": "gone", "reason": "It is silent."},
     ]
-    status["links"] = [{"from": 0, "to": 1, "bytes_per_second": 3.2e9}]
+    status["links"] = [{"from": 0, "to": 9, "bytes_per_second": 3.2e9}]
     page.route("**/api/status", lambda route: route.fulfill(json=status))
     page.locator("#mesh-open").click()
     expect(page.locator("#mesh-words")).to_contain_text("1 gone")
     expect(page.locator(".host").first).to_contain_text("16 GB of 64 GB")
     expect(page.locator(".host").last).to_contain_text("It is silent.")
-    expect(page.locator("#links li")).to_have_text(re.compile(r"studio → mini\s*3\.2 GB/s"))
+    expect(page.locator("#links li")).to_have_text(re.compile(r"studio idle → mini\s*3\.2 GB/s"))
+    kinds = page.locator(".host .dot").evaluate_all("(dots) => dots.map((dot) => dot.className)")
+    kind_of = {"idle": "good", "ready": "good", "loading": "busy", "busy": "busy", "failed": "bad"}
+    assert kinds == [*(f"dot {kind_of[state]}" for state in states), "dot bad"]
+    expect(page.locator("#placement")).to_be_visible()
 
 
 def test_a_page_that_is_loaded_again_goes_on_with_what_it_asked_for(page: Page) -> None:

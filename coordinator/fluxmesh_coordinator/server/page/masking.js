@@ -68,33 +68,36 @@ export function brush(picture, strokes = []) {
   const canvas = $("mask-canvas");
   const mask = new Mask(picture);
   mask.strokes = [...strokes];
-  canvas.width = picture.naturalWidth;
-  canvas.height = picture.naturalHeight;
+  const { naturalWidth: width, naturalHeight: height } = picture;
   // As large as there is room, small pictures too, so that a finger finds its way.
-  const scale = Math.min((Math.min(innerWidth, ROOM) - MARGIN) / canvas.width, (innerHeight - TOOLS) / canvas.height);
-  canvas.style.width = `${Math.floor(canvas.width * scale)}px`;
+  const scale = Math.min((Math.min(innerWidth, ROOM) - MARGIN) / width, (innerHeight - TOOLS) / height);
+  canvas.style.width = `${Math.floor(width * scale)}px`;
+  const fine = Math.max(1, Math.ceil(scale * devicePixelRatio)); // what is drawn over a small one is smooth
+  canvas.width = width * fine;
+  canvas.height = height * fine;
   const pen = canvas.getContext("2d");
+  pen.scale(fine, fine); // from here on all is in pixels of the picture
   const stops = new AbortController();
   const on = (element, kind, hear) => element.addEventListener(kind, hear, { signal: stops.signal });
   let cursor = null;
   let stroke = null; // of the pointer
   let held = null; // of the keys
 
-  const size = () => (Number($("mask-size").value) / 100) * Math.min(canvas.width, canvas.height);
+  const size = () => (Number($("mask-size").value) / 100) * Math.min(width, height);
   const show = () => {
     mask.draw(TINT);
-    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.clearRect(0, 0, width, height);
     pen.globalAlpha = 1;
     pen.drawImage(picture, 0, 0);
     pen.globalAlpha = SHOWN;
     pen.drawImage(mask.layer, 0, 0);
     pen.globalAlpha = 1;
     if (cursor) { // light on dark: it is seen on any picture
-      const hair = canvas.width / Math.max(1, canvas.clientWidth);
-      for (const [width, colour] of [[3.5, "#0009"], [1.5, "#fff"]]) {
+      const hair = width / Math.max(1, canvas.clientWidth);
+      for (const [thick, colour] of [[3.5, "#0009"], [1.5, "#fff"]]) {
         pen.beginPath();
         pen.arc(...cursor, size() / 2, 0, 2 * Math.PI);
-        pen.lineWidth = width * hair;
+        pen.lineWidth = thick * hair;
         pen.strokeStyle = colour;
         pen.stroke();
       }
@@ -104,7 +107,7 @@ export function brush(picture, strokes = []) {
   };
   const at = (event) => {
     const box = canvas.getBoundingClientRect();
-    return [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height];
+    return [((event.clientX - box.left) / box.width) * width, ((event.clientY - box.top) / box.height) * height];
   };
   const lift = () => {
     held = null;
@@ -115,11 +118,11 @@ export function brush(picture, strokes = []) {
     mask.strokes.pop();
     show();
   };
-  const middle = () => [canvas.width / 2, canvas.height / 2];
+  const middle = () => [width / 2, height / 2];
   const move = ([right, down], isFar) => {
-    const step = (isFar ? FAR : NEAR) * Math.min(canvas.width, canvas.height);
+    const step = (isFar ? FAR : NEAR) * Math.min(width, height);
     const [x, y] = cursor ?? middle();
-    cursor = [Math.min(canvas.width, Math.max(0, x + right * step)), Math.min(canvas.height, Math.max(0, y + down * step))];
+    cursor = [Math.min(width, Math.max(0, x + right * step)), Math.min(height, Math.max(0, y + down * step))];
     if (held) held.points.push(cursor);
   };
   const press = () => {
