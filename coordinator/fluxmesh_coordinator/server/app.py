@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.version import __version__
@@ -65,19 +65,21 @@ def application(
             Exception: _broken,
         },
     )
-    app.router.default = _page  # not a route: that would take a known path in a wrong method
+    app.router.default = _page()  # not a route: that would take a known path in a wrong method
     app.router.redirect_slashes = False
     return app
 
 
-_files = StaticFiles(directory=PAGE, html=True)
-
-
-async def _page(scope: Scope, receive: Receive, send: Send) -> None:
+def _page() -> ASGIApp:
     """The page's files, for what no face knows."""
-    if scope["type"] == "http" and scope["path"].startswith(FACES):
-        raise HTTPException(404)
-    await _files(scope, receive, send)
+    files = StaticFiles(directory=PAGE, html=True)
+
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(FACES):
+            raise HTTPException(404)
+        await files(scope, receive, send)
+
+    return page
 
 
 async def _gauges(
