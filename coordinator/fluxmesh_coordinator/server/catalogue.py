@@ -6,6 +6,7 @@ none makes the server fetch anything. Below every face; everything here blocks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -84,7 +85,8 @@ class Catalogue:
         """By name, the default first."""
         with self._lock:
             is_old = time.monotonic() - self._looked > FRESH
-            if is_old or any(model.is_changed for model in self._models.values()):
+            lacks_given = self._given is not None and self._given.name not in self._models
+            if is_old or lacks_given or any(each.is_changed for each in self._models.values()):
                 self._models = self._look()
                 self._looked = time.monotonic()
             return dict(self._models)
@@ -155,8 +157,11 @@ class Catalogue:
         return text
 
     def _look(self) -> dict[str, ServedModel]:
-        usual = default_model(GenerateRequest(prompt="", seed=0))
-        first = self.given or _served("", usual.checkpoint)
+        first: ServedModel | None = None
+        with contextlib.suppress(FluxmeshError):  # its files are gone: the others are there still
+            first = self.given
+        if first is None:
+            first = _served("", default_model(GenerateRequest(prompt="", seed=0)).checkpoint)
         models = {first.name: first}
         for name in hub.names_here():
             try:
