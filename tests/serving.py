@@ -16,19 +16,28 @@ from starlette.testclient import TestClient
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh_coordinator.artifacts.pictures import encode_png
+from fluxmesh_coordinator.runtime.resolved import Resolved
 from fluxmesh_coordinator.server.app import application
 from fluxmesh_coordinator.server.catalogue import Catalogue
 from fluxmesh_coordinator.server.guard.access import Access
 from fluxmesh_coordinator.server.guard.limits import BodyLimits
 from fluxmesh_coordinator.server.picture_folder import PictureFolder
 from fluxmesh_coordinator.server.queue.fair_queue import QueueBounds
-from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.journal import JobRecord, Journal
 from fluxmesh_coordinator.server.queue.lane import Lane, Tell, preview
 from fluxmesh_coordinator.server.queue.served_job import ServedJob
 from fluxmesh_coordinator.server.queue.service import PaintingService
 
 ADDRESS = "http://127.0.0.1:8420"
 JSON = {"content-type": "application/json"}
+
+
+def record(id: str, n_images: int = 1) -> JobRecord:
+    """Of a job, for a journal that has nothing to do with a server."""
+    return JobRecord(
+        id=id, fingerprint="", model="tiny", seed=7, n_images=n_images, height=128, width=128,
+        steps=4, accepted=2e9,
+    )  # fmt: skip
 
 
 class SimulatedLane(Lane):
@@ -58,7 +67,7 @@ class SimulatedLane(Lane):
         if self.fails is not None:
             raise self.fails
         tell("planned", {"placement": "data", "hosts": [0], "seconds": 0.1})
-        for image in range(job.n_images):
+        for image in [k for first, part in job.parts() for k in _images(first, part)]:
             pixels = np.full((job.height, job.width, 3), 40 * image, np.uint8)
             for step in range(1, job.steps + 1):
                 while not self.may_go.wait(0.01):
@@ -73,9 +82,11 @@ class SimulatedLane(Lane):
             recipe = job.ready.recipe.of_image(job.seed + image)
             data = encode_png(pixels, recipe.to_json())
             name = self.pictures.commit(job.id, job.accepted, image, data)
-            url = f"/api/pictures/{name}"
-            fields = {"image": image, "name": name, "url": url, "seed": job.seed + image}
-            tell("picture", {**fields, "width": job.width, "height": job.height})
+            tell("picture", job.picture_told(image, name))
+
+
+def _images(first: int, part: Resolved) -> range:
+    return range(first, first + part.request.n_images)
 
 
 class Serving:

@@ -9,7 +9,8 @@ which is resident when.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, overload
 
@@ -20,7 +21,7 @@ from fluxmesh.adapters.find import find_adapter
 from fluxmesh.adapters.reading import adapted
 from fluxmesh.adapters.targets import targets_of
 from fluxmesh.engine import tf32
-from fluxmesh.errors import UsageError
+from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.events import Loading
 from fluxmesh.models.base import Part
 from fluxmesh.models.partition import Shard
@@ -105,6 +106,7 @@ class Models:
         self.low_memory = False  # whether `flow` is loaded without its modulation
         self.by_layers = False  # whether text encoders are read one layer at a time, and none stays
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
+        self.stamps = self.checkpoint.stamps  # before anything is read of the files
         loading.verify(self.checkpoint)
         self._opened: lora.Opened = ()
         self._bytes: dict[str, int] = {}  # of the files of each component, as it loads
@@ -144,17 +146,19 @@ class Models:
         runtime = self.__dict__.get("runtime")
         if runtime is None or name not in runtime.text_models:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        model = loading.load_text_encoder(
-            self.checkpoint,
-            name,
-            self.dtype_beside,
-            self.bits,
-            self._tell("text encoders", name),
-            self.text_bits,
-        )
-        folder = self.checkpoint.architecture.folder(name)
-        self.__dict__[name] = self._adapted(model, folder, self.dtype_beside)
-        return self.__dict__[name]
+        with self._same_files():
+            model = loading.load_text_encoder(
+                self.checkpoint,
+                name,
+                self.dtype_beside,
+                self.bits,
+                self._tell("text encoders", name),
+                self.text_bits,
+            )
+            folder = self.checkpoint.architecture.folder(name)
+            model = self._adapted(model, folder, self.dtype_beside)
+        self.__dict__[name] = model
+        return model
 
     def __delattr__(self, name: str) -> None:
         """Lets a text encoder leave memory; not an error when it is not there."""
@@ -195,9 +199,10 @@ class Models:
     @Lazy
     def ae(self) -> Any:
         """The autoencoder: latents to pictures and back."""
-        return loading.load_autoencoder(
-            self.checkpoint, self.dtype_beside, self._tell("autoencoder", "ae")
-        )
+        with self._same_files():
+            return loading.load_autoencoder(
+                self.checkpoint, self.dtype_beside, self._tell("autoencoder", "ae")
+            )
 
     @Lazy
     def vision(self) -> dict[str, Any]:
@@ -211,7 +216,8 @@ class Models:
     @Lazy
     def tokenizers(self) -> Any:
         """The family's tokenizers (`Runtime.load_tokenizers`)."""
-        return loading.load_tokenizers(self.checkpoint)
+        with self._same_files():
+            return loading.load_tokenizers(self.checkpoint)
 
     def ensure_models_are_loaded(self) -> None:
         """Loads all models now, instead of when each is first used."""
@@ -258,16 +264,35 @@ class Models:
     def _transformer(self, part: Part) -> Any:
         tell = self._tell("transformer", "flow", goes_on=part == "blocks")
         how = (self.dtype, self.bits, tell, self.shard, part)
-        flow = loading.load_transformer(self.checkpoint, *how)
-        if self.architecture != self.checkpoint.architecture:
-            flow.take_inputs(self.architecture.transformer)
-        return self._adapted(
-            flow,
-            self.checkpoint.architecture.folder("denoiser"),
-            self.dtype,
-            wanted=functools.partial(self.runtime.is_part, part),
-            shard_cuts=flow.partition.cuts(flow.shard),
-        )
+        with self._same_files():
+            flow = loading.load_transformer(self.checkpoint, *how)
+            if self.architecture != self.checkpoint.architecture:
+                flow.take_inputs(self.architecture.transformer)
+            return self._adapted(
+                flow,
+                self.checkpoint.architecture.folder("denoiser"),
+                self.dtype,
+                wanted=functools.partial(self.runtime.is_part, part),
+                shard_cuts=flow.partition.cuts(flow.shard),
+            )
+
+    def check_files(self) -> None:
+        """Raises `WeightsError` where the files are no longer those that were opened.
+
+        What would be read of them now does not belong to what is in memory.
+        """
+        if self.stamps.changed is not None:
+            raise WeightsError(
+                f"The files of {self.name} were changed while they were in use; send the request "
+                "again, and they are read anew."
+            )
+
+    @contextmanager
+    def _same_files(self) -> Iterator[None]:
+        """What is read meanwhile belongs to what was read before. Raises `WeightsError`."""
+        self.check_files()
+        yield
+        self.check_files()
 
     def _tell_download(self, done: int, total: int) -> None:
         if self.on_loading is not None:

@@ -261,6 +261,12 @@ class ModelStore:
                 break
         return None
 
+    def drop_changed(self) -> None:
+        """Models whose files are others by now leave memory: who asks for them reads them anew."""
+        self._kept = [kept for kept in self._kept if kept.pipeline.stamps.changed is None]
+        if self.pipeline is not None and self.pipeline.stamps.changed is not None:
+            self._leave()
+
     def _set_aside(self) -> None:
         """What is at hand is kept, if it is whole; or it leaves."""
         holding, pipeline = self.holding, self.pipeline

@@ -67,6 +67,8 @@ def encode(engine: EngineState, work: Encode) -> Reports:
             start = time.perf_counter()
         engine.begin("encoding", "encode")
         text = pipeline.encode(work.prompt, work.negative)
+        if not cached:  # rows of it may have been looked up where they lie
+            pipeline.check_files()
         engine.quiet = ""
         if not work.stay or (work.makes_room and not cached):
             pipeline.reload_text_encoders()

@@ -58,6 +58,7 @@ class Worker(EngineState):
         """
         if work.job != self._job:
             self.end_job()
+            self.drop_changed()  # now, and not in the midst of a job: it is one model's from here
             self.meter.forget()
             self._job, self._room = work.job, None  # other programs may have taken memory since
         self.memory_bytes = work.memory_bytes if isinstance(work, messages.ModelWork) else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from fluxmesh.models.files.family import Family, FolderDescription
 from fluxmesh.models.registry import FAMILIES, NAMES, READERS, family_of
 from fluxmesh.request import BITS
 from fluxmesh.storage import apple_double
+from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.storage.numbers import affine
 from fluxmesh.storage.safetensors import read_index, read_json
 from fluxmesh.storage.tensor_files import read_headers
@@ -98,6 +99,24 @@ class Checkpoint:
     @property
     def defaults(self) -> ModelDefaults:
         return self.architecture.defaults
+
+    @cached_property
+    def stamps(self) -> FileStamps:
+        """All files that it was read from, as they were when this was first asked for."""
+        return FileStamps.of(self._sources())
+
+    def _sources(self) -> Iterator[Path]:
+        weights = [file for part in self.components.values() for file in part.files]
+        yield from weights
+        for folder in self.tokenizers.values():
+            yield from (folder / name for name in _names_in(folder))
+        if self.kind != "bfl":  # single files have none of their own
+            for root in {file.parent.parent for file in weights}:
+                yield from (*root.glob("*.json"), *root.glob("*/*.json"))
+        for file in weights:  # which revision the name means in the Hub's cache
+            for folder in file.parents:
+                if folder.name == "snapshots":
+                    yield folder.parent / "refs" / "main"
 
     @cached_property
     def content(self) -> str:

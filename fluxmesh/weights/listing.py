@@ -65,7 +65,10 @@ class Listing:
     def finish(self) -> None:
         """Marks the revision as the one that is found from now on."""
         (self.folder / "refs").mkdir(parents=True, exist_ok=True)
-        (self.folder / "refs" / "main").write_text(self.commit)
+        ref = self.folder / "refs" / "main"
+        commit = self.commit.encode()
+        if not ref.is_file() or ref.read_bytes() != commit:  # who has this one in memory keeps it
+            ref.write_bytes(commit)
 
 
 def remote_header(listing: Listing, name: str) -> Header:

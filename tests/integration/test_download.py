@@ -78,10 +78,16 @@ def test_pulling_again_takes_the_newest_revision_and_only_what_changed(server, t
     server.fetched.clear()
     make_checkpoint(tmp_path / "newer", seed=9)
     shutil.copy(tmp_path / "newer" / CUT, tmp_path / "repo" / CUT)
-    assert hub.resolve("schnell").revision == COMMITS[0]
+    before = hub.resolve("schnell")
+    assert before.revision == COMMITS[0] and before.stamps.changed is None
     assert hub.pull("schnell").revision == COMMITS[1]
     assert server.fetched == [CUT]
     assert hub.resolve("schnell").revision == COMMITS[1]
+    assert before.stamps.changed is not None  # whoever has it in memory reads it anew
+    after = hub.resolve("schnell")
+    assert after.stamps.changed is None
+    hub.pull("schnell")  # nothing newer is there
+    assert after.stamps.changed is None
 
 
 def test_the_command_says_what_came_and_how_large_it_is(server):

@@ -157,6 +157,27 @@ def test_a_client_that_goes_frees_the_mesh_for_the_next(
     assert time.monotonic() - begun < 60  # and not after 200 steps
 
 
+def test_a_job_paints_again_what_was_removed_of_it_and_the_same_bytes(
+    running: ServerProcess,
+) -> None:
+    fields = {"prompt": "a dog", "width": 64, "height": 64, "steps": 2, "n_images": 3}
+
+    def painted() -> list[bytes]:
+        asked = httpx2.post(f"{running.url}/api/jobs", json={**fields, "id": "some-of-it-again"})
+        assert asked.status_code == 202
+        told = httpx2.get(f"{running.url}/api/jobs/some-of-it-again/events", timeout=100).text
+        assert "event: done" in told
+        names = json.loads(told.rsplit("data: ", 1)[1])["pictures"]
+        urls.update((name, f"{running.url}/api/pictures/{name}") for name in names)
+        return [httpx2.get(urls[name]).content for name in names]
+
+    urls: dict[str, str] = {}
+    before = painted()
+    for name in sorted(urls)[::2]:  # the first and the last: two parts, with one between them
+        assert httpx2.delete(urls[name]).status_code == 204
+    assert painted() == before and len(set(before)) == len(urls) == 3
+
+
 def test_a_job_is_seen_by_status_finished_at_ctrl_c_and_there_after_a_restart(
     tmp_path: Path, home: Path, fluxmesh: Run
 ) -> None:

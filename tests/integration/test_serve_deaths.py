@@ -136,12 +136,20 @@ def test_a_server_that_is_killed_loses_no_picture_and_says_what_it_lost(
         assert {picture["url"] for picture in listed} >= set(urls) and len(urls) == 2
         kept = [httpx2.get(f"{second.url}{url}").content for url in urls]
         assert [base64.b64encode(data).decode() for data in kept] == calm
-        ((kind, data),) = events_of(second.url, id)
+        *_, (kind, data) = events_of(second.url, id)
         assert (kind, data["code"]) == ("error", "lost") and "ended before" in data["message"]
-        # Asked for once more, by the same id, it is done, and told as any other.
+        # Asked for once more, by the same id, it goes on, and is told as any other.
         with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", max_retries=0) as client:
             reply = client.images.generate(**ASKED, extra_headers={"idempotency-key": id})
         assert [entry.b64_json for entry in reply.data or []] == calm
         assert events_of(second.url, id)[-1][0] == "done"
         second.signal()
-        assert second.ended() == 0 and "1 jobs of the server before" in second.log
+        assert second.ended() == 0 and "1 job was not finished by the" in second.log
+    with server(*options, environment=mesh.env, folder=tmp_path) as third:
+        # And once more after a restart in order: what is on the disk, and no step again.
+        done = events_of(third.url, id)
+        with openai.OpenAI(base_url=f"{third.url}/v1", api_key="none", max_retries=0) as client:
+            reply = client.images.generate(**ASKED, extra_headers={"idempotency-key": id})
+        assert [entry.b64_json for entry in reply.data or []] == calm
+        assert [kind for kind, _ in done] == ["picture", "picture", "done"]
+        assert events_of(third.url, id) == done

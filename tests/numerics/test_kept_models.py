@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant
-from fluxmesh.engine import device_memory, residency
+from fluxmesh.engine import device_memory, lazy_models, residency
 from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.engine.worker import Worker
+from fluxmesh.errors import WeightsError
 from fluxmesh.wire import messages
-from fluxmesh.wire.messages import Load
+from fluxmesh.wire.messages import Encode, Load
 from tests.checkpoints import make_checkpoint
 from tests.numerics.units import HEAD, latents, only, painting
 
@@ -157,6 +159,56 @@ def test_a_model_whose_files_are_others_by_now_is_read_again(tmp_path: Path) -> 
     assert read(worker, load(a, MB)) == 3
     assert in_memory(worker) == names_of(b, a)
     assert np.array_equal(latents(worker, painting(worker, a, memory_bytes=MB))[-1], expected)
+
+
+def test_a_model_at_hand_whose_files_change_is_read_again_by_the_next_job_alone(
+    tmp_path: Path,
+) -> None:
+    """In the midst of a job what is in memory goes on, and nothing new is mixed with it."""
+    a, c = (
+        ModelVariant(str(make_checkpoint(tmp_path / name, seed=k).path), "float32")
+        for k, name in enumerate("ac")
+    )
+    works = [painting(Worker(), weights, memory_bytes=MB) for weights in (a, c)]
+    before, after = (latents(Worker(), work)[-1] for work in works)
+    worker = Worker(WorkerOptions(memory_bytes=1 << 40))
+    list(worker.do(load(a, MB)))
+    content = worker.content
+    shutil.rmtree(a.model)
+    shutil.copytree(c.model, a.model)  # under the same name
+    assert np.array_equal(latents(worker, works[0])[-1], before)
+    assert worker.pipeline is not None
+    worker.pipeline.reload_text_encoders()
+    with pytest.raises(WeightsError, match="were changed while they were in use"):
+        list(worker.do(Encode(**HEAD, weights=a, prompt="three cats")))
+    worker.drop_transformer()
+    with pytest.raises(WeightsError, match="were changed while they were in use"):
+        list(worker.do(works[0]))
+    following = replace(works[1], job="the next one", weights=a)
+    assert np.array_equal(latents(worker, following)[-1], after)
+    assert worker.content != content
+
+
+def test_files_that_change_while_they_are_read_make_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_checkpoint(tmp_path / "a").path
+    weights = ModelVariant(str(path), "float32")
+    worker = Worker(WorkerOptions(memory_bytes=1 << 40))
+    load_transformer = lazy_models.loading.load_transformer
+
+    def changing(*how: Any) -> Any:
+        flow = load_transformer(*how)
+        (file,) = (path / "transformer").glob("*.safetensors")
+        os.utime(file, ns=(1, 1))
+        return flow
+
+    monkeypatch.setattr(lazy_models.loading, "load_transformer", changing)
+    with pytest.raises(WeightsError, match="were changed while they were in use"):
+        list(worker.do(load(weights, MB)))
+    monkeypatch.undo()
+    assert worker.holding is None
+    assert read(worker, replace(load(weights, MB), job="the next one")) == 3
 
 
 def test_work_that_says_nothing_of_its_memory_has_it_all(models: list[ModelVariant]) -> None:

@@ -10,13 +10,14 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
+from fluxmesh.wire.messages.status import State
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.page.conftest import ADAPTER, WAIT, Served, open_page
 from tests.server_process import server
@@ -211,6 +212,67 @@ def test_a_finished_picture_is_edited_under_a_mask_that_is_brushed(
     assert not np.array_equal(was[:, 40:], now[:, 40:])
 
 
+def tab_to(page: Page, target: Locator) -> None:
+    """By the Tab key alone."""
+    for _ in range(60):
+        if target.evaluate("(element) => element === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"Tab never comes to {target}")
+
+
+def test_a_mask_is_brushed_by_keyboard_alone(page: Page, served: Served) -> None:
+    name = paint(page, "a yellow sun", side="64")
+    tab_to(page, page.locator(f'[data-name="{name}"] button'))
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_role("button", name="Edit", exact=True))
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_role("button", name="Brush a mask"))
+    page.keyboard.press("Enter")
+    canvas, done = page.locator("#mask-canvas"), page.get_by_role("button", name="Use mask")
+    expect(canvas).to_be_focused()
+    expect(page.locator("#mask-keys")).to_be_visible()  # which says what there is to press
+    expect(page.locator("#mask-keys")).to_contain_text("Space puts it down")
+    untouched = pixel(page, 0.5, 0.5), pixel(page, 0.5, 0.9)
+    for _ in range(4):  # to the right edge
+        page.keyboard.press("Shift+ArrowRight")
+    expect(done).to_be_disabled()  # nothing is painted by moving
+    page.keyboard.press("Space")
+    expect(page.locator("#mask-keys")).to_contain_text("The brush is down")
+    for _ in range(5):
+        page.keyboard.press("Shift+ArrowUp")
+    for _ in range(20):
+        page.keyboard.press("Shift+ArrowDown")
+    page.keyboard.press("Escape")  # lifts it, and closes nothing
+    expect(page.locator("#mask-keys")).to_contain_text("Space puts it down")
+    assert (pixel(page, 0.5, 0.5), pixel(page, 0.5, 0.9)) == untouched
+    brushed = pixel(page, 0.97, 0.25)
+    for _ in range(6):
+        page.keyboard.press("ArrowLeft")
+    assert pixel(page, 0.97, 0.25) == brushed
+    page.keyboard.press("e")
+    expect(page.get_by_label("Erase")).to_be_checked()
+    page.keyboard.press("Space")
+    for _ in range(20):
+        page.keyboard.press("Shift+ArrowUp")
+    page.keyboard.press("Space")
+    page.keyboard.press("Control+z")  # of the eraser
+    assert pixel(page, 0.97, 0.25) == brushed
+    tab_to(page, done)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Change mask")).to_be_visible()
+    before = names(page)
+    tab_to(page, page.get_by_label("Prompt"))
+    page.keyboard.press("Control+a")
+    page.keyboard.type("a green tree")
+    page.keyboard.press("Control+Enter")
+    edited = finished(page, before)
+    with Image.open(served.pictures / name) as old, Image.open(served.pictures / edited) as new:
+        was, now = np.asarray(old.convert("RGB")), np.asarray(new.convert("RGB"))
+    assert np.array_equal(was[:, :32], now[:, :32])
+    assert not np.array_equal(was[:, 60:], now[:, 60:])
+
+
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_a_picture_that_is_dropped_or_pasted_is_begun_from(
     page: Page, served: Served, kind: str
@@ -351,21 +413,31 @@ def test_the_line_shows_a_place_and_is_left_by_a_button(page: Page, browser: Bro
 
 
 def test_hosts_show_their_memory_and_the_links_between_them(page: Page) -> None:
-    """As a mesh of two would tell of them."""
+    """As a larger mesh would tell of them, in every state that a host may be in."""
     status = page.request.get(f"{page.url}api/status").json()
     (own,) = status["hosts"]
+    page.get_by_label("More settings").click()
+    expect(page.get_by_label("Spread over hosts")).to_be_hidden()  # over one there is no choice
     memory = {"memory_bytes": 64 * 10**9, "memory_used_bytes": 16 * 10**9}
+    states = get_args(State)
     status["hosts"] = [
-        own | memory | {"name": "studio"},
-        own | memory | {"rank": 1, "name": "mini", "state": "gone", "reason": "It is silent."},
+        *(
+            own | memory | {"rank": rank, "name": f"studio {state}", "state": state}
+            for rank, state in enumerate(states)
+        ),
+        own | memory | {"rank": 9, "name": "mini", "state": "gone", "reason": "It is silent."},
     ]
-    status["links"] = [{"from": 0, "to": 1, "bytes_per_second": 3.2e9}]
+    status["links"] = [{"from": 0, "to": 9, "bytes_per_second": 3.2e9}]
     page.route("**/api/status", lambda route: route.fulfill(json=status))
     page.locator("#mesh-open").click()
     expect(page.locator("#mesh-words")).to_contain_text("1 gone")
     expect(page.locator(".host").first).to_contain_text("16 GB of 64 GB")
     expect(page.locator(".host").last).to_contain_text("It is silent.")
-    expect(page.locator("#links li")).to_have_text(re.compile(r"studio → mini\s*3\.2 GB/s"))
+    expect(page.locator("#links li")).to_have_text(re.compile(r"studio idle → mini\s*3\.2 GB/s"))
+    kinds = page.locator(".host .dot").evaluate_all("(dots) => dots.map((dot) => dot.className)")
+    kind_of = {"idle": "good", "ready": "good", "loading": "busy", "busy": "busy", "failed": "bad"}
+    assert kinds == [*(f"dot {kind_of[state]}" for state in states), "dot bad"]
+    expect(page.locator("#placement")).to_be_visible()
 
 
 def test_a_page_that_is_loaded_again_goes_on_with_what_it_asked_for(page: Page) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from fluxmesh.errors import WeightsError
 from fluxmesh.events import Event
+from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.commands.generate import Painter
 from fluxmesh_coordinator.runtime.lent_hosts import HostBook, LentHosts
@@ -168,7 +170,11 @@ def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: 
     ends: list[bool] = []
     lane_of_it = Lane(PictureFolder(tmp_path))
     job: Any = SimpleNamespace(
-        ready=SimpleNamespace(resolved=None), spread=None, lent=None, is_cancelled=False
+        ready=SimpleNamespace(resolved=None),
+        spread=None,
+        lent=None,
+        is_cancelled=False,
+        parts=lambda: [(0, SimpleNamespace(model=SimpleNamespace(stamps=FileStamps())))],
     )
 
     def start(_resolved: object, _spread: object, lent: LentHosts) -> Iterator[Event]:
@@ -185,6 +191,36 @@ def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: 
     lane_of_it.painters = painters
     lane_of_it.paint(job, lambda _kind, _fields: None)
     assert ends == [True]  # `Mesh` cancels it before it asks any host for anything
+
+
+def test_a_job_whose_model_has_changed_while_it_waited_is_not_painted(tmp_path: Path) -> None:
+    """Its recipe would tell of the files that were there when it was asked for."""
+    file = tmp_path / "weights"
+    file.touch()
+    model = SimpleNamespace(stamps=FileStamps.of([file]))
+    job: Any = SimpleNamespace(
+        ready=SimpleNamespace(resolved=None), spread=None, lent=None, is_cancelled=False,
+        parts=lambda: [(0, SimpleNamespace(model=model))], model="mine",
+    )  # fmt: skip
+    begun: list[object] = []
+
+    def start(*how: object) -> Iterator[Event]:
+        begun.append(how)
+        yield from ()
+
+    @contextmanager
+    def using() -> Iterator[tuple[Any, HostBook]]:
+        yield SimpleNamespace(start=start, record=None), HostBook([0])
+
+    lane_of_it = Lane(PictureFolder(tmp_path / "pictures"))
+    painters: Any = SimpleNamespace(using=using)
+    lane_of_it.painters = painters
+    lane_of_it.paint(job, lambda _kind, _fields: None)
+    assert len(begun) == 1
+    file.write_text("others")
+    with pytest.raises(WeightsError, match="The files of mine were changed while this waited"):
+        lane_of_it.paint(job, lambda _kind, _fields: None)
+    assert len(begun) == 1
 
 
 def test_threads_that_ask_for_a_mesh_at_once_begin_one(monkeypatch: pytest.MonkeyPatch) -> None:

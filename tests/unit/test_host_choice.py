@@ -131,6 +131,83 @@ def test_one_that_waits_is_overtaken_by_guesses_only_so_often() -> None:
     assert len(begun) == 4
 
 
+def of_models(
+    models: Mapping[str, str], loaded: Mapping[int, str], seconds: Mapping[str, float], read: float
+) -> Ways:
+    """A job of each model by its id's letters; a host has one model, and needs `read` for others.
+
+    `seconds` are those of a picture, by id.
+    """
+
+    def ways(asked: ServedJob, ranks: frozenset[int]) -> Sequence[PaintWay]:
+        every = []
+        for rank in sorted(ranks):
+            load = 0.0 if loaded[rank] == models[asked.id] else read
+            every.append(PaintWay(some(rank), load + seconds.get(asked.id, SECONDS), 0.0, load))
+        return sorted(every, key=lambda way: way.seconds)
+
+    return ways
+
+
+def line_of(models: Mapping[str, str]) -> list[ServedJob]:
+    return [replace(job(name), model=model) for name, model in models.items()]
+
+
+def begun_one_after_another(
+    models: Mapping[str, str], seconds: Mapping[str, float], read: float
+) -> list[str]:
+    """The order in which these jobs begin on one host that has the model `a`."""
+    line, loaded, order = line_of(models), {0: "a"}, []
+    while line:
+        start = choose(line, some(0), {}, of_models(models, loaded, seconds, read))
+        assert start is not None and start.ranks == some(0)
+        if start.overtakes is not None:
+            assert start.overtakes is line[0]
+            start.overtakes.overtaken += 1
+        line.remove(start.job)
+        loaded[0] = models[start.job.id]
+        order.append(start.job.id)
+    return order
+
+
+def test_of_those_in_line_who_has_its_model_in_memory_goes_first() -> None:
+    models = {"1": "b", "2": "a", "3": "b", "4": "a"}
+    assert begun_one_after_another(models, {}, 30.0) == ["2", "4", "1", "3"]
+    # It is no matter of seconds that nobody notices.
+    assert begun_one_after_another(models, {}, 0.5) == ["1", "2", "3", "4"]
+    # Nor does anybody wait for who takes longer than the model takes to be read.
+    assert begun_one_after_another(models, {"2": 500.0}, 30.0) == ["4", "1", "3", "2"]
+
+
+def test_a_job_whose_model_is_not_in_memory_is_overtaken_only_so_often() -> None:
+    models = {"first": "b", **{f"{k}": "a" for k in range(9)}}
+    order = begun_one_after_another(models, {}, 30.0)
+    assert order == ["0", "1", "2", "3", "first", "4", "5", "6", "7", "8"]
+    line = line_of(models)
+    line[0].overtaken = 4  # by others that were thought to be done in time
+    start = choose(line, some(0), {}, of_models(models, {0: "a"}, {}, 30.0))
+    assert start is not None and start.job is line[0]
+
+
+def test_who_finds_its_model_on_another_host_overtakes_nobody() -> None:
+    models = {"1": "b", "2": "a"}
+    ways = of_models(models, {0: "a", 1: "b"}, {}, 30.0)
+    first, second = line = line_of(models)
+    start = choose(line, some(0, 1), {}, ways)
+    assert start == Start(first, some(1))
+    assert choose([second], some(0), {1: SECONDS}, ways) == Start(second, some(0))
+
+
+def test_models_in_line_are_told_from_each_other_by_their_weights() -> None:
+    quantized = resolved(ask(seed=1, bits=4))
+    jobs = [
+        replace(job(name), ready=ReadyPrompt(each, None))  # type: ignore[arg-type]
+        for name, each in (("a", resolved(ask(seed=1))), ("b", resolved(ask(seed=2))),
+                           ("c", quantized))
+    ]  # fmt: skip
+    assert jobs[0].denoiser == jobs[1].denoiser != jobs[2].denoiser
+
+
 def test_others_begin_on_hosts_that_the_first_in_line_does_not_wait_for() -> None:
     def ways(asked: ServedJob, ranks: frozenset[int]) -> Sequence[PaintWay]:
         if asked.id == "pair":  # it fits on hosts 0 and 1 alone

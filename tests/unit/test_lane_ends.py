@@ -15,7 +15,7 @@ import pytest
 from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.queue import journal as journals
 from fluxmesh_coordinator.server.queue.journal import Journal
-from tests.serving import Serving
+from tests.serving import Serving, record
 
 ASKED = PaintRequest(prompt="a dog", width=16, height=16, steps=1)
 
@@ -98,22 +98,22 @@ def test_a_line_of_the_journal_that_was_cut_off_spoils_no_other(
     journal = Journal(tmp_path / "journal")
     with monkeypatch.context() as patch:
         patch.setattr(journals.os, "write", cut)
-        journal.accepted("first-job")
-        journal.accepted("second-job")
+        journal.accepted(record("first-job"))
+        journal.accepted(record("second-job"))
     journal.close()
-    assert Journal(tmp_path / "journal").lost == ("second-job",)
+    assert [each.id for each in Journal(tmp_path / "journal").lost] == ["second-job"]
 
 
 def test_a_journal_that_is_too_large_is_begun_anew_with_what_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journals, "LARGEST", 200)
+    monkeypatch.setattr(journals, "LARGEST", 1500)
     journal = Journal(tmp_path / "journal")
-    journal.accepted("open-job")
+    journal.accepted(record("open-job"))
     for number in range(40):
-        journal.accepted(f"job-{number}")
+        journal.accepted(record(f"job-{number}"))
         journal.ended(f"job-{number}")
     lines = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
-    assert lines[0] == ["accepted", "open-job"] and len(lines) < 20
+    assert lines[0][1]["id"] == "open-job" and len(lines) < 20
     journal.close()
-    assert Journal(tmp_path / "journal").lost == ("open-job",)
+    assert [each.id for each in Journal(tmp_path / "journal").lost] == ["open-job"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fluxmesh_coordinator.runtime.lent_hosts import HostBook
@@ -12,6 +13,7 @@ from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.picture_folder import PictureFolder
 from fluxmesh_coordinator.server.queue.host_choice import PaintWay, Ways
 from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.lane import Tell
 from fluxmesh_coordinator.server.queue.served_job import ServedJob
 from fluxmesh_coordinator.server.queue.service import PaintingService
 from tests.serving import SimulatedLane
@@ -24,7 +26,9 @@ class TwoHostLane(SimulatedLane):
 
     def __init__(self, pictures: PictureFolder, first: TwoHostLane | None = None) -> None:
         super().__init__(pictures)
-        self.shared = first.shared if first else HostBook([0, 1], lambda: self.painters.changed())
+        self.shared: HostBook = (
+            first.shared if first else HostBook([0, 1], lambda: self.painters.changed())
+        )
         self.all: list[TwoHostLane] = first.all if first else []
         if first is not None:
             self.may_go = first.may_go
@@ -48,9 +52,35 @@ class TwoHostLane(SimulatedLane):
         return ways
 
 
-def play(folder: Path, body: Callable[[PaintingService, TwoHostLane], Awaitable[None]]) -> None:
+class OneModelLane(TwoHostLane):
+    """The lane of one host, which has one model in memory: that of the job before."""
+
+    def __init__(self, pictures: PictureFolder) -> None:
+        super().__init__(pictures)
+        self.shared = HostBook([0], lambda: self.painters.changed())
+        self.held: Hashable = None
+
+    def paint(self, job: ServedJob, tell: Tell) -> None:
+        self.held = job.denoiser
+        super().paint(job, tell)
+
+    def ways(self, busy: Mapping[int, float]) -> Ways:
+        held = self.held
+
+        def ways(job: ServedJob, ranks: frozenset[int]) -> list[PaintWay]:
+            wait, load = max(busy.values(), default=0.0), 0.0 if job.denoiser == held else 30.0
+            return [PaintWay(ranks, wait + load + SECONDS, wait, load)] if ranks else []
+
+        return ways
+
+
+def play(
+    folder: Path,
+    body: Callable[[PaintingService, TwoHostLane], Awaitable[None]],
+    kind: type[TwoHostLane] = TwoHostLane,
+) -> None:
     pictures = PictureFolder(folder / "pictures")
-    lane = TwoHostLane(pictures)
+    lane = kind(pictures)
     journal = Journal(folder / "journal")
     service = PaintingService(Catalogue("tiny", folder), pictures, journal, lanes=[lane])
 
@@ -137,6 +167,31 @@ def test_a_job_on_all_hosts_is_not_starved_by_small_ones(tmp_path: Path) -> None
         assert whole.began < min(job.began for job in small)
 
     play(tmp_path, body)
+
+
+def test_of_several_models_the_one_in_memory_goes_first_and_not_for_ever(tmp_path: Path) -> None:
+    """Two clients that keep the line full, each with a model of its own."""
+
+    async def body(service: PaintingService, lane: TwoHostLane) -> None:
+        lane.may_go.clear()
+        models: dict[str, str] = {}
+        jobs = []
+        for number in range(8):
+            for client, bits in (("anna", 4), ("ben", 8)):
+                request = replace(asked(number), bits=bits)
+                jobs.append(await service.submit(request, client))
+                models[jobs[-1].id] = client
+        await running(service, 1)
+        lane.may_go.set()
+        for job in jobs:
+            assert (await job.events.over()).kind == "done"
+        order = "".join(models[job.id][0] for each in lane.all for job in each.painted)
+        assert order == "aaaaa" + "bbbbb" + "aaa" + "bbb"  # in turns it would read 15 models
+        of_each = [[job.seed for job in lane.painted if models[job.id] == name] for name in
+                   ("anna", "ben")]  # fmt: skip
+        assert of_each == [list(range(8))] * 2  # a client's own keep their order
+
+    play(tmp_path, body, OneModelLane)
 
 
 def test_nobody_begins_on_hosts_for_which_a_job_that_runs_waits(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,13 @@ from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.server import picture_folder
 from fluxmesh_coordinator.server.picture_folder import NoSuchPictureError, PictureFolder
 from fluxmesh_coordinator.server.queue import journal as journal_module
-from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.journal import JobRecord, Journal
+from tests.serving import record
+
+
+def ids(records: Sequence[JobRecord]) -> list[str]:
+    return [each.id for each in records]
+
 
 DATA = encode_png(np.zeros((16, 32, 3), np.uint8), None)
 
@@ -55,7 +62,8 @@ def test_a_job_s_pictures_stand_in_the_order_of_its_images(tmp_path: Path) -> No
     folder = PictureFolder(tmp_path)
     names = [folder.commit("a-job", 1e9, image, DATA) for image in (10, 2, 0)]
     folder.commit("another", 1e9, 1, DATA)
-    assert folder.of_job("a-job") == names[::-1]
+    assert folder.of_job("a-job", 1e9, 11) == {0: names[2], 2: names[1], 10: names[0]}
+    assert folder.of_job("a-job", 1e9 + 1, 11) == {}
     with pytest.raises(OutputError, match="already"):
         folder.commit("a-job", 1e9, 2, DATA)
 
@@ -97,16 +105,16 @@ def test_a_journal_knows_what_was_not_finished(tmp_path: Path) -> None:
     journal = Journal(path)
     assert journal.lost == ()
     for id in ("first", "second", "third"):
-        journal.accepted(id)
+        journal.accepted(record(id))
     journal.ended("second")
     journal.close()
     with open(path, "a") as file:
         file.write('["ended", "fir')  # killed in the middle of a line
     again = Journal(path)
-    assert again.lost == ("first", "third")
+    assert ids(again.lost) == ["first", "third"] == list(again.new_lost)
     again.close()
     after = Journal(path)
-    assert after.lost == ()  # told once
+    assert ids(after.lost) == ["first", "third"] and after.new_lost == ()  # told as new once
     after.close()
 
 
@@ -115,20 +123,20 @@ def test_a_journal_stays_small_and_forgets_no_open_job(
 ) -> None:
     monkeypatch.setattr(journal_module, "LARGEST", 1000)
     journal = Journal(tmp_path / "journal")
-    journal.accepted("stays-open")
+    journal.accepted(record("stays-open"))
     for number in range(200):
-        journal.accepted(f"job-{number}")
+        journal.accepted(record(f"job-{number}"))
         journal.ended(f"job-{number}")
         assert journal.path.stat().st_size < 1200
     journal.close()
-    assert Journal(tmp_path / "journal").lost == ("stays-open",)
+    assert ids(Journal(tmp_path / "journal").lost) == ["stays-open"]
 
 
 def test_a_journal_that_can_not_be_shortened_fails_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = Journal(tmp_path / "journal")
-    journal.accepted("stays-open")
+    journal.accepted(record("stays-open"))
 
     def refused(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -137,20 +145,20 @@ def test_a_journal_that_can_not_be_shortened_fails_no_job(
         patch.setattr(journal_module, "LARGEST", 100)
         patch.setattr(journal_module.os, "ftruncate", refused)
         for number in range(10):
-            journal.accepted(f"job-{number}")
+            journal.accepted(record(f"job-{number}"))
             journal.ended(f"job-{number}")
     journal.close()
-    assert Journal(tmp_path / "journal").lost == ("stays-open",)
+    assert ids(Journal(tmp_path / "journal").lost) == ["stays-open"]
 
 
 def test_two_servers_do_not_share_a_journal(tmp_path: Path) -> None:
     first = Journal(tmp_path / "journal")
-    first.accepted("a-job-of-the-first")
+    first.accepted(record("a-job-of-the-first"))
     with pytest.raises(FluxmeshError, match="Another server writes its pictures to"):
         Journal(tmp_path / "journal")
     first.close()
     again = Journal(tmp_path / "journal")
-    assert again.lost == ("a-job-of-the-first",)
+    assert ids(again.lost) == ["a-job-of-the-first"]
     again.close()
 
 

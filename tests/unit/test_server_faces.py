@@ -719,24 +719,6 @@ def test_the_second_signal_cancels_what_runs(serving: Serving) -> None:
     asyncio.run(asyncio.wait_for(life(), 20))
 
 
-def test_a_restarted_server_lists_pictures_and_tells_lost_jobs(tmp_path: Path) -> None:
-    serving = Serving(tmp_path)
-    with serving.client() as client:
-        client.post("/api/jobs", json={"prompt": "x", "n_images": 2, "id": "finished-job"})
-        client.get("/api/jobs/finished-job/events")
-        # A server that is killed closes nothing: what it has accepted stands in its journal.
-        serving.service.journal.accepted("unfinished-job")
-    serving.pictures.commit("unfinished-job", 2e9, 0, png())
-    again = Serving(tmp_path)
-    with again.client() as client:
-        assert len(client.get("/api/pictures").json()["pictures"]) == 3
-        (event,) = sse(client.get("/api/jobs/unfinished-job/events").text)
-        data = json.loads(event["data"])
-        assert event["event"] == "error" and data["code"] == "lost"
-        assert again.pictures.of_job("unfinished-job")[0] in data["message"]
-        assert client.get("/api/jobs/finished-job/events").status_code == 404
-
-
 def test_twenty_clients_are_served_in_turns_and_nothing_is_lost(tmp_path: Path) -> None:
     """A sample of `tools/serve_load.py`."""
     from fluxmesh_coordinator.server.paint_request import PaintRequest
@@ -765,3 +747,34 @@ def test_twenty_clients_are_served_in_turns_and_nothing_is_lost(tmp_path: Path) 
         assert len(set(order[20 * turn : 20 * turn + 20])) >= 19
     names = [picture.name for picture in serving.pictures.newest(200)[0]]
     assert len(set(names)) == 100
+
+
+def test_what_no_face_has_is_told_as_that_and_a_wrong_method_as_what_it_is(
+    serving: Serving,
+) -> None:
+    with serving.client() as client:
+        for path in ("/v1/images/variations", "/sdapi/v1/skip", "/api/nothing", "/v1/", "/api/"):
+            for method in ("GET", "POST", "DELETE"):
+                assert client.request(method, path).status_code == 404, (method, path)
+        for method, path, allowed in (
+            ("GET", "/v1/images/generations", {"POST"}),
+            ("DELETE", "/sdapi/v1/options", {"GET", "HEAD", "POST"}),
+            ("PUT", "/api/jobs", {"POST"}),
+        ):
+            answer = client.request(method, path)
+            assert answer.status_code == 405 and answer.json()
+            assert set(answer.headers["allow"].split(", ")) <= allowed
+        assert client.get("/").headers["content-type"].startswith("text/html")
+        assert client.get("/app.js").status_code == client.get("/healthz").status_code == 200
+        assert client.get("/nothing.js").status_code == 404
+
+
+def test_what_is_wrong_is_named_as_automatic1111_s_clients_name_it(serving: Serving) -> None:
+    with serving.client() as client:
+        for path, fields, name in (
+            ("txt2img", {"prompt": "a dog <lora:foo:0.8>"}, "prompt"),
+            ("img2img", {"prompt": "a dog", "init_images": [text(png())] * 2}, "init_images"),
+            ("options", {"sd_model_checkpoint": "sd15"}, "sd_model_checkpoint"),
+        ):
+            answer = client.post(f"/sdapi/v1/{path}", json=fields)
+            assert answer.status_code in (400, 404) and f"`{name}`" in answer.json()["detail"]

@@ -177,7 +177,8 @@ class Painter:
         name = loaded if asked is None else asked
         if name is None:
             return ResolvedModel.of(self._standing_in(request, paints_into=paints_into).checkpoint)
-        if name not in self._models:
+        known = self._models.get(name)
+        if known is None or known.stamps.changed is not None:  # a server outlives a model's files
             self._models[name] = ResolvedModel.for_mesh(
                 name, self.record, self.reporter.downloading, self.reporter.note
             )
@@ -192,7 +193,8 @@ class Painter:
         from fluxmesh_coordinator.runtime.default_model import default_model, view_of_mesh
 
         kind = (request.conditions, len(request.references), request.adapters, paints_into)
-        if kind not in self._defaults:
+        known = self._defaults.get(kind)
+        if known is None or known.checkpoint.stamps.changed is not None:
             is_elsewhere = self.record is not None and not self.record.is_this_machine
             view_of = view_of_mesh(self.mesh) if is_elsewhere else None
             self._defaults[kind] = default_model(request, view_of, paints_into=paints_into)

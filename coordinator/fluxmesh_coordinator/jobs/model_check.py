@@ -1,7 +1,8 @@
 """Whether the hosts of a job hold one and the same model under its name. Pure.
 
-Below `session.py`. A checkpoint is known by its name, which may mean another
-revision on another host: their pictures would differ, and a ring of both would paint neither.
+Below `session.py`. A checkpoint is known by its name, which may mean another revision on another
+host, or files that somebody changes on one of them: their pictures would differ, and a ring of both
+would paint neither.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ class ModelCheck:
         self._contents: dict[int, tuple[str, str]] = {}  # rank -> host's name, content
 
     def hear(self, rank: int, name: str, content: str) -> WeightsError | None:
-        """Keeps what a host told; an error that names the hosts if it differs from the others.
+        """Keeps what a host told; an error that names the hosts if it differs from the others,
+        or from what the same one told before: its engine may have begun anew.
 
         A host that is gone still counts: what it made is part of the job.
         """
+        if self._contents.get(rank, (name, content)) != (name, content):
+            return WeightsError(
+                f"The files of {self.model} on host {rank} ({name}) were changed while this job "
+                "used them; ask again."
+            )
         self._contents[rank] = (name, content)
         problem = difference(self.model, self._contents)
         return WeightsError(problem) if problem else None

@@ -27,6 +27,7 @@ from fluxmesh.sampling.takes import (
     reader_of,
     with_reader,
 )
+from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh.weights.reference_readers import full_reader_name
@@ -45,6 +46,7 @@ class ResolvedModel:
     revision: str = ""  # "" where the files are elsewhere: no one here can know it
     is_here: bool = True
     fetches: bool = True  # whether what it lacks is fetched to this machine
+    stamps: FileStamps = FileStamps()  # of its files, where they are here
 
     @property
     def paths(self) -> dict[str, str]:
@@ -96,8 +98,9 @@ class ResolvedModel:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
         """One whose files are on this machine."""
-        name = checkpoint.name
-        return cls(name, hub.full_name(name), ModelSizes.of(checkpoint), checkpoint.revision)
+        name, stamps = checkpoint.name, checkpoint.stamps
+        sizes = ModelSizes.of(checkpoint)
+        return cls(name, hub.full_name(name), sizes, checkpoint.revision, stamps=stamps)
 
 
 def _read_by(
@@ -209,6 +212,14 @@ class Resolved:
         """Itself. Raises `UsageError` where the model can't paint without what is left out."""
         check_given(self.request, self.model.name, self.model.sizes.architecture)
         return self
+
+    def of_images(self, first: int, count: int) -> Self:
+        """Of its images, `count` from `first` (counted from 0) on, alone."""
+        request = self.request
+        if (first, count) == (0, request.n_images):
+            return self
+        some = replace(request, seed=request.seed_of(first), n_images=count)
+        return replace(self, request=some)
 
     def with_prompt(self, prompt: str) -> Self:
         """The same for another prompt. Raises `UsageError` for one that is no text."""

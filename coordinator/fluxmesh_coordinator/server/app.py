@@ -12,8 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.version import __version__
@@ -27,6 +28,7 @@ from fluxmesh_coordinator.server.queue.service import PaintingService
 from fluxmesh_coordinator.server.statuses import MeshStatuses
 
 PAGE = Path(__file__).resolve().parent / "page"
+FACES = ("/v1/", "/sdapi/", "/api/")
 
 
 def application(
@@ -42,7 +44,7 @@ def application(
         text = service.metrics.text(await _gauges(service, statuses))
         return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/healthz", healthz, methods=["GET"]),
             Route("/metrics", counted, methods=["GET"]),
@@ -50,7 +52,6 @@ def application(
             *automatic1111.routes(service, statuses),
             *api.routes(service, statuses),
             *openapi_page.routes(),
-            *([Mount("/", StaticFiles(directory=PAGE, html=True))] if PAGE.is_dir() else []),
         ],
         middleware=[
             Middleware(RequestLogMiddleware, metrics=service.metrics),
@@ -64,6 +65,21 @@ def application(
             Exception: _broken,
         },
     )
+    app.router.default = _page()  # not a route: that would take a known path in a wrong method
+    app.router.redirect_slashes = False
+    return app
+
+
+def _page() -> ASGIApp:
+    """The page's files, for what no face knows."""
+    files = StaticFiles(directory=PAGE, html=True)
+
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(FACES):
+            raise HTTPException(404)
+        await files(scope, receive, send)
+
+    return page
 
 
 async def _gauges(
@@ -94,7 +110,9 @@ def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {404: "There is nothing here.", 405: "That can't be done here."}
     said = text.get(error.status_code, "The request can't be read.")
-    return answer(ProblemError(error.status_code, said, "http"), request.url.path)
+    response = answer(ProblemError(error.status_code, said, "http"), request.url.path)
+    response.headers.update(error.headers or {})  # which methods there are
+    return response
 
 
 def _broken(request: Request, _error: Exception) -> Response:

@@ -6,6 +6,7 @@ none makes the server fetch anything. Below every face; everything here blocks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -39,6 +40,11 @@ class ServedModel:
     reading: Architecture  # as it reads references, with what is here
 
     @property
+    def is_changed(self) -> bool:
+        """Whether its files are others by now."""
+        return self.checkpoint.stamps.changed is not None
+
+    @property
     def takes(self) -> list[str]:
         """What a request may bring beside a prompt, as clients call it."""
         conditions = sorted(self.reading.takes)
@@ -70,7 +76,7 @@ class Catalogue:
         Raises as `hub.resolve` where it is not on this machine.
         """
         self.adapters_folder = adapters
-        self.given = None if default is None else _served(default, hub.resolve(default))
+        self._given = None if default is None else _served(default, hub.resolve(default))
         self._lock = threading.Lock()
         self._models: dict[str, ServedModel] = {}
         self._looked = -FRESH
@@ -78,10 +84,23 @@ class Catalogue:
     def models(self) -> dict[str, ServedModel]:
         """By name, the default first."""
         with self._lock:
-            if time.monotonic() - self._looked > FRESH:
+            is_old = time.monotonic() - self._looked > FRESH
+            lacks_given = self._given is not None and self._given.name not in self._models
+            if is_old or lacks_given or any(each.is_changed for each in self._models.values()):
                 self._models = self._look()
                 self._looked = time.monotonic()
             return dict(self._models)
+
+    @property
+    def given(self) -> ServedModel | None:
+        """The model that the server was started with, as its files are now.
+
+        Raises as `hub.resolve` where they are gone, or broken.
+        """
+        if self._given is not None and self._given.is_changed:
+            source = self._given.source
+            self._given = _served(source, hub.resolve(source, download=False))
+        return self._given
 
     @property
     def default(self) -> ServedModel:
@@ -131,14 +150,18 @@ class Catalogue:
     def without_paths(self, text: str) -> str:
         """A sentence for clients, in their names for what lies in folders of this machine."""
         text = text.replace(f"{self.adapters_folder}{os.sep}", "")
-        if self.given is not None and self.given.source != self.given.name:
-            for path in (hub.full_name(self.given.source), self.given.source):
-                text = text.replace(path, self.given.name)
+        given = self._given
+        if given is not None and given.source != given.name:
+            for path in (hub.full_name(given.source), given.source):
+                text = text.replace(path, given.name)
         return text
 
     def _look(self) -> dict[str, ServedModel]:
-        usual = default_model(GenerateRequest(prompt="", seed=0))
-        first = self.given or _served("", usual.checkpoint)
+        first: ServedModel | None = None
+        with contextlib.suppress(FluxmeshError):  # its files are gone: the others are there still
+            first = self.given
+        if first is None:
+            first = _served("", default_model(GenerateRequest(prompt="", seed=0)).checkpoint)
         models = {first.name: first}
         for name in hub.names_here():
             try:
@@ -154,4 +177,5 @@ def _served(name: str, checkpoint: Checkpoint) -> ServedModel:
     is_path = hub.alias_of(source) is None and os.path.exists(os.path.expanduser(source))
     shown = os.path.basename(source.rstrip("/")) if is_path else checkpoint.name
     reading = read_here(checkpoint.architecture)
+    _ = checkpoint.stamps  # as the files are now
     return ServedModel(shown.removesuffix(SUFFIX), source, checkpoint, reading)

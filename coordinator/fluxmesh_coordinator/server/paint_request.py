@@ -118,10 +118,12 @@ class PaintRequest:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same request."""
-        values = asdict(replace(self, model=None))
+        """The same for the same pictures, also of a server that knows more fields."""
+        values = asdict(replace(self, model=None, previews=False))
+        usual = asdict(PaintRequest(prompt=""))
+        said = {name: value for name, value in values.items() if value != usual[name]}
         model = "" if self.model is None else self.model.source
-        text = repr([model, *((name, _short(value)) for name, value in sorted(values.items()))])
+        text = repr([model, *((name, _short(value)) for name, value in sorted(said.items()))])
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 

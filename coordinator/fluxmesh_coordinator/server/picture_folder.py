@@ -21,7 +21,7 @@ from PIL import Image
 
 from fluxmesh.errors import FluxmeshError, OutputError
 from fluxmesh.storage.atomic import write_file
-from fluxmesh_coordinator.artifacts.recipe import KEYWORD, Recipe
+from fluxmesh_coordinator.artifacts.recipe import KEYWORD, Recipe, read_recipe
 
 NAME = re.compile(r"\d{8}-\d{6}-\d{3}-[0-9a-f]{12}-\d{1,4}\.png")
 THUMBNAIL = 320  # pixels of the longer side
@@ -62,18 +62,37 @@ class PictureFolder:
 
         Raises `OutputError`.
         """
-        clock = time.strftime("%Y%m%d-%H%M%S", time.gmtime(accepted))
-        name = f"{clock}-{int(accepted % 1 * 1000):03}-{_hash(job)}-{image}.png"
+        name = self.name_of(job, accepted, image)
         try:
             write_file(self.folder / name, data)
         except FileExistsError as error:
             raise OutputError(f"There is a picture {name} already; send the job again.") from error
         return name
 
-    def of_job(self, job: str) -> list[str]:
-        """The finished pictures of a job, in the order of its images."""
-        names = [name for name in self._names() if name.split("-")[3] == _hash(job)]
-        return sorted(names, key=lambda name: int(name.removesuffix(".png").rpartition("-")[2]))
+    @staticmethod
+    def name_of(job: str, accepted: float, image: int) -> str:
+        """What a picture of a job is called, of which `accepted` is in seconds since 1970."""
+        clock = time.strftime("%Y%m%d-%H%M%S", time.gmtime(accepted))
+        return f"{clock}-{int(accepted % 1 * 1000):03}-{_hash(job)}-{image}.png"
+
+    def of_job(self, job: str, accepted: float, n_images: int) -> dict[int, str]:
+        """The pictures of a job that are there, by image."""
+        names = {image: self.name_of(job, accepted, image) for image in range(n_images)}
+        return {image: name for image, name in names.items() if self.has(name)}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a picture of that name."""
+        try:
+            return bool(self.path(name))
+        except NoSuchPictureError:
+            return False
+
+    def recipe(self, name: str) -> Recipe | None:
+        """How a picture was made; None: it is not there, or does not say."""
+        try:
+            return read_recipe(self.path(name))
+        except FluxmeshError:
+            return None
 
     def newest(self, limit: int, before: str = "") -> tuple[list[SavedPicture], str]:
         """Pictures, newest first, and the name to go on before: "" where there are no more."""

@@ -45,6 +45,11 @@ NAMES = {
         "strength": "denoising_strength",
         "image": "init_images",
         "image_size": "width",
+        "reference": "init_images",
+        "references": "init_images",
+        "adapter": "prompt",  # where its clients name them
+        "adapters": "prompt",
+        "model": "sd_model_checkpoint",
     },
     "/api/": {
         "image_size": "width",

@@ -113,9 +113,10 @@ def serve(options: ServeOptions, say: Say) -> None:
     with listening(options.host, options.port) as listener:
         port = listener.getsockname()[1]
         journal = Journal(pictures.folder / journals.NAME)
-        if journal.lost:
-            say(f"{len(journal.lost)} jobs of the server before were not finished.")
         service = PaintingService(catalogue, pictures, journal)
+        if lost := len(set(service.lost) & set(journal.new_lost)):
+            what = "job was" if lost == 1 else "jobs were"
+            say(f"{lost} {what} not finished by the server before.")
         access = Access.of(key, options.names)
         asyncio.run(_serve(service, access, listener, path, replace(options, port=port), say))
 

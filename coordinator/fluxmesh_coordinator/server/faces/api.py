@@ -16,9 +16,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.plan import plan as find_plan
 from fluxmesh.version import __version__
+from fluxmesh_coordinator.commands.generate import ReadyPrompt
 from fluxmesh_coordinator.server.faces.api_fields import check_fields
 from fluxmesh_coordinator.server.faces.bodies import Body, is_number, read_body
 from fluxmesh_coordinator.server.faces.event_stream import EventResponse, written
@@ -91,8 +93,9 @@ def routes(service: PaintingService, statuses: MeshStatuses) -> list[Route]:
 
     async def plan(request: Request) -> Response:
         body = await read_body(request)
-        _, ready = await service.resolve(await _asked(body, service), client_of(request))
-        return JSONResponse(await run_in_threadpool(_plan, service, ready))
+        asked = await _asked(body, service)
+        _, ready = await service.resolve(asked, client_of(request))
+        return JSONResponse(await run_in_threadpool(_plan, service, ready, asked.placement))
 
     async def pictures(request: Request) -> Response:
         limit = request.query_params.get("limit", str(PAGE))
@@ -211,13 +214,15 @@ def _queue(service: PaintingService, client: str) -> list[dict[str, Any]]:
     ]
 
 
-def _plan(service: PaintingService, ready: Any) -> dict[str, Any]:
+def _plan(
+    service: PaintingService, ready: ReadyPrompt, placement: Placement | None
+) -> dict[str, Any]:
     with service.lane.painters.looking() as painter:
         if painter is None:
             raise ProblemError(503, "The mesh is not there yet; ask again.", "no_host")
         view = painter.mesh.view
     resolved = ready.resolved
-    plan = find_plan(resolved.request, view, resolved.model.sizes)
+    plan = find_plan(resolved.request, view, resolved.model.sizes, placement=placement)
     return {
         "chosen": plan.winner.name if plan.winner else None,
         "reason": plan.reason,

@@ -5,7 +5,8 @@ import { $, bytes, counted, duration, make, ordinal } from "./dom.js";
 
 const OFTEN = 2000; // milliseconds between two looks
 const SELDOM = 6000; // with nothing to do
-const WORDS = { idle: "ready", busy: "busy", painting: "painting", loading: "reading weights", training: "training", gone: "gone" };
+const WORDS = { idle: "ready", loading: "reading weights" }; // other states are words themselves
+const KINDS = { idle: "good", ready: "good", failed: "bad", gone: "bad" };
 
 export class MeshView {
   /** `heard(status)` hears of each look; `cancel(id)` ends a job. */
@@ -48,6 +49,8 @@ export class MeshView {
     $("mesh-words").textContent = parts.join(" · ");
     $("mesh-dot").className = `dot ${gone || !hosts.length ? "bad" : running ? "busy" : "good"}`;
     this.#line(queue);
+    $("placement-field").hidden = hosts.length < 2; // one host has nothing to spread over
+    if (hosts.length < 2) $("placement").value = "";
     if (!$("mesh").open) return;
     $("hosts").replaceChildren(...hosts.map(host));
     $("mesh-notes").textContent = notes.join(" ");
@@ -88,7 +91,7 @@ function host({ name, chip, state, models, memory_bytes, memory_used_bytes, reas
   const used = make("i");
   used.style.width = `${memory_bytes ? Math.round((memory_used_bytes / memory_bytes) * 100) : 0}%`;
   const about = [chip, models.join(", "), memory_bytes ? `${bytes(memory_used_bytes)} of ${bytes(memory_bytes)}` : "", reason ?? ""];
-  const kind = state === "gone" ? "bad" : state === "idle" ? "good" : "busy";
+  const kind = KINDS[state] ?? "busy";
   const isOwn = name === "127.0.0.1" || name === "localhost";
   return make("li", { className: "host" },
     make("span", { className: `dot ${kind}`, ariaHidden: "true" }),

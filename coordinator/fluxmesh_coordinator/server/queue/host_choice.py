@@ -8,6 +8,9 @@ hosts to jobs.
   it is not much later for it: two pictures on a host each are done before two on both hosts.
 - Whoever is first waits for hosts that are busy only where it would be done much later without.
   It keeps them: who comes behind begins on other hosts, or is done before they come free.
+- Where the hosts of the first one would have to read its model, one of those behind goes before it
+  whose model they have in memory, if it is done before the first one would have been.
+- All in all a job is overtaken a few times by guesses like these, and then it begins.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ LATER = 2.0  # times as long as the soonest way may take a job that shares the m
 LOOKS = 6  # jobs in line that are looked at, at once
 SURE = 0.8  # part of the time until hosts come free that a job may be thought to need meanwhile
 OVERTAKES = 4  # by jobs that were thought to be done in time: a guess may be wrong, not for ever
+SWITCH = 1.0  # seconds of reading a model, below which nobody minds
 UNKNOWN = 600.0  # seconds that a job takes of which nothing is known
 
 
@@ -36,6 +40,7 @@ class PaintWay:
     ranks: frozenset[int]
     seconds: float  # from now to its last picture
     wait: float = 0.0  # of these, until the last of the hosts is free
+    load: float = 0.0  # of these, until its model is read into memory
 
     @property
     def cost(self) -> float:
@@ -53,7 +58,7 @@ class Start:
 
     job: ServedJob
     ranks: frozenset[int]
-    overtakes: ServedJob | None = None  # who waits for some of these hosts, and hardly longer
+    overtakes: ServedJob | None = None  # who would have begun on some of these hosts
 
 
 def choose(
@@ -66,7 +71,7 @@ def choose(
     if not line or not free:
         return None
     head, is_alone = line[0], len(line) == 1
-    if not busy and (is_alone or len(free) == 1):
+    if not busy and (is_alone or len(free) == 1 and _are_of_one_model(line[:LOOKS])):
         return Start(head, free)  # its own plan says which of them it needs
     way = None if is_alone else _beside(head, 0, free, busy, ways)
     if way is None:
@@ -75,8 +80,37 @@ def choose(
             return Start(head, free)
         way = every[0]
     if way.ranks <= free:
-        return Start(head, way.ranks)
+        return _loaded(line, free, busy, ways, way) or Start(head, way.ranks)
     return _meanwhile(line, free, busy, ways, way)
+
+
+def _are_of_one_model(line: Sequence[ServedJob]) -> bool:
+    return len({job.denoiser for job in line}) < 2
+
+
+def _loaded(
+    line: Sequence[ServedJob],
+    free: frozenset[int],
+    busy: Mapping[int, float],
+    ways: Ways,
+    due: PaintWay,
+) -> Start | None:
+    """Who begins before the head of the line, which would begin now in the way that is `due`.
+
+    Its model is in memory, and the head's is not: to read it first would cost both, and often
+    twice, for the one leaves for the other.
+    """
+    head, others = line[0], line[1:LOOKS]
+    if due.load < SWITCH or head.overtaken >= OVERTAKES:
+        return None
+    for number, job in enumerate(others, 1):
+        if job.denoiser == head.denoiser:
+            continue
+        way = _beside(job, number, free, busy, ways)
+        is_in_time = way is not None and way.load < SWITCH and way.seconds <= due.seconds
+        if way is not None and is_in_time and way.ranks & due.ranks:
+            return Start(job, way.ranks, head)
+    return None
 
 
 def _meanwhile(
@@ -137,7 +171,7 @@ def planned_ways(view: MeshView, busy: Mapping[int, float]) -> Ways:
     def ways(job: ServedJob, ranks: frozenset[int]) -> list[PaintWay]:
         if job.ready is None or not ranks:
             return []
-        resolved = job.ready.resolved
+        resolved = job.ready.resolved.of_images(0, max(1, job.n_images - job.kept))
         work = Workload.of(resolved.request, resolved.model.sizes)
         key = (ranks, job.spread, replace(work, mark=""))  # a mark is a prompt's
         if key not in known:
@@ -157,7 +191,12 @@ def planned_ways(view: MeshView, busy: Mapping[int, float]) -> Ways:
         ]
         options.sort(key=lambda option: option is not planned.winner)
         return [
-            PaintWay(_ranks(option.ranks, option.text_rank), option.seconds, option.wait_seconds)
+            PaintWay(
+                _ranks(option.ranks, option.text_rank),
+                option.seconds,
+                option.wait_seconds,
+                option.load_seconds,
+            )
             for option in options
         ]
 

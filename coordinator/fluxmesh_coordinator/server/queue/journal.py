@@ -1,8 +1,9 @@
-"""Which jobs were accepted and which have ended, so that a server that starts again can tell.
+"""Which jobs were accepted and which are done, so that a server that starts again can tell.
 
-A line a job in a file beside the pictures, and none of its prompt. What a server that was killed
-had not finished, the next one tells as lost. The file is locked: two servers of one folder would
-each take the other's jobs for lost.
+A line a change in a file beside the pictures, and nothing of a prompt but a hash of the request.
+What a server that was killed had not finished, the next one tells as lost, and goes on with where a
+client sends it again; what is done, it answers again. The file is locked: two servers of one folder
+would each take the other's jobs for lost.
 """
 
 from __future__ import annotations
@@ -11,20 +12,39 @@ import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import HomeError
 
 NAME = ".serve.journal"
-LARGEST = 1 << 20  # bytes, after which the file is begun anew with the jobs that are open
+LARGEST = 1 << 20  # bytes, after which the file is begun anew with the jobs that count
+KEPT = 256  # jobs that are done and can still be asked for; of those that are lost as many
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What is kept of a job that was accepted."""
+
+    id: str
+    fingerprint: str  # of the request
+    model: str
+    seed: int
+    n_images: int
+    height: int  # pixels
+    width: int  # pixels
+    steps: int
+    accepted: float  # seconds since 1970: its pictures are named by it
 
 
 class Journal:
     """The file, open and ours until `close`."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what the server before left into `lost`, and begins anew.
+        """Reads what servers before left into `lost` and `done`, and begins anew.
 
         Raises `FluxmeshError` where another server holds it, `HomeError` where it can't be used.
         """
@@ -36,23 +56,32 @@ class Journal:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 self._lock()
-            self.lost = _unfinished(os.read(self._file, 2 * LARGEST))
-            self._open: dict[str, None] = {}  # jobs
+            self._open: dict[str, JobRecord] = {}
+            unfinished, self._lost, self._done = _read(os.read(self._file, 2 * LARGEST))
+            self.new_lost = tuple(unfinished)  # ids: of the server before this one
+            self._lost |= unfinished
+            _shorten(self._lost)
+            self.lost, self.done = tuple(self._lost.values()), tuple(self._done.values())
             self._is_torn = False  # whether only a part of the last line was written
             self._begin_anew()
         except BaseException:
             os.close(self._file)
             raise
 
-    def accepted(self, id: str) -> None:
+    def accepted(self, record: JobRecord) -> None:
         """A client was told that its job will be done."""
-        self._open[id] = None
-        self._write("accepted", id)
+        self._open[record.id] = record
+        self._done.pop(record.id, None)
+        self._lost.pop(record.id, None)
+        self._write([["accepted", asdict(record)]])
 
-    def ended(self, id: str) -> None:
-        """It is done, has failed or was cancelled."""
-        self._open.pop(id, None)
-        self._write("ended", id)
+    def ended(self, id: str, *, is_done: bool = False) -> None:
+        """It has all its pictures, or it has failed or was cancelled."""
+        record = self._open.pop(id, None)
+        if is_done and record is not None:
+            self._done[id] = record
+            _shorten(self._done)
+        self._write([["done" if is_done else "ended", id]])
         if self._written > LARGEST:
             self._begin_anew()
 
@@ -72,30 +101,54 @@ class Journal:
         with contextlib.suppress(OSError):  # no reason to fail a job: then it goes on as it is
             os.ftruncate(self._file, 0)
         self._written = 0
-        for id in self._open:
-            self._write("accepted", id)
+        changes: list[list[Any]] = []
+        for end, records in (("", self._open), ("lost", self._lost), ("done", self._done)):
+            for id, record in records.items():
+                changes += [["accepted", asdict(record)], *([[end, id]] if end else [])]
+        self._write(changes)
 
-    def _write(self, what: str, id: str) -> None:
-        # One call a line: what is written outlives the process, however it ends. A full disk is no
+    def _write(self, changes: Iterable[list[Any]]) -> None:
+        # One call: what is written outlives the process, however it ends. A full disk is no
         # reason to fail a job: only after a crash would somebody miss the line.
-        line = (json.dumps([what, id]) + "\n").encode()
+        lines = "".join(json.dumps(change) + "\n" for change in changes).encode()
         with contextlib.suppress(OSError):
             if self._is_torn:
                 os.write(self._file, b"\n")  # else this line were as unreadable as that one
-            written = os.write(self._file, line)
-            self._is_torn = written < len(line)
+            written = os.write(self._file, lines)
+            self._is_torn = written < len(lines)
             self._written += written
 
 
-def _unfinished(data: bytes) -> tuple[str, ...]:
-    open_jobs: dict[str, None] = {}
+def _shorten(records: dict[str, JobRecord]) -> None:
+    for old in list(records)[:-KEPT]:
+        del records[old]
+
+
+def _read(data: bytes) -> tuple[dict[str, JobRecord], ...]:
+    """By id: jobs that are open, those that an earlier server lost, and those that are done."""
+    kinds: dict[str, dict[str, JobRecord]] = {"open": {}, "lost": {}, "done": {}}
     for line in data.splitlines():
         try:
-            what, id = json.loads(line)
-        except (ValueError, TypeError):  # cut off in the middle
+            what, about = json.loads(line)
+            record = _record(about) if what == "accepted" else None
+        except (ValueError, TypeError):  # cut off in the middle, or of another version
             continue
-        if what == "accepted" and isinstance(id, str):
-            open_jobs[id] = None
-        elif isinstance(id, str):
-            open_jobs.pop(id, None)
-    return tuple(open_jobs)
+        id = about if record is None else record.id
+        if not isinstance(id, str):
+            continue
+        known = [jobs.pop(id) for jobs in kinds.values() if id in jobs]
+        if record is not None:
+            kinds["open"][id] = record
+        elif what in kinds and known:
+            kinds[what][id] = known[0]
+    return tuple(kinds.values())
+
+
+def _record(values: Any) -> JobRecord:
+    """Raises `TypeError` for what is no record."""
+    record = JobRecord(**values)
+    types: dict[str, Any] = {"str": str, "int": int, "float": float}
+    for field in fields(record):
+        if type(getattr(record, field.name)) is not types[str(field.type)]:
+            raise TypeError(field.name)
+    return record

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from fluxmesh.cluster.backends import BackendFault
-from fluxmesh.errors import FluxmeshError, HostUnreachableError
+from fluxmesh.errors import FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.events import (
     BackendChanged,
     Encoded,
@@ -266,12 +266,18 @@ class Lane:
         self._running = (job, painter, lent)
         try:
             lent.is_cancelled |= job.is_cancelled  # while the mesh began: nobody could be told
-            with closing(painter.start(job.ready.resolved, job.spread, lent)) as events:
-                translator = _Translator(job, job.ready, self.pictures, tell)
-                for event in events:
-                    if job.is_cancelled:
-                        return
-                    translator.hear(event)
+            for first, resolved in job.parts():
+                if resolved.model.stamps.changed is not None:  # its recipe would be of the old ones
+                    raise WeightsError(
+                        f"The files of {job.model} were changed while this waited; send it again, "
+                        "and they are read anew."
+                    )
+                with closing(painter.start(resolved, job.spread, lent)) as events:
+                    translator = _Translator(job, job.ready, self.pictures, tell, first)
+                    for event in events:
+                        if job.is_cancelled:
+                            return
+                        translator.hear(event)
         except HostUnreachableError:
             if painter.record is None:
                 self.painters.fails(painter)  # of this machine alone: the next job begins another
@@ -289,12 +295,16 @@ def _lent_to(job: ServedJob, book: HostBook) -> LentHosts:
 
 
 class _Translator:
-    """A job's events, as clients read them; its pictures are committed on the way."""
+    """A job's events, as clients read them; its pictures are committed on the way.
+
+    What is painted is told from image 0 on, and is the job's from image `first` on.
+    """
 
     def __init__(
-        self, job: ServedJob, ready: ReadyPrompt, pictures: PictureFolder, tell: Tell
+        self, job: ServedJob, ready: ReadyPrompt, pictures: PictureFolder, tell: Tell, first: int
     ) -> None:
         self.job, self.ready, self.pictures, self.tell = job, ready, pictures, tell
+        self.first = first
         self._loading = -PACE  # when bytes were told last
 
     def hear(self, event: Event) -> None:
@@ -317,10 +327,10 @@ class _Translator:
                 for what, cut, _ in event.cuts:
                     self.tell("note", {"text": f"{cut.counts(what)}."})
             case Step():
-                fields = {"image": event.image, "step": event.step, "steps": event.steps}
-                self.tell("step", fields)
+                image = self.first + event.image
+                self.tell("step", {"image": image, "step": event.step, "steps": event.steps})
             case Preview():
-                self.tell("preview", preview(event.image, event.step, event.pixels))
+                self.tell("preview", preview(self.first + event.image, event.step, event.pixels))
             case Picture():
                 self._commit(event)
 
@@ -343,19 +353,9 @@ class _Translator:
     def _commit(self, picture: Picture) -> None:
         made = replace(self.ready.recipe.of_image(picture.seed), placement=picture.placement)
         data = encode_png(picture.pixels, made.to_json())
-        name = self.pictures.commit(self.job.id, self.job.accepted, picture.image, data)
-        height, width = picture.pixels.shape[:2]
-        self.tell(
-            "picture",
-            {
-                "image": picture.image,
-                "name": name,
-                "url": f"/api/pictures/{name}",
-                "seed": picture.seed,
-                "width": width,
-                "height": height,
-            },
-        )
+        image = self.first + picture.image
+        name = self.pictures.commit(self.job.id, self.job.accepted, image, data)
+        self.tell("picture", self.job.picture_told(image, name))
 
 
 def preview(image: int, step: int, pixels: np.ndarray) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Below `service.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -35,13 +36,19 @@ class RequestResolver:
 
     @property
     def default(self) -> ServedModel | None:
-        """What paints where a request names nothing; None: what the mesh holds."""
-        return self.chosen or self.catalogue.given
+        """What paints where a request names nothing; None: what the mesh holds. Blocks.
+
+        Raises as `Catalogue.model`, `Catalogue.given`.
+        """
+        if self.chosen is not None:
+            return self.catalogue.model(self.chosen.name)  # as its files are now
+        return self.catalogue.given
 
     def usual_model(self) -> ServedModel:
-        """The same, also where the mesh decides. Blocks."""
-        if self.default is not None:
-            return self.default
+        """The same, also where the mesh decides, or its files are gone: `resolve` tells. Blocks."""
+        with contextlib.suppress(FluxmeshError):
+            if (default := self.default) is not None:
+                return default
         held = self._held()
         known = None if held is None else self.catalogue.find(held)
         return known or self.catalogue.default

@@ -6,14 +6,18 @@ Lives in the server's event loop: `service.py` makes it, `lane.py` tells what be
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from fluxmesh.planning.workload import Workload
 from fluxmesh_coordinator.server.queue.event_log import EventLog
+from fluxmesh_coordinator.server.queue.journal import JobRecord
 
 if TYPE_CHECKING:
     from fluxmesh_coordinator.commands.generate import ReadyPrompt, Spread
     from fluxmesh_coordinator.runtime.lent_hosts import LentHosts
+    from fluxmesh_coordinator.runtime.resolved import Resolved
     from fluxmesh_coordinator.server.problems import ProblemError
 
 JobStage = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -49,6 +53,7 @@ class ServedJob:
     expected: float = 0.0  # seconds from `began` to the last picture, 0: nobody knows
     steps_done: dict[int, int] = field(default_factory=dict)  # by image
     pictures: dict[int, str] = field(default_factory=dict)  # names, by image
+    kept: int = 0  # of these, pictures that were there before it began
     events: EventLog = field(default_factory=EventLog)
 
     @classmethod
@@ -74,14 +79,57 @@ class ServedJob:
         )
 
     @property
+    def record(self) -> JobRecord:
+        """What is kept of it, should this server end."""
+        return JobRecord(
+            id=self.id, fingerprint=self.fingerprint, model=self.model, seed=self.seed,
+            n_images=self.n_images, height=self.height, width=self.width, steps=self.steps,
+            accepted=self.accepted,
+        )  # fmt: skip
+
+    def keep(self, names: Mapping[int, str]) -> None:
+        """These pictures, by image, are there already, and are told."""
+        for image, name in sorted(names.items()):
+            self.pictures[image] = name
+            self.steps_done[image] = self.steps
+            self.events.append("picture", self.picture_told(image, name))
+        self.kept = len(names)
+
+    def picture_told(self, image: int, name: str) -> dict[str, Any]:
+        """The fields of a `picture` event."""
+        return {
+            "image": image,
+            "name": name,
+            "url": f"/api/pictures/{name}",
+            "seed": self.seed + image,
+            "width": self.width,
+            "height": self.height,
+        }
+
+    def parts(self) -> list[tuple[int, Resolved]]:
+        """What is to be painted, once it begins: a first image, and the request from there on.
+
+        One part, unless pictures that were kept stand between those that are missing.
+        """
+        assert self.ready is not None
+        resolved = self.ready.resolved
+        missing = [k for k in range(self.n_images) if k not in self.pictures]
+        firsts = [k for k in missing if k - 1 not in missing]
+        ends = [k + 1 for k in missing if k + 1 not in missing]
+        return [
+            (first, resolved.of_images(first, end - first))
+            for first, end in zip(firsts, ends, strict=True)
+        ]
+
+    @property
     def names(self) -> list[str]:
         """Its finished pictures, in the order of the images."""
         return [self.pictures[image] for image in sorted(self.pictures)]
 
     @property
     def work(self) -> float:
-        """Images x pixels x steps."""
-        return float(self.n_images * self.height * self.width * self.steps)
+        """Images x pixels x steps, of what it has to paint."""
+        return float((self.n_images - self.kept) * self.height * self.width * self.steps)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +143,14 @@ class ServedJob:
         return sum(picture.nbytes for picture in pictures if picture is not None)
 
     @property
+    def denoiser(self) -> Hashable:
+        """The same for jobs that hosts paint with the same weights in memory."""
+        if self.ready is None:
+            return self.model
+        resolved = self.ready.resolved
+        return Workload.of(resolved.request, resolved.model.sizes).weights.denoiser
+
+    @property
     def progress(self) -> float:
         """0 to 1."""
         if self.stage == "done":
@@ -105,7 +161,8 @@ class ServedJob:
         """Until its last picture, of a job that runs; 0: nobody knows."""
         if self.stage != "running":
             return 0.0
-        elapsed, done = now - self.began, self.progress
+        elapsed, left = now - self.began, 1 - self.progress
         if self.expected > elapsed:
             return self.expected - elapsed
-        return elapsed * (1 - done) / done if done > 0 else 0.0
+        done = 1 - left - self.kept / max(1, self.n_images)  # since it began
+        return elapsed * left / done if done > 0 else 0.0

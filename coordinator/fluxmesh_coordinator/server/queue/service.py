@@ -16,7 +16,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fluxmesh.deadlines import DEADLINES
@@ -29,6 +29,7 @@ from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.picture_folder import PictureFolder
 from fluxmesh_coordinator.server.problems import ProblemError, problem_of
 from fluxmesh_coordinator.server.queue.durations import Durations
+from fluxmesh_coordinator.server.queue.earlier_jobs import EarlierJobs, kept_pictures
 from fluxmesh_coordinator.server.queue.fair_queue import (
     FairQueue,
     Place,
@@ -36,16 +37,14 @@ from fluxmesh_coordinator.server.queue.fair_queue import (
     WaitingRequest,
 )
 from fluxmesh_coordinator.server.queue.host_choice import UNKNOWN, Start, choose
-from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.journal import KEPT, Journal
 from fluxmesh_coordinator.server.queue.lane import Lane, reason_of
 from fluxmesh_coordinator.server.queue.resolver import RequestResolver
 from fluxmesh_coordinator.server.queue.served_job import JobStage, ServedJob
 
 log = logging.getLogger(__name__)
-KEPT = 256  # jobs that are over and can still be asked for
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{7,63}")
 ENDING = "This server is ending; send the request again later."
-LOST = "The server ended before this job was done"
 SELDOM = 20.0  # times what a look takes, between two at hosts that are free while somebody waits
 
 
@@ -84,7 +83,9 @@ class PaintingService:
         self._running: dict[Lane, ServedJob | None] = dict.fromkeys(self._lanes)
         self._book: HostBook | None = None  # of the mesh on which a job began last
         self._is_held_up = False  # whether those in line wait for hosts although some are free
-        self._lost = {id: self._lost_job(id) for id in journal.lost}
+        earlier = EarlierJobs(journal, pictures)
+        self.lost = earlier.lost  # by id: what the server before did not finish
+        self._jobs.update(earlier.done)
 
     # Its life
 
@@ -127,18 +128,28 @@ class PaintingService:
     async def submit(self, asked: PaintRequest, client: str, id: str = "") -> ServedJob:
         """Accepts a request; one with the id of a job that there is already is that job.
 
+        A job that the server before did not finish goes on, and so does one that is done and whose
+        pictures somebody has removed since: what is there of it is not painted again.
+
         Raises `FluxmeshError` for a request that is wrong, and where the line is full.
         """
         fingerprint = await asyncio.to_thread(lambda: asked.fingerprint)  # of megabytes, it may be
         known = self._repeated(id, fingerprint)
-        if known is not None:
+        if known is not None and await asyncio.to_thread(self._has_all, known):
             return known
         self._check_open()
+        before = known or self.lost.get(id)
+        earlier = before if before and before.fingerprint == fingerprint else None
+        if earlier is not None:
+            asked = replace(asked, seed=earlier.seed)  # it may have been drawn
         model, ready = await self.resolve(asked, client)
+        kept: dict[int, str] = {}
+        if earlier is not None:
+            kept = await asyncio.to_thread(kept_pictures, self.pictures, earlier, ready)
         self._check_open()  # nobody would paint it now
-        known = self._repeated(id, fingerprint)  # it may have come twice meanwhile
-        if known is not None:
-            return known
+        again = self._repeated(id, fingerprint)  # it may have come twice meanwhile
+        if again is not None and again is not known:
+            return again
         job = ServedJob.of(
             ready,
             id=id or secrets.token_hex(12),
@@ -148,13 +159,17 @@ class PaintingService:
             spread=Spread(placement=asked.placement),
             previews=asked.previews,
         )
+        if earlier is not None and kept:
+            job.accepted = earlier.accepted  # its pictures are named by it
+            job.keep(kept)
         seconds = self._durations.guess(job.model, job.work)
         self._queue.add(
             WaitingRequest(id=job.id, client=client, seconds=seconds, nbytes=job.nbytes),
             self._retry_after(),
         )
         self._jobs[job.id] = job
-        self.journal.accepted(job.id)
+        self.lost.pop(job.id, None)
+        self.journal.accepted(job.record)
         self._tell_places()
         self._wake.set()
         return job
@@ -169,7 +184,7 @@ class PaintingService:
 
     def job(self, id: str) -> ServedJob:
         """Raises `ProblemError` where none of that id is known (any more)."""
-        job = self._jobs.get(id) or self._lost.get(id)
+        job = self._jobs.get(id) or self.lost.get(id)
         if job is None:
             raise ProblemError(404, "There is no job of that id.", "no_such_job")
         return job
@@ -235,6 +250,10 @@ class PaintingService:
                 setting="id",
             )  # fmt: skip
         return job
+
+    def _has_all(self, job: ServedJob) -> bool:
+        """Whether a job that is done has its pictures still; any other has them coming. Blocks."""
+        return job.stage != "done" or all(map(self.pictures.has, job.names))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -410,7 +429,7 @@ class PaintingService:
         self.metrics.add("fluxmesh_jobs_total", outcome=stage)
         job.events.append({"failed": "error"}.get(stage, stage), data)
         if self._jobs.get(job.id) is job:  # else it was asked for again, and that one is open
-            self.journal.ended(job.id)
+            self.journal.ended(job.id, is_done=stage == "done")
         over = [id for id, each in self._jobs.items() if each.events.is_over]
         for id in over[: max(0, len(over) - KEPT)]:
             del self._jobs[id]
@@ -427,14 +446,3 @@ class PaintingService:
     def _retry_after(self) -> float:
         now = time.monotonic()
         return min((job.seconds_left(now) for job in self._running.values() if job), default=1.0)
-
-    def _lost_job(self, id: str) -> ServedJob:
-        """What can be told of a job that the server before this one did not finish."""
-        names = self.pictures.of_job(id)
-        job = ServedJob(
-            id=id, client="", fingerprint="", model="", n_images=0, height=0, width=0, steps=0,
-            seed=0, ready=None, stage="failed", pictures=dict(enumerate(names)),
-        )  # fmt: skip
-        kept = f"; its finished pictures are {', '.join(names)}" if names else ""
-        job.events.append("error", {"message": f"{LOST}{kept}.", "setting": None, "code": "lost"})
-        return job
