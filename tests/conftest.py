@@ -14,6 +14,11 @@ import pytest
 # that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests start more than a thousand Pythons. Where the environment forbids bytecode, each of them
+# would compile some 400 modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # float32 means float32: MLX reads this when it is loaded, before any test module. The GPU of an M5,
 # as CUDA, would compute tf32.
 os.environ["MLX_ENABLE_TF32"] = "0"
