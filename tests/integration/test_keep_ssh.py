@@ -83,7 +83,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
 
 
 def soon(so: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not so():
         if time.monotonic() > deadline:
             return False

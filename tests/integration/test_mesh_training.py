@@ -62,7 +62,7 @@ def mesh_with(
 ) -> Iterator[Mesh]:
     """A mesh all of whose hosts answer."""
     with mesh_of(folder, hosts, root, envs) as mesh:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while len(mesh.view.hosts) < hosts:
             assert time.monotonic() < end
             time.sleep(0.1)
