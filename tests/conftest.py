@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,16 @@ if os.environ.get("EMULATE"):
     import as_on_a_mac
 
     as_on_a_mac.install()
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has made stays to the end, and no collection of garbage looks at it again.
+
+    An engine collects whenever a model leaves memory, and here would go through the hundred
+    thousands of objects that 6,400 tests are: 0.2 s each time, several times a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
