@@ -209,7 +209,7 @@ async def connected(
         await dialer.close()
 
 
-def play(scene: Coroutine[Any, Any, T], seconds: float = 100.0) -> T:
+def play(scene: Coroutine[Any, Any, T], seconds: float = 200.0) -> T:
     """Runs a scene to its end, or fails."""
     return asyncio.run(asyncio.wait_for(scene, seconds))
 

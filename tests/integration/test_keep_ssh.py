@@ -18,7 +18,7 @@ from fluxmesh.storage.processes import started_at
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents import remote as asking
 from fluxmesh_coordinator.agents.launch import Started
-from tests.integration.test_mesh_commands import free_ports
+from tests.ports import free_ports
 
 # Carries bytes between who calls it and a command of its own, as ssh and sshd do; tells who it is.
 SSH = """\

@@ -18,7 +18,7 @@ from fluxmesh.cluster.hostfile import Host
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.agents import launch, remote
-from tests.integration.test_mesh_commands import free_ports
+from tests.ports import free_ports
 
 # launchd.plist(5): the keys that we use, and what each has to be.
 KEYS = {
