@@ -113,7 +113,9 @@ def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVarian
             await coordinator.lease()
             text = await encode(coordinator, weights)
             await coordinator.done(painting(coordinator, weights, text, steps=2))
-            assert (await coordinator.until(messages.Beat)).doing == "first step"
+            while (beat := await coordinator.until(messages.Beat)).doing == "loading":
+                continue  # a busy machine takes more than a beat for that, too
+            assert beat.doing == "first step"
             await coordinator.until(messages.Stepped)
             await coordinator.until(messages.Stepped)
             coordinator.heard.clear()
