@@ -88,13 +88,14 @@ demo: $(VENV)/.run
 	@echo "  $(BIN)/fluxmesh generate 'two dogs on a blue background'"
 
 # Most tests wait for processes: a few at once, also on two cores. Those that hold a time of
-# milliseconds against a limit have the machine to themselves.
+# milliseconds against a limit have the machine to themselves; their files alone are read for them.
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS ?= $(shell n=$$(($(CORES) / 2)); [ $$n -gt 3 ] && echo $$n || echo 3)
 
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
-	@$(BIN)/python -m pytest -m alone
+	@$(BIN)/python -m pytest -m alone \
+		$$(grep -rl --include='*.py' 'mark\.alone' tests/unit tests/numerics tests/integration tests/parallel tests/faults)
 
 # Which of a Mac's ways: tests/as_on_a_mac/as_on_a_mac.py has their names.
 mac:

@@ -26,7 +26,7 @@ import psutil
 from tests.integration.conftest import environment
 
 LIMIT = 60.0  # seconds that a command may take at all
-ENDS = 6.0  # seconds in which what was struck has ended, and all that it had begun
+ENDS = 20.0  # seconds in which all that was begun has ended, where the machine does much else
 
 NOISE = re.compile(
     r"Traceback|Exception ignored|asyncio|Task was destroyed|never retrieved|never awaited"

@@ -29,7 +29,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def wait_until_gone(pids: Iterable[int], seconds: float = 10.0) -> None:
+def wait_until_gone(pids: Iterable[int], seconds: float = 30.0) -> None:
     """Raises `AssertionError` where some are still there after so long."""
     deadline = time.monotonic() + seconds
     while left := [pid for pid in pids if not is_gone(pid)]:

@@ -29,7 +29,7 @@ from fluxmesh_coordinator.console.up_report import JsonWatcher
 from fluxmesh_coordinator.deploy.bringup import Bringup, Wish
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import FinishedProcess, environment
-from tests.integration.test_mesh_commands import free_ports
+from tests.ports import free_ports
 
 COMMIT = "c" * 40
 SSH = """\
@@ -62,7 +62,7 @@ class PushMesh:
     def __call__(self, *arguments: object) -> FinishedProcess:
         process = self.start(*arguments)
         try:
-            out, err = process.communicate(timeout=100)
+            out, err = process.communicate(timeout=200)
         finally:
             process.kill()
         return FinishedProcess(process.returncode, out.decode(), err.decode())

@@ -72,7 +72,7 @@ def server(*options: object, environment: dict[str, str], folder: Path) -> Itera
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/healthz", timeout=5):
+        with urllib.request.urlopen(f"{url}/healthz", timeout=60):
             return True
     except OSError:
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from fluxmesh_coordinator.jobs.generation import state as generation_state
 from fluxmesh_coordinator.runtime import agent_pool, job_runner
 from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.paths import python_path
+from tests.ports import free_ports
 from tests.processes import commands_of
 
 LIMIT = 120.0  # seconds that anything here may take
@@ -57,17 +57,6 @@ def environment(folder: Path, delays: str = "") -> dict[str, str]:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)]
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for sock in held:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in held]
-    finally:
-        for sock in held:
-            sock.close()
 
 
 @dataclass

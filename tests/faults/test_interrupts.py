@@ -25,8 +25,8 @@ from PIL import Image
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset
 from tests.hub_server import Handler, Hub
-from tests.integration.test_mesh_commands import free_ports
 from tests.interrupting import BLOWS, TerminalUser
+from tests.ports import free_ports
 
 MOMENTS = int(os.environ.get("MOMENTS", "12"))
 

@@ -33,7 +33,7 @@ from fluxmesh_coordinator.runtime import agent_pool, job_runner
 from tests.paths import python_path
 
 PATIENCE = 60.0  # seconds that a test waits for anything
-GONE = 10.0  # seconds within which what should end has ended
+GONE = 30.0  # seconds within which what should end has ended, on a machine that does much else
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def agent(
         if not ephemeral:
             process.terminate()
         try:
-            process.wait(10)
+            process.wait(GONE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -149,6 +149,12 @@ class Coordinator:
         assert isinstance(report, kind), report
         return report
 
+    async def until_beats(self, count: int) -> None:
+        """Waits for so many more heartbeats of the agent."""
+        end = self.beats + count
+        async with self._news:
+            await asyncio.wait_for(self._news.wait_for(lambda: self.beats >= end), PATIENCE)
+
     async def status(self) -> messages.Status:
         answer = await self.ask(messages.AskStatus())
         assert isinstance(answer, messages.Status)
@@ -203,7 +209,7 @@ async def connected(
         await dialer.close()
 
 
-def play(scene: Coroutine[Any, Any, T], seconds: float = 100.0) -> T:
+def play(scene: Coroutine[Any, Any, T], seconds: float = 200.0) -> T:
     """Runs a scene to its end, or fails."""
     return asyncio.run(asyncio.wait_for(scene, seconds))
 

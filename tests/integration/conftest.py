@@ -67,7 +67,7 @@ def fluxmesh(tmp_path: Path, home: Path) -> Run:
     """Runs `fluxmesh ARGUMENTS` in `tmp_path`."""
 
     def run(
-        *arguments: object, stdin: str | bytes = b"", timeout: float = 100, **more: Any
+        *arguments: object, stdin: str | bytes = b"", timeout: float = 200, **more: Any
     ) -> FinishedProcess:
         done = subprocess.run(
             [sys.executable, "-m", "fluxmesh_coordinator", *map(str, arguments)],

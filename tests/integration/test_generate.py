@@ -440,9 +440,9 @@ def test_ctrl_c_exits_130_and_leaves_nothing_half_written(
             break
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
-    assert time.monotonic() - sent < 30
+    assert time.monotonic() - sent < 60
     assert err.strip() == "Cancelled."
     assert '"exit_code": 130' in out.splitlines()[-1]
     left = names(tmp_path)
@@ -470,7 +470,7 @@ def test_a_reader_that_goes_away_is_no_traceback(
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=100) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
     assert names(tmp_path) == []

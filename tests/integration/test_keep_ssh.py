@@ -18,7 +18,7 @@ from fluxmesh.storage.processes import started_at
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents import remote as asking
 from fluxmesh_coordinator.agents.launch import Started
-from tests.integration.test_mesh_commands import free_ports
+from tests.ports import free_ports
 
 # Carries bytes between who calls it and a command of its own, as ssh and sshd do; tells who it is.
 SSH = """\
@@ -83,7 +83,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
 
 
 def soon(so: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not so():
         if time.monotonic() > deadline:
             return False

@@ -18,7 +18,7 @@ from fluxmesh.cluster.hostfile import Host
 from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.agents import launch, remote
-from tests.integration.test_mesh_commands import free_ports
+from tests.ports import free_ports
 
 # launchd.plist(5): the keys that we use, and what each has to be.
 KEYS = {
@@ -95,7 +95,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self.state.agent.exists():
             assert time.monotonic() < deadline and self.process.poll() is None
             time.sleep(0.02)
@@ -130,7 +130,7 @@ def test_up_lets_its_user_in_at_an_agent_that_launchd_runs_and_down_ends_it(daem
     }
     assert daemon.process.poll() is None
     assert remote.ask(host, "stop", port=daemon.port)["stopped"]
-    assert daemon.process.wait(10) == 0  # so launchd leaves it
+    assert daemon.process.wait(60) == 0  # so launchd leaves it
 
 
 def test_after_a_restart_it_is_found_again_with_the_key_that_it_had(daemon: Daemon) -> None:

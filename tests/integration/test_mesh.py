@@ -154,7 +154,7 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
         ]
         assert reused[0] == reused[1] and bool(reused[0]) is bool(cache)
         assert any(isinstance(event, events.HostLost) for event in job_events)
-        assert took < 25
+        assert took < 60
 
 
 def test_the_command_line_uses_the_mesh_that_is_up(

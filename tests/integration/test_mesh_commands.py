@@ -29,6 +29,7 @@ from tests.checkpoints import make_checkpoint
 from tests.flux2_checkpoint import make_flux2
 from tests.integration.conftest import FinishedProcess, environment
 from tests.parallel.cases import LARGE
+from tests.ports import free_ports
 from tests.processes import wait_until_gone
 
 
@@ -48,7 +49,7 @@ class MeshMachine:
             capture_output=True,
             stdin=subprocess.DEVNULL,
             text=True,
-            timeout=100,
+            timeout=200,
             check=False,
             **more,
         )
@@ -79,14 +80,6 @@ def machine(tmp_path: Path, checkpoint: Path) -> Iterator[MeshMachine]:
     machine = MeshMachine(tmp_path, checkpoint)  # its pictures are 32x32: quick to time
     yield machine
     machine("down", "--force")
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
 
 
 def processes(hosts: list[dict[str, Any]]) -> list[int]:
@@ -364,7 +357,7 @@ def test_status_is_told_again_and_again_until_ctrl_c(machine: MeshMachine) -> No
         assert watching.stdout is not None
         statuses = [json.loads(watching.stdout.readline()) for _ in range(3)]
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(20) == 130
+        assert watching.wait(60) == 130
     clocks = [line["hosts"][0]["clock"] for line in statuses]
     assert clocks == sorted(set(clocks))
 

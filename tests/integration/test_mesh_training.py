@@ -62,7 +62,7 @@ def mesh_with(
 ) -> Iterator[Mesh]:
     """A mesh all of whose hosts answer."""
     with mesh_of(folder, hosts, root, envs) as mesh:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while len(mesh.view.hosts) < hosts:
             assert time.monotonic() < end
             time.sleep(0.1)
@@ -185,10 +185,10 @@ def later(seconds: float, process: int, number: int) -> None:
 
 
 def test_engines_that_die_and_hang_within_an_update_change_no_byte(place, tmp_path, three):
-    """20 updates; SIGKILL of one engine, later SIGSTOP of another, both while they compute."""
-    wanted = small(place, tmp_path / "alone", iterations=160, checkpoint_every=24)
+    """12 updates; SIGKILL of one engine, later SIGSTOP of another, both while they compute."""
+    wanted = small(place, tmp_path / "alone", iterations=96, checkpoint_every=24)
     run(wanted)
-    strikes = {5: (1, signal.SIGKILL), 12: (2, signal.SIGSTOP)}
+    strikes = {4: (1, signal.SIGKILL), 8: (2, signal.SIGSTOP)}
 
     def strike(event: object) -> None:
         if isinstance(event, Updated) and event.update in strikes:
@@ -198,7 +198,7 @@ def test_engines_that_die_and_hang_within_an_update_change_no_byte(place, tmp_pa
     events = follow(three, dataclasses.replace(wanted, output_dir=str(tmp_path / "mesh")), strike)
     assert final(tmp_path / "mesh") == final(tmp_path / "alone")
     assert not strikes and len(of(events, HostLost)) >= 2
-    assert [event.update for event in of(events, Updated)] == list(range(1, 21)), "nobody notices"
+    assert [event.update for event in of(events, Updated)] == list(range(1, 13)), "nobody notices"
     assert len(of(events, Dealt)) == 3
 
 
@@ -278,8 +278,10 @@ def test_ctrl_c_in_an_update_leaves_the_last_whole_one(place, tmp_path, three, a
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert checkpoint.iterations(tmp_path) == [8]
-    follow(three, dataclasses.replace(request, resume=True))
+    (kept,) = checkpoint.iterations(tmp_path)
+    assert kept in (8, 16)  # where this process was kept from hearing it, one more was made
+    resumed = follow(three, dataclasses.replace(request, resume=True))
+    assert of(resumed, Prepared)[0].begins_at == kept // 8
     assert final(tmp_path) == alone
 
 

@@ -40,7 +40,7 @@ def polisher(tmp_path: Path) -> Iterator[Channel]:
         assert isinstance(channel.receive()[1], messages.Device)
         yield channel
         channel.close()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def heard(channel: Channel, last: type[messages.Message]) -> list[messages.Message]:

@@ -105,7 +105,7 @@ def test_ctrl_c_saves_and_exits_130_and_resume_goes_on(
             if json.loads(line)["event"] == "updated":
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
     assert "--resume" in err and "Traceback" not in err
     states = list((tmp_path / "mlx_output").glob("*_state.safetensors"))
@@ -130,7 +130,7 @@ def test_a_misspelt_folder_is_answered_at_once_without_asking_the_hub(
         assert f"There is no folder {name}" in done.err
         assert "Retry" not in done.err and "Traceback" not in done.err
     assert "did you mean dog-6?" in fluxmesh("train", "dog6", "--model", "tiny").err
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 150
 
 
 def test_json_tells_a_run_in_few_lines_that_end_with_its_files(train: Run) -> None:

@@ -215,7 +215,7 @@ def test_an_idle_engine_gives_its_cache_back_and_one_at_work_keeps_it(
     given_back = threading.Event()
     own = device_memory.give_back
     monkeypatch.setattr(device_memory, "give_back", lambda: (own(), given_back.set()))
-    threading.Thread(target=lambda: (given_back.wait(10), idle._line.put(AskStatus()))).start()
+    threading.Thread(target=lambda: (given_back.wait(60), idle._line.put(AskStatus()))).start()
     idle._next()
     assert given_back.is_set() and mx.get_cache_memory() == 0
 

@@ -39,8 +39,8 @@ class Slow:
 
 def test_a_slow_ring_is_measured_by_its_smaller_sizes_alone() -> None:
     ranks, start = Slow(1e6), time.perf_counter()
-    timing = timed(ranks, 0.6, ROOM)  # type: ignore[arg-type]
-    assert time.perf_counter() - start < 3 * 0.6  # 32 MiB alone would take half a minute
+    timing = timed(ranks, 1.2, ROOM)  # type: ignore[arg-type]
+    assert time.perf_counter() - start < 20  # 32 MiB alone would take half a minute
     for table in (timing.gathers, timing.sums):
         assert 2 <= len(table) < len(SIZES)
         for point in table:

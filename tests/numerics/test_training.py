@@ -63,8 +63,8 @@ def place_of(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.parametrize(
     ("model", "dtype", "updates"),
     [
-        ("dev", "float32", 20),
-        ("dev", "bfloat16", 20),
+        ("dev", "float32", 5),
+        ("dev", "bfloat16", 5),
         ("klein-base", "float32", 3),
         ("flux2-dev", "bfloat16", 3),
     ],

@@ -6,11 +6,9 @@ these over several processes: `once` has it made by the first that needs it.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.paths import ROOT, python_path
+from tests.ports import free_ports
 
 
 def once(folders: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -39,14 +38,6 @@ def once(folders: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             link.symlink_to(folder)
     return link
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in taken:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in taken]
 
 
 def run_ranks(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.ports import free_ports
 from tests.processes import commands_of
 
 USER = "fluxmesh-ssh-test"
@@ -32,7 +33,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.home = folder / "home"
-        self.port = free_port(ADDRESS)
+        (self.port,) = free_ports(1, ADDRESS)
         self.config = folder / "ssh_config"
         self.log = folder / "sshd.log"
         self._add_user()
@@ -116,10 +117,3 @@ class Server:
             time.sleep(0.05)
         self.process.terminate()
         raise AssertionError(f"sshd does not listen: {self.log.read_text()}")
-
-
-def free_port(address: str) -> int:
-    with socket.socket() as sock:
-        sock.bind((address, 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from tests.integration.conftest import FinishedProcess, environment
+from tests.ports import free_ports
 from tests.processes import wait_until_gone
-from tests.ssh.server import ADDRESS, ALIAS, Server, free_port
+from tests.ssh.server import ADDRESS, ALIAS, Server
 
 
 class User:
@@ -65,12 +66,9 @@ def server() -> Iterator[Server]:
 def hostfile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This machine, and `ALIAS`, whose address ssh alone knows."""
     hosts = [
-        {
-            "ssh": "127.0.0.1",
-            "ips": ["127.0.0.1"],
-            "control": f"127.0.0.1:{free_port('127.0.0.1')}",
-        },
-        {"ssh": ALIAS, "ips": [ADDRESS], "control": f"{ADDRESS}:{free_port(ADDRESS)}"},
+        {"ssh": name, "ips": [address], "control": f"{address}:{port}"}
+        for name, address in (("127.0.0.1", "127.0.0.1"), (ALIAS, ADDRESS))
+        for port in free_ports(1, address)
     ]
     path = tmp_path_factory.mktemp("hosts") / "mesh.json"
     path.write_text(json.dumps(hosts))

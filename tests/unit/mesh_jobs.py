@@ -63,7 +63,7 @@ def play(
     """Runs `body` on a mesh of that many hosts and a coordinator connected to it."""
 
     async def run() -> None:
-        async with FakeMesh(folder, hosts) as mesh:
+        async with FakeMesh(folder, hosts, more.get("agents", DEADLINES)) as mesh:
             restart = more.get("restart")
             if restart is not None:
                 restart = restart(mesh, asyncio.get_running_loop())

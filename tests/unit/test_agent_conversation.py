@@ -37,7 +37,7 @@ def test_an_answer_that_cannot_be_sent_is_refused_and_the_next_ones_go_out() -> 
         conversation.answer(1, messages.Refused("internal", "x" * 5000))
         conversation.tell(messages.LeaseQueued(1, float("inf")))
         conversation.answer(2, messages.Done())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(connection.sent) < 2:
                 await asyncio.sleep(0.01)
         await conversation.close()

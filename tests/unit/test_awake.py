@@ -27,7 +27,7 @@ def a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mac:
 
 
 async def until(made: Mac, *, awake: bool) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while made.is_awake() is not awake:
             await asyncio.sleep(0.05)
 

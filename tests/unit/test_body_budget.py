@@ -83,7 +83,7 @@ def test_bodies_are_bounded_together_and_small_ones_always_come_through() -> Non
         again.may_go.set()
         assert await again.ask(app) == 200
 
-    asyncio.run(asyncio.wait_for(body(), 20))
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def test_an_address_has_a_part_of_it() -> None:
@@ -99,7 +99,7 @@ def test_an_address_has_a_part_of_it() -> None:
         first.may_go.set()
         assert await task == 200
 
-    asyncio.run(asyncio.wait_for(body(), 20))
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 @pytest.mark.parametrize("ends", ["refused", "broken", "gone"])
@@ -127,7 +127,7 @@ def test_what_a_body_held_is_free_however_it_ends(ends: str) -> None:
         await asyncio.Event().wait()
         raise AssertionError
 
-    asyncio.run(asyncio.wait_for(body(), 20))
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def test_what_does_not_fit_is_not_held() -> None:
@@ -190,4 +190,4 @@ def test_a_client_has_few_that_are_looked_at(tmp_path: Path, face: str) -> None:
                 assert answer.status_code in (202, 503)  # without a mesh there is no plan
         await serving.service.close()
 
-    asyncio.run(asyncio.wait_for(life(), 30))
+    asyncio.run(asyncio.wait_for(life(), 60))

@@ -137,7 +137,7 @@ def test_a_mesh_that_takes_long_to_begin_holds_up_no_job_of_the_one_before(
     def mesh(painter: CountedPainter) -> CountedPainter:
         if painter.record == CountedPainter.up and painter.record != record(2):
             begins.set()
-            assert may_begin.wait(10)
+            assert may_begin.wait(60)
         return painter
 
     monkeypatch.setattr(CountedPainter, "mesh", property(mesh))
@@ -155,7 +155,7 @@ def test_a_mesh_that_takes_long_to_begin_holds_up_no_job_of_the_one_before(
         CountedPainter.up = record(3, "other.json")
         other = threading.Thread(target=job_of_the_other)
         other.start()
-        assert begins.wait(10)
+        assert begins.wait(60)
         threading.Thread(target=end, daemon=True).start()
         try:
             assert ended.wait(2)

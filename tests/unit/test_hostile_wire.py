@@ -35,7 +35,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int
         thread.start()
         yield listener.getsockname()[:2]
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
     assert serving.lane.painted == []  # nothing of it was taken for a request
     assert serving.service.rows() == []
 

@@ -68,7 +68,7 @@ def test_a_job_s_end_that_breaks_ends_the_lane_for_nobody(
         await service.drain()
         await service.close()
 
-    asyncio.run(asyncio.wait_for(life(), 20))
+    asyncio.run(asyncio.wait_for(life(), 60))
 
 
 def test_a_picture_that_is_complete_is_done_though_the_journal_is_broken(
@@ -83,7 +83,7 @@ def test_a_picture_that_is_complete_is_done_though_the_journal_is_broken(
         assert (await job.events.over()).kind == "done" and job.stage == "done"
         await serving.service.close()
 
-    asyncio.run(asyncio.wait_for(life(), 20))
+    asyncio.run(asyncio.wait_for(life(), 60))
 
 
 def test_a_line_of_the_journal_that_was_cut_off_spoils_no_other(

@@ -51,10 +51,10 @@ def test_an_adapter_that_takes_long_to_send_is_no_reason_to_call_an_engine_dead(
     path.write_bytes(bytes(600))
     named, files = by_hash([AdapterRef(str(path))])
     monkeypatch.setattr(adapter_upload, "PIECE", 100)
-    put, soon = AdapterStore.put, replace(DEADLINES, silence=0.5)
+    put, soon = AdapterStore.put, replace(DEADLINES, silence=2.0)
 
     def slowly(self: AdapterStore, *piece: Any) -> None:
-        time.sleep(0.2)
+        time.sleep(0.4)
         put(self, *piece)
 
     monkeypatch.setattr(AdapterStore, "put", slowly)

@@ -51,7 +51,7 @@ def mesh_of(folder: Path, hosts: int) -> Iterator[tuple[Mesh, FakeMesh]]:
 
 def wait(mesh: Mesh, is_so: Callable[[messages.Status], bool]) -> None:
     """Until it is so of every host."""
-    end = time.monotonic() + 20.0
+    end = time.monotonic() + 60.0
     while not all(isinstance(s, messages.Status) and is_so(s) for s in mesh.status().values()):
         assert time.monotonic() < end, mesh.status()
         time.sleep(0.05)
@@ -64,12 +64,12 @@ def test_a_job_that_is_cancelled_as_it_begins_waits_for_no_host(tmp_path: Path) 
         other, lent = book.lend([0]), book.lend([0])  # it waits for the host, and hears of nothing
         stream = mesh.paint(resolved, lent=lent)
         mesh.cancel(lent)  # in the very moment before the mesh knows of it
-        giving = threading.Timer(10.0, other.give_back)
+        giving = threading.Timer(60.0, other.give_back)
         giving.start()
         begun = time.monotonic()
         with pytest.raises(CancelledError):
             next(stream)
-        assert time.monotonic() - begun < 5.0
+        assert time.monotonic() - begun < 30.0
         giving.cancel()
 
 

@@ -159,7 +159,7 @@ def test_the_one_that_is_recorded_is_ended(
     path = tmp_path / "engine.json"
     write_private(path, json.dumps({"pid": sleeper.pid, "start": started_at(sleeper.pid)}))
     assert kill_recorded(path) == sleeper.pid
-    assert sleeper.wait(5) == -signal.SIGKILL
+    assert sleeper.wait(60) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_who_sends_a_key_slowly_is_cut_off(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 5))
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
     assert sent[0]["status"] == 408
 
 

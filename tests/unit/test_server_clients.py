@@ -31,7 +31,7 @@ def serving(tmp_path: Path) -> Serving:
 
 
 def wait(until: Any) -> None:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while not until():
         assert time.monotonic() < limit
         time.sleep(0.005)

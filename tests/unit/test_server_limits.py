@@ -309,13 +309,14 @@ def test_a_request_that_is_whole_takes_its_time_and_the_next_one_is_timed_anew()
         protocol, transport = connection(answers)
         request = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
         protocol.data_received(request)
-        await asyncio.sleep(0.2)
-        assert transport.written.endswith(b'"ok"') and not transport.aborted
+        while not transport.written.endswith(b'"ok"'):
+            await asyncio.sleep(0.01)
+        assert not transport.aborted
         protocol.data_received(request[:20])
         await asyncio.sleep(0.1)
         assert transport.aborted
 
-    asyncio.run(body())
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def test_who_takes_nothing_is_cut_off_though_all_of_the_answer_is_written() -> None:
@@ -325,16 +326,17 @@ def test_who_takes_nothing_is_cut_off_though_all_of_the_answer_is_written() -> N
         protocol, transport = connection(answers)
         protocol.send_seconds = 0.05
         protocol.data_received(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        await asyncio.sleep(0.15)
+        while not transport.written.endswith(b'"ok"'):
+            await asyncio.sleep(0.01)
         protocol.pause_writing()
         protocol.resume_writing()
         await asyncio.sleep(0.08)
         assert not transport.aborted
         protocol.pause_writing()
         await asyncio.sleep(0.1)
-        assert transport.written.endswith(b'"ok"') and transport.aborted
+        assert transport.aborted
 
-    asyncio.run(body())
+    asyncio.run(asyncio.wait_for(body(), 60))
 
 
 def test_who_takes_nothing_of_an_answer_is_let_go_of_without_a_word(
@@ -368,7 +370,7 @@ def test_who_takes_nothing_of_an_answer_is_let_go_of_without_a_word(
             await asyncio.sleep(0.01)
         assert transport.aborted
 
-    asyncio.run(asyncio.wait_for(body(), 20))
+    asyncio.run(asyncio.wait_for(body(), 60))
     assert [record.getMessage() for record in caplog.records] == []
 
 

@@ -27,7 +27,7 @@ def play(
 
     async def run() -> None:
         async with FakeMesh(folder, 1, deadlines) as mesh:
-            await asyncio.wait_for(body(mesh), 30)
+            await asyncio.wait_for(body(mesh), 60)
 
     asyncio.run(run())
 

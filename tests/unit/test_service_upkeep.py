@@ -23,7 +23,7 @@ def play(folder: Path, body: Callable[[FakeMesh], Awaitable[None]]) -> None:
 
     async def run() -> None:
         async with FakeMesh(folder, 1, replace(DEADLINES, idle=0.1, left_out=0.3)) as mesh:
-            await asyncio.wait_for(body(mesh), 30)
+            await asyncio.wait_for(body(mesh), 60)
 
     asyncio.run(run())
 

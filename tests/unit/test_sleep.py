@@ -154,12 +154,12 @@ def test_the_silence_of_a_coordinator_that_did_not_wake_counts_from_then(
             task.cancel()
         await asyncio.sleep(0.5)
         assert mesh.services[0].leases.holder
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(60):
             while mesh.services[0].leases.holder:
                 await asyncio.sleep(0.05)
         await client.close()
 
-    play(tmp_path, body, silence=1.5)
+    play(tmp_path, body, silence=3.0)
 
 
 def test_an_engine_that_slept_with_its_agent_is_given_its_time_after_that(
@@ -174,7 +174,7 @@ def test_an_engine_that_slept_with_its_agent_is_given_its_time_after_that(
         sleeper.slept += 600.0
         await asyncio.sleep(1.0)
         assert mesh.engine(0).engine is not None
-        async with asyncio.timeout(10):  # one that hangs is still ended
+        async with asyncio.timeout(60):  # one that hangs is still ended
             while mesh.engine(0).engine is not None:
                 await asyncio.sleep(0.05)
         await client.close()
@@ -199,7 +199,7 @@ def test_an_agent_that_is_slow_to_wake_is_not_started_again_with_its_weights(
             mesh.services[0]._welcome = hang  # type: ignore[method-assign, assignment]
             woke = held._clock._woke = time.monotonic()
             held.lost(0, held.clients[0], "It is silent for too long.")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not restarts:  # one that still hangs then is
                     await asyncio.sleep(0.05)
             assert restarts[0] - woke >= 1.5
@@ -219,7 +219,7 @@ def test_a_coordinator_that_slept_has_not_heard_its_agents_silence(
         await client.ask(messages.AskStatus(), messages.Status)
         client.deadlines = replace(DEADLINES, silence=1.5)
         with pytest.raises(HostUnreachableError, match="silent"):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while True:
                     await client.report()
         await client.close()

@@ -18,7 +18,7 @@ from tests.broken_transport import BrokenDialer, BrokenListener, Faults
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Runs a test that waits; one that hangs ends in 10 s."""
-    asyncio.run(asyncio.wait_for(main, 10))
+    asyncio.run(asyncio.wait_for(main, 60))
 
 
 async def pair(network: Network) -> tuple[InprocConnection, InprocConnection]:
