@@ -1,4 +1,4 @@
-"""What the server adds to a request: nothing is done twice, and nobody waits for what need not be."""
+"""What the server adds to a request: nothing is done twice, nobody waits for what need not be."""
 
 from __future__ import annotations
 

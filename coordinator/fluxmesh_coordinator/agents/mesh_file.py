@@ -225,18 +225,19 @@ def save(record: MeshRecord, home: Home | None = None) -> Path:
     return path
 
 
-def learn(text: str, news: Timings | BackendFault, home: Home | None = None) -> None:
-    """Adds what was found out on the mesh of this hostfile to what is known of it.
+def learn(text: str, news: Iterable[Timings | BackendFault], home: Home | None = None) -> None:
+    """Adds what was found out on the mesh of this hostfile, in this order, to what is known of it.
 
     Does nothing where another mesh is up by now. Raises as `load` and `save`.
     """
     known = load(home)
     if known is None or known.text != text:
         return
-    if isinstance(news, BackendFault):
-        known = replace(known, faults=known.fallback.noted(news).faults)
-    else:
-        known = replace(known, timings=learned(known.timings, news))
+    for each in news:
+        if isinstance(each, BackendFault):
+            known = replace(known, faults=known.fallback.noted(each).faults)
+        else:
+            known = replace(known, timings=learned(known.timings, each))
     save(known, home)
 
 
