@@ -463,6 +463,7 @@ def test_a_server_goes_by_what_the_record_says_now(monkeypatch: pytest.MonkeyPat
     known.append(replace(known[0], faults=()))  # the same agents, after another `up`
     adopted: list[Any] = []
     monkeypatch.setattr(lane.mesh_file, "load", lambda: known[0])
+    monkeypatch.setattr(lane.mesh_file, "stamp", lambda: len(known))
     monkeypatch.setattr(lane.Painter, "mesh", SimpleNamespace(adopt=adopted.append))
     painter = lane.CurrentPainter()
     for _ in range(2):

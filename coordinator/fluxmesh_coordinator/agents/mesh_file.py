@@ -8,7 +8,8 @@ and of each agent its address and public key. No secret is in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,18 @@ def load(home: Home | None = None) -> MeshRecord | None:
             f"{path} is not what fluxmesh wrote ({error}); run `fluxmesh up` with your hostfile "
             "again."
         ) from None
+
+
+def stamp(home: Home | None = None) -> Hashable:
+    """Another one than before where the file may tell something else than before; None: no file.
+
+    Taken before a `load`, it says later whether another one is needed.
+    """
+    try:
+        status = os.lstat(_to_read(home).mesh)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size
 
 
 def _to_read(home: Home | None) -> Home:

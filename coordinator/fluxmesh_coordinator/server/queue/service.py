@@ -40,6 +40,7 @@ from fluxmesh_coordinator.server.queue.journal import Journal
 from fluxmesh_coordinator.server.queue.lane import Lane, reason_of
 from fluxmesh_coordinator.server.queue.resolver import RequestResolver
 from fluxmesh_coordinator.server.queue.served_job import JobStage, ServedJob
+from fluxmesh_coordinator.server.threads import of_size
 
 log = logging.getLogger(__name__)
 KEPT = 256  # jobs that are over and can still be asked for
@@ -129,7 +130,7 @@ class PaintingService:
 
         Raises `FluxmeshError` for a request that is wrong, and where the line is full.
         """
-        fingerprint = await asyncio.to_thread(lambda: asked.fingerprint)  # of megabytes, it may be
+        fingerprint = await of_size(asked.nbytes, lambda: asked.fingerprint)
         known = self._repeated(id, fingerprint)
         if known is not None:
             return known
