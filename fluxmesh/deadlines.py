@@ -38,6 +38,7 @@ class Deadlines:
     answer_again: float = 3.0  # of one that answered before and was lost
     look: float = 1.0  # between two looks at who is there
     comes_back: float = 15.0  # a lost host, if no other can do the work
+    rewrite: float = 5.0  # between two writes of what jobs have measured
 
     # An agent looks after its engine
     letting_go: float = 3.0  # at least, to stop for a coordinator that is gone

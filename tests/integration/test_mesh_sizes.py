@@ -72,7 +72,7 @@ class Latents:
         return taken
 
 
-async def learn_nothing(runner: JobRunner) -> None:
+def learn_nothing(runner: JobRunner) -> None:
     """What a job measured is not kept."""
 
 

@@ -402,9 +402,8 @@ def test_a_mesh_remembers_faults_by_members_until_the_next_up(tmp_path: Any) -> 
     tmp_path.chmod(0o700)
     mesh_file.save(record(), home)
     assert record().fallback == Fallback(LOWER)  # the agent of host 1 has an address
-    mesh_file.learn(jaccl_file(), FAULT, home)
-    mesh_file.learn(jaccl_file(), replace(FAULT, backend="jaccl-ring"), home)
-    mesh_file.learn("another hostfile", replace(FAULT, ranks=(7, 8)), home)
+    mesh_file.learn(jaccl_file(), [FAULT, replace(FAULT, backend="jaccl-ring")], home)
+    mesh_file.learn("another hostfile", [replace(FAULT, ranks=(7, 8))], home)
     known = mesh_file.load(home)
     assert known is not None and known.fallback.backend("jaccl", (0, 1)) == "ring"
     assert [fault.backend for fault in known.faults] == ["jaccl", "jaccl-ring"]
@@ -436,7 +435,7 @@ def test_a_pool_remembers_for_later_jobs_and_adopts_what_others_know() -> None:
         pool.adopt(())  # as the record was before that was written
         assert pool.links.backend_of((0, 1)) == "jaccl-ring"
         await pool.__aexit__()
-        (written,) = kept
+        ((written,),) = kept
         assert replace(written, when=0.0) == FAULT and written.when > 0
         pool.adopt(())  # an `up` has cleared it
         assert pool.links.backend_of((0, 1)) == "jaccl"
@@ -464,6 +463,7 @@ def test_a_server_goes_by_what_the_record_says_now(monkeypatch: pytest.MonkeyPat
     known.append(replace(known[0], faults=()))  # the same agents, after another `up`
     adopted: list[Any] = []
     monkeypatch.setattr(lane.mesh_file, "load", lambda: known[0])
+    monkeypatch.setattr(lane.mesh_file, "stamp", lambda: len(known))
     monkeypatch.setattr(lane.Painter, "mesh", SimpleNamespace(adopt=adopted.append))
     painter = lane.CurrentPainter()
     for _ in range(2):

@@ -59,6 +59,7 @@ def painters(monkeypatch: pytest.MonkeyPatch) -> CurrentPainter:
     CountedPainter.up, CountedPainter.made = record(2), []
     monkeypatch.setattr(lane, "Painter", CountedPainter)
     monkeypatch.setattr(lane.mesh_file, "load", lambda: CountedPainter.up)
+    monkeypatch.setattr(lane.mesh_file, "stamp", lambda: CountedPainter.up)
     return CurrentPainter()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from fluxmesh_coordinator.agents.mesh_file import MeshRecord, learn
 from fluxmesh_coordinator.deploy.warmup import Warming
 from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
-from fluxmesh_coordinator.runtime.agent_pool import AgentPool
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool, News
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.fakes import FakeMesh
 from tests.unit.mesh_jobs import Heard, job, play
@@ -351,7 +354,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
             known = mesh_file.load(home)
             assert known is not None
 
-            def keep(news: Timings) -> None:
+            def keep(news: Sequence[News]) -> None:
                 learn(made.text, news, home)
 
             async with AgentPool(known, mesh.network.dialer(), None, keep) as knowing:
@@ -373,7 +376,7 @@ def test_what_a_job_took_is_on_record_and_changes_the_next_one(tmp_path: Path) -
 
 
 def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
-    def keep(news: Timings) -> None:
+    def keep(news: Sequence[News]) -> None:
         raise FluxmeshError("The disk is full.")
 
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
@@ -388,7 +391,7 @@ def test_what_cannot_be_kept_costs_no_picture(tmp_path: Path) -> None:
 
 def test_who_stops_a_job_does_not_wait_for_a_disk(tmp_path: Path) -> None:
     """A sync takes a second where the disk is slow, and Ctrl-C is to end the command at once."""
-    written: list[Timings] = []
+    written: list[Sequence[News]] = []
 
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         async with AgentPool(mesh.record, mesh.network.dialer(), None, written.append) as knowing:
@@ -397,10 +400,30 @@ def test_who_stops_a_job_does_not_wait_for_a_disk(tmp_path: Path) -> None:
             runner = JobRunner(knowing, GenerationSession(asked), {}, heard)
             with pytest.raises(CancelledError):
                 await runner.run()
-            assert written == []
-            whole = JobRunner(knowing, GenerationSession(job("whole")), {}, Heard())
-            await whole.run()
-            assert written != []
+        assert written == []
+
+    play(tmp_path, 2, body)
+
+
+def test_a_job_is_over_before_what_it_measured_is_on_the_disk(tmp_path: Path) -> None:
+    """What more comes meanwhile is written once, together, and all of it by the end."""
+    written: list[Sequence[News]] = []
+    is_writing, may_go = threading.Event(), threading.Event()
+
+    def keep(news: Sequence[News]) -> None:
+        is_writing.set()
+        assert may_go.wait(60)
+        written.append(news)
+
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        async with AgentPool(mesh.record, mesh.network.dialer(), None, keep) as knowing:
+            for number in range(4):
+                await JobRunner(knowing, GenerationSession(job(str(number))), {}, Heard()).run()
+                assert knowing.links.timings.jobs and written == []
+                assert await asyncio.to_thread(is_writing.wait, 60)
+            may_go.set()
+        first, others = written
+        assert len(others) >= 3 and first
 
     play(tmp_path, 2, body)
 
@@ -410,8 +433,8 @@ def test_what_was_measured_on_another_mesh_is_not_added_to_this_one(tmp_path: Pa
     home, mesh = Home(tmp_path), FakeMesh(tmp_path, 2)
     mesh_file.save(mesh.record, home)
     news = Timings((RingTiming(backend="ring", ranks=(0, 1), gathers=(), sums=(), hidden=0.5),))
-    learn("[]", news, home)
+    learn("[]", [news], home)
     assert mesh_file.load(home) == mesh.record
-    learn(mesh.record.text, news, home)
+    learn(mesh.record.text, [news], home)
     kept = mesh_file.load(home)
     assert kept is not None and kept.timings == news

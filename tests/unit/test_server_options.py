@@ -8,14 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fluxmesh.images import parse_margins
+from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.server.faces import bodies
 from fluxmesh_coordinator.server.faces.api_fields import CALLED, OPTIONS
 from fluxmesh_coordinator.server.faces.openapi import JOB
 from fluxmesh_coordinator.server.paint_request import PaintRequest
+from fluxmesh_coordinator.server.threads import SMALL
 from tests.serving import Serving
 from tests.unit.test_server_faces import png, text, wait_until_running
 
@@ -158,7 +161,7 @@ def test_an_idempotency_key_that_is_wrong_is_called_what_it_is(serving: Serving,
             assert answer.json()["error"]["message"].startswith("`id`")
 
 
-def test_a_body_of_json_is_read_in_a_thread(
+def test_a_large_body_of_json_is_read_in_a_thread(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of 64 MiB takes a second, in which the event loop would hear nobody."""
@@ -171,12 +174,14 @@ def test_a_body_of_json_is_read_in_a_thread(
 
     monkeypatch.setattr(bodies, "parsed", noted)
     with serving.client() as client:
-        assert client.post("/api/jobs", content=b'{"prompt": "x"}').status_code == 202
+        body = b'{"prompt": "x"}' + b" " * SMALL
+        assert client.post("/api/jobs", content=body).status_code == 202
     assert len(threads) == 1 and threads[0].startswith("asyncio_")
 
 
-def test_what_was_asked_is_hashed_in_a_thread(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("large", ["image", "negative_prompt"])
+def test_what_was_asked_is_hashed_in_a_thread_where_it_is_large(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, large: str
 ) -> None:
     threads: list[str] = []
     fingerprint = PaintRequest.fingerprint
@@ -187,5 +192,7 @@ def test_what_was_asked_is_hashed_in_a_thread(
 
     monkeypatch.setattr(PaintRequest, "fingerprint", property(noted))
     with serving.client() as client:
-        assert client.post("/api/jobs", json={"prompt": "x"}).status_code == 202
+        noise = np.random.default_rng(1).integers(0, 256, (256, 256, 3), np.uint8)
+        value = text(encode_png(noise, None)) if large == "image" else "x" * (SMALL + 1)
+        client.post("/api/jobs", json={"prompt": "x", large: value})
     assert len(threads) == 1 and threads[0].startswith("asyncio_")

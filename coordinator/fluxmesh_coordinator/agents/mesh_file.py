@@ -8,7 +8,8 @@ and of each agent its address and public key. No secret is in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,18 @@ def load(home: Home | None = None) -> MeshRecord | None:
         ) from None
 
 
+def stamp(home: Home | None = None) -> Hashable:
+    """Another one than before where the file may tell something else than before; None: no file.
+
+    Taken before a `load`, it says later whether another one is needed.
+    """
+    try:
+        status = os.lstat(_to_read(home).mesh)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size
+
+
 def _to_read(home: Home | None) -> Home:
     """A user whose home can't be written has no mesh, and can do what needs none."""
     return home or Home(home_folder())
@@ -225,18 +238,19 @@ def save(record: MeshRecord, home: Home | None = None) -> Path:
     return path
 
 
-def learn(text: str, news: Timings | BackendFault, home: Home | None = None) -> None:
-    """Adds what was found out on the mesh of this hostfile to what is known of it.
+def learn(text: str, news: Iterable[Timings | BackendFault], home: Home | None = None) -> None:
+    """Adds what was found out on the mesh of this hostfile, in this order, to what is known of it.
 
     Does nothing where another mesh is up by now. Raises as `load` and `save`.
     """
     known = load(home)
     if known is None or known.text != text:
         return
-    if isinstance(news, BackendFault):
-        known = replace(known, faults=known.fallback.noted(news).faults)
-    else:
-        known = replace(known, timings=learned(known.timings, news))
+    for each in news:
+        if isinstance(each, BackendFault):
+            known = replace(known, faults=known.fallback.noted(each).faults)
+        else:
+            known = replace(known, timings=learned(known.timings, each))
     save(known, home)
 
 

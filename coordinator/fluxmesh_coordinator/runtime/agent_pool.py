@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 RESTARTS = 3  # of one agent, in the life of a pool
 
 Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
-Keep = Callable[[Timings | BackendFault], None]  # blocks; FluxmeshError
+News = Timings | BackendFault  # what a job found out about the mesh
+Keep = Callable[[Sequence[News]], None]  # in the order in which it came; blocks; FluxmeshError
 
 
 class AgentPool:
@@ -54,8 +55,10 @@ class AgentPool:
         self.record, self.deadlines = record, deadlines
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
         self.links = Links(record.links, record.hostfile.backend, record.timings, record.fallback)
-        self._keep, self._writing = keep, asyncio.Lock()
-        self._notes: dict[asyncio.Task[None], BackendFault] = {}  # that are being written down
+        self._keep = keep
+        self._unwritten: list[News] = []  # that is to be kept
+        self._writing: asyncio.Task[None] | None = None
+        self._is_closing = asyncio.Event()
         self.clients: dict[int, AgentClient] = {}  # those that answer
         self.reasons: dict[int, str] = {}  # why the others do not
         self._members = {member.rank: member for member in record.members}
@@ -82,7 +85,9 @@ class AgentPool:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        await asyncio.gather(*self._notes)
+        self._is_closing.set()
+        if self._writing is not None:
+            await self._writing
         tasks = [*self._tasks.values(), *([self._ticking] if self._ticking else [])]
         await end(*tasks)
         await together(client.close() for client in self.clients.values())
@@ -106,25 +111,23 @@ class AgentPool:
         tried = self._restarts.get(rank, 0)
         return self._restart is not None and self.hosts[rank].is_local and tried < RESTARTS
 
-    async def learn(self, news: Timings) -> None:
+    def learn(self, news: Timings) -> None:
         """Plans of later jobs know what this one measured."""
         news = dated(news, time.time())
         self.links = replace(self.links, timings=learned(self.links.timings, news))
-        await self._write(news)
+        self._write_down(news)
 
     def remember(self, fault: BackendFault) -> None:
         """Rings form over another backend from now on, in later jobs too."""
         fault = replace(fault, when=time.time())
         self.links = replace(self.links, fallback=self.links.fallback.noted(fault))
-        note = asyncio.create_task(self._write(fault))
-        self._notes[note] = fault
-        note.add_done_callback(self._notes.pop)
+        self._write_down(fault)
 
     def adopt(self, faults: tuple[BackendFault, ...]) -> None:
         """What others have found out since, or `fluxmesh up` has cleared, is so here too."""
         fallback = replace(self.links.fallback, faults=faults)
-        for fault in self._notes.values():  # who read the record may have been too early
-            fallback = fallback.noted(fault)
+        for news in self._unwritten:  # who read the record was too early
+            fallback = fallback.noted(news) if isinstance(news, BackendFault) else fallback
         self.links = replace(self.links, fallback=fallback)
 
     def forgive(self) -> None:
@@ -132,14 +135,26 @@ class AgentPool:
         since = time.time() - self.deadlines.forgiven
         self.links = replace(self.links, fallback=self.links.fallback.forgiving(since))
 
-    async def _write(self, news: Timings | BackendFault) -> None:
+    def _write_down(self, news: News) -> None:
+        """Nobody waits for a disk but who closes the pool."""
         if self._keep is None:
             return
-        async with self._writing:
+        self._unwritten.append(news)
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write(self._keep))
+
+    async def _write(self, keep: Keep) -> None:
+        """Until all is written: now, and what comes soon after it together, a while later."""
+        while self._unwritten:
+            news = tuple(self._unwritten)
             try:
-                await asyncio.to_thread(self._keep, news)
+                await asyncio.to_thread(keep, news)
             except FluxmeshError as error:  # the pictures are worth more than what is known of them
                 log.warning("what was found out is not kept: %s", error)
+            del self._unwritten[: len(news)]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.deadlines.rewrite):
+                    await self._is_closing.wait()
 
     def lost(self, rank: int, client: AgentClient, reason: str) -> None:
         """A client's conversation is over: another one is begun. Twice is harmless."""

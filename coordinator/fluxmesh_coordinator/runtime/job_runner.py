@@ -122,9 +122,10 @@ class JobRunner:
                 self._returning = asyncio.create_task(self._bring_back())
                 end = await self._serve(leased)
                 await self._release()
-                # Who stops a job doesn't wait for a disk; the next job measures the same.
+                # Who stops a job often ends the program, which would wait for a disk; the next job
+                # measures the same.
                 if not (isinstance(end, JobFinished) and isinstance(end.error, CancelledError)):
-                    await self._learn()
+                    self._learn()
                 if isinstance(end, JobFinished):
                     if end.error is not None:
                         raise self._named(end.error)
@@ -148,11 +149,11 @@ class JobRunner:
             text = text.replace(path, name)
         return adapter_upload.with_names(text, self.files)
 
-    async def _learn(self) -> None:
-        """Keeps what the session measured, once nobody waits for the hosts any more."""
+    def _learn(self) -> None:
+        """Keeps what the session measured."""
         news, self._lessons = self._lessons, []
         for each in news:
-            await self.pool.learn(each)
+            self.pool.learn(each)
 
     def feed(self, event: Input) -> None:
         """Gives the session an input that comes from no agent."""

@@ -7,7 +7,7 @@ has its options, by the same `commands/`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.errors import UsageError
@@ -117,6 +117,11 @@ class PaintRequest:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Of its pictures; and the letters of its texts, which nobody has counted yet."""
+        return sum(_size(getattr(self, field.name)) for field in fields(self))
+
+    @property
     def fingerprint(self) -> str:
         """The same for the same pictures, also of a server that knows more fields."""
         values = asdict(replace(self, model=None, previews=False))
@@ -135,6 +140,12 @@ def check_area(height: int, width: int) -> None:
             f"is {width}x{height}, more than {MAX_AREA >> 20} million pixels",
             "ask for a smaller picture",
         )
+
+
+def _size(value: object) -> int:
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, bytes | str) else 0
 
 
 def _short(value: object) -> object:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from fluxmesh.errors import UsageError
 from fluxmesh_coordinator.server import uploads
 from fluxmesh_coordinator.server.problems import ProblemError
+from fluxmesh_coordinator.server.threads import of_size
 
 MAX_FIELDS = 64
 MAX_FIELD = 1 << 20  # bytes of one that is no file
@@ -86,6 +87,8 @@ class Body:
         sent = self.files.get(name) or self.files.get(f"{name}[]") or []
         value = self.fields.get(name)
         texts = [] if value in (None, "") else value if isinstance(value, list) else [value]
+        if not sent and not texts:
+            return []
         return await asyncio.to_thread(uploads.checked_all, sent, texts, name)
 
     async def picture(self, name: str) -> bytes | None:
@@ -128,8 +131,8 @@ async def read_body(request: Request) -> Body:
         raise ProblemError(
             415, f"A body of {kind[:40]} can't be read; send JSON or multipart/form-data.", "body"
         )
-    # Of 64 MiB it takes a while, in which the server would hear nobody.
-    fields = await asyncio.to_thread(parsed, await request.body() or b"{}", "")
+    body = await request.body() or b"{}"
+    fields = await of_size(len(body), parsed, body, "")
     if not isinstance(fields, dict):
         raise ProblemError(400, "The body is no JSON object; send one.", "body")
     return Body(fields)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -177,14 +178,18 @@ async def _answer(
         return EventResponse(_events(service, job, form), Interest(service, job))
     names = await pictures_of(request, service, job)
     base = str(request.base_url).rstrip("/")
-    data: list[dict[str, Any]] = []
-    for name in names:
-        if form.as_url:
-            data.append({"url": f"{base}{access.address_of(name)}"})
-        else:
-            data.append({"b64_json": await _encoded(service, name, form)})
-    reply = {"created": int(time.time()), "data": data, "usage": USAGE, **form.about(job)}
-    return await run_in_threadpool(JSONResponse, reply)  # of many pictures it takes a while
+
+    def reply() -> Response:
+        data = [
+            {"url": f"{base}{access.address_of(name)}"}
+            if form.as_url
+            else {"b64_json": _encoded(service, name, form)}
+            for name in names
+        ]
+        fields = {"created": int(time.time()), "data": data, "usage": USAGE, **form.about(job)}
+        return JSONResponse(fields)
+
+    return await run_in_threadpool(reply)  # of many pictures it takes a while
 
 
 async def _events(
@@ -201,16 +206,13 @@ async def _events(
         if event.kind == "preview" and form.is_due(sent.get(data["image"], 0), data, job):
             number = sent[data["image"]] = sent.get(data["image"], 0) + 1
             about |= {"type": f"{form.kind}.partial_image", "partial_image_index": number - 1}
-            picture = await run_in_threadpool(form.enlarged, data["data"], job)
-            yield await _written({**about, "b64_json": picture})
+            yield await _written(about, partial(form.enlarged, data["data"], job))
         elif event.kind == "picture":
             about |= {"type": f"{form.kind}.completed", "usage": USAGE}
             try:
-                picture = await _encoded(service, data["name"], form)
+                yield await _written(about, partial(_encoded, service, data["name"], form))
             except NoSuchPictureError as error:  # somebody has removed it meanwhile
                 missing = error
-                continue
-            yield await _written({**about, "b64_json": picture})
         elif event.kind in ("model", "note", "host"):
             yield f": {' '.join(data['text'].split())}\n\n"
     try:
@@ -218,13 +220,18 @@ async def _events(
         if missing is not None:
             raise missing
     except (ProblemError, NoSuchPictureError) as error:
-        yield await _written({"type": "error", **body_of(problem_of(error), "/v1/")})
+        fields = body_of(problem_of(error), "/v1/")
+        yield written({"type": "error", **fields}, kind="error")
 
 
-async def _written(fields: dict[str, Any]) -> str:
-    """In a thread: a picture is megabytes of text."""
-    return await run_in_threadpool(lambda: written(fields, kind=fields["type"]))
+async def _written(about: dict[str, Any], picture: Callable[[], str]) -> str:
+    """An event with its picture, in a thread: it is megabytes of text."""
+
+    def text() -> str:
+        return written({**about, "b64_json": picture()}, kind=about["type"])
+
+    return await run_in_threadpool(text)
 
 
-async def _encoded(service: PaintingService, name: str, form: ReplyFormat) -> str:
-    return await run_in_threadpool(lambda: form.encoded(service.pictures.read(name)))
+def _encoded(service: PaintingService, name: str, form: ReplyFormat) -> str:
+    return form.encoded(service.pictures.read(name))

@@ -12,7 +12,7 @@ import io
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -104,6 +104,7 @@ class CurrentPainter:
         self.changed: Callable[[], None] = lambda: None  # called when hosts come free
         self._lock = threading.Lock()
         self._painter: Painter | None = None
+        self._stamp: Hashable = None  # of the mesh's record when it was read last
         self._book = HostBook(())  # of the painter's mesh
         self._users: Counter[Painter] = Counter()  # jobs that run, and who asks something
         self._faults: tuple[BackendFault, ...] = ()  # of its backends, as its record had them last
@@ -173,14 +174,17 @@ class CurrentPainter:
         self._let_go(old)
 
     def _get(self) -> Painter:
-        record, old = mesh_file.load(), self._painter
+        stamp, old = mesh_file.stamp(), self._painter
+        if old is not None and stamp == self._stamp:
+            return old
+        record = mesh_file.load()
         if old is None or _key(old.record) != _key(record):
             self._painter = Painter(NotesReporter(), keep_warm=True)
             record = self._painter.record  # looked up now, beside the comparison
             ranks = [0] if record is None else [member.rank for member in record.members]
             self._book = HostBook(ranks, lambda: self.changed())
             self._let_go(old)
-        self._faults = () if record is None else record.faults
+        self._faults, self._stamp = () if record is None else record.faults, stamp
         assert self._painter is not None
         return self._painter
 

@@ -41,6 +41,7 @@ from fluxmesh_coordinator.server.queue.journal import KEPT, Journal
 from fluxmesh_coordinator.server.queue.lane import Lane, reason_of
 from fluxmesh_coordinator.server.queue.resolver import RequestResolver
 from fluxmesh_coordinator.server.queue.served_job import JobStage, ServedJob
+from fluxmesh_coordinator.server.threads import of_size
 
 log = logging.getLogger(__name__)
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{7,63}")
@@ -133,7 +134,7 @@ class PaintingService:
 
         Raises `FluxmeshError` for a request that is wrong, and where the line is full.
         """
-        fingerprint = await asyncio.to_thread(lambda: asked.fingerprint)  # of megabytes, it may be
+        fingerprint = await of_size(asked.nbytes, lambda: asked.fingerprint)
         known = self._repeated(id, fingerprint)
         if known is not None and await asyncio.to_thread(self._has_all, known):
             return known
