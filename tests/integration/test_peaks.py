@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fluxmesh import Mesh, events
+from fluxmesh.kernels.ops import device
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.keys import Keys
@@ -57,7 +58,7 @@ def test_each_rank_of_a_sharded_mesh_stays_within_its_share_of_memory(tmp_path: 
     sizes = ModelSizes.of(hub.resolve("tiny"))
     work = Workload.of(sizes.fill(REQUEST), sizes)
     (whole,) = peaks(tmp_path / "whole", 1, "data").values()
-    needs = [max(work.memory("tensor", HOSTS, shards)) for shards in (1, HOSTS)]
+    needs = [max(work.memory("tensor", HOSTS, shards, device())) for shards in (1, HOSTS)]
     cap = str(sum(needs) // 2)  # bytes: less than all of it needs, more than a share of it does
     parts = peaks(tmp_path / "parts", HOSTS, "tensor", "--memory", cap)
     assert sorted(parts) == list(range(HOSTS))
