@@ -125,7 +125,10 @@ def test_a_request_with_a_control_map_takes_a_model_that_follows_one(here: Any) 
     here(["schnell", "dev", "depth", "canny", "fill"], 128)
     model = default_model(FOLLOWING)
     assert model.name == "canny"
-    assert model.sentence.startswith("canny is the best model that is here for a control map; ")
+    said = (
+        "canny is the best model that is here for a control map (a map made for depth takes that); "
+    )
+    assert model.sentence.startswith(said)
     assert default_model(ASKED).name == "schnell"
     here(["schnell", "depth"], 128)
     assert default_model(FOLLOWING).name == "depth"
