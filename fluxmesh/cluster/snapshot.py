@@ -318,7 +318,7 @@ class HostInfo:
     text: TextHolding | None = None
     kept: KeptModels = ()  # beside `holds`: they leave when something else needs their memory
     device: str = ""  # agents that name the same one share its memory and its time
-    platform: Platform = "cpu"
+    platform: Platform = "cuda"
     machine_bytes: int = 0  # all memory of the machine; 0 is unknown
     compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of
     ring: RingPlace = RingPlace()  # that its engine is in

@@ -359,6 +359,10 @@ class Architecture(ABC):
         """Of modulator and denoiser, the bytes that `tensor` splits among its hosts."""
         return round(sum(_split_bytes(self, dtype, bits)))
 
+    def largest_split_bytes(self, dtype: str, bits: int | None) -> int:
+        """Bytes of the largest linear of these."""
+        return _largest_split_bytes(self, dtype, bits)
+
     def column_part(self, dtype: str, bits: int | None) -> float:
         """The part of these bytes that follows the MLPs' columns; the rest follows the heads."""
         heads, columns = _split_bytes(self, dtype, bits)
@@ -400,6 +404,17 @@ def _split_bytes(architecture: Architecture, dtype: str, bits: int | None) -> tu
             nbytes = _bytes(architecture, component.name, split, dtype, bits)
             total, columns = total + nbytes, columns + part * nbytes
     return total - columns, columns
+
+
+@lru_cache(maxsize=64)
+def _largest_split_bytes(architecture: Architecture, dtype: str, bits: int | None) -> int:
+    modules, largest = architecture.partition.modules, 0
+    for component in architecture.of_role("modulator", "denoiser"):
+        for name, tensor in architecture.tensors(component.name).items():
+            if name.rpartition(".")[0] in modules:
+                own = {name: tensor}
+                largest = max(largest, _bytes(architecture, component.name, own, dtype, bits))
+    return largest
 
 
 @lru_cache(maxsize=64)

@@ -7,13 +7,14 @@ whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
+from copy import copy as shallow_copy
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.kernels.packed_linear import PackedLinear
 from fluxmesh.models.layers import RMSNorm
 from fluxmesh.models.lora_linear import AdaptedLinear, joined_spans
 from fluxmesh.models.module_tree import module_at, replace_module
@@ -23,17 +24,23 @@ T = TypeVar("T")
 
 
 def shard_of(flux: T, shard: Shard) -> T:
-    """Part `shard` of a transformer, evaluated; `flux` keeps all of its own.
+    """Part `shard` of a transformer, which shares the weights of `flux`: none is held twice.
 
-    What is not cut is shared between the two. Raises `UsageError` where heads or quantization
-    groups don't divide.
+    Raises `UsageError` where heads or quantization groups don't divide.
     """
     whole: Any = flux
     whole.partition.check(shard.size, is_quantized(whole), shard.shares)
     part = type(whole)(whole.config)
     if whole.modulation_released:
         part.release_modulation()
-    take_cuts(part, whole, whole.partition.cuts(shard))
+    cuts = whole.partition.cuts(shard)
+    for name, module in part.named_modules():
+        if isinstance(module, nn.Linear | RMSNorm):
+            taken = module_at(whole, name)
+            if name in cuts:
+                taken = cut_linear(taken, cuts[name], copy=False)
+                mx.eval(taken.parameters())
+            replace_module(part, name, taken)
     hold_shard(part, shard)
     sharded: T = part
     return sharded
@@ -47,21 +54,6 @@ def hold_shard(flux: Any, shard: Shard) -> None:
         single.qkv_dim = 3 * (stop - start)
 
 
-def take_cuts(part: Any, whole: Any, cuts: Mapping[str, Cut]) -> None:
-    """Gives `part`, a new model like `whole`, the linears of `whole`, cut and evaluated.
-
-    What is not cut is shared between the two; `whole` keeps all of its own.
-    """
-    for name, module in part.named_modules():
-        if isinstance(module, nn.Linear | RMSNorm):
-            taken = module_at(whole, name)
-            if name in cuts:
-                taken = cut_linear(taken, cuts[name])
-                mx.eval(taken.parameters())
-            replace_module(part, name, taken)
-    mx.clear_cache()
-
-
 def is_quantized(model: nn.Module) -> bool:
     """Whether any linear of a model is."""
     return any(isinstance(module, nn.QuantizedLinear) for module in model.modules())
@@ -71,22 +63,42 @@ def cut_linear(linear: Any, cut: Cut, *, copy: bool = True) -> Any:
     """A linear of the same kind that holds `cut` of it, lazily.
 
     Cut along its inputs it gives a part of a sum; its bias, to be added once and to the whole sum,
-    is then called `sum_bias`. Without `copy` and with one span, it shares the buffers of `linear`.
+    is then called `sum_bias`. Without `copy` it shares the buffers of `linear`, if need be as a
+    `LentLinear`.
     """
     if isinstance(linear, AdaptedLinear):
         return linear.cut(cut, lambda inner: cut_linear(inner, cut, copy=copy), copy=copy)
-    part: Any
-    if isinstance(linear, nn.QuantizedLinear):
-        group, bits = linear.group_size, linear.bits
-        part = PackedLinear(group, 1, bias=False, group_size=group, bits=bits)
-        leaves = ["weight", "scales", "biases"]
-    else:
-        part = nn.Linear(1, 1, bias=False)  # its random weight is never computed
-        leaves = ["weight"]
-    for leaf in leaves:
-        part[leaf] = joined_spans(linear[leaf], cut, cut.axis, copy=copy)
+    if len(cut.spans) > 1 and not copy:
+        return LentLinear(functools.partial(cut_linear, linear, cut))
+    part = shallow_copy(linear)
+    for leaf in ("weight", "scales", "biases"):
+        if leaf in linear:
+            part[leaf] = joined_spans(linear[leaf], cut, cut.axis, copy=copy)
     if "bias" in linear and cut.axis == 0:
         part.bias = joined_spans(linear.bias, cut, 0, copy=copy)
     elif "bias" in linear:
-        part.sum_bias = linear.bias
+        part.sum_bias = part.pop("bias")
     return part
+
+
+class LentLinear(nn.Module):
+    """A cut, in several spans, of a linear that stays whole beside it.
+
+    A product takes one matrix: the spans are joined for each call, and let go after it. That moves
+    a shard's weights once more in a step, little beside what thousands of tokens do with them, and
+    holds those of one linear in the place of all.
+    """
+
+    def __init__(self, take: Callable[[], Any]) -> None:
+        """`take` gives the cut, lazily."""
+        super().__init__()
+        self.take = take
+        part = take()
+        for name in ("bias", "sum_bias"):
+            if name in part:
+                self[name] = part[name]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., in] to [..., out], of the cut."""
+        product: mx.array = self.take()(x)
+        return product

@@ -15,7 +15,13 @@ from fluxmesh.models.base import Architecture
 STATES = 24  # hidden states that a step holds at once, at most
 SPLIT_STATES = 16  # of these, the ones that `tensor` splits: queries to values, and the MLP
 WIDE_STATES = 6  # more of them where tokens are float32 beside branches of float16
+CPU_STATES = 44  # the same on a CPU, which MLX lets run some operations behind
+SCORE_ARRAYS = 3  # attention weights of a block, float32; a GPU's kernel makes none
+LENT_LINEARS = 3  # joined, of spans of a transformer that is whole, and there at once
 DECODE_ARRAYS = 4  # of the largest size that a decode holds at once
+# On a CPU, which is given all that `decoding_room` allows at once: the results of a whole decode or
+# encode together, and those of one convolution, which holds its input nine times.
+CPU_ARRAYS, CPU_CONVOLUTION = 48, 10.5
 # On Metal a 3x3 convolution is Winograd's (https://arxiv.org/abs/1509.09308): beside its input and
 # output it holds 3.7 times its input, as mlx#4102 measured.
 WINOGRAD = 3.7
@@ -63,7 +69,13 @@ def decoding_room(largest: int, platform: Platform, scarce: bool) -> float:
 
 
 def decoding_bytes(largest: int, platform: Platform) -> int:
-    """Bytes that a decode, or an encode, takes at once, beside the autoencoder's weights."""
+    """Bytes that a decode, or an encode, takes at once, beside the autoencoder's weights.
+
+    On a GPU what it needs: where there is more, as many results wait as `decoding_room` says.
+    """
+    if platform == "cpu":
+        room = decoding_room(largest, platform, scarce=True)
+        return int(min(CPU_ARRAYS * largest, room + CPU_CONVOLUTION * largest))
     arrays = DECODE_ARRAYS + (WINOGRAD if platform == "metal" else 0)
     return int(arrays * largest)
 

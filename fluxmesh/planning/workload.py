@@ -9,16 +9,23 @@ them alike: text encoding, the requests and pictures that travel between coordin
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import ModelVariant, Placement, Platform, prompt_mark
+from fluxmesh.errors import UsageError
 from fluxmesh.models.base import Architecture, ModelDefaults, Role
 from fluxmesh.models.partition import TokenRuns
 from fluxmesh.models.transformer_shape import TransformerShape
 from fluxmesh.planning.activations import (
+    CPU_STATES,
+    LENT_LINEARS,
+    SCORE_ARRAYS,
     SPLIT_STATES,
     STATES,
     WIDE_STATES,
@@ -59,7 +66,7 @@ class ModelSizes:
         own, model = self.defaults, self.architecture
         references = request.references
         if not isinstance(request, FilledRequest):
-            references = tuple(map(model.fitted, references))
+            references = tuple(_fitted(model, references))
         height, width = model.size_of(references) or (own.height, own.width)
         if request.control is not None and "control" in model.takes:
             height, width = model.size_of_control(request.control)
@@ -87,6 +94,18 @@ class ModelSizes:
             "negative": negative,
         }
         return FilledRequest(**values)
+
+
+def _fitted(model: Architecture, pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Reference pictures at the sizes at which a model reads them. Raises `UsageError`, which says
+    of several which one is wrong."""
+    for number, picture in enumerate(pictures, start=1):
+        try:
+            yield model.fitted(picture)
+        except UsageError as error:
+            if len(pictures) == 1:
+                raise
+            raise UsageError(f"Reference {number} of {len(pictures)}: {error}") from error
 
 
 class Resident(NamedTuple):
@@ -322,25 +341,10 @@ class Workload:
 
         `share` is its own where not all hosts have the same.
         """
+        if self.low_memory and placement == "tensor":  # which loads no more than it runs
+            shards = hosts
         row = self.shape.hidden_size * BYTES[self.weights.dtype]
-        states = STATES + (WIDE_STATES if self.weights.dtype == "float16" else 0)
-        tokens = max(self.tokens, self.remembered)  # those of a step, or of references before it
-        if placement == "sequence" and share is not None:
-            # K and V, whole: as they were gathered, without what filled them up, and turned
-            own, longest = (math.ceil(n * tokens / self.tokens) for n in share[:2])
-            every = 2 * longest * hosts + 4 * tokens
-            working = (states * own + every) * row
-        elif placement == "sequence":
-            own = math.ceil(tokens / hosts)
-            working = states * own * row + 4 * own * hosts * row  # K and V, whole, twice
-        elif placement == "tensor":
-            whole = states - SPLIT_STATES
-            split = SPLIT_STATES / hosts
-            if share is not None:
-                split = SPLIT_STATES * max(share.heads, share.columns)
-            working = math.ceil((whole + split) * tokens * row)
-        else:
-            working = states * tokens * row
+        working = self._working(placement, hosts, shards, platform, share)
         kept = 2 * self.remembered * self.shape.blocks * row  # keys and values, in all blocks
         if placement == "tensor":  # of this rank's heads
             kept = math.ceil(kept / hosts if share is None else kept * share.heads)
@@ -357,6 +361,47 @@ class Workload:
             return Phases(least + extra, decode)
         return Phases(transformer + working + kept + extra, decode + transformer + kept)
 
+    def _working(
+        self,
+        placement: Placement,
+        hosts: int,
+        shards: int,
+        platform: Platform,
+        share: OwnShare | None,
+    ) -> int:
+        """Bytes that a step takes beside weights, and beside what is remembered."""
+        row = self.shape.hidden_size * BYTES[self.weights.dtype]
+        states = CPU_STATES if platform == "cpu" else STATES
+        states += WIDE_STATES if self.weights.dtype == "float16" else 0
+        tokens = max(self.tokens, self.remembered)  # those of a step, or of references before it
+        part = 1.0  # of the attention weights
+        if placement == "sequence" and share is not None:
+            # K and V, whole: as they were gathered, without what filled them up, and turned
+            own, longest = (math.ceil(n * tokens / self.tokens) for n in share[:2])
+            every = 2 * longest * hosts + 4 * tokens
+            working, part = (states * own + every) * row, own / tokens
+        elif placement == "sequence":
+            own = math.ceil(tokens / hosts)
+            # K and V, whole, twice
+            working, part = states * own * row + 4 * own * hosts * row, own / tokens
+        elif placement == "tensor":
+            part = 1 / hosts if share is None else max(share.heads, share.columns)
+            working = math.ceil((states - SPLIT_STATES + SPLIT_STATES * part) * tokens * row)
+            if shards < hosts:
+                working += math.ceil(LENT_LINEARS * part * self._largest_split)
+        else:
+            working = states * tokens * row
+        if platform == "cpu":
+            scores = self.shape.num_heads * tokens * (self.tokens + self.remembered)
+            working += math.ceil(SCORE_ARRAYS * part * scores * BYTES["float32"])
+        return working
+
+    @cached_property
+    def _largest_split(self) -> int:
+        """Bytes of the largest linear that `tensor` splits."""
+        weights = self.weights
+        return self.model.architecture.largest_split_bytes(weights.dtype, weights.bits)
+
     def encoding_memory(
         self, shards: int, platform: Platform, weights_part: float | None = None
     ) -> int:
@@ -367,8 +412,8 @@ class Workload:
         """
         if not self.encoded_pixels:
             return 0
-        size = BYTES[self.weights.dtype]
-        largest = largest_of_encode(self.model.architecture, self.encoded_pixels, size)
+        model, size = self.model.architecture, self._bytes_of_pixels(platform)
+        largest = largest_of_encode(model, self.encoded_pixels, size)
         encode = self.autoencoder_bytes + decoding_bytes(largest, platform)
         if self.low_memory:
             return encode
@@ -381,9 +426,13 @@ class Workload:
         return self.model.architecture.nbytes((role,), self.weights.dtype, self.weights.bits)
 
     def _decode_bytes(self, platform: Platform) -> int:
-        size, batch = BYTES[self.weights.dtype], min(self.decoding_batch_size, self.images)
+        size, batch = self._bytes_of_pixels(platform), min(self.decoding_batch_size, self.images)
         largest = largest_of_decode(self.model.architecture, self.height, self.width, size)
-        return decoding_bytes(batch * largest, platform)
+        return batch * decoding_bytes(largest, platform)
+
+    def _bytes_of_pixels(self, platform: Platform) -> int:
+        """Of a number of the autoencoder's activations: a CPU's convolutions are float32."""
+        return BYTES["float32" if platform == "cpu" else self.weights.dtype]
 
 
 def tensor_problem(work: Workload, hosts: int, shares: Shares = EVEN) -> str:

@@ -40,10 +40,11 @@ def check_takes(
         if condition not in model.takes:
             able = _sentence(list(_able(condition)))
             raise UsageError(f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.")
-    if len(references) > model.most_references:
-        given, most = len(references), model.most_references
-        raise UsageError.about(
-            "references", f"are {given} pictures, and {name} takes {most}", f"give {most} at most"
+    given, most = len(references), model.most_references
+    if given > most:
+        able = _sentence(list(_able("references", given)))
+        raise UsageError(
+            f"`references`: {name} takes no more than {most}, and {given} were given; {able}."
         )
 
 
@@ -122,14 +123,15 @@ def read_here(model: Architecture, reader: str = "") -> Architecture:
         return model
 
 
-def _able(condition: Condition) -> Iterator[str]:
-    """Models on this machine that take it."""
+def _able(condition: Condition, pictures: int = 1) -> Iterator[str]:
+    """Models on this machine that take it, and so many reference pictures."""
     for name in hub.names_here():
         try:
             model = hub.resolve(name, download=False).architecture
         except FluxmeshError:  # a broken folder is no reason to say nothing of the others
             continue
-        if condition in read_here(model).takes:
+        reading = read_here(model)
+        if condition in reading.takes and pictures <= reading.most_references:
             yield name
 
 

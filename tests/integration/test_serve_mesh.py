@@ -127,7 +127,7 @@ def test_models_by_name_stay_in_memory_where_there_is_room_for_both(
             sizes = ModelSizes.of(hub.resolve(source))
             work = Workload.of(sizes.fill(GenerateRequest("", 0, source)), sizes)
             needs.append(max(work.memory("data", 1, 1, device())) + work.text_bytes)
-        machine.up(machine.hostfile(1, memory=int(1.3 * max(needs))), "--no-warm")
+        machine.up(machine.hostfile(1, memory=max(needs) + 200_000), "--no-warm")
     with asked_server(machine, "--model", machine.model) as it:
         loads, pictures = [], []
         for number, name in enumerate([*names, names[0]]):

@@ -24,7 +24,6 @@ from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.t5 import T5Encoder
 from fluxmesh.models.flux1.transformer import Flux
 from fluxmesh.models.partition import Shard
-from fluxmesh.models.slicing import shard_of
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import AdapterRef
 from fluxmesh.sampling.denoise import denoise
@@ -34,6 +33,7 @@ from tests.checkpoints import AUTOENCODER, T5, make_checkpoint
 from tests.flux1_adapters import LowRank, write_adapter
 from tests.numerics.units import latents, painting
 from tests.parallel.cases import ODD, ParallelCase, noise_of, plan_of, random_flux
+from tests.shards import copied_shard
 
 LARGEST = 65504  # of float16
 GROWS = 300.0
@@ -247,7 +247,7 @@ def test_a_shard_from_files_has_the_room_that_a_slice_of_the_whole_has(
     for rank in range(2):
         part = loading.load_transformer(checkpoint, mx.float16, bits, shard=Shard(rank, 2))
         mine = dict(tree_flatten(part.parameters()))
-        theirs = dict(tree_flatten(shard_of(whole, Shard(rank, 2)).parameters()))
+        theirs = dict(tree_flatten(copied_shard(whole, Shard(rank, 2)).parameters()))
         assert mine.keys() == theirs.keys() and "single_blocks.0.linear2.sum_bias" in mine
         for name, value in theirs.items():
             assert mx.array_equal(mine[name], value).item(), name

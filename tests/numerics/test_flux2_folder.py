@@ -27,7 +27,6 @@ from fluxmesh.models.flux2.files.folder import Flux2Folder
 from fluxmesh.models.flux2.tensor_maps import EMBEDDING
 from fluxmesh.models.partition import Shard
 from fluxmesh.models.registry import PUBLISHED
-from fluxmesh.models.slicing import shard_of
 from fluxmesh.request import SourceImage
 from fluxmesh.storage.safetensors import read_header, read_headers, read_tensor
 from fluxmesh.training.data.dataset import Example
@@ -50,6 +49,7 @@ from tests.flux2_checkpoint import (
     make_single_file,
 )
 from tests.numerics.loading import assert_same, parameters, rewrite
+from tests.shards import copied_shard
 
 SIZE = (4, 6)  # latents
 KINDS: tuple[Kind, ...] = ("klein", "base", "dev")
@@ -147,7 +147,7 @@ def test_a_shard_holds_its_part_and_what_all_hold(hosts: int, folders: Mapping[K
         flow = loading.load_transformer(checkpoint, mx.float32, shard=Shard(rank, hosts))
         held = sum(array.nbytes for array in parameters(flow).values())
         assert held == whole - split + split // hosts
-        part = shard_of(loading.load_transformer(checkpoint, mx.float32), Shard(rank, hosts))
+        part = copied_shard(loading.load_transformer(checkpoint, mx.float32), Shard(rank, hosts))
         assert_same(parameters(flow), parameters(part))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.models.collectives import Ranks
@@ -39,6 +38,7 @@ from fluxmesh.sampling.schedule import timesteps
 from tests.flux2_models import random_flux2
 from tests.flux2_runtime import Flux2Models
 from tests.parallel.worker import RankWork, join
+from tests.shards import used
 
 WAITING_SIZES = (2, 3)  # ranks that also run each case with a host that waits for collectives
 
@@ -187,10 +187,9 @@ def run(case: Flux2Case, ranks: Ranks | None, work: RankWork | None = None) -> t
     for x in runtime.denoise(request, noise, caches):
         mx.eval(x)
         reused.append(bool(caches and caches[0].reused))
-    names = dict(tree_flatten(flux.parameters()))
     blocks = [
         array
-        for name, array in names.items()
+        for name, array in used(flux).items()
         if name.startswith(("double_blocks", "single_blocks")) and "norm" not in name
     ]
     did: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,7 @@ from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
 from fluxmesh.models.flux1.partition import cuts, partition
 from fluxmesh.models.flux1.transformer import Flux
+from fluxmesh.models.module_tree import module_at
 from fluxmesh.models.partition import Shard
 from fluxmesh.models.slicing import shard_of
 from fluxmesh.weights import hub
@@ -24,6 +26,7 @@ from fluxmesh.weights.quantize import quantize_checkpoint
 from tests.allocation import allocated, without_cache
 from tests.checkpoints import make_checkpoint
 from tests.flux1_adapters import Adapter, LowRank, apply_adapters, write_adapter
+from tests.parallel import flux2_cases
 from tests.parallel.cases import (
     LARGE,
     ON_DISK,
@@ -33,7 +36,9 @@ from tests.parallel.cases import (
     plan_of,
     quantizable,
 )
+from tests.parallel.flux2_cases import Flux2Case
 from tests.parallel.worker import held
+from tests.shards import copied_shard, used
 
 
 def parameters(flux: Flux) -> dict[str, mx.array]:
@@ -74,7 +79,8 @@ def test_a_shard_from_files_is_the_shard_of_the_whole(tmp_path, layout, size):
     whole = load_transformer(checkpoint, bits=bits)
     for rank in range(size):
         shard = Shard(rank, size)
-        assert_same(load_transformer(checkpoint, bits=bits, shard=shard), shard_of(whole, shard))
+        part = load_transformer(checkpoint, bits=bits, shard=shard)
+        assert_same(part, copied_shard(whole, shard))
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -118,7 +124,7 @@ def test_an_adapter_on_a_shard_is_the_shard_of_the_adapted(tmp_path, fuse, bits)
     for rank in range(2):
         part = load_transformer(checkpoint, mx.float32, bits, shard=Shard(rank, 2))
         apply_adapters(part, [(path, 0.7)], fuse)
-        mine, theirs = parameters(part), parameters(shard_of(whole, Shard(rank, 2)))
+        mine, theirs = parameters(part), parameters(copied_shard(whole, Shard(rank, 2)))
         assert mine.keys() == theirs.keys()
         for name in mine:
             assert mx.allclose(
@@ -174,6 +180,31 @@ def test_what_a_spread_model_held_is_free_once_it_is_dropped():
     weight = weakref.ref(flow.flux)
     del flow
     assert weight() is None  # at once, without a search for cycles
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+def test_a_shard_of_a_model_in_memory_holds_nothing_twice(family, bits):
+    if family == "flux1":
+        whole: Any = flow_of(ParallelCase("groups", "one", quantizable(4), bits=bits))
+    else:
+        config = flux2_cases.quantizable(4)
+        whole = flux2_cases.flux_of(Flux2Case("groups", "one", config, bits=bits))
+    mx.eval(whole.parameters())
+    own = sum(array.nbytes for array in parameters(whole).values())
+    with without_cache():
+        before = mx.get_active_memory()
+        parts = [shard_of(whole, Shard(rank, 4)) for rank in range(4)]
+        assert mx.get_active_memory() - before < 0.05 * own  # biases of spans
+    for rank, part in enumerate(parts):
+        copied = copied_shard(whole, Shard(rank, 4))
+        assert used(part).keys() == parameters(copied).keys()
+        for name in whole.partition.modules:
+            module = module_at(copied, name)
+            packed = "scales" in module
+            columns = module.scales.shape[1] * module.group_size if packed else 0
+            x = mx.random.normal((3, columns or module.weight.shape[1]))
+            assert mx.allclose(module_at(part, name)(x), module(x), atol=1e-5), name
 
 
 def test_a_shard_is_refused_where_it_does_not_belong():

@@ -24,6 +24,7 @@ from tests.parallel.flux2_cases import REFERENCES, Flux2Case
 from tests.parallel.ring import once, run_ranks, written
 from tests.parallel.shares_cases import SharedCase, cases, key_of
 from tests.parallel.test_sharding import assert_same
+from tests.shards import copied_shard
 
 SIZES = (2, 3)
 TIMEOUT = 280.0  # of all ranks together: a hang is a failure, not a wait
@@ -200,7 +201,7 @@ def test_a_share_from_files_is_the_share_of_the_whole(tmp_path, bits):
         shard = Shard(rank, 3, shares)
         part = load_transformer(checkpoint, bits=bits, shard=shard)
         assert part.single_blocks[0].qkv_dim == 3 * 32 * shares.heads[rank]
-        assert_same(part, shard_of(whole, shard))
+        assert_same(part, copied_shard(whole, shard))
 
 
 def test_the_parts_of_each_linear_are_the_whole_and_none_overlaps():

@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.flux1.transformer import Flux
@@ -35,6 +34,7 @@ from tests.parallel.cases import (
     plan_of,
     source_of,
 )
+from tests.shards import used
 
 
 class RankWork:
@@ -71,10 +71,10 @@ class RankWork:
 
 
 def held(flux: Flux) -> int:
-    """Bytes of blocks and modulations in this process."""
+    """Bytes of blocks and modulations that this process multiplies with."""
     return sum(
         array.nbytes
-        for name, array in tree_flatten(flux.parameters())
+        for name, array in used(flux).items()
         if name.startswith(("double_blocks", "single_blocks", "final_layer.adaLN"))
     )
 

@@ -89,6 +89,22 @@ def test_the_first_reference_says_the_size_unless_the_user_does() -> None:
     assert KLEIN.fill(asked()).height == 1024
 
 
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        ((48, 80), "of 48x80 pixels is too small; each side must have 64 at least"),
+        ((64, 640), "of 64x640 pixels is too narrow; one side may be 8 times the other at most"),
+    ],
+)
+def test_a_reference_that_the_model_does_not_read_is_named(
+    size: tuple[int, int], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^A reference picture {sentence}"):
+        KLEIN.fill(asked(references=[picture(*size)]))
+    with pytest.raises(UsageError, match=f"^Reference 2 of 2: A reference picture {sentence}"):
+        KLEIN.fill(asked(references=[picture(70, 101), picture(*size)]))
+
+
 def test_kontext_reads_a_picture_at_the_nearest_of_its_own_sizes() -> None:
     filled = KONTEXT.fill(asked(references=[picture(300, 410)]))
     assert filled.references[0].shape == (880, 1184, 3)
@@ -135,7 +151,7 @@ def test_what_a_model_does_not_take_is_refused_with_the_names_of_those_here_that
     with pytest.raises(UsageError, match="no control picture; no model on this machine does"):
         check_takes(("control",), (), "klein", KLEIN.architecture)
     check_takes(("references", "negative", "cfg"), [SQUARE, SQUARE], "b", BASE.architecture)
-    with pytest.raises(UsageError, match="are 2 pictures, and kontext takes 1"):
+    with pytest.raises(UsageError, match="no more than 1, and 2 were given; of .*, klein and b do"):
         check_takes(("references",), [SQUARE, SQUARE], "kontext", KONTEXT.architecture)
 
 
@@ -332,10 +348,11 @@ class StubPainter:
     """Paints a file of its own for each prompt."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.asked = folder, []
+        self.folder, self.asked, self.prompts = folder, [], []
 
-    def resolve(self, settings: GenerateSettings, *_rest: Any, **_more: Any) -> None:
+    def resolve(self, settings: GenerateSettings, prompt: str, *_rest: Any, **_more: Any) -> None:
         self.asked.append(settings.reference)
+        self.prompts.append(prompt)
 
     def paint(self, *_ready: Any, **_more: Any) -> list[Path]:
         return [self.folder / f"painted-{len(self.asked)}.png"]
@@ -359,7 +376,12 @@ def test_again_but_takes_the_picture_that_was_painted_last(
     first, second = (str(tmp_path / f"painted-{k}.png") for k in (1, 2))
     cat = ("my cat.png", 0.5)
     assert painter.asked == [(), ((first, 1.0), cat), ((second, 1.0), cat)]
-    talk.answer("/reference")
+    assert painter.prompts == ["a dog", "at night", "and snow"]
+    for line in ("/reference 'my cat.png'@0.5", "AGAIN but with a hat", "a house", "/reference"):
+        talk.answer(line)
+    third = (str(tmp_path / "painted-3.png"), 1.0)
+    assert painter.asked[3:] == [(third, cat), (cat,)]  # for that prompt alone
+    assert painter.prompts[3:] == ["with a hat", "a house"]
     talk.answer("/n 4")
     talk.answer("four dogs")
     talk.answer("/reference last")

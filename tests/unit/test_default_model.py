@@ -54,6 +54,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(hub, "preferred_here", lambda: iter([*models, TINY]))
         monkeypatch.setattr(hub, "tools_here", lambda: iter(tools))
         monkeypatch.setattr(memory, "accelerator_bytes", lambda: int(gib * GIB))
+        monkeypatch.setattr(standing_in, "is_mac", lambda: True)
 
     return say
 
@@ -65,7 +66,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Any:
         (14, None, "klein-4b"),  # klein 9B is 17 GiB in bfloat16
         (14, 8, "klein-9b"),
         (5, None, "tiny"),
-        (5, 4, "klein-4b"),
+        (7, 4, "klein-4b"),
     ],
 )
 def test_the_best_that_fits_is_taken(here: Any, gib: float, bits: int, expected: str) -> None:
@@ -124,7 +125,10 @@ def test_a_request_with_a_control_map_takes_a_model_that_follows_one(here: Any) 
     here(["schnell", "dev", "depth", "canny", "fill"], 128)
     model = default_model(FOLLOWING)
     assert model.name == "canny"
-    assert model.sentence.startswith("canny is the best model that is here for a control map; ")
+    said = (
+        "canny is the best model that is here for a control map (a map made for depth takes that); "
+    )
+    assert model.sentence.startswith(said)
     assert default_model(ASKED).name == "schnell"
     here(["schnell", "depth"], 128)
     assert default_model(FOLLOWING).name == "depth"

@@ -168,7 +168,8 @@ def test_a_mac_needs_more_for_a_decode_than_a_gpu_with_memory_of_its_own() -> No
     decodes = [work.memory("data", 1, 1, kind).decode for kind in ("metal", "cuda", "cpu")]
     largest = 1024 * 1024 * 256 * 2
     assert decodes[0] - decodes[1] == pytest.approx(3.7 * largest, abs=1)
-    assert decodes[1] == decodes[2]
+    # What waits on a CPU, and a convolution that is float32 and holds its input nine times.
+    assert decodes[2] - work.autoencoder_bytes == int((4 + 10.5) * 2 * largest)
     mixed = full(a_mac(16), mac(1, holds=None, platform="cuda"))
     (metal, cuda) = plan(ask(), mixed, FLUX, placement="sequence").options[-1].memory or (0, 0)
     assert metal.needed == cuda.needed, "the most that a platform of the mesh takes"

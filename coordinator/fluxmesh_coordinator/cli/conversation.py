@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -42,11 +43,13 @@ Type a prompt to paint it. A line that begins with / changes a setting until it 
   /reference a.png b.png@0.8   pictures that prompts speak of; last: the picture painted last
   /control map.png edges or depth to follow        /control-from photo.png  follow its edges
   /negative blur   what to be without              /cfg 4         how strongly
+  again, but at night          paints "at night" of the picture painted last
 With no value, a setting goes back to what it is by itself (a seed is drawn for each prompt).
   /settings        what they are now
   /quit            the end (Ctrl-D, or Ctrl-C twice)
 Tab completes, the arrows bring back what was typed before, also in earlier sessions."""
 PATH_COMMANDS = ("/image", "/mask", "/control", "/control-from", "/adapter")
+AGAIN_BUT = re.compile(r"again,?\s+but\s+(?P<change>.+)", re.IGNORECASE | re.DOTALL)
 LAST = "last"  # instead of a path: the picture that was painted last
 AGAIN = "Ctrl-C again, Ctrl-D or /quit ends."
 
@@ -216,7 +219,8 @@ class Conversation:
         if line.startswith("/"):
             self._command(*line[1:].split(None, 1))
         elif line:
-            settings = self._with_last(self.settings)
+            asked, line = self._again(line)
+            settings = self._with_last(asked)
             seed = draw_seed() if settings.seed is None else settings.seed
             settings.request(line, seed)  # raises what is wrong before anything is loaded
             every = int(self.reporter.shows_previews)
@@ -227,6 +231,17 @@ class Conversation:
             for path in self.painter.paint(ready, files):
                 self.last, self.last_images = path, settings.n_images
             self.reporter.finished()
+
+    def _again(self, line: str) -> tuple[GenerateSettings, str]:
+        """The settings for a prompt, and its words: "again, but at night" is "at night", said of
+        the picture that was painted last."""
+        again = AGAIN_BUT.fullmatch(line)
+        if again is None or self.last is None:
+            return self.settings, line
+        asked, given = self.settings, self.settings.reference
+        if LAST not in (path for path, _ in given):
+            asked = replace(asked, reference=((LAST, 1.0), *given))
+        return asked, again["change"]
 
     def _with_last(self, settings: GenerateSettings) -> GenerateSettings:
         """The settings with the file that `last` means. Raises `UsageError` where there is none."""
@@ -250,7 +265,7 @@ class Conversation:
             self.reporter.note(HELP)
         elif name == "settings":
             for typed, (field, _) in SETTINGS.items():
-                self.reporter.note(f"  /{typed:<9} {_shown(getattr(self.settings, field))}")
+                self.reporter.note(f"  /{typed:<12} {_shown(getattr(self.settings, field))}")
         elif name in SETTINGS:
             values = _read(*SETTINGS[name], text.strip())
             if name == "image" and not text:

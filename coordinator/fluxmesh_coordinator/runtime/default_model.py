@@ -55,6 +55,7 @@ class DefaultModel:
     checkpoint: Checkpoint
     too_large: tuple[str, ...] = ()  # better ones that are here too
     given: tuple[str, ...] = ()  # what the request has beside a prompt, in words
+    alike: tuple[str, ...] = ()  # others here that follow a map, which may be one of theirs
 
     @property
     def name(self) -> str:
@@ -67,6 +68,8 @@ class DefaultModel:
         if self.name not in embedded_names():
             able = f" for {' and '.join(self.given)}" if self.given else ""
             fits = f" and fits ({others} would not)" if others else ""
+            if self.alike:
+                fits += f" (a map made for {' or '.join(self.alike)} takes that)"
             return (
                 f"{self.name} is the best model that is here{able}{fits}; `fluxmesh models list` "
                 "tells of others, and `model` names one."
@@ -105,11 +108,20 @@ def default_model(
         sizes = replace(ModelSizes.of(checkpoint), architecture=architecture)
         filled = sizes.fill(replace(request, model=checkpoint.name))
         if plan(filled, view_of(filled, sizes), sizes).winner is not None:
-            return DefaultModel(checkpoint, names, given)
+            return DefaultModel(checkpoint, names, given, _alike(request, checkpoint))
         too_large.append(checkpoint)
     if too_large:  # the plan says what the best of them lacks; any other does not take the request
         return DefaultModel(too_large[0], given=given)
     return DefaultModel(hub.resolve(hub.TINY))  # which says who takes what is asked
+
+
+def _alike(request: GenerateRequest, chosen: Checkpoint) -> tuple[str, ...]:
+    """Other tools here that follow a map: which of them it was made for, no picture says."""
+    if request.control is None or request.adapters:
+        return ()
+    tools = [tool for tool in hub.tools_here() if _takes(tool.architecture, request)]
+    names = [tool.name for tool in tools]
+    return tuple(name for name in names if name != chosen.name) if chosen.name in names else ()
 
 
 def _able(

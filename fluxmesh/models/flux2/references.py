@@ -26,13 +26,13 @@ def fitted(picture: np.ndarray, multiple: int) -> np.ndarray:
     height, width = picture.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise UsageError(
-            f"A reference picture is {width}x{height} pixels; each side must have {MIN_SIDE} at "
-            "least."
+            f"A reference picture of {height}x{width} pixels is too small; each side must have "
+            f"{MIN_SIDE} at least."
         )
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise UsageError(
-            f"A reference picture is {width}x{height} pixels; one side may be {MAX_ASPECT} times "
-            "the other at most."
+            f"A reference picture of {height}x{width} pixels is too narrow; one side may be "
+            f"{MAX_ASPECT} times the other at most."
         )
     if height * width > MAX_AREA:
         scale = math.sqrt(MAX_AREA / (width * height))
