@@ -22,6 +22,7 @@ import pytest
 
 from fluxmesh.cluster.snapshot import Placement
 from tests.faults import mesh, strike
+from tests.faults.conftest import ModelOf
 from tests.faults.mesh import paint
 from tests.faults.strike import DEADLINE, SLACK, STEP, STEPS, Fault, allowed, difference, heal
 from tests.faults.test_hangs import LOOKS
@@ -97,9 +98,19 @@ def _can_make_namespaces() -> bool:
     return made.returncode == 0
 
 
+@pytest.fixture(scope="module", params=strike.MODEL_FAMILIES)
+def family(request: pytest.FixtureRequest) -> strike.ModelFamily:
+    """Whose model is painted with."""
+    named: strike.ModelFamily = request.param
+    return named
+
+
 @pytest.fixture(scope="module")
 def up(
-    networks: Networks, model: str, tmp_path_factory: pytest.TempPathFactory
+    networks: Networks,
+    model_of: ModelOf,
+    family: strike.ModelFamily,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[mesh.Up]:
     folder = tmp_path_factory.mktemp("namespaces")
     ssh = folder / "ssh"
@@ -108,7 +119,7 @@ def up(
     with mesh.up(
         folder,
         HOSTS,
-        model,
+        model_of(family),
         delays=strike.DELAYS,
         host=networks.host,
         FLUXMESH_SSH=str(ssh),
