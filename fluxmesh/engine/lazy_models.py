@@ -266,7 +266,7 @@ class Models:
             self.checkpoint.architecture.folder("denoiser"),
             self.dtype,
             wanted=functools.partial(self.runtime.is_part, part),
-            shard_cuts=flow.partition.cuts(flow.shard),
+            shard_cuts=self.checkpoint.architecture.partition.cuts(self.shard),
         )
 
     def _tell_download(self, done: int, total: int) -> None:

@@ -34,17 +34,9 @@ def shard_of(flux: T, shard: Shard) -> T:
     if whole.modulation_released:
         part.release_modulation()
     take_cuts(part, whole, whole.partition.cuts(shard))
-    hold_shard(part, shard)
+    part.hold(shard)
     sharded: T = part
     return sharded
-
-
-def hold_shard(flux: Any, shard: Shard) -> None:
-    """Tells a transformer whose linears are cut which part of itself it is."""
-    flux.shard = shard
-    start, stop = shard.part(flux.config.hidden_size)
-    for single in flux.single_blocks:
-        single.qkv_dim = 3 * (stop - start)
 
 
 def take_cuts(part: Any, whole: Any, cuts: Mapping[str, Cut]) -> None:
