@@ -5,8 +5,9 @@
     python -m tools.chaos --family base        # one that is guided away from a negative prompt
     python -m tools.chaos --clean 500          # no faults: no alarm, no leak, cheap control
 
-A job has a random placement, size and number of images and steps, and every other one what its
-model takes beside a prompt: references, a map, a negative prompt. Its fault is a SIGKILL or a
+A job has a random placement, size and number of images and steps. Every other one gives what its
+model takes beside a prompt: references, a map, a negative prompt; every fourth paints over a part
+of a picture. Its fault is a SIGKILL or a
 SIGSTOP (and later a SIGCONT) of an engine, an agent or the coordinator, or a Ctrl-C, at a random
 moment. Whoever can finish must finish, with the pictures that one host makes alone; a job whose
 coordinator died or was interrupted is done once more by another. In the end no process, port or
@@ -73,6 +74,7 @@ class Trial:
             f"{self.number:3} {self.kind} {who} at {self.moment}, {self.placement}, "
             f"{asked.n_images} of {asked.height}x{asked.width} in {asked.steps}"
             f"{''.join(f', {given}' for given in asked.conditions)}"
+            f"{', a mask' if asked.source is not None else ''}"
         )
 
 
@@ -93,6 +95,8 @@ def trials(
     for number in range(jobs):
         height, width = draw.choice(SIZES)
         given = strike.conditions(kind, number) if number % 2 else {}
+        if number % 4 == 2 and kind != strike.TOOL:
+            given["source"] = strike.painted_over(height, width, number)
         request = request_of(
             model,
             **given,
@@ -123,8 +127,7 @@ class Chaos:
         self._alone: dict[Any, dict[int, np.ndarray]] = {}
 
     def alone(self, request: GenerateRequest) -> dict[int, np.ndarray]:
-        given = *request.references, *(() if request.control is None else (request.control,))
-        key = request, tuple(picture.tobytes() for picture in given)  # which `==` leaves out
+        key = replace(request, source=None), _given(request)
         if key not in self._alone:
             self._alone[key] = dict(enumerate(painted_alone(request, self.pipeline)))
         return self._alone[key]
@@ -216,6 +219,14 @@ class Chaos:
         if not pictures:
             return True
         return difference(self.alone(trial.request), pictures) <= allowed(trial.placement)
+
+
+def _given(request: GenerateRequest) -> tuple[bytes, ...]:
+    """All pictures of a request, which have no hash."""
+    pictures = [*request.references, request.control]
+    if request.source is not None:
+        pictures += [request.source.pixels, request.source.mask]
+    return tuple(b"" if picture is None else picture.tobytes() for picture in pictures)
 
 
 @dataclass

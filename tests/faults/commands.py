@@ -119,6 +119,10 @@ def conditions(folder: Path, request: GenerateRequest) -> list[object]:
     options: list[object] = []
     named = [("--reference", picture) for picture in request.references]
     named += [] if request.control is None else [("--control", request.control)]
+    if (source := request.source) is not None:
+        named += [("--image", source.pixels)]
+        named += [] if source.mask is None else [("--mask", source.mask)]
+        options += ["--strength", source.strength]
     for number, (option, pixels) in enumerate(named):
         path = folder / f"given-{number}.png"
         Image.fromarray(pixels).save(path)

@@ -26,6 +26,7 @@ from tests.faults.conftest import ModelOf
 from tests.faults.mesh import paint
 from tests.faults.strike import DEADLINE, SLACK, STEP, STEPS, Fault, allowed, difference, heal
 from tests.faults.test_hangs import LOOKS
+from tests.slowness import slowdown
 
 HOSTS = 3
 SSH = """\
@@ -137,7 +138,7 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_may_return(
     alone = strike.alone(request)
     with up.connect() as held:
         heal(up, held, placement)
-        clean = paint(held, request, placement)
+        clean, slow = paint(held, request, placement), slowdown()
         try:
             fault = Fault(placement, "middle", "agent", rank)
             cut = partial(networks.set, rank, "down")
@@ -148,9 +149,10 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_may_return(
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == request.n_images
         assert difference(alone, outcome.pictures) <= allowed(placement)
-        assert struck.noticed is not None and struck.noticed <= DEADLINE + LOOKS
+        slow = max(slow, slowdown())
+        assert struck.noticed is not None and struck.noticed <= DEADLINE + LOOKS * slow
         # Those who are left may have to form a ring of their own, and to load.
-        assert outcome.seconds - clean.seconds - struck.noticed <= STEP + SLACK
+        assert outcome.seconds - clean.seconds - struck.noticed <= (STEP + SLACK) * slow
         assert struck.log.again == []
         assert sorted(outcome.steps) == [
             (k, n + 1) for k in range(request.n_images) for n in range(STEPS)
