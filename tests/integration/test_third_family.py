@@ -25,6 +25,9 @@ from tests.third_family.row import third_path
 
 PROMPT, SEED, IMAGES = "two dogs", 5, 4
 STEPS = 3  # of its own
+
+pytestmark = pytest.mark.timeout(2 * LIMIT)  # a test here runs several commands
+
 # Programs for a Python that knows it, to which the model is told: what one machine makes of it by
 # way of `FluxPipeline`; what a mesh does, of which `Up`'s fields are told too.
 ALONE = f"""
@@ -76,6 +79,7 @@ def python(user: Up, program: str, *arguments: object) -> tuple[np.ndarray, str]
     return np.load(io.BytesIO(done.stdout)), done.stderr.decode()
 
 
+@pytest.fixture(scope="module")
 def alone(user: Up) -> np.ndarray:
     """Its pictures on one machine."""
     return python(user, ALONE)[0]
@@ -109,11 +113,10 @@ def test_it_is_listed_and_planned_by_its_alias_and_by_its_folder(user: Up) -> No
     assert "fluxmesh runs FLUX.1, FLUX.2 and Patchwork only" in " ".join(refused.stderr.split())
 
 
-def test_one_host_paints_what_python_paints(user: Up, tmp_path: Path) -> None:
+def test_one_host_paints_what_python_paints(user: Up, alone: np.ndarray, tmp_path: Path) -> None:
     generate(user, tmp_path / "out")
-    right = alone(user)
-    assert np.array_equal(written(tmp_path / "out"), right)
-    assert len({picture.tobytes() for picture in right}) == IMAGES
+    assert np.array_equal(written(tmp_path / "out"), alone)
+    assert len({picture.tobytes() for picture in alone}) == IMAGES
 
 
 def test_it_is_quantized_on_the_way_and_saved(user: Up, tmp_path: Path) -> None:
@@ -136,12 +139,14 @@ def test_it_begins_from_a_picture_in_little_memory(user: Up, tmp_path: Path) -> 
     assert np.array_equal(written(tmp_path / "out"), written(tmp_path / "low"))
 
 
-def test_two_hosts_share_its_pictures(two_hosts: Up, user: Up, tmp_path: Path) -> None:
+def test_two_hosts_share_its_pictures(two_hosts: Up, alone: np.ndarray) -> None:
     ports = json.dumps(two_hosts.ports)
     pictures, said = python(two_hosts, ON_A_MESH, two_hosts.folder, ports)
-    right = alone(user)
-    assert np.array_equal(pictures, right)
+    assert np.array_equal(pictures, alone)
     steps = json.loads(said.splitlines()[-1])
     assert sum(steps) == STEPS * IMAGES and all(steps)
+
+
+def test_a_command_paints_on_two_hosts(two_hosts: Up, alone: np.ndarray, tmp_path: Path) -> None:
     generate(two_hosts, tmp_path / "out", "--placement", "data")
-    assert np.array_equal(written(tmp_path / "out"), right)
+    assert np.array_equal(written(tmp_path / "out"), alone)
