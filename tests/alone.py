@@ -25,7 +25,7 @@ def painted_alone(request: GenerateRequest, pipeline: FluxPipeline | None = None
             t5_padding=request.t5_padding,
         )
     filled = ModelSizes.of(pipeline.checkpoint).fill(request)
-    side = pipeline.checkpoint.architecture.autoencoder.downsampling
+    side = pipeline.checkpoint.architecture.downsampling
     return to_pixels(
         pipeline.generate_images(
             filled.prompt,

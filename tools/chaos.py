@@ -5,8 +5,9 @@
     python -m tools.chaos --family base        # one that is guided away from a negative prompt
     python -m tools.chaos --clean 500          # no faults: no alarm, no leak, cheap control
 
-A job has a random placement, size and number of images and steps, and every other one what its
-model takes beside a prompt: references, a map, a negative prompt. Its fault is a SIGKILL or a
+A job has a random placement, size and number of images and steps. Every other one gives what its
+model takes beside a prompt: references, a map, a negative prompt; every fourth paints over a part
+of a picture. Its fault is a SIGKILL or a
 SIGSTOP (and later a SIGCONT) of an engine, an agent or the coordinator, or a Ctrl-C, at a random
 moment. Whoever can finish must finish, with the pictures that one host makes alone; a job whose
 coordinator died or was interrupted is done once more by another. In the end no process, port or
@@ -27,10 +28,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxmesh.engine.pipeline import FluxPipeline
-from fluxmesh.events import Event
+from fluxmesh.events import Event, Queued
 from fluxmesh.request import GenerateRequest
 from tests.alone import painted_alone
 from tests.faults import commands, strike
@@ -50,7 +50,8 @@ DELAYS = "step=0.15,encode=0.1,decode=0.15,load=0.1"  # so that a moment can be 
 SIZES = ((32, 32), (32, 48), (64, 48))
 MOMENTS: tuple[Moment, ...] = ("load", "encode", "first", "middle", "last", "decode", "save")
 WAKE = 7.0  # seconds after which what was stopped goes on: by then it counts as dead
-HUNG = 90.0  # seconds after which a job hangs
+HUNG = 90.0  # seconds in which a job that hangs tells nothing
+ENDLESS = 900.0  # seconds after which a job hangs whatever it tells
 OUT = Console()
 
 
@@ -73,6 +74,7 @@ class Trial:
             f"{self.number:3} {self.kind} {who} at {self.moment}, {self.placement}, "
             f"{asked.n_images} of {asked.height}x{asked.width} in {asked.steps}"
             f"{''.join(f', {given}' for given in asked.conditions)}"
+            f"{', a mask' if asked.source is not None else ''}"
         )
 
 
@@ -93,6 +95,8 @@ def trials(
     for number in range(jobs):
         height, width = draw.choice(SIZES)
         given = strike.conditions(kind, number) if number % 2 else {}
+        if number % 4 == 2 and kind != strike.TOOL:
+            given["source"] = strike.painted_over(height, width, number)
         request = request_of(
             model,
             **given,
@@ -123,22 +127,21 @@ class Chaos:
         self._alone: dict[Any, dict[int, np.ndarray]] = {}
 
     def alone(self, request: GenerateRequest) -> dict[int, np.ndarray]:
-        given = *request.references, *(() if request.control is None else (request.control,))
-        key = request, tuple(picture.tobytes() for picture in given)  # which `==` leaves out
+        key = replace(request, source=None), _given(request)
         if key not in self._alone:
             self._alone[key] = dict(enumerate(painted_alone(request, self.pipeline)))
         return self._alone[key]
 
     def run(self, trial: Trial) -> ChaosResult:
         """Does one job, and judges it."""
-        with watchdog(self.up) as barks:
+        with JobWatchdog(self.up) as dog:
             if trial.victim == "coordinator":
-                result = self._hurt_coordinator(trial)
+                result = self._hurt_coordinator(trial, dog)
             else:
-                result = self._hurt_host(trial)
-        return replace(result, verdict="hung") if barks else result
+                result = self._hurt_host(trial, dog)
+        return replace(result, verdict="hung") if dog.has_barked else result
 
-    def _hurt_host(self, trial: Trial) -> ChaosResult:
+    def _hurt_host(self, trial: Trial, dog: JobWatchdog) -> ChaosResult:
         number = signal.SIGKILL if trial.kind == "kill" else signal.SIGSTOP
         fault = Fault(trial.placement, trial.moment, trial.victim, trial.rank, number)  # type: ignore[arg-type]
         steps = trial.request.steps or 1
@@ -146,6 +149,7 @@ class Chaos:
         naps: list[threading.Timer] = []
 
         def look(event: Event) -> None:
+            dog.hear(isinstance(event, Queued))
             if hit or not is_moment(fault.moment, event, steps):
                 return
             try:
@@ -175,7 +179,7 @@ class Chaos:
             verdict = "wrong"
         return ChaosResult(trial, verdict, outcome.seconds, was_hit, len(outcome.lost))
 
-    def _hurt_coordinator(self, trial: Trial) -> ChaosResult:
+    def _hurt_coordinator(self, trial: Trial, dog: JobWatchdog) -> ChaosResult:
         """A `fluxmesh generate` process; then another one does the job."""
         asked, began = trial.request, time.monotonic()
         number = signal.SIGKILL if trial.kind == "kill" else signal.SIGINT
@@ -183,6 +187,7 @@ class Chaos:
             folder = Path(name)
             verdict, was_hit = "right", True
             with commands.generate(self.up, folder, trial.placement, asked) as command:
+                command.told = lambda line: dog.hear(line["event"] == "queued")
                 try:
                     command.until(trial.moment, asked.steps or 1)
                 except commands.Ended:
@@ -193,16 +198,17 @@ class Chaos:
                         verdict = f"wrong: exit code {command.process.returncode} after {took:.1f}"
             if not self._right(trial, folder):
                 verdict = "wrong: a file of the coordinator that ended"
-            outcome = self._again(trial)
+            outcome = self._again(trial, dog)
             if verdict == "right":
                 return replace(
                     self._judge(trial, outcome, was_hit), seconds=time.monotonic() - began
                 )
             return ChaosResult(trial, verdict, time.monotonic() - began, was_hit, len(outcome.lost))
 
-    def _again(self, trial: Trial) -> Outcome:
+    def _again(self, trial: Trial, dog: JobWatchdog) -> Outcome:
         with self.up.connect() as mesh:
-            return paint(mesh, trial.request, trial.placement)
+            look = lambda event: dog.hear(isinstance(event, Queued))  # noqa: E731
+            return paint(mesh, trial.request, trial.placement, look)
 
     def _right(self, trial: Trial, folder: Path) -> bool:
         """Whether every file is a whole and right picture."""
@@ -215,25 +221,66 @@ class Chaos:
         return difference(self.alone(trial.request), pictures) <= allowed(trial.placement)
 
 
-@contextmanager
-def watchdog(mesh: Up) -> Iterator[list[float]]:
-    """Ends all processes of the mesh when a job hangs, so that it ends: then there is a bark."""
-    barks: list[float] = []
+def _given(request: GenerateRequest) -> tuple[bytes, ...]:
+    """All pictures of a request, which have no hash."""
+    pictures = [*request.references, request.control]
+    if request.source is not None:
+        pictures += [request.source.pixels, request.source.mask]
+    return tuple(b"" if picture is None else picture.tobytes() for picture in pictures)
 
-    def bark() -> None:
-        barks.append(time.monotonic())
-        for pid in mesh.processes():
-            os.kill(pid, signal.SIGKILL)
 
-    timers = [threading.Timer(HUNG, bark), threading.Timer(2 * HUNG, os._exit, (3,))]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield barks
-    finally:
-        for timer in timers:
-            timer.cancel()
+@dataclass
+class Patience:
+    """When a job hangs: it tells nothing for too long, or never ends. All times in seconds.
+
+    On a loaded machine a job takes minutes, and is no less alive: what it tells counts. A job that
+    waits in line for another tells nothing meanwhile.
+    """
+
+    began: float
+    heard: float  # when it told something last
+    waits: bool = False  # in line
+
+    def hear(self, now: float, waits: bool) -> None:
+        self.heard, self.waits = now, waits
+
+    def is_over(self, now: float) -> bool:
+        return now - self.began > ENDLESS or (not self.waits and now - self.heard > HUNG)
+
+
+class JobWatchdog:
+    """Ends all processes of the mesh when a job hangs, so that it ends: it has barked then.
+
+    Where that does not end it, this process ends.
+    """
+
+    def __init__(self, mesh: Up) -> None:
+        self.mesh, self.has_barked = mesh, False
+        self._over = threading.Event()
+        self._patience = Patience(time.monotonic(), time.monotonic())
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def hear(self, waits: bool = False) -> None:
+        """The job has told something; `waits`: that it waits in line."""
+        self._patience.hear(time.monotonic(), waits)
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            if self._patience.is_over(time.monotonic()):
+                self.has_barked = True
+                for pid in self.mesh.processes():
+                    os.kill(pid, signal.SIGKILL)
+                if not self._over.wait(HUNG):
+                    os._exit(3)
+                return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def table(results: Sequence[ChaosResult]) -> Table:

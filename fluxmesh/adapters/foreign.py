@@ -7,18 +7,16 @@ has not, in dots or in underscores; where two models share all names, widths tel
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+from fluxmesh.models.registry import FAMILIES
 from fluxmesh.storage.safetensors import Entry
 
 _S = r"[._]"  # between a module's names: dots, or kohya's underscores
 
-# The first that any key matches.
-MARKS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+_OTHERS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
-        (rf"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj|ff{_S}linear_in",
-         "FLUX.2"),
         (r"sformer_blocks.*to_qkv_mlp|content_mode_blocks|txt_mode_blocks", "FLUX.3"),
         (r"distilled_guidance_layer", "Chroma"),
         (r"lora_prior_|prior_unet", "Stable Cascade"),
@@ -39,22 +37,39 @@ MARKS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"transformer_blocks{_S}\d+{_S}attn1{_S}", "CogVideoX or LTX-Video"),
         (rf"model{_S}layers{_S}\d+{_S}(?:self_attn|mlp){_S}", "a language model"),
         (r"whisper|vision_tower|vision_model", "a vision or speech model"),
-        (rf"(?:img|txt)_mod{_S}lin|single_blocks{_S}\d+{_S}modulation|proj_mlp|vector_in{_S}"
-         rf"|time_text_embed{_S}text_embedder",
-         "FLUX.1"),
     )
 )  # fmt: skip
 
+
+def _own(*, shared: bool) -> Iterator[tuple[re.Pattern[str], str]]:
+    """The marks of our families, the newest first; `shared`: those that other models have too."""
+    for family in reversed(FAMILIES):
+        if family.adapter_marks and family.shares_adapter_marks == shared:
+            yield re.compile(family.adapter_marks), family.name
+
+
+# The first that any key matches.
+MARKS = (*_own(shared=False), *_OTHERS, *_own(shared=True))
+
 # Width of the text that Stable Diffusion's cross-attention reads.
 TEXT_WIDTHS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}
+
+
+def _own_widths() -> dict[int, str]:
+    """Of the families' own models: a family where all of its are so wide, else the first model."""
+    named: dict[int, list[str]] = {}
+    for family in FAMILIES:
+        by_width: dict[int, str] = {}
+        for model in family.published.values():
+            name = model.repo.rpartition("/")[2].replace("-", " ")
+            by_width.setdefault(model.architecture.shape.hidden_size, name)
+        for width, name in by_width.items():
+            named.setdefault(width, []).append(family.name if len(by_width) == 1 else name)
+    return {width: " or ".join(names) for width, names in named.items()}
+
+
 # Width of a transformer whose blocks are called as FLUX's.
-WIDTHS = {
-    1536: "Stable Diffusion 3",
-    2432: "Stable Diffusion 3.5 large",
-    3072: "FLUX.1, or another model of its width such as FLUX.2 klein",
-    4096: "FLUX.2 klein 9B",
-    6144: "FLUX.2 dev",
-}
+WIDTHS = {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3.5 large"} | _own_widths()
 _CROSS = re.compile(rf".*attn2{_S}to_k{_S}.*(?:down|lora_A).*")
 _IMAGE_QUERY = re.compile(
     rf".*(?:attn{_S}to_q|img_attn{_S}qkv)(?:{_S}lora)?{_S}.*(?:down|lora_A).*"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxmesh.errors import AdapterError
+from fluxmesh.models.registry import FAMILIES
 from fluxmesh.storage.safetensors import Header
 
 METADATA = "lora_adapter_metadata"  # where diffusers puts the settings, in a file's header
@@ -26,7 +27,8 @@ MAX_PATTERN = 512  # characters of a regular expression
 # A repeated group that ends in a repetition: it may take for ever on a name that doesn't match.
 _ENDLESS = re.compile(r"[*+}]\)[*+{]")
 _LITERAL = re.compile(r"[\w.\-]+")
-_COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "unet")
+_FOLDERS = tuple(dict.fromkeys(part for family in FAMILIES for part in family.folder.components))
+_COMPONENTS = (*_FOLDERS, "unet")
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def _parsed(source: str, text: str) -> dict[str, Any]:
 
 def _bare(module: str) -> str:
     """A module's name as PEFT's patterns have it."""
-    for prefix in ("base_model.model.", "transformer.", "text_encoder.", "text_encoder_2."):
-        module = module.removeprefix(prefix)
+    for prefix in ("base_model.model", *_FOLDERS):
+        module = module.removeprefix(f"{prefix}.")
     return module
 
 

@@ -273,7 +273,7 @@ class Models:
                 self.checkpoint.architecture.folder("denoiser"),
                 self.dtype,
                 wanted=functools.partial(self.runtime.is_part, part),
-                shard_cuts=flow.partition.cuts(flow.shard),
+                shard_cuts=self.checkpoint.architecture.partition.cuts(self.shard),
             )
 
     def check_files(self) -> None:

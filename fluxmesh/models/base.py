@@ -162,6 +162,11 @@ class Architecture(ABC):
 
     @property
     @abstractmethod
+    def block_lists(self) -> tuple[str, ...]:
+        """What the denoiser calls its lists of blocks, in the order in which they run."""
+
+    @property
+    @abstractmethod
     def partition(self) -> Partition:
         """How modulator and denoiser can be dealt to hosts."""
 

@@ -140,6 +140,13 @@ class DoubleStreamTransformer(nn.Module):
         """Of weights and activations. The norms tell: they are neither quantized nor adapted."""
         return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
 
+    def hold(self, shard: Shard) -> None:
+        """Tells a transformer whose linears are cut which part of itself it is."""
+        self.shard = shard
+        start, stop = shard.part(self.config.hidden_size)
+        for single in self.single_blocks:
+            single.qkv_dim = 3 * (stop - start)
+
     def make_room(self) -> None:
         """Divides the biases of the linears that end branches by `ops.HEADROOM`, in place.
 

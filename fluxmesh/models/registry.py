@@ -26,7 +26,8 @@ PUBLISHED: dict[str, PublishedModel] = {
 READERS: dict[str, ReferenceReader] = {
     family.reader.alias: family.reader for family in FAMILIES if family.reader is not None
 }
-NAMES = " and ".join(family.name for family in FAMILIES)  # of all, for sentences
+_ALL = [family.name for family in FAMILIES]
+NAMES = " and ".join((", ".join(_ALL[:-1]), _ALL[-1]))  # of all, for sentences
 
 
 # What is taken where the user names no model: the first of these that is here and fits. Models that
@@ -40,6 +41,12 @@ BY_PREFERENCE = (
     *("krea-dev", "dev", "kontext"),  # FLUX.1; krea-dev is the newer, kontext is for editing
     *("klein-base-9b", "klein-base-4b"),  # 50 steps, each computed twice
     "flux2-dev",  # 50 steps of 32 billion numbers: half an hour on one Mac
+)
+# What to fetch first: no account, a licence for everything.
+FIRST_TO_FETCH = next(
+    alias
+    for alias in BY_PREFERENCE
+    if not PUBLISHED[alias].is_gated and PUBLISHED[alias].licence.is_commercial
 )
 # What goes before these for a request that gives such a picture: models that were made for it. Of a
 # map nobody knows which kind it is: edges are what fluxmesh can make of a photo, and come first.

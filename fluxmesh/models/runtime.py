@@ -20,6 +20,7 @@ from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.errors import UsageError
 from fluxmesh.models.base import Part
 from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.partition import Shard
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.request import PromptCut
 
@@ -44,6 +45,12 @@ class Flow(Protocol):
     def modulation_released(self) -> bool: ...
 
     def release_modulation(self) -> None: ...
+
+    def hold(self, shard: Shard, /) -> None:
+        """Is told which part of it was loaded; by default, the whole."""
+
+    def make_room(self) -> None:
+        """Once its weights are there, in float16 alone: divides what would overflow (`ops.py`)."""
 
 
 class DenoisePlan(ABC):

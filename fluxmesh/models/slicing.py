@@ -41,17 +41,9 @@ def shard_of(flux: T, shard: Shard) -> T:
                 taken = cut_linear(taken, cuts[name], copy=False)
                 mx.eval(taken.parameters())
             replace_module(part, name, taken)
-    hold_shard(part, shard)
+    part.hold(shard)
     sharded: T = part
     return sharded
-
-
-def hold_shard(flux: Any, shard: Shard) -> None:
-    """Tells a transformer whose linears are cut which part of itself it is."""
-    flux.shard = shard
-    start, stop = shard.part(flux.config.hidden_size)
-    for single in flux.single_blocks:
-        single.qkv_dim = 3 * (stop - start)
 
 
 def is_quantized(model: nn.Module) -> bool:

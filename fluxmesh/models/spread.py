@@ -55,7 +55,7 @@ def sharded(flux: T, ranks: Ranks, shares: Shares) -> T:
             f"where rank {ranks.rank} of {ranks.size} runs; load the model again."
         )
     outputs = functools.partial(summed, ranks)  # not a method: a cycle would keep the weights
-    for block in (*part.double_blocks, *part.single_blocks):
+    for block in part.blocks:
         block.outputs = outputs
     own: T = part
     return own

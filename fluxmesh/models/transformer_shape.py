@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,41 @@ class TransformerShape:
         return 4 * self.hidden_size**2 + self.hidden_size * (self._inner + self.mlp_hidden_dim)
 
 
-def block_numbers(names: Collection[str]) -> dict[str, int]:
+class RotaryConfig(Protocol):
+    """What a transformer's config says of its heads."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def axes_dim(self) -> tuple[int, ...]: ...
+
+
+def rules_of_heads(config: RotaryConfig) -> dict[str, bool]:
+    """What must hold before such a transformer can compute, in words, and whether it does."""
+    size, heads, axes = config.hidden_size, config.num_heads, config.axes_dim
+    return {
+        f"the transformer's {heads} heads must divide its hidden size {size}": size % heads == 0,
+        f"the transformer's rotary axes {axes} must be even and sum to the size of a head": (
+            sum(axes) * heads == size and not any(dim % 2 for dim in axes)
+        ),
+    }
+
+
+BLOCK_LISTS = ("double_blocks", "single_blocks")  # what such a transformer calls them
+
+
+def block_numbers(names: Collection[str], lists: Sequence[str]) -> dict[str, int]:
     """The block that each tensor belongs to, counted in the order in which they run.
 
-    What is in no block is left out. Every family's modules have these names.
+    `lists` are those of `Architecture.block_lists`; what is in no block is left out.
     """
     numbers: dict[str, int] = {}
     depth = 0
-    for kind in ("double_blocks.", "single_blocks."):
+    for kind in (f"{each}." for each in lists):
         mine = {name: depth + int(name.split(".")[1]) for name in names if name.startswith(kind)}
         depth = max(mine.values(), default=depth - 1) + 1
         numbers |= mine

@@ -70,6 +70,6 @@ def _needed(request: TrainRequest, model: ModelSizes, size: Size) -> int:
     state = tokens * shape.hidden_size * DTYPE_BYTES[request.dtype]
     return (
         transformer_bytes(request, model)
-        + NUMBER_BYTES * VectorLayout(model.architecture.transformer_tensors, request).size
+        + NUMBER_BYTES * VectorLayout(model.architecture, request).size
         + gradient_bytes(state, shape.blocks)
     )

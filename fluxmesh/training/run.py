@@ -147,7 +147,7 @@ class Run:
         """Checks that a resume finds what the run began with. Computes nothing."""
         self.request: TrainRequest = plan.request
         self.plan, self.base, self.executor = plan, base, executor
-        self.layout = VectorLayout(base.architecture.transformer_tensors, plan.request)
+        self.layout = VectorLayout(base.architecture, plan.request)
         self.folder = Path(self.request.output_dir)
         self.counters = RunCounters(0, 0)
         self.saved_at: int | None = None

@@ -151,14 +151,6 @@ PARTS = (
         pattern=r"(^|\.)vision_model\.(encoder|embeddings)\.|^v\.blk\.0\.",
     ),
     FileKind(
-        "an older T5, whose encoder FLUX.1 doesn't take",
-        "take t5xxl_fp16.safetensors, or FLUX.1's folder text_encoder_2",
-        names=(
-            "encoder.block.0.layer.0.SelfAttention.q.weight",
-            "encoder.block.0.layer.1.DenseReluDense.wi.weight",
-        ),
-    ),
-    FileKind(
         "a language model",
         OTHER_FAMILY,
         pattern=r"(^|\.)layers\.0\.(self_attn\.q_proj|attention\.wq)\.|^blk\.0\.(attn|ssm)_",

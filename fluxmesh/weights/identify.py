@@ -16,7 +16,7 @@ from pathlib import Path
 from fluxmesh.errors import ModelNotFoundError, WeightsError
 from fluxmesh.models.files.family import Family
 from fluxmesh.models.files.kinds import FileContents, FileKind
-from fluxmesh.models.registry import FAMILIES
+from fluxmesh.models.registry import FAMILIES, NAMES
 from fluxmesh.models.tensor_map import Shape
 from fluxmesh.storage import apple_double, gguf, other_formats
 from fluxmesh.storage.numbers import affine, foreign
@@ -109,7 +109,7 @@ def _unknown(file: FileContents) -> WeightsError:
 
 def refusal(path: Path, kind: FileKind) -> ModelNotFoundError:
     """That a file is no model, by what it is."""
-    return ModelNotFoundError(f"{path} is {kind.what}; {kind.remedy}.")
+    return ModelNotFoundError(f"{path} is {kind.what}; {kind.remedy.format(families=NAMES)}.")
 
 
 def by_component(paths: Iterable[Path], family: str) -> Iterator[tuple[str, Path, str]]:

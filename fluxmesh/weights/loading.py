@@ -23,7 +23,6 @@ from fluxmesh.models.base import Part
 from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.models.partition import Cut, Shard
 from fluxmesh.models.registry import runtime_of
-from fluxmesh.models.slicing import hold_shard
 from fluxmesh.storage.numbers.affine import Packing
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh.weights.reader import ComponentReader, table_of, verify
@@ -76,7 +75,7 @@ def load_transformer(
     _load(flow, reader, dtype, bits, on_bytes, cuts, functools.partial(runtime.is_part, part))
     if part == "blocks":
         flow.release_modulation()
-    hold_shard(flow, shard)
+    flow.hold(shard)
     if dtype == mx.float16 and part != "modulation":
         flow.make_room()
     return flow

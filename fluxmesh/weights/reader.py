@@ -18,6 +18,7 @@ import numpy as np
 
 from fluxmesh.errors import WeightsError
 from fluxmesh.models import tensor_map
+from fluxmesh.models.files.configs import LEAST
 from fluxmesh.models.tensor_map import ModelTensor, Rows, Tensors
 from fluxmesh.storage.numbers import finite, foreign
 from fluxmesh.storage.numbers.affine import LEAVES, Packing
@@ -298,7 +299,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     for part, config in model.configs.items():
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            low, high = _bounds(field.name)
+            low, high = field.metadata.get(LEAST, 1), _most(field.name)
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or not all(
                 low <= number <= high for number in numbers if type(number) is int
@@ -307,24 +308,11 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
                     f"The {part} config of {checkpoint.name} says {field.name} is {value}; "
                     "the checkpoint is damaged."
                 )
-    flux = model.transformer
-    if (
-        flux.hidden_size % flux.num_heads
-        or sum(flux.axes_dim) != flux.head_dim
-        or any(dim % 2 for dim in flux.axes_dim)
-    ):
-        raise WeightsError(
-            f"The transformer config of {checkpoint.name} has hidden size {flux.hidden_size}, "
-            f"{flux.num_heads} heads and rotary axes {flux.axes_dim}; the axes must be even and "
-            "sum to the size of a head."
-        )
     for rule, holds in model.rules.items():
         if not holds:
             raise WeightsError(f"{checkpoint.name} is damaged: in its configs, {rule}.")
 
 
-def _bounds(field: str) -> tuple[int, int]:
-    """What a whole number of a config may be."""
-    if "depth" in field or "layers" in field or "blocks" in field:
-        return (0 if field == "depth_single_blocks" else 1), 512
-    return (0 if field == "eos_token_id" else 1), 2**24
+def _most(field: str) -> int:
+    """What a whole number of a config may be at most: few are numbers of layers."""
+    return 512 if "depth" in field or "layers" in field or "blocks" in field else 2**24

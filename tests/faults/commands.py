@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,15 @@ class Command:
 
     process: subprocess.Popen[bytes]
     folder: Path  # where it writes
+    told: Callable[[dict[str, Any]], object] = lambda line: None  # hears every line
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What it tells, one event after another, until it ends."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            yield json.loads(line)
+            read = json.loads(line)
+            self.told(read)
+            yield read
 
     def until(self, moment: Moment | str, steps: int = STEPS) -> None:
         """Reads on until `moment`, a name of `strike.MOMENTS` or of an event, is there.
@@ -116,6 +119,10 @@ def conditions(folder: Path, request: GenerateRequest) -> list[object]:
     options: list[object] = []
     named = [("--reference", picture) for picture in request.references]
     named += [] if request.control is None else [("--control", request.control)]
+    if (source := request.source) is not None:
+        named += [("--image", source.pixels)]
+        named += [] if source.mask is None else [("--mask", source.mask)]
+        options += ["--strength", source.strength]
     for number, (option, pixels) in enumerate(named):
         path = folder / f"given-{number}.png"
         Image.fromarray(pixels).save(path)

@@ -23,6 +23,7 @@ from fluxmesh_coordinator.runtime.mesh import Mesh
 from tests.faults import mesh, strike
 
 HERE = Path(__file__).parent
+PATIENCE = 600  # seconds for one that says nothing else: a mesh comes up, and jobs run, in its time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(PATIENCE))
     if asked := config.getoption("family", None):
         faults = [item for item in items if HERE in item.path.parents]
         _leave_out(config, items, {item for item in faults if _family(item) != asked})

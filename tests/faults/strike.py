@@ -24,7 +24,7 @@ import numpy as np
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.events import Encoded, Event, Loading, Picture, Planned, Step
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.request import GenerateRequest
+from fluxmesh.request import GenerateRequest, SourceImage
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.generation.images import ImageTable
@@ -94,6 +94,14 @@ def conditions(kind: ModelKind, seed: int = 0) -> dict[str, Any]:
     if kind in ("base", "dev"):
         return {"negative": "a house", "cfg": 2.0 + seed % 3}
     return {"control": pictures[0]} if kind == TOOL else {}
+
+
+def painted_over(height: int, width: int, seed: int = 0) -> SourceImage:
+    """A picture to begin from, of so many pixels, of which the left half is painted."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, : width // 2] = 255
+    return SourceImage(pixels, 0.8, mask)
 
 
 def hosts_of(family: ModelFamily) -> tuple[int, ...]:

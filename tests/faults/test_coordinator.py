@@ -22,6 +22,7 @@ from tests.faults import commands, strike
 from tests.faults.conftest import Grounds
 from tests.faults.mesh import Up, paint
 from tests.faults.strike import LOAD, STEP, allowed, difference, heal, request_of
+from tests.slowness import slowdown
 
 FREE = 10.0  # seconds in which a mesh forgets a coordinator that was killed
 LETTING_GO = 1.5  # seconds in which a command may end, beside the step that is under way
@@ -50,7 +51,7 @@ def test_the_successor_of_a_coordinator_that_was_killed_finds_the_mesh_free(
     with commands.generate(up, tmp_path / "out", placement) as command:
         command.until(moment)
         command.end(signal.SIGKILL)
-        killed = time.monotonic()
+        killed, slow = time.monotonic(), slowdown()
         free: list[float] = []
 
         def look(event: Event) -> None:
@@ -61,7 +62,7 @@ def test_the_successor_of_a_coordinator_that_was_killed_finds_the_mesh_free(
             outcome = paint(mesh, request_of(up.model), placement, look)
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == 2
-        assert free[0] <= FREE
+        assert free[0] <= FREE * max(slow, slowdown())
         assert difference(ground.alone, outcome.pictures) <= allowed(placement)
         whole = pictures(command)
         assert all(np.array_equal(whole[k], ground.alone[k]) for k in whole)
@@ -93,12 +94,14 @@ def test_ctrl_c_ends_a_command_within_a_step_and_leaves_the_mesh_warm(
         heal(up, mesh, placement, cold=is_cold)
     before = held(up)
     with commands.generate(up, tmp_path / "out", placement) as command:
+        slow = slowdown()
         command.until(moment)
         took = command.end(signal.SIGINT)
         assert command.process.returncode == 130
         # To save is to sync a file, and then its folder, on a disk that takes a second for each.
         longest = {"load": LOAD, "decode": strike.DECODE, "save": 2.0 + strike.DECODE}
-        assert took <= max(STEP, longest.get(moment, 0.0)) + LETTING_GO
+        slow = max(slow, slowdown())
+        assert took <= max(STEP, longest.get(moment, 0.0)) + LETTING_GO * slow
         assert command.unfinished() == []
         for path in command.pictures():
             Image.open(path).verify()

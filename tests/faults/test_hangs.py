@@ -23,6 +23,7 @@ from tests.faults.strike import (
     heal,
     request_for,
 )
+from tests.slowness import slowdown
 
 MOMENTS = ("load", "first", "middle", "decode")
 LOOKS = 1.5  # seconds between a silence that is too long and the event that tells it
@@ -44,7 +45,7 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
     up = ground.up
     request = request_for(up.model, fault.placement, hosts)
     with up.connect() as mesh:
-        is_cold = fault.moment == "load"
+        is_cold, slow = fault.moment == "load", slowdown()
         clean = ground.seconds(mesh, fault.placement, cold=is_cold)
         heal(up, mesh, fault.placement, cold=is_cold)
         struck = strike.strike(up, mesh, request, fault)
@@ -55,10 +56,10 @@ def test_a_hang_is_noticed_in_time_and_costs_no_acknowledged_step(
         assert difference(ground.alone, outcome.pictures) <= allowed(fault.placement)
         # Whole images may all be done by others before the silence is too long.
         assert struck.noticed is not None or fault.placement == "data"
-        noticed = struck.noticed or 0.0
-        assert noticed <= DEADLINE + LOOKS
+        noticed, slow = struck.noticed or 0.0, max(slow, slowdown())
+        assert noticed <= DEADLINE + LOOKS * slow
         extra = outcome.seconds - clean - noticed
-        assert extra <= STEP + SLACK
+        assert extra <= (STEP + SLACK) * slow
         assert struck.log.again == []
         assert sorted(outcome.steps) == [
             (k, n + 1) for k in range(request.n_images) for n in range(STEPS)

@@ -22,13 +22,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fluxmesh.models.registry import PUBLISHED
 from tests.checkpoints import make_checkpoint
 from tests.datasets import make_dataset
+from tests.faults import strike
+from tests.flux2_checkpoint import make_flux2
 from tests.hub_server import Handler, Hub
 from tests.interrupting import BLOWS, TerminalUser
 from tests.ports import free_ports
 
 MOMENTS = int(os.environ.get("MOMENTS", "12"))
+PULLED = {"flux1": "schnell", "flux2": "klein-4b"}  # from a Hub of our own
 
 
 @dataclass
@@ -37,6 +41,7 @@ class StruckMachine:
 
     user: TerminalUser
     model: str
+    alias: str  # of a model that the Hub has
     data: Path
     meant: list[int] = field(default_factory=list)  # what may run before and after
 
@@ -216,7 +221,7 @@ CASES: dict[str, StruckCommand] = {
     "logs": StruckCommand(lambda scene: ["logs"], hosts=1),
     "models list": StruckCommand(lambda scene: ["models", "list"]),
     "models pull": StruckCommand(
-        lambda scene: ["models", "pull", "schnell"],
+        lambda scene: ["models", "pull", scene.alias],
         ("Fetching",),
         before=lambda scene: shutil.rmtree(scene.user.folder / "home" / "hub", ignore_errors=True),
     ),
@@ -231,12 +236,32 @@ CASES: dict[str, StruckCommand] = {
 }
 
 
+# What loads no model is struck once, and not with every family's.
+OF_NO_MODEL = ("down", "status --watch", "logs", "models list", "doctor on a mesh")
+STRUCK = [
+    pytest.param(family, name, id=name if family == "flux1" else f"{family}-{name}")
+    for family in strike.MODEL_FAMILIES
+    for name in CASES
+    if family == "flux1" or name not in OF_NO_MODEL
+]
+
+
+def _make_model(folder: Path, family: strike.ModelFamily) -> Path:
+    if family == "flux2":
+        return make_flux2(folder)
+    return make_checkpoint(folder, dtype="bfloat16").path
+
+
 @pytest.fixture(scope="session")
 def slow_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Hub on loopback that gives a model piece by piece."""
-    folder = tmp_path_factory.mktemp("hub") / "repo"
-    make_checkpoint(folder)
-    state = Hub({"black-forest-labs/FLUX.1-schnell": folder})
+    """A Hub on loopback that gives a model of each family piece by piece."""
+    folder = tmp_path_factory.mktemp("hub")
+    state = Hub(
+        {
+            PUBLISHED[PULLED[family]].repo: _make_model(folder / family, family)
+            for family in strike.MODEL_FAMILIES
+        }
+    )
 
     class SlowHandler(Handler):
         hub = state
@@ -253,13 +278,22 @@ def slow_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def scene(tmp_path_factory: pytest.TempPathFactory, slow_hub: str) -> Iterator[StruckMachine]:
+def family(request: pytest.FixtureRequest) -> strike.ModelFamily:
+    """Whose models the commands take."""
+    named: strike.ModelFamily = request.param
+    return named
+
+
+@pytest.fixture(scope="session")
+def scene(
+    tmp_path_factory: pytest.TempPathFactory, slow_hub: str, family: strike.ModelFamily
+) -> Iterator[StruckMachine]:
     folder = tmp_path_factory.mktemp("user")
     online = {"HF_ENDPOINT": slow_hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     user = TerminalUser(folder, online)
-    model = make_checkpoint(folder / "model", dtype="bfloat16").path
+    model = _make_model(folder / "model", family)
     data = make_dataset(folder / "data", [(32, 32), (32, 32)])
-    scene = StruckMachine(user, str(model), data)
+    scene = StruckMachine(user, str(model), PULLED[family], data)
     yield scene
     scene.down()
     assert user.left_running() == []
@@ -267,7 +301,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory, slow_hub: str) -> Iterator[S
 
 @pytest.mark.sample(2)
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("family", "name"), STRUCK, indirect=["family"])
 def test_a_command_that_is_interrupted_leaves_nothing_and_the_next_one_works(
     scene: StruckMachine,
     name: str,

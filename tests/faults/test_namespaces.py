@@ -22,9 +22,11 @@ import pytest
 
 from fluxmesh.cluster.snapshot import Placement
 from tests.faults import mesh, strike
+from tests.faults.conftest import ModelOf
 from tests.faults.mesh import paint
 from tests.faults.strike import DEADLINE, SLACK, STEP, STEPS, Fault, allowed, difference, heal
 from tests.faults.test_hangs import LOOKS
+from tests.slowness import slowdown
 
 HOSTS = 3
 SSH = """\
@@ -97,9 +99,19 @@ def _can_make_namespaces() -> bool:
     return made.returncode == 0
 
 
+@pytest.fixture(scope="module", params=strike.MODEL_FAMILIES)
+def family(request: pytest.FixtureRequest) -> strike.ModelFamily:
+    """Whose model is painted with."""
+    named: strike.ModelFamily = request.param
+    return named
+
+
 @pytest.fixture(scope="module")
 def up(
-    networks: Networks, model: str, tmp_path_factory: pytest.TempPathFactory
+    networks: Networks,
+    model_of: ModelOf,
+    family: strike.ModelFamily,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[mesh.Up]:
     folder = tmp_path_factory.mktemp("namespaces")
     ssh = folder / "ssh"
@@ -108,7 +120,7 @@ def up(
     with mesh.up(
         folder,
         HOSTS,
-        model,
+        model_of(family),
         delays=strike.DELAYS,
         host=networks.host,
         FLUXMESH_SSH=str(ssh),
@@ -126,7 +138,7 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_may_return(
     alone = strike.alone(request)
     with up.connect() as held:
         heal(up, held, placement)
-        clean = paint(held, request, placement)
+        clean, slow = paint(held, request, placement), slowdown()
         try:
             fault = Fault(placement, "middle", "agent", rank)
             cut = partial(networks.set, rank, "down")
@@ -137,9 +149,10 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_may_return(
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == request.n_images
         assert difference(alone, outcome.pictures) <= allowed(placement)
-        assert struck.noticed is not None and struck.noticed <= DEADLINE + LOOKS
+        slow = max(slow, slowdown())
+        assert struck.noticed is not None and struck.noticed <= DEADLINE + LOOKS * slow
         # Those who are left may have to form a ring of their own, and to load.
-        assert outcome.seconds - clean.seconds - struck.noticed <= STEP + SLACK
+        assert outcome.seconds - clean.seconds - struck.noticed <= (STEP + SLACK) * slow
         assert struck.log.again == []
         assert sorted(outcome.steps) == [
             (k, n + 1) for k in range(request.n_images) for n in range(STEPS)

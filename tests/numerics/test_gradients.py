@@ -118,8 +118,7 @@ def peak(family: str, singles: int, checkpoint: bool) -> float:
     runtime = runtime_of(dataclasses.replace(known, transformer=config))
     flux = runtime.build("transformer")
     flux.update(tree_map(lambda x: 0.05 * drawn(*x.shape, seed=1), flux.parameters()))
-    tensors = runtime.architecture.transformer_tensors
-    adapters = TrainedLoras(flux, tensors, TrainRequest("data", 1, lora_rank=2))
+    adapters = TrainedLoras(flux, runtime.architecture, TrainRequest("data", 1, lora_rank=2))
     shapes = {name: x.shape for name, x in runtime.blank(mx.float32).items()}
     batch = Batch(
         drawn(1, SIDE * SIDE, config.in_channels, seed=2),

@@ -137,7 +137,7 @@ def test_loss_and_every_lora_gradient_equal_pytorch_s(
     monkeypatch.setattr(double_stream, "timestep_embedding", diffusers_embedding)
     case = make(name)
     request = TrainRequest("data", 5, lora_rank=4, lora_alpha=4 * SCALE)
-    adapters = TrainedLoras(case.flow, case.model.transformer_tensors, request)
+    adapters = TrainedLoras(case.flow, case.model, request)
     factors, weights = {}, {}
     for i, (module, pair) in enumerate(adapters.weights().items()):
         a = np.array(pair["a"])

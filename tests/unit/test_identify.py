@@ -16,6 +16,7 @@ from fluxmesh.models.flux1.single_file import NAME
 from fluxmesh.models.registry import FAMILIES
 from fluxmesh.storage.safetensors import write_tensors
 from fluxmesh.weights import hub, identify
+from fluxmesh.weights.foreign_files import MODELS
 from fluxmesh.weights.reader import verify
 from tests.checkpoints import make_checkpoint
 
@@ -380,5 +381,7 @@ def test_a_second_family_needs_a_table_and_nothing_else(
     assert identify.parts(file, "new") == {"new": "x."}
 
 
-def test_whoever_names_another_model_is_told_every_family() -> None:
-    assert all(family.name in OTHER_FAMILY for family in FAMILIES)
+def test_whoever_names_another_model_is_told_every_family(tmp_path: Path) -> None:
+    kind = next(kind for kind in MODELS if kind.remedy == OTHER_FAMILY)
+    told = str(identify.refusal(tmp_path / "other.safetensors", kind))
+    assert all(family.name in told for family in FAMILIES) and "{" not in told

@@ -1,4 +1,4 @@
-"""The seam of families: who outside of `models/flux1/` still knows what FLUX.1 is made of.
+"""The seam of families: who outside of their folders still knows what one is made of.
 
 `LEFT` is the list of them, each with a reason; it only shrinks. Who leaves it must be taken off.
 """
@@ -8,44 +8,48 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.models.registry import ALIASES, FAMILIES, PUBLISHED, spellings
+from fluxmesh.training.compute.parameter_vector import select
+from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh.weights.reader import table_of
+from tests.third_family.architecture import LetterSizes, PainterSizes, PatchworkArchitecture
 from tools.house import FOLDERS, imported, modules
 
 SHAPE = "a transformer of double and single blocks, whose names both families share"
 WORDS = "what people call files and folders, to tell them from one another"
 
 LEFT = {
-    "fluxmesh.storage.numbers.float8": "NumPy's own word for what `take` does",
+    "fluxmesh.weights.embedded.checkpoints": "the names of those inside fluxmesh",
     **dict.fromkeys(
         (
             *("fluxmesh.adapters.describe", "fluxmesh.adapters.foreign", "fluxmesh.adapters.keys"),
-            *("fluxmesh.adapters.peft", "fluxmesh.weights.foreign_files"),
-            *("fluxmesh.weights.single_files", "fluxmesh.training.compute.parameter_vector"),
-            *("fluxmesh_coordinator.cli.train", "fluxmesh_coordinator.commands.generate"),
+            *("fluxmesh.weights.foreign_files", "fluxmesh.weights.single_files"),
         ),
         WORDS,
     ),
-    **dict.fromkeys(
-        (
-            *("fluxmesh.models.double_stream", "fluxmesh.models.slicing", "fluxmesh.models.spread"),
-            *("fluxmesh.models.transformer_shape", "fluxmesh.weights.reader"),
-        ),
-        SHAPE,
-    ),
+    **dict.fromkeys(("fluxmesh.models.double_stream", "fluxmesh.models.transformer_shape"), SHAPE),
 }
-# An option of requests and recipes and a field that is written down, which keep their names; and
-# words that only sound so.
+# An option of requests and recipes and a field that is written down, which keep their names, also
+# in sentences; and words that only sound so.
 KEPT = {
     *("t5_padding", "no_t5_padding", "--no-t5-padding", "t5_max_length"),
     *("clip_norm", "--clip-norm"),
 }
-# A part of FLUX.1 as a word of a name or a text.
+KEPT_WORD = re.compile("|".join(rf"(?<!\w){word}(?!\w)" for word in KEPT))
+# A part of a family, or the family itself, as a word of a name or a text.
 PART = re.compile(
     r"(?i:(?<![a-z0-9])(t5|clip)(?![a-z0-9]))|double_blocks|single_blocks|(img|txt)_(attn|mod|mlp)"
-    r"|(encoder|tokenizer)_2"
+    r"|(encoder|tokenizer)_2|(?i:flux[._-]?2|klein|qwen|mistral)"
 )
+FAMILY_FOLDERS = ("fluxmesh.models.flux1", "fluxmesh.models.flux2")
 ARRAYS = ("mx", "np", "values")  # whose `clip` is another
 
 
@@ -76,20 +80,21 @@ def _words(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
-def _knows_flux1(path: Path) -> list[str]:
-    """What of FLUX.1 a module imports or names."""
-    others = sorted(name for name in imported(path) if name.startswith("fluxmesh.models.flux1"))
+def _known(path: Path) -> list[str]:
+    """What of a family a module imports or names."""
+    others = sorted(name for name in imported(path) if name.startswith(FAMILY_FOLDERS))
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    named = {word[:60] for word in _words(tree) if PART.search(word)} - KEPT
+    words = {KEPT_WORD.sub("", word) for word in _words(tree)}
+    named = {word[:60] for word in words if PART.search(word)}
     return [*others, *sorted(named)]
 
 
-def test_nothing_else_knows_what_flux1_is_made_of() -> None:
-    inside = ("fluxmesh.models.flux1", "fluxmesh.models.flux2", "fluxmesh.models.registry")
+def test_nothing_else_knows_what_a_family_is_made_of() -> None:
+    inside = (*FAMILY_FOLDERS, "fluxmesh.models.registry")
     knowing = {}
     for package in FOLDERS:
         for name, path in modules(package):
-            known = [] if name.startswith(inside) else _knows_flux1(path)
+            known = [] if name.startswith(inside) else _known(path)
             if known:
                 knowing[name] = known
     assert {name: words for name, words in knowing.items() if name not in LEFT} == {}
@@ -104,3 +109,29 @@ def test_families_know_nothing_of_each_other() -> None:
     aliases = [alias for family in FAMILIES for alias in family.published]
     assert len(set(aliases)) == len(aliases)
     assert sum(len(spellings(alias, model)) for alias, model in PUBLISHED.items()) == len(ALIASES)
+
+
+def test_blocks_to_train_are_counted_by_the_names_that_a_family_gives_them() -> None:
+    model = PatchworkArchitecture()
+    last = ["stairs.1.look", "stairs.1.narrow", "stairs.1.widen"]
+    assert select(model, 1, ("*",)) == last
+    with pytest.raises(UsageError, match=r"name some, such as 'stairs\.1\."):
+        select(model, -1, ("double_blocks.*",))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, ""),
+        ({"transformer": PainterSizes(width_of_letters=8)}, "must read what the letters give"),
+        ({"letters": LetterSizes(0)}, "says width is 0"),
+    ],
+)
+def test_a_checkpoint_is_damaged_by_the_rules_of_its_own_family(
+    changed: dict[str, Any], told: str
+) -> None:
+    """Also of one whose transformer has no heads and no rotary axes."""
+    model = replace(PatchworkArchitecture(), **changed)
+    checkpoint = Checkpoint("patchwork", "", "diffusers", {}, {}, model)
+    with pytest.raises(WeightsError, match=told) if told else nullcontext():
+        assert table_of(checkpoint, "painter").keys() == model.tensors_in("painter").keys()

@@ -35,7 +35,7 @@ def chosen(hosts: list[HostInfo], model: Any = FLUX, **changed: Any) -> tasks.Ch
     job = replace(
         training_job(),
         base_bytes=transformer_bytes(request, model),
-        size=VectorLayout(model.architecture.transformer_tensors, request).size,
+        size=VectorLayout(model.architecture, request).size,
         ways=ways(request, model, SIZE),
     )
     return tasks.choose(job, hosts, Links())
@@ -119,7 +119,7 @@ def test_what_a_host_must_have_at_least_is_its_weights_and_what_is_trained() -> 
     request = asked(bits=4)
     least = (
         transformer_bytes(request, FLUX)
-        + NUMBER_BYTES * VectorLayout(FLUX.architecture.transformer_tensors, request).size
+        + NUMBER_BYTES * VectorLayout(FLUX.architecture, request).size
     )
     for spare, fits in ((0, True), (-1, False)):
         host = a_mac(16, memory_bytes=least + spare)

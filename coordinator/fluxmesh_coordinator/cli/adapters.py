@@ -28,7 +28,7 @@ for_model = click.option(
     "--model",
     metavar="MODEL",
     shell_complete=complete_models,
-    help="That it is for.  [what fits of FLUX.1, FLUX.2 and tiny]",
+    help="That it is for.  [whichever it fits]",
 )
 
 

@@ -219,7 +219,7 @@ _OPTIONS = [
         "--model",
         metavar="MODEL",
         shell_complete=complete_models,
-        help="tiny, klein, schnell, dev, a Hub repo, a path.  [the best that is here and fits]",
+        help="A name of `models list`, a Hub repo, a path.  [the best that is here and fits]",
     ),
     click.option("-n", "--n-images", type=int, help="How many images; image k has seed + k.  [1]"),
     click.option("--image-size", type=ImageSize(), help="In pixels.  [the model's own]"),

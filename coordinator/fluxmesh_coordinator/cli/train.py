@@ -59,7 +59,7 @@ _OPTIONS = [
         "--lora-targets",
         metavar="PATTERNS",
         callback=lambda _c, _p, value: tuple(value.split(",")) if value else None,
-        help="Linears by name, commas between: *attn.qkv,single_blocks.*  [all]",
+        help="Linears by name, commas between: *attn.qkv,*.linear2  [all]",
     ),
     # step
     click.option("--guidance", type=float, help="For models that take it.  [4.0]"),

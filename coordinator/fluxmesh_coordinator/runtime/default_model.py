@@ -20,7 +20,7 @@ from fluxmesh.errors import AdapterError, ModelNotFoundError
 from fluxmesh.machine import memory
 from fluxmesh.machine.tools import is_mac
 from fluxmesh.models.base import Architecture
-from fluxmesh.models.registry import PUBLISHED, TO_TRAIN
+from fluxmesh.models.registry import FIRST_TO_FETCH, PUBLISHED, TO_TRAIN
 from fluxmesh.planning.plan import plan
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import AdapterRef, Condition, FilledRequest, GenerateRequest
@@ -34,7 +34,6 @@ from fluxmesh_coordinator.deploy import what_if
 if TYPE_CHECKING:
     from fluxmesh_coordinator.runtime.mesh import Mesh
 
-FIRST = "klein-4b"  # what to fetch first: few steps, no account, a licence for everything
 UNKNOWN = 1 << 50  # bytes: more than any model takes
 LINK_RATE = 1e9  # bytes/s; a place decides what fits, no rate does
 
@@ -79,11 +78,11 @@ class DefaultModel:
                 f"{self.name} is the small checkpoint inside fluxmesh: what else is here would not "
                 f"fit ({others}); `bits` takes less memory, `low_memory` too."
             )
-        first = PUBLISHED[FIRST]
+        first = PUBLISHED[FIRST_TO_FETCH]
         return (
             f"{self.name} is the small checkpoint inside fluxmesh; for FLUX itself, run "
-            f"`fluxmesh models pull {FIRST}` ({first.gigabytes:.0f} GB, {first.licence.name}, no "
-            "account needed), or name one with `model`."
+            f"`fluxmesh models pull {FIRST_TO_FETCH}` ({first.gigabytes:.0f} GB, "
+            f"{first.licence.name}, no account needed), or name one with `model`."
         )
 
 

@@ -212,7 +212,7 @@ def job_of(
         plan=plan,
         weights=ModelVariant.of(asked, base.bits, base.text_bits),
         base_bytes=transformer_bytes(request, sizes),
-        size=VectorLayout(sizes.architecture.transformer_tensors, request).size,
+        size=VectorLayout(sizes.architecture, request).size,
         features=features,
         pixels=pixels,
         ways=ways(request, sizes, max(plan.sizes, key=math.prod)),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from fluxmesh.storage.safetensors import read_json
 
+LEAST = "least"  # in a field's metadata: how small its whole numbers may be; 1 if not said
+
 
 class UnsupportedConfigError(ValueError):
     """A config is of a model that the family's code doesn't compute; the text says what it has."""

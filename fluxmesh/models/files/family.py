@@ -224,5 +224,8 @@ class Family:
     runtime: str  # the module and the class of its `Runtime`, which needs mlx
     folder: FolderFormat
     files: SingleFiles
+    # What keys of its adapters match; other models are asked first where those have such keys too.
+    adapter_marks: str = ""
+    shares_adapter_marks: bool = False
     mflux: MfluxFolder | None = None
     reader: ReferenceReader | None = None  # of references, for those that read none by themselves

@@ -19,7 +19,7 @@ NAME_THE_TRANSFORMER = (
     "name the file of the transformer (flux1-….safetensors), which finds this one beside it or in "
     "ComfyUI's folders"
 )
-OTHER_FAMILY = "fluxmesh runs FLUX.1 and FLUX.2: name one of their models"
+OTHER_FAMILY = "fluxmesh runs {families}: name one of their models"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FileKind:
     """A kind of file that people have, and what becomes of it."""
 
     what: str  # after "FILE is "
-    remedy: str = ""  # what to do, where it is not read as a model; "" where it is
+    remedy: str = ""  # what to do, where it is not read as a model ({families}: which there are)
     names: tuple[str, ...] = ()  # tensors that it holds, behind the same prefix
     pattern: str = ""  # or what the name of some tensor matches
     fits: Callable[[FileContents, str], bool] | None = None  # what must be true of shapes too

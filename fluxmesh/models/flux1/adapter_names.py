@@ -54,6 +54,13 @@ GUIDANCE = (
 )
 
 
+# What keys of its adapters match; some other models were made from it, or have such keys too.
+MARKS = (
+    r"(?:img|txt)_mod[._]lin|single_blocks[._]\d+[._]modulation|proj_mlp|vector_in[._]"
+    r"|time_text_embed[._]text_embedder"
+)
+
+
 def transformer_extra(config: FluxConfig) -> dict[str, tuple[Rows, ...]]:
     """Names that stand for a linear of another name: x-flux's, and those of old processors."""
     D = config.hidden_size

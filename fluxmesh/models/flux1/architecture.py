@@ -33,7 +33,7 @@ from fluxmesh.models.flux1.config import (
 from fluxmesh.models.flux1.quantization import group_size
 from fluxmesh.models.partition import Partition
 from fluxmesh.models.tensor_map import ComponentNames, Tensors
-from fluxmesh.models.transformer_shape import TransformerShape
+from fluxmesh.models.transformer_shape import BLOCK_LISTS, TransformerShape, rules_of_heads
 from fluxmesh.request import (
     MAX_REFERENCES,
     Condition,
@@ -245,6 +245,7 @@ class Flux1Architecture(Architecture):
         t5, clip, ae, schedule = self.t5, self.clip, self.autoencoder, self.schedule
         exact = t5.relative_attention_num_buckets // 4  # distances with a bucket of their own
         return {
+            **rules_of_heads(self.transformer),
             "T5's layer_norm_epsilon must be above 0": t5.layer_norm_epsilon > 0,
             "T5's relative_attention_num_buckets must be at least 4, and "
             "relative_attention_max_distance above a quarter of them": (
@@ -297,6 +298,10 @@ class Flux1Architecture(Architecture):
             depth_single_blocks=config.depth_single_blocks,
             split_modulations=modulations * config.hidden_size,
         )
+
+    @property
+    def block_lists(self) -> tuple[str, ...]:
+        return BLOCK_LISTS
 
     @property
     def partition(self) -> Partition:

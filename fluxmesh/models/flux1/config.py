@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-from fluxmesh.models.files.configs import UnsupportedConfigError
+from fluxmesh.models.files.configs import LEAST, UnsupportedConfigError
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class FluxConfig:
     mlp_ratio: float = 4.0
     num_heads: int = 24
     depth: int = 19
-    depth_single_blocks: int = 38
+    depth_single_blocks: int = field(default=38, metadata={LEAST: 0})
     axes_dim: tuple[int, ...] = (16, 56, 56)  # of each head, to RoPE's three axes
     theta: int = 10_000
     guidance_embed: bool = False
@@ -105,7 +105,7 @@ class ClipConfig:
     max_position_embeddings: int = 77
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
-    eos_token_id: int = 49407
+    eos_token_id: int = field(default=49407, metadata={LEAST: 0})
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fluxmesh.models.files.family import APACHE, Family, Licence, MfluxFolder, PublishedModel
+from fluxmesh.models.flux1.adapter_names import MARKS as ADAPTER_MARKS
 from fluxmesh.models.flux1.architecture import Flux1Architecture
 from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
@@ -82,6 +83,8 @@ FLUX1 = Family(
     },
     folder=Flux1Folder(),
     files=Flux1Files(),
+    adapter_marks=ADAPTER_MARKS,
+    shares_adapter_marks=True,
     mflux=MfluxFolder(
         part=MFLUX_PART,
         configs={

@@ -123,6 +123,15 @@ KINDS = (
         family=NAME,
         component="vae",
     ),
+    FileKind(
+        "an older T5, whose encoder FLUX.1 doesn't take",
+        "take t5xxl_fp16.safetensors, or FLUX.1's folder text_encoder_2",
+        names=(
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "encoder.block.0.layer.1.DenseReluDense.wi.weight",
+        ),
+        family=NAME,
+    ),
 )
 
 

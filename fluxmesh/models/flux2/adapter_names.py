@@ -24,6 +24,8 @@ GUIDANCE = (
     *("guidance_in.in_layer", "guidance_in.out_layer"),
     *(f"time_guidance_embed.guidance_embedder.linear_{k}" for k in (1, 2)),
 )
+# What keys of its adapters hold, and those of no other model.
+MARKS = r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj|ff[._]linear_in"
 
 
 def components(transformer: Flux2Config) -> tuple[ComponentNames, ...]:

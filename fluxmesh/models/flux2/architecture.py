@@ -24,7 +24,7 @@ from fluxmesh.models.flux2.config import (
 from fluxmesh.models.flux2.quantization import group_size
 from fluxmesh.models.partition import Partition
 from fluxmesh.models.tensor_map import ComponentNames, Tensors
-from fluxmesh.models.transformer_shape import TransformerShape
+from fluxmesh.models.transformer_shape import BLOCK_LISTS, TransformerShape, rules_of_heads
 from fluxmesh.request import Condition
 
 COMPONENTS = (
@@ -118,6 +118,7 @@ class Flux2Architecture(Architecture):
     def rules(self) -> Mapping[str, bool]:
         text, ae = self.text, self.autoencoder
         return {
+            **rules_of_heads(self.transformer),
             "the text encoder's rms_norm_eps must be above 0": text.rms_norm_eps > 0,
             "the text encoder's rope_theta must be above 0": text.rope_theta > 0,
             "the text encoder's key heads must divide its heads, and a head be even": (
@@ -152,6 +153,10 @@ class Flux2Architecture(Architecture):
             gated=True,
             calls=2 if self.takes_negative and self.defaults.guidance > 1 else 1,
         )
+
+    @property
+    def block_lists(self) -> tuple[str, ...]:
+        return BLOCK_LISTS
 
     @property
     def partition(self) -> Partition:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from fluxmesh.models.files.configs import UnsupportedConfigError
+from fluxmesh.models.files.configs import LEAST, UnsupportedConfigError
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Flux2Config:
     mlp_ratio: float = 3.0
     num_heads: int = 24
     depth: int = 5
-    depth_single_blocks: int = 20
+    depth_single_blocks: int = field(default=20, metadata={LEAST: 0})
     axes_dim: tuple[int, ...] = (32, 32, 32, 32)  # of each head: picture, row, column, text token
     theta: int = 2000
     guidance_embed: bool = False

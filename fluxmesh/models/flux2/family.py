@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fluxmesh.models.files.family import APACHE, Family, Licence, PublishedModel
+from fluxmesh.models.flux2.adapter_names import MARKS as ADAPTER_MARKS
 from fluxmesh.models.flux2.architecture import Flux2Architecture
 from fluxmesh.models.flux2.config import (
     DEV,
@@ -109,4 +110,5 @@ FLUX2 = Family(
     },
     folder=Flux2Folder(),
     files=Flux2Files(),
+    adapter_marks=ADAPTER_MARKS,
 )

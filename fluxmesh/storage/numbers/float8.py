@@ -66,7 +66,7 @@ class ByteReader:
             self._pairs,
             raw[:even].view("<u2"),
             out=out[:even].view(self._pairs.dtype),
-            mode="clip",  # no index is out of bounds; "raise" would copy through a buffer
+            mode="wrap",  # no index is out of bounds; "raise" would copy through a buffer
         )
         if even < raw.size:
             out[even:] = self._table[raw[even:]]

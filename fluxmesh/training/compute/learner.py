@@ -60,8 +60,7 @@ class Learner:
         self.request = plan.request
         self.runtime, self.flow = pipeline.runtime, pipeline.flow
         self.architecture = pipeline.checkpoint.architecture
-        tensors = self.architecture.transformer_tensors
-        self.adapters = TrainedLoras(self.flow, tensors, self.request)
+        self.adapters = TrainedLoras(self.flow, self.architecture, self.request)
         self.state: State = optimizer.begin(
             self.adapters.flatten(self.adapters.weights()), self.request
         )

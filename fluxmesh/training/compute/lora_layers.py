@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.models.base import Architecture
 from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.models.lora_linear import LoRALinear
 from fluxmesh.models.module_tree import module_at, replace_module
-from fluxmesh.models.tensor_map import Tensors
 from fluxmesh.training.compute.custom_gradients import frozen, plus_low_rank
 from fluxmesh.training.compute.parameter_vector import VectorLayout
 from fluxmesh.training.request import TrainRequest
@@ -60,14 +60,14 @@ class TrainedLoras:
     """The LoRAs of one run, in place in a transformer."""
 
     def __init__(
-        self, flow: DoubleStreamTransformer, tensors: Tensors, request: TrainRequest
+        self, flow: DoubleStreamTransformer, model: Architecture, request: TrainRequest
     ) -> None:
         """Puts a `TrainedLinear` where the request asks for one; the rest of `flow` stays.
 
-        `tensors` are the transformer's.
+        `flow` is the transformer of `model`.
         """
         self.flow = flow
-        self.layout = VectorLayout(tensors, request)
+        self.layout = VectorLayout(model, request)
         self.names = self.layout.names
         self.layers: dict[str, TrainedLinear] = {}
         shapes = self.layout.shapes

@@ -14,30 +14,31 @@ import numpy as np
 from fluxmesh.adapters.changes import LowRank
 from fluxmesh.adapters.formats import Adapter
 from fluxmesh.errors import UsageError
-from fluxmesh.models.tensor_map import Tensors
+from fluxmesh.models.base import Architecture
 from fluxmesh.models.transformer_shape import block_numbers
 from fluxmesh.training.request import TrainRequest
 
 
-def select(tensors: Tensors, blocks: int, targets: Sequence[str]) -> list[str]:
+def select(model: Architecture, blocks: int, targets: Sequence[str]) -> list[str]:
     """Linears of the last `blocks` blocks (-1: all) that match one of the patterns `targets`.
 
-    `tensors` are the transformer's. A pattern is a shell's, against BFL's name of the linear:
-    `*attn.qkv`, `single_blocks.*`. Raises `UsageError` where nothing matches.
+    A pattern is a shell's, against the model's (BFL's) name of the linear, as `*attn.qkv`. Raises
+    `UsageError` where nothing matches.
     """
-    block_of = block_numbers(tensors)
+    tensors = model.transformer_tensors
+    block_of = block_numbers(tensors, model.block_lists)
     every = max(block_of.values()) + 1
     first = 0 if blocks == -1 else max(0, every - blocks)
-    modules = []
-    for name, block in block_of.items():
-        module = name.removesuffix(".weight")
-        is_matrix = len(tensors[name].shape) == 2
-        if is_matrix and block >= first and any(fnmatchcase(module, p) for p in targets):
-            modules.append(module)
+    linears = [
+        name.removesuffix(".weight")
+        for name, block in block_of.items()
+        if block >= first and len(tensors[name].shape) == 2
+    ]
+    modules = [name for name in linears if any(fnmatchcase(name, p) for p in targets)]
     if not modules:
         raise UsageError(
             f"`lora_targets` {', '.join(targets)} matches no linear of the last "
-            f"{every - first} blocks; name some, such as '*attn.qkv' or 'single_blocks.*'."
+            f"{every - first} blocks; name some, such as '{linears[-1]}', with * for any letters."
         )
     return sorted(modules)
 
@@ -45,10 +46,11 @@ def select(tensors: Tensors, blocks: int, targets: Sequence[str]) -> list[str]:
 class VectorLayout:
     """The vector of one run."""
 
-    def __init__(self, tensors: Tensors, request: TrainRequest) -> None:
-        """Of a transformer with these tensors. Raises `UsageError` where nothing is trained."""
+    def __init__(self, model: Architecture, request: TrainRequest) -> None:
+        """Of a model's transformer. Raises `UsageError` where nothing is trained."""
+        tensors = model.transformer_tensors
         self.scale = request.scale
-        self.names = select(tensors, request.lora_blocks, request.lora_targets)
+        self.names = select(model, request.lora_blocks, request.lora_targets)
         rank = request.lora_rank
         self.shapes: list[tuple[int, int]] = []  # a, b, a, b, ... in the order of `names`
         for name in self.names:

@@ -140,7 +140,7 @@ def unknown_words(prompt: str, checkpoint: Path) -> list[str]:
 
 
 def _vocabulary(checkpoint: Path) -> Callable[[str], bool]:
-    """Whether a word is one piece: of T5's vocabulary, or of Qwen's, which has a space before."""
+    """Whether a word is one piece of a vocabulary: sentencepiece's, or one with a space before."""
     spiece = next(checkpoint.glob("*/spiece.model"), None)
     if spiece is not None:
         import sentencepiece
@@ -149,10 +149,10 @@ def _vocabulary(checkpoint: Path) -> Callable[[str], bool]:
         return lambda word: len(pieces.encode(word)) == 1
     from tokenizers import Tokenizer
 
-    qwen = Tokenizer.from_file(str(checkpoint / "tokenizer" / "tokenizer.json"))
+    vocabulary = Tokenizer.from_file(str(checkpoint / "tokenizer" / "tokenizer.json"))
     # An instruction's first word is capital more often than not, or has no space before it.
     return lambda word: any(
-        len(qwen.encode(form).ids) == 1 for form in (f" {word}", word, word.capitalize())
+        len(vocabulary.encode(form).ids) == 1 for form in (f" {word}", word, word.capitalize())
     )
 
 
