@@ -1,7 +1,8 @@
-"""How `tools/tiny` trains tiny-klein, against diffusers' pipeline that is to run it.
+"""tiny-klein against diffusers' pipeline, float32: how `tools/tiny` trains it, and what it paints.
 
 What training computes must be what the pipeline computes later: a prompt's features, the time
-steps, where references stand. Random weights, float32.
+steps, where references stand; on random weights. Then the checkpoint as it ships: fluxmesh paints
+and edits what `Flux2KleinPipeline` does.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from PIL import Image
 
+from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.weights.embedded.checkpoints import folder_of
+from tests.parity import flux2
 from tests.parity.oracles import BOUND, relative_error
 from tests.paths import ROOT
 
@@ -115,6 +121,26 @@ def test_time_steps_are_the_scheduler_s(made: tuple[Any, ...], tokens: int, step
     mu = compute_empirical_mu(tokens, steps)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     assert klein.time_steps(tokens, steps) == scheduler.sigmas.tolist()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_checkpoint_paints_what_diffusers_paints_from_it(count: int) -> None:
+    pictures = [flux2.picture(96, 64, seed) for seed in range(count)]
+    flux = FluxPipeline("tiny-klein", dtype="float32")
+    latents = [*flux.generate_latents(PROMPT, 1, 4, 1.0, (12, 8), seed=3, references=pictures)]
+    mx.eval(latents[-1])
+    ours = to_pixels(flux.decode(latents[-1], (12, 8)))[0]
+    oracle = Flux2KleinPipeline.from_pretrained(folder_of("tiny-klein"), dtype=torch.float32)
+    oracle.set_progress_bar_config(disable=True)
+    noise = np.array(flux.noise(3, (12, 8))).transpose(0, 2, 1).reshape(1, -1, 6, 4)
+    images = {"image": [Image.fromarray(pixels) for pixels in pictures]} if count else {}
+    theirs = oracle(
+        prompt=PROMPT, latents=torch.from_numpy(noise.copy()), num_inference_steps=4,
+        guidance_scale=1.0, height=96, width=64, max_sequence_length=48, output_type="np", **images,
+    ).images[0]  # fmt: skip
+    pixels = np.round(theirs * 255).astype(int)
+    assert pixels.std() > 5
+    assert np.abs(ours.astype(int) - pixels).max() <= 1
 
 
 def _tokenizer(folder: Path) -> Any:
