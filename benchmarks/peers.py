@@ -119,7 +119,7 @@ class Fluxmesh(OnMlx):
 
         return Flux(self.config), group_size
 
-    def _planned(
+    def planned(
         self, height: int, width: int, steps: int, text_tokens: int
     ) -> tuple[Any, DenoisePlan]:
         """Noise [1, L, C], and what every step has in common."""
@@ -142,7 +142,7 @@ class Fluxmesh(OnMlx):
 
         if self.flow.modulation_released:
             self.flow = self._made()
-        noise, made = self._planned(height, width, steps, text_tokens)
+        noise, made = self.planned(height, width, steps, text_tokens)
         mx.eval(*made.arrays)
         if self.low_memory:
             self.flow.release_modulation()
