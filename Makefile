@@ -4,6 +4,7 @@
 #   make test      unit, numerics and integration tests, and a sample of faults
 #   make faults    every process killed and stopped at every moment: Linux, as root, 30 to 60 minutes
 #   make chaos     JOBS=300 jobs with a random fault each, SEED=1, on HOSTS=3, FAMILY=flux1
+#   make emulate   plans held against steps on slow links: Linux, as root, 2 or 3 minutes
 #   make learn     the embedded checkpoint is taught a robot: a minute or two of training
 #   make lint      ruff and mypy          } these two install
 #   make parity    against diffusers      } torch and diffusers
@@ -18,7 +19,7 @@
 # WORKERS how many tests run at once (half the cores, at least 3).
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mac house learn faults chaos lint parity gpu ssh page wheel format clean
+.PHONY: help demo test mac house learn faults chaos emulate lint parity gpu ssh page wheel format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,7 +44,7 @@ find_python = for python in $(PYTHON) python3 python3.13 python3.12 python3.11 p
 	echo $$python; exit; fi; done
 
 help:
-	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@sed -n '3,16s/^# \{0,1\}//p' Makefile
 
 $(BIN)/python:
 	@python="$$($(find_python))"; \
@@ -130,6 +131,10 @@ HOSTS ?= 3
 
 chaos: $(VENV)/.test
 	@$(BIN)/python -m tools.chaos --jobs $(JOBS) --seed $(SEED) --hosts $(HOSTS) $(of_model)
+
+# Hosts that compute by waiting, in network namespaces joined by limited links.
+emulate: $(VENV)/.test
+	@$(BIN)/python -m benchmarks.emulated
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -41,7 +41,7 @@ class FluxmeshKlein(Fluxmesh):
 
         return Flux2(self.config), group_size
 
-    def _planned(
+    def planned(
         self, height: int, width: int, steps: int, text_tokens: int
     ) -> tuple[Any, DenoisePlan]:
         import mlx.core as mx

@@ -6,18 +6,22 @@ import contextlib
 import os
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.rendezvous import joining
 
 
-def environments(backend: str, engines: int, scratch: Path) -> list[dict[str, str]]:
+def environments(
+    backend: str, engines: int, scratch: Path, addresses: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """For each rank its environment, as an agent would tell its engine; files go into `scratch`.
 
-    Each gets a GPU of its own where there are as many.
+    Each gets a GPU of its own where there are as many. Without `addresses` all are on loopback.
     """
-    hosts = [Host(rank, "127.0.0.1", ("127.0.0.1",)) for rank in range(engines)]
+    addresses = addresses or ["127.0.0.1"] * engines
+    hosts = [Host(rank, address, (address,)) for rank, address in enumerate(addresses)]
     ports = [[port] for port in free_ports(engines)]
     there = gpus()
     envs = []

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,12 +53,14 @@ def results_of(
     case: Mapping[str, Any],
     envs: Sequence[Mapping[str, str]] = ({},),
     timeout: float = 1800,
-) -> Iterator[Result]:
+    within: Sequence[Sequence[str]] = (),
+) -> Generator[Result, None, None]:
     """Runs `python -m MODULE --case CASE` once for each of `envs`; yields what the first emits.
 
-    Several are the ranks of a group. What the case says of itself is in each result too. Where a
-    process dies, or all together take longer than `timeout` seconds, every one is killed and a
-    last result says `failed`: the last line of what it said.
+    Several are the ranks of a group. `within` are words that each one's command begins with. What
+    the case says of itself is in each result too. Where a process dies, or all together take longer
+    than `timeout` seconds, every one is killed and a last result says `failed`: the last line of
+    what it said.
     """
     command = [sys.executable, "-m", module, "--case", json.dumps(case)]
     with contextlib.ExitStack() as stack:
@@ -66,7 +68,7 @@ def results_of(
         processes = [
             stack.enter_context(
                 subprocess.Popen(
-                    command,
+                    [*(within[rank] if within else ()), *command],
                     cwd=ROOT,
                     env={**os.environ, **env},
                     stdout=subprocess.DEVNULL if rank else subprocess.PIPE,

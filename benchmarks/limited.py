@@ -7,7 +7,7 @@ Each host is a network namespace at the end of a pair of virtual interfaces whos
 bytes a second through (`tc tbf`); a bridge joins them. This process is outside, as a laptop is.
 A host computes on processors of its own (`shares`), also while the others rest: else a host alone
 would be faster than beside others, which no plan could know. Needs Linux, root, iproute2 and
-taskset. Used by `plans.py` and `push.py`.
+taskset. Used by `plans.py`, `push.py` and `emulated.py`, which takes the links alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, Skipped, say
 
 LEAST, TICKS = 16 << 10, 200  # bytes that pass at once, and the rate's part that must
+LEAST_QUEUE, QUEUED = 1 << 20, 0.05  # bytes that may wait for a link, and seconds of its rate
 SSH = """\
 #!/bin/sh
 while [ "$1" != "--" ]; do shift; done
@@ -49,13 +50,11 @@ def limited(hosts: int, rate: float, model: str, disks: Path | None = None) -> I
     A folder `disks` gives each host a Hub cache of its own: one by its address, below it. Raises
     `Skipped` where namespaces can't be made.
     """
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        raise Skipped("slow links are made of network namespaces, which needs Linux and root")
-    name, net = f"fm{secrets.token_hex(2)}", f"10.214.{secrets.randbelow(250)}"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fluxmesh-links-")))
         own = shares(sorted(os.sched_getaffinity(0)), hosts)
-        _join(stack, name, net, own, rate)
+        burst = max(LEAST, round(rate / TICKS))
+        name, net = stack.enter_context(namespaces(own, rate, burst))
         ssh = folder / "ssh"
         cases = "\n".join(
             f"{i}) cores={','.join(map(str, cores))} threads={len(cores)} ;;"
@@ -90,14 +89,34 @@ def shares(cores: Sequence[int], hosts: int) -> list[tuple[int, ...]]:
     return [(cores[i % len(cores)],) for i in range(hosts)]
 
 
+@contextlib.contextmanager
+def namespaces(
+    shares: Sequence[tuple[int, ...]], rate: float, burst: int
+) -> Iterator[tuple[str, str]]:
+    """A bridge at NET.1, and namespaces NAME-2, NAME-3, ... at NET.2, NET.3, ... behind slow links.
+
+    Gives (NAME, NET). One for each of `shares`, the processors that a host computes on; hosts with
+    the same ones are agents of one device. `rate` is in bytes a second, `burst` bytes may pass at
+    once. Raises `Skipped` where namespaces can't be made.
+    """
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        raise Skipped("slow links are made of network namespaces, which needs Linux and root")
+    if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
+        raise Skipped(f"slow links are made by iproute2, of which {missing[0]} is missing")
+    name, net = f"fm{secrets.token_hex(2)}", f"10.214.{secrets.randbelow(250)}"
+    with contextlib.ExitStack() as stack:
+        _join(stack, name, net, shares, rate, burst)
+        yield name, net
+
+
 def _join(
     stack: contextlib.ExitStack,
     name: str,
     net: str,
     shares: Sequence[tuple[int, ...]],
     rate: float,
+    burst: int,
 ) -> None:
-    """A bridge at `net`.1, and a namespace behind a slow link at `net`.2 and each after it."""
     bridge = f"{name}br"
     _run("ip", "link", "add", bridge, "type", "bridge")
     stack.callback(_run, "ip", "link", "del", bridge)
@@ -119,8 +138,8 @@ def _join(
         own.mkdir(parents=True)
         stack.callback(shutil.rmtree, own)
         (own / "machine-id").write_text(devices[cores] + "\n")
-        burst = max(LEAST, round(rate / TICKS))
-        limit = ("rate", f"{round(8 * rate)}bit", "burst", str(burst), "latency", "50ms")
+        queue = burst + max(LEAST_QUEUE, round(rate * QUEUED))
+        limit = ("rate", f"{round(8 * rate)}bit", "burst", str(burst), "limit", str(queue))
         _run("tc", "-n", space, "qdisc", "add", "dev", far, "root", "tbf", *limit)
 
 

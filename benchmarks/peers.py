@@ -131,7 +131,7 @@ class Fluxmesh(OnMlx):
 
         return Flux(self.config), group_size
 
-    def _planned(
+    def planned(
         self, height: int, width: int, steps: int, text_tokens: int
     ) -> tuple[Any, DenoisePlan]:
         """Noise [1, L, C], and what every step has in common."""
@@ -158,7 +158,7 @@ class Fluxmesh(OnMlx):
 
         if self.flow.modulation_released:
             self.flow = self._made()
-        noise, made = self._planned(height, width, steps, text_tokens)
+        noise, made = self.planned(height, width, steps, text_tokens)
         made = made.prepared(self.flow)
         mx.eval(*made.arrays)
         if self.low_memory:

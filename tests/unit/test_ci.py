@@ -75,9 +75,11 @@ def test_ci_asks_of_make_what_it_has_and_of_each_system_what_it_can(
     done = machine.run(str(ROOT / ".ci" / "run"))
 
     assert done.returncode == 0, done.stderr
-    ssh = " ssh page" if system == "Linux" else ""
-    assert machine.called("make") == ["test", "--help", f"{options} learn parity lint wheel{ssh}"]
-    assert ("'make ssh' is left out" in done.stdout) == (system == "Darwin")
+    ssh, emulate = (" ssh page", ["emulate"]) if system == "Linux" else ("", [])
+    targets = f"{options} learn parity lint wheel{ssh}"
+    assert machine.called("make") == ["test", *emulate, "--help", targets]
+    for target in ("ssh", "emulate"):
+        assert (f"'make {target}' is left out" in done.stdout) == (system == "Darwin")
     installed = [call for call in machine.called("apt-get") if call.startswith("install")]
     assert [call.split()[-3:] for call in installed] == (
         [["zsh", "fish", "chromium"]] if system == "Linux" else []

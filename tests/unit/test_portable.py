@@ -25,6 +25,7 @@ LINUX = (
     "tests/faults/test_namespaces.py",
     "tests/ssh/server.py",
     "benchmarks/limited.py",
+    "benchmarks/emulated/ring.py",
     "tests/integration/test_as_on_a_mac.py",
 )
 RULES = ("tests/portable.py", "tests/unit/test_portable.py", "tests/as_on_a_mac/as_on_a_mac.py")
