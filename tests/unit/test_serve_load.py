@@ -6,6 +6,7 @@ import pytest
 
 from tools.serve_clients import LoadLog
 from tools.serve_load import FILES, FIRST_HALF, SECOND_HALF, ServerReading, flat, in_turn, report
+from tools.serve_overhead import Overhead, Turn
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,16 @@ def test_what_grows_breaks_a_promise(
         for more in ((0, 0, 0), middle, end)
     ]
     assert [each.is_kept for each in flat(readings, clients=20)] == kept
+
+
+def test_what_else_a_machine_does_falls_on_both_sides_of_a_turn() -> None:
+    """Three turns, in which it got slower, and one that something disturbed."""
+    mesh = (0.10, 0.20, 0.30, 0.10)
+    server = (0.11, 0.21, 0.31, 0.90)
+    measured = Overhead(
+        tuple(Turn(seconds, seconds / 2) for seconds in server),
+        tuple(Turn(seconds, seconds / 2) for seconds in mesh),
+    )
+    assert measured.seconds == pytest.approx(0.010)
+    assert measured.cpu == pytest.approx(0.005)
+    assert "+10.0 and +5.0 ms in the middle of 4 turns" in measured.sentence()
