@@ -12,11 +12,13 @@ sockets found them, stand in. Three things with a meaning make a step's collecti
 - `WAIT`: what each collective costs beside its own time, because ranks wait for the last one and
   the device starts anew after it.
 - `UNSPLIT`: the part of one host's step that does not become less on more hosts: what every rank
-  computes, and products that are less efficient when they are small.
+  computes, and products that are less efficient when they are small. A processor minds that less
+  than a GPU (`UNSPLIT_ON_PROCESSORS`).
 
 The constants come from FLUX.1 at 1024x1024 on two and four H100s, with collectives and with false
-ones that send nothing: `tests/unit/test_ring_cost.py` has the numbers. What jobs measure on a mesh
-corrects what is reckoned from them (`Options`).
+ones that send nothing; those of processors from small models of both families, with false ones:
+`tests/unit/test_ring_cost.py` has the numbers. What jobs measure on a mesh corrects what is
+reckoned from them (`Options`).
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fluxmesh.cluster.shares import EVEN, Shares
-from fluxmesh.cluster.snapshot import CollectiveTime, Placement, RingTiming
+from fluxmesh.cluster.snapshot import CollectiveTime, Placement, Platform, RingTiming
 from fluxmesh.planning.workload import Workload
 
 UNSPLIT: dict[Placement, float] = {"data": 0.0, "sequence": 0.10, "tensor": 0.19}
+UNSPLIT_ON_PROCESSORS: dict[Placement, float] = {"data": 0.0, "sequence": 0.07, "tensor": 0.09}
 WAIT: dict[Placement, float] = {"data": 0.0, "sequence": 0.27e-3, "tensor": 0.0}  # seconds
 PLAIN_HIDDEN = 0.5  # where no ring was measured: 0.63 was on two H100s, 0.29 on four
 
@@ -41,9 +44,9 @@ class PlainLink(NamedTuple):
     latency: float  # seconds
 
 
-def compute_share(placement: Placement, share: float) -> float:
+def compute_share(placement: Placement, share: float, platform: Platform) -> float:
     """The part of one host's step that a rank takes which is given `share` of the work."""
-    fixed = UNSPLIT[placement]
+    fixed = (UNSPLIT_ON_PROCESSORS if platform == "cpu" else UNSPLIT)[placement]
     return fixed + (1 - fixed) * share
 
 

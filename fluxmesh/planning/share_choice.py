@@ -114,8 +114,10 @@ class ShareChoice:
             return OwnShare(own, max(own, even))
 
         most = self._most("sequence", ranks, 1, parts, lambda place, units: share(units))
-        fixed = compute_share("sequence", 0.0)
-        each = [HostPace(pace * fixed, pace * (1 - fixed) / parts) for pace in paces]
+        each = [
+            HostPace(pace * fixed, pace * (1 - fixed) / parts)
+            for pace, fixed in zip(paces, self._unsplit("sequence", ranks), strict=True)
+        ]
         units = fastest(
             parts,
             each,
@@ -134,7 +136,7 @@ class ShareChoice:
         columns, odd = divmod(partition.columns, of_columns)
         if left or odd:
             return None
-        fixed = compute_share("tensor", 0.0)
+        unsplit = self._unsplit("tensor", ranks)
         most = self._most(
             "tensor",
             ranks,
@@ -142,7 +144,10 @@ class ShareChoice:
             heads,
             lambda place, units: OwnShare(heads=units / heads, columns=units / heads),
         )
-        each = [HostPace(pace * fixed, pace * (1 - fixed) / heads) for pace in paces]
+        each = [
+            HostPace(pace * fixed, pace * (1 - fixed) / heads)
+            for pace, fixed in zip(paces, unsplit, strict=True)
+        ]
         own = least_slowest(heads, each, most)
         if own is None:
             return None
@@ -159,7 +164,7 @@ class ShareChoice:
                 pace * (fixed + (1 - fixed) * by_heads * count / heads),
                 pace * (1 - fixed) * (1 - by_heads) / columns,
             )
-            for pace, count in zip(paces, own, strict=True)
+            for pace, fixed, count in zip(paces, unsplit, own, strict=True)
         ]
         groups = least_slowest(columns, each, most)
         if groups is None:
@@ -168,6 +173,10 @@ class ShareChoice:
             heads=tuple(of_heads * count for count in own),
             columns=tuple(of_columns * count for count in groups),
         )
+
+    def _unsplit(self, placement: Placement, ranks: tuple[int, ...]) -> list[float]:
+        """Of each host's step alone, the part that does not become less with its share."""
+        return [compute_share(placement, 0.0, self.view.host(rank).platform) for rank in ranks]
 
     def _most(
         self,

@@ -154,7 +154,8 @@ class StepTimes:
         size = len(ranks)
         parts = self._parts(placement, size, shares)
         compute = max(
-            pace * compute_share(placement, part) for pace, part in zip(paces, parts, strict=True)
+            pace * compute_share(placement, part, self.view.host(rank).platform)
+            for rank, pace, part in zip(ranks, paces, parts, strict=True)
         )
         timing, links = self.view.ring_timing(ranks), self.slowest_link(ranks)
         exposed = exposed_seconds(self.work, placement, size, compute, timing, links, shares)

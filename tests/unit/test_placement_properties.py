@@ -249,6 +249,7 @@ def test_another_equal_host_never_makes_it_slower(hosts: int, images: int, rate:
     assert more.options[0].seconds <= fewer.options[0].seconds * 1.02
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 40))
 def test_equal_hosts_get_images_within_one_of_even(hosts: int, images: int) -> None:
     view = ring(*(mac(rank) for rank in range(hosts)), rate=1e6)

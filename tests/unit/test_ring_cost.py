@@ -43,6 +43,14 @@ H100: dict[int, tuple[dict[Placement, tuple[float, float]], float, float, float]
     2: ({"sequence": (74.0e-3, 93.4e-3), "tensor": (75.5e-3, 97.8e-3)}, 0.20e-3, 0.27e-3, 0.625),
     4: ({"sequence": (40.5e-3, 67.1e-3), "tensor": (52.6e-3, 71.7e-3)}, 0.23e-3, 0.25e-3, 0.29),
 }
+# On one core of a processor, in bfloat16: the part of a step alone that false ranks took of it, the
+# slowest one, of `tiny` and of FLUX.2 klein's shape at 128x128, and of 4 blocks of 384 channels.
+PROCESSOR: list[tuple[Placement, int, float]] = [
+    *(("sequence", 2, 0.532), ("sequence", 2, 0.547), ("sequence", 2, 0.521)),
+    *(("sequence", 3, 0.396), ("sequence", 3, 0.384)),
+    *(("tensor", 2, 0.544), ("tensor", 2, 0.549), ("tensor", 2, 0.525)),
+    *(("tensor", 3, 0.379), ("tensor", 3, 0.388)),
+]
 SOCKETS = PlainLink(4e9, 5e-5)  # what plain sockets carried there
 
 
@@ -94,7 +102,22 @@ def test_the_arithmetic_of_a_rank_is_predicted_as_false_ranks_took_it(
     placement: Placement, size: int
 ) -> None:
     false, _ = H100[size][0][placement]
-    assert ALONE * compute_share(placement, 1 / size) == pytest.approx(false, rel=0.05)
+    assert ALONE * compute_share(placement, 1 / size, "cuda") == pytest.approx(false, rel=0.05)
+
+
+@pytest.mark.parametrize(("placement", "size", "false"), PROCESSOR)
+def test_small_products_cost_a_processor_less_than_a_gpu(
+    placement: Placement, size: int, false: float
+) -> None:
+    assert compute_share(placement, 1 / size, "cpu") == pytest.approx(false, rel=0.05)
+    assert compute_share(placement, 1 / size, "metal") > false
+
+
+def test_a_mesh_of_processors_is_planned_with_what_they_lose() -> None:
+    gpus = h100s(2)
+    processors = replace(gpus, hosts=tuple(replace(h, platform="cpu") for h in gpus.hosts))
+    for placement in ("sequence", "tensor"):
+        assert step_of(processors, placement) < step_of(gpus, placement)
 
 
 @pytest.mark.parametrize("size", [2, 4])

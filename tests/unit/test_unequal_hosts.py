@@ -91,6 +91,18 @@ def test_a_fast_host_has_more_of_the_tokens_and_both_finish_together() -> None:
     assert phase.step_seconds < 0.75 * phase.even_seconds
 
 
+@pytest.mark.parametrize("placement", ["sequence", "tensor"])
+def test_a_slow_processor_has_a_larger_share_than_as_slow_a_gpu(placement: str) -> None:
+    """It loses less of its time to what is not split."""
+
+    def slow_part(platform: str) -> float:
+        dealt = shares(mesh(2.86, 5.72, rate=1e12, platform=platform), placement)
+        units = dealt.tokens or dealt.columns
+        return units[1] / sum(units)
+
+    assert 0.28 < slow_part("cpu") < 1 / 3 and slow_part("cpu") > slow_part("metal") + 0.01
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 def test_heads_are_whole_and_columns_make_up_for_them(bits: int | None) -> None:
     holds = held(bits=bits)
