@@ -13,6 +13,7 @@ from fluxmesh.models.collectives import Pending
 from fluxmesh.models.waiting import InGraph
 
 ROOM = 1 << 40  # bytes
+BUDGETS = (1.0, 5.0, 25.0)  # seconds: more where a busy machine left no time for all sizes
 
 
 class Slow:
@@ -60,8 +61,12 @@ def test_a_ring_that_takes_seconds_for_nothing_tells_one_size() -> None:
 
 
 def test_a_fast_ring_is_measured_at_all_sizes_several_times() -> None:
-    ranks = Slow(1e11)
-    timing = timed(ranks, 2.0, ROOM)  # type: ignore[arg-type]
+    for seconds in BUDGETS:
+        ranks = Slow(1e11)
+        timing = timed(ranks, seconds, ROOM)  # type: ignore[arg-type]
+        often = ranks.calls.count(("gather", SIZES[-1])) > 3
+        if often and len(timing.gathers) == len(timing.sums) == len(SIZES):
+            break
     assert [point.nbytes for point in timing.gathers] == list(SIZES)
     assert [point.nbytes for point in timing.sums] == list(SIZES)
     largest = [call for call in ranks.calls if call == ("gather", SIZES[-1])]
@@ -70,8 +75,11 @@ def test_a_fast_ring_is_measured_at_all_sizes_several_times() -> None:
 
 def test_a_host_with_little_memory_measures_with_small_arrays() -> None:
     for memory, largest in ((1 << 20, 4096), (4 * 50 * 65536, 65536), (ROOM, SIZES[-1])):
-        ranks = Slow(1e11)
-        timing = timed(ranks, 1.0, memory)  # type: ignore[arg-type]
+        for seconds in BUDGETS:
+            ranks = Slow(1e11)
+            timing = timed(ranks, seconds, memory)  # type: ignore[arg-type]
+            if timing.gathers[-1].nbytes == timing.sums[-1].nbytes == largest:
+                break
         assert timing.gathers[-1].nbytes == timing.sums[-1].nbytes == largest
         assert max(nbytes for _, nbytes in ranks.calls) == largest
 
