@@ -24,12 +24,12 @@ def test_an_answer_does_not_wait_until_its_head_is_acknowledged() -> None:
     async def has_no_delay() -> bool:
         accepted: asyncio.Queue[asyncio.BaseTransport] = asyncio.Queue()
 
-        class Server(asyncio.Protocol):
+        class TransportNoting(asyncio.Protocol):
             def connection_made(self, transport: asyncio.BaseTransport) -> None:
                 accepted.put_nowait(transport)
 
         with listening("127.0.0.1", 0) as listener:
-            server = await asyncio.get_running_loop().create_server(Server, sock=listener)
+            server = await asyncio.get_running_loop().create_server(TransportNoting, sock=listener)
             async with server:
                 _, writer = await asyncio.open_connection(*listener.getsockname())
                 transport = await accepted.get()
