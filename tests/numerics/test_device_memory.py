@@ -159,7 +159,8 @@ def test_an_encode_may_take_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> 
         on(platform, monkeypatch)
         waits = device_memory.encoding_room(FLUX.architecture, side * side, mx.bfloat16, True)
         planned = work.encoding_memory(1, platform) - work.autoencoder_bytes
-        assert planned / 3 < waits <= planned
+        # A CPU's convolutions are float32, and hold their input nine times beside what waits.
+        assert planned / (3 if platform == "metal" else 8) < waits <= planned
 
 
 def test_a_mac_may_use_what_metal_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
