@@ -144,6 +144,29 @@ def test_a_job_whose_picture_was_removed_paints_that_one_again(tmp_path: Path) -
     assert [job.kept for job in again.lane.painted] == [3]
 
 
+@pytest.mark.parametrize("without", [(), (1, 2)])
+def test_who_followed_the_server_before_hears_all_of_what_the_next_one_tells(
+    tmp_path: Path, without: tuple[int, ...]
+) -> None:
+    """A browser goes on behind the last number that it saw, by itself, and its card ends."""
+    serving = Serving(tmp_path)
+    with serving.client() as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving.service.journal, "ended", lambda id, is_done=False: None)
+        names = sorted(painted(client))
+        lines = client.get(f"/api/jobs/{ID}/events").text.splitlines()
+        numbers = [line[4:] for line in lines if line.startswith("id: ")]
+    for image in without:
+        serving.pictures.remove(names[image])
+    with Serving(tmp_path).client() as client:
+        for number in numbers:  # wherever it was cut off
+            text = client.get(f"/api/jobs/{ID}/events", headers={"last-event-id": number}).text
+            assert text.count("event: picture") == 4 - len(without)
+            assert ("event: error" if without else "event: done") in text
+        assert len(painted(client)) == 4
+        text = client.get(f"/api/jobs/{ID}/events", headers={"last-event-id": numbers[-1]}).text
+        assert text.count("event: picture") == 4 and "event: done" in text
+
+
 def test_a_stream_that_was_cut_off_may_be_asked_for_without_one(tmp_path: Path) -> None:
     """Who looks on changes no picture."""
     kept = killed(tmp_path, without=(2,))

@@ -415,8 +415,9 @@ def test_a_job_is_sent_followed_and_found_in_the_gallery(serving: Serving) -> No
         assert kinds[:2] == ["queued", "planned"] and kinds[-1] == "done"
         assert kinds.count("step") == 8 and kinds.count("picture") == 2
         pictures = json.loads(events[-1]["data"])["pictures"]
-        later = client.get("/api/jobs/my-own-id-1/events", headers={"last-event-id": "5"})
-        assert all(int(event["id"]) > 5 for event in sse(later.text))
+        seen = {"last-event-id": events[5]["id"]}
+        later = sse(client.get("/api/jobs/my-own-id-1/events", headers=seen).text)
+        assert later and all(int(event["id"]) > int(events[5]["id"]) for event in later)
         listed = client.get("/api/pictures?limit=1").json()
         assert listed["pictures"][0]["name"] == pictures[1] == listed["next"]
         assert listed["pictures"][0]["recipe"]["seed"] == 6
