@@ -1,8 +1,8 @@
 """What a job has told so far, for as many as want to hear it, from any point on.
 
-Events are numbered one after another, so that who was cut off goes on where they stopped. Where that
-was in an earlier log of the same job id, of the server before or of a job that was cancelled, they
-hear this one from its start: `clock_number` begins each log above all those before it. Of the
+Events are numbered one after another, so that who was cut off goes on where they stopped. Where
+that was in an earlier log of the same job id, of the server before or of a job that was cancelled,
+they hear this one from its start: `clock_number` begins each log above all those before it. Of the
 previews of an image only the newest is kept: they are large, and nobody looks at an old one. Lives
 in the server's event loop.
 """
