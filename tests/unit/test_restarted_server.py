@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from fluxmesh.errors import WeightsError
 from fluxmesh_coordinator.artifacts.recipe import Recipe
+from fluxmesh_coordinator.server.queue.lane import Tell
+from fluxmesh_coordinator.server.queue.served_job import ServedJob
 from tests.serving import Serving
 
 ID = "a-job-of-mine"
@@ -173,6 +176,39 @@ def test_a_stream_that_was_cut_off_may_be_asked_for_without_one(tmp_path: Path) 
     again = Serving(tmp_path)
     with again.client() as client:
         assert set(kept.values()) < set(painted(client, previews=True))
+
+
+def test_a_job_that_has_failed_goes_on_where_it_is_sent_again(tmp_path: Path) -> None:
+    """What it is told to do, say where its model's files were changed while it waited in line."""
+    serving = Serving(tmp_path)
+    paint = serving.lane.paint
+
+    def breaks_off(job: ServedJob, tell: Tell) -> None:
+        def told(kind: str, data: dict[str, Any]) -> None:
+            tell(kind, data)
+            if kind == "picture" and data["image"] == 1:
+                raise WeightsError("The files of tiny were changed; send it again.")
+
+        paint(job, told)
+
+    with serving.client() as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving.lane, "paint", breaks_off)
+        seed = client.post("/api/jobs", json=ASKED).json()["seed"]
+        first = events(client)
+        assert first[-1][0] == "error" and "again" in first[-1][1]["message"]
+        patch.undo()
+        names = painted(client)
+        kept = [data["name"] for kind, data in first if kind == "picture"]
+        assert len(kept) == 2 and names[:2] == kept and len(names) == 4
+        assert client.post("/api/jobs", json=ASKED).json()["seed"] == seed
+        assert [job.kept for job in serving.lane.painted] == [0, 2]
+        serving.lane.fails = WeightsError("The files of tiny were changed; send it again.")
+        client.post("/api/jobs", json={**ASKED, "id": "another-of-mine"})
+        assert events(client, "another-of-mine")[-1][0] == "error"
+        serving.lane.fails = None
+        other = {**ASKED, "id": "another-of-mine", "prompt": "a cat"}
+        assert client.post("/api/jobs", json=other).status_code == 202
+        assert events(client, "another-of-mine")[-1][0] == "done"
 
 
 def test_another_request_by_the_id_of_a_lost_job_begins_anew(tmp_path: Path) -> None:
