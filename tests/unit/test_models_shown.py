@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, UsageError
 from fluxmesh.weights import hub
+from fluxmesh.weights.embedded.checkpoints import embedded_names
 from fluxmesh.weights.embedded.words import THINGS, known_words, unknown_words
 from fluxmesh_coordinator.cli import cli
 from fluxmesh_coordinator.commands import models
@@ -136,7 +137,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_list_tells_programs_all_there_is_to_choose_by(here: Path) -> None:
     lines = [json.loads(line) for line in run("list", "--json").output.splitlines()]
     listed = {line["name"]: line for line in lines}
-    assert [line["name"] for line in lines][:4] == ["tiny", "klein-9b", "klein-9b-kv", "klein-4b"]
+    first = [line["name"] for line in lines][: len(embedded_names()) + 3]
+    assert first == [*embedded_names(), "klein-9b", "klein-9b-kv", "klein-4b"]
     klein, dev, schnell = listed["klein-4b"], listed["flux2-dev"], listed["schnell"]
     assert klein["default"] and klein["usable"] and klein["revision"] == "0123456"
     assert (klein["licence"], klein["commercial"], klein["gated"]) == ("Apache-2.0", True, False)
@@ -188,6 +190,17 @@ def test_show_lists_what_tiny_paints() -> None:
     shown = " ".join(run("show", "tiny").output.split())
     for phrase in ("red apple (apple)", "teddy bear", "purple", "white (in the snow)"):
         assert phrase in shown
+
+
+def test_show_tells_how_the_embedded_models_are_asked() -> None:
+    """Edits of those alone that take references."""
+    tiny, klein = (json.loads(run("show", name, "--json").output) for name in embedded_names())
+    assert tiny["prompts"] == klein["prompts"] and "edits" not in tiny
+    shown = run("show", "tiny-klein").output
+    for phrase in (*klein["prompts"], *klein["edits"], *klein["edits_of_two"]):
+        assert f"    {phrase}\n" in shown
+    assert "on the left" in shown and all(len(line) <= 78 for line in shown.split("\n")[3:])
+    assert "--reference" not in run("show", "tiny").output
 
 
 def test_the_things_are_those_that_tiny_was_trained_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import fluxmesh
 from fluxmesh.weights.embedded.checkpoints import embedded_names, folder_of
+from fluxmesh.weights.embedded.words import EDITS, EDITS_OF_TWO, PROMPTS, THINGS, unknown_words
 
 TINY = Path(fluxmesh.__file__).parent / "tiny"
 TOOLS = Path(__file__).parents[2] / "tools" / "tiny"
@@ -174,6 +176,39 @@ def _same_picture(layout):
         return frozenset(thing.name for thing in layout.things)
     (thing,) = layout.things
     return thing.name, thing.column, thing.row, layout.background
+
+
+def _form(scenes, text):
+    """A prompt without what differs from one scene to the next: things, sizes, colours, places."""
+    text = text.lower().rstrip(".")
+    kinds = {
+        "PLACE": [phrase for *_, phrases in scenes.PLACES for phrase in phrases]
+        + [phrase.partition(" ")[2] for *_, phrases in scenes.PLACES for phrase in phrases],
+        "RELATION": [phrase for *_, phrases in scenes.RELATIONS for phrase in phrases],
+        "GROUND": [ground for _, grounds in scenes.BACKGROUNDS.values() for ground in grounds],
+        "SIZE": [word for words in scenes.SIZE_WORDS.values() for word in words if word],
+        "THING": [*THINGS, *(other for others in THINGS.values() for other in others)],
+        "COLOUR": list(scenes.COLOURS),
+    }
+    for kind, phrases in kinds.items():
+        longest_first = "|".join(sorted(map(re.escape, phrases), key=len, reverse=True))
+        text = re.sub(rf"\b({longest_first})\b", kind, text)
+    return re.sub(r"\ban? ", "", text)
+
+
+def test_what_users_are_told_to_ask_is_what_training_asked(scenes, edits):
+    """Every example of `models show` has the wording of a caption or an edit that was trained on."""
+    rng = np.random.default_rng(5)
+    captions = {_form(scenes, scenes.sample(rng)[1]) for _ in range(4000)}
+    asked = {
+        pictures: {_form(scenes, edits.sample(rng, pictures).prompt) for _ in range(4000)}
+        for pictures in (1, 2)
+    }
+    assert {_form(scenes, prompt) for prompt in PROMPTS} <= captions
+    assert {_form(scenes, edit) for edit in EDITS} <= asked[1]
+    assert {_form(scenes, edit) for edit in EDITS_OF_TWO} <= asked[2]
+    for prompt in (*PROMPTS, *EDITS, *EDITS_OF_TWO):
+        assert not unknown_words(prompt, folder_of("tiny-klein"))
 
 
 def test_things_of_an_edit_lie_on_the_grid_of_any_picture(scenes, edits):

@@ -12,6 +12,12 @@ from fluxmesh_coordinator.cli.completion import complete_hosts, complete_models
 from fluxmesh_coordinator.cli.paths import UserPath
 from fluxmesh_coordinator.console.bytes_bar import bar_of_bytes, size_text
 
+ASKED_SO = {  # how an embedded checkpoint is asked, as `models show` heads the examples
+    "prompts": "prompts name one thing or two, a background, and what stands where:",
+    "edits": "edits, one at a time, of a picture that it painted (--reference PICTURE); what is "
+    "added needs room, so begin with a thing on the left, on the right, at the top or the bottom:",
+    "edits_of_two": "edits with a second picture (--reference FIRST --reference SECOND):",
+}
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 
 
@@ -28,7 +34,7 @@ def models() -> None:
 @models.command("list", short_help="List what `--model` can be.")
 @as_json
 def list_command(as_json: bool) -> None:
-    """What `--model` can be: the embedded model, those with a name, and FLUX from the Hub's cache.
+    """What `--model` can be: the embedded models, those with a name, and FLUX from the Hub's cache.
 
     Each with its size (on this machine, or to be fetched), its licence and whether the Hub asks you
     to accept it, the steps that it takes by itself, and what it takes beside a prompt. A Hub id
@@ -131,7 +137,7 @@ def push(model: str, hosts: tuple[str, ...], as_json: bool) -> None:
 def show(model: str, as_json: bool) -> None:
     """Tell what MODEL is: files, sizes, what it does by itself.
 
-    Of tiny also the things that it paints.
+    Of tiny and tiny-klein also what they paint, and how to ask for it.
     """
     from fluxmesh_coordinator.commands.models import description
     from fluxmesh_coordinator.console.json_lines import emit
@@ -157,6 +163,10 @@ def show(model: str, as_json: bool) -> None:
             click.echo(f"  {len(about[what])} {what}:")
             words = ", ".join(about[what])
             click.echo(click.wrap_text(words, 78, "    ", "    "))
+    for what, head in ASKED_SO.items():
+        if what in about:
+            click.echo(click.wrap_text(head, 78, "  ", "    "))
+            click.echo("".join(f"    {phrase}\n" for phrase in about[what]), nl=False)
 
 
 @models.command(short_help="Read every number of MODEL, and look for damage.")

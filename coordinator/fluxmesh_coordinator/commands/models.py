@@ -17,7 +17,7 @@ from fluxmesh.errors import ModelNotFoundError, OutputError, UsageError
 from fluxmesh.storage.own_words import in_own_words
 from fluxmesh.weights import hub
 from fluxmesh.weights.embedded.checkpoints import embedded_names
-from fluxmesh.weights.embedded.words import BACKGROUNDS, THINGS
+from fluxmesh.weights.embedded.words import BACKGROUNDS, EDITS, EDITS_OF_TWO, PROMPTS, THINGS
 
 
 def description(name: str) -> dict[str, Any]:
@@ -44,6 +44,9 @@ def description(name: str) -> dict[str, Any]:
     if checkpoint.name in embedded_names():
         told["things"] = [_with_others(*thing) for thing in THINGS.items()]
         told["backgrounds"] = [_with_others(*ground) for ground in BACKGROUNDS.items()]
+        told["prompts"] = list(PROMPTS)
+        if "references" in checkpoint.architecture.takes:
+            told["edits"], told["edits_of_two"] = list(EDITS), list(EDITS_OF_TWO)
     return told
 
 

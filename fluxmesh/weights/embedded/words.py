@@ -1,4 +1,4 @@
-"""What the embedded checkpoints paint, in words: things, backgrounds, and what they can't read.
+"""What the embedded checkpoints paint, in words: how to ask for it, and what they can't read.
 
 `tools/tiny/scenes.py` draws these things and writes the captions that they were trained on. Their
 vocabularies have a piece for every word of those captions and letters for all others, so that a
@@ -119,6 +119,27 @@ BACKGROUNDS: Mapping[str, tuple[str, ...]] = {
     "purple": (),
     "pink": (),
 }
+# How to ask: of each kind one, in words that training used.
+PROMPTS = (
+    "a red apple in the center on a yellow background",
+    "a small dog on the left on the grass",
+    "a cat to the right of a tree on a pink background",
+)
+EDITS = (
+    "make the background blue",
+    "replace the apple by a pear",
+    "make it larger",
+    "move it to the right",
+    "add a cat to the right of the apple",
+    "swap the apple and the cat",
+    "remove the cat",
+)
+EDITS_OF_TWO = (
+    "put the dog from the second picture to the right of the apple",
+    "the apple from the first picture above the dog from the second picture",
+    "replace the apple by the dog from the second picture",
+    "use the background of the second picture",
+)
 # Words that say nothing of what is to be seen; nobody need be told that they are unknown.
 _SMALL = re.compile(
     "all|also|am|are|as|be|been|being|both|but|by|do|each|every|few|for|from|go|had|has|have|he|"
