@@ -262,5 +262,5 @@ def test_a_reference_that_is_too_small_or_too_narrow_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         fitted(np.zeros((height, width, 3), dtype=np.uint8), 16)
-    assert f"{width}x{height}" in str(caught.value)
+    assert f"{height}x{width}" in str(caught.value)
     assert fitted(np.zeros((64, 512, 3), dtype=np.uint8), 16).shape == (64, 512, 3)
