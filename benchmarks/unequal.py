@@ -45,6 +45,7 @@ MIDDLE = Sizes(
         num_heads=6,
         depth=1,
         depth_single_blocks=2,
+        context_in_dim=512,  # in FLUX's proportion: the way in of the text is not split
         axes_dim=(8, 28, 28),
         guidance_embed=True,
     ),

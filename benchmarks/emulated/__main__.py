@@ -38,6 +38,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="for meshes that do not hold")
     parser.add_argument("--json", type=Path, help="write everything measured into this file")
     options = parser.parse_args()
+    # Who is told to end takes the namespaces away before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("It was told to end."))
     os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     say(f"{harness.machine()}\n")
     try:

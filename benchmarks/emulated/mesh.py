@@ -238,6 +238,7 @@ class EmulatedMesh:
                 free_bytes=1 << 40,
                 flops_per_second=1e9,
                 load_rate=1e18,  # what takes part has loaded
+                platform="cpu",  # whose proportions its pieces have
                 measured=(replace(step, step_seconds=alone * pace),),
             )
             for rank, pace in enumerate(_paces(setting))

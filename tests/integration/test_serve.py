@@ -125,7 +125,7 @@ def test_openai_s_client_raises_typed_errors(client: openai.OpenAI) -> None:
         client.images.generate(prompt="x", n=99)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-klein"]
 
 
 def test_a_picture_is_changed_by_automatic1111_s_img2img(running: ServerProcess) -> None:

@@ -52,10 +52,10 @@ def test_a_request_after_a_change_of_the_files_is_painted_with_the_new_ones(
         assert refused.status_code == 404 and "mine" in refused.text, refused.text
         assert str(tmp_path) not in refused.text  # what lies where is nobody's business
         listed = http.get("/api/models").json()["models"]
-        assert [each["name"] for each in listed] == ["tiny"]  # the page goes on
+        assert [each["name"] for each in listed] == ["tiny", "tiny-klein"]  # the page goes on
         shutil.copytree(new, model)
         listed = http.get("/api/models").json()["models"]
-        assert [each["name"] for each in listed] == ["mine", "tiny"]
+        assert [each["name"] for each in listed] == ["mine", "tiny", "tiny-klein"]
         heard, picture = paint(http, "the-second-job")
         assert any(kind == "model" for kind, _ in heard)  # it was read anew
         third = paint(http, "the-third-job")

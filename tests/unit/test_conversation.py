@@ -18,6 +18,7 @@ from fluxmesh.errors import FluxmeshError, ModelNotFoundError, NotFetchedError
 from fluxmesh.events import Event, Picture
 from fluxmesh.models.base import ModelDefaults
 from fluxmesh.request import FilledRequest
+from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.weights import hub
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
@@ -61,7 +62,8 @@ def talk(
     """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
-        return SimpleNamespace(name=name, revision="r", **vars(SIZES), defaults=SIZES.defaults)
+        about = vars(SIZES) | {"defaults": SIZES.defaults, "stamps": FileStamps()}
+        return SimpleNamespace(name=name, revision="r", **about)
 
     monkeypatch.setenv("FLUXMESH_HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setattr(hub, "resolve", resolve)
@@ -246,7 +248,7 @@ def test_tab_knows_settings_models_and_paths(
     (tmp_path / "pictures" / "a.png").touch()
     (tmp_path / "plain.txt").touch()
     assert choices("/s") == ["/size", "/steps", "/seed", "/strength", "/settings"]
-    assert choices("/model ti") == ["tiny"]
+    assert choices("/model ti") == ["tiny", "tiny-klein"]
     assert choices("/image p") == ["pictures/", "plain.txt"]
     assert choices("/mask pictures/") == ["pictures/a.png"]
     assert choices("/adapter x.safetensors pl") == ["plain.txt"]

@@ -79,6 +79,7 @@ def test_it_fails_where_fewer_than_nine_of_ten_hold(
         return [good] * held + [bad] * (10 - held)
 
     monkeypatch.setattr(emulated, "measured", measured)
+    monkeypatch.setattr(emulated.signal, "signal", lambda *_: None)  # this process has its own
     monkeypatch.setattr(sys, "argv", ["emulated"])
     if code is None:
         emulated.main()

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from fluxmesh.errors import WeightsError
 from fluxmesh_coordinator.artifacts.recipe import Recipe
+from fluxmesh_coordinator.server.queue.lane import Tell
+from fluxmesh_coordinator.server.queue.served_job import ServedJob
 from tests.serving import Serving
 
 ID = "a-job-of-mine"
@@ -144,12 +147,68 @@ def test_a_job_whose_picture_was_removed_paints_that_one_again(tmp_path: Path) -
     assert [job.kept for job in again.lane.painted] == [3]
 
 
+@pytest.mark.parametrize("without", [(), (1, 2)])
+def test_who_followed_the_server_before_hears_all_of_what_the_next_one_tells(
+    tmp_path: Path, without: tuple[int, ...]
+) -> None:
+    """A browser goes on behind the last number that it saw, by itself, and its card ends."""
+    serving = Serving(tmp_path)
+    with serving.client() as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving.service.journal, "ended", lambda id, is_done=False: None)
+        names = sorted(painted(client))
+        lines = client.get(f"/api/jobs/{ID}/events").text.splitlines()
+        numbers = [line[4:] for line in lines if line.startswith("id: ")]
+    for image in without:
+        serving.pictures.remove(names[image])
+    with Serving(tmp_path).client() as client:
+        for number in numbers:  # wherever it was cut off
+            text = client.get(f"/api/jobs/{ID}/events", headers={"last-event-id": number}).text
+            assert text.count("event: picture") == 4 - len(without)
+            assert ("event: error" if without else "event: done") in text
+        assert len(painted(client)) == 4
+        text = client.get(f"/api/jobs/{ID}/events", headers={"last-event-id": numbers[-1]}).text
+        assert text.count("event: picture") == 4 and "event: done" in text
+
+
 def test_a_stream_that_was_cut_off_may_be_asked_for_without_one(tmp_path: Path) -> None:
     """Who looks on changes no picture."""
     kept = killed(tmp_path, without=(2,))
     again = Serving(tmp_path)
     with again.client() as client:
         assert set(kept.values()) < set(painted(client, previews=True))
+
+
+def test_a_job_that_has_failed_goes_on_where_it_is_sent_again(tmp_path: Path) -> None:
+    """What it is told to do, say where its model's files were changed while it waited in line."""
+    serving = Serving(tmp_path)
+    paint = serving.lane.paint
+
+    def breaks_off(job: ServedJob, tell: Tell) -> None:
+        def told(kind: str, data: dict[str, Any]) -> None:
+            tell(kind, data)
+            if kind == "picture" and data["image"] == 1:
+                raise WeightsError("The files of tiny were changed; send it again.")
+
+        paint(job, told)
+
+    with serving.client() as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving.lane, "paint", breaks_off)
+        seed = client.post("/api/jobs", json=ASKED).json()["seed"]
+        first = events(client)
+        assert first[-1][0] == "error" and "again" in first[-1][1]["message"]
+        patch.undo()
+        names = painted(client)
+        kept = [data["name"] for kind, data in first if kind == "picture"]
+        assert len(kept) == 2 and names[:2] == kept and len(names) == 4
+        assert client.post("/api/jobs", json=ASKED).json()["seed"] == seed
+        assert [job.kept for job in serving.lane.painted] == [0, 2]
+        serving.lane.fails = WeightsError("The files of tiny were changed; send it again.")
+        client.post("/api/jobs", json={**ASKED, "id": "another-of-mine"})
+        assert events(client, "another-of-mine")[-1][0] == "error"
+        serving.lane.fails = None
+        other = {**ASKED, "id": "another-of-mine", "prompt": "a cat"}
+        assert client.post("/api/jobs", json=other).status_code == 202
+        assert events(client, "another-of-mine")[-1][0] == "done"
 
 
 def test_another_request_by_the_id_of_a_lost_job_begins_anew(tmp_path: Path) -> None:

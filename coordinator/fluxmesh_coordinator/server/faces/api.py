@@ -190,7 +190,7 @@ def _adapter(entry: Any) -> tuple[str, float]:
 def _resume(request: Request) -> int:
     """The number of the first event that a client has not seen."""
     seen = request.headers.get("last-event-id", "")
-    return int(seen) + 1 if seen.isascii() and seen.isdecimal() and len(seen) < 10 else 0
+    return int(seen) + 1 if seen.isascii() and seen.isdecimal() and len(seen) < 16 else 0
 
 
 async def _events(job: ServedJob, first: int) -> AsyncIterator[str]:

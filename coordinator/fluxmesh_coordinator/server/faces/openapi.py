@@ -129,7 +129,7 @@ SAVED = _object(
 )
 ERROR = _object(error=_object(message=_text(), setting={"type": ["string", "null"]}, code=_text()))
 EVENTS = (
-    "Server-sent events, numbered from 0 (Last-Event-ID goes on): queued {place, seconds_left}; "
+    "Server-sent events, in numbered order (Last-Event-ID goes on): queued {place, seconds_left}; "
     "planned {placement, hosts, seconds, notice?}; model {name, text, done_bytes?, total_bytes?}; "
     "step {image, step, steps, seconds_left}; preview {image, step, data, width, height}, a JPEG "
     "in base64; picture {image, name, url, seed, width, height}; note {text}; host {name, text}; "

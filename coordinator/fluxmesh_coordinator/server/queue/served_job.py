@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fluxmesh.planning.workload import Workload
-from fluxmesh_coordinator.server.queue.event_log import EventLog
+from fluxmesh_coordinator.server.queue.event_log import EventLog, clock_number
 from fluxmesh_coordinator.server.queue.journal import JobRecord
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class ServedJob:
     steps_done: dict[int, int] = field(default_factory=dict)  # by image
     pictures: dict[int, str] = field(default_factory=dict)  # names, by image
     kept: int = 0  # of these, pictures that were there before it began
-    events: EventLog = field(default_factory=EventLog)
+    events: EventLog = field(default_factory=lambda: EventLog(clock_number()))
 
     @classmethod
     def of(

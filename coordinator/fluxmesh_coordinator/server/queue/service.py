@@ -129,8 +129,9 @@ class PaintingService:
     async def submit(self, asked: PaintRequest, client: str, id: str = "") -> ServedJob:
         """Accepts a request; one with the id of a job that there is already is that job.
 
-        A job that the server before did not finish goes on, and so does one that is done and whose
-        pictures somebody has removed since: what is there of it is not painted again.
+        A job that has failed goes on, or that the server before did not finish, and so does one that
+        is done and whose pictures somebody has removed since: what is there of it is not painted
+        again.
 
         Raises `FluxmeshError` for a request that is wrong, and where the line is full.
         """
@@ -139,7 +140,7 @@ class PaintingService:
         if known is not None and await asyncio.to_thread(self._has_all, known):
             return known
         self._check_open()
-        before = known or self.lost.get(id)
+        before = known or self._unfinished(id)
         earlier = before if before and before.fingerprint == fingerprint else None
         if earlier is not None:
             asked = replace(asked, seed=earlier.seed)  # it may have been drawn
@@ -243,7 +244,7 @@ class PaintingService:
                 "invalid_value", setting="id",
             )  # fmt: skip
         job = self._jobs.get(id)
-        if job is not None and (job.is_cancelled or job.stage == "cancelled"):
+        if job is not None and (job.is_cancelled or job.stage in ("cancelled", "failed")):
             return None  # its connection broke, it may be: who asks again wants it after all
         if job is not None and job.fingerprint != fingerprint:
             raise ProblemError(
@@ -251,6 +252,11 @@ class PaintingService:
                 setting="id",
             )  # fmt: skip
         return job
+
+    def _unfinished(self, id: str) -> ServedJob | None:
+        """The job of that id that has failed here, or with the server before."""
+        job = self._jobs.get(id)
+        return job if job is not None and job.stage == "failed" else self.lost.get(id)
 
     def _has_all(self, job: ServedJob) -> bool:
         """Whether a job that is done has its pictures still; any other has them coming. Blocks."""
