@@ -129,9 +129,9 @@ class PaintingService:
     async def submit(self, asked: PaintRequest, client: str, id: str = "") -> ServedJob:
         """Accepts a request; one with the id of a job that there is already is that job.
 
-        A job that has failed goes on, or that the server before did not finish, and so does one that
-        is done and whose pictures somebody has removed since: what is there of it is not painted
-        again.
+        A job that has failed goes on, or that the server before did not finish, and so does one
+        that is done and whose pictures somebody has removed since: what is there of it is not
+        painted again.
 
         Raises `FluxmeshError` for a request that is wrong, and where the line is full.
         """
