@@ -33,6 +33,7 @@ LONG = 180.0  # seconds, from which on a request is told with the size that take
 MINUTE = 60.0
 SIDE = 16  # pixels: sides are multiples of it
 SMALLEST = 0.1  # part of a side, below which no smaller size is told
+SHORTEST = 64  # pixels of a side: no model paints anything in fewer
 EXCLUSIVE = "`placement` data and `force_shard` exclude each other; choose one."
 MAX_LAST = 8  # images that a mixed plan tries to leave for the ring
 MAX_RINGS = 4  # rings, the fastest ones, that it tries
@@ -177,8 +178,10 @@ def _size_in(
     for _ in range(8):
         scale = (low + high) / 2
         size = tuple(max(1, round(side * scale / SIDE)) * SIDE for side in (height, width))
-        if seconds_at(size[0], size[1]) <= seconds:
+        if min(size) >= SHORTEST and seconds_at(size[0], size[1]) <= seconds:
             best, low = (size[0], size[1]), scale
+        elif min(size) < SHORTEST:
+            low = scale
         else:
             high = scale
     return best

@@ -291,6 +291,25 @@ def test_a_picture_that_is_dropped_or_pasted_is_begun_from(
     expect(page.get_by_label("How much changes")).to_be_hidden()
 
 
+def test_a_picture_goes_from_a_model_that_paints_over_to_one_that_edits(
+    page: Page, served: Served
+) -> None:
+    before = names(page)
+    edit = page.get_by_role("button", name="Edit it with tiny-klein")
+    expect(edit).to_be_hidden()
+    attach(page, png(64))
+    expect(page.get_by_text("tiny paints over it.")).to_be_visible()
+    edit.click()
+    expect(page.get_by_label("Model")).to_have_value("tiny-klein")
+    expect(page.get_by_label("How much changes")).to_be_hidden()
+    expect(edit).to_be_hidden()
+    set_up(page, "make the background blue", side="64")
+    page.get_by_role("button", name="Paint", exact=True).click()
+    recipe = read_recipe(served.pictures / finished(page, before))
+    assert recipe.source is None and len(recipe.references) == 1
+    assert recipe.model == "tiny-klein"
+
+
 def test_addresses_of_pictures_that_are_shown_no_more_are_given_back(page: Page) -> None:
     """Each holds its picture in the browser's memory for as long as the page is open."""
     page.evaluate(

@@ -279,3 +279,10 @@ def test_words_that_the_embedded_checkpoint_can_not_read_are_told_once(talk: Any
     _, shown = talk("a hyena and an appel", "a hyena on a red background", "a cat")
     assert shown.count('tiny does not know "hyena", "appel" (apple?): it paints 90') == 1
     assert shown.count("does not know") == 1
+
+
+def test_an_edit_of_no_picture_is_told_who_edits(talk: Any) -> None:
+    _, shown = talk("make the background blue", "a hyena")
+    assert 'tiny does not know "make". tiny-klein does' in shown
+    assert "--reference" in shown or "/reference" in shown
+    assert 'tiny does not know "hyena": it paints 90' in shown

@@ -115,6 +115,9 @@ def test_a_request_with_references_takes_a_model_that_takes_them(
     names = ("tiny", "tiny-klein")
     monkeypatch.setattr(standing_in, "embedded_names", lambda: names)
     assert (default_model(ASKED).name, default_model(editing).name) == names
+    # What neither takes is said of the one that takes the rest.
+    assert default_model(replace(editing, negative="cars", cfg=2.0)).name == "tiny-klein"
+    assert default_model(replace(ASKED, negative="cars", cfg=2.0)).name == "tiny"
 
 
 EDGES = np.zeros((64, 64, 3), dtype=np.uint8)

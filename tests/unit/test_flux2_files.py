@@ -27,9 +27,11 @@ from fluxmesh.models.flux2.tensor_maps import (
 )
 from fluxmesh.models.flux2.text_encoder import TextEncoder
 from fluxmesh.models.flux2.tokenizer import FRAMES, ChatTokenizer, PromptTokens
+from fluxmesh.models.registry import published
 from fluxmesh.models.tensor_map import Tensors
 from fluxmesh.storage import safetensors
 from fluxmesh.storage.safetensors import read_header, write_tensors
+from fluxmesh.weights.embedded.checkpoints import embedded_checkpoint
 from tests.flux2_models import SMALL, randomize
 
 TEXT = TextEncoderConfig(
@@ -252,6 +254,17 @@ def test_a_large_reference_is_scaled_to_a_million_pixels() -> None:
     assert kept.shape == (880, 1168, 3)  # of 886 x 1182
     scaled = Image.fromarray(picture).resize((1182, 886), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(kept, np.asarray(scaled)[3:883, 7:1175])
+
+
+def test_a_model_that_paints_small_pictures_reads_a_photo_small() -> None:
+    """Else the embedded one takes minutes for a photo, and edits nothing of it."""
+    photo = np.zeros((1536, 2048, 3), dtype=np.uint8)
+    tiny, klein = embedded_checkpoint("tiny-klein").architecture, published("klein")
+    assert tiny.fitted(photo).shape == (160, 208, 3)  # of 166 x 221
+    assert klein.fitted(photo).shape == (880, 1168, 3)
+    for side in (64, 128, 192):  # what it was trained on is read as it is
+        assert tiny.fitted(photo[:side, :side]).shape == (side, side, 3)
+    assert tiny.fitted(np.zeros((200, 1600, 3), dtype=np.uint8)).shape == (64, 528, 3)
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,12 @@ def test_a_request_of_minutes_is_told_with_the_size_that_takes_one() -> None:
     # Where even a small one takes longer, no size is named.
     many = plan(ask(n_images=400, steps=50), view, FLUX)
     assert many.shorter is None and many.notice.startswith("This takes about ")
+    # Nor one in which nothing could be seen: sides of 48, 32 and 16 would take a minute.
+    told = [
+        plan(ask(height=192, width=1920, n_images=4, steps=steps), view, FLUX).shorter
+        for steps in range(42, 58, 2)
+    ]
+    assert None in told and {size[0] for size in told if size is not None} == {64}
 
 
 @pytest.mark.parametrize(

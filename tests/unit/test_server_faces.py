@@ -148,6 +148,34 @@ def test_where_a_mask_is_transparent_is_painted_anew(serving: Serving) -> None:
         assert mask is not None and mask[:64].min() == 255 and mask[64:].max() == 0
 
 
+def test_an_edit_takes_a_model_that_edits_where_nobody_chose_one(tmp_path: Path) -> None:
+    """`tiny`, which paints where nothing is named, would paint over the first picture."""
+    files = [("image[]", (f"{k}.png", png(64, 64), "image/png")) for k in range(2)]
+    under_mask = [files[0], ("mask", ("m.png", png(64, 64, alpha=True), "image/png"))]
+    for given, sent, painter, is_over in (
+        (None, files, "tiny-klein", False),
+        (None, under_mask, "tiny", True),
+        ("tiny", files[:1], "tiny", True),  # of whom it is known that it paints over
+    ):
+        folder = tmp_path / f"{given}-{len(sent)}-{painter}"
+        folder.mkdir()
+        serving = Serving(folder, model=given)
+        with serving.client() as client:
+            answer = client.post("/v1/images/edits", data={"prompt": "larger"}, files=sent)
+            assert answer.status_code == 200, answer.text
+            job = serving.lane.painted[0]
+            recipe = serving.pictures.newest(1)[0][0].recipe
+            assert (job.model, recipe["from_picture"]) == (painter, is_over)
+            fields = {"prompt": "larger", "references": [text(png(64, 64))]}
+            answer = client.post("/api/jobs", json=fields)
+            if given is None:
+                assert answer.status_code == 202, answer.text
+                names = [model["name"] for model in client.get("/api/models").json()["models"]]
+                assert names[0] == "tiny"  # still what paints where nothing is named
+            else:
+                assert "tiny-klein does" in answer.json()["error"]["message"]
+
+
 def test_a_model_that_takes_references_is_shown_all_pictures_of_an_edit(tmp_path: Path) -> None:
     model = make_flux2(tmp_path / "my-klein")
     serving = Serving(tmp_path, model=str(model))

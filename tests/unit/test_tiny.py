@@ -197,7 +197,7 @@ def _form(scenes, text):
 
 
 def test_what_users_are_told_to_ask_is_what_training_asked(scenes, edits):
-    """Every example of `models show` has the wording of a caption or an edit that was trained on."""
+    """Each example of `models show` has the wording of a caption or an edit that was trained on."""
     rng = np.random.default_rng(5)
     captions = {_form(scenes, scenes.sample(rng)[1]) for _ in range(4000)}
     asked = {

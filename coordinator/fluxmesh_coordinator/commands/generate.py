@@ -280,6 +280,17 @@ class Painter:
             known = list(known_words())
             near = {word: nearest(word, known, LIKE_A_SLIP) for word in new}
             said = [f'"{word}"' + (f" ({near[word]}?)" if near[word] else "") for word in new]
+            text = " ".join(new)
+            editor = next(
+                (n for n in embedded_names() if not unknown_words(text, folder_of(n))), ""
+            )
+            if editor:
+                self.reporter.note(
+                    f"{model} does not know {', '.join(said)}. {editor} does, which edits the "
+                    f"picture that `reference` names: `fluxmesh models show {editor}` tells how "
+                    "to ask."
+                )
+                return
             self.reporter.note(
                 f"{model} does not know {', '.join(said)}: it paints "
                 f"{len(THINGS)} everyday things, which `fluxmesh models show "

@@ -111,7 +111,9 @@ def default_model(
         too_large.append(checkpoint)
     if too_large:  # the plan says what the best of them lacks; any other does not take the request
         return DefaultModel(too_large[0], given=given)
-    return DefaultModel(hub.resolve(hub.TINY))  # which says who takes what is asked
+    # None takes all of it: of the embedded ones that which lacks least says who takes the rest.
+    last = (model for model in hub.preferred_here() if model.name in embedded)
+    return DefaultModel(min(last, key=lambda model: _lacking(model, request)))
 
 
 def _alike(request: GenerateRequest, chosen: Checkpoint) -> tuple[str, ...]:
@@ -175,6 +177,11 @@ def _able_with_adapters(
 
 def _reads_mask(model: Checkpoint) -> bool:
     return model.architecture.fills_by_channels
+
+
+def _lacking(model: Checkpoint, request: GenerateRequest) -> int:
+    """How much of what a request has beside a prompt a model does not take."""
+    return len(set(request.conditions) - model.architecture.takes)
 
 
 def _takes(model: Architecture, request: GenerateRequest) -> bool:

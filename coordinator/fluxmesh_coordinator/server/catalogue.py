@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.models.base import Architecture
 from fluxmesh.models.registry import PUBLISHED, family_of
@@ -49,6 +51,15 @@ class ServedModel:
         """What a request may bring beside a prompt, as clients call it."""
         conditions = sorted(self.reading.takes)
         return ["image", "mask", "adapters", *(FIELDS.get(name, name) for name in conditions)]
+
+    @property
+    def edits(self) -> bool:
+        """Whether it is shown pictures and paints them as the prompt says.
+
+        Redux, which takes strengths, sees pictures and changes none.
+        """
+        takes = self.reading.takes
+        return "references" in takes and "reference_strengths" not in takes
 
     def described(self) -> dict[str, Any]:
         """What a client is told of it."""
@@ -92,6 +103,11 @@ class Catalogue:
             return dict(self._models)
 
     @property
+    def is_given(self) -> bool:
+        """Whether the server was started with a model."""
+        return self._given is not None
+
+    @property
     def given(self) -> ServedModel | None:
         """The model that the server was started with, as its files are now.
 
@@ -106,6 +122,14 @@ class Catalogue:
     def default(self) -> ServedModel:
         """What paints where a client names nothing."""
         return next(iter(self.models().values()))
+
+    @property
+    def editor(self) -> ServedModel | None:
+        """What edits where a client names nothing; None: no model here does."""
+        picture = np.zeros((128, 128, 3), np.uint8)
+        best = default_model(GenerateRequest(prompt="", seed=0, references=(picture,)))
+        known = self.models().get(best.name)
+        return known if known is not None and known.edits else None
 
     def find(self, name: str) -> ServedModel | None:
         """The model of that name, in any of its spellings; None: it is not here."""

@@ -79,7 +79,8 @@ class Flux2Architecture(Architecture):
         return frozenset(("references", *guided))
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
-        return references.fitted(picture, 2 * self.downsampling)
+        own = int(references.OWN_AREAS * self.defaults.height * self.defaults.width)
+        return references.fitted(picture, 2 * self.downsampling, min(own, references.MAX_AREA))
 
     def size_of(self, references: Sequence[np.ndarray]) -> tuple[int, int] | None:
         """That of the first."""

@@ -13,12 +13,16 @@ import numpy as np
 from fluxmesh.errors import UsageError
 
 MAX_AREA = 1024 * 1024  # pixels; a larger picture is made smaller
+# A model that paints small pictures reads small ones: at most this many times its own area, up to
+# which the embedded one was trained. A photo would take it minutes, and it would see nothing in it.
+OWN_AREAS = 2.25
 MIN_SIDE = 64  # pixels
 MAX_ASPECT = 8  # the longer side over the shorter
 
 
-def fitted(picture: np.ndarray, multiple: int) -> np.ndarray:
-    """A picture, uint8 [H, W, 3], of at most `MAX_AREA` and sides that are multiples of `multiple`.
+def fitted(picture: np.ndarray, multiple: int, most: int = MAX_AREA) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], of at most `most` pixels and sides that are multiples of
+    `multiple`.
 
     A large one is scaled; what is over at the edges is cut away, half on either side. Raises
     `UsageError` for a picture that is too small or too narrow.
@@ -34,8 +38,8 @@ def fitted(picture: np.ndarray, multiple: int) -> np.ndarray:
             f"A reference picture of {height}x{width} pixels is too narrow; one side may be "
             f"{MAX_ASPECT} times the other at most."
         )
-    if height * width > MAX_AREA:
-        scale = math.sqrt(MAX_AREA / (width * height))
+    if height * width > most:
+        scale = math.sqrt(most / (width * height))
         size = int(width * scale), int(height * scale)
         from PIL import Image  # what plans without a picture needs none of it
 

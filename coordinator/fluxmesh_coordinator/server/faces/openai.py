@@ -81,11 +81,14 @@ def routes(service: PaintingService, statuses: MeshStatuses, access: Access) -> 
         images = await body.pictures("image")
         if not images:
             raise UsageError.about("image", "is missing", "send the picture to edit")
+        mask = await body.picture("mask")
         usual = await run_in_threadpool(service.resolver.usual_model)
-        takes = (asked.model or usual).takes
-        fields = _edited(images, await body.picture("mask"), takes)
+        if asked.model is None and not usual.edits and (mask is None or len(images) > 1):
+            editor = await run_in_threadpool(service.resolver.editor_instead)
+            asked = replace(asked, model=editor)
+        is_shown = mask is None and (asked.model or usual).edits
         return await _answer(
-            request, service, access, body, replace(asked, **fields),
+            request, service, access, body, replace(asked, **_edited(images, mask, is_shown)),
             ReplyFormat.of(body, "image_edit"),
         )  # fmt: skip
 
@@ -126,14 +129,9 @@ async def _asked(body: Body, service: PaintingService) -> PaintRequest:
     )
 
 
-def _edited(images: list[bytes], mask: bytes | None, takes: list[str]) -> dict[str, Any]:
-    """The pictures of an edit, for a model that `takes` these.
-
-    One that takes references is shown all of them, and paints as the prompt says. With a mask, and
-    with any other model, the first is what is painted over.
-    """
-    # Redux, which takes strengths, sees pictures and changes none: there the picture is begun from.
-    if mask is None and "references" in takes and "reference_strengths" not in takes:
+def _edited(images: list[bytes], mask: bytes | None, is_shown: bool) -> dict[str, Any]:
+    """The pictures of an edit: all `is_shown` to a model that edits, or the first painted over."""
+    if is_shown:
         return {"references": tuple(images)}
     return {"image": images[0], "mask": mask, "references": tuple(images[1:])}
 

@@ -82,10 +82,8 @@ async function edit(picture) {
   composer.attachments.clear();
   composer.fill(picture.recipe, { seed: false });
   try {
-    const takes = composer.model?.takes ?? [];
-    // Redux, which takes strengths, sees pictures and changes none.
-    const edits = takes.includes("references") && !takes.includes("reference_strengths");
-    const role = edits ? "references" : "image";
+    const { editor, model } = composer;
+    const role = editor && editor === model ? "references" : "image";
     await composer.attachments.add(await pixels(picture), role);
   } catch (error) {
     composer.fail(error.message);

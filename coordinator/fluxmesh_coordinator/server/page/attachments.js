@@ -111,6 +111,17 @@ export class Attachments {
     this.#show();
   }
 
+  /** Whether a picture is there to be painted over as a whole. */
+  get isPaintedOver() {
+    return this.list.some(({ role, mask }) => role === "image" && !mask);
+  }
+
+  /** What was to be painted over is shown to the model instead. */
+  refer() {
+    for (const each of this.list) if (each.role === "image" && !each.mask) each.role = "references";
+    this.#show();
+  }
+
   clear() {
     this.#drop(() => true);
     this.#show();

@@ -40,6 +40,12 @@ export class Composer {
       memory.set("model", $("model").value);
       this.#modelChosen();
     });
+    $("edit-instead").addEventListener("click", () => {
+      $("model").value = this.editor.name;
+      $("model").dispatchEvent(new Event("change"));
+      this.attachments.refer();
+      $("prompt").focus();
+    });
     $("adapter-add").addEventListener("change", () => {
       this.adapters.push({ name: $("adapter-add").value, strength: 1 });
       this.#showAdapters();
@@ -66,6 +72,13 @@ export class Composer {
 
   get model() {
     return this.models.find(({ name }) => name === $("model").value);
+  }
+
+  /** A model that is shown pictures and paints them as the prompt says: this one, or the first. */
+  get editor() {
+    // Redux, which takes strengths, sees pictures and changes none.
+    const edits = ({ takes }) => takes.includes("references") && !takes.includes("reference_strengths");
+    return [this.model, ...this.models].filter(Boolean).find(edits);
   }
 
   /** Whether a model reads its guidance. */
@@ -166,6 +179,10 @@ export class Composer {
   }
 
   #attached() {
+    const { editor, model } = this;
+    $("editor-row").hidden = !editor || editor === model || !this.attachments.isPaintedOver;
+    $("editor-words").textContent = `${model?.name} paints over it.`;
+    $("edit-instead").textContent = `Edit it with ${editor?.name}`;
     const hasImage = this.attachments.hasImage;
     if (hasImage === this.sizes.hasPicture) return;
     this.sizes.hasPicture = hasImage;

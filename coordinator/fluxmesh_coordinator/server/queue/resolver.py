@@ -53,6 +53,13 @@ class RequestResolver:
         known = None if held is None else self.catalogue.find(held)
         return known or self.catalogue.default
 
+    def editor_instead(self) -> ServedModel | None:
+        """What edits a picture in the place of a usual model that edits none; None where that one
+        was chosen, or no other does. Blocks."""
+        if self._held() is not None or self.chosen is not None or self.catalogue.is_given:
+            return None
+        return self.catalogue.editor
+
     def _held(self) -> str | None:
         """The model that the mesh was brought up with, if one is up."""
         record = self._painters.get().record
@@ -79,6 +86,8 @@ class RequestResolver:
         model = asked.model or self.default
         if model is None and self._held() is None:
             model = self.catalogue.default  # the same for every request, whatever the first one was
+            if asked.references and "references" not in model.takes:
+                model = self.editor_instead() or model
         if asked.references and model is not None:  # else what reads them might be fetched
             check_takes(("references",), (), model.name, model.reading)
         asked = replace(asked, model=model)
