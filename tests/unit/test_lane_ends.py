@@ -6,15 +6,22 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fluxmesh.events import Planned
+from fluxmesh.storage.file_stamps import FileStamps
+from fluxmesh_coordinator.runtime.lent_hosts import HostBook
 from fluxmesh_coordinator.server.paint_request import PaintRequest
+from fluxmesh_coordinator.server.picture_folder import PictureFolder
 from fluxmesh_coordinator.server.queue import journal as journals
 from fluxmesh_coordinator.server.queue.journal import Journal
+from fluxmesh_coordinator.server.queue.lane import Lane
 from tests.serving import Serving, record
 
 ASKED = PaintRequest(prompt="a dog", width=16, height=16, steps=1)
@@ -117,3 +124,28 @@ def test_a_journal_that_is_too_large_is_begun_anew_with_what_is_open(
     assert lines[0][1]["id"] == "open-job" and len(lines) < 20
     journal.close()
     assert [each.id for each in Journal(tmp_path / "journal").lost] == ["open-job"]
+
+
+def test_a_job_in_parts_has_the_time_of_all_that_it_has_left(tmp_path: Path) -> None:
+    """Of images 0 to 5 the second is there already: first the one before it is painted."""
+
+    def of_images(count: int) -> Any:
+        model, request = SimpleNamespace(stamps=FileStamps()), SimpleNamespace(n_images=count)
+        return SimpleNamespace(model=model, request=request)
+
+    def events_of(part: Any, *_how: Any) -> Iterator[Planned]:
+        seconds = 2.0 * part.request.n_images
+        yield Planned(placement="data", hosts=(0,), seconds=seconds, reason="")
+
+    lane = Lane(PictureFolder(tmp_path))
+    painter = SimpleNamespace(start=events_of, record=None)
+    painters: Any = SimpleNamespace(using=lambda: nullcontext((painter, HostBook([0]))))
+    lane.painters = painters
+    job: Any = SimpleNamespace(
+        ready=SimpleNamespace(), spread=None, lent=None, is_cancelled=False,
+        parts=lambda: [(0, of_images(1)), (2, of_images(4))],
+    )  # fmt: skip
+    seconds: list[float] = []
+    lane.paint(job, lambda _kind, fields: seconds.append(fields["seconds"]))
+    lane.thread.shutdown()
+    assert seconds == [10.0, 8.0]

@@ -124,7 +124,8 @@ def test_a_server_tells_its_client_how_much_is_read_of_either_text(tmp_path: Pat
     painter = SimpleNamespace(start=events_of, record=None)
     painters: Any = SimpleNamespace(using=lambda: nullcontext((painter, HostBook([0]))))
     lane.painters = painters
-    resolved = SimpleNamespace(model=SimpleNamespace(stamps=FileStamps()))
+    model, request = SimpleNamespace(stamps=FileStamps()), SimpleNamespace(n_images=1)
+    resolved = SimpleNamespace(model=model, request=request)
     job: Any = SimpleNamespace(
         ready=SimpleNamespace(), spread=None, lent=None, is_cancelled=False,
         parts=lambda: [(0, resolved)],

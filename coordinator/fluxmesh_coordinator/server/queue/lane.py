@@ -270,18 +270,22 @@ class Lane:
         self._running = (job, painter, lent)
         try:
             lent.is_cancelled |= job.is_cancelled  # while the mesh began: nobody could be told
-            for first, resolved in job.parts():
+            parts = job.parts()
+            left = sum(part.request.n_images for _, part in parts)
+            for first, resolved in parts:
                 if resolved.model.stamps.changed is not None:  # its recipe would be of the old ones
                     raise WeightsError(
                         f"The files of {job.model} were changed while this waited; send it again, "
                         "and they are read anew."
                     )
                 with closing(painter.start(resolved, job.spread, lent)) as events:
-                    translator = _Translator(job, job.ready, self.pictures, tell, first)
+                    more = left / resolved.request.n_images
+                    translator = _Translator(job, job.ready, self.pictures, tell, first, more)
                     for event in events:
                         if job.is_cancelled:
                             return
                         translator.hear(event)
+                left -= resolved.request.n_images
         except HostUnreachableError:
             if painter.record is None:
                 self.painters.fails(painter)  # of this machine alone: the next job begins another
@@ -301,14 +305,21 @@ def _lent_to(job: ServedJob, book: HostBook) -> LentHosts:
 class _Translator:
     """A job's events, as clients read them; its pictures are committed on the way.
 
-    What is painted is told from image 0 on, and is the job's from image `first` on.
+    What is painted is told from image 0 on, and is the job's from image `first` on. All that the
+    job has left from there on is `more` times as many images.
     """
 
     def __init__(
-        self, job: ServedJob, ready: ReadyPrompt, pictures: PictureFolder, tell: Tell, first: int
+        self,
+        job: ServedJob,
+        ready: ReadyPrompt,
+        pictures: PictureFolder,
+        tell: Tell,
+        first: int,
+        more: float,
     ) -> None:
         self.job, self.ready, self.pictures, self.tell = job, ready, pictures, tell
-        self.first = first
+        self.first, self.more = first, more
         self._loading = -PACE  # when bytes were told last
 
     def hear(self, event: Event) -> None:
@@ -319,7 +330,7 @@ class _Translator:
                 self.tell("queued", {"place": event.place, "seconds_left": event.seconds})
                 self.tell("note", {"text": text})
             case Planned():
-                self.tell("planned", _planned(event))
+                self.tell("planned", _planned(event, event.seconds * self.more))
             case Loading():
                 self._hear_loading(event)
             case HostLost() | HostUnfit():
@@ -371,8 +382,8 @@ def preview(image: int, step: int, pixels: np.ndarray) -> dict[str, Any]:
     return {"image": image, "step": step, "data": data, "width": width, "height": height}
 
 
-def _planned(event: Planned) -> dict[str, Any]:
-    fields = {"placement": event.placement, "hosts": list(event.hosts), "seconds": event.seconds}
+def _planned(event: Planned, seconds: float) -> dict[str, Any]:
+    fields = {"placement": event.placement, "hosts": list(event.hosts), "seconds": seconds}
     return fields | ({"notice": event.notice} if event.notice else {})
 
 
