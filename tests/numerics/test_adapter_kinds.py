@@ -22,7 +22,7 @@ from fluxmesh.models.flux2.transformer import Flux2
 from fluxmesh.models.lora_linear import innermost
 from fluxmesh.models.module_tree import module_at
 from fluxmesh.models.partition import Cut, Shard
-from fluxmesh.models.slicing import cut_linear, shard_of
+from fluxmesh.models.slicing import LentLinear, cut_linear, shard_of
 from fluxmesh.models.spread import output_rows
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.safetensors import read_header, read_tensor
@@ -89,6 +89,8 @@ def file_of(checkpoint, tmp_path_factory):
 def weight_by_use(module) -> np.ndarray:
     """The weight that a linear has in effect: what it makes of each input alone, less the bias."""
     base = innermost(module)
+    if isinstance(base, LentLinear):
+        base = base.take()
     inputs = base.weight.shape[1]
     if "scales" in base:
         inputs = inputs * 32 // base.bits
