@@ -108,14 +108,15 @@ class Candidates:
     def data(self, images: Sequence[int]) -> Option:
         """Whole images, each to whoever is free; hosts that would only delay it are left out."""
         order = self.by_speed()
-        needed = self.memory.needed("data", 1, 1)
+        needed = {rank: self.memory.needed(rank, "data", 1, 1) for rank in order}
         usable: list[int] = []
         for rank in order:
-            needs = self.memory.needs((*usable, rank), [needed] * (len(usable) + 1))
+            tried_ranks = (*usable, rank)
+            needs = self.memory.needs(tried_ranks, [needed[each] for each in tried_ranks])
             if all(need.fits for need in needs):
                 usable.append(rank)
         if not usable:
-            needs = self.memory.needs(order[:1], [needed])
+            needs = self.memory.needs(order[:1], [needed[order[0]]])
             return Option(
                 name="data", ranks=tuple(order[:1]), memory=needs, problem=shortage(needs)
             )
@@ -132,7 +133,7 @@ class Candidates:
         step = self.times.apart(ranks)
         phase = self._phase("data", "replicated", tuple(images), ranks, owners, step)
         cold = max(self.cold.first_seconds("data", (rank,)) for rank in ranks)
-        return self._option("data", (phase,), [needed] * len(ranks), end, cold=cold)
+        return self._option("data", (phase,), [needed[rank] for rank in ranks], end, cold=cold)
 
     def sharded(self, placement: Placement, hosts: int, images: Sequence[int]) -> Option:
         """`sequence` or `tensor` on the `hosts` hosts that are fastest at it together."""
@@ -311,7 +312,8 @@ class Candidates:
         shares = EVEN if held is None else held.shares
         if all(self.memory.holds(rank, size, shard, shares) for shard, rank in enumerate(ranks)):
             return size
-        whole = self.memory.needs(ranks, [self.memory.needed(placement, size, 1)] * size)
+        needed = [self.memory.needed(rank, placement, size, 1) for rank in ranks]
+        whole = self.memory.needs(ranks, needed)
         return 1 if all(need.fits for need in whole) else size
 
     def _split_problem(self, placement: Placement, hosts: int) -> str:
@@ -333,8 +335,12 @@ class Candidates:
         if hosts == len(ranks):
             return [ranks]
         shards = hosts if placement == "tensor" else 1
-        needed = self.memory.needed(placement, hosts, shards)
-        fitting = [rank for rank in order if self.memory.needs((rank,), [needed])[0].fits]
+        needed = [self.memory.needed(rank, placement, hosts, shards) for rank in order]
+        fitting = [
+            rank
+            for rank, own in zip(order, needed, strict=True)
+            if self.memory.needs((rank,), [own])[0].fits
+        ]
         groups = [tuple(sorted(order[:hosts]))]
         if len(fitting) >= hosts:
             groups.append(tuple(sorted(fitting[:hosts])))
@@ -437,6 +443,7 @@ class Candidates:
         for rank, room in sorted(available.items()):
             each = [
                 self.memory.phases(
+                    rank,
                     phase.placement,
                     len(phase.ranks) if phase.placement != "data" else 1,
                     len(phase.ranks) if phase.layout == "sharded" else 1,
@@ -469,7 +476,7 @@ class Candidates:
 def text_leaves(work: Workload, view: MeshView, rank: int) -> bool:
     """Whether text encoders that a host has must leave for it to make whole images."""
     places = Candidates(work, view)
-    needs = places.memory.needs((rank,), [places.memory.needed("data", 1, 1)])
+    needs = places.memory.needs((rank,), [places.memory.needed(rank, "data", 1, 1)])
     return rank in places.texts.leaving(needs, None)
 
 

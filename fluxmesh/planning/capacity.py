@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import HostInfo, MeshView, Placement, Platform
@@ -37,7 +36,7 @@ class Memory:
     def __init__(self, work: Workload, view: MeshView) -> None:
         self.work, self.view = work, view
         self.devices: dict[str, list[HostInfo]] = {}
-        self._needed: dict[tuple[Placement, int, int, OwnShare | None], Phases] = {}
+        self._needed: dict[tuple[Platform, Placement, int, int, OwnShare | None], Phases] = {}
         self._together: dict[tuple[Placement, tuple[int, ...], int, Shares], tuple[Need, ...]] = {}
         for host in view.hosts:
             self.devices.setdefault(host.device_key, []).append(host)
@@ -54,24 +53,32 @@ class Memory:
         }
 
     def needed(
-        self, placement: Placement, hosts: int, shards: int, share: OwnShare | None = None
+        self,
+        rank: int,
+        placement: Placement,
+        hosts: int,
+        shards: int,
+        share: OwnShare | None = None,
     ) -> int:
-        """Bytes on each of `hosts` hosts, in the phase and on the platform that needs most.
+        """Bytes on `rank`, one of `hosts` hosts, in the phase that needs most.
 
-        `share` is that of one of them, where they differ.
+        `share` is its own, where they differ.
         """
-        return max(self.phases(placement, hosts, shards, share))
+        return max(self.phases(rank, placement, hosts, shards, share))
 
     def phases(
-        self, placement: Placement, hosts: int, shards: int, share: OwnShare | None = None
+        self,
+        rank: int,
+        placement: Placement,
+        hosts: int,
+        shards: int,
+        share: OwnShare | None = None,
     ) -> Phases:
         """The same in each phase."""
-        how = (placement, hosts, shards, share)
+        platform = self.view.host(rank).platform
+        how = (platform, placement, hosts, shards, share)
         if how not in self._needed:
-            each = [
-                self.work.memory(placement, hosts, shards, kind, share) for kind in self._platforms
-            ]
-            self._needed[how] = Phases(*map(max, zip(*each, strict=True)))
+            self._needed[how] = self.work.memory(placement, hosts, shards, platform, share)
         return self._needed[how]
 
     def encoding(self, rank: int, shards: int, part: float | None = None) -> int:
@@ -81,10 +88,6 @@ class Memory:
         """
         return self.work.encoding_memory(shards, self.view.host(rank).platform, part)
 
-    @cached_property
-    def _platforms(self) -> set[Platform]:
-        return {host.platform for host in self.view.hosts}
-
     def together(
         self, placement: Placement, ranks: tuple[int, ...], shards: int, shares: Shares = EVEN
     ) -> tuple[Need, ...]:
@@ -93,9 +96,9 @@ class Memory:
         if how not in self._together:
             needed = [
                 self.needed(
-                    placement, size, shards, self.work.share(placement, size, shares, place)
+                    rank, placement, size, shards, self.work.share(placement, size, shares, place)
                 )
-                for place in range(size)
+                for place, rank in enumerate(ranks)
             ]
             self._together[how] = self.needs(ranks, needed, shards, shares)
         return self._together[how]

@@ -193,7 +193,7 @@ class ShareChoice:
             room = self.memory.room(rank, asked) // crowd[rank]
             low, middle, high = 0, units, units  # the most that fits is from `low` to `high`
             while low < high:  # all of them is tried first, for which most hosts have room
-                needed = self.memory.needed(placement, size, shards, share(place, middle))
+                needed = self.memory.needed(rank, placement, size, shards, share(place, middle))
                 low, high = (middle, high) if needed <= room else (low, middle - 1)
                 middle = (low + high + 1) // 2
             most.append(low)

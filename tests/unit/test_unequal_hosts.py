@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from fluxmesh import events
 from fluxmesh.cluster.shares import EVEN, Shares
-from fluxmesh.cluster.snapshot import HostInfo, JobTiming, MeshView, StepTiming, Timings
+from fluxmesh.cluster.snapshot import HostInfo, JobTiming, MeshView, Platform, StepTiming, Timings
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Option, plan
 from fluxmesh.planning.workload import Workload
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.console.plan_table import as_json, row
+from fluxmesh_coordinator.deploy.shard_layout import layout
 from tests.unit.meshes import FLUX, GB, ask, full, held, mac, small
 from tests.unit.simulated_jobs import GenerationSimulation
 
@@ -222,6 +223,36 @@ def test_a_host_with_little_memory_has_a_smaller_shard_even_if_it_is_fast() -> N
     assert [need.load_bytes for need in fitting.memory] == sorted(
         need.load_bytes for need in fitting.memory
     )
+
+
+def test_a_host_needs_what_its_own_kind_takes_whoever_is_beside_it() -> None:
+    """A processor's steps and pictures take gigabytes more than a GPU's."""
+    request = ask(n_images=1, steps=20)
+    work = Workload.of(request, FLUX)
+    gpu, cpu = (max(work.memory("data", 1, 1, kind)) for kind in ("metal", "cpu"))
+    assert cpu > gpu + 2 * GB
+
+    def view(*kinds: Platform) -> MeshView:
+        """The first with just the memory of a GPU that paints alone."""
+        hosts: list[HostInfo] = []
+        for rank, kind in enumerate(kinds):
+            nbytes = 90 * GB if rank else gpu + GB
+            room = {"memory_bytes": nbytes, "free_bytes": nbytes, "holds": None, "text": None}
+            seconds = {"metal": 2.0, "cpu": 60.0}[kind]
+            hosts.append(mac(rank, measured=(timed(seconds),), platform=kind, **room))
+        return full(*hosts)
+
+    by_gpu, by_cpu = layout(work, view("metal", "cpu")), layout(work, view("cpu", "metal"))
+    assert (by_gpu.ranks, by_gpu.shards, by_cpu.shards) == ((0, 1), 1, 2)
+    beside = view("metal", "cpu")
+    chosen = plan(request, beside, FLUX).winner
+    assert chosen is not None and (chosen.name, chosen.ranks) == ("data", (0,))
+    assert [need.needed for need in chosen.memory] == [gpu]
+    assert max(chosen.usage[0].denoise, chosen.usage[0].decode) == gpu
+    memory = Memory(work, beside)
+    assert [memory.needed(rank, "data", 1, 1) for rank in beside.ranks] == [gpu, cpu]
+    ring = [need.needed for need in memory.together("sequence", (0, 1), 1)]
+    assert ring == [max(work.memory("sequence", 2, 1, kind)) for kind in ("metal", "cpu")]
 
 
 def test_shards_that_are_held_stay_until_others_are_clearly_better() -> None:

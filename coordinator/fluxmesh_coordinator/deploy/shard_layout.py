@@ -41,7 +41,8 @@ def layout(work: Workload, view: MeshView) -> ShardLayout:
     def fits(work: Workload, view: MeshView) -> int | None:
         place, memory = _layout(work, view), Memory(work, view)
         if place.shards < 2:
-            return memory.needed("data", 1, 1) if place.shards else None
+            needed = (memory.needed(rank, "data", 1, 1) for rank in place.ranks)
+            return max(needed, default=None)
         needs = memory.together("tensor", place.ranks, place.shards, place.shares)
         return max(need.needed for need in needs)
 
@@ -55,8 +56,8 @@ def _layout(work: Workload, view: MeshView) -> ShardLayout:
     Without ranks or shards where no host can hold its part.
     """
     memory, ranks, size = Memory(work, view), view.ranks, len(view.ranks)
-    whole = memory.needed("data", 1, 1)
-    needs = memory.needs(ranks, [whole] * size)
+    whole = {rank: memory.needed(rank, "data", 1, 1) for rank in ranks}
+    needs = memory.needs(ranks, list(whole.values()))
     if all(need.fits for need in needs):
         return ShardLayout(ranks, 1)
     if size > 1:
@@ -66,7 +67,8 @@ def _layout(work: Workload, view: MeshView) -> ShardLayout:
             return ShardLayout(ranks, size, shares=shares)
     able: tuple[int, ...] = ()
     for rank in ranks:
-        if all(need.fits for need in memory.needs((*able, rank), [whole] * (len(able) + 1))):
-            able = (*able, rank)
+        more = (*able, rank)
+        if all(need.fits for need in memory.needs(more, [whole[each] for each in more])):
+            able = more
     idle = tuple(rank for rank in ranks if rank not in able)
     return ShardLayout(able, 1 if able else 0, idle, shortage(needs))

@@ -352,10 +352,10 @@ class Mesh:
             return
         view = self.view
         memory = Memory(work, view)
-        nbytes = memory.needed("data", 1, 1)
-        fitting = [k for k in view.ranks if k in unaware and memory.needs((k,), [nbytes])[0].fits]
-        sized = replace(note, memory_bytes=nbytes)
-        self._run(self._pool.tell(dict.fromkeys(fitting, sized)))
+        needed = {k: memory.needed(k, "data", 1, 1) for k in view.ranks if k in unaware}
+        fitting = [k for k, nbytes in needed.items() if memory.needs((k,), [nbytes])[0].fits]
+        sized = {k: replace(note, memory_bytes=needed[k]) for k in fitting}
+        self._run(self._pool.tell(sized))
         # Those for which it does not fit, too: they need no second look at this size.
         self._noted |= {rank: (clients[rank], note) for rank in unaware & set(view.ranks)}
 
