@@ -12,6 +12,7 @@ from fluxmesh.training.events import Note
 from fluxmesh.training.plan import TrainingPlan
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh.weights.embedded.checkpoints import FOLDERS
 
 
 def notes_of(plan: TrainingPlan, base: Checkpoint) -> Iterator[Note]:
@@ -22,7 +23,7 @@ def notes_of(plan: TrainingPlan, base: Checkpoint) -> Iterator[Note]:
     """
     request = plan.request
     undistilled = base.architecture.undistilled
-    if undistilled is not None:
+    if undistilled is not None and base.name not in FOLDERS:  # the embedded one has no other
         yield Note(
             f"{request.model} was distilled to {base.architecture.distilled_steps} steps, which a "
             f"training wears off: {named(undistilled)} learns better, and its adapters run on "

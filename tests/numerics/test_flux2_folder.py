@@ -434,6 +434,11 @@ def test_what_is_told_before_a_training(folders: Mapping[Kind, Path]) -> None:
     assert "reads 512 tokens of a caption" in cut and "a.png (from" in cut
     assert len(notes("base")) == len(notes("dev", guidance=3.0)) == 1
     assert "takes none" in notes("klein", guidance=3.0)[1]
+    tiny = hub.resolve("tiny-klein")
+    plan = prepare(
+        TrainRequest("dataset", 1, model=tiny.name), [Example("", "a", "", (32, 32), b"")], tiny
+    )
+    assert not list(notes_of(plan, tiny)), "there is no base model of it to be named"
 
 
 def test_the_base_model_of_a_published_one_is_named() -> None:

@@ -170,8 +170,11 @@ def test_an_edit_takes_a_model_that_edits_where_nobody_chose_one(tmp_path: Path)
             answer = client.post("/api/jobs", json=fields)
             if given is None:
                 assert answer.status_code == 202, answer.text
-                names = [model["name"] for model in client.get("/api/models").json()["models"]]
-                assert names[0] == "tiny"  # still what paints where nothing is named
+                models = client.get("/api/models").json()["models"]
+                assert models[0]["name"] == "tiny"  # still what paints where nothing is named
+                assert {"tiny": "MIT", "tiny-klein": "MIT"}.items() <= {
+                    model["name"]: model["licence"] for model in models
+                }.items()
             else:
                 assert "tiny-klein does" in answer.json()["error"]["message"]
 

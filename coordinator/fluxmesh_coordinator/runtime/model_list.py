@@ -74,6 +74,12 @@ def takes_of(model: Architecture) -> tuple[str, ...]:
     return tuple(word for word in TAKES if words[word])
 
 
+def licence_of(name: str) -> Licence | None:
+    """Of a model with a name, or one that reads references; None: nobody says."""
+    known = PUBLISHED.get(name) or (READERS[name].published if name in READERS else None)
+    return known.licence if known else OWN_LICENCE if name in embedded_names() else None
+
+
 def _read_for(reader: str) -> Iterator[str]:
     """Published models whose references these models read."""
     for name, public in PUBLISHED.items():
@@ -92,7 +98,7 @@ def listed() -> Iterator[ListedModel]:
     for info in (*models, *hub.list_readers()):
         model, paints = info.architecture, info.name not in readers
         public = PUBLISHED.get(info.name) or readers.get(info.name)
-        licence = public.licence if public else OWN_LICENCE if info.name in embedded else None
+        licence = licence_of(info.name)
         yield ListedModel(
             name=info.name,
             source=info.source,

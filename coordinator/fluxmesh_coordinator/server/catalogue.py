@@ -18,13 +18,14 @@ import numpy as np
 
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.models.base import Architecture
-from fluxmesh.models.registry import PUBLISHED, family_of
+from fluxmesh.models.registry import family_of
 from fluxmesh.request import GenerateRequest
 from fluxmesh.sampling.takes import read_here
 from fluxmesh.spelling import did_you_mean
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh_coordinator.runtime.default_model import default_model
+from fluxmesh_coordinator.runtime.model_list import licence_of
 from fluxmesh_coordinator.server.problems import ProblemError
 
 FRESH = 30.0  # seconds, after which it is looked again at what is on this machine
@@ -64,12 +65,12 @@ class ServedModel:
     def described(self) -> dict[str, Any]:
         """What a client is told of it."""
         architecture, defaults = self.reading, self.checkpoint.defaults
-        published = PUBLISHED.get(self.checkpoint.name)
+        licence = licence_of(self.checkpoint.name)
         return {
             "name": self.name,
             "family": family_of(architecture).name,
             "size_bytes": sum(part.nbytes for part in self.checkpoint.components.values()),
-            "licence": published.licence.name if published else None,
+            "licence": licence.name if licence else None,
             "steps": defaults.steps,
             "guidance": defaults.guidance if architecture.takes_guidance else None,
             "size": {"width": defaults.width, "height": defaults.height},
