@@ -14,7 +14,6 @@ import pytest
 
 from fluxmesh import Mesh, events
 from fluxmesh.cluster.backends import BackendFault
-from fluxmesh.cluster.snapshot import Timings
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.storage.keys import Keys
 from fluxmesh.wire.transport.dialer import CurveDialer
@@ -52,12 +51,9 @@ def false_mesh(
             host["rdma"] = [None if other == rank else "rdma_en5" for other in range(2)]
         text = json.dumps({"backend": backend, "hosts": hosts})
 
-        def keep(news: Timings | BackendFault) -> None:
-            kept.append(news)
-
         soon = replace(DEADLINES, first_sign=10.0)  # a new engine that hangs is found sooner
         mesh = Mesh(
-            replace(record, text=text), lambda: CurveDialer(user), keep=keep, deadlines=soon
+            replace(record, text=text), lambda: CurveDialer(user), keep=kept.extend, deadlines=soon
         )
         yield stack.enter_context(mesh)
 

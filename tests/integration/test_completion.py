@@ -98,7 +98,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 
 def test_models_adapters_hosts_and_settings_are_those_of_this_machine(machine: Machine) -> None:
-    models = ["plain,tiny", "plain,dev", "plain,someone/flux-fine"]
+    models = ["plain,tiny", "plain,tiny-klein", "plain,dev", "plain,someone/flux-fine"]
     for words in (("generate", "--model"), ("up", "-m"), ("adapters", "fuse"), ("train", "-m")):
         assert machine.tab(*words, "") == models
     assert machine.tab("generate", "--model", "so") == ["plain,someone/flux-fine", "file,so"]

@@ -181,7 +181,7 @@ def test_two_references_are_both_looked_at_as_the_command_line_does(
 def test_a_model_is_chosen_by_its_name_and_any_other_name_is_the_loaded_one(
     client: openai.OpenAI, running: ServerProcess
 ) -> None:
-    assert [model.id for model in client.models.list()] == ["my-klein", "tiny"]
+    assert [model.id for model in client.models.list()] == ["my-klein", "tiny", "tiny-klein"]
     assert client.models.retrieve("tiny").owned_by == "fluxmesh"
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("dall-e-2")
