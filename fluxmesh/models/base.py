@@ -65,6 +65,7 @@ class ModelDefaults:
     height: int  # pixels
     width: int  # pixels
     t5_max_length: int  # tokens that a prompt is padded and cut to
+    reference_area: int = 1024 * 1024  # pixels of a reference picture; a larger one is made smaller
 
 
 @dataclass(frozen=True)

@@ -306,7 +306,7 @@ def _declared_defaults(manifest: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(declared, dict):
         return {}
     kinds = get_type_hints(ModelDefaults)
-    names = ("steps", "guidance", "height", "width")
+    names = ("steps", "guidance", "height", "width", "reference_area")
     return {name: declared[name] for name in names if is_of(kinds[name], declared.get(name))}
 
 

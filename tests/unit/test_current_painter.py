@@ -167,6 +167,12 @@ def test_a_mesh_that_takes_long_to_begin_holds_up_no_job_of_the_one_before(
     assert CountedPainter.made[0].is_over
 
 
+def _one_image(stamps: FileStamps) -> SimpleNamespace:
+    """What a lane asks of a resolved request."""
+    model, request = SimpleNamespace(stamps=stamps), SimpleNamespace(n_images=1)
+    return SimpleNamespace(model=model, request=request)
+
+
 def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: Path) -> None:
     ends: list[bool] = []
     lane_of_it = Lane(PictureFolder(tmp_path))
@@ -175,7 +181,7 @@ def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: 
         spread=None,
         lent=None,
         is_cancelled=False,
-        parts=lambda: [(0, SimpleNamespace(model=SimpleNamespace(stamps=FileStamps())))],
+        parts=lambda: [(0, _one_image(FileStamps()))],
     )
 
     def start(_resolved: object, _spread: object, lent: LentHosts) -> Iterator[Event]:
@@ -198,10 +204,10 @@ def test_a_job_whose_model_has_changed_while_it_waited_is_not_painted(tmp_path: 
     """Its recipe would tell of the files that were there when it was asked for."""
     file = tmp_path / "weights"
     file.touch()
-    model = SimpleNamespace(stamps=FileStamps.of([file]))
+    resolved = _one_image(FileStamps.of([file]))
     job: Any = SimpleNamespace(
         ready=SimpleNamespace(resolved=None), spread=None, lent=None, is_cancelled=False,
-        parts=lambda: [(0, SimpleNamespace(model=model))], model="mine",
+        parts=lambda: [(0, resolved)], model="mine",
     )  # fmt: skip
     begun: list[object] = []
 

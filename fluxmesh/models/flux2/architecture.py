@@ -79,8 +79,7 @@ class Flux2Architecture(Architecture):
         return frozenset(("references", *guided))
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
-        own = int(references.OWN_AREAS * self.defaults.height * self.defaults.width)
-        return references.fitted(picture, 2 * self.downsampling, min(own, references.MAX_AREA))
+        return references.fitted(picture, 2 * self.downsampling, self.defaults.reference_area)
 
     def size_of(self, references: Sequence[np.ndarray]) -> tuple[int, int] | None:
         """That of the first."""

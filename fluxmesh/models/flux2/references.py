@@ -13,9 +13,6 @@ import numpy as np
 from fluxmesh.errors import UsageError
 
 MAX_AREA = 1024 * 1024  # pixels; a larger picture is made smaller
-# A model that paints small pictures reads small ones: at most this many times its own area, up to
-# which the embedded one was trained. A photo would take it minutes, and it would see nothing in it.
-OWN_AREAS = 2.25
 MIN_SIDE = 64  # pixels
 MAX_ASPECT = 8  # the longer side over the shorter
 

@@ -14,7 +14,14 @@ from fluxmesh.weights.folder_files import INDEX
 
 # By the name that `--model` takes; the first is the one that is always there.
 FOLDERS: Mapping[str, str] = {"tiny": "checkpoint", "tiny-klein": "klein"}
-TRAINED_AT: Mapping[str, int] = {"steps": 4, "height": 128, "width": 128}
+# The largest pictures that either was trained on are the largest that one reads: a photo would take
+# it minutes, and it would see nothing in it.
+TRAINED_AT: Mapping[str, int] = {
+    "steps": 4,
+    "height": 128,
+    "width": 128,
+    "reference_area": 192 * 192,
+}
 
 
 def folder_of(name: str) -> Path:
