@@ -16,7 +16,6 @@ import pytest
 
 from fluxmesh import Mesh, events
 from fluxmesh.cluster.snapshot import LinkInfo, Placement
-from fluxmesh.errors import WeightsError
 from fluxmesh.request import GenerateRequest
 from fluxmesh.storage.homes import Home, private_folder
 from fluxmesh.storage.keys import Keys, store_keys
@@ -184,7 +183,7 @@ def test_the_command_line_uses_the_mesh_that_is_up(
         assert all(member.process.poll() is None for member in agents)
 
 
-def test_two_checkpoints_of_one_name_are_never_mixed(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_replaced_is_read_anew_and_never_mixed(tmp_path: Path) -> None:
     """Host 0 has read the model when its folder is replaced; host 1 read what was there then."""
     folder = tmp_path / "model"
     first = make_checkpoint(folder, seed=1).path
@@ -196,18 +195,14 @@ def test_two_checkpoints_of_one_name_are_never_mixed(tmp_path: Path) -> None:
             for k in range(2)
         ]
         with Mesh.connect(record_of(agents[:1]), user) as alone:
-            assert pictures(list(alone.generate(request_of(first))))
+            (old,) = pictures(list(alone.generate(request_of(first))))
         folder.rename(tmp_path / "older")
         other.rename(folder)
         with Mesh.connect(record_of(agents[1:]), user) as alone:
-            assert pictures(list(alone.generate(request_of(first))))
+            (new,) = pictures(list(alone.generate(request_of(first))))
         mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
-        job_events: list[events.Event] = []
-        with pytest.raises(WeightsError, match=r"host 0 .* \w{8}, host 1 .* \w{8}\. Copy the one"):
-            for event in mesh.generate(request_of(first), "tensor"):
-                job_events.append(event)
-        assert not any(isinstance(event, events.Step) for event in job_events)
-        assert [counted.steps for counted in counters(mesh)] == [3, 3], "those that each made alone"
+        (both,) = pictures(list(mesh.generate(request_of(first), "tensor")))
+        assert np.abs(both.astype(int) - new.astype(int)).max() <= 1
+        assert np.abs(both.astype(int) - old.astype(int)).max() > 10
         statuses = {k: v for k, v in mesh.status().items() if isinstance(v, messages.Status)}
-        (finding,) = diagnosis.in_memory(statuses)
-        assert finding.level == "fail" and "different files" in finding.text
+        assert not diagnosis.in_memory(statuses)
