@@ -11,13 +11,15 @@ import math
 import numpy as np
 
 from fluxmesh.errors import UsageError
+from fluxmesh.models.base import ModelDefaults
 
-MAX_AREA = 1024 * 1024  # pixels; a larger picture is made smaller
 MIN_SIDE = 64  # pixels
 MAX_ASPECT = 8  # the longer side over the shorter
 
 
-def fitted(picture: np.ndarray, multiple: int, most: int = MAX_AREA) -> np.ndarray:
+def fitted(
+    picture: np.ndarray, multiple: int, most: int = ModelDefaults.reference_area
+) -> np.ndarray:
     """A picture, uint8 [H, W, 3], of at most `most` pixels and sides that are multiples of
     `multiple`.
 
