@@ -71,6 +71,10 @@ class Blueprint(ABC):
     ) -> None:
         """Puts them where the checkpoint's readers look."""
 
+    @abstractmethod
+    def kept_statistics(self, autoencoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `keep_statistics` put there."""
+
     # Text and transformer
 
     @abstractmethod

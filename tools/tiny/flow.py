@@ -122,6 +122,29 @@ class TinyFlow:
             torch._foreach_copy_(self.weights, self.masters)
 
 
+def begin(args: argparse.Namespace) -> bool:
+    """From a checkpoint's folder, W/checkpoint, the state that further sittings go on from."""
+    checkpoint, blueprint = args.work / "checkpoint", args.blueprint
+    autoencoder = blueprint.build_autoencoder()
+    autoencoder = type(autoencoder).from_pretrained(checkpoint / "vae")
+    mean, deviation = blueprint.kept_statistics(autoencoder)
+    torch.save(
+        {"model": autoencoder.state_dict(), "step": 0, "seconds": 0.0,
+         "mean": mean, "deviation": deviation},
+        args.work / "autoencoder.pt",
+    )  # fmt: skip
+    modules = blueprint.build_models(checkpoint)
+    for name, module in modules.items():
+        module.load_state_dict(type(module).from_pretrained(checkpoint / name).state_dict())
+    weights = [p.detach().bfloat16() for p in modules.parameters() if p.requires_grad]
+    torch.save(
+        {"masters": weights, "averages": weights, "steps": {}, "seconds": {}},
+        args.work / "flow.pt",
+    )
+    print(f"{args.work}: the state of {checkpoint}, of no steps yet", flush=True)
+    return True
+
+
 def averaged(args: argparse.Namespace) -> tuple[torch.nn.ModuleDict, dict[str, int]]:
     """The trained models, averaged weights in bfloat16, and the steps of each stage."""
     state = torch.load(args.work / "flow.pt", map_location=args.device, weights_only=True)

@@ -149,6 +149,7 @@ PLACES: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (0, 2, ("in the bottom left corner", "at the bottom left")),
     (2, 2, ("in the bottom right corner", "at the bottom right")),
 )
+MIDDLE = 0  # index into PLACES
 ANCHORS = (0.26, 0.5, 0.74)  # centres of the three columns and rows
 SINGLE_SIZES = {"small": 0.36, "": 0.5, "large": 0.75}
 PAIR_SIZES = {"small": 0.25, "": 0.375, "large": 0.5}
@@ -307,10 +308,8 @@ def _single(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, s
     while True:
         name, background = int(rng.integers(len(NAMES))), int(rng.integers(len(COLOURS)))
         said = rng.random() < 0.75
-        if said or rng.random() < 0.4:
-            place = int(rng.integers(len(PLACES)))
-        else:
-            place = 0
+        # Where no place is named it is the middle: of several that fit, four steps paint a mixture.
+        place = int(rng.integers(len(PLACES))) if said else MIDDLE
         if not single_held_out(name, place, background):
             break
     word, size = _size(rng, SINGLE_SIZES, 0.4)

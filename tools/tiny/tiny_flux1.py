@@ -215,6 +215,10 @@ class TinyFlux1(Blueprint):
             shift_factor=mean.item(), scaling_factor=1 / deviation.item()
         )
 
+    def kept_statistics(self, autoencoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        config = autoencoder.config
+        return torch.tensor(config.shift_factor), torch.tensor(1 / config.scaling_factor)
+
     # Text
 
     def train_tokenizers(self, captions: list[str], checkpoint: Path) -> None:

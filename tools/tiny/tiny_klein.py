@@ -162,6 +162,10 @@ class TinyKlein(Blueprint):
         autoencoder.bn.running_mean.copy_(mean)
         autoencoder.bn.running_var.copy_(deviation**2 - self._eps)
 
+    def kept_statistics(self, autoencoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, variance = (autoencoder.bn.running_mean, autoencoder.bn.running_var)
+        return mean.float().clone(), (variance.float() + self._eps).sqrt()
+
     @property
     def _eps(self) -> float:
         return 1e-4  # of AutoencoderKLFlux2, and of FLUX.2

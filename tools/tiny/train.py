@@ -4,6 +4,8 @@
 
     sprites      draws the glyphs (needs the font)
     tokenizers
+    begin        goes on from a finished checkpoint, a copy in W/checkpoint; instead of the above
+                 and the next
     autoencoder
     flow         text encoders and transformer
     last         the same, at every size and text length
@@ -32,7 +34,7 @@ import scenes
 import torch
 from autoencoder import train_autoencoder
 from blueprint import MODELS, load_blueprint
-from flow import export, train_flow
+from flow import begin, export, train_flow
 from look import look
 from sprites import FONT, render_sprites
 
@@ -59,6 +61,7 @@ STAGES: dict[str, tuple[Stage, int, int, float]] = {
     # stage: (function, steps, batch, peak learning rate)
     "sprites": (make_sprites, 0, 0, 0.0),
     "tokenizers": (make_tokenizers, 0, 0, 0.0),
+    "begin": (begin, 0, 0, 0.0),
     "autoencoder": (train_autoencoder, 2_500, 64, 1e-3),
     "flow": (train_flow, 53_000, 256, 1e-3),
     "last": (train_flow, 1_700, 256, 2e-4),
