@@ -3,6 +3,7 @@
     python tools/tiny/evaluate.py                              # 200 prompts through fluxmesh
     python tools/tiny/evaluate.py --model tiny-klein --edits   # 200 edits
     python tools/tiny/evaluate.py --model tiny-klein --edits --count 8 --examples docs/edits.png
+    python tools/tiny/evaluate.py --through mesh               # on the hosts of `fluxmesh up`
     python tools/tiny/evaluate.py --through diffusers          # the same, for comparison
     python tools/tiny/evaluate.py --through drawing            # drawn as asked: must be 100%
 
@@ -16,6 +17,7 @@ contact sheet; of edits `--examples` makes one with the words of each. Needs the
 from __future__ import annotations
 
 import argparse
+import atexit
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +54,28 @@ def through_fluxmesh(args: argparse.Namespace, sprites: np.ndarray) -> Paint:
             reload_text_encoders=False, references=references,
         )  # fmt: skip
         return to_pixels(image)[0]
+
+    return paint
+
+
+def through_mesh(args: argparse.Namespace, sprites: np.ndarray) -> Paint:
+    """By the hosts of `fluxmesh up`, or by an engine of this machine where none are up."""
+    from fluxmesh import Mesh
+    from fluxmesh.events import Picture
+    from fluxmesh.request import GenerateRequest
+
+    mesh = Mesh.connect()
+    atexit.register(mesh.close)
+
+    def paint(question: Any, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        request = GenerateRequest(
+            question.prompt, seed, args.model, references=tuple(references), steps=args.steps,
+            height=args.height, width=args.width, dtype=args.dtype,
+        )  # fmt: skip
+        (pixels,) = (
+            e.pixels for e in mesh.generate(request, args.placement) if isinstance(e, Picture)
+        )
+        return pixels
 
     return paint
 
@@ -96,6 +120,7 @@ def through_drawing(args: argparse.Namespace, sprites: np.ndarray) -> Paint:
 
 THROUGH = {
     "fluxmesh": through_fluxmesh,
+    "mesh": through_mesh,
     "diffusers": through_diffusers,
     "drawing": through_drawing,
 }
@@ -133,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Scores an embedded checkpoint.")
     parser.add_argument("--through", choices=THROUGH, default="fluxmesh")
     parser.add_argument("--model", default="tiny", help="tiny, tiny-klein, or a folder")
+    parser.add_argument("--placement", help="how `--through mesh` splits a picture")
     parser.add_argument("--edits", action="store_true", help="edits instead of prompts")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--height", type=int, default=128)
