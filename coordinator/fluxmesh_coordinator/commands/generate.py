@@ -248,6 +248,12 @@ class Painter:
             self.reporter.note(
                 f"`t5_padding` has no effect: {model.name} reads every prompt padded."
             )
+        filled = resolved.request
+        calls = resolved.model.sizes.architecture.calls(filled.guidance, filled.cfg)
+        if settings.negative_prompt and calls < 2:
+            self.reporter.note(
+                "`negative_prompt` has no effect: only a `cfg` above 1 moves away from it."
+            )
         recipe = Recipe.of(resolved, files, settings.n_rows, conditions)
         return ReadyPrompt(resolved, recipe, not settings.no_metadata)
 
