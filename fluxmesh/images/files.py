@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import warnings
 from os import PathLike
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
     if brand in HEIF_BRANDS:
         learn_heif()
     try:
-        with Image.open(file) as picture:
+        with warnings.catch_warnings():  # of 90 million pixels on, which is a large photo
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+        with picture:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except FileNotFoundError:
