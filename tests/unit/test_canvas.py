@@ -108,6 +108,21 @@ def test_a_large_photo_is_read_without_a_word_and_a_larger_one_refused(
         files.read_picture(path)
 
 
+def test_what_a_program_gives_that_is_no_picture_or_no_list_of_them_is_told(
+    tmp_path: Path,
+) -> None:
+    picture = Image.fromarray(gradient(20, 30))
+    path, pixels = saved(tmp_path, picture), gradient(20, 30)
+    for given in (path, str(path), path.read_bytes(), pixels):
+        np.testing.assert_array_equal(files.pixels_of(given, "control"), pixels)
+        with pytest.raises(UsageError, match="`references` is one picture; put it into a list"):
+            files.listed(given, "references")
+        assert files.listed(iter([given]), "references")[0] is given
+    for wrong in (picture, 3, None):
+        with pytest.raises(UsageError, match=r"`control` has a \w+; give a path, the bytes of"):
+            files.pixels_of(wrong, "control")  # type: ignore[arg-type]
+
+
 def test_without_a_size_sides_become_multiples_of_sixteen(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(101, 60)))
     assert images.load_source(path).pixels.shape == (96, 64, 3)
