@@ -31,7 +31,7 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.lazy_models import Models
 from fluxmesh.errors import NotFiniteError, UsageError
 from fluxmesh.events import Loading
-from fluxmesh.images.files import PictureFile, pixels_of
+from fluxmesh.images.files import PictureFile, listed, pixels_of
 from fluxmesh.models.runtime import (
     NO_CONDITIONS,
     Conditions,
@@ -531,7 +531,8 @@ class FluxPipeline(Models):
 
 def _given(references: Iterable[Reference]) -> dict[str, Any]:
     """The fields of a request for references, each with its strength or without."""
-    pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in references]
+    each_of = listed(references, "references")
+    pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in each_of]
     return {
         "references": tuple(pixels_of(picture, "references") for picture, _ in pairs),
         "reference_strengths": tuple(float(strength) for _, strength in pairs),

@@ -10,8 +10,11 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import warnings
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -48,8 +51,27 @@ def read_picture(file: PictureFile, field: str = "image") -> np.ndarray:
 
 
 def pixels_of(picture: PictureFile | np.ndarray, field: str) -> np.ndarray:
-    """A picture that a program has as a file, or as pixels, which are given back."""
-    return picture if isinstance(picture, np.ndarray) else read_picture(picture, field)
+    """A picture that a program has as a file, or as pixels, which are given back.
+
+    Raises what `read_picture` does, and `UsageError` for what is neither.
+    """
+    if isinstance(picture, np.ndarray):
+        return picture
+    if not isinstance(picture, (str, PathLike, bytes)):
+        raise UsageError.about(
+            field,
+            f"has a {type(picture).__name__}",
+            "give a path, the bytes of a file, or a uint8 array [height, width, 3]",
+        )
+    return read_picture(picture, field)
+
+
+def listed(pictures: Iterable[Any], field: str) -> list[Any]:
+    """Pictures that a program gives, as a list. Raises `UsageError` for one alone, which would
+    otherwise be read letter by letter, or row by row."""
+    if isinstance(pictures, (str, PathLike, bytes, np.ndarray)):
+        raise UsageError.about(field, "is one picture", "put it into a list")
+    return list(pictures)
 
 
 def decode_picture(data: bytes, name: str) -> np.ndarray:
@@ -79,7 +101,10 @@ def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
     if brand in HEIF_BRANDS:
         learn_heif()
     try:
-        with Image.open(file) as picture:
+        with warnings.catch_warnings():  # of 90 million pixels on, which is a large photo
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file)
+        with picture:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except FileNotFoundError:

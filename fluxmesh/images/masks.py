@@ -54,8 +54,8 @@ def read_mask(
         if is_turned:
             remedy = "turn the mask by a quarter, as a viewer shows the picture"
         raise UsageError(
-            f"{name} is {mask.shape[1]}x{mask.shape[0]} pixels and the picture is "
-            f"{width}x{height}; {remedy}."
+            f"{name} is {mask.shape[0]}x{mask.shape[1]} pixels and the picture is "
+            f"{height}x{width}; {remedy}."
         )
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
 

@@ -179,7 +179,9 @@ class Workload:
             reference_pixels=0
             if model.architecture.of_role("vision")
             else max((height * width for height, width, _ in sizes), default=0),
-            reads_canvas=request.source is not None or request.control is not None,
+            reads_canvas=request.source is not None
+            or request.control is not None
+            or model.architecture.is_tool,  # also where a plan is not given its picture
             calls=model.architecture.calls(request.guidance, request.cfg),
             mark=prompt_mark(request.prompt, request.t5_padding, request.negative),
         )

@@ -36,13 +36,13 @@ def check_takes(
     model: Architecture,
 ) -> None:
     """Raises `UsageError` where a model does not take what it is given."""
+    given, most = len(references), model.most_references
     for condition in conditions:
         if condition not in model.takes:
-            able = _sentence(list(_able(condition)))
+            able = _sentence(condition, conditions, given)
             raise UsageError(f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.")
-    given, most = len(references), model.most_references
     if given > most:
-        able = _sentence(list(_able("references", given)))
+        able = _sentence("references", conditions, given)
         raise UsageError(
             f"`references`: {name} takes no more than {most}, and {given} were given; {able}."
         )
@@ -123,23 +123,32 @@ def read_here(model: Architecture, reader: str = "") -> Architecture:
         return model
 
 
-def _able(condition: Condition, pictures: int = 1) -> Iterator[str]:
-    """Models on this machine that take it, and so many reference pictures."""
+def _able(conditions: Sequence[Condition], pictures: int) -> Iterator[str]:
+    """Models on this machine that take all of these, and so many reference pictures."""
     for name in hub.names_here():
         try:
             model = hub.resolve(name, download=False).architecture
         except FluxmeshError:  # a broken folder is no reason to say nothing of the others
             continue
         reading = read_here(model)
-        if condition in reading.takes and pictures <= reading.most_references:
+        most = reading.most_references if "references" in reading.takes else 0
+        if reading.takes.issuperset(conditions) and pictures <= most:
             yield name
 
 
-def _sentence(able: Sequence[str]) -> str:
-    if not able:
-        return (
-            "no model on this machine does: `fluxmesh models list` says which do, and "
-            "`fluxmesh models pull` fetches one"
-        )
-    several = f"{', '.join(able[:-1])} and {able[-1]} do" if len(able) > 1 else f"{able[0]} does"
-    return f"of the models on this machine, {several}"
+def _sentence(refused: Condition, conditions: Sequence[Condition], pictures: int) -> str:
+    """Who here takes all that was given; where none does, who takes what was refused."""
+    able = list(_able(conditions, pictures))
+    if able:
+        return f"of the models on this machine, {_do(able)}"
+    able = list(_able([refused], pictures if refused == "references" else 0))
+    if able:
+        return f"of the models on this machine, {_do(able)}, but none takes all else that is given"
+    return (
+        "no model on this machine does: `fluxmesh models list` says which do, and "
+        "`fluxmesh models pull` fetches one"
+    )
+
+
+def _do(able: Sequence[str]) -> str:
+    return f"{', '.join(able[:-1])} and {able[-1]} do" if len(able) > 1 else f"{able[0]} does"

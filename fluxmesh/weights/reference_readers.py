@@ -160,15 +160,21 @@ class _Search:
     def __init__(self, reader: ReferenceReader, folder: Path) -> None:
         self.reader, self.folder = reader, folder
         self.parts: dict[str, LocatedPart] = {}
+        self.broken: dict[str, WeightsError] = {}  # a file around that may have been the part
 
     def checkpoint(self, name: str) -> Checkpoint:
-        """Raises `NotFetchedError` that says what lacks and what to get, `WeightsError`."""
+        """What lies in the folder or around it; one part of it at least, and the Hub's cache lends
+        the others.
+
+        Raises `NotFetchedError` that says what lacks and what to get, `WeightsError`.
+        """
+        self._fill(self._near)
+        if not self.parts:
+            raise next(iter(self.broken.values()), None) or self._is_none(name)
+        self._fill(self._lent)
         for folder, part in self.reader.parts.items():
             if folder not in self.parts:
-                made = next(self._choices(folder, part), None)
-                if made is None:
-                    raise self._lacks(name, folder, part)
-                self.parts[folder] = made
+                raise self.broken.get(folder) or self._lacks(name, folder, part)
         components = {folder: self.parts[folder][0] for folder in self.reader.parts}
         files = [file for component in components.values() for file in component.files]
         is_snapshot = snapshot_below(self.folder) == self.folder
@@ -196,10 +202,15 @@ class _Search:
             sizes = part.sizes(_contents(files), prefix)
         return Component(files, "diffusers", prefix), sizes
 
-    def _choices(self, folder: str, part: ReaderPart) -> Iterator[LocatedPart]:
-        """A part wherever it is: in its own folder, as a file around, in the Hub's cache."""
+    def _fill(self, choices: Callable[[str, ReaderPart], Iterator[LocatedPart]]) -> None:
+        """The parts that were not found yet, each the first of its choices."""
+        for folder, part in self.reader.parts.items():
+            if folder not in self.parts and (made := next(choices(folder, part), None)):
+                self.parts[folder] = made
+
+    def _near(self, folder: str, part: ReaderPart) -> Iterator[LocatedPart]:
+        """A part in its own folder, as a file around, in a folder beside."""
         yield from self._in_folders(self.folder, folder, part)
-        broken: WeightsError | None = None
         for file in self._files_around(part):
             with contextlib.suppress(ModelNotFoundError):
                 try:
@@ -207,13 +218,18 @@ class _Search:
                     if prefix is not None:
                         yield self.in_file(part, (file,), prefix)
                 except WeightsError as error:
-                    broken = broken or error
-        snapshots = map(cached_snapshot, (self.reader.published.repo, *part.lenders))
-        for place in (self.folder.parent, *filter(None, snapshots)):
-            with contextlib.suppress(FluxmeshError):  # what is broken there is none of the user's
-                yield from self._in_folders(place, folder, part)
-        if broken is not None:
-            raise broken
+                    self.broken.setdefault(folder, error)
+        yield from self._elsewhere(self.folder.parent, folder, part)
+
+    def _lent(self, folder: str, part: ReaderPart) -> Iterator[LocatedPart]:
+        """A part that the Hub's cache has, of this reader or of another model."""
+        for snapshot in map(cached_snapshot, (self.reader.published.repo, *part.lenders)):
+            if snapshot is not None:
+                yield from self._elsewhere(snapshot, folder, part)
+
+    def _elsewhere(self, place: Path, folder: str, part: ReaderPart) -> Iterator[LocatedPart]:
+        with contextlib.suppress(FluxmeshError):  # what is broken there is none of the user's
+            yield from self._in_folders(place, folder, part)
 
     def _in_folders(self, place: Path, folder: str, part: ReaderPart) -> Iterator[LocatedPart]:
         """A part in its own folder of a place, or right there, as its repository has it."""
@@ -230,6 +246,12 @@ class _Search:
         places = [self.folder, *(root / inner for root in roots for inner in part.places)]
         files = (path for place in places for path in sorted(place.glob("*")))
         return [path for path in dict.fromkeys(files) if path.suffix.lower() in identify.READ]
+
+    def _is_none(self, name: str) -> NotFetchedError:
+        return NotFetchedError(
+            f"`{self.reader.alias}` {name} has nothing of {self.reader.name}; name a folder or a "
+            f"file that has, or {self.reader.alias}."
+        )
 
     def _lacks(self, name: str, folder: str, part: ReaderPart) -> NotFetchedError:
         return NotFetchedError(

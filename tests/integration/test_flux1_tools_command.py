@@ -80,6 +80,10 @@ def test_a_control_lora_and_a_negative_prompt_change_what_dev_paints(
         painted[name] = pixels(tmp_path / out)
     assert not np.array_equal(painted["plain"], painted["negative"])
     assert not np.array_equal(painted["plain"], painted["edges"])
+    idle = ("--negative-prompt", "two dogs", "--cfg", "1", "-o", "idle.png")
+    told = fluxmesh("generate", "a dog", "--model", dev, *SIZE, *idle)
+    assert told.code == 0 and "--negative-prompt has no effect" in " ".join(told.err.split())
+    assert np.array_equal(pixels(tmp_path / "idle.png"), painted["plain"])
     again = fluxmesh("generate", "--from", "negative.png", "-o", "again.png")
     assert again.code == 0, again.err
     assert np.array_equal(pixels(tmp_path / "again.png"), painted["negative"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,35 @@ def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
         files.read_picture(path)
 
 
+def test_a_large_photo_is_read_without_a_word_and_a_larger_one_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow warns from this many pixels on, and refuses twice as many."""
+    path = saved(tmp_path, Image.fromarray(gradient(20, 30)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(files.read_picture(path), gradient(20, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(UsageError, match="has too many pixels; scale it down first"):
+        files.read_picture(path)
+
+
+def test_what_a_program_gives_that_is_no_picture_or_no_list_of_them_is_told(
+    tmp_path: Path,
+) -> None:
+    picture = Image.fromarray(gradient(20, 30))
+    path, pixels = saved(tmp_path, picture), gradient(20, 30)
+    for given in (path, str(path), path.read_bytes(), pixels):
+        np.testing.assert_array_equal(files.pixels_of(given, "control"), pixels)
+        with pytest.raises(UsageError, match="`references` is one picture; put it into a list"):
+            files.listed(given, "references")
+        assert files.listed(iter([given]), "references")[0] is given
+    for wrong in (picture, 3, None):
+        with pytest.raises(UsageError, match=r"`control` has a \w+; give a path, the bytes of"):
+            files.pixels_of(wrong, "control")  # type: ignore[arg-type]
+
+
 def test_without_a_size_sides_become_multiples_of_sixteen(tmp_path: Path) -> None:
     path = saved(tmp_path, Image.fromarray(gradient(101, 60)))
     assert images.load_source(path).pixels.shape == (96, 64, 3)
@@ -150,7 +180,7 @@ def test_a_mask_at_another_size_is_scaled_and_of_other_proportions_refused(tmp_p
     assert source.mask is not None
     assert source.mask.shape == (64, 64)
     wide = saved(tmp_path, Image.new("L", (64, 32), 255), "wide.png")
-    with pytest.raises(UsageError, match="64x32"):
+    with pytest.raises(UsageError, match="is 32x64 pixels"):
         images.load_source(image, mask=wide)
 
 

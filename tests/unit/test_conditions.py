@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from rich.console import Console
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import ModelVariant, StepTiming
 from fluxmesh.errors import NotFetchedError, UsageError
+from fluxmesh.models.base import Architecture
 from fluxmesh.models.flux1.conditions import kontext
 from fluxmesh.models.flux1.family import FLUX1
 from fluxmesh.models.flux2.family import FLUX2
@@ -124,10 +126,11 @@ def test_a_base_models_guidance_is_what_others_call_cfg() -> None:
 # Who takes it
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """schnell, klein and its base model are on this machine, beside a folder that is broken."""
-    known = {"schnell": published("schnell"), "klein": KLEIN.architecture, "b": BASE.architecture}
+HERE = {"schnell": published("schnell"), "klein": KLEIN.architecture, "b": BASE.architecture}
+
+
+def put_here(monkeypatch: pytest.MonkeyPatch, known: Mapping[str, Architecture]) -> None:
+    """These models are on this machine, beside a folder that is broken."""
 
     def resolve(name: str, **_more: Any) -> Any:
         if name not in known:
@@ -136,6 +139,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hub, "names_here", lambda: iter([*known, "broken"]))
     monkeypatch.setattr(hub, "resolve", resolve)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """schnell, klein and its base model are on this machine."""
+    put_here(monkeypatch, HERE)
 
 
 def test_what_a_model_does_not_take_is_refused_with_the_names_of_those_here_that_do(
@@ -153,6 +162,30 @@ def test_what_a_model_does_not_take_is_refused_with_the_names_of_those_here_that
     check_takes(("references", "negative", "cfg"), [SQUARE, SQUARE], "b", BASE.architecture)
     with pytest.raises(UsageError, match="no more than 1, and 2 were given; of .*, klein and b do"):
         check_takes(("references",), [SQUARE, SQUARE], "kontext", KONTEXT.architecture)
+
+
+def test_who_takes_a_map_or_a_negative_prompt_and_no_reference_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_here(monkeypatch, {**HERE, **{name: published(name) for name in ("dev", "canny")}})
+    with pytest.raises(UsageError, match="klein takes no negative prompt; of .*, b and dev do"):
+        check_takes(("negative",), (), "klein", KLEIN.architecture)
+    with pytest.raises(UsageError, match="no control picture; of .* this machine, canny does"):
+        check_takes(("control",), (), "klein", KLEIN.architecture)
+
+
+def test_named_is_who_takes_all_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {name: published(name) for name in ("dev", "canny", "kontext")}
+    put_here(monkeypatch, {**HERE, **models})
+    schnell = published("schnell")
+    both = ("references", "negative")
+    with pytest.raises(UsageError, match="no reference pictures; .* machine, b and kontext do"):
+        check_takes(both, [SQUARE], "schnell", schnell)
+    with pytest.raises(UsageError, match=r"no reference pictures; .* machine, b does\."):
+        check_takes(both, [SQUARE, SQUARE], "schnell", schnell)
+    nobody = r"no control picture; .* machine, canny does, but none takes all else that is given\."
+    with pytest.raises(UsageError, match=nobody):
+        check_takes(("references", "control"), [SQUARE], "klein", KLEIN.architecture)
 
 
 def test_what_a_config_file_gives_to_every_model_can_be_put_aside_for_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fluxmesh.errors import UsageError
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.artifacts.pictures import encode_png
-from fluxmesh_coordinator.artifacts.recipe import Recipe
+from fluxmesh_coordinator.artifacts.recipe import NamedFile, Recipe
 from fluxmesh_coordinator.cli import cli
 from fluxmesh_coordinator.cli import generate as generate_module
 from fluxmesh_coordinator.cli.defaults import PAINTING, Defaults, known_settings
@@ -126,6 +127,24 @@ def test_a_picture_that_is_made_again_keeps_its_own_settings(
     again = asked("--from", str(path), env={"FLUXMESH_MODEL": "krea-dev"})
     assert again == own
     assert asked("--from", str(path), "--steps", "9").steps == 9
+
+
+def test_what_a_picture_was_made_with_gives_way_to_an_option_of_another_name(
+    asked: Any, tmp_path: Path
+) -> None:
+    import numpy as np
+
+    path = tmp_path / "old.png"
+    made = replace(RECIPE, control=NamedFile("edges.png", "ab"), bits=4, text_bits=8)
+    path.write_bytes(encode_png(np.zeros((16, 16, 3), np.uint8), made.to_json()))
+    assert asked("--from", str(path)) == GenerateSettings.of_recipe(made)
+    settings = asked("--from", str(path), "--control-from", str(path), "--no-quantize")
+    assert (settings.control, settings.control_from) == (None, str(path))
+    assert (settings.effective_bits, settings.text_bits) == (None, None)
+    both = ("--control", str(path), "--control-from", str(path), "--no-quantize", "--text-bits=6")
+    settings = asked("--from", str(path), *both)  # who gives both is told so
+    assert (settings.control, settings.control_from) == (str(path), str(path))
+    assert settings.text_bits == 6
 
 
 def test_a_mesh_that_is_up_stands_above_the_file_alone(

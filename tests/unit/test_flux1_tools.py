@@ -231,6 +231,19 @@ def test_without_opencv_a_sentence_says_how_to_get_it(monkeypatch: pytest.Monkey
         edges_of(picture(8, 8))
 
 
+def test_opencv_is_not_asked_for_by_a_model_that_follows_no_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    file = tmp_path / "photo.png"
+    Image.fromarray(picture(32, 48)).save(file)
+    with pytest.raises(UsageError, match="klein-4b takes no control picture"):
+        read_conditions(GenerateSettings(model="klein-4b", control_from=str(file)))
+    for follows in ("canny", None):
+        with pytest.raises(UsageError, match="pip install opencv-python-headless"):
+            read_conditions(GenerateSettings(model=follows, control_from=str(file)))
+
+
 def test_a_recipe_tells_the_picture_whose_edges_were_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,5 +194,6 @@ def test_picture_and_mask_are_turned_alike(tmp_path: Path) -> None:
         assert source.mask is not None
         np.testing.assert_array_equal(source.mask, painted)
     sideways = saved(tmp_path, plain.transpose(Image.Transpose.ROTATE_90), "sideways.png")
-    with pytest.raises(UsageError, match="turn the mask by a quarter"):
+    sizes = "is 32x48 pixels and the picture is 48x32"  # heights first, as everywhere
+    with pytest.raises(UsageError, match=f"{sizes}; turn the mask by a quarter"):
         load_source(image, mask=sideways)

@@ -62,6 +62,8 @@ def choose(view: MeshView, sizes: ModelSizes, **keys: Any) -> Plan:
         (DEV, {"source": source(512)}, 1 << 18),
         (FILL, {"source": source(512, mask=True)}, 1 << 18),
         (CANNY, {"control": SQUARE}, 1 << 18),  # brought to the output's size
+        (FILL, {}, 1 << 18),  # a plan without the picture that painting takes
+        (CANNY, {}, 1 << 18),
         (KLEIN, {}, 0),
     ],
 )

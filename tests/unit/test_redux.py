@@ -141,6 +141,19 @@ def test_what_is_in_the_hubs_cache_serves(tmp_path: Path, cache: Path) -> None:
     assert resolve_reader(str(alone), FLUX1).architecture.siglip == SMALL  # the cache's SigLIP
 
 
+def test_a_folder_with_nothing_of_redux_is_not_taken_for_the_one_in_the_cache(
+    tmp_path: Path, cache: Path
+) -> None:
+    make_redux(cached(cache, REPO))
+    (tmp_path / "pictures" / "of dogs").mkdir(parents=True)
+    with pytest.raises(NotFetchedError, match="of dogs has nothing of FLUX.1 Redux; name a folder"):
+        resolve_reader(str(tmp_path / "pictures" / "of dogs"), FLUX1)
+    other = cached(cache, "owner/painter")
+    (other / "model_index.json").write_text("{}")
+    with pytest.raises(NotFetchedError, match="owner/painter has nothing of FLUX.1 Redux"):
+        resolve_reader("owner/painter", FLUX1, download=False)
+
+
 def test_siglip_may_come_from_its_own_repository(tmp_path: Path, cache: Path) -> None:
     """In which it stands beside the encoder of texts, and its config inside another."""
     file = make_redux(tmp_path / "x", "bfl")

@@ -6,7 +6,7 @@ too: an option that the user did not give says nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -148,14 +148,25 @@ def painting_settings(context: click.Context, earlier: Recipe | None = None) -> 
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     }
     if earlier is not None:
-        return GenerateSettings.of_recipe(earlier).with_chosen(on_command_line)
+        recorded = GenerateSettings.of_recipe(earlier)
+        return recorded.with_chosen(put_aside_by(on_command_line) | on_command_line)
     of_file = context.obj.of_file if context.obj is not None else frozenset()
     configured = (WEIGHTS & values.keys() & of_file) - on_command_line.keys()
     if configured and ("model" not in values or "model" in configured) and _mesh_has_weights():
         values = {name: value for name, value in values.items() if name not in configured}
-    if on_command_line.get("quantize") is False:  # what config.toml says is put aside
-        values |= {name: None for name in ("bits", "text_bits") if name not in on_command_line}
+    values |= put_aside_by(on_command_line) | on_command_line
     return GenerateSettings().with_chosen(values)
+
+
+def put_aside_by(on_command_line: Mapping[str, Any]) -> dict[str, None]:
+    """What a picture's recipe or config.toml says otherwise than these, by other names."""
+    aside: set[str] = set()
+    if on_command_line.get("quantize") is False:
+        aside |= {"bits", "text_bits"}
+    maps = {"control", "control_from"}  # each gives the map that is followed
+    if maps & on_command_line.keys():
+        aside |= maps
+    return dict.fromkeys(aside)
 
 
 def _mesh_has_weights() -> bool:

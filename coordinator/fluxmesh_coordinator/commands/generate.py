@@ -248,6 +248,12 @@ class Painter:
             self.reporter.note(
                 f"`t5_padding` has no effect: {model.name} reads every prompt padded."
             )
+        filled = resolved.request
+        calls = resolved.model.sizes.architecture.calls(filled.guidance, filled.cfg)
+        if settings.negative_prompt and calls < 2:
+            self.reporter.note(
+                "`negative_prompt` has no effect: only a `cfg` above 1 moves away from it."
+            )
         recipe = Recipe.of(resolved, files, settings.n_rows, conditions)
         return ReadyPrompt(resolved, recipe, not settings.no_metadata)
 
@@ -417,7 +423,8 @@ def read_conditions(
 ) -> tuple[list[np.ndarray], np.ndarray | None, ConditionFiles]:
     """The pixels of references and control picture, and the record of their files.
 
-    Of `control_from` the edges are found here. Raises `UsageError` for a file that is no picture.
+    Of `control_from` the edges are found here. Raises `UsageError` for a file that is no picture,
+    and for a map that a published model does not take.
     """
     if not settings.reference and settings.control is None and settings.control_from is None:
         return [], None, ConditionFiles()
@@ -426,13 +433,19 @@ def read_conditions(
     control, source = settings.control, settings.control_from
     if control is not None and source is not None:
         raise UsageError("`control` and `control_from` both give a map; choose one.")
+    references = [read_picture(file, "reference") for file, _ in settings.reference]
     pixels = None if control is None else read_picture(control, "control")
     if source is not None:
         from fluxmesh.images.edges import edges_of
+        from fluxmesh.sampling.takes import check_published
 
-        pixels = edges_of(read_picture(source, "control_from"))
+        picture = read_picture(source, "control_from")
+        name = settings.model or ""
+        asked = settings.request("", 0, model=name, references=references, control=picture)
+        check_published(asked)  # before OpenCV is asked for, which may have to be fetched
+        pixels = edges_of(picture)
     return (
-        [read_picture(file, "reference") for file, _ in settings.reference],
+        references,
         pixels,
         ConditionFiles(
             tuple(NamedFile.of(file) for file, _ in settings.reference),
