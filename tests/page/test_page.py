@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Route, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
 from fluxmesh.wire.messages.status import State
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
@@ -23,6 +23,7 @@ from tests.page.conftest import ADAPTER, WAIT, Served, open_page
 from tests.server_process import server
 
 expect.set_options(timeout=WAIT)
+FILL = "(recipe) => import('/app.js').then(({ composer }) => composer.fill(recipe))"
 LONG = {"steps": "150", "side": "256"}  # of a picture that nobody waits for
 
 
@@ -109,6 +110,38 @@ def test_the_first_time_it_says_what_there_is_and_how_to_begin(page: Page) -> No
     page.wait_for_selector("html[data-ready]", state="attached")
     expect(page.get_by_text("is a small model that comes with fluxmesh")).to_be_hidden()
     expect(page.get_by_label("Prompt")).to_have_value(text)  # what was typed is not lost
+
+
+def test_the_hint_is_of_the_model_that_is_chosen(page: Page) -> None:
+    hint, edits = page.locator("#hint"), "changes a picture that it has painted"
+    expect(hint).to_contain_text("tiny is a small model")
+    expect(hint).not_to_contain_text(edits)
+    page.get_by_label("Model").select_option("tiny-klein")
+    expect(hint).to_contain_text("tiny-klein is a small model")
+    expect(hint).to_contain_text(f"at 128 × 128, and {edits}")
+    page.reload()  # the choice is kept
+    page.wait_for_selector("html[data-ready]", state="attached")
+    expect(hint).to_contain_text("tiny-klein is a small model")
+    page.evaluate(FILL, {"model": "tiny", "prompt": "a dog"})  # as "Use settings" does
+    expect(hint).to_contain_text("tiny is a small model")
+    expect(hint).not_to_contain_text(edits)
+
+
+def test_who_has_flux_is_told_nothing_of_small_models(
+    context: BrowserContext, served: Served
+) -> None:
+    page = context.new_page()
+
+    def with_flux(route: Route) -> None:
+        reply = route.fetch()
+        known = reply.json()
+        flux = {**known["models"][0], "name": "tiny-but-mine", "embedded": False}
+        route.fulfill(response=reply, json={**known, "models": [*known["models"], flux]})
+
+    page.route("**/api/models", with_flux)
+    open_page(page, served.url)
+    expect(page.locator("#model option")).to_have_count(3)
+    expect(page.locator("#hint")).to_be_hidden()
 
 
 def test_a_prompt_becomes_a_picture_that_is_seen_while_it_is_painted(

@@ -175,6 +175,7 @@ def test_an_edit_takes_a_model_that_edits_where_nobody_chose_one(tmp_path: Path)
                 assert {"tiny": "MIT", "tiny-klein": "MIT"}.items() <= {
                     model["name"]: model["licence"] for model in models
                 }.items()
+                assert all(model["embedded"] for model in models)
             else:
                 assert "tiny-klein does" in answer.json()["error"]["message"]
 
@@ -182,6 +183,7 @@ def test_an_edit_takes_a_model_that_edits_where_nobody_chose_one(tmp_path: Path)
 def test_a_model_that_takes_references_is_shown_all_pictures_of_an_edit(tmp_path: Path) -> None:
     model = make_flux2(tmp_path / "my-klein")
     serving = Serving(tmp_path, model=str(model))
+    assert not serving.service.catalogue.model("my-klein").described()["embedded"]
     serving.lane.may_go.clear()
     files = [("image[]", (f"{k}.png", png(64, 64), "image/png")) for k in range(2)]
     with serving.client() as client:

@@ -165,6 +165,7 @@ def document() -> dict[str, Any]:
         family=_text(),
         size_bytes=_whole(),
         licence={"type": ["string", "null"]},
+        embedded={**FLAG, "description": "Whether it comes with fluxmesh, to try it out."},
         loaded=FLAG,
         steps=_whole(),
         guidance={"type": ["number", "null"]},

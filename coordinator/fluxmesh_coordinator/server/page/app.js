@@ -5,7 +5,7 @@
 // `gallery.js` what is finished, `mesh.js` the hosts, `dom.js` and `theme.js` what all of them need.
 
 import { ask } from "./server.js";
-import { Composer } from "./composer.js";
+import { Composer, isEditor } from "./composer.js";
 import { $, make, memory, tell } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { Jobs } from "./jobs.js";
@@ -21,7 +21,7 @@ const EXAMPLES = [
 ];
 
 startTheme();
-const composer = new Composer((fields) => jobs.submit(fields));
+const composer = new Composer((fields) => jobs.submit(fields), showHint);
 const gallery = new Gallery({ again, vary, edit, reuse }, (name) => composer.guided(name));
 const jobs = new Jobs({
   ended: showFinished,
@@ -108,15 +108,26 @@ function showExamples() {
   );
 }
 
+/** What the chosen model is, where there are none but those that come with fluxmesh. */
 function showHint() {
-  const isAlone = composer.models.every(({ name }) => name.startsWith("tiny"));
-  $("hint").hidden = !isAlone || memory.get("hint") === "seen";
-  $("hint-close").addEventListener("click", () => {
-    memory.set("hint", "seen");
-    $("hint").hidden = true;
-    $("prompt").focus();
-  });
+  const { model, models } = composer;
+  $("hint").hidden = !model || !models.every(({ embedded }) => embedded) || memory.get("hint") === "seen";
+  if ($("hint").hidden) return;
+  const { width, height } = model.size;
+  const edits = isEditor(model) ? ", and changes a picture that it has painted as you say: “make the background blue”" : "";
+  $("hint-words").replaceChildren(
+    make("strong", { textContent: model.name }),
+    ` is a small model that comes with fluxmesh, to try everything out. It paints everyday things at ${width} × ${height}${edits}. For FLUX, run `,
+    make("code", { textContent: "fluxmesh models pull klein" }),
+    " in a terminal.",
+  );
 }
+
+$("hint-close").addEventListener("click", () => {
+  memory.set("hint", "seen");
+  showHint();
+  $("prompt").focus();
+});
 
 async function start() {
   try {
@@ -128,7 +139,6 @@ async function start() {
     return;
   }
   showExamples();
-  showHint();
   mesh.look();
   document.documentElement.dataset.ready = "yes";
 }
