@@ -233,6 +233,8 @@ def test_a_model_that_takes_none_says_who_does(serving: Serving) -> None:
         ({"prompt": "x", "size": "large"}, "size"),
         ({"prompt": "x", "size": "99999x99999"}, "size"),
         ({"prompt": "x", "steps": 100_000}, "steps"),
+        ({"prompt": "x", "steps": 0}, "steps"),
+        ({"prompt": "x", "num_inference_steps": 0}, "steps"),
         ({"prompt": "x", "seed": -4}, "seed"),
         ({"prompt": "x", "seed": 2**70}, "seed"),
         ({"prompt": "x", "guidance": 1e9}, "guidance"),
