@@ -56,6 +56,16 @@ RECIPE = _object(
     placement=_text(),
     from_picture=FLAG,
     strength={"type": ["number", "null"]},
+    references=_whole("how many it was shown"),
+    control=FLAG,
+    negative_prompt=_text(),
+    cfg={"type": ["number", "null"]},
+    bits={"type": ["integer", "null"]},
+    text_bits={"type": ["integer", "null"]},
+    dtype=_text(),
+    cache=_number(),
+    t5_padding=FLAG,
+    fuse_adapters=FLAG,
     version=_text(),
 )
 JOB = _object(

@@ -14,6 +14,8 @@ import { startTheme } from "./theme.js";
 
 const VARIED = 0.6; // how much changes of a picture that is varied
 const RETRY = 3000; // milliseconds until a server that did not answer is asked again
+const SETTINGS = ["steps", "guidance", "adapters"]; // of a recipe, as a request has them
+const OF_THE_MODEL = ["negative_prompt", "cfg", "bits", "text_bits", "dtype", "cache", "t5_padding", "fuse_adapters"]; // another may take none
 const EXAMPLES = [
   "a red apple to the left of a dog on a yellow background",
   "two cats on a blue background",
@@ -43,9 +45,11 @@ function showFinished() {
 
 /** How a picture was painted, as a request; another seed is drawn for it. */
 function request({ recipe, width, height }) {
-  const { prompt, model, steps, guidance, adapters } = recipe;
+  const { prompt, model } = recipe;
   const known = composer.models.some(({ name }) => name === model);
-  return { prompt, model: known ? model : undefined, width, height, steps, guidance: guidance ?? undefined, adapters: adapters?.length ? adapters : undefined, n_images: 1 };
+  const names = known ? [...SETTINGS, ...OF_THE_MODEL] : SETTINGS;
+  const said = names.map((name) => [name, recipe[name]]).filter(([, value]) => value !== null && value !== "" && value?.length !== 0);
+  return { prompt, model: known ? model : undefined, width, height, ...Object.fromEntries(said), n_images: 1 };
 }
 
 async function submit(fields) {
@@ -114,7 +118,7 @@ function showHint() {
   $("hint").hidden = !model || !models.every(({ embedded }) => embedded) || memory.get("hint") === "seen";
   if ($("hint").hidden) return;
   const { width, height } = model.size;
-  const edits = isEditor(model) ? ", and changes a picture that it has painted as you say: “make the background blue”" : "";
+  const edits = isEditor(model) ? ", and edits what it has painted: “make the background blue”" : "";
   $("hint-words").replaceChildren(
     make("strong", { textContent: model.name }),
     ` is a small model that comes with fluxmesh, to try everything out. It paints everyday things at ${width} × ${height}${edits}. For FLUX, run `,

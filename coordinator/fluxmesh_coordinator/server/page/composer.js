@@ -154,11 +154,12 @@ export class Composer {
     $("seed").value = seed ? (recipe.seed ?? "") : "";
     $("steps").value = recipe.steps === this.model?.steps ? "" : (recipe.steps ?? "");
     $("guidance").value = recipe.guidance === this.model?.guidance ? "" : (recipe.guidance ?? "");
+    $("negative").value = recipe.negative_prompt ?? "";
     this.adapters = (recipe.adapters ?? []).map((adapter) => ({ ...adapter }));
     this.#showAdapters();
     if (recipe.width) this.sizes.choose(recipe);
     this.fail("");
-    const isSpecial = $("seed").value || $("steps").value || this.adapters.length;
+    const isSpecial = $("seed").value || $("steps").value || $("negative").value || this.adapters.length;
     if (isSpecial) this.#open(true);
     $("composer").scrollIntoView({ block: "start", behavior: "auto" });
     scrollTo(0, 0);
