@@ -94,6 +94,8 @@ class Encoded:
     negative_tokens: int = 0  # the same of the negative prompt
     negative_kept: int = 0
     negative_dropped: str = ""
+    content: str = ""  # `Checkpoint.content` of the model that the hosts have read
+    revision: str = ""  # `Checkpoint.revision` of it, where the prompt was read
 
     @property
     def cuts(self) -> tuple[tuple[str, PromptCut, str], ...]:

@@ -165,6 +165,7 @@ class FakeEngine:
                     cached=False,
                     peak_bytes=3,
                     content=self.content,
+                    revision=f"of the {self.content}",
                     cut=cut(unit.prompt),
                     negative_cut=cut(unit.negative or ""),
                     features=features,

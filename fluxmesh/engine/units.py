@@ -83,6 +83,7 @@ def encode(engine: EngineState, work: Encode) -> Reports:
         cached=cached,
         peak_bytes=peak,
         content=engine.content,
+        revision=pipeline.checkpoint.revision,
         cut=pipeline.cut(work.prompt),
         negative_cut=None if work.negative is None else pipeline.cut(work.negative),
         features=named,

@@ -74,7 +74,7 @@ def load_source(
             raise UsageError.about("outpaint", "adds nothing", "give a margin above 0")
         if not painted.any():
             raise UsageError(
-                f"At {size[0]}x{size[1]} pixels nothing is left of what `mask` paints; give an "
+                f"`mask` paints nothing that is left at {size[0]}x{size[1]} pixels; give an "
                 "`image_size` of the picture's proportions, or paint a larger part."
             )
     return SourceImage(
@@ -107,7 +107,7 @@ def outpaint_canvas(
     _check_margins(margins)
     left, top, right, bottom = _grown(pixels.shape, margins) if round_up else margins
     height, width = pixels.shape[0] + top + bottom, pixels.shape[1] + left + right
-    _check_side(height, width)
+    _check_side("outpaint", height, width)
     around = ((top, bottom), (left, right))
     canvas = np.pad(pixels, (*around, (0, 0)), mode="edge")
     inside = np.zeros(pixels.shape[:2], np.uint8) if mask is None else mask
@@ -154,7 +154,7 @@ def _target_size(
         new_height or max(MULTIPLE, round(height * scale / MULTIPLE) * MULTIPLE),
         new_width or max(MULTIPLE, round(width * scale / MULTIPLE) * MULTIPLE),
     )
-    _check_side(*size)
+    _check_side("image", *size)
     return size
 
 
@@ -165,11 +165,11 @@ def _check_margins(margins: Margins) -> None:
         )
 
 
-def _check_side(height: int, width: int) -> None:
+def _check_side(setting: str, height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
         raise UsageError(
-            f"the picture would be {height}x{width}; a side is at most {MAX_SIDE} pixels, "
-            "so scale the input down or give `image_size`."
+            f"`{setting}` would give a picture of {height}x{width}; a side is at most {MAX_SIDE} "
+            "pixels, so scale the input down or give `image_size`."
         )
 
 

@@ -103,9 +103,8 @@ def _fitted(model: Architecture, pictures: Sequence[np.ndarray]) -> Iterator[np.
         try:
             yield model.fitted(picture)
         except UsageError as error:
-            if len(pictures) == 1:
-                raise
-            raise UsageError(f"Reference {number} of {len(pictures)}: {error}") from error
+            which = f"picture {number} of {len(pictures)}: " if len(pictures) > 1 else ""
+            raise UsageError(f"`references`: {which}{error}") from error
 
 
 class Resident(NamedTuple):

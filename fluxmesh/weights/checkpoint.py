@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from fluxmesh.weights.folder_files import (
 __all__ = ["MANIFEST", "Checkpoint", "Component", "ModelDefaults", "from_folder"]
 
 FORMAT = 1  # of a quantized folder's fluxmesh.json
+LOOKS = 4  # at files that are being changed, before their reader is told so
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,21 @@ class Checkpoint:
         bits = (self.bits,) if self.text_bits is None else (self.bits, self.text_bits)
         digest.update(repr((*self.architecture.identity, *bits)).encode())
         return digest.hexdigest()[:16]
+
+
+def of_one_moment(read: Callable[[], Checkpoint]) -> Checkpoint:
+    """What `read` makes of files that are not changed meanwhile, which takes a second look.
+
+    Else its revision could be of the files before and its `stamps` of those after, and nobody would
+    see that they have changed. Raises what `read` does, and `WeightsError` where they go on so.
+    """
+    before = read().stamps
+    for _ in range(LOOKS):
+        checkpoint = read()
+        if checkpoint.stamps == before:
+            return checkpoint
+        before = checkpoint.stamps
+    raise WeightsError(f"The files of {checkpoint.name} change while they are read; ask again.")
 
 
 def from_folder(folder: Path, name: str, revision: str | None = None) -> Checkpoint:

@@ -58,6 +58,7 @@ from fluxmesh.weights.checkpoint import (
     ModelDefaults,
     family_in,
     from_folder,
+    of_one_moment,
 )
 from fluxmesh.weights.embedded.checkpoints import (
     embedded_checkpoint,
@@ -125,17 +126,18 @@ def resolve(name: str, *, download: bool = True, progress: Progress | None = Non
     if alias is not None:
         override = os.environ.get(OVERRIDES.get(alias, ""), "")
         if override:
-            return _single_file(_named_file(override, OVERRIDES[alias]), alias)
+            file = _named_file(override, OVERRIDES[alias])
+            return of_one_moment(lambda: _single_file(file, alias))
         if (pushed := _pushed(alias)) is not None:
-            return dataclasses.replace(resolve(str(pushed)), name=alias)
+            return of_one_moment(lambda: dataclasses.replace(resolve(str(pushed)), name=alias))
         return _from_hub(REPOS[alias], alias, download, progress)
     # os.path, not pathlib: a name too long for a path, or of a user unknown here, is no file.
     path = Path(os.path.expanduser(name))
     with in_own_words(name):
         if name and os.path.isdir(path):
-            return _folder(path.resolve(), name)
+            return of_one_moment(lambda: _folder(path.resolve(), name))
         if os.path.isfile(path):
-            return _single_file(path.absolute(), name)
+            return of_one_moment(lambda: _single_file(path.absolute(), name))
     if _is_the_hubs(name):
         return _from_hub(name, name, download, progress)
     raise _no_such_model(name)

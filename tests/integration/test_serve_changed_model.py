@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 
+from fluxmesh.weights import hub
+from fluxmesh_coordinator.commands.generate import Painter, Spread
+from fluxmesh_coordinator.commands.settings import GenerateSettings
+from fluxmesh_coordinator.server.picture_folder import PictureFolder
+from fluxmesh_coordinator.server.queue.lane import Lane
+from fluxmesh_coordinator.server.queue.served_job import ServedJob
 from tests.checkpoints import make_checkpoint
 from tests.integration.conftest import Run, environment
 from tests.server_process import server
@@ -65,3 +72,38 @@ def test_a_request_after_a_change_of_the_files_is_painted_with_the_new_ones(
         assert "Traceback" not in it.log
     # Pixels and recipe are of the new files, as a command line that has never seen the old ones.
     assert picture == by_command("new") != alone
+
+
+def test_a_picture_tells_of_the_files_that_an_engine_has_opened(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they change after the lane has looked, and before the engine does."""
+    for name, value in environment(home).items():
+        monkeypatch.setenv(name, value)
+    old, new = (make_checkpoint(tmp_path / name, seed=k).path for k, name in enumerate("ab"))
+    model, start = tmp_path / "mine", Painter.start
+    shutil.copytree(old, model)
+
+    def change_then(*how: Any) -> Any:
+        shutil.rmtree(model)
+        shutil.copytree(new, model)
+        return start(*how)
+
+    settings = GenerateSettings(model=str(model), image_size=(32, 32), steps=1)
+    pictures = PictureFolder(tmp_path / "pictures")
+    lane = Lane(pictures)
+    try:
+        with lane.painters.holding() as painter:
+            ready = painter.resolve(settings, "a red apple", 7)
+        job = ServedJob.of(
+            ready, id="the-first-job", client="", fingerprint="", model="mine", spread=Spread(),
+            previews=False,
+        )  # fmt: skip
+        monkeypatch.setattr(Painter, "start", change_then)
+        told: list[dict[str, Any]] = []
+        lane.paint(job, lambda kind, data: told.append(data) if kind == "picture" else None)
+    finally:
+        lane.close()
+    made = pictures.recipe(told[0]["name"])
+    assert made is not None
+    assert made.revision == hub.resolve(str(new)).revision != ready.recipe.revision

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Route, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 
 from fluxmesh.wire.messages.status import State
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
@@ -23,6 +23,7 @@ from tests.page.conftest import ADAPTER, WAIT, Served, open_page
 from tests.server_process import server
 
 expect.set_options(timeout=WAIT)
+FILL = "(recipe) => import('/app.js').then(({ composer }) => composer.fill(recipe))"
 LONG = {"steps": "150", "side": "256"}  # of a picture that nobody waits for
 
 
@@ -111,6 +112,38 @@ def test_the_first_time_it_says_what_there_is_and_how_to_begin(page: Page) -> No
     expect(page.get_by_label("Prompt")).to_have_value(text)  # what was typed is not lost
 
 
+def test_the_hint_is_of_the_model_that_is_chosen(page: Page) -> None:
+    hint, edits = page.locator("#hint"), "edits what it has painted"
+    expect(hint).to_contain_text("tiny is a small model")
+    expect(hint).not_to_contain_text(edits)
+    page.get_by_label("Model").select_option("tiny-klein")
+    expect(hint).to_contain_text("tiny-klein is a small model")
+    expect(hint).to_contain_text(f"at 128 × 128, and {edits}")
+    page.reload()  # the choice is kept
+    page.wait_for_selector("html[data-ready]", state="attached")
+    expect(hint).to_contain_text("tiny-klein is a small model")
+    page.evaluate(FILL, {"model": "tiny", "prompt": "a dog"})  # as "Use settings" does
+    expect(hint).to_contain_text("tiny is a small model")
+    expect(hint).not_to_contain_text(edits)
+
+
+def test_who_has_flux_is_told_nothing_of_small_models(
+    context: BrowserContext, served: Served
+) -> None:
+    page = context.new_page()
+
+    def with_flux(route: Route) -> None:
+        reply = route.fetch()
+        known = reply.json()
+        flux = {**known["models"][0], "name": "tiny-but-mine", "embedded": False}
+        route.fulfill(response=reply, json={**known, "models": [*known["models"], flux]})
+
+    page.route("**/api/models", with_flux)
+    open_page(page, served.url)
+    expect(page.locator("#model option")).to_have_count(3)
+    expect(page.locator("#hint")).to_be_hidden()
+
+
 def test_a_prompt_becomes_a_picture_that_is_seen_while_it_is_painted(
     page: Page, served: Served
 ) -> None:
@@ -167,6 +200,45 @@ def test_again_vary_and_settings_once_more(page: Page, served: Served) -> None:
         Image.open(served.pictures / same) as other,
     ):
         assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_again_leaves_nothing_out_that_a_picture_was_made_with(
+    context: BrowserContext, served: Served
+) -> None:
+    """What it can't have again, a picture that it was shown, is told."""
+    settings = {
+        "negative_prompt": "rain", "cfg": 3.0, "bits": 4, "text_bits": 8, "dtype": "float32",
+        "cache": 0.1, "t5_padding": False, "fuse_adapters": True, "steps": 3, "guidance": 2.5,
+        "adapters": [{"name": "blue", "strength": 0.5}],
+    }  # fmt: skip
+    recipe = {"prompt": "a dog", "model": "tiny", "seed": 3, **settings}
+    began = [{"references": 2}, {"control": True}, {"from_picture": True, "strength": 0.5}]
+    about = {"width": 64, "height": 32, "created": "2026-01-01T00:00:00Z", "url": "/icon.svg"}
+    pictures = [
+        {**about, "name": f"{k}.png", "thumbnail_url": "/icon.svg", "recipe": {**recipe, **more}}
+        for k, more in enumerate([{}, *began])
+    ]
+    page, sent = context.new_page(), []
+    listed = {"pictures": pictures, "next": ""}
+    page.route("**/api/pictures?*", lambda route: route.fulfill(json=listed))
+
+    def refuse(route: Route) -> None:
+        sent.append(route.request.post_data_json)
+        route.fulfill(status=400, json={"error": {"message": "No.", "setting": None, "code": "x"}})
+
+    page.route("**/api/jobs", refuse)
+    open_page(page, served.url)
+    for k in range(len(pictures)):
+        page.locator(f'[data-name="{k}.png"] button').click()
+        expect(page.locator("#viewer-recipe")).to_contain_text("rain")
+        if k:
+            expect(page.locator("#again")).to_be_disabled()
+            page.keyboard.press("Escape")
+        else:
+            page.locator("#again").click()
+            expect(page.locator("#form-error")).to_have_text("No.")
+    size = {"width": 64, "height": 32, "n_images": 1, "previews": True}
+    assert sent == [{"prompt": "a dog", "model": "tiny", **size, **settings}]
 
 
 def test_a_finished_picture_is_edited_under_a_mask_that_is_brushed(
@@ -561,9 +633,16 @@ def test_colours_follow_the_system_until_somebody_chooses(page: Page) -> None:
     assert background(page, "dark") == dark
 
 
+@pytest.mark.parametrize("is_empty", [False, True])
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_nothing_is_wider_than_the_screen(page: Page, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(page: Page, width: int, is_empty: bool) -> None:
     page.set_viewport_size({"width": width, "height": 780})
+    if is_empty:
+        nothing = {"pictures": [], "next": ""}
+        page.route("**/api/pictures?*", lambda route: route.fulfill(json=nothing))
+        page.reload()
+        expect(page.locator("#examples li")).to_have_count(3)
+    attach(page, png())
     page.get_by_label("More settings").click()
     for opened in ("", "#mesh-open"):
         if opened:

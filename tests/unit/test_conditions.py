@@ -101,9 +101,10 @@ def test_the_first_reference_says_the_size_unless_the_user_does() -> None:
 def test_a_reference_that_the_model_does_not_read_is_named(
     size: tuple[int, int], sentence: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"^A reference picture {sentence}"):
+    with pytest.raises(UsageError, match=f"^`references`: A reference picture {sentence}"):
         KLEIN.fill(asked(references=[picture(*size)]))
-    with pytest.raises(UsageError, match=f"^Reference 2 of 2: A reference picture {sentence}"):
+    second = f"^`references`: picture 2 of 2: A reference picture {sentence}"
+    with pytest.raises(UsageError, match=second):
         KLEIN.fill(asked(references=[picture(70, 101), picture(*size)]))
 
 

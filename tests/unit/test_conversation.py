@@ -62,7 +62,7 @@ def talk(
     """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
-        about = vars(SIZES) | {"defaults": SIZES.defaults, "stamps": FileStamps()}
+        about = vars(SIZES) | {"defaults": SIZES.defaults, "stamps": FileStamps(), "content": ""}
         return SimpleNamespace(name=name, revision="r", **about)
 
     monkeypatch.setenv("FLUXMESH_HOME", str(tmp_path_factory.mktemp("home")))

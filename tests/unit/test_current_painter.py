@@ -15,7 +15,6 @@ import pytest
 
 from fluxmesh.errors import WeightsError
 from fluxmesh.events import Event
-from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.commands.generate import Painter
 from fluxmesh_coordinator.runtime.lent_hosts import HostBook, LentHosts
@@ -167,9 +166,9 @@ def test_a_mesh_that_takes_long_to_begin_holds_up_no_job_of_the_one_before(
     assert CountedPainter.made[0].is_over
 
 
-def _one_image(stamps: FileStamps) -> SimpleNamespace:
+def _one_image(is_changed: bool = False) -> SimpleNamespace:
     """What a lane asks of a resolved request."""
-    model, request = SimpleNamespace(stamps=stamps), SimpleNamespace(n_images=1)
+    model, request = SimpleNamespace(is_changed=is_changed), SimpleNamespace(n_images=1)
     return SimpleNamespace(model=model, request=request)
 
 
@@ -177,11 +176,11 @@ def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: 
     ends: list[bool] = []
     lane_of_it = Lane(PictureFolder(tmp_path))
     job: Any = SimpleNamespace(
-        ready=SimpleNamespace(resolved=None),
+        ready=SimpleNamespace(resolved=None, recipe=None),
         spread=None,
         lent=None,
         is_cancelled=False,
-        parts=lambda: [(0, _one_image(FileStamps()))],
+        parts=lambda: [(0, _one_image())],
     )
 
     def start(_resolved: object, _spread: object, lent: LentHosts) -> Iterator[Event]:
@@ -201,13 +200,11 @@ def test_a_job_that_is_cancelled_while_its_mesh_begins_is_not_painted(tmp_path: 
 
 
 def test_a_job_whose_model_has_changed_while_it_waited_is_not_painted(tmp_path: Path) -> None:
-    """Its recipe would tell of the files that were there when it was asked for."""
-    file = tmp_path / "weights"
-    file.touch()
-    resolved = _one_image(FileStamps.of([file]))
+    """It would be painted with the settings of the files that were there when it was asked for."""
+    resolved = _one_image()
     job: Any = SimpleNamespace(
-        ready=SimpleNamespace(resolved=None), spread=None, lent=None, is_cancelled=False,
-        parts=lambda: [(0, resolved)], model="mine",
+        ready=SimpleNamespace(resolved=None, recipe=None), spread=None, lent=None,
+        is_cancelled=False, parts=lambda: [(0, resolved)], model="mine",
     )  # fmt: skip
     begun: list[object] = []
 
@@ -224,7 +221,7 @@ def test_a_job_whose_model_has_changed_while_it_waited_is_not_painted(tmp_path: 
     lane_of_it.painters = painters
     lane_of_it.paint(job, lambda _kind, _fields: None)
     assert len(begun) == 1
-    file.write_text("others")
+    resolved.model.is_changed = True
     with pytest.raises(WeightsError, match="The files of mine were changed while this waited"):
         lane_of_it.paint(job, lambda _kind, _fields: None)
     assert len(begun) == 1

@@ -6,11 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fluxmesh.errors import WeightsError
 from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.weights import hub
+from fluxmesh.weights.checkpoint import Checkpoint
 from tests.checkpoints import make_checkpoint
 
 
@@ -81,3 +84,33 @@ def test_a_name_of_the_hub_that_means_another_revision_counts(tmp_path: Path) ->
     assert stamps.changed is None
     (repo / "refs" / "main").write_text("45678")
     assert stamps.changed == (repo / "refs" / "main")
+
+
+def test_a_checkpoint_whose_files_change_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its revision is of the old files, its stamps are of the new ones, and nobody notices."""
+    old, new = (make_checkpoint(tmp_path / name, seed=k).path for k, name in enumerate("ab"))
+    model, read = tmp_path / "mine", hub.from_folder
+    shutil.copytree(old, model)
+    changes = iter([new, old, new])
+
+    def change_then(folder: Path, *how: Any, **more: Any) -> Checkpoint:
+        checkpoint = read(folder, *how, **more)
+        if (other := next(changes, None)) is not None:  # between what it was read from and stamps
+            shutil.rmtree(model)
+            shutil.copytree(other, model)
+        return checkpoint
+
+    monkeypatch.setattr(hub, "from_folder", change_then)
+    known = hub.resolve(str(model))
+    assert known.revision == hub.resolve(str(new)).revision != hub.resolve(str(old)).revision
+    assert known.stamps.changed is None
+
+    def touch_then(folder: Path, *how: Any, **more: Any) -> Checkpoint:
+        (model / "model_index.json").touch()
+        return read(folder, *how, **more)
+
+    monkeypatch.setattr(hub, "from_folder", touch_then)
+    with pytest.raises(WeightsError, match="change while they are read"):
+        hub.resolve(str(model))

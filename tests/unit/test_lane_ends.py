@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from fluxmesh.events import Planned
-from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh_coordinator.runtime.lent_hosts import HostBook
 from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.picture_folder import PictureFolder
@@ -130,7 +129,7 @@ def test_a_job_in_parts_has_the_time_of_all_that_it_has_left(tmp_path: Path) -> 
     """Of images 0 to 5 the second is there already: first the one before it is painted."""
 
     def of_images(count: int) -> Any:
-        model, request = SimpleNamespace(stamps=FileStamps()), SimpleNamespace(n_images=count)
+        model, request = SimpleNamespace(is_changed=False), SimpleNamespace(n_images=count)
         return SimpleNamespace(model=model, request=request)
 
     def events_of(part: Any, *_how: Any) -> Iterator[Planned]:
@@ -142,7 +141,7 @@ def test_a_job_in_parts_has_the_time_of_all_that_it_has_left(tmp_path: Path) -> 
     painters: Any = SimpleNamespace(using=lambda: nullcontext((painter, HostBook([0]))))
     lane.painters = painters
     job: Any = SimpleNamespace(
-        ready=SimpleNamespace(), spread=None, lent=None, is_cancelled=False,
+        ready=SimpleNamespace(recipe=None), spread=None, lent=None, is_cancelled=False,
         parts=lambda: [(0, of_images(1)), (2, of_images(4))],
     )  # fmt: skip
     seconds: list[float] = []

@@ -159,7 +159,7 @@ def test_a_mask_whose_part_is_cut_off_by_the_size_is_an_error(tmp_path: Path) ->
     edge[:, :8] = 255
     mask = saved(tmp_path, Image.fromarray(edge))
     assert load_source(image, mask=mask).mask is not None
-    with pytest.raises(UsageError, match="64x64 pixels nothing is left of what `mask` paints"):
+    with pytest.raises(UsageError, match="^`mask` paints nothing that is left at 64x64 pixels"):
         load_source(image, mask=mask, height=64, width=64)
 
 

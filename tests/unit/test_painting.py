@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from fluxmesh.events import (
 from fluxmesh.request import GenerateRequest
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath, StepFiles
 from fluxmesh_coordinator.artifacts.recipe import Recipe, read_recipe
-from fluxmesh_coordinator.commands.generate import Painting, paint
+from fluxmesh_coordinator.commands.generate import Painting, ReadyPrompt, paint
 from fluxmesh_coordinator.console.generate_report import (
     GenerateJsonReporter,
     GenerateTerminalReporter,
@@ -41,7 +42,8 @@ from tests.unit.meshes import resolved
 
 ASKED = GenerateRequest("dogs", 5, n_images=2, height=16, width=32, steps=2, stepwise=True)
 REQUEST = resolved(ASKED).request
-RECIPE = Recipe.of(resolved(ASKED))
+READY = ReadyPrompt(resolved(ASKED), Recipe.of(resolved(ASKED)))
+RECIPE = READY.recipe
 
 
 def pixels(value: int) -> np.ndarray:
@@ -77,7 +79,7 @@ def terminal() -> tuple[GenerateTerminalReporter, io.StringIO]:
 def painting(folder: Path, *, save_raw: bool, stepwise: bool = False) -> Painting:
     files = PictureFiles(PicturePath.parse(str(folder)), n_images=2, save_raw=save_raw)
     steps = StepFiles(str(folder / "steps"), 1, 2, force=False) if stepwise else None
-    return Painting(RECIPE, files, steps=steps)
+    return Painting(READY, files, steps=steps)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -353,3 +355,56 @@ def test_each_raw_picture_says_by_which_placement_it_was_made(tmp_path: Path) ->
     )
     assert read_recipe(path).placement == "tensor"
     assert read_recipe(tmp_path / "steps" / "image-0-step-01.png").placement == "tensor"
+
+
+@pytest.mark.parametrize("save_raw", [False, True])
+def test_a_picture_s_recipe_names_the_files_that_the_hosts_have_read(
+    tmp_path: Path, save_raw: bool
+) -> None:
+    """Not those that were here when it was asked for, if somebody has changed them since."""
+    asked = resolved(ASKED)
+    model = replace(asked.model, revision="local-older", checkpoint=here("older"))
+    ready = replace(READY, resolved=replace(asked, model=model))
+
+    def made() -> Iterator[Event]:
+        yield Encoded("dogs", 0.5, cached=False, content="newer", revision="local-newer")
+        yield Step(image=0, step=1, steps=2, seconds=0.1, preview=pixels(1))
+        yield Picture(image=0, seed=5, pixels=pixels(100))
+
+    target = replace(painting(tmp_path, save_raw=save_raw, stepwise=True), ready=ready)
+    (path,) = paint(made(), target, GenerateJsonReporter())
+    assert read_recipe(path).revision == "local-newer"
+    step = read_recipe(tmp_path / "steps" / "image-0-step-01.png")
+    assert step.revision == "local-newer"
+
+
+def here(content: str, changed: Path | None = None) -> Any:
+    """What is asked of a checkpoint whose files are on this machine."""
+    return SimpleNamespace(content=content, stamps=SimpleNamespace(changed=changed))
+
+
+@pytest.mark.parametrize(
+    ("told", "changed", "named"),
+    [
+        (("same", "abc"), None, "abc"),
+        (("same", "local-1"), None, "abc"),  # these files, which a host has from elsewhere
+        (("other", "local-1"), None, "local-1"),  # another machine's
+        (("same", "local-1"), Path("here"), "local-1"),  # ours are others by now
+        (("same", ""), None, "abc"),
+    ],
+)
+def test_the_revision_is_ours_where_hosts_have_our_files(
+    told: tuple[str, str], changed: Path | None, named: str
+) -> None:
+    checkpoint = here("same", changed)
+    model = replace(resolved(ASKED).model, revision="abc", checkpoint=checkpoint)
+    content, revision = told
+    encoded = Encoded("dogs", 0.5, cached=False, content=content, revision=revision)
+    assert model.revision_read(encoded) == named
+
+
+def test_what_no_file_here_can_tell_stays_open() -> None:
+    """Who makes the picture again could compare it with nothing."""
+    model = replace(resolved(ASKED).model, revision="", is_here=False)
+    encoded = Encoded("dogs", 0.5, cached=False, content="theirs", revision="local-1")
+    assert model.revision_read(encoded) == ""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ from fluxmesh.errors import FluxmeshError, OutputError
 from fluxmesh.storage.homes import HomeError
 from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.server import picture_folder
+from fluxmesh_coordinator.server.faces.openapi import RECIPE
+from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.picture_folder import NoSuchPictureError, PictureFolder
 from fluxmesh_coordinator.server.queue import journal as journal_module
 from fluxmesh_coordinator.server.queue.journal import JobRecord, Journal
-from tests.serving import record
+from tests.serving import Serving, record
 
 
 def ids(records: Sequence[JobRecord]) -> list[str]:
@@ -167,3 +172,33 @@ def test_a_journal_that_is_none_is_told(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(HomeError):
         Journal(path)
+
+
+def test_a_list_tells_of_each_picture_what_a_request_for_it_says(tmp_path: Path) -> None:
+    asked = PaintRequest(
+        prompt="a dog", width=64, height=64, steps=3, dtype="float32", bits=4, text_bits=8,
+        cache=0.1, t5_padding=False,
+    )  # fmt: skip
+    told = told_of(tmp_path / "plain", asked)
+    again = {name: told[name] for name in ("dtype", "bits", "text_bits", "cache", "t5_padding")}
+    assert again == {name: getattr(asked, name) for name in again}
+    assert (told["references"], told["control"], told["negative_prompt"]) == (0, False, "")
+    picture = encode_png(np.zeros((64, 64, 3), np.uint8), None)
+    shown = replace(asked, references=(picture, picture), bits=None, text_bits=None)
+    assert told_of(tmp_path / "shown", shown)["references"] == 2
+    assert set(told) == set(RECIPE["properties"])  # as /api describes it
+
+
+def told_of(folder: Path, asked: PaintRequest) -> dict[str, Any]:
+    """What the list says of a picture that was painted so."""
+    folder.mkdir()
+    serving = Serving(folder, model=None)
+
+    async def life() -> None:
+        await serving.service.open()
+        job = await serving.service.submit(asked, "anna")
+        assert (await job.events.over()).kind == "done", job.failure
+        await serving.service.close()
+
+    asyncio.run(asyncio.wait_for(life(), 60))
+    return serving.pictures.newest(1)[0][0].recipe

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -168,10 +169,35 @@ def test_interrupt_ends_what_runs_and_what_is_finished_comes(serving: Serving) -
         assert 2 <= count < 8 and info["all_seeds"] == list(range(5, 5 + count))
 
 
+def test_interrupt_before_the_first_picture_gives_it_as_far_as_it_was_seen(
+    serving: Serving,
+) -> None:
+    """As there, where clients that paint a sketch stop as soon as they have seen enough."""
+    with serving.client() as client:
+        serving.lane.seconds = 0.05
+        fields = {"prompt": "a dog", "steps": 200, "seed": 5, "width": 64, "height": 96}
+        sent = in_thread(lambda: client.post("/sdapi/v1/txt2img", json=fields))
+        wait(lambda: client.get("/sdapi/v1/progress").json()["current_image"] is not None)
+        client.post("/sdapi/v1/interrupt")
+        reply = sent()
+        assert reply.status_code == 200, reply.text
+        (image,) = reply.json()["images"]
+        assert opened(image).size == (64, 96) and opened(image).format == "PNG"
+        info = json.loads(reply.json()["info"])
+        assert (info["seed"], info["all_seeds"]) == (5, [5]) and len(info["infotexts"]) == 1
+        assert serving.pictures.newest(9)[0] == []  # nothing of it is kept
+
+
 def test_interrupt_leaves_what_waits_behind_it_and_ends_what_waits_alone(serving: Serving) -> None:
     """As there: one call ends one picture. But there nobody waits behind somebody else."""
     serving.lane.may_go.clear()
     with serving.client() as client:
+
+        def nothing(reply: httpx2.Response) -> bool:
+            """An answer to what was interrupted before anything was to be seen."""
+            info = json.loads(reply.json()["info"])
+            assert info["all_seeds"] == info["infotexts"] == [] and info["seed"] >= 0
+            return reply.status_code == 200 and reply.json()["images"] == []
 
         def send(name: str) -> Any:
             headers, before = {"x-fluxmesh-client": name}, len(serving.service.rows())
@@ -188,9 +214,9 @@ def test_interrupt_leaves_what_waits_behind_it_and_ends_what_waits_alone(serving
         other = send("ben")
         client.post("/sdapi/v1/interrupt", headers={"x-fluxmesh-client": "ben"})
         wait(lambda: len(serving.service.rows()) == 2)
-        assert other().status_code == 499
+        assert nothing(other())
         client.post("/sdapi/v1/interrupt", headers={"x-fluxmesh-client": "anna"})
-        assert mine[0]().status_code == 499
+        assert nothing(mine[0]())
         wait(lambda: len(serving.lane.painted) == 2)
         serving.lane.may_go.set()
         assert mine[1]().status_code == 200

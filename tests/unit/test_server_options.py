@@ -22,6 +22,7 @@ from fluxmesh_coordinator.server.threads import SMALL
 from tests.serving import Serving
 from tests.unit.test_server_faces import png, text, wait_until_running
 
+JSON = "application/json"
 FACES = ["/api/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"]
 
 
@@ -145,6 +146,36 @@ def test_bytes_that_are_no_text_are_no_prompt(serving: Serving, path: str) -> No
         form = {"prompt": (None, b"\xff\xfe\x00")}
         answer = client.post("/api/jobs", files=form)
         assert answer.status_code == 400 and "zero byte" in answer.text
+        half = {"content": rb'{"prompt": "a \ud800 dog"}', "headers": {"content-type": JSON}}
+        answer = client.post(path, **half)
+        assert answer.status_code == 400 and "`prompt` has half of a surrogate" in answer.text
+        whole = {**half, "content": rb'{"prompt": "a \ud83d\udc36", "width": 16, "height": 16}'}
+        assert client.post(path, **whole).is_success
+    (painted,) = serving.lane.painted
+    assert painted.ready is None or painted.ready.resolved.request.prompt == "a \U0001f436"
+
+
+def test_what_is_wrong_with_pictures_names_their_field(tmp_path: Path) -> None:
+    """As the face calls it, also where the library finds it out."""
+    serving = Serving(tmp_path, model=None)  # any model may be taken for references
+    small, tall, square = (text(png(*size)) for size in ((32, 64), (64, 640), (64, 64)))
+    openai = {"prompt": "x", "size": "64x64"}
+    own = {"prompt": "x", "width": 64, "height": 64}
+    wide = {"image": square, "outpaint": [0, 0, 9000, 0]}
+    cases: list[tuple[str, dict[str, Any], str, str]] = [
+        ("/v1/images/edits", {**openai, "image": small}, "image", "is too small"),
+        ("/v1/images/edits", {**openai, "image": tall}, "image", "is too narrow"),
+        ("/v1/images/edits", {**openai, "image": [square] * 16}, "image", "are 16; give 10"),
+        ("/api/jobs", {**own, "references": [square, small]}, "references", "picture 2 of 2"),
+        ("/api/jobs", {"prompt": "x", **wide}, "outpaint", "a picture of 64x90"),
+    ]
+    with serving.client() as client:
+        for path, sent, name, sentence in cases:
+            answer = client.post(path, json=sent)
+            error = answer.json()["error"]
+            assert answer.status_code == 400, answer.text
+            assert error.get("param", error.get("setting")) == name, error
+            assert error["message"].startswith(f"`{name}`") and sentence in error["message"]
     assert not serving.lane.painted
 
 

@@ -17,7 +17,6 @@ from fluxmesh import events
 from fluxmesh.models.flux1.tokenizers import T5Tokenizer
 from fluxmesh.models.flux2.tokenizer import FRAMES, ChatTokenizer
 from fluxmesh.request import PromptCut, cut_of
-from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.weights import hub
 from fluxmesh_coordinator.runtime.lent_hosts import HostBook
 from fluxmesh_coordinator.server.picture_folder import PictureFolder
@@ -124,11 +123,11 @@ def test_a_server_tells_its_client_how_much_is_read_of_either_text(tmp_path: Pat
     painter = SimpleNamespace(start=events_of, record=None)
     painters: Any = SimpleNamespace(using=lambda: nullcontext((painter, HostBook([0]))))
     lane.painters = painters
-    model, request = SimpleNamespace(stamps=FileStamps()), SimpleNamespace(n_images=1)
+    model, request = SimpleNamespace(is_changed=False), SimpleNamespace(n_images=1)
     resolved = SimpleNamespace(model=model, request=request)
     job: Any = SimpleNamespace(
-        ready=SimpleNamespace(), spread=None, lent=None, is_cancelled=False,
-        parts=lambda: [(0, resolved)],
+        ready=SimpleNamespace(recipe=None, recipe_read=lambda _: None), spread=None, lent=None,
+        is_cancelled=False, parts=lambda: [(0, resolved)],
     )  # fmt: skip
     said: list[str] = []
     lane.paint(job, lambda kind, fields: said.append(fields["text"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -384,6 +385,18 @@ def test_hosts_whose_moves_differ_end_the_run() -> None:
     while sim.end is None:
         sim.turn()
     assert "differ" in str(sim.end.error)
+
+
+def test_hosts_that_hold_other_files_than_the_run_tells_of_end_it_before_an_update() -> None:
+    """Checkpoints, pictures on the way and the cache of features would name another revision."""
+    sim = TrainingSimulation(2)
+    sim.session.state.job = replace(sim.session.state.job, content="older")
+    sim.want(tasks.OpenTask(0, {}))
+    while sim.end is None:
+        sim.turn()
+    assert sim.end is not None and isinstance(sim.end.error, WeightsError)
+    assert "and this machine hold different files under the name m" in str(sim.end.error)
+    assert sim.messages(training.Update) == []
 
 
 def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:

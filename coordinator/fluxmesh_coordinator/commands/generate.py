@@ -19,7 +19,7 @@ import numpy as np
 
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.errors import UsageError
-from fluxmesh.events import Event, Picture, Planned, Step
+from fluxmesh.events import Encoded, Event, Picture, Planned, Step
 from fluxmesh.request import FilledRequest, GenerateRequest, SourceImage
 from fluxmesh.spelling import nearest
 from fluxmesh_coordinator.agents import mesh_file
@@ -56,15 +56,14 @@ KEPT_AREA = 2 << 20
 class Painting:
     """Where one prompt's pictures go, and what is written into them."""
 
-    recipe: Recipe  # of all images of the request
+    ready: ReadyPrompt
     files: PictureFiles
     prompt: int = 0  # the prompt's number in this call, from 0
     steps: StepFiles | None = None  # where each step's picture goes
-    has_metadata: bool = True  # whether a picture's recipe is written into it
 
     def png(self, pixels: np.ndarray, recipe: Recipe, **more: int) -> bytes:
         """A file of these pixels; `more` is added to what its recipe says."""
-        return encode_png(pixels, recipe.to_json(**more) if self.has_metadata else None)
+        return encode_png(pixels, recipe.to_json(**more) if self.ready.has_metadata else None)
 
 
 def paint(
@@ -75,7 +74,7 @@ def paint(
     When it is interrupted, the generator is closed and the raw images that were complete stay;
     nothing else is left.
     """
-    recipe = painting.recipe
+    recipe = painting.ready.recipe  # of all images of the request
     saved: list[Path] = []
     pictures: dict[int, Picture] = {}  # by image: hosts finish them in any order
     planned = recipe.placement
@@ -84,6 +83,8 @@ def paint(
             reporter.event(event)
             if isinstance(event, Planned):
                 planned = event.placement
+            elif isinstance(event, Encoded):
+                recipe = painting.ready.recipe_read(event)
             elif isinstance(event, Step) and event.preview is not None and painting.steps:
                 made = replace(recipe.of_image(recipe.seed + event.image), placement=planned)
                 data = painting.png(event.preview, made, step=event.step)
@@ -122,6 +123,10 @@ class ReadyPrompt:
     resolved: Resolved
     recipe: Recipe
     has_metadata: bool = True  # whether the pictures tell it
+
+    def recipe_read(self, encoded: Encoded) -> Recipe:
+        """The recipe, once it is known which files the hosts have read."""
+        return replace(self.recipe, revision=self.resolved.model.revision_read(encoded))
 
     def with_prompt(self, prompt: str) -> Self:
         """Another prompt, painted in the same way."""
@@ -178,7 +183,7 @@ class Painter:
         if name is None:
             return ResolvedModel.of(self._standing_in(request, paints_into=paints_into).checkpoint)
         known = self._models.get(name)
-        if known is None or known.stamps.changed is not None:  # a server outlives a model's files
+        if known is None or known.is_changed:  # a server outlives a model's files
             self._models[name] = ResolvedModel.for_mesh(
                 name, self.record, self.reporter.downloading, self.reporter.note
             )
@@ -381,8 +386,7 @@ class Painter:
             self.reporter.note(doubt)
         self.reporter.started(request, {"name": model.name, "revision": model.revision})
         events = self.start(ready.resolved)
-        painting = Painting(recipe, files, number, steps, ready.has_metadata)
-        return paint(events, painting, self.reporter)
+        return paint(events, Painting(ready, files, number, steps), self.reporter)
 
     @property
     def mesh(self) -> Mesh:

@@ -56,6 +56,15 @@ def other_reader(reader: str, rank: int, name: str) -> WeightsError:
     )
 
 
+def other_base(model: str, rank: int, name: str) -> WeightsError:
+    """That a host would train other files than the machine that asks has, of which the run's files
+    will tell: the revision in checkpoints, in pictures on the way and in the cache of features."""
+    return WeightsError(
+        f"Host {rank} ({name}) and this machine hold different files under the name {model}, or "
+        f"they were changed just now: then ask again. {remedy(model)}"
+    )
+
+
 def remedy(model: str) -> str:
     """What makes them the same again."""
     copy = "Copy the one that you mean to the others"

@@ -240,7 +240,7 @@ def _pack_job(session: JobSession[Any], packer: Packer) -> dict[str, Any]:
         return {"generation": packer.pack(job)}
     assert isinstance(job, tasks.TrainingJob)
     plan = {name: packer.pack(getattr(job.plan, name)) for name in PLAIN}
-    plain = ("id", "secret", "weights", "base_bytes", "size")
+    plain = ("id", "secret", "weights", "base_bytes", "size", "content")
     return {"training": {name: packer.pack(getattr(job, name)) for name in plain}, "plan": plan}
 
 

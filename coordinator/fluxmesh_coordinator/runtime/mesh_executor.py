@@ -213,6 +213,7 @@ def job_of(
         weights=ModelVariant.of(asked, base.bits, base.text_bits),
         base_bytes=transformer_bytes(request, sizes),
         size=VectorLayout(sizes.architecture, request).size,
+        content=base.content,
         features=features,
         pixels=pixels,
         ways=ways(request, sizes, max(plan.sizes, key=math.prod)),

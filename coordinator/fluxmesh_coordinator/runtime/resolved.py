@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from fluxmesh.adapters.targets import targets_of
 from fluxmesh.errors import NotFetchedError
+from fluxmesh.events import Encoded
 from fluxmesh.models.base import Architecture
 from fluxmesh.models.registry import family_of, reader_alias
 from fluxmesh.planning.workload import ModelSizes
@@ -27,7 +28,6 @@ from fluxmesh.sampling.takes import (
     reader_of,
     with_reader,
 )
-from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
 from fluxmesh.weights.reference_readers import full_reader_name
@@ -46,7 +46,22 @@ class ResolvedModel:
     revision: str = ""  # "" where the files are elsewhere: no one here can know it
     is_here: bool = True
     fetches: bool = True  # whether what it lacks is fetched to this machine
-    stamps: FileStamps = FileStamps()  # of its files, where they are here
+    checkpoint: Checkpoint | None = field(default=None, repr=False)  # where its files are here
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether its files, where they are here, are others by now."""
+        return self.checkpoint is not None and self.checkpoint.stamps.changed is not None
+
+    def revision_read(self, encoded: Encoded) -> str:
+        """The revision of what the hosts have read: ours, where they have the same files as we.
+
+        Ours may have been changed before they opened them, and other machines may have others.
+        """
+        if self.checkpoint is None or encoded.revision in ("", self.revision):
+            return self.revision
+        is_same = not self.is_changed and self.checkpoint.content == encoded.content
+        return self.revision if is_same else encoded.revision
 
     @property
     def paths(self) -> dict[str, str]:
@@ -98,9 +113,9 @@ class ResolvedModel:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
         """One whose files are on this machine."""
-        name, stamps = checkpoint.name, checkpoint.stamps
-        sizes = ModelSizes.of(checkpoint)
-        return cls(name, hub.full_name(name), sizes, checkpoint.revision, stamps=stamps)
+        _ = checkpoint.stamps  # as the files are now
+        name, sizes = checkpoint.name, ModelSizes.of(checkpoint)
+        return cls(name, hub.full_name(name), sizes, checkpoint.revision, checkpoint=checkpoint)
 
 
 def _read_by(

@@ -24,6 +24,7 @@ from fluxmesh.sampling.takes import read_here
 from fluxmesh.spelling import did_you_mean
 from fluxmesh.weights import hub
 from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh.weights.embedded.checkpoints import embedded_names
 from fluxmesh_coordinator.runtime.default_model import default_model
 from fluxmesh_coordinator.runtime.model_list import licence_of
 from fluxmesh_coordinator.server.problems import ProblemError
@@ -71,6 +72,7 @@ class ServedModel:
             "family": family_of(architecture).name,
             "size_bytes": sum(part.nbytes for part in self.checkpoint.components.values()),
             "licence": licence.name if licence else None,
+            "embedded": hub.alias_of(self.source) in embedded_names(),
             "steps": defaults.steps,
             "guidance": defaults.guidance if architecture.takes_guidance else None,
             "size": {"width": defaults.width, "height": defaults.height},

@@ -73,10 +73,12 @@ class PaintRequest:
         if self.width is not None and self.height is not None:
             check_area(self.height, self.width)
         if len(self.references) > MAX_REFERENCES:
-            raise UsageError.about("references", f"are more than {MAX_REFERENCES} pictures")
+            given = len(self.references)
+            raise UsageError.about("references", f"are {given}", f"give {MAX_REFERENCES} at most")
         check_strengths(self.reference_strengths, len(self.references))
         if len(self.adapters) > MAX_ADAPTERS:
-            raise UsageError.about("adapters", f"are more than {MAX_ADAPTERS}")
+            given = len(self.adapters)
+            raise UsageError.about("adapters", f"are {given}", f"give {MAX_ADAPTERS} at most")
         if self.placement not in (None, "data", "sequence", "tensor"):
             raise UsageError.about(
                 "placement", f"is {self.placement!r}", "choose data, sequence or tensor"

@@ -88,6 +88,7 @@ class TextEncoded(WorkReport):
     cached: bool
     peak_bytes: int
     content: str  # `Checkpoint.content` of the files that the encoders came from
+    revision: Annotated[str, Text(64)]  # `Checkpoint.revision` of them
     # Of texts that have more tokens than are read; the texts themselves do not travel.
     cut: PromptCut | None = None
     negative_cut: PromptCut | None = None

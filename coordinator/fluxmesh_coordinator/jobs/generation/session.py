@@ -276,4 +276,6 @@ def encoded(request: FilledRequest, report: messages.TextEncoded) -> events.Enco
         negative_tokens=negative_cut.tokens if negative_cut else 0,
         negative_kept=negative_cut.kept if negative_cut else 0,
         negative_dropped=(request.negative or "")[negative_cut.start :] if negative_cut else "",
+        content=report.content,
+        revision=report.revision,
     )

@@ -22,6 +22,7 @@ from fluxmesh.training.run import UpdateResult
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import training
 from fluxmesh_coordinator.jobs.host import QueuedWork
+from fluxmesh_coordinator.jobs.model_check import other_base
 from fluxmesh_coordinator.jobs.progress import RemainingTime
 from fluxmesh_coordinator.jobs.session import JobSession
 from fluxmesh_coordinator.jobs.training.dispatch import TrainingDispatch
@@ -114,13 +115,13 @@ class TrainingSession(JobSession[TrainingHost]):
     ) -> None:
         match report:
             case messages.TextEncoded():
-                self.check_model(host, report.content)
+                self._check_base(host, report.content)
                 self._encoded(host, report.features)
             case messages.SourceEncoded():
                 self._encoded(host, {"latents": report.latents})
             case training.Opened():
                 host.is_open = True
-                self.check_model(host, report.content)
+                self._check_base(host, report.content)
             case training.Computed():
                 host.computed(report.seconds)
                 self.recovery.worked(host.rank)
@@ -160,6 +161,13 @@ class TrainingSession(JobSession[TrainingHost]):
     def _answer_if(self, kind: type[object], value: object) -> None:
         if self.state.task is not None and isinstance(self.state.task.task, kind):
             self._answer(value)
+
+    def _check_base(self, host: TrainingHost, content: str) -> None:
+        """Ends the run where hosts hold different files, or others than its files will tell of."""
+        self.check_model(host, content)
+        job = self.state.job
+        if job.content not in ("", content):
+            self.end(other_base(job.weights.model, host.rank, host.info.name))
 
     def _encoded(self, host: TrainingHost, arrays: Arrays) -> None:
         line = self.state.encoding.get(host.rank, [])

@@ -36,6 +36,7 @@ class TrainingJob(Job):
     weights: ModelVariant
     base_bytes: int  # of the transformer in memory
     size: int  # numbers that are trained
+    content: str = ""  # `Checkpoint.content` of the base here; "": nobody knows
     ways: tuple[Remedy, ...] = ()  # how it can be done, as `training/needs.py` has them
     features: Callable[[Unit], Arrays] = field(repr=False)  # what a unit was encoded to
     pixels: Callable[[Crop], np.ndarray] = field(repr=False)  # uint8 [height, width, 3]

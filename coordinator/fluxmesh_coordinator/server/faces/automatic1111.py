@@ -23,7 +23,12 @@ from starlette.routing import Route
 
 from fluxmesh.errors import UsageError
 from fluxmesh_coordinator.server.catalogue import ServedModel
-from fluxmesh_coordinator.server.faces.automatic1111_reply import SAMPLER, info, progress
+from fluxmesh_coordinator.server.faces.automatic1111_reply import (
+    SAMPLER,
+    info,
+    progress,
+    unfinished,
+)
 from fluxmesh_coordinator.server.faces.bodies import TRUE, Body, read_body
 from fluxmesh_coordinator.server.faces.extras import extras
 from fluxmesh_coordinator.server.faces.waiting import client_of, pictures_of, rounded
@@ -236,18 +241,23 @@ async def _answer(
     asked: PaintRequest,
     ignored: list[str],
 ) -> Response:
-    """What is asked for; of a job that was interrupted, what was finished by then."""
+    """What is asked for; of a job that was interrupted, what was there by then.
+
+    As there, whoever interrupts is answered with 200: with the pictures that were finished, or the
+    one that was begun, or none. Its clients take an error for a server that is broken.
+    """
     job = await service.submit(asked, client_of(request))
     try:
-        names = await pictures_of(request, service, job)
-    except ProblemError as error:
-        if error.code != "cancelled" or not job.names:
+        await pictures_of(request, service, job)
+    except ProblemError:
+        if job.stage != "cancelled":
             raise
-        names = job.names
-    said = json.dumps(info(job, asked, body, ignored))
 
     def reply() -> Response:  # of many pictures it takes a while
-        images = [base64.b64encode(service.pictures.read(name)).decode() for name in names]
-        return JSONResponse({"images": images, "parameters": {}, "info": said})
+        images = [(k, service.pictures.read(name)) for k, name in sorted(job.pictures.items())]
+        images = images or unfinished(job)
+        said = info(job, asked, body, ignored, [image for image, _ in images])
+        encoded = [base64.b64encode(data).decode() for _, data in images]
+        return JSONResponse({"images": encoded, "parameters": {}, "info": json.dumps(said)})
 
     return await run_in_threadpool(reply)

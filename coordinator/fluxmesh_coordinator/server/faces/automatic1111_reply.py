@@ -5,8 +5,12 @@ Below `automatic1111.py`. Fields are those of its modules/processing.py and modu
 
 from __future__ import annotations
 
+import base64
+import io
 import time
 from typing import Any
+
+from PIL import Image
 
 from fluxmesh_coordinator.server.faces.bodies import Body
 from fluxmesh_coordinator.server.paint_request import PaintRequest
@@ -16,9 +20,11 @@ from fluxmesh_coordinator.server.queue.service import PaintingService
 SAMPLER = "Euler"
 
 
-def info(job: ServedJob, asked: PaintRequest, body: Body, ignored: list[str]) -> dict[str, Any]:
-    """Of the pictures that are there; of a job that was interrupted, these are fewer."""
-    seeds = [job.seed + image for image in sorted(job.pictures)]
+def info(
+    job: ServedJob, asked: PaintRequest, body: Body, ignored: list[str], images: list[int]
+) -> dict[str, Any]:
+    """Of the `images` that are answered; of an interrupted job these are fewer, or none."""
+    seeds = [job.seed + image for image in images]
     texts = [
         f"{asked.prompt}\nSteps: {job.steps}, Sampler: {SAMPLER}, Seed: {seed}, "
         f"Size: {job.width}x{job.height}, Model: {job.model}"
@@ -29,7 +35,7 @@ def info(job: ServedJob, asked: PaintRequest, body: Body, ignored: list[str]) ->
         "all_prompts": [asked.prompt] * len(seeds),
         "negative_prompt": asked.negative_prompt,
         "all_negative_prompts": [asked.negative_prompt] * len(seeds),
-        "seed": seeds[0],
+        "seed": next(iter(seeds), job.seed),
         "all_seeds": seeds,
         "width": job.width,
         "height": job.height,
@@ -44,6 +50,20 @@ def info(job: ServedJob, asked: PaintRequest, body: Body, ignored: list[str]) ->
         "job_timestamp": _timestamp(job),
         "without_effect": ignored,
     }
+
+
+def unfinished(job: ServedJob) -> list[tuple[int, bytes]]:
+    """The image that was seen last of a job that was cancelled, and its PNG at the size asked for.
+
+    What a step showed is small; clients lay a picture where they have room for one of its size.
+    """
+    seen = job.last_preview
+    if seen is None:
+        return []
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(seen["data"]))) as picture:
+        picture.resize((job.width, job.height), Image.Resampling.BICUBIC).save(out, "PNG")
+    return [(seen["image"], out.getvalue())]
 
 
 def progress(service: PaintingService, client: str, *, with_picture: bool) -> dict[str, Any]:

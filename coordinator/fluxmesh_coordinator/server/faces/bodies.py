@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeGuard
@@ -22,6 +23,7 @@ from fluxmesh_coordinator.server.threads import of_size
 
 MAX_FIELDS = 64
 MAX_FIELD = 1 << 20  # bytes of one that is no file
+HALF = re.compile("[\ud800-\udfff]")
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -40,6 +42,8 @@ class Body:
             raise UsageError.about(name, "is no text", "send a string")
         if "\0" in value:  # no text has it: bytes of something else, which a form passes on
             raise UsageError.about(name, "has a zero byte in it", "send text in UTF-8")
+        if HALF.search(value):  # JSON may name it, and no text has it either
+            raise UsageError.about(name, "has half of a surrogate pair", "send text in UTF-8")
         return value
 
     def whole(self, name: str) -> int | None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -39,6 +39,8 @@ from fluxmesh_coordinator.server.problems import ProblemError, body_of, problem_
 from fluxmesh_coordinator.server.queue.served_job import ServedJob
 from fluxmesh_coordinator.server.queue.service import PaintingService
 from fluxmesh_coordinator.server.statuses import MeshStatuses
+
+Number = TypeVar("Number", int, float)
 
 MAX_N = 10
 # Nothing is metered: a local picture costs nothing.
@@ -116,7 +118,7 @@ async def _asked(body: Body, service: PaintingService) -> PaintRequest:
         width=rounded(width),
         height=rounded(height),
         n_images=n,
-        steps=body.whole("steps") or body.whole("num_inference_steps"),
+        steps=_first(body.whole("steps"), body.whole("num_inference_steps")),
         guidance=_first(body.number("guidance"), body.number("guidance_scale")),
         seed=body.seed(),
         strength=body.number("strength"),
@@ -136,7 +138,7 @@ def _edited(images: list[bytes], mask: bytes | None, is_shown: bool) -> dict[str
     return {"image": images[0], "mask": mask, "references": tuple(images[1:])}
 
 
-def _first(*values: float | None) -> float | None:
+def _first(*values: Number | None) -> Number | None:
     return next((value for value in values if value is not None), None)
 
 

@@ -5,7 +5,7 @@
 // `gallery.js` what is finished, `mesh.js` the hosts, `dom.js` and `theme.js` what all of them need.
 
 import { ask } from "./server.js";
-import { Composer } from "./composer.js";
+import { Composer, isEditor } from "./composer.js";
 import { $, make, memory, tell } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { Jobs } from "./jobs.js";
@@ -14,6 +14,8 @@ import { startTheme } from "./theme.js";
 
 const VARIED = 0.6; // how much changes of a picture that is varied
 const RETRY = 3000; // milliseconds until a server that did not answer is asked again
+const SETTINGS = ["steps", "guidance", "adapters"]; // of a recipe, as a request has them
+const OF_THE_MODEL = ["negative_prompt", "cfg", "bits", "text_bits", "dtype", "cache", "t5_padding", "fuse_adapters"]; // another may take none
 const EXAMPLES = [
   "a red apple to the left of a dog on a yellow background",
   "two cats on a blue background",
@@ -21,7 +23,7 @@ const EXAMPLES = [
 ];
 
 startTheme();
-const composer = new Composer((fields) => jobs.submit(fields));
+const composer = new Composer((fields) => jobs.submit(fields), showHint);
 const gallery = new Gallery({ again, vary, edit, reuse }, (name) => composer.guided(name));
 const jobs = new Jobs({
   ended: showFinished,
@@ -43,9 +45,11 @@ function showFinished() {
 
 /** How a picture was painted, as a request; another seed is drawn for it. */
 function request({ recipe, width, height }) {
-  const { prompt, model, steps, guidance, adapters } = recipe;
+  const { prompt, model } = recipe;
   const known = composer.models.some(({ name }) => name === model);
-  return { prompt, model: known ? model : undefined, width, height, steps, guidance: guidance ?? undefined, adapters: adapters?.length ? adapters : undefined, n_images: 1 };
+  const names = known ? [...SETTINGS, ...OF_THE_MODEL] : SETTINGS;
+  const said = names.map((name) => [name, recipe[name]]).filter(([, value]) => value !== null && value !== "" && value?.length !== 0);
+  return { prompt, model: known ? model : undefined, width, height, ...Object.fromEntries(said), n_images: 1 };
 }
 
 async function submit(fields) {
@@ -108,15 +112,26 @@ function showExamples() {
   );
 }
 
+/** What the chosen model is, where there are none but those that come with fluxmesh. */
 function showHint() {
-  const isAlone = composer.models.every(({ name }) => name.startsWith("tiny"));
-  $("hint").hidden = !isAlone || memory.get("hint") === "seen";
-  $("hint-close").addEventListener("click", () => {
-    memory.set("hint", "seen");
-    $("hint").hidden = true;
-    $("prompt").focus();
-  });
+  const { model, models } = composer;
+  $("hint").hidden = !model || !models.every(({ embedded }) => embedded) || memory.get("hint") === "seen";
+  if ($("hint").hidden) return;
+  const { width, height } = model.size;
+  const edits = isEditor(model) ? ", and edits what it has painted: “make the background blue”" : "";
+  $("hint-words").replaceChildren(
+    make("strong", { textContent: model.name }),
+    ` is a small model that comes with fluxmesh, to try everything out. It paints everyday things at ${width} × ${height}${edits}. For FLUX, run `,
+    make("code", { textContent: "fluxmesh models pull klein" }),
+    " in a terminal.",
+  );
 }
+
+$("hint-close").addEventListener("click", () => {
+  memory.set("hint", "seen");
+  showHint();
+  $("prompt").focus();
+});
 
 async function start() {
   try {
@@ -128,7 +143,6 @@ async function start() {
     return;
   }
   showExamples();
-  showHint();
   mesh.look();
   document.documentElement.dataset.ready = "yes";
 }

@@ -7,10 +7,17 @@ import { Sizes } from "./sizes.js";
 
 const FIELDS = { negative_prompt: "negative", n_images: "number", adapters: "adapter-add" }; // where their names differ
 
+/** Whether a model is shown pictures and paints them as the prompt says. */
+export function isEditor({ takes }) {
+  // Redux, which takes strengths, sees pictures and changes none.
+  return takes.includes("references") && !takes.includes("reference_strengths");
+}
+
 export class Composer {
-  /** `submit(fields)` takes a request; what it throws is shown here. */
-  constructor(submit) {
+  /** `submit(fields)` takes a request; what it throws is shown here. `chosen()` hears of another model. */
+  constructor(submit, chosen) {
     this.submit = submit;
+    this.chosen = chosen;
     this.models = [];
     this.adapters = []; // {name, strength} that are chosen
     this.sizes = new Sizes();
@@ -74,11 +81,9 @@ export class Composer {
     return this.models.find(({ name }) => name === $("model").value);
   }
 
-  /** A model that is shown pictures and paints them as the prompt says: this one, or the first. */
+  /** A model that edits pictures: this one, or the first. */
   get editor() {
-    // Redux, which takes strengths, sees pictures and changes none.
-    const edits = ({ takes }) => takes.includes("references") && !takes.includes("reference_strengths");
-    return [this.model, ...this.models].filter(Boolean).find(edits);
+    return [this.model, ...this.models].filter(Boolean).find(isEditor);
   }
 
   /** Whether a model reads its guidance. */
@@ -149,11 +154,12 @@ export class Composer {
     $("seed").value = seed ? (recipe.seed ?? "") : "";
     $("steps").value = recipe.steps === this.model?.steps ? "" : (recipe.steps ?? "");
     $("guidance").value = recipe.guidance === this.model?.guidance ? "" : (recipe.guidance ?? "");
+    $("negative").value = recipe.negative_prompt ?? "";
     this.adapters = (recipe.adapters ?? []).map((adapter) => ({ ...adapter }));
     this.#showAdapters();
     if (recipe.width) this.sizes.choose(recipe);
     this.fail("");
-    const isSpecial = $("seed").value || $("steps").value || this.adapters.length;
+    const isSpecial = $("seed").value || $("steps").value || $("negative").value || this.adapters.length;
     if (isSpecial) this.#open(true);
     $("composer").scrollIntoView({ block: "start", behavior: "auto" });
     scrollTo(0, 0);
@@ -176,6 +182,7 @@ export class Composer {
     this.attachments.allow(model.takes, model.max_references ?? 0);
     this.sizes.show(model.size);
     this.#showAdapters();
+    this.chosen();
   }
 
   #attached() {

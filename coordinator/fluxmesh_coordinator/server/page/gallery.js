@@ -108,8 +108,9 @@ export class Gallery {
     $("viewer-previous").disabled = index === 0;
     $("viewer-next").disabled = index === this.pictures.length - 1;
     // What began from another picture can't begin so again: that one is not kept.
-    $("again").disabled = !recipe.prompt || recipe.from_picture;
-    $("again").title = recipe.from_picture ? "It began from a picture that is not kept" : "The same settings, another seed";
+    const began = Boolean(recipe.from_picture || recipe.references || recipe.control);
+    $("again").disabled = !recipe.prompt || began;
+    $("again").title = began ? "It began from a picture that is not kept" : "The same settings, another seed";
     $("vary").disabled = $("reuse").disabled = !recipe.prompt;
     this.#unsure();
     if (!$("viewer").open) {
@@ -185,6 +186,9 @@ function rows({ recipe, width, height, created }, guided) {
     ["Guidance", guided(recipe.model) ? recipe.guidance : ""],
     ["LoRA", (recipe.adapters ?? []).map(({ name, strength }) => `${name} ${strength}`).join(", ")],
     ["Began from", recipe.from_picture ? `a picture, ${Math.round((recipe.strength ?? 1) * 100)} % changed` : ""],
+    ["References", recipe.references ? counted(recipe.references, "picture") : ""],
+    ["Follows", recipe.control ? "a map" : ""],
+    ["Should not show", recipe.negative_prompt],
     ["Hosts", { data: "", tensor: "together, by weights", sequence: "together, by tokens", mixed: "mixed" }[recipe.placement] ?? ""],
     ["Painted", new Date(created).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })],
   ];

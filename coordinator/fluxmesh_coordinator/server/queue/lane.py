@@ -273,7 +273,7 @@ class Lane:
             parts = job.parts()
             left = sum(part.request.n_images for _, part in parts)
             for first, resolved in parts:
-                if resolved.model.stamps.changed is not None:  # its recipe would be of the old ones
+                if resolved.model.is_changed:  # its settings are of the old ones
                     raise WeightsError(
                         f"The files of {job.model} were changed while this waited; send it again, "
                         "and they are read anew."
@@ -319,6 +319,7 @@ class _Translator:
         more: float,
     ) -> None:
         self.job, self.ready, self.pictures, self.tell = job, ready, pictures, tell
+        self.recipe = ready.recipe
         self.first, self.more = first, more
         self._loading = -PACE  # when bytes were told last
 
@@ -339,6 +340,7 @@ class _Translator:
             case BackendChanged():
                 self.tell("note", {"text": str(event)})
             case Encoded():
+                self.recipe = self.ready.recipe_read(event)
                 for what, cut, _ in event.cuts:
                     self.tell("note", {"text": f"{cut.counts(what)}."})
             case Step():
@@ -366,7 +368,7 @@ class _Translator:
         )
 
     def _commit(self, picture: Picture) -> None:
-        made = replace(self.ready.recipe.of_image(picture.seed), placement=picture.placement)
+        made = replace(self.recipe.of_image(picture.seed), placement=picture.placement)
         data = encode_png(picture.pixels, made.to_json())
         image = self.first + picture.image
         name = self.pictures.commit(self.job.id, self.job.accepted, image, data)

@@ -53,6 +53,7 @@ class ServedJob:
     expected: float = 0.0  # seconds from `began` to the last picture, 0: nobody knows
     steps_done: dict[int, int] = field(default_factory=dict)  # by image
     pictures: dict[int, str] = field(default_factory=dict)  # names, by image
+    last_preview: dict[str, Any] | None = None  # of one that was cancelled before its first picture
     kept: int = 0  # of these, pictures that were there before it began
     events: EventLog = field(default_factory=lambda: EventLog(clock_number()))
 

@@ -432,6 +432,9 @@ class PaintingService:
                 ("painting", now - first),
             ):
                 self.metrics.add("fluxmesh_phase_seconds_total", seconds, phase=phase)
+        if stage == "cancelled" and not job.pictures:  # the events forget it now
+            seen = job.events.latest("preview")
+            job.last_preview = seen.data if seen else None
         job.stage, job.ready = stage, None
         self.metrics.add("fluxmesh_jobs_total", outcome=stage)
         job.events.append({"failed": "error"}.get(stage, stage), data)
