@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
 from fluxmesh_coordinator.cli.options import (
     display_options,
     painting_settings,
@@ -15,7 +16,7 @@ from fluxmesh_coordinator.cli.options import (
 from fluxmesh_coordinator.cli.paths import UserPath
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.option(
     "-o", "--output", type=UserPath(), metavar="FOLDER", help="Where pictures go.  [this folder]"
 )

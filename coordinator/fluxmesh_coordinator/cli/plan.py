@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
 from fluxmesh_coordinator.cli.options import painting_settings, settings_options
 from fluxmesh_coordinator.cli.paths import UserPath
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _FILE = UserPath(path_type=Path)
 
 
-@click.command(short_help="Tell how `generate` would be done, and why.")
+@click.command(cls=ConfigurableCommand, short_help="Tell how `generate` would be done, and why.")
 @click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option(
     "--placement",

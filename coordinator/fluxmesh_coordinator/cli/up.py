@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
+from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
 from fluxmesh_coordinator.cli.options import Resolutions
 from fluxmesh_coordinator.cli.paths import UserPath
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.argument("hostfile", required=False, type=UserPath(path_type=Path))
 @click.option(
     "-m",
