@@ -23,6 +23,7 @@ from fluxmesh.cluster.snapshot import (
     JobTiming,
     LinkInfo,
     ModelVariant,
+    Recent,
     RingTiming,
     StepTiming,
     TextTiming,
@@ -174,7 +175,7 @@ def _timings(data: dict[str, Any]) -> Timings:
     return Timings(
         tuple(_ring(ring) for ring in data.get("rings", ())),
         tuple(_job(job) for job in data.get("jobs", ())),
-        tuple(TextTiming(**text) for text in data.get("texts", ())),
+        tuple(_text(text) for text in data.get("texts", ())),
     )
 
 
@@ -189,10 +190,19 @@ def _ring(data: dict[str, Any]) -> RingTiming:
 
 
 def _job(data: dict[str, Any]) -> JobTiming:
-    ranks, measured = data.pop("ranks"), data.pop("measured")
+    ranks, measured, recent = data.pop("ranks"), data.pop("measured"), _recent(data)
     shares = Shares.from_plain(measured.pop("shares", {}))
     timing = StepTiming(shares=shares, **measured)
-    return JobTiming(ranks=tuple(ranks), measured=timing, **data)
+    return JobTiming(ranks=tuple(ranks), measured=timing, recent=recent, **data)
+
+
+def _text(data: dict[str, Any]) -> TextTiming:
+    return TextTiming(recent=_recent(data), **data)
+
+
+def _recent(data: dict[str, Any]) -> Recent:
+    """None where only averages were kept."""
+    return tuple((str(name), tuple(map(float, each))) for name, each in data.pop("recent", ()))
 
 
 def load(home: Home | None = None) -> MeshRecord | None:
