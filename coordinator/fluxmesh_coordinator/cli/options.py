@@ -222,10 +222,12 @@ _OPTIONS = [
         help="A name of `models list`, a Hub repo, a path.  [the best that is here and fits]",
     ),
     click.option("-n", "--n-images", type=int, help="How many images; image k has seed + k.  [1]"),
-    click.option("--image-size", type=ImageSize(), help="In pixels.  [the model's own]"),
+    click.option(
+        "--image-size", type=ImageSize(), help="Height and width in pixels.  [the model's own]"
+    ),
     click.option("--steps", type=int, help="Denoising steps.  [the model's own]"),
     click.option("--guidance", type=float, help="Guidance, for models that take it.  [4.0]"),
-    click.option("--seed", type=int, help="Where the noise comes from.  [drawn, and told]"),
+    click.option("--seed", type=int, help="Seed of the noise.  [random, and told]"),
     click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid.  [1]"),
     click.option("--image", type=_FILE, metavar="PATH", help="Begin from this picture."),
     click.option(
@@ -258,11 +260,11 @@ _OPTIONS = [
         "--control-from",
         type=_FILE,
         metavar="PATH",
-        help="Follow this picture's edges, which OpenCV finds.",
+        help="Follow the edges that OpenCV finds in this picture.",
     ),
-    click.option("--negative-prompt", metavar="TEXT", help="What the picture is to be without."),
+    click.option("--negative-prompt", metavar="TEXT", help="What the picture must not show."),
     click.option(
-        "--cfg", type=float, help="Strength against --negative-prompt: two calls.  [the model's]"
+        "--cfg", type=float, help="Strength of --negative-prompt: two calls a step.  [the model's]"
     ),
     click.option(
         "--adapter",
@@ -275,7 +277,7 @@ _OPTIONS = [
     click.option(
         "--dtype",
         type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="Of weights.  [bfloat16]",
+        help="Number type of the weights.  [bfloat16]",
     ),
     click.option(
         "-q", "--quantize/--no-quantize", default=None, help="Quantize the weights: less memory."
@@ -284,13 +286,13 @@ _OPTIONS = [
         "--bits",
         type=click.Choice(["3", "4", "5", "6", "8"]),
         callback=lambda _ctx, _param, value: None if value is None else int(value),
-        help="Of a quantized weight; implies --quantize.  [4 with --quantize]",
+        help="Bits of a quantized weight; implies --quantize.  [4 with --quantize]",
     ),
     click.option(
         "--text-bits",
         type=click.Choice(["3", "4", "5", "6", "8"]),
         callback=lambda _ctx, _param, value: None if value is None else int(value),
-        help="Of a text encoder's weight.  [as --bits]",
+        help="Bits of a text encoder's weight.  [as --bits]",
     ),
     click.option(
         "--no-t5-padding", is_flag=True, help="Don't pad the prompt: faster, another picture."
