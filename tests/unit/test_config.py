@@ -311,6 +311,7 @@ WRONG_MODEL = "No model is called 'tinny'; did you mean tiny?"
         (("generate", "a cat"), "FLUXMESH_MODEL"),
         (("plan", "a cat"), "FLUXMESH_MODEL"),
         (("up",), "FLUXMESH_MODEL"),
+        (("interactive",), "FLUXMESH_MODEL"),
         (("train", "data"), "FLUXMESH_MODEL"),
         (("train", "data"), "FLUXMESH_TRAIN_MODEL"),
     ],

@@ -11,7 +11,6 @@ FLUXMESH_IMAGE_SIZE, FLUXMESH_TRAIN_LORA_RANK.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import click
-from click.core import ParameterSource
 
-from fluxmesh.errors import FluxmeshError, ModelNotFoundError, UsageError
+from fluxmesh.errors import UsageError
 from fluxmesh.spelling import did_you_mean
 from fluxmesh_coordinator.commands import config_file
 from fluxmesh_coordinator.commands.config_file import ConfigEntry
@@ -179,37 +177,6 @@ class Defaults:
     def of_file(self) -> frozenset[str]:
         """Parameters of painting that the file alone names."""
         return frozenset(name for name, each in self.of("generate").items() if each.is_of_file)
-
-
-class ConfigurableCommand(click.Command):
-    """A command whose errors say where a wrong value stands, if not on the command line."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FluxmeshError as error:
-            default = _default_at_fault(ctx, error)
-            if default is not None:
-                field, title = str(default.setting.option.name), default.setting.title
-                error.args = (f"{default.source}: {str(error).replace(f'`{field}`', title)}",)
-            raise
-
-
-def _default_at_fault(ctx: click.Context, error: FluxmeshError) -> Default | None:
-    """The default that an error is about; None where it is about something else."""
-    if not isinstance(ctx.obj, Defaults) or ctx.params.get("from_"):  # a recipe stands above them
-        return None
-    text = str(error)
-    for name, default in ctx.obj.of(str(ctx.info_name)).items():
-        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
-            continue
-        if text.startswith(f"`{name}`"):
-            return default
-        if name == SHARED and isinstance(error, ModelNotFoundError):
-            model = re.escape(str(default.value))
-            if re.search(rf"^{model}[ :]|'{model}'|`{SHARED}`", text):
-                return default
-    return None
 
 
 def _named(entry: ConfigEntry, known: Mapping[tuple[str, str], Setting], where: str) -> Setting:

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
 from fluxmesh_coordinator.cli.options import (
+    ConfigurableCommand,
     display_options,
     painting_settings,
     settings_options,

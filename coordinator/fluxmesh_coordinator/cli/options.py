@@ -6,12 +6,14 @@ too: an option that the user did not give says nothing here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from fluxmesh.errors import FluxmeshError, ModelNotFoundError
 from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
 from fluxmesh_coordinator.cli.paths import UserPath
 
@@ -122,6 +124,40 @@ class Margins(click.ParamType):
         from fluxmesh.images import parse_margins
 
         return value if isinstance(value, tuple) else parse_margins(value)
+
+
+class ConfigurableCommand(click.Command):
+    """A command whose errors say where a wrong value stands, if not on the command line.
+
+    Environment and config.toml are the context's object (`defaults.py`).
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FluxmeshError as error:
+            default = _default_at_fault(ctx, error)
+            if default is not None:
+                field, title = str(default.setting.option.name), default.setting.title
+                error.args = (f"{default.source}: {str(error).replace(f'`{field}`', title)}",)
+            raise
+
+
+def _default_at_fault(ctx: click.Context, error: FluxmeshError) -> Any:
+    """The default that an error is about; None where it is about something else."""
+    if ctx.obj is None or ctx.params.get("from_"):  # a recipe stands above them
+        return None
+    text = str(error)
+    for name, default in ctx.obj.of(str(ctx.info_name)).items():
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            continue
+        if text.startswith(f"`{name}`"):
+            return default
+        if name == "model" and isinstance(error, ModelNotFoundError):
+            model = re.escape(str(default.value))
+            if re.search(rf"^{model}[ :]|'{model}'|`model`", text):
+                return default
+    return None
 
 
 def chosen(context: click.Context) -> dict[str, Any]:

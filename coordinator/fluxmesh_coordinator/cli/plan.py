@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
-from fluxmesh_coordinator.cli.options import painting_settings, settings_options
+from fluxmesh_coordinator.cli.options import (
+    ConfigurableCommand,
+    painting_settings,
+    settings_options,
+)
 from fluxmesh_coordinator.cli.paths import UserPath
 
 if TYPE_CHECKING:

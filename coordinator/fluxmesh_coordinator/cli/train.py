@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_data_sets, complete_models
-from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
-from fluxmesh_coordinator.cli.options import Resolution, chosen
+from fluxmesh_coordinator.cli.options import ConfigurableCommand, Resolution, chosen
 from fluxmesh_coordinator.cli.paths import UserPath
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.defaults import ConfigurableCommand
-from fluxmesh_coordinator.cli.options import Resolutions
+from fluxmesh_coordinator.cli.options import ConfigurableCommand, Resolutions
 from fluxmesh_coordinator.cli.paths import UserPath
 
 if TYPE_CHECKING:
