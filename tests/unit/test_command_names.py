@@ -74,7 +74,7 @@ def test_a_misspelt_command_is_told_with_the_one_that_was_meant(words: list[str]
             "There is no option --xyzzy; `fluxmesh status --help` tells what there is.",
         ),
         (
-            ["generate", "a cat", "--n-images", "many"],
+            ["generate", "a dog", "--n-images", "many"],
             "Invalid value for '-n' / '--n-images': 'many' is not a valid integer; "
             "`fluxmesh generate --help` tells what there is.",
         ),
