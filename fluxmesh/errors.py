@@ -1,6 +1,7 @@
 """Errors whose text is the one sentence that the user reads.
 
-Each kind carries the process exit code that the command line ends with. A message says what
+Each kind carries the process exit code that the command line ends with, and is made of its message
+alone, as which it travels between processes. A message says what
 happened, where, and what to do; it never holds a traceback or a newline. It names a setting by its
 field in backticks, `n_images`: whoever shows it says --n-images, or a server's parameter.
 """
@@ -41,11 +42,14 @@ class ModelNotFoundError(FluxmeshError):
 class IncompleteModelError(ModelNotFoundError):
     """Files of a model are missing from its folder, by name in `lacks`."""
 
-    def __init__(self, where: object, lacks: str) -> None:
-        self.lacks = lacks
-        super().__init__(
-            f"{where} lacks {lacks}; copy what is missing from where the folder came from."
-        )
+    lacks = ""  # where another process has raised it: its sentence says
+
+    @classmethod
+    def of(cls, where: object, lacks: str) -> Self:
+        """That the folder `where` lacks these files."""
+        error = cls(f"{where} lacks {lacks}; copy what is missing from where the folder came from.")
+        error.lacks = lacks
+        return error
 
 
 class NotFetchedError(ModelNotFoundError):
@@ -69,7 +73,11 @@ class NotFiniteError(FluxmeshError):
 
 
 class OutputError(FluxmeshError):
-    """A result can't be written: it exists already, the folder is missing, the disk is full."""
+    """A result can't be written: it exists already, the folder takes nothing, the disk is full."""
+
+
+class NoSuchFolderError(OutputError, UsageError):
+    """A result is to go where there is no folder: the user named a place that isn't one."""
 
 
 class HostUnreachableError(FluxmeshError):

@@ -277,7 +277,7 @@ class Service:
 
     async def _change(self, message: messages.Changing) -> Message:
         """What only the holder of the lease may ask for."""
-        self.upkeep.used(time.monotonic())
+        self.upkeep.used(self._clock.tick())
         if isinstance(message, messages.TellProgress):
             self.leases.heard_progress(message.progress, self._clock.tick())
             return Done()
@@ -313,7 +313,6 @@ class Service:
         client.name = f"{client.user}/{hello.client}"
         self._clients[client.name] = client
         self.leases.hear(client.name, self._clock.tick())
-        log.info("%s says hello", client.label)
         return messages.Welcome(self.boot, __version__, self.status())
 
     def status(self) -> messages.Status:
@@ -342,8 +341,10 @@ class Service:
         for notice in notices:
             client = self._clients.get(notice.client)
             if isinstance(notice, Holds):
+                if client is not None:  # who only asks how it goes leaves no line
+                    log.info("%s has the lease", client.label)
                 self.lifecycle.lease()
-                self.upkeep.used(time.monotonic())
+                self.upkeep.used(self._clock.tick())
                 report: Message = messages.Granted(
                     notice.fence, self.lifecycle.ring_generation, self.status()
                 )
@@ -361,7 +362,7 @@ class Service:
 
     def _abandon(self) -> None:
         """The lease was given up: what is left of the work stops, by force if need be."""
-        self.upkeep.used(time.monotonic())
+        self.upkeep.used(self._clock.tick())
         if self.lifecycle.is_free:
             return
         # As long as loading its weights again would take: to wait longer costs more than to end it.
@@ -377,7 +378,7 @@ class Service:
     async def _look_after(self) -> None:
         """Gives the engine what is due, if that is still so."""
         async with self._order:
-            work = self._due(time.monotonic())
+            work = self._due(self._clock.tick())
             if work is None:
                 return
             what = "compiles" if isinstance(work, messages.Warm) else "loads"
@@ -392,7 +393,7 @@ class Service:
 
     def _own_ended(self, message: Message) -> None:
         """The agent's own work is done, or failed; in silence, where something went before it."""
-        now = time.monotonic()
+        now = self._clock.tick()
         if isinstance(message, messages.Failed):
             log.warning("what the engine did by itself failed: %s", message.text)
             self.upkeep.failed(now)
@@ -437,7 +438,7 @@ class Service:
         self._engine_known.set()
         self._send_all(instructions)
         if any(isinstance(instruction, KillEngine) for instruction in instructions):
-            self.upkeep.used(time.monotonic())
+            self.upkeep.used(self._clock.tick())
             self._spawn(self._end_engine())
         if self.lifecycle.is_free:
             self._late = None  # what runs from now on is the next holder's
@@ -457,9 +458,9 @@ class Service:
 
     def _engine_ended(self, text: str, *, is_killed: bool = False) -> None:
         self._engine_known.set()
-        self.upkeep.used(time.monotonic())
+        self.upkeep.used(self._clock.tick())
         if self.lifecycle.own is not None:
-            self.upkeep.failed(time.monotonic())
+            self.upkeep.failed(self._clock.tick())
         self._send_all(self.lifecycle.engine_ended(text, is_killed=is_killed))
         self._late = None
         self._tick()

@@ -249,22 +249,28 @@ class RingTiming:
         _check("when", self.when, 0)
 
 
+Recent = tuple[tuple[str, tuple[float, ...]], ...]
+"""By name, seconds that the latest jobs measured, the latest last (`planning/learning.py`)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobTiming:
-    """What jobs took on some hosts, of which the latest counts most (`planning/learning.py`)."""
+    """What jobs took on some hosts, as the latest few have it (`planning/learning.py`)."""
 
     backend: str  # of the ring; "" for `data`
     ranks: tuple[int, ...]  # of the ring in its order, or the one host
-    measured: StepTiming  # the average; `when` is the latest job
+    measured: StepTiming  # what is typical of `recent`; `when` is the latest job
     last_seconds: float  # a step of the latest job
     begin_seconds: float | None = None  # before the first step, where all is loaded: text
     gap_seconds: float | None = None  # of an image, beside steps and decode: what travels, waits
+    recent: Recent = ()  # of each time that is known from more than one job
 
     def __post_init__(self) -> None:
         _check("last_seconds", self.last_seconds)
         for name in ("begin_seconds", "gap_seconds"):
             if (value := getattr(self, name)) is not None:
                 _check(name, value, 0)
+        _check_recent(self.recent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,10 +284,12 @@ class TextTiming:
     seconds: float  # their weights in memory; layer by layer, with the reading of them
     by_layers: bool = False
     when: float = 0.0  # it was measured: seconds since 1970; 0 is not known
+    recent: Recent = ()  # of which `seconds` is typical
 
     def __post_init__(self) -> None:
         _check("seconds", self.seconds, 0)
         _check("when", self.when, 0)
+        _check_recent(self.recent)
 
 
 @dataclass(frozen=True)
@@ -462,3 +470,9 @@ def _check(name: str, value: float, least: float | None = None) -> None:
     if not math.isfinite(value) or value < 0 or (least is None and value == 0):
         bound = "above" if least is None else "at least"
         raise UsageError(f"A host reports {name} as {value}; it must be {bound} 0.")
+
+
+def _check_recent(recent: Recent) -> None:
+    for name, values in recent:
+        for value in values:
+            _check(name, value, 0)

@@ -1,20 +1,22 @@
 """What a mesh learns from its jobs: new timings into those that are known. Pure.
 
-`Timings` hold a table of each ring and an average of each kind of job; the coordinator keeps them
-in `mesh.json` (`mesh_file.py`). The latest measurement counts `LATEST`, the one before half of the
-rest, and so on: a link that has become slow is believed after two or three jobs, and one that was
-disturbed once is soon forgotten.
+`Timings` hold a table of each ring, and of each kind of job what is typical of the `RECENT` latest;
+the coordinator keeps them in `mesh.json` (`mesh_file.py`). Whatever else a host does makes a job
+slower and never faster: the lesser of two times counts, and the middle one of three. So a job that
+was disturbed, be it the first, counts for nothing once the next is done, and a link that has become
+slow is believed after two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import statistics
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from fluxmesh.cluster.snapshot import JobTiming, RingTiming, StepTiming, TextTiming, Timings
+from fluxmesh.cluster.snapshot import JobTiming, Recent, RingTiming, TextTiming, Timings
 
-LATEST = 0.5  # of an average
+RECENT = 3  # jobs of a kind
 MOST = 256  # kinds of jobs, and rings, that are remembered: the latest
 
 T = TypeVar("T")
@@ -31,9 +33,7 @@ def learned(known: Timings, news: Timings) -> Timings:
         jobs[kind(job)] = _job(jobs.get(kind(job)), job)
     texts = {text_kind(text): text for text in known.texts}
     for text in news.texts:
-        before = texts.get(text_kind(text))
-        seconds = text.seconds if before is None else _average(before.seconds, text.seconds)
-        texts[text_kind(text)] = replace(text, seconds=seconds)
+        texts[text_kind(text)] = _text(texts.get(text_kind(text)), text)
     return Timings(
         _latest(rings.values(), [ring.when for ring in rings.values()]),
         _latest(jobs.values(), [job.measured.when for job in jobs.values()]),
@@ -42,14 +42,14 @@ def learned(known: Timings, news: Timings) -> Timings:
 
 
 def kind(job: JobTiming) -> Hashable:
-    """Equal for jobs whose times are averaged: same weights, size, placement, hosts, shares."""
+    """Equal for jobs of one history: same weights, size, placement, hosts, shares."""
     m = job.measured
     weights = (m.model, m.dtype, m.bits)
     return (job.backend, job.ranks, m.placement, m.shares, *weights, m.height, m.width)
 
 
 def text_kind(text: TextTiming) -> Hashable:
-    """Equal for readings of prompts whose times are averaged."""
+    """Equal for readings of prompts of one history."""
     return (text.rank, text.model, text.dtype, text.bits, text.by_layers)
 
 
@@ -74,37 +74,64 @@ def _ring(old: RingTiming | None, new: RingTiming) -> RingTiming:
 def _job(old: JobTiming | None, new: JobTiming) -> JobTiming:
     if old is None:
         return new
-    return replace(
-        new,
-        measured=_measured(old.measured, new.measured),
-        begin_seconds=_known(old.begin_seconds, new.begin_seconds),
-        gap_seconds=_known(old.gap_seconds, new.gap_seconds),
-    )
-
-
-def _measured(old: StepTiming, new: StepTiming) -> StepTiming:
-    return replace(
-        new,
-        step_seconds=_average(old.step_seconds, new.step_seconds),
-        decode_seconds=_known(old.decode_seconds, new.decode_seconds),
+    before, now = _seconds_of(old), _seconds_of(new)
+    recent = _recent(old.recent, before, now)
+    known = {**before, **{name: typical(values) for name, values in recent}}
+    m, known_m = new.measured, old.measured
+    measured = replace(
+        m,
+        step_seconds=known["step"],
+        decode_seconds=known.get("decode"),
+        first_seconds=known.get("first"),
         # What one engine has compiled the next one may find on its disk: the latest counts.
-        kernels_seconds=old.kernels_seconds if new.kernels_seconds is None else new.kernels_seconds,
-        placement_seconds=old.placement_seconds
-        if new.placement_seconds is None
-        else new.placement_seconds,
-        first_seconds=_known(old.first_seconds, new.first_seconds),
+        kernels_seconds=known_m.kernels_seconds if m.kernels_seconds is None else m.kernels_seconds,
+        placement_seconds=known_m.placement_seconds
+        if m.placement_seconds is None
+        else m.placement_seconds,
+    )
+    return replace(
+        new,
+        measured=measured,
+        begin_seconds=known.get("begin"),
+        gap_seconds=known.get("gap"),
+        recent=recent,
     )
 
 
-def _known(old: float | None, new: float | None) -> float | None:
-    """The average of what is known."""
-    if old is None or new is None:
-        return new if old is None else old
-    return _average(old, new)
+def _text(old: TextTiming | None, new: TextTiming) -> TextTiming:
+    if old is None:
+        return new
+    recent = _recent(old.recent, {"text": old.seconds}, {"text": new.seconds})
+    return replace(new, seconds=typical(dict(recent)["text"]), recent=recent)
 
 
-def _average(old: float, new: float) -> float:
-    return LATEST * new + (1 - LATEST) * old
+def typical(seconds: Sequence[float]) -> float:
+    """The middle one, of an even number the lesser of the two: what disturbs only takes longer."""
+    return statistics.median_low(seconds)
+
+
+def _seconds_of(job: JobTiming) -> dict[str, float]:
+    """What a job has measured of itself, by name."""
+    m = job.measured
+    seconds = {
+        "step": m.step_seconds,
+        "decode": m.decode_seconds,
+        "first": m.first_seconds,
+        "begin": job.begin_seconds,
+        "gap": job.gap_seconds,
+    }
+    return {name: value for name, value in seconds.items() if value is not None}
+
+
+def _recent(old: Recent, before: Mapping[str, float], now: Mapping[str, float]) -> Recent:
+    """The latest values of each name, with those of `now`; `before` is what is known of old ones
+    where they were not kept."""
+    kept = dict(old)
+    for name, value in before.items():
+        kept.setdefault(name, (value,))
+    for name, value in now.items():
+        kept[name] = (*kept.get(name, ()), value)[-RECENT:]
+    return tuple(kept.items())
 
 
 def _latest(items: Iterable[T], when: Sequence[float]) -> tuple[T, ...]:

@@ -173,7 +173,7 @@ def read_index(path: Path) -> tuple[Path, ...]:
     files = tuple(path.with_name(name) for name in names)
     for file in files:
         if not file.is_file():
-            raise IncompleteModelError(path.parent, f"{file.name}, which {path.name} names")
+            raise IncompleteModelError.of(path.parent, f"{file.name}, which {path.name} names")
     return files
 
 

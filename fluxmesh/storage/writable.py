@@ -12,7 +12,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from fluxmesh.errors import OutputError
+from fluxmesh.errors import NoSuchFolderError, OutputError
 from fluxmesh.storage import placeholders
 from fluxmesh.storage.safetensors import cannot_write
 
@@ -31,6 +31,7 @@ def check_file(path: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raises `OutputError` where no file can be made in `folder`, which may still be to be made.
 
+    `NoSuchFolderError` where it can't be one: a file stands there, or a link that leads nowhere.
     Leaves nothing behind, and makes no folder.
     """
     nearest = folder.absolute()
@@ -41,9 +42,11 @@ def check_folder(folder: Path) -> None:
         raise cannot_write(folder, error) from error
     instead = placeholders.instead_of(str(folder))
     if instead is not None:
-        raise OutputError(f"{folder} is {instead}.")
+        raise NoSuchFolderError(f"{folder} is {instead}.")
     if not nearest.is_dir():
-        raise OutputError(f"{folder} can't be a folder: {nearest} is a file; name another place.")
+        raise NoSuchFolderError(
+            f"{folder} can't be a folder: {nearest} is a file; name another place."
+        )
     probe = nearest / f".fluxmesh-{secrets.token_hex(4)}.tmp"
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -56,12 +59,13 @@ def check_folder(folder: Path) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raises `OutputError` where `path` exists, or can't be made: the folder above it must be."""
+    """Raises `OutputError` where `path` exists or can't be made, `NoSuchFolderError` where the
+    folder above it is missing."""
     if os.path.lexists(path):
         raise OutputError(f"{path} exists already; name another, or remove it.")
     parent = path.absolute().parent
     if not parent.exists():
-        raise OutputError(f"The folder {parent} does not exist; make it first.")
+        raise NoSuchFolderError(f"The folder {parent} does not exist; make it first.")
     check_folder(parent)
 
 

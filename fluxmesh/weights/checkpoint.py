@@ -272,7 +272,7 @@ def _check_complete(folder: Path, family: Family) -> None:
     names = [path.relative_to(folder).as_posix() for path in below]
     missing = files_of([*names, *_names_in(folder)], family.folder).missing
     if missing:
-        raise IncompleteModelError(folder, ", ".join(missing))
+        raise IncompleteModelError.of(folder, ", ".join(missing))
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -287,7 +287,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     names = weight_names(_names_in(folder))
     if names is None:
-        raise IncompleteModelError(folder, "weights as .safetensors")
+        raise IncompleteModelError.of(folder, "weights as .safetensors")
     if names.index is not None:
         return read_index(folder / names.index)
     return tuple(folder / name for name in names.files)

@@ -34,7 +34,7 @@ def schedule_in(folder: Path, form: FolderFormat) -> Any:
 def read_config(path: Path, read: Callable[[Mapping[str, Any]], T]) -> T:
     """What `read` makes of a JSON file. Raises as `config_in`."""
     if not path.is_file():
-        raise IncompleteModelError(path.parent, path.name)
+        raise IncompleteModelError.of(path.parent, path.name)
     # null is how diffusers writes that a value was not given
     values = {key: value for key, value in read_json(path).items() if value is not None}
     _check_plain(path, values)

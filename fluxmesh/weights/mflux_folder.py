@@ -45,7 +45,7 @@ def from_mflux_folder(
     for place, tokenizer in form.tokenizers.items():
         vocabulary = near.tokenizer(place, configs[tokenizer.encoder])
         if vocabulary is None:
-            raise IncompleteModelError(folder, f"{place}/{' and '.join(tokenizer.choices[0])}")
+            raise IncompleteModelError.of(folder, f"{place}/{' and '.join(tokenizer.choices[0])}")
         tokenizers[tokenizer.component] = vocabulary
     description = FolderDescription(configs, near.schedule(configs["transformer"]), {}, tokenizers)
     return from_components(family, components, description, name, revision, kind="mflux")

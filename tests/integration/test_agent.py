@@ -255,5 +255,5 @@ def test_the_log_names_no_prompt(host: AgentProcess, weights: ModelVariant) -> N
             return answer.lines
 
     lines = play(scene())
-    assert any("says hello" in line for line in lines)
+    assert any("has the lease" in line for line in lines)
     assert "unmistakable" not in host.log

@@ -18,6 +18,7 @@ from fluxmesh.errors import (
     CancelledError,
     DoesNotFitError,
     FluxmeshError,
+    IncompleteModelError,
     ModelNotFoundError,
     NotFiniteError,
     UsageError,
@@ -265,7 +266,7 @@ def test_losses_far_apart_or_with_good_work_between_them_are_forgiven(
 
 
 @KIND
-@pytest.mark.parametrize("error", [WeightsError, DoesNotFitError])
+@pytest.mark.parametrize("error", [WeightsError, IncompleteModelError, DoesNotFitError])
 def test_a_host_that_cannot_do_the_job_is_left_out_for_good(
     kind: Begin, error: type[FluxmeshError]
 ) -> None:
@@ -363,7 +364,9 @@ def test_when_the_whole_mesh_has_failed_every_reason_is_told(kind: Begin) -> Non
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[-1]])
-@pytest.mark.parametrize("error", [WeightsError, ModelNotFoundError, DoesNotFitError])
+@pytest.mark.parametrize(
+    "error", [WeightsError, ModelNotFoundError, IncompleteModelError, DoesNotFitError]
+)
 def test_what_the_only_host_cannot_do_is_the_sentence_alone(
     kind: Begin, error: type[FluxmeshError]
 ) -> None:

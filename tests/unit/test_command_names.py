@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 import pytest
 from click.testing import CliRunner
@@ -57,6 +59,57 @@ def test_a_misspelt_command_is_told_with_the_one_that_was_meant(words: list[str]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 2
     assert done.output.rstrip().endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["generate", "--stepz", "4"],
+            "There is no option --stepz; did you mean --steps? "
+            "`fluxmesh generate --help` tells what there is.",
+        ),
+        (
+            ["status", "--xyzzy"],
+            "There is no option --xyzzy; `fluxmesh status --help` tells what there is.",
+        ),
+        (
+            ["generate", "a dog", "--n-images", "many"],
+            "Invalid value for '-n' / '--n-images': 'many' is not a valid integer; "
+            "`fluxmesh generate --help` tells what there is.",
+        ),
+        (["train"], "Missing argument 'DATASET'; `fluxmesh train --help` tells what there is."),
+        (
+            ["stauts"],
+            "There is no command 'stauts'; did you mean status? `fluxmesh --help` tells what there "
+            "is.",
+        ),
+        (
+            ["models", "show"],
+            "Missing argument 'MODEL'; `fluxmesh models show --help` tells what there is.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_wrong_command_line_is_told_in_one_sentence_with_the_way_to_the_help(
+    words: list[str], sentence: str, as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, *(["--json"] if as_json else [])])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2
+    assert shown.err == f"Error: {sentence}\n"
+    told = [json.loads(line) for line in shown.out.splitlines()]
+    error = {"event": "error", "message": sentence, "exit_code": 2}
+    assert told == ([error] if as_json else [])
+
+
+def test_a_choice_that_is_missing_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """click writes one choice a line."""
+    with pytest.raises(SystemExit):
+        main(["adapters", "convert", "a.safetensors", "b.safetensors"])
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "kohya" in shown
 
 
 def test_the_nearest_name_is_near() -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fluxmesh.cluster.snapshot import ModelVariant
-from fluxmesh.errors import UsageError
+from fluxmesh.errors import NoSuchNameError, UsageError
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from fluxmesh_coordinator.artifacts.pictures import encode_png
@@ -23,6 +23,7 @@ from fluxmesh_coordinator.cli.defaults import PAINTING, Defaults, known_settings
 from fluxmesh_coordinator.cli.options import painting_settings
 from fluxmesh_coordinator.commands import config_file, train
 from fluxmesh_coordinator.commands.settings import GenerateSettings
+from tests.datasets import make_dataset
 from tests.unit.test_recipe import RECIPE
 
 
@@ -315,3 +316,53 @@ def test_a_new_section_begins_after_an_empty_line() -> None:
     assert config_file.changed("", "train", "ema", 0.5) == "[train]\nema = 0.5\n"
     assert config_file.changed("a = 1", "train", "ema", 0.5) == "a = 1\n\n[train]\nema = 0.5\n"
     assert config_file.changed("[train]\nema = 1\n", "", "a", 1) == "a = 1\n[train]\nema = 1\n"
+
+
+# What is wrong only once the command runs
+
+
+WRONG_MODEL = "No model is called 'tinny'; did you mean tiny?"
+
+
+@pytest.mark.parametrize(
+    ("words", "variable"),
+    [
+        (("generate", "a cat"), "FLUXMESH_MODEL"),
+        (("plan", "a cat"), "FLUXMESH_MODEL"),
+        (("up",), "FLUXMESH_MODEL"),
+        (("interactive",), "FLUXMESH_MODEL"),
+        (("train", "data"), "FLUXMESH_MODEL"),
+        (("train", "data"), "FLUXMESH_TRAIN_MODEL"),
+    ],
+)
+def test_a_model_that_is_none_is_told_with_the_variable_that_names_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Any, variable: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_dataset(tmp_path / "data")
+    done = run(*words, env={variable: "tinny"})
+    assert isinstance(done.exception, NoSuchNameError)
+    assert str(done.exception).startswith(f"{variable}: {WRONG_MODEL}")
+    if words[0] != "train":
+        done = run(*words, "--model", "tiiny", env={variable: "tinny"})
+        assert str(done.exception).startswith("No model is called 'tiiny'")
+
+
+def test_a_model_of_the_file_is_told_with_its_line(home: Path) -> None:
+    write(home, '# mine\nmodel = "tinny"\n')
+    where = f"{home / 'config.toml'}, line 2"
+    assert str(run("plan").exception).startswith(f"{where}: {WRONG_MODEL}")
+    write(home, 'model = "redux"\n')
+    assert str(run("plan").exception).startswith(f"{home / 'config.toml'}, line 1: FLUX.1 Redux")
+
+
+def test_another_wrong_value_is_told_with_its_variable_too(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("generate", "a cat", env={"FLUXMESH_OUTPUT": "missing"})
+    text = "FLUXMESH_OUTPUT: output missing/: the folder does not exist; make it first."
+    assert str(done.exception) == text
+    # Another option is to blame, whatever the environment says beside it.
+    done = run("generate", "a cat", "-o", "missing/a.png", env={"FLUXMESH_MODEL": "tinny"})
+    assert str(done.exception).startswith("`output` missing/a.png: the folder missing does not")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -230,3 +231,32 @@ def test_a_job_that_is_cancelled_before_its_lane_has_begun_paints_nothing(tmp_pa
         assert lane.shared.free == {0, 1}
 
     play(tmp_path, body)
+
+
+def test_a_job_sent_again_while_hosts_are_chosen_for_the_one_that_was_cancelled_is_painted(
+    tmp_path: Path,
+) -> None:
+    """Its client's connection broke, and came back with the same id: both names are in play."""
+
+    class SlowToChooseLane(TwoHostLane):
+        def __init__(self, pictures: PictureFolder, first: TwoHostLane | None = None) -> None:
+            super().__init__(pictures, first)
+            self.is_choosing, self.may_choose = threading.Event(), threading.Event()
+
+        def book(self) -> HostBook:
+            self.is_choosing.set()
+            assert self.may_choose.wait(60)
+            return super().book()
+
+    async def body(service: PaintingService, lane: TwoHostLane) -> None:
+        assert isinstance(lane, SlowToChooseLane)
+        first = await service.submit(asked(1), "anna", "the-same-id")
+        assert await asyncio.to_thread(lane.is_choosing.wait, 60)
+        service.cancel(first)
+        again = await service.submit(asked(1), "anna", "the-same-id")
+        assert again is not first
+        lane.may_choose.set()
+        await again.events.over()
+        assert (first.stage, again.stage) == ("cancelled", "done")
+
+    play(tmp_path, body, SlowToChooseLane)

@@ -201,3 +201,17 @@ def test_users_are_told_apart_by_their_keys() -> None:
     first, second = Keys.new(), Keys.new()
     assert launch.user_name(first.public) != launch.user_name(second.public)
     assert launch.user_name(first.public) == launch.user_name(first.public)
+
+
+@pytest.mark.parametrize("broken", ["folder", "process"])
+def test_an_agent_for_one_call_that_cannot_be_started_is_a_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    folder = tmp_path / "temporary"
+    monkeypatch.setattr(launch.tempfile, "tempdir", str(folder))
+    if broken == "process":
+        folder.mkdir()
+        monkeypatch.setattr(launch, "agent_command", lambda *_: [str(tmp_path / "no-python")])
+    with pytest.raises(FluxmeshError, match="can't be started: .*No such file or directory"):
+        launch.start_ephemeral()
+    assert not folder.exists() or list(folder.iterdir()) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +23,16 @@ from fluxmesh.cluster.snapshot import (
     RingTiming,
     StepShape,
     StepTiming,
+    TextTiming,
     Timings,
 )
 from fluxmesh.planning.learning import MOST, dated, kind, learned
 from fluxmesh.planning.plan import Option, plan
 from fluxmesh.request import AdapterRef
+from fluxmesh.storage.homes import Home
+from fluxmesh.storage.keys import Keys
+from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
 from tests.unit.meshes import FLUX, ask, full, held, mac, without
 
 
@@ -71,31 +78,70 @@ def option(view: MeshView, name: str, hosts: int = 2, **keys: Any) -> Option:
     return next(o for o in options if o.name == name and (len(o.ranks) == hosts or name == "data"))
 
 
-# Averages
+# What is typical
 
 
-def test_the_latest_job_counts_half() -> None:
-    known = learned(Timings(), Timings(jobs=(job(2.0),)))
-    known = learned(known, Timings(jobs=(job(4.0, when=2.0),)))
-    (averaged,) = known.jobs
-    assert averaged.measured.step_seconds == 3.0
-    assert (averaged.last_seconds, averaged.measured.when) == (4.0, 2.0)
+def after(*seconds: float) -> StepTiming:
+    """What is known of a step after jobs that took so long a step, one after another."""
+    known = Timings()
+    for when, each in enumerate(seconds, 1):
+        news = job(each, when=float(when), begin_seconds=each, gap_seconds=each, first_seconds=each)
+        known = learned(known, Timings(jobs=(news,)))
+    (kept,) = known.jobs
+    assert (kept.last_seconds, kept.measured.when) == (seconds[-1], float(len(seconds)))
+    m = kept.measured
+    assert kept.begin_seconds == kept.gap_seconds == m.first_seconds == m.step_seconds
+    return m
 
 
-def test_a_link_that_became_slow_is_believed_after_a_few_jobs() -> None:
-    known = Timings(jobs=(job(1.0),))
-    for when in range(4):
-        known = learned(known, Timings(jobs=(job(2.0, when=when),)))
-    assert known.jobs[0].measured.step_seconds == pytest.approx(2.0, rel=0.05)
+@pytest.mark.parametrize("place", range(4))
+def test_a_job_beside_other_work_counts_for_nothing_once_another_is_done(place: int) -> None:
+    """The first one too, by which a plan was off for jobs."""
+    seconds = [1.0] * 4
+    seconds[place] = 9.0
+    for count in (2, 3, 4):
+        assert after(*seconds[:count]).step_seconds == 1.0
+
+
+def test_a_link_that_became_slow_is_believed_after_two_jobs() -> None:
+    assert after(1.0, 1.0, 1.0, 2.0).step_seconds == 1.0
+    assert after(1.0, 1.0, 1.0, 2.0, 2.0).step_seconds == 2.0
+    assert after(2.0, 2.0, 2.0, 1.0, 1.0).step_seconds == 1.0
+
+
+def test_what_is_known_of_a_step_outlives_the_file_and_one_that_kept_averages(
+    tmp_path: Path,
+) -> None:
+    """mesh.json, which `generate` reads anew each time."""
+    tmp_path.chmod(0o700)
+    home, text = Home(tmp_path), TextTiming(rank=0, model="m", dtype="d", bits=None, seconds=1.0)
+    record = MeshRecord("m", "[]", (Member(0, "h:1", Keys.new().public, "", "", ""),))
+    mesh_file.save(record, home)
+    for seconds in (9.0, 1.0, 1.5):
+        news = Timings(jobs=(job(seconds),), texts=(replace(text, seconds=seconds),))
+        mesh_file.learn("[]", [news], home)
+    known = mesh_file.load(home)
+    assert known is not None
+    assert known.timings.jobs[0].measured.step_seconds == known.timings.texts[0].seconds == 1.5
+    data = json.loads(home.mesh.read_text())
+    for kept in (*data["timings"]["jobs"], *data["timings"]["texts"]):
+        assert kept.pop("recent")
+    home.mesh.write_text(json.dumps(data))
+    mesh_file.learn("[]", [Timings(jobs=(job(1.0),))], home)
+    known = mesh_file.load(home)
+    assert known is not None and known.timings.jobs[0].measured.step_seconds == 1.0
 
 
 def test_what_a_job_did_not_measure_stays_as_it_was() -> None:
     rich = job(1.0, begin_seconds=0.2, gap_seconds=0.1, first_seconds=9.0)
-    (averaged,) = learned(Timings(jobs=(rich,)), Timings(jobs=(job(1.0),))).jobs
-    assert (averaged.begin_seconds, averaged.gap_seconds) == (0.2, 0.1)
-    assert averaged.measured.first_seconds == 9.0
-    (averaged,) = learned(Timings(jobs=(job(1.0),)), Timings(jobs=(rich,))).jobs
-    assert (averaged.begin_seconds, averaged.measured.first_seconds) == (0.2, 9.0)
+    known = Timings(jobs=(rich,))
+    for _ in range(5):
+        known = learned(known, Timings(jobs=(job(1.0),)))
+    (kept,) = known.jobs
+    assert (kept.begin_seconds, kept.gap_seconds) == (0.2, 0.1)
+    assert kept.measured.first_seconds == 9.0
+    (kept,) = learned(Timings(jobs=(job(1.0),)), Timings(jobs=(rich,))).jobs
+    assert (kept.begin_seconds, kept.measured.first_seconds) == (0.2, 9.0)
 
 
 @pytest.mark.parametrize(

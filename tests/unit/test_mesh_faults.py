@@ -12,7 +12,7 @@ import pytest
 
 from fluxmesh import events
 from fluxmesh.deadlines import DEADLINES
-from fluxmesh.errors import HostUnreachableError, WeightsError
+from fluxmesh.errors import FluxmeshError, HostUnreachableError, WeightsError
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -42,9 +42,18 @@ def test_an_engine_that_dies_costs_no_acknowledged_step(tmp_path: Path, placemen
     play(tmp_path, 2, body)
 
 
-def test_an_agent_that_is_started_again_goes_on_from_the_last_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [None, FluxmeshError("It is not there."), OSError("No disk.")])
+def test_an_agent_that_is_started_again_goes_on_from_the_last_step(
+    tmp_path: Path, fails: Exception | None
+) -> None:
+    """Also where the first start of it fails, in whatever way."""
+    tries: list[int] = []
+
     def restart(mesh: FakeMesh, loop: asyncio.AbstractEventLoop) -> Callable[[int], Member]:
         def again(rank: int) -> Member:
+            tries.append(rank)
+            if fails is not None and len(tries) == 1:
+                raise fails
             loop.call_soon_threadsafe(mesh.start, rank)
             return mesh.record.members[rank]
 

@@ -13,6 +13,7 @@ from fluxmesh import events
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import CancelledError
 from fluxmesh.planning.text_place import TextPlace, TextPlaces
+from fluxmesh.wire.messages import Done, LeaveQueue
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
@@ -56,6 +57,41 @@ def test_who_waits_in_line_can_leave_it(tmp_path: Path) -> None:
             check(heard, asked)
 
     play(tmp_path, 1, body)
+
+
+def test_a_place_in_line_is_told_once_however_often_the_agent_repeats_it(tmp_path: Path) -> None:
+    """The agent says it every two seconds, as a sign of life; a program would read it as news."""
+
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        asked = [AgentClient(mesh.network.dialer(name), mesh.record.members[0]) for name in "ab"]
+        for client in asked:
+            await client.__aenter__()
+        await asked[0].lease("first", 1.0, lambda _: None)
+        second = asyncio.create_task(asked[1].lease("second", 1.0, lambda _: None))
+        while not mesh.services[0].leases.waiting:
+            await asyncio.sleep(0.01)
+        heard, repeated = Heard(), list[int]()
+        runner = JobRunner(pool, GenerationSession(job()), {}, heard)
+        teller = runner._teller
+
+        def counting(rank: int) -> Any:
+            tell = teller(rank)
+            return lambda queued: (repeated.append(queued.place), tell(queued))
+
+        runner._teller = counting  # type: ignore[method-assign]
+        running = asyncio.create_task(runner.run())
+        for place in (2, 1):
+            while repeated.count(place) < 3:
+                await asyncio.sleep(0.01)
+            await asked[2 - place].ask(LeaveQueue(), Done)
+            if place == 2:
+                await second
+        await running
+        assert [(event.place, event.host) for event in heard.of(events.Queued)] == [(2, 0), (1, 0)]
+        for client in asked:
+            await client.close()
+
+    play(tmp_path, 1, body, agents=replace(DEADLINES, tell_place=0.05))
 
 
 def test_a_host_that_a_job_uses_no_more_is_free_for_others(tmp_path: Path) -> None:

@@ -137,6 +137,32 @@ def test_a_journal_stays_small_and_forgets_no_open_job(
     assert ids(Journal(tmp_path / "journal").lost) == ["stays-open"]
 
 
+@pytest.mark.parametrize("call", ["open", "write", "replace"])
+def test_a_journal_that_can_not_be_begun_anew_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """As one that is killed just then finds it: a server that starts on a full disk, too."""
+    journal = Journal(tmp_path / "journal")
+    journal.accepted(record("stays-open"))
+    journal.close()
+    before, right = (tmp_path / "journal").read_bytes(), getattr(os, call)
+
+    def refused(*of: Any) -> Any:
+        if call == "open" and not str(of[0]).endswith(".new"):
+            return right(*of)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.os, call, refused)
+        again = Journal(tmp_path / "journal")
+        assert ids(again.lost) == ["stays-open"]
+    assert (tmp_path / "journal").read_bytes() == before
+    again.accepted(record("another"))
+    again.close()
+    assert ids(Journal(tmp_path / "journal").lost) == ["stays-open", "another"]
+    assert sorted(os.listdir(tmp_path)) == ["journal", "journal.lock"]
+
+
 def test_a_journal_that_can_not_be_shortened_fails_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +174,7 @@ def test_a_journal_that_can_not_be_shortened_fails_no_job(
 
     with monkeypatch.context() as patch:
         patch.setattr(journal_module, "LARGEST", 100)
-        patch.setattr(journal_module.os, "ftruncate", refused)
+        patch.setattr(journal_module.os, "replace", refused)
         for number in range(10):
             journal.accepted(record(f"job-{number}"))
             journal.ended(f"job-{number}")

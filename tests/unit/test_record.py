@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,3 +137,44 @@ def test_a_file_that_is_cut_off_is_told_too(home: Home) -> None:
     home.mesh.write_text(home.mesh.read_text()[:100])
     with pytest.raises(FluxmeshError, match="run `fluxmesh up`"):
         mesh_file.load(home)
+
+
+@pytest.mark.parametrize("of_members", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_a_job_writes_down_brings_no_mesh_back_that_ended_or_changed_meanwhile(
+    home: Home, monkeypatch: pytest.MonkeyPatch, ends: bool, of_members: bool
+) -> None:
+    """As a server does while its user types `fluxmesh down`, or `up --rotate-keys`."""
+    mesh_file.save(MESH, home)
+    renewed = replace(MESH, members=tuple(replace(each, boot="renewed") for each in MESH.members))
+    has_read, may_go_on = threading.Event(), threading.Event()
+    load = mesh_file.load
+
+    def slow_load(home: Home | None = None) -> MeshRecord | None:
+        record = load(home)
+        has_read.set()
+        assert may_go_on.wait(60)
+        return record
+
+    def write_down() -> None:
+        if of_members:
+            mesh_file.remember_members(MESH, home)
+        else:
+            mesh_file.learn(MESH.text, [Timings()], home)
+
+    def user() -> None:
+        if ends:
+            mesh_file.remove(home)
+        else:
+            mesh_file.save(renewed, home)
+
+    monkeypatch.setattr(mesh_file, "load", slow_load)
+    job, command = threading.Thread(target=write_down), threading.Thread(target=user)
+    job.start()
+    assert has_read.wait(60)
+    command.start()
+    command.join(0.5)  # it would be done by now, if nobody stood in its way
+    may_go_on.set()
+    job.join()
+    command.join()
+    assert load(home) == (None if ends else renewed)

@@ -6,6 +6,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
 
@@ -53,3 +54,22 @@ def test_status_tells_the_line_and_nothing_where_there_is_none(
         server.shutdown()
     with running_server.recorded(Home(tmp_path), "http://127.0.0.1:1", None):
         assert server_rows() == []  # it was killed, and its record stayed
+
+
+@pytest.mark.parametrize("answer", [b"-ERR unknown command\r\n", b"HTTP/1.1 200 OK\r\n\r\n[1]"])
+def test_another_program_on_the_port_of_a_server_that_was_killed_is_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setenv("FLUXMESH_HOME", str(tmp_path))
+
+    class OtherProgram(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with TCPServer(("127.0.0.1", 0), OtherProgram) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with running_server.recorded(Home(tmp_path), url, None):
+            assert server_rows() == []
+        server.shutdown()

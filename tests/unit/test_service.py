@@ -168,3 +168,22 @@ def test_who_lost_the_place_in_line_gets_in_line_again(tmp_path: Path) -> None:
         await second.close()
 
     play(tmp_path, body)
+
+
+def test_the_log_has_a_line_for_who_changes_the_host_and_none_for_who_only_asks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`fluxmesh status --watch` asks every second, for days."""
+
+    async def body(mesh: FakeMesh) -> None:
+        caplog.clear()
+        async with AgentClient(mesh.network.dialer("looks"), mesh.record.members[0]) as client:
+            await client.ask(messages.AskStatus(), messages.Status)
+            await client.ask(messages.AskLogs(10), messages.Logs)
+        assert [line.getMessage() for line in caplog.records] == []
+        client, _ = await leased(mesh, "first")
+        assert [line.getMessage() for line in caplog.records] == ["first has the lease"]
+        await client.close()
+
+    with caplog.at_level("INFO"):
+        play(tmp_path, body)

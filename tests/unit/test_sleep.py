@@ -23,6 +23,7 @@ from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import HostUnreachableError
 from fluxmesh.machine import clock
 from fluxmesh.wire import messages
+from fluxmesh_agent import service
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.agents.mesh_file import Member
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
@@ -225,3 +226,29 @@ def test_a_coordinator_that_slept_has_not_heard_its_agents_silence(
         await client.close()
 
     play(tmp_path, body)
+
+
+def test_an_agent_that_stood_still_loads_what_is_missing_no_later_than_before(
+    tmp_path: Path, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after as long again as it stood still: when it was used last is told by one clock."""
+    monkeypatch.setattr(service, "time", clock.time)
+    weights = ModelVariant("tiny")
+    keep = messages.Keep(weights=weights, shards=1, shard=0, components=("transformer",))
+
+    async def until_held(mesh: FakeMesh) -> None:
+        while (holds := mesh.services[0].status().holds) is None or holds.weights != weights:
+            await asyncio.sleep(0.02)
+
+    async def body(mesh: FakeMesh) -> None:
+        async with AgentClient(mesh.network.dialer("user"), mesh.record.members[0]) as client:
+            await client.ask(keep, messages.Done)
+        await until_held(mesh)
+        sleeper.slept += 3600
+        await asyncio.sleep(4 * DEADLINES.tick)
+        mesh.engine(0).die()
+        assert mesh.services[0].status().holds is None
+        await until_held(mesh)
+        assert mesh.engine(0).starts == 2
+
+    play(tmp_path, body, idle=0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxmesh.errors import OutputError, UsageError
+from fluxmesh.errors import NoSuchFolderError, OutputError, UsageError
 from fluxmesh.storage.writable import check_folder, check_new, check_room
 from fluxmesh_coordinator.artifacts.pictures import PicturePath, StepFiles
 from tests.unwritable import unwritable_folder
@@ -44,18 +44,20 @@ def test_the_default_place_is_tried_too(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(OutputError, match=f"{file} is a file"):
+    with pytest.raises(NoSuchFolderError, match=f"{file} is a file"):
         check_folder(file / "out" / "put")
-    with pytest.raises(OutputError, match=f"{file} is a file"):
+    with pytest.raises(NoSuchFolderError, match=f"{file} is a file"):
         PicturePath.parse(str(file / "dog.png"))
-    with pytest.raises(OutputError, match=f"{file} is a file"):
+    with pytest.raises(NoSuchFolderError, match=f"{file} is a file"):
         StepFiles(str(file / "steps"), 1, 1, force=True)
 
 
 def test_a_link_to_a_disk_that_is_away_is_told_as_one(tmp_path: Path) -> None:
     (tmp_path / "away").symlink_to("/Volumes/T7/pictures")
     for check in (check_folder, lambda folder: PicturePath.parse(str(folder / "dog.png"))):
-        with pytest.raises(OutputError, match="away is a link to /Volumes/T7/pictures, where"):
+        with pytest.raises(
+            NoSuchFolderError, match="away is a link to /Volumes/T7/pictures, where"
+        ):
             check(tmp_path / "away")
 
 
@@ -77,8 +79,12 @@ def test_what_is_there_and_what_has_no_folder_is_no_new_place(tmp_path: Path) ->
     os.symlink("nowhere", tmp_path / "link")
     with pytest.raises(OutputError, match="exists already"):
         check_new(tmp_path / "link")
-    with pytest.raises(OutputError, match="does not exist; make it first"):
+    with pytest.raises(NoSuchFolderError, match="does not exist; make it first"):
         check_new(tmp_path / "a" / "b")
+    for output in (tmp_path / "a" / "dog.png", f"{tmp_path}/a/"):
+        with pytest.raises(NoSuchFolderError, match="does not exist; make it first") as caught:
+            PicturePath.parse(str(output))
+        assert caught.value.exit_code == UsageError.exit_code
 
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:

@@ -207,16 +207,23 @@ def start_ephemeral(envs: Sequence[tuple[str, str]] = (), keys: Keys | None = No
     keys = keys or Keys.new()
     spec = {"address": "127.0.0.1", "port": 0, "roots": ["/"]}
     with interrupts.uninterrupted(), interrupts.not_for_children():
-        state = Path(tempfile.mkdtemp(prefix="fluxmesh-"))
+        try:
+            state = Path(tempfile.mkdtemp(prefix="fluxmesh-"))
+        except OSError as error:
+            raise _no_agent(error) from None
         log = state / "agent.log"
-        with open(log, "ab") as file:
-            process = subprocess.Popen(
-                agent_command(state, spec, "--ephemeral"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                start_new_session=True,  # Ctrl-C is the coordinator's to hear, not the agent's
-            )
+        try:
+            with open(log, "ab") as file:
+                process = subprocess.Popen(
+                    agent_command(state, spec, "--ephemeral"),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    start_new_session=True,  # Ctrl-C is the coordinator's to hear, not the agent's
+                )
+        except OSError as error:
+            shutil.rmtree(state, ignore_errors=True)
+            raise _no_agent(error) from None
         forget = interrupts.at_end(partial(_end_ephemeral, process, state))
     try:
         ready = hand_over(process, {user_name(keys.public): keys.public}, dict(envs))
@@ -239,3 +246,10 @@ def start_ephemeral(envs: Sequence[tuple[str, str]] = (), keys: Keys | None = No
     )
     record = MeshRecord(THIS_NAME, THIS_MACHINE, (member,), tuple(envs), ("/",))
     return Ephemeral(record, keys, process, forget)
+
+
+def _no_agent(error: OSError) -> FluxmeshError:
+    where = "" if error.filename is None else f"{error.filename}: "
+    return FluxmeshError(
+        f"The agent of this machine can't be started: {where}{error.strerror or error}."
+    )

@@ -7,9 +7,11 @@ and of each agent its address and public key. No secret is in it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fluxmesh.cluster.snapshot import (
     JobTiming,
     LinkInfo,
     ModelVariant,
+    Recent,
     RingTiming,
     StepTiming,
     TextTiming,
@@ -31,7 +34,7 @@ from fluxmesh.cluster.snapshot import (
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.planning.learning import learned
 from fluxmesh.request import AdapterRef
-from fluxmesh.storage.homes import Home, home_folder, read_private, write_private
+from fluxmesh.storage.homes import Home, HomeError, home_folder, read_private, write_private
 from fluxmesh.storage.keys import is_key
 
 VERSION = 1
@@ -174,7 +177,7 @@ def _timings(data: dict[str, Any]) -> Timings:
     return Timings(
         tuple(_ring(ring) for ring in data.get("rings", ())),
         tuple(_job(job) for job in data.get("jobs", ())),
-        tuple(TextTiming(**text) for text in data.get("texts", ())),
+        tuple(_text(text) for text in data.get("texts", ())),
     )
 
 
@@ -189,10 +192,19 @@ def _ring(data: dict[str, Any]) -> RingTiming:
 
 
 def _job(data: dict[str, Any]) -> JobTiming:
-    ranks, measured = data.pop("ranks"), data.pop("measured")
+    ranks, measured, recent = data.pop("ranks"), data.pop("measured"), _recent(data)
     shares = Shares.from_plain(measured.pop("shares", {}))
     timing = StepTiming(shares=shares, **measured)
-    return JobTiming(ranks=tuple(ranks), measured=timing, **data)
+    return JobTiming(ranks=tuple(ranks), measured=timing, recent=recent, **data)
+
+
+def _text(data: dict[str, Any]) -> TextTiming:
+    return TextTiming(recent=_recent(data), **data)
+
+
+def _recent(data: dict[str, Any]) -> Recent:
+    """None where only averages were kept."""
+    return tuple((str(name), tuple(map(float, each))) for name, each in data.pop("recent", ()))
 
 
 def load(home: Home | None = None) -> MeshRecord | None:
@@ -233,30 +245,71 @@ def _to_read(home: Home | None) -> Home:
 
 def save(record: MeshRecord, home: Home | None = None) -> Path:
     """Writes the mesh that is up, in one piece. Raises `HomeError`."""
-    path = (home or Home.default()).mesh
-    write_private(path, record.to_json())
-    return path
+    home = home or Home.default()
+    with _changing(home):
+        return _write(record, home)
+
+
+def remember_members(record: MeshRecord, home: Home | None = None) -> None:
+    """Writes down which agents of a mesh run now, and leaves what others measured meanwhile.
+
+    Does nothing where another mesh is up by now, or none. Raises as `load` and `save`.
+    """
+    home = home or Home.default()
+    with _changing(home):
+        known = load(home)
+        if known is not None and known.text == record.text:
+            _write(replace(record, timings=known.timings, faults=known.faults), home)
 
 
 def learn(text: str, news: Iterable[Timings | BackendFault], home: Home | None = None) -> None:
     """Adds what was found out on the mesh of this hostfile, in this order, to what is known of it.
 
-    Does nothing where another mesh is up by now. Raises as `load` and `save`.
+    Does nothing where another mesh is up by now, or none. Raises as `load` and `save`.
     """
-    known = load(home)
-    if known is None or known.text != text:
-        return
-    for each in news:
-        if isinstance(each, BackendFault):
-            known = replace(known, faults=known.fallback.noted(each).faults)
-        else:
-            known = replace(known, timings=learned(known.timings, each))
-    save(known, home)
+    home = home or Home.default()
+    with _changing(home):
+        known = load(home)
+        if known is None or known.text != text:
+            return
+        for each in news:
+            if isinstance(each, BackendFault):
+                known = replace(known, faults=known.fallback.noted(each).faults)
+            else:
+                known = replace(known, timings=learned(known.timings, each))
+        _write(known, home)
 
 
 def remove(home: Home | None = None) -> None:
-    """Forgets the mesh; twice is harmless."""
-    (home or Home.default()).mesh.unlink(missing_ok=True)
+    """Forgets the mesh; twice is harmless. Raises `HomeError`."""
+    home = home or Home.default()
+    with _changing(home):
+        home.mesh.unlink(missing_ok=True)
+
+
+def _write(record: MeshRecord, home: Home) -> Path:
+    write_private(home.mesh, record.to_json())
+    return home.mesh
+
+
+@contextlib.contextmanager
+def _changing(home: Home) -> Iterator[None]:
+    """No other process changes the record as long as the block lasts.
+
+    Else a server that adds what it measured would put back the mesh that `down` has ended, or the
+    agents that `up` has replaced.
+    """
+    path = home.folder / "mesh.lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HomeError(f"{path} can't be used: {error.strerror or error}.") from None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def begin_start(record: StartRecord, home: Home | None = None) -> None:

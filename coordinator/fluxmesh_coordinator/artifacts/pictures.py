@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from fluxmesh.errors import OutputError, UsageError
+from fluxmesh.errors import NoSuchFolderError, OutputError, UsageError
 from fluxmesh.storage.atomic import write_file
 from fluxmesh.storage.writable import check_file, check_folder
 from fluxmesh.version import __version__
@@ -73,8 +73,8 @@ class PicturePath:
     def parse(cls, output: str | None, *, force: bool = False) -> PicturePath:
         """Reads `--output`: None, a folder, or the name of a PNG file.
 
-        Raises `UsageError` for a name that isn't a PNG's, `OutputError` for a folder that is
-        missing or takes no files.
+        Raises `UsageError` for a name that isn't a PNG's, `NoSuchFolderError` for a folder that
+        is missing, `OutputError` for one that takes no files.
         """
         if output is None:
             check_folder(Path())
@@ -85,13 +85,13 @@ class PicturePath:
         if os.path.isdir(path):
             target = cls(path, force=force)
         elif output.endswith(("/", os.sep)):
-            raise OutputError(f"`output` {output}: the folder does not exist; make it first.")
+            raise NoSuchFolderError(f"`output` {output}: the folder does not exist; make it first.")
         elif path.suffix.lower() in ("", ".png") and path.name:
             target = cls(path.parent, path.stem, path.suffix or ".png", given=True, force=force)
         else:
             raise UsageError(f"`output` {output}: pictures are written as PNG; end it in .png.")
         if not os.path.lexists(target.folder):
-            raise OutputError(
+            raise NoSuchFolderError(
                 f"`output` {output}: the folder {target.folder} does not exist; make it first."
             )
         check_file(target.folder / f"{target.stem}{target.suffix}")
@@ -181,13 +181,14 @@ class StepFiles:
     """The pictures after each step, in a folder of their own (`--stepwise`)."""
 
     def __init__(self, folder: str, n_prompts: int, n_images: int, *, force: bool) -> None:
-        """Raises `OutputError` if the folder has something in it already, or takes nothing."""
+        """Raises `OutputError` if the folder has something in it already, or takes nothing, and
+        `NoSuchFolderError` if it is none."""
         self.folder = Path(os.path.expanduser(folder))
         self.n_prompts = n_prompts
         self.n_images = n_images
         self.force = force
         if os.path.lexists(self.folder) and not self.folder.is_dir():
-            raise OutputError(f"`stepwise` {folder} is no folder: name a new one.")
+            raise NoSuchFolderError(f"`stepwise` {folder} is no folder: name a new one.")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not force:
             raise OutputError(f"`stepwise` {folder} is not empty: name a new folder.")
         check_folder(self.folder)

@@ -141,9 +141,7 @@ def _told(arguments: Sequence[str], error: BaseException) -> int:
         _tell_program(arguments, f"{error.ctx.command_path} needs a command.", error.exit_code)
         return error.exit_code
     if isinstance(error, click.UsageError):
-        _show_usage(error)
-        _tell_program(arguments, error.format_message(), error.exit_code)
-        return error.exit_code
+        return _fail(arguments, _of_usage(error), error.exit_code)
     if isinstance(error, click.ClickException):
         return _fail(arguments, error.format_message(), error.exit_code)
     if isinstance(error, FluxmeshError):
@@ -159,12 +157,18 @@ def _told(arguments: Sequence[str], error: BaseException) -> int:
     raise error
 
 
-def _show_usage(error: click.UsageError) -> None:
-    """As click shows it, with our word for an error."""
-    if error.ctx is not None:
-        click.echo(error.ctx.get_usage(), err=True)
-        click.echo(f"Try '{error.ctx.command_path} --help' for help.\n", err=True)
-    click.echo(f"{_error_word()} {error.format_message()}", err=True)
+def _of_usage(error: click.UsageError) -> str:
+    """What click says of a wrong command line, in one sentence that names its help."""
+    if isinstance(error, click.NoSuchOption):
+        known = error.ctx.command.params if error.ctx else ()
+        names = [name for option in known for name in (*option.opts, *option.secondary_opts)]
+        said = f"There is no option {error.option_name}{did_you_mean(error.option_name, names)}"
+    else:
+        said = " ".join(error.format_message().split()).removesuffix(".")
+    if error.ctx is None:
+        return said if said.endswith("?") else f"{said}."
+    link = "" if said.endswith("?") else ";"
+    return f"{said}{link} `{error.ctx.command_path} --help` tells what there is."
 
 
 def _error_word() -> str:

@@ -19,7 +19,7 @@ from fluxmesh_coordinator.cli.options import ImageSize
     metavar="MODEL",
     multiple=True,
     shell_complete=complete_models,
-    help="One to measure; may be given several times.  [tiny, and the best that is here]",
+    help="A model to measure; may be given several times.  [tiny, and the best that is here]",
 )
 @click.option(
     "--image-size",
@@ -27,9 +27,9 @@ from fluxmesh_coordinator.cli.options import ImageSize
     "sizes",
     type=ImageSize(),
     multiple=True,
-    help="Of the pictures; may be given several times.  [the model's own]",
+    help="Size of the pictures; may be given several times.  [the model's own]",
 )
-@click.option("--steps", type=int, default=4, show_default=True, help="Of each picture.")
+@click.option("--steps", type=int, default=4, show_default=True, help="Steps of each picture.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 def bench(
@@ -39,10 +39,11 @@ def bench(
     steps: int,
     as_json: bool,
 ) -> None:
-    """Measure what a step and a picture take, beside what was predicted: a table to post.
+    """Measure how long a step and a picture take, and print it beside what was predicted.
 
-    Each way of the mesh that is up, else of this machine alone. Pictures are painted as `generate`
-    paints them, twice each, and not kept. Exits 4 where nothing of it fits.
+    Every placement of the mesh that is up is measured; if none is up, this machine. Pictures are
+    painted as `generate` paints them, twice each, and not kept. The table is made to be posted.
+    Exits 4 if no model fits in memory.
     """
     from fluxmesh_coordinator.commands.bench import Bench, check_steps
     from fluxmesh_coordinator.commands.generate import Painter

@@ -20,15 +20,15 @@ MARKS = {"ok": "ok", "warn": "[yellow]warning[/]", "fail": "[bold red]FAILS[/]"}
     "--model",
     metavar="MODEL",
     shell_complete=complete_models,
-    help="Also look whether it is on every host.",
+    help="Also check that every host has this model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_context
 def doctor(context: click.Context, hostfile: Path | None, model: str | None, as_json: bool) -> None:
-    """Check ssh, Python, versions, memory, clocks, addresses and keys of HOSTFILE's hosts.
+    """Check the hosts of HOSTFILE: ssh, Python, versions, memory, clocks, addresses and keys.
 
-    Without HOSTFILE, of the mesh that is up, and of its agents and links too; else this machine.
-    Exits 1 where something fails.
+    Without HOSTFILE, check the mesh that is up, with its agents and links; if none is up, this
+    machine. Exits 1 if a check fails.
     """
     from fluxmesh.cluster import hostfile as hostfiles
     from fluxmesh_coordinator.agents import mesh_file

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fluxmesh_coordinator.cli.options import (
+    ConfigurableCommand,
     display_options,
     painting_settings,
     settings_options,
@@ -15,7 +16,7 @@ from fluxmesh_coordinator.cli.options import (
 from fluxmesh_coordinator.cli.paths import UserPath
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option(
     "--prompt-file",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fluxmesh_coordinator.cli.options import (
+    ConfigurableCommand,
     display_options,
     painting_settings,
     settings_options,
@@ -15,7 +16,7 @@ from fluxmesh_coordinator.cli.options import (
 from fluxmesh_coordinator.cli.paths import UserPath
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.option(
     "-o", "--output", type=UserPath(), metavar="FOLDER", help="Where pictures go.  [this folder]"
 )
@@ -43,6 +44,7 @@ def interactive(
     A line is a prompt, or changes a setting if it begins with /; /help tells which there are.
     """
     from fluxmesh.errors import UsageError
+    from fluxmesh.weights import hub
     from fluxmesh_coordinator.artifacts.pictures import PicturePath
     from fluxmesh_coordinator.cli.conversation import Conversation
     from fluxmesh_coordinator.commands.generate import Spread
@@ -52,6 +54,8 @@ def interactive(
     if target.given:
         raise UsageError(f"--output {output}: interactive takes a folder, and names the files.")
     settings = painting_settings(context)
+    if settings.model is not None:
+        hub.check_name(settings.model)  # before the first prompt, as /model does
     display = Display(opens, shows, previews)
     with GenerateTerminalReporter(verbose=verbose, display=display) as reporter:
         Conversation(settings, target, reporter, Spread(placement, force_shard, wait)).run()

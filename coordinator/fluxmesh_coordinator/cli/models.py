@@ -31,14 +31,15 @@ def models() -> None:
     """List, show, check, fetch, copy, quantize and remove models."""
 
 
-@models.command("list", short_help="List what `--model` can be.")
+@models.command("list", short_help="List the models that `--model` takes.")
 @as_json
 def list_command(as_json: bool) -> None:
-    """What `--model` can be: the embedded models, those with a name, and FLUX from the Hub's cache.
+    """List the models that `--model` takes: those inside fluxmesh, those with a short name, and
+    FLUX models in the Hub's cache.
 
-    Each with its size (on this machine, or to be fetched), its licence and whether the Hub asks you
-    to accept it, the steps that it takes by itself, and what it takes beside a prompt. A Hub id
-    (owner/repo), a folder or a .safetensors file is a model too.
+    Each has its size (here, or of the download), its licence (gated: you must accept it on the Hub
+    first), its usual number of steps, and its inputs beside a prompt. `--model` also takes a Hub id
+    (owner/repo), a folder or a .safetensors file.
     """
     from fluxmesh_coordinator.console.json_lines import emit
     from fluxmesh_coordinator.runtime.model_list import listed

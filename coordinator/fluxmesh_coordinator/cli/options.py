@@ -6,12 +6,14 @@ too: an option that the user did not give says nothing here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from fluxmesh.errors import FluxmeshError, ModelNotFoundError
 from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
 from fluxmesh_coordinator.cli.paths import UserPath
 
@@ -124,6 +126,40 @@ class Margins(click.ParamType):
         return value if isinstance(value, tuple) else parse_margins(value)
 
 
+class ConfigurableCommand(click.Command):
+    """A command whose errors say where a wrong value stands, if not on the command line.
+
+    Environment and config.toml are the context's object (`defaults.py`).
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FluxmeshError as error:
+            default = _default_at_fault(ctx, error)
+            if default is not None:
+                field, title = str(default.setting.option.name), default.setting.title
+                error.args = (f"{default.source}: {str(error).replace(f'`{field}`', title)}",)
+            raise
+
+
+def _default_at_fault(ctx: click.Context, error: FluxmeshError) -> Any:
+    """The default that an error is about; None where it is about something else."""
+    if ctx.obj is None or ctx.params.get("from_"):  # a recipe stands above them
+        return None
+    text = str(error)
+    for name, default in ctx.obj.of(str(ctx.info_name)).items():
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            continue
+        if text.startswith(f"`{name}`"):
+            return default
+        if name == "model" and isinstance(error, ModelNotFoundError):
+            model = re.escape(str(default.value))
+            if re.search(rf"^{model}[ :]|'{model}'|`model`", text):
+                return default
+    return None
+
+
 def chosen(context: click.Context) -> dict[str, Any]:
     """The parameters that the user gave, by name."""
     return {
@@ -233,10 +269,12 @@ _OPTIONS = [
         help="A name of `models list`, a Hub repo, a path.  [the best that is here and fits]",
     ),
     click.option("-n", "--n-images", type=int, help="How many images; image k has seed + k.  [1]"),
-    click.option("--image-size", type=ImageSize(), help="In pixels.  [the model's own]"),
+    click.option(
+        "--image-size", type=ImageSize(), help="Height and width in pixels.  [the model's own]"
+    ),
     click.option("--steps", type=int, help="Denoising steps.  [the model's own]"),
     click.option("--guidance", type=float, help="Guidance, for models that take it.  [4.0]"),
-    click.option("--seed", type=int, help="Where the noise comes from.  [drawn, and told]"),
+    click.option("--seed", type=int, help="Seed of the noise.  [random, and told]"),
     click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid.  [1]"),
     click.option("--image", type=_FILE, metavar="PATH", help="Begin from this picture."),
     click.option(
@@ -269,11 +307,11 @@ _OPTIONS = [
         "--control-from",
         type=_FILE,
         metavar="PATH",
-        help="Follow this picture's edges, which OpenCV finds.",
+        help="Follow the edges that OpenCV finds in this picture.",
     ),
-    click.option("--negative-prompt", metavar="TEXT", help="What the picture is to be without."),
+    click.option("--negative-prompt", metavar="TEXT", help="What the picture must not show."),
     click.option(
-        "--cfg", type=float, help="Strength against --negative-prompt: two calls.  [the model's]"
+        "--cfg", type=float, help="Strength of --negative-prompt: two calls a step.  [the model's]"
     ),
     click.option(
         "--adapter",
@@ -286,7 +324,7 @@ _OPTIONS = [
     click.option(
         "--dtype",
         type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="Of weights.  [bfloat16]",
+        help="Number type of the weights.  [bfloat16]",
     ),
     click.option(
         "-q", "--quantize/--no-quantize", default=None, help="Quantize the weights: less memory."
@@ -295,13 +333,13 @@ _OPTIONS = [
         "--bits",
         type=click.Choice(["3", "4", "5", "6", "8"]),
         callback=lambda _ctx, _param, value: None if value is None else int(value),
-        help="Of a quantized weight; implies --quantize.  [4 with --quantize]",
+        help="Bits of a quantized weight; implies --quantize.  [4 with --quantize]",
     ),
     click.option(
         "--text-bits",
         type=click.Choice(["3", "4", "5", "6", "8"]),
         callback=lambda _ctx, _param, value: None if value is None else int(value),
-        help="Of a text encoder's weight.  [as --bits]",
+        help="Bits of a text encoder's weight.  [as --bits]",
     ),
     click.option(
         "--no-t5-padding", is_flag=True, help="Don't pad the prompt: faster, another picture."

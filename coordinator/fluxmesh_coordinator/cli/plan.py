@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import painting_settings, settings_options
+from fluxmesh_coordinator.cli.options import (
+    ConfigurableCommand,
+    painting_settings,
+    settings_options,
+)
 from fluxmesh_coordinator.cli.paths import UserPath
 
 if TYPE_CHECKING:
@@ -22,19 +26,22 @@ if TYPE_CHECKING:
 _FILE = UserPath(path_type=Path)
 
 
-@click.command(short_help="Tell how `generate` would be done, and why.")
+@click.command(cls=ConfigurableCommand, short_help="Show how `generate` would run, and why.")
 @click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option(
     "--placement",
     type=click.Choice(["data", "sequence", "tensor"]),
-    help="Allow this one alone.",
+    help="Consider only this placement.",
 )
 @click.option("--force-shard", is_flag=True, help="All hosts of a ring work on each image.")
 @click.option(
-    "--hostfile", type=_FILE, metavar="FILE", help="Of a mesh that isn't up; needs --assume."
+    "--hostfile",
+    type=_FILE,
+    metavar="FILE",
+    help="Plan for these hosts, which need not be up; needs --assume.",
 )
 @click.option(
-    "--assume", type=_FILE, metavar="FILE", help="What its hosts and links would measure."
+    "--assume", type=_FILE, metavar="FILE", help="How fast these hosts and their links would be."
 )
 @settings_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -49,12 +56,12 @@ def plan(
     as_json: bool,
     **_settings: Any,
 ) -> None:
-    """Tell how the mesh that is up would do `generate` with these options, and why.
+    """Show how `generate` would run with these options, and why. Nothing is painted.
 
-    Each way has its predicted time, beside the step that was measured last and how long ago.
+    Each placement is listed with its predicted time, its last measured step and how old that is.
 
-    The mesh is the one of `fluxmesh up`, else this machine alone. With --assume it is one that
-    isn't there: hostfiles/README.md shows how.
+    It is planned for the mesh that `fluxmesh up` started, else for this machine. With --hostfile
+    and --assume, for a mesh that does not exist: hostfiles/README.md shows how.
     """
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner

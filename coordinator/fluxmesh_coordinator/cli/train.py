@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_data_sets, complete_models
-from fluxmesh_coordinator.cli.options import Resolution, chosen
+from fluxmesh_coordinator.cli.options import ConfigurableCommand, Resolution, chosen
 from fluxmesh_coordinator.cli.paths import UserPath
 
 
@@ -97,7 +97,9 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(short_help="Train a LoRA on a folder or a data set of the Hub.")
+@click.command(
+    cls=ConfigurableCommand, short_help="Train a LoRA on a folder or a data set of the Hub."
+)
 @click.argument("dataset", type=UserPath(), shell_complete=complete_data_sets)
 @train_options
 @click.option("--json", "as_json", is_flag=True, help="Tell it in JSON, one object a line.")

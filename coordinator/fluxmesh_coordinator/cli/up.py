@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.options import Resolutions
+from fluxmesh_coordinator.cli.options import ConfigurableCommand, Resolutions
 from fluxmesh_coordinator.cli.paths import UserPath
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COMMANDLINE = click.core.ParameterSource.COMMANDLINE
 
 
-@click.command()
+@click.command(cls=ConfigurableCommand)
 @click.argument("hostfile", required=False, type=UserPath(path_type=Path))
 @click.option(
     "-m",

@@ -8,13 +8,10 @@ from __future__ import annotations
 from fluxmesh import errors
 from fluxmesh.wire.messages import ENGINE_KILLED, PEER_LATE
 
-# What the request itself is to blame for: every host would say the same.
-FINAL = {"UsageError", "AdapterError", "NotFiniteError"}
 # What a host would say again, and another may not: its disk, its memory.
-OF_HOST = {
-    *("WeightsError", "ModelNotFoundError", "NotFetchedError", "NoSuchNameError"),
-    "DoesNotFitError",
-}
+OF_HOST = (errors.WeightsError, errors.ModelNotFoundError, errors.DoesNotFitError)
+# What the request itself is to blame for, else: every host would say the same.
+FINAL = (errors.UsageError, errors.AdapterError, errors.NotFiniteError)
 # What agents say when they refuse a request -> the error that it stands for.
 REFUSALS = {
     "usage": "UsageError",
@@ -28,14 +25,28 @@ OF_RING = {"Raised", LATE}
 OF_NO_BACKEND = {ENGINE_KILLED, LATE}
 
 
+def is_of_host(kind: str) -> bool:
+    """Whether a host's files or memory are not what the job needs."""
+    return issubclass(_class_of(kind), OF_HOST)
+
+
+def is_final(kind: str) -> bool:
+    """Whether the request is to blame, whichever host does it."""
+    return issubclass(_class_of(kind), FINAL) and not is_of_host(kind)
+
+
 def is_of_backend(kind: str) -> bool:
     """Whether a ring's backend may be to blame for the end of one of its engines."""
-    return kind not in OF_NO_BACKEND and kind not in OF_HOST
+    return kind not in OF_NO_BACKEND and not is_of_host(kind)
 
 
 def error_of(kind: str, text: str) -> errors.FluxmeshError:
     """The error of that name; of one that is no error of ours, the base."""
-    error_class = getattr(errors, kind, None)
-    if isinstance(error_class, type) and issubclass(error_class, errors.FluxmeshError):
-        return error_class(text)
-    return errors.FluxmeshError(text)
+    return _class_of(kind)(text)
+
+
+def _class_of(kind: str) -> type[errors.FluxmeshError]:
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, errors.FluxmeshError):
+        return known
+    return errors.FluxmeshError

@@ -88,10 +88,10 @@ class Recovery(Generic[H]):
 
     def failed(self, host: H, kind: str, text: str, *, fatal: bool, now: float) -> None:
         """An engine died (`fatal`), or could not do its work; `kind` is the error's class."""
-        if not fatal and kind in failures.FINAL:
+        if not fatal and failures.is_final(kind):
             self.end(failures.error_of(kind, text))
             return
-        if not fatal and kind in failures.OF_HOST:
+        if not fatal and failures.is_of_host(kind):
             self._unfit(host, failures.error_of(kind, text), now)
             return
         # A survivor of a broken ring fails too; the one to blame is the one that died, or that

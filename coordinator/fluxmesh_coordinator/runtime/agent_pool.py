@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 RESTARTS = 3  # of one agent, in the life of a pool
 
-Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; FluxmeshError
+Restart = Callable[[int], Member]  # starts the agent of a rank again; blocks; may raise
 News = Timings | BackendFault  # what a job found out about the mesh
 Keep = Callable[[Sequence[News]], None]  # in the order in which it came; blocks; FluxmeshError
 
@@ -249,6 +249,6 @@ class AgentPool:
         self._restarts[rank] = self._restarts.get(rank, 0) + 1
         try:
             self._members[rank] = await asyncio.to_thread(self._restart, rank)
-        except FluxmeshError as error:
+        except (FluxmeshError, OSError) as error:  # it is tried again all the same
             log.warning("host %d could not be started again: %s", rank, error)
             self.reasons[rank] = str(error)

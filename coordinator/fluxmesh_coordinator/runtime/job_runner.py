@@ -286,7 +286,16 @@ class JobRunner:
         await adapter_upload.send(client, fence, self.files, tell)
 
     def _teller(self, rank: int) -> Callable[[messages.LeaseQueued], None]:
-        return lambda queued: self.tell(Queued(queued.place, queued.seconds, rank))
+        """Tells of each place in a host's line once: the agent repeats it, as a sign of life."""
+        told = 0
+
+        def tell(queued: messages.LeaseQueued) -> None:
+            nonlocal told
+            if queued.place != told:
+                told = queued.place
+                self.tell(Queued(queued.place, queued.seconds, rank))
+
+        return tell
 
     def _open(self, rank: int, granted: messages.Granted) -> LeasedHost:
         """A host whose lease is ours: from now on its reports come in, and messages go out."""

@@ -39,7 +39,13 @@ from fluxmesh.wire.loop_thread import LoopThread
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents import launch
 from fluxmesh_coordinator.agents.client import AgentClient
-from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, learn, load, save
+from fluxmesh_coordinator.agents.mesh_file import (
+    Member,
+    MeshRecord,
+    learn,
+    load,
+    remember_members,
+)
 from fluxmesh_coordinator.agents.status import user_keys
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.jobs.generation.state import GenerationJob
@@ -118,7 +124,7 @@ class Mesh:
         `connect`.
         """
         if record is not None:
-            return cls._of(record, user_keys(), _remember, partial(learn, record.text))
+            return cls._of(record, user_keys(), remember_members, partial(learn, record.text))
         started = launch.start_ephemeral()
         ephemeral = [started]
         lock, is_over = threading.Lock(), threading.Event()
@@ -394,14 +400,6 @@ def plan_of(job: GenerationJob, view: MeshView) -> Plan:
     return find_plan(
         job.request, view, job.sizes, placement=job.placement, force_shard=job.force_shard
     )
-
-
-def _remember(mesh: MeshRecord) -> None:
-    """Writes down which agents run now, unless another mesh came up meanwhile."""
-    known = load()
-    if known is not None and known.text == mesh.text:
-        # Others may have measured meanwhile.
-        save(replace(mesh, timings=known.timings, faults=known.faults))
 
 
 def _curve(keys: Keys) -> Callable[[], Dialer]:

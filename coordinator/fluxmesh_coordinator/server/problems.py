@@ -68,8 +68,8 @@ KINDS: tuple[tuple[type[FluxmeshError], int, str], ...] = (  # the first that fi
     (HostUnreachableError, 503, "no_host"),
     (AdapterError, 400, "adapter"),
     (ModelNotFoundError, 404, "model_not_found"),
+    (OutputError, 507, "not_saved"),  # before what it may be beside: no client names our folders
     (UsageError, 400, "invalid_value"),
-    (OutputError, 507, "not_saved"),
     (FluxmeshError, 500, "failed"),
 )
 

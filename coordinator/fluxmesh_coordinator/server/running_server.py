@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import urllib.error
@@ -43,8 +44,8 @@ def line() -> tuple[str, list[dict[str, Any]]] | None:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=DEADLINES.own_server) as answer:
             return record["url"], json.load(answer)["queue"]
-    except (OSError, FluxmeshError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, http.client.HTTPException, FluxmeshError, ValueError, KeyError, TypeError):
+        return None  # another program may have its port by now
 
 
 def _reachable(url: str) -> str:

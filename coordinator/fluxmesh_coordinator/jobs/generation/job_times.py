@@ -7,12 +7,12 @@ that have their devices to themselves, of jobs in which nothing was lost.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fluxmesh.cluster.shares import Shares
 from fluxmesh.cluster.snapshot import JobTiming, Placement, StepTiming, Timings
+from fluxmesh.planning.learning import typical
 from fluxmesh.planning.workload import Workload
 from fluxmesh.request import FilledRequest
 from fluxmesh_coordinator.jobs.host import Readiness
@@ -96,12 +96,12 @@ class JobTimes:
             seen.steps += rest
             if rest and known.readiness != "loading":
                 firsts = {"new engine": seen.kernels, "new placement": seen.placements}
-                longer = max(0.0, known.steps[0] - statistics.median(rest))
+                longer = max(0.0, known.steps[0] - typical(rest))
                 firsts.get(known.readiness, seen.firsts).append(longer)
             return
         seen.steps += rest or known.steps
-        typical = statistics.median(rest or known.steps)
-        gap = known.painting - typical * self.work.steps
+        step = typical(rest or known.steps)
+        gap = known.painting - step * self.work.steps
         if known.members[0] == "data":  # in a ring, others decode meanwhile
             gap += took - seconds
         seen.gaps.append(max(0.0, gap))
@@ -127,7 +127,7 @@ class JobTimes:
 
     def _job(self, backend: str, members: Members, seen: _Seen) -> JobTiming:
         (placement, ranks, shares), work = members, self.work
-        step = statistics.median(seen.steps)
+        step = typical(seen.steps)
         measured = StepTiming(
             model=work.weights.model,
             height=work.height,
@@ -135,7 +135,7 @@ class JobTimes:
             dtype=work.weights.dtype,
             bits=work.weights.bits,
             step_seconds=step,
-            decode_seconds=_typical(seen.decodes),
+            decode_seconds=_known(seen.decodes),
             placement=placement,
             hosts=len(ranks),
             kernels_seconds=max(seen.kernels, default=None),
@@ -149,9 +149,9 @@ class JobTimes:
             measured=measured,
             last_seconds=step,
             begin_seconds=self._begin,
-            gap_seconds=_typical(seen.gaps),
+            gap_seconds=_known(seen.gaps),
         )
 
 
-def _typical(seconds: list[float]) -> float | None:
-    return statistics.median(seconds) if seconds else None
+def _known(seconds: list[float]) -> float | None:
+    return typical(seconds) if seconds else None

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-NEWEST = 0.5  # how much the newest request counts
+from fluxmesh.planning.learning import typical
+
+RECENT = 3  # requests of a model
 
 
 @dataclass
 class Durations:
     """By model: seconds a step and pixel."""
 
-    _rates: dict[str, float] = field(default_factory=dict)
+    _rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # the latest last
 
     def learn(self, model: str, work: float, seconds: float) -> None:
         """A request of so much `work` (images x pixels x steps) took `seconds`."""
         if work <= 0 or seconds <= 0:
             return
-        rate = seconds / work
-        before = self._rates.get(model, rate)
-        self._rates[model] = (1 - NEWEST) * before + NEWEST * rate
+        self._rates[model] = (*self._rates.get(model, ()), seconds / work)[-RECENT:]
 
     def guess(self, model: str, work: float) -> float:
         """Seconds; 0: nothing is known of this model."""
-        return self._rates.get(model, 0.0) * work
+        rates = self._rates.get(model)
+        return typical(rates) * work if rates else 0.0

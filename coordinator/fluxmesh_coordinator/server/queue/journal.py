@@ -2,13 +2,14 @@
 
 A line a change in a file beside the pictures, and nothing of a prompt but a hash of the request.
 What a server that was killed had not finished, the next one tells as lost, and goes on with where a
-client sends it again; what is done, it answers again. The file is locked: two servers of one folder
-would each take the other's jobs for lost.
+client sends it again; what is done, it answers again. A file beside it is locked: two servers of a
+folder would each take the other's jobs for lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -49,23 +50,28 @@ class Journal:
         Raises `FluxmeshError` where another server holds it, `HomeError` where it can't be used.
         """
         self.path = path
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise HomeError(f"{path} can't be used: {error.strerror or error}.") from error
+        # Not the journal itself, which another file takes the place of.
+        self._guard = _opened(path.with_name(f"{path.name}.lock"), os.O_RDWR)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 self._lock()
+            self._file = _opened(path, os.O_RDWR | os.O_APPEND)
+        except BaseException:
+            os.close(self._guard)
+            raise
+        try:
             self._open: dict[str, JobRecord] = {}
-            unfinished, self._lost, self._done = _read(os.read(self._file, 2 * LARGEST))
+            data = os.read(self._file, 2 * LARGEST)
+            unfinished, self._lost, self._done = _read(data)
             self.new_lost = tuple(unfinished)  # ids: of the server before this one
             self._lost |= unfinished
             _shorten(self._lost)
             self.lost, self.done = tuple(self._lost.values()), tuple(self._done.values())
-            self._is_torn = False  # whether only a part of the last line was written
+            # Whether only a part of the last line was written.
+            self._is_torn = bool(data) and not data.endswith(b"\n")
             self._begin_anew()
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
 
     def accepted(self, record: JobRecord) -> None:
@@ -87,10 +93,11 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._file)
+        os.close(self._guard)
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FluxmeshError(
                 f"Another server writes its pictures to {self.path.parent}; name another folder "
@@ -98,25 +105,51 @@ class Journal:
             ) from None
 
     def _begin_anew(self) -> None:
-        with contextlib.suppress(OSError):  # no reason to fail a job: then it goes on as it is
-            os.ftruncate(self._file, 0)
+        """With what counts, in one piece: whenever this process ends, one of the two is whole."""
         self._written = 0
         changes: list[list[Any]] = []
         for end, records in (("", self._open), ("lost", self._lost), ("done", self._done)):
             for id, record in records.items():
                 changes += [["accepted", asdict(record)], *([[end, id]] if end else [])]
-        self._write(changes)
+        lines, fresh = _lines(changes), self.path.with_name(f"{self.path.name}.new")
+        try:
+            file = _opened(fresh, os.O_WRONLY | os.O_APPEND | os.O_TRUNC)
+        except HomeError:  # no reason to fail a job: then it goes on as it is
+            return
+        try:
+            if os.write(file, lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.replace(fresh, self.path)
+        except OSError:
+            os.close(file)
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            return
+        os.close(self._file)
+        self._file, self._is_torn, self._written = file, False, len(lines)
 
     def _write(self, changes: Iterable[list[Any]]) -> None:
         # One call: what is written outlives the process, however it ends. A full disk is no
         # reason to fail a job: only after a crash would somebody miss the line.
-        lines = "".join(json.dumps(change) + "\n" for change in changes).encode()
+        lines = _lines(changes)
         with contextlib.suppress(OSError):
             if self._is_torn:
                 os.write(self._file, b"\n")  # else this line were as unreadable as that one
             written = os.write(self._file, lines)
             self._is_torn = written < len(lines)
             self._written += written
+
+
+def _opened(path: Path, flags: int) -> int:
+    """The file, made if it is not there. Raises `HomeError`."""
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise HomeError(f"{path} can't be used: {error.strerror or error}.") from error
+
+
+def _lines(changes: Iterable[list[Any]]) -> bytes:
+    return "".join(json.dumps(change) + "\n" for change in changes).encode()
 
 
 def _shorten(records: dict[str, JobRecord]) -> None:

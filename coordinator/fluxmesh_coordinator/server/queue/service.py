@@ -304,7 +304,7 @@ class PaintingService:
         if start is None or self.is_draining:
             return False
         lent = book.lend(start.ranks)
-        if lent.ranks != start.ranks or self._queue.take(start.job.id) is None:
+        if lent.ranks != start.ranks or not self._take(start.job):
             lent.give_back()  # a job that runs took them meanwhile, or it was cancelled
             return True
         if start.overtakes is not None:
@@ -316,6 +316,10 @@ class PaintingService:
         self._begin(self._work(lane, job))  # first: it has hosts, and must come to an end
         self._tell_places()
         return True
+
+    def _take(self, job: ServedJob) -> bool:
+        """Out of the line. False: it stands there no more, though its id may, sent once more."""
+        return self._jobs.get(job.id) is job and self._queue.take(job.id) is not None
 
     def _look(
         self, line: list[ServedJob], running: list[tuple[LentHosts | None, float]]
