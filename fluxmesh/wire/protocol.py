@@ -88,7 +88,7 @@ def _message(header: dict[str, Any], arrays: Sequence[Frame]) -> Message:
     if header.get("v") != VERSION:
         raise ProtocolError(
             f"The other side speaks another version of the protocol than {VERSION}; "
-            "install the same fluxmesh on all machines.",
+            "install the same fluxmesh on all machines, then `fluxmesh down` and `fluxmesh up`.",
             "version",
         )
     if header.keys() != {"v", "type", "seq", "fields"}:
