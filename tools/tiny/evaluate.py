@@ -17,7 +17,7 @@ contact sheet; of edits `--examples` makes one with the words of each. Needs the
 from __future__ import annotations
 
 import argparse
-import atexit
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,8 +64,7 @@ def through_mesh(args: argparse.Namespace, sprites: np.ndarray) -> Paint:
     from fluxmesh.events import Picture
     from fluxmesh.request import GenerateRequest
 
-    mesh = Mesh.connect()
-    atexit.register(mesh.close)
+    mesh = args.opened.enter_context(Mesh.connect())
 
     def paint(question: Any, references: Sequence[np.ndarray], seed: int) -> np.ndarray:
         request = GenerateRequest(
@@ -173,6 +172,11 @@ def main() -> None:
     parser.add_argument("--font", type=Path, default=FONT)
     parser.add_argument("--sprites", type=Path, help="what train.py's `sprites` kept")
     args = parser.parse_args()
+    with contextlib.ExitStack() as args.opened:
+        evaluate(parser, args)
+
+
+def evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.examples and not args.edits:
         parser.error("--examples is of --edits.")
     if args.sprites:
