@@ -7,7 +7,9 @@ and edits what `Flux2KleinPipeline` does.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
+from safetensors.torch import load_file
 
 from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
 from fluxmesh.weights.embedded.checkpoints import folder_of
@@ -28,7 +31,8 @@ from tests.parity.oracles import BOUND, relative_error
 from tests.paths import ROOT
 
 TOOLS = ROOT / "tools" / "tiny"
-NAMES = ("blueprint", "scenes", "edits", "tiny_klein")
+NAMES = ("blueprint", "scenes", "edits", "sprites", "data", "capture", "schedule", "autoencoder",
+         "flow", "tiny_flux1", "tiny_klein")  # fmt: skip
 PROMPT = "Put the dog from the second picture to the right of the apple."
 
 
@@ -121,6 +125,39 @@ def test_time_steps_are_the_scheduler_s(made: tuple[Any, ...], tokens: int, step
     mu = compute_empirical_mu(tokens, steps)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     assert klein.time_steps(tokens, steps) == scheduler.sigmas.tolist()
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-klein"])
+def test_training_begins_at_a_checkpoint_s_own_weights(
+    programs: dict[str, Any], tmp_path: Path, model: str
+) -> None:
+    """`begin` and `export` give back the folder that they began at, number by number."""
+    shipped = folder_of(model)
+    shutil.copytree(shipped, tmp_path / "checkpoint")
+    blueprint = programs["blueprint"].load_blueprint(model)
+    args = argparse.Namespace(work=tmp_path, device="cpu", seed=0, blueprint=blueprint)
+    programs["flow"].begin(args)
+    programs["flow"].export(args)
+    for path in sorted(shipped.rglob("*.safetensors")):
+        before = load_file(path)
+        after = load_file(tmp_path / "checkpoint" / path.relative_to(shipped))
+        assert before.keys() == after.keys(), path
+        assert all(torch.equal(before[name], after[name]) for name in before), path
+
+
+def test_what_no_word_places_is_in_the_middle(programs: dict[str, Any]) -> None:
+    """Else four steps paint a mixture of where it may be."""
+    scenes, rng = programs["scenes"], np.random.default_rng(0)
+    phrases = [phrase for _, _, of_place in scenes.PLACES for phrase in of_place]
+    unplaced = [
+        scene.things[0]
+        for scene, caption in (scenes.sample(rng) for _ in range(2000))
+        if len(scene.things) == 1 and not any(p in caption.lower() for p in phrases)
+    ]
+    assert len(unplaced) > 100
+    middle = scenes.place_thing(0, 0.5, 0.5, 0.5, 128, 128)
+    assert all(abs(thing.x - middle.x) < 0.1 and abs(thing.y - middle.y) < 0.1
+               for thing in unplaced)  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
