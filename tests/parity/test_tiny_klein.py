@@ -143,6 +143,9 @@ def test_training_begins_at_a_checkpoint_s_own_weights(
         after = load_file(tmp_path / "checkpoint" / path.relative_to(shipped))
         assert before.keys() == after.keys(), path
         assert all(torch.equal(before[name], after[name]) for name in before), path
+    (tmp_path / "flow.pt").write_bytes(b"trained since")
+    programs["flow"].begin(args)  # of the same command, which goes on
+    assert (tmp_path / "flow.pt").read_bytes() == b"trained since"
 
 
 def test_what_no_word_places_is_in_the_middle(programs: dict[str, Any]) -> None:

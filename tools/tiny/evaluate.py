@@ -2,7 +2,7 @@
 
     python tools/tiny/evaluate.py                              # 200 prompts through fluxmesh
     python tools/tiny/evaluate.py --model tiny-klein --edits   # 200 edits
-    python tools/tiny/evaluate.py --model tiny-klein --edits --count 8 --examples docs/edits.png
+    python tools/tiny/evaluate.py --model tiny-klein --edits --count 11 --examples docs/edits.png
     python tools/tiny/evaluate.py --through mesh               # on the hosts of `fluxmesh up`
     python tools/tiny/evaluate.py --through diffusers          # the same, for comparison
     python tools/tiny/evaluate.py --through drawing            # drawn as asked: must be 100%

@@ -123,7 +123,12 @@ class TinyFlow:
 
 
 def begin(args: argparse.Namespace) -> bool:
-    """From a checkpoint's folder, W/checkpoint, the state that further sittings go on from."""
+    """From a checkpoint's folder, W/checkpoint, the state that further sittings go on from.
+
+    Once: what was trained since is not begun anew by the same command.
+    """
+    if (args.work / "flow.pt").exists():
+        return True
     checkpoint, blueprint = args.work / "checkpoint", args.blueprint
     autoencoder = blueprint.build_autoencoder()
     autoencoder = type(autoencoder).from_pretrained(checkpoint / "vae")
