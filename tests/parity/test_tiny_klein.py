@@ -149,7 +149,7 @@ def test_training_begins_at_a_checkpoint_s_own_weights(
 
 
 def test_what_no_word_places_is_in_the_middle(programs: dict[str, Any]) -> None:
-    """Else four steps paint a mixture of where it may be."""
+    """So that there is one answer to paint in four steps."""
     scenes, rng = programs["scenes"], np.random.default_rng(0)
     phrases = [phrase for _, _, of_place in scenes.PLACES for phrase in of_place]
     unplaced = [

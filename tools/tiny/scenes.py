@@ -308,7 +308,7 @@ def _single(rng: np.random.Generator, height: int, width: int) -> tuple[Scene, s
     while True:
         name, background = int(rng.integers(len(NAMES))), int(rng.integers(len(COLOURS)))
         said = rng.random() < 0.75
-        # Where no place is named it is the middle: of several that fit, four steps paint a mixture.
+        # Where none is named it is the middle: so four steps have one answer to paint.
         place = int(rng.integers(len(PLACES))) if said else MIDDLE
         if not single_held_out(name, place, background):
             break
