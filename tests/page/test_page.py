@@ -598,9 +598,40 @@ def test_by_keyboard_alone_pictures_are_looked_through_and_deleted(
     expect(page.locator("#pictures li")).to_have_count(len(kept) - 1)
     assert not (served.pictures / kept[1]).exists()
     page.keyboard.press("Escape")
+    expect(page.locator("#viewer")).to_be_hidden()
     page.locator("#pictures button").first.focus()
     page.keyboard.press("/")
     expect(page.get_by_label("Prompt")).to_be_focused()
+
+
+def test_a_window_that_closes_calls_nobody_back_who_was_faster(page: Page) -> None:
+    """A dialog tells of its end late: somebody may be at the prompt by then, or in it again."""
+    while len(names(page)) < 2:
+        paint(page, f"picture {len(names(page))}")
+    first = page.locator("#pictures button").first
+    first.click()
+    page.evaluate(
+        """async () => {
+            const [viewer, prompt] = ["viewer", "prompt"].map((id) => document.getElementById(id));
+            const told = new Promise((done) => viewer.addEventListener("close", done));
+            viewer.close();
+            prompt.focus();
+            await told;
+        }"""
+    )
+    expect(page.get_by_label("Prompt")).to_be_focused()
+    first.click()
+    page.evaluate(
+        """async () => {
+            const viewer = document.getElementById("viewer");
+            const told = new Promise((done) => viewer.addEventListener("close", done));
+            viewer.close();
+            document.querySelector("#pictures button").click();
+            await told;
+        }"""
+    )
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#download")).to_have_attribute("download", names(page)[1])
 
 
 def test_a_picture_is_downloaded_with_its_recipe(page: Page, tmp_path: Path) -> None:

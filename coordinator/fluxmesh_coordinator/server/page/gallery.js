@@ -131,11 +131,16 @@ export class Gallery {
       if (event.key === "Delete") this.#remove();
     });
     $("viewer").addEventListener("close", () => {
+      const { leaves } = $("viewer").dataset;
+      delete $("viewer").dataset.leaves;
+      if ($("viewer").open) return; // this event came late: the window is open again
       const name = this.pictures[this.at]?.name;
       this.at = -1;
+      // Who is elsewhere by now is not called back.
+      const focused = document.activeElement;
+      const isElsewhere = leaves || (focused !== document.body && !$("pictures").contains(focused));
       const item = [...$("pictures").children].find((each) => each.dataset.name === name);
-      if (item && !$("viewer").dataset.leaves) item.querySelector("button").focus();
-      delete $("viewer").dataset.leaves;
+      if (item && !isElsewhere) item.querySelector("button").focus();
     });
     for (const name of ["again", "vary", "edit", "reuse"]) {
       $(name).addEventListener("click", () => {
@@ -162,6 +167,7 @@ export class Gallery {
       return;
     }
     const index = this.at;
+    this.#unsure(); // a third press is not a second deletion
     try {
       await ask("DELETE", `/api/pictures/${encodeURIComponent(this.pictures[index].name)}`);
     } catch (error) {
