@@ -31,17 +31,21 @@ from benchmarks.sizes import FULL, SMALL, SMALL_TRANSFORMERS, TRANSFORMERS
 from fluxmesh.models.flux2.config import Flux2Config
 
 WAYS = (
-    *("one", "bare gathers"),
-    *("tree", "edges", "together", "own stream"),
-    *("tensor", "tensor, halves"),
+    *("one", "bare gathers", "bare gathers, peer memory"),
+    *("tree", "edges", "together", "own stream", "peer memory", "peer memory, edges"),
+    *("tensor", "tensor, halves", "peer memory, tensor"),
 )
-SHORT = ("bare gathers", "tree", "edges", "own stream")
+PEER_WAYS = tuple(way for way in WAYS if "peer memory" in way)
+SHORT = ("bare gathers", "tree", "edges", "own stream", "peer memory")
 # What MLX and NCCL can be told by the environment. NVLink's multicast stays off everywhere: a
 # program that uses it can take a shared host's GPUs out of service.
 SETTINGS: dict[str, dict[str, str]] = {
     "plain": {},
     # More room for NCCL beside a product: gathers were hidden better with 16 of them.
     "16 channels": {"NCCL_MIN_NCHANNELS": "16"},
+    "32 channels": {"NCCL_MIN_NCHANNELS": "32"},
+    # Kernels run beside one another within a graph, and not between two.
+    "larger graphs": {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "100000"},
     # No events around each collective in a graph.
     "no mixing": {"NCCL_GRAPH_MIXING_SUPPORT": "0"},
     # Kernels start in the order in which they were launched, whatever their streams.
@@ -51,6 +55,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 GATHERS = 20
+PUSH_BLOCKS = (8, 16, 32, 64, 128)  # tried by bare gathers
 WINDOW = 3  # steps: one that is begun ahead makes the next look short
 
 
@@ -72,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a way may take")
+    parser.add_argument("--push-blocks", type=int, default=32, help="of `peer memory`")
     parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
     parser.add_argument("--json", type=Path, help="write everything measured into this file")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -102,6 +108,7 @@ def results_of(setting: str, way: str, options: argparse.Namespace) -> Iterator[
         "sizes": sizes if setting == "plain" else sizes[:1],
         "steps": options.steps,
         "warmup": options.warmup,
+        "push_blocks": options.push_blocks,
         "small": options.small,
     }
     env = {"NCCL_NVLS_ENABLE": "0", **SETTINGS[setting]}
@@ -123,6 +130,7 @@ def measure(case: Result) -> None:
     import mlx.core as mx
 
     from benchmarks import flux2_peers, overlap_ways, peers
+    from benchmarks.peer_memory import PeerRanks
     from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
@@ -132,12 +140,18 @@ def measure(case: Result) -> None:
     way, N, group = case["way"], case["engines"], None
     if case["backend"] != "none":
         group = mx.distributed.init(strict=True, backend=case["backend"])
-    if way == "bare gathers":
+    if way in PEER_WAYS and case["backend"] != "nccl":
+        raise Skipped("ranks that reach each other's memory are NVIDIA GPUs of one machine")
+    if way.startswith("bare gathers"):
         if group is None:
             raise Skipped("a rank alone gathers nothing")
+        kinds: list[tuple[dict[str, int], Ranks]] = [({}, Ranks(group))]
+        if way in PEER_WAYS:
+            kinds = [({"blocks": n}, PeerRanks(group, n)) for n in PUSH_BLOCKS]
         for size in case["sizes"]:
             tokens = sizes.text_tokens + (size // 16) ** 2
-            _gathers(config, tokens, Ranks(group), getattr(mx, dtype), size)
+            for kind, ranks in kinds:
+                _gathers(config, tokens, ranks, getattr(mx, dtype), size, kind)
         return
     ours = flux2_peers.FluxmeshKlein if isinstance(config, Flux2Config) else peers.Fluxmesh
     peer: Any = ours(config, dtype, None, low_memory=False)
@@ -148,7 +162,7 @@ def measure(case: Result) -> None:
             _tell(peer, size, times, _of_all(group, typical(times)), first, is_linked=True)
         return
     if group is not None:
-        peer.ranks = overlap_ways.ranks_of(way, group)
+        peer.ranks = overlap_ways.ranks_of(way, group, case["push_blocks"])
         peer.flow = overlap_ways.flow_of(way, whole, peer.ranks)
         for size in case["sizes"]:
             times, first = _steps(peer, size, case, sizes.text_tokens)
@@ -207,7 +221,9 @@ def _tell(
     )
 
 
-def _gathers(config: Any, tokens: int, ranks: Any, dtype: Any, size: int) -> None:
+def _gathers(
+    config: Any, tokens: int, ranks: Any, dtype: Any, size: int, kind: dict[str, int]
+) -> None:
     """Times gathers of a block's keys and values, each of what the one before gave."""
     import mlx.core as mx
 
@@ -224,7 +240,7 @@ def _gathers(config: Any, tokens: int, ranks: Any, dtype: Any, size: int) -> Non
         times.append(watch.times[0] / GATHERS)
     seconds = statistics.median(times[1:])
     rate = (ranks.size - 1) * own.nbytes / seconds
-    emit(linked=True, size=size, seconds=seconds, rate=rate)
+    emit(linked=True, size=size, seconds=seconds, rate=rate, **kind)
 
 
 # What is printed
@@ -237,6 +253,8 @@ def line_of(result: Result) -> str:
         if problem in result:
             return f"{where}: {problem}: {result[problem]}"
     where += f", {result['size']}²"
+    if "blocks" in result:
+        where += f", {result['blocks']} blocks"
     if "rate" in result:
         return f"{where}: {1000 * result['seconds']:.3f} ms each, {result['rate'] / 1e9:.0f} GB/s"
     link = "" if result["linked"] else " without a link"

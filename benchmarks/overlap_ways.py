@@ -6,6 +6,8 @@
     "own stream"     edges; collectives have a stream of their own
     "tensor"         `tensor` as it is
     "tensor, halves" half of the rows are summed while the product of the others is computed
+    "peer memory", "peer memory, edges", "peer memory, tensor"
+                     the tree, edges and tensor with the collectives of `peer_memory.py`
 
 Experiments, none of them shown to be faster: each gives what the tree's own placement does and only
 orders or cuts it differently, so that a collective may travel behind work that doesn't need it.
@@ -23,6 +25,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from benchmarks.peer_memory import PeerRanks, check
 from fluxmesh.kernels.cuda_transformer import kernel_of
 from fluxmesh.kernels.ops import (
     device,
@@ -43,9 +46,13 @@ from fluxmesh.models.slicing import cut_linear
 from fluxmesh.models.spread import RingAttention, Streams
 from fluxmesh.models.waiting import InGraph
 
+PEERS = "peer memory"
+
 
 def flow_of(way: str, whole: Any, ranks: Ranks) -> Any:
     """The transformer `whole`, which stays as it is, as a way spreads it over `ranks`."""
+    if way.startswith(PEERS):
+        way = way.removeprefix(PEERS).removeprefix(", ") or "tree"
     is_flux2 = isinstance(whole, Flux2)
     if way.startswith("tensor"):
         tensor = (TensorFlux2 if is_flux2 else TensorFlux)(whole, ranks)
@@ -58,8 +65,12 @@ def flow_of(way: str, whole: Any, ranks: Ranks) -> Any:
     return flow
 
 
-def ranks_of(way: str, group: Any) -> Ranks:
-    """The group as a way uses it."""
+def ranks_of(way: str, group: Any, push_blocks: int) -> Ranks:
+    """The group as a way uses it; `push_blocks` as `PeerRanks`."""
+    if way.startswith(PEERS):
+        ranks = PeerRanks(group, push_blocks)
+        check(ranks, group)
+        return ranks
     if way != "own stream":
         return Ranks(group)
     # A ring's collectives run on a processor, whatever the device that computes.

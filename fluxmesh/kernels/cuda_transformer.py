@@ -224,14 +224,16 @@ BESIDE = """
 
 
 @functools.cache
-def kernel_of(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Any:
-    """The kernel, built once: calls as `mx.fast.cuda_kernel` describes."""
+def kernel_of(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = ""
+) -> Any:
+    """The kernel, built once: calls as `mx.fast.cuda_kernel` describes. `header` is its own."""
     return mx.fast.cuda_kernel(
         name=f"fluxmesh_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
         source=source,
-        header=HEADER,
+        header=HEADER + header,
     )
 
 

@@ -166,7 +166,8 @@ def test_mesh_measures_each_placement_beside_what_was_predicted(tmp_path: Path) 
 def test_overlap_times_ways_with_a_link_and_without(tmp_path: Path) -> None:
     ways = ("one", "bare gathers", "tree", "own stream", "tensor, halves")
     counts = ("--backend", "ring", "--steps", "2", "--warmup", "1", "--settings", "plain")
-    printed, results = run(tmp_path, "overlap", *counts, "--ways", *ways, seconds=200)
+    every = (*ways, "peer memory")
+    printed, results = run(tmp_path, "overlap", *counts, "--ways", *every, seconds=200)
     steps = [result for result in results if "ranks" in result]
     spread = [(way, linked) for way in ways[2:] for linked in (True, False)]
     assert [(r["way"], r["linked"]) for r in steps] == [("one", True), *spread]
@@ -176,6 +177,7 @@ def test_overlap_times_ways_with_a_link_and_without(tmp_path: Path) -> None:
         if result["linked"] and result is not tree:
             assert float(difference(result, tree)) < 1e-5  # the same weights, the same picture
     assert "plain, bare gathers, 64²" in printed and "fail" not in printed
+    assert "peer memory: skipped: ranks that reach each other's memory are NVIDIA" in printed
 
 
 def test_overlap_computes_both_ends_of_a_group_without_one(tmp_path: Path) -> None:
