@@ -1,4 +1,4 @@
-"""The sizes that benchmarks run at: FLUX.1-dev's and klein's, and small ones to try a program."""
+"""The sizes that benchmarks run at: FLUX.1-dev's and FLUX.2's, and small ones to try a program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
-from fluxmesh.models.flux2.config import KLEIN_4B, KLEIN_9B, Flux2Config
+from fluxmesh.models.flux2.config import DEV, KLEIN_4B, KLEIN_9B, Flux2Config
 from tests import checkpoints
 
 
@@ -41,6 +41,7 @@ TRANSFORMERS: dict[str, FluxConfig | Flux2Config] = {
     "klein-4b": KLEIN_4B,
     "klein-9b": KLEIN_9B,
     "klein-9b-kv": KLEIN_9B,
+    "flux2-dev": DEV,
 }
 SMALL_KLEIN = Flux2Config(
     in_channels=16,
@@ -59,4 +60,5 @@ SMALL_TRANSFORMERS: dict[str, FluxConfig | Flux2Config] = {
     "klein-4b": SMALL_KLEIN,
     "klein-9b": SMALL_KLEIN_9B,
     "klein-9b-kv": SMALL_KLEIN_9B,
+    "flux2-dev": dataclasses.replace(SMALL_KLEIN, guidance_embed=True),
 }

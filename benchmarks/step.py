@@ -171,6 +171,8 @@ def build(case: Result, config: Any) -> Any:
     if what == "mflux":
         return (flux2_peers.MfluxKlein if is_klein else peers.Mflux)(config, dtype, bits)
     compiled = {"compiled": "model", "blocks": "blocks"}.get(what.partition("-")[2], "")
+    if is_klein and config.guidance_embed:
+        raise Skipped("of FLUX.2, klein alone is timed in diffusers here")
     theirs = flux2_peers.DiffusersKlein if is_klein else peers.Diffusers
     return theirs(config, dtype, bits, compiled)
 

@@ -19,7 +19,7 @@ from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.models.flux2.parallel import SequenceFlux2, TensorFlux2
 from fluxmesh.models.flux2.transformer import Flux2
 
-SPREAD = [way for way in WAYS if way not in ("one", "bare gathers")]
+SPREAD = [way for way in WAYS if way != "one" and not way.startswith("bare gathers")]
 TEXT, ROWS, COLUMNS = 3, 2, 5  # tokens: 13 together, which neither 2 nor 3 ranks share evenly
 
 
@@ -72,7 +72,7 @@ def expected(name: str, rank: int, size: int, is_tensor: bool) -> np.ndarray:
 @pytest.mark.parametrize(("rank", "size"), [(0, 2), (1, 2), (2, 3)])
 def test_a_way_computes_what_the_tree_does(name: str, way: str, rank: int, size: int) -> None:
     whole = random_model(name)
-    is_tensor = way.startswith("tensor")
+    is_tensor = "tensor" in way
     if is_tensor and whole.config.num_heads % size:
         size, rank = 2, rank % 2
     ranks = LoneRank(rank, size)
