@@ -79,8 +79,15 @@ class SourceImage:
     mask: np.ndarray | None = field(default=None, repr=False)
 
 
-Condition = Literal["references", "reference_strengths", "control", "negative", "cfg"]
-"""What some models take beside a prompt, by the request's field: `Architecture.takes`."""
+Condition = Literal[
+    "references", "reference_strengths", "control", "control_from", "negative", "cfg"
+]
+"""What some models take beside a prompt, by the request's field: `Architecture.takes`.
+
+"control_from" is a map that fluxmesh makes of a picture, as users ask for it; "control" any other.
+"""
+MapKind = Literal["edges", "depth"]
+"""What a map shows that a picture follows. fluxmesh makes those of edges (`images/edges.py`)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class GenerateRequest:
     redux: str = ""
     # A map of edges or depth that the picture follows, uint8 [H, W, 3].
     control: np.ndarray | None = field(default=None, repr=False, compare=False)
+    control_is_found: bool = False  # it is the edges that fluxmesh found in a picture
     negative: str | None = None  # what to move away from; None is the model's own
     cfg: float | None = None  # strength of classifier-free guidance; None is the model's own
 
@@ -197,7 +205,8 @@ class GenerateRequest:
         given: dict[Condition, bool] = {
             "references": bool(self.references),
             "reference_strengths": any(strength != 1 for strength in self.reference_strengths),
-            "control": self.control is not None,
+            "control": self.control is not None and not self.control_is_found,
+            "control_from": self.control is not None and self.control_is_found,
             "negative": self.negative is not None,
             "cfg": self.cfg is not None and self.cfg != 1,  # which every model takes
         }

@@ -24,6 +24,7 @@ WORDS: dict[Condition, str] = {
     "references": "reference pictures",
     "reference_strengths": "strength of a reference picture",
     "control": "control picture",
+    "control_from": "control picture",
     "negative": "negative prompt",
     "cfg": "classifier-free guidance",
 }
@@ -39,6 +40,12 @@ def check_takes(
     given, most = len(references), model.most_references
     for condition in conditions:
         if condition not in model.takes:
+            if condition == "control_from" and "control" in model.takes:
+                what = f"a map of {model.follows}" if model.follows else "a map of an unknown kind"
+                raise UsageError(
+                    f"`control_from`: {name} follows {what}, and fluxmesh makes those of edges "
+                    "alone; give a ready map as `control`."
+                )
             able = _sentence(condition, conditions, given)
             raise UsageError(f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.")
     if given > most:
@@ -60,7 +67,9 @@ def check_published(request: GenerateRequest) -> None:
     model = PUBLISHED.get(hub.alias_of(request.model) or "")
     if model is not None:
         # An adapter may bring a control map: its file says so once it is here.
-        brought: set[Condition] = {"control"} if request.adapters else set()
+        brought: set[Condition] = set()
+        if request.adapters and "control" not in model.architecture.takes:
+            brought = {"control", "control_from"}
         if request.redux or reader_of(model.architecture) is not None:
             brought |= {"references", "reference_strengths"}
         conditions = [each for each in request.conditions if each not in brought]

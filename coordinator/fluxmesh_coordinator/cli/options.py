@@ -307,7 +307,7 @@ _OPTIONS = [
         "--control-from",
         type=_FILE,
         metavar="PATH",
-        help="Follow the edges that OpenCV finds in this picture.",
+        help="Follow the edges that OpenCV finds in this picture: for Canny.",
     ),
     click.option("--negative-prompt", metavar="TEXT", help="What the picture must not show."),
     click.option(

@@ -428,7 +428,7 @@ def read_conditions(
     """The pixels of references and control picture, and the record of their files.
 
     Of `control_from` the edges are found here. Raises `UsageError` for a file that is no picture,
-    and for a map that a published model does not take.
+    and for a map that a published model does not take, or does not follow edges.
     """
     if not settings.reference and settings.control is None and settings.control_from is None:
         return [], None, ConditionFiles()

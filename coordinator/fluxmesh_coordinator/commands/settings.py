@@ -194,6 +194,7 @@ class GenerateSettings:
             else (),
             redux=self.redux or "",
             control=control,
+            control_is_found=control is not None and self.control_from is not None,
             negative=self.negative_prompt or None,  # "" puts that of config.toml aside
             cfg=self.cfg,
         )
