@@ -24,11 +24,6 @@ from tests.serving import ADDRESS, JSON, Serving
 KEY = "the-key-of-this-test"
 
 
-@pytest.fixture
-def serving(tmp_path: Path) -> Serving:
-    return Serving(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("host", "name"),
     [
