@@ -8,13 +8,7 @@ from typing import Any
 
 from fluxmesh_coordinator.server.faces.openapi import document
 from fluxmesh_coordinator.server.guard.access import Access
-from tests.serving import (
-    Serving,
-    png,
-    sse,
-    text,
-    wait_until_running,
-)
+from tests.serving import Serving, png, sse, text, wait_until_running
 
 
 def test_a_job_is_sent_followed_and_found_in_the_gallery(serving: Serving) -> None:

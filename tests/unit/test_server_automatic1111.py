@@ -10,14 +10,7 @@ import pytest
 from PIL import Image
 
 from fluxmesh_coordinator.server.faces.automatic1111 import without_loras
-from tests.serving import (
-    Serving,
-    opened,
-    png,
-    serving_thread,
-    text,
-    wait_until_running,
-)
+from tests.serving import Serving, opened, png, serving_thread, text, wait_until_running
 
 
 def test_txt2img_answers_with_an_info_that_its_clients_read(serving: Serving) -> None:

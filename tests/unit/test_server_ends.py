@@ -13,9 +13,7 @@ from fluxmesh_coordinator.server.guard.access import Access
 from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.problems import ProblemError
 from fluxmesh_coordinator.server.queue.fair_queue import QueueBounds
-from tests.serving import (
-    Serving,
-)
+from tests.serving import Serving
 
 
 def scope(path: str, body: bytes) -> dict[str, Any]:

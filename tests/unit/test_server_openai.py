@@ -11,15 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.flux2_checkpoint import make_flux2
-from tests.serving import (
-    Serving,
-    in_thread,
-    opened,
-    png,
-    sse,
-    text,
-    wait_until_running,
-)
+from tests.serving import Serving, in_thread, opened, png, sse, text, wait_until_running
 
 
 def test_generations_as_a_program_of_openai_asks(serving: Serving) -> None:
