@@ -78,6 +78,8 @@ CHANGES = [
     ("POST", "/sdapi/v1/img2img"),
     ("POST", "/sdapi/v1/options"),
     ("POST", "/sdapi/v1/interrupt"),
+    ("POST", "/sdapi/v1/skip"),
+    ("POST", "/sdapi/v1/refresh-checkpoints"),
 ]
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
+from fluxmesh.weights import hub
 from fluxmesh_coordinator.server.faces.automatic1111 import without_loras
+from tests.checkpoints import make_checkpoint
 from tests.serving import Serving, opened, png, serving_thread, text, wait_until_running
 
 
@@ -140,3 +145,65 @@ def test_what_is_wrong_is_named_as_automatic1111_s_clients_name_it(serving: Serv
         ):
             answer = client.post(f"/sdapi/v1/{path}", json=fields)
             assert answer.status_code in (400, 404) and f"`{name}`" in answer.json()["detail"]
+
+
+def test_lists_of_what_only_stable_diffusion_has_are_there_and_empty(serving: Serving) -> None:
+    empty = (
+        *("extensions", "face-restorers", "hypernetworks", "latent-upscale-modes"),
+        *("prompt-styles", "realesrgan-models", "script-info", "sd-modules", "sd-vae"),
+    )
+    with serving.client() as client:
+        for name in empty:
+            answer = client.get(f"/sdapi/v1/{name}")
+            assert (answer.status_code, answer.json()) == (200, []), name
+        assert client.get("/sdapi/v1/embeddings").json() == {"loaded": {}, "skipped": {}}
+        assert client.get("/sdapi/v1/scripts").json() == {"txt2img": [], "img2img": []}
+        assert client.get("/sdapi/v1/cmd-flags").json() == {}
+        ram = client.get("/sdapi/v1/memory").json()["ram"]
+        assert 0 < ram["free"] <= ram["total"] == ram["free"] + ram["used"]
+
+
+def test_a_refresh_looks_at_the_files_again(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_checkpoint(tmp_path / "my-new").path
+
+    def names(client: TestClient, listed: str, key: str) -> set[str]:
+        return {entry[key] for entry in client.get(f"/sdapi/v1/{listed}").json()}
+
+    with serving.client() as client:
+        assert "my-new" not in names(client, "sd-models", "model_name")
+        known = list(hub.names_here())
+        monkeypatch.setattr(hub, "names_here", lambda: iter([*known, str(model)]))
+        for listed in ("loras", "vae", "embeddings"):
+            answer = client.post(f"/sdapi/v1/refresh-{listed}")
+            assert (answer.status_code, answer.json()) == (200, None)
+        assert "my-new" not in names(client, "sd-models", "model_name")  # within half a minute
+        assert client.post("/sdapi/v1/refresh-checkpoints").json() is None
+        assert "my-new" in names(client, "sd-models", "model_name")
+        (serving.adapters / "robot.safetensors").write_bytes(b"new")
+        assert client.post("/sdapi/v1/refresh-loras").status_code == 200
+        assert names(client, "loras", "name") == {"robot"}
+        assert client.get("/sdapi/v1/refresh-loras").status_code == 405
+
+
+def test_skip_ends_the_last_picture_of_a_job_and_says_that_no_other_ends_alone(
+    serving: Serving,
+) -> None:
+    with serving.client() as client:
+        assert client.post("/sdapi/v1/skip").json() is None  # nothing is painted
+        serving.lane.may_go.clear()
+        sent = serving_thread(client, "/sdapi/v1/txt2img", {"prompt": "a dog", "batch_size": 2})
+        wait_until_running(serving)
+        refused = client.post("/sdapi/v1/skip")
+        assert refused.status_code == 409 and "has 2 pictures to paint" in refused.json()["detail"]
+        assert serving.lane.painted[0].stage == "running"
+        client.post("/sdapi/v1/interrupt")
+        assert sent().json()["images"] == []
+        sent = serving_thread(client, "/sdapi/v1/txt2img", {"prompt": "a cat"})
+        while len(serving.lane.painted) < 2:
+            time.sleep(0.005)
+        other = client.post("/sdapi/v1/skip", headers={"x-fluxmesh-client": "another"})
+        assert other.status_code == 200 and serving.lane.painted[1].stage == "running"
+        assert client.post("/sdapi/v1/skip").status_code == 200
+        assert sent().status_code == 200 and serving.lane.painted[1].stage == "cancelled"
