@@ -44,14 +44,18 @@ def check_takes(
                 what = f"a map of {model.follows}" if model.follows else "a map of an unknown kind"
                 raise UsageError(
                     f"`control_from`: {name} follows {what}, and fluxmesh makes those of edges "
-                    "alone; give a ready map as `control`."
+                    "alone; give a ready map as `control`.",
+                    setting="control_from",
                 )
             able = _sentence(condition, conditions, given)
-            raise UsageError(f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.")
+            raise UsageError(
+                f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.", setting=condition
+            )
     if given > most:
         able = _sentence("references", conditions, given)
         raise UsageError(
-            f"`references`: {name} takes no more than {most}, and {given} were given; {able}."
+            f"`references`: {name} takes no more than {most}, and {given} were given; {able}.",
+            setting="references",
         )
 
 
@@ -110,7 +114,9 @@ def with_reader(
     if family.reader is None or "references" in model.takes:
         if reader:
             why = "reads them by itself" if "references" in model.takes else "takes none"
-            raise UsageError(f"`redux` reads references, and {name} {why}; leave it out.")
+            raise UsageError(
+                f"`redux` reads references, and {name} {why}; leave it out.", setting="redux"
+            )
         return ReferenceReading(model)
     if not reader and reader_of(model) is None:
         return ReferenceReading(model)
@@ -119,7 +125,8 @@ def with_reader(
     if reading is None:
         raise UsageError(
             f"`redux` {checkpoint.name} was not made for {name}: it reads references for models "
-            "that paint from text of the same width; name another model, or leave both out."
+            "that paint from text of the same width; name another model, or leave both out.",
+            setting="redux",
         )
     return ReferenceReading(reading, checkpoint)
 

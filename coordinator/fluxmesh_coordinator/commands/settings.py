@@ -148,7 +148,9 @@ class GenerateSettings:
         """
         for option in ("mask", "outpaint", "strength") if self.image is None else ():
             if getattr(self, option) is not None:
-                raise UsageError(f"`{option}` says how to change `image`; give one.")
+                raise UsageError(
+                    f"`{option}` says how to change `image`; give one.", setting=option
+                )
         for option in ("image", "mask", "reference", "control", "control_from"):
             names = [file for file, _ in self.reference] if option == "reference" else ()
             if getattr(self, option) == "" or "" in names:

@@ -177,7 +177,10 @@ class Catalogue:
         path = known.get(name.removesuffix(SUFFIX))
         if path is None:
             end = did_you_mean(name, list(known), ".")
-            raise UsageError(f"`adapters` names {name[:80]!r}, which is not on this server{end}")
+            raise UsageError(
+                f"`adapters` names {name[:80]!r}, which is not on this server{end}",
+                setting="adapters",
+            )
         return path
 
     def without_paths(self, text: str) -> str:
