@@ -1,14 +1,16 @@
 """Errors whose text is the one sentence that the user reads.
 
 Each kind carries the process exit code that the command line ends with, and is made of its message
-alone, as which it travels between processes. A message says what
+and its setting, as which it travels between processes. A message says what
 happened, where, and what to do; it never holds a traceback or a newline. It names a setting by its
-field in backticks, `n_images`: whoever shows it says --n-images, or a server's parameter.
+field in backticks, `n_images`: whoever shows it says --n-images, or a server's parameter. The one
+that is at fault, if it is one, is in the error's `setting`.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -16,6 +18,17 @@ class FluxmeshError(Exception):
     """Base of every error that fluxmesh raises on purpose."""
 
     exit_code = 1
+
+    def __init__(self, *message: object, setting: str = "") -> None:
+        """`setting` is the one that is at fault, by its field; "" where none is, or several."""
+        super().__init__(*message)
+        self.setting = setting
+
+    def saying(self, text: str) -> Self:
+        """The same in other words."""
+        same = type(self).__new__(type(self), text)
+        vars(same).update(vars(self))
+        return same
 
 
 class UsageError(FluxmeshError):
@@ -26,13 +39,7 @@ class UsageError(FluxmeshError):
     @classmethod
     def about(cls, setting: str, problem: str, remedy: str = "") -> Self:
         """Of one setting: what is wrong with it, and what would be right."""
-        return cls(f"`{setting}` {problem}{remedy and f'; {remedy}'}.")
-
-    @property
-    def setting(self) -> str:
-        """The one that it is about, by its field; "" where it is about none, or several."""
-        name = re.match(r"`(\w+)`(?! and )", str(self))
-        return name[1] if name else ""
+        return cls(f"`{setting}` {problem}{remedy and f'; {remedy}'}.", setting=setting)
 
 
 class ModelNotFoundError(FluxmeshError):
@@ -100,3 +107,13 @@ class CancelledError(FluxmeshError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
+
+
+@contextmanager
+def about_setting(setting: str) -> Iterator[None]:
+    """Inside, a name or file at fault is what that setting names, unless the error knows better."""
+    try:
+        yield
+    except (ModelNotFoundError, WeightsError) as error:
+        error.setting = error.setting or setting
+        raise

@@ -79,8 +79,15 @@ class SourceImage:
     mask: np.ndarray | None = field(default=None, repr=False)
 
 
-Condition = Literal["references", "reference_strengths", "control", "negative", "cfg"]
-"""What some models take beside a prompt, by the request's field: `Architecture.takes`."""
+Condition = Literal[
+    "references", "reference_strengths", "control", "control_from", "negative", "cfg"
+]
+"""What some models take beside a prompt, by the request's field: `Architecture.takes`.
+
+"control_from" is a map that fluxmesh makes of a picture, as users ask for it; "control" any other.
+"""
+MapKind = Literal["edges", "depth"]
+"""What a map shows that a picture follows. fluxmesh makes those of edges (`images/edges.py`)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class GenerateRequest:
     redux: str = ""
     # A map of edges or depth that the picture follows, uint8 [H, W, 3].
     control: np.ndarray | None = field(default=None, repr=False, compare=False)
+    control_is_found: bool = False  # it is the edges that fluxmesh found in a picture
     negative: str | None = None  # what to move away from; None is the model's own
     cfg: float | None = None  # strength of classifier-free guidance; None is the model's own
 
@@ -140,13 +148,15 @@ class GenerateRequest:
         if not 0 <= self.seed <= self.seed_of(self.n_images - 1) <= MAX_SEED:
             raise UsageError(
                 f"`seed` is {self.seed}; it must be 0 or more, and the last image's 2^63 - 1 at "
-                "most."
+                "most.",
+                setting="seed",
             )
         for name, side in (("height", self.height), ("width", self.width)):
             if side is not None and not (16 <= side <= MAX_SIDE and side % 16 == 0):
                 raise UsageError(
                     f"`image_size` has {name} {side}; each side must be a multiple of 16 "
-                    f"from 16 to {MAX_SIDE}."
+                    f"from 16 to {MAX_SIDE}.",
+                    setting="image_size",
                 )
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UsageError.about("steps", f"is {self.steps}", "it must be 1 to 1000")
@@ -164,7 +174,9 @@ class GenerateRequest:
         if self.text_bits is not None and self.text_bits not in BITS:
             raise UsageError.about("text_bits", f"is {self.text_bits}", "choose 3, 4, 5, 6 or 8")
         if self.decoding_batch_size < 1:
-            raise UsageError("`decoding_batch_size` must be at least 1.")
+            raise UsageError(
+                "`decoding_batch_size` must be at least 1.", setting="decoding_batch_size"
+            )
         if not 0 <= self.cache <= MAX_CACHE:
             raise UsageError.about(
                 "cache", f"is {self.cache}; it must be 0 (off) to {MAX_CACHE}", "try 0.1"
@@ -173,7 +185,9 @@ class GenerateRequest:
             raise UsageError("`preload` and `low_memory` exclude each other; choose one.")
         for adapter in self.adapters:
             if not math.isfinite(adapter.scale):
-                raise UsageError(f"`adapter` {adapter.path} has scale {adapter.scale}.")
+                raise UsageError(
+                    f"`adapter` {adapter.path} has scale {adapter.scale}.", setting="adapter"
+                )
         if self.source is not None and not 0 < self.source.strength <= 1:
             raise UsageError.about(
                 "strength", f"is {self.source.strength}", "it must be above 0 and at most 1"
@@ -197,7 +211,8 @@ class GenerateRequest:
         given: dict[Condition, bool] = {
             "references": bool(self.references),
             "reference_strengths": any(strength != 1 for strength in self.reference_strengths),
-            "control": self.control is not None,
+            "control": self.control is not None and not self.control_is_found,
+            "control_from": self.control is not None and self.control_is_found,
             "negative": self.negative is not None,
             "cfg": self.cfg is not None and self.cfg != 1,  # which every model takes
         }

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 PATHS = (
     *("/v1/images/generations", "/v1/images/edits", "/v1/models", "/v1/models/tiny"),
     *("/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/sdapi/v1/interrupt"),
+    *("/sdapi/v1/skip", "/sdapi/v1/memory", "/sdapi/v1/refresh-checkpoints"),
     *("/sdapi/v1/progress", "/sdapi/v1/loras", "/api", "/api/jobs", "/api/plan", "/api/models"),
     *("/api/status", "/api/pictures", "/api/session", "/metrics", "/healthz", "/"),
 )

@@ -1,15 +1,20 @@
-"""A server for tests: the real application, its line and its folder, on a lane without a mesh."""
+"""A server for tests: the real application, its line and its folder, on a lane without a mesh; and
+what its clients send and read."""
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
@@ -134,3 +139,46 @@ class Serving:
         app = self.app(access or Access.of(None), limits)
         with TestClient(app, base_url=ADDRESS, **more) as client:
             yield client
+
+
+def png(width: int = 128, height: int = 128, alpha: bool = False) -> bytes:
+    pixels = np.full((height, width, 4), 255, np.uint8)
+    pixels[: height // 2, :, 3] = 0
+    out = io.BytesIO()
+    Image.fromarray(pixels if alpha else pixels[:, :, :3]).save(out, "PNG")
+    return out.getvalue()
+
+
+def text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def opened(encoded: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def sse(body: str) -> list[dict[str, str]]:
+    """Server-sent events: a field by its name, an event a dictionary; comments left out."""
+    events = []
+    for block in body.split("\n\n"):
+        lines = [line.split(": ", 1) for line in block.splitlines() if not line.startswith(":")]
+        if lines:
+            events.append({line[0]: line[1] for line in lines})
+    return events
+
+
+def wait_until_running(serving: Serving) -> None:
+    limit = time.monotonic() + 60
+    while not serving.lane.painted:
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def in_thread(send: Callable[[], Any]) -> Callable[[], Any]:
+    """Sends a request beside others; what it returns waits for the answer."""
+    return ThreadPoolExecutor(1).submit(send).result
+
+
+def serving_thread(client: TestClient, path: str, fields: dict[str, Any]) -> Any:
+    """As `in_thread`, JSON to a path."""
+    return in_thread(lambda: client.post(path, json=fields))

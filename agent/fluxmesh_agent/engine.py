@@ -178,11 +178,11 @@ class Engine:
         except FluxmeshError as error:
             if isinstance(error, ConnectionClosed):
                 raise
-            return _failed(work, error)
+            return failed_of(work, error)
         except Exception as error:
             if isinstance(error, OSError) and error.filename is not None:  # a file that it reads
                 text = f"Can't read {error.filename}: {error.strerror or type(error).__name__}."
-                return _failed(work, WeightsError(text))
+                return failed_of(work, WeightsError(text))
             end = gpu_end(error)
             if end is None:
                 return self._give_up(
@@ -299,7 +299,7 @@ class Engine:
                     return  # the reader ends the process
 
 
-def _failed(work: Work, error: FluxmeshError) -> Failed:
+def failed_of(work: Work, error: FluxmeshError) -> Failed:
     """What is told of work that could not be done; the engine lives, and does the next."""
     # A kind of a module's own travels as the one of `errors.py` that it is one of.
     ours = (kind for kind in type(error).__mro__ if kind.__module__ == FluxmeshError.__module__)
@@ -309,6 +309,7 @@ def _failed(work: Work, error: FluxmeshError) -> Failed:
         kind=next(ours).__name__,
         text=sendable(str(error)),
         fatal=False,
+        setting=error.setting,
     )
 
 

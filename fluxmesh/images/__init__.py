@@ -75,7 +75,8 @@ def load_source(
         if not painted.any():
             raise UsageError(
                 f"`mask` paints nothing that is left at {size[0]}x{size[1]} pixels; give an "
-                "`image_size` of the picture's proportions, or paint a larger part."
+                "`image_size` of the picture's proportions, or paint a larger part.",
+                setting="mask",
             )
     return SourceImage(
         pixels=_cover(pixels, size, Image.Resampling.LANCZOS),
@@ -169,7 +170,8 @@ def _check_side(setting: str, height: int, width: int) -> None:
     if max(height, width) > MAX_SIDE:
         raise UsageError(
             f"`{setting}` would give a picture of {height}x{width}; a side is at most {MAX_SIDE} "
-            "pixels, so scale the input down or give `image_size`."
+            "pixels, so scale the input down or give `image_size`.",
+            setting=setting,
         )
 
 

@@ -29,6 +29,7 @@ from fluxmesh.request import (
     Condition,
     FilledRequest,
     GenerateRequest,
+    MapKind,
     SourceImage,
 )
 
@@ -89,6 +90,7 @@ class Architecture(ABC):
     takes: frozenset[Condition] = frozenset()  # beside a prompt and a picture to begin from
     most_references = MAX_REFERENCES  # pictures, of a model that takes any
     is_tool = False  # it can't paint from a prompt alone
+    follows: MapKind | None = None  # of a model that takes `control`, if it is known of which kind
     fills_by_channels = False  # it reads what it paints into at every step, and its mask
     true_cfg = 2.0  # strength against a negative prompt, where a request gives none
     guidance_is_cfg = False  # its guidance is classifier-free: `cfg` and `guidance` are one

@@ -104,7 +104,7 @@ def _fitted(model: Architecture, pictures: Sequence[np.ndarray]) -> Iterator[np.
             yield model.fitted(picture)
         except UsageError as error:
             which = f"picture {number} of {len(pictures)}: " if len(pictures) > 1 else ""
-            raise UsageError(f"`references`: {which}{error}") from error
+            raise UsageError(f"`references`: {which}{error}", setting="references") from error
 
 
 class Resident(NamedTuple):

@@ -24,6 +24,7 @@ WORDS: dict[Condition, str] = {
     "references": "reference pictures",
     "reference_strengths": "strength of a reference picture",
     "control": "control picture",
+    "control_from": "control picture",
     "negative": "negative prompt",
     "cfg": "classifier-free guidance",
 }
@@ -39,12 +40,22 @@ def check_takes(
     given, most = len(references), model.most_references
     for condition in conditions:
         if condition not in model.takes:
+            if condition == "control_from" and "control" in model.takes:
+                what = f"a map of {model.follows}" if model.follows else "a map of an unknown kind"
+                raise UsageError(
+                    f"`control_from`: {name} follows {what}, and fluxmesh makes those of edges "
+                    "alone; give a ready map as `control`.",
+                    setting="control_from",
+                )
             able = _sentence(condition, conditions, given)
-            raise UsageError(f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.")
+            raise UsageError(
+                f"`{condition}`: {name} takes no {WORDS[condition]}; {able}.", setting=condition
+            )
     if given > most:
         able = _sentence("references", conditions, given)
         raise UsageError(
-            f"`references`: {name} takes no more than {most}, and {given} were given; {able}."
+            f"`references`: {name} takes no more than {most}, and {given} were given; {able}.",
+            setting="references",
         )
 
 
@@ -60,7 +71,9 @@ def check_published(request: GenerateRequest) -> None:
     model = PUBLISHED.get(hub.alias_of(request.model) or "")
     if model is not None:
         # An adapter may bring a control map: its file says so once it is here.
-        brought: set[Condition] = {"control"} if request.adapters else set()
+        brought: set[Condition] = set()
+        if request.adapters and "control" not in model.architecture.takes:
+            brought = {"control", "control_from"}
         if request.redux or reader_of(model.architecture) is not None:
             brought |= {"references", "reference_strengths"}
         conditions = [each for each in request.conditions if each not in brought]
@@ -101,7 +114,9 @@ def with_reader(
     if family.reader is None or "references" in model.takes:
         if reader:
             why = "reads them by itself" if "references" in model.takes else "takes none"
-            raise UsageError(f"`redux` reads references, and {name} {why}; leave it out.")
+            raise UsageError(
+                f"`redux` reads references, and {name} {why}; leave it out.", setting="redux"
+            )
         return ReferenceReading(model)
     if not reader and reader_of(model) is None:
         return ReferenceReading(model)
@@ -110,7 +125,8 @@ def with_reader(
     if reading is None:
         raise UsageError(
             f"`redux` {checkpoint.name} was not made for {name}: it reads references for models "
-            "that paint from text of the same width; name another model, or leave both out."
+            "that paint from text of the same width; name another model, or leave both out.",
+            setting="redux",
         )
     return ReferenceReading(reading, checkpoint)
 

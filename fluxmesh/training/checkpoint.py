@@ -124,7 +124,8 @@ def check_same(saved: Saved, request: Mapping[str, Any], data: str, model: str) 
     if differing:
         raise UsageError(
             f"`resume` can't go on from iteration {saved.counters.iteration}: "
-            f"{'; '.join(differing)}; give what the run began with, or another `output_dir`."
+            f"{'; '.join(differing)}; give what the run began with, or another `output_dir`.",
+            setting="resume",
         )
 
 
@@ -141,7 +142,8 @@ def check_begun(folder: Path) -> None:
     if not iterations(folder):
         raise UsageError(
             f"`resume` goes on from a checkpoint, and {folder} holds none; leave `resume` out to "
-            "begin, or name the `output_dir` of the run."
+            "begin, or name the `output_dir` of the run.",
+            setting="resume",
         )
 
 

@@ -130,7 +130,8 @@ def prepare(
         if any(side % multiple for side in request.resolution):
             raise UsageError(
                 f"`resolution` is {'x'.join(map(str, request.resolution))}; this model needs "
-                f"multiples of {multiple}."
+                f"multiples of {multiple}.",
+                setting="resolution",
             )
         sizes = (request.resolution,) * len(examples)
     shown = [i for i, example in enumerate(examples) if not example.prior]
@@ -138,7 +139,8 @@ def prepare(
     if request.validation >= len(shown):
         raise UsageError(
             f"`validation` holds out {request.validation} of {len(shown)} images, which leaves "
-            "none to train on; give fewer."
+            "none to train on; give fewer.",
+            setting="validation",
         )
     order = generator(request.seed, VALIDATION, 0).permutation(len(shown)).tolist()
     held_out = tuple(sorted(shown[i] for i in order[: request.validation]))

@@ -112,7 +112,8 @@ class TrainRequest:
             if not (MULTIPLE <= side <= MAX_SIDE and side % MULTIPLE == 0):
                 raise UsageError(
                     f"`resolution` has a side of {side}; each must be a multiple of {MULTIPLE} "
-                    f"from {MULTIPLE} to {MAX_SIDE}."
+                    f"from {MULTIPLE} to {MAX_SIDE}.",
+                    setting="resolution",
                 )
         whole = {
             "num_augmentations": (self.num_augmentations, 1, 10_000),

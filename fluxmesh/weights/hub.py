@@ -25,6 +25,7 @@ from fluxmesh.errors import (
     ModelNotFoundError,
     NoSuchNameError,
     NotFetchedError,
+    about_setting,
 )
 from fluxmesh.models.base import Architecture
 from fluxmesh.models.files.family import Family
@@ -110,12 +111,14 @@ class ModelInfo:
     architecture: Architecture | None = None  # None: nobody knows what it is made of
 
 
+@about_setting("model")
 def resolve(name: str, *, download: bool = True, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint called `name`, fetched from the Hub when it isn't here.
 
     `progress` hears (bytes done, bytes in all) of a download. Raises `ModelNotFoundError` for a
     name that leads nowhere, a gated repository, no network, and a file of another kind, by what
-    it is; `NotFetchedError` for what only `pull` fetches; `WeightsError` for broken files;
+    it is; `NotFetchedError` for what only `pull` fetches; `WeightsError` for broken files; these
+    with the setting `model`;
     `OutputError` when the disk is full.
     """
     alias = alias_of(name)
@@ -160,6 +163,7 @@ def _pushed(alias: str) -> Path | None:
     return path if path.exists() else None
 
 
+@about_setting("model")
 def check_name(name: str) -> None:
     """Raises `NoSuchNameError` where a name can lead nowhere: no path here, no Hub id.
 

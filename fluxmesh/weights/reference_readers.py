@@ -250,7 +250,8 @@ class _Search:
     def _is_none(self, name: str) -> NotFetchedError:
         return NotFetchedError(
             f"`{self.reader.alias}` {name} has nothing of {self.reader.name}; name a folder or a "
-            f"file that has, or {self.reader.alias}."
+            f"file that has, or {self.reader.alias}.",
+            setting=self.reader.alias,
         )
 
     def _lacks(self, name: str, folder: str, part: ReaderPart) -> NotFetchedError:

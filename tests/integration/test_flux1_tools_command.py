@@ -55,6 +55,16 @@ def test_fill_paints_what_the_mask_says_and_again_from_its_own_picture(
     assert np.array_equal(pixels(tmp_path / "b.png"), painted)
 
 
+def test_a_photo_s_edges_are_refused_for_a_depth_model_before_anything_is_fetched(
+    fluxmesh: Run, photo: Path
+) -> None:
+    for command in ("generate", "plan"):
+        refused = fluxmesh(command, "a bird", "--model", "depth", "--control-from", photo)
+        assert refused.code == 2 and "Traceback" not in refused.err
+        said = "--control-from: depth follows a map of depth, and fluxmesh makes those of edges"
+        assert said in " ".join(refused.err.split()) and "as --control." in refused.err
+
+
 def test_a_control_lora_and_a_negative_prompt_change_what_dev_paints(
     fluxmesh: Run, photo: Path, tmp_path: Path
 ) -> None:

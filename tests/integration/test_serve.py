@@ -1,6 +1,6 @@
 """`fluxmesh serve` and the clients that people have, in processes of their own.
 
-What each face makes of its fields is `tests/unit/test_server_faces.py`'s.
+What each face makes of its fields is `tests/unit/test_server_openai.py`'s, and its neighbours'.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ from fluxmesh.models.numpy_bits import from_numpy
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, Encode, EncodeSource, Load
+from fluxmesh.wire.protocol import decode, encode
+from fluxmesh_agent.engine import failed_of
+from fluxmesh_coordinator.jobs.failures import error_of
 from tests.checkpoints import make_checkpoint
 from tests.numerics.units import HEAD, latents, loaded, only, painting
 
@@ -247,3 +250,13 @@ def test_sizes_in_memory_are_estimated_from_the_configs(tmp_path: Path) -> None:
     assert device_memory.resident_bytes(made.checkpoint, "bfloat16", None) == held / 2
     assert device_memory.resident_bytes(made.checkpoint, "bfloat16", 4) < held / 2
     assert device_memory.memory_of_device() > 100e6
+
+
+def test_what_an_engine_can_t_do_travels_with_the_setting_at_fault(weights: ModelVariant) -> None:
+    work = Load(**HEAD, weights=weights)
+    told = failed_of(work, UsageError.about("lora_targets", "match nothing"))
+    _, came = decode(encode(told, 1))
+    assert isinstance(came, messages.Failed)
+    made = error_of(came.kind, came.text, came.setting)
+    assert (type(made), str(made)) == (UsageError, "`lora_targets` match nothing.")
+    assert made.setting == "lora_targets"

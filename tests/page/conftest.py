@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from fluxmesh.weights import hub
 from tests.adapter_files import write
@@ -19,6 +19,8 @@ from tests.server_process import ServerProcess, server
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ADAPTER = "blue mood"
 WAIT = 60_000  # milliseconds for what a loaded machine may paint in
+
+expect.set_options(timeout=WAIT)
 
 
 @pytest.fixture(scope="session")

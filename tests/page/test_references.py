@@ -15,8 +15,8 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.flux2_checkpoint import make_flux2
+from tests.page.actions import finished, names, png, set_up
 from tests.page.conftest import Served, open_page
-from tests.page.test_page import finished, names, png, set_up
 from tests.server_process import server
 
 

@@ -203,9 +203,9 @@ def test_a_control_lora_on_dev(folder: Callable[[int], str], tmp_path: Path, how
     pipe = FluxControlPipeline.from_pretrained(folder(TOKEN))
     pipe.load_lora_weights({k: torch.from_numpy(v) for k, v in control_lora().items()})
     if how == "written":
-        fuse_checkpoint(hub.resolve(folder(TOKEN)), tmp_path / "canny", [(path, 1.0)])
-        flux = loaded(str(tmp_path / "canny"))
-        index = read_json(tmp_path / "canny" / "model_index.json")
+        fuse_checkpoint(hub.resolve(folder(TOKEN)), tmp_path / "mine", [(path, 1.0)])
+        flux = loaded(str(tmp_path / "mine"))
+        index = read_json(tmp_path / "mine" / "model_index.json")
         assert index["_class_name"] == "FluxControlPipeline"
     else:
         flux = loaded(folder(TOKEN), adapters=[str(path)], fuse_adapters=how == "fused")
@@ -215,7 +215,7 @@ def test_a_control_lora_on_dev(folder: Callable[[int], str], tmp_path: Path, how
         latents=noise_of(flux),
         guidance_scale=30.0,
     )
-    assert flux.architecture.takes == {"control"}
+    assert flux.architecture.takes == {"control", "control_from"}
     held_to(flux, theirs, guidance=30.0, control=picture())
 
 

@@ -268,17 +268,17 @@ class Simulation(Generic[S]):
     def stop_engine(self, rank: int) -> None:
         self.machines[rank].is_stopped = True
 
-    def fail(self, rank: int, kind: str, text: str = "No.") -> None:
+    def fail(self, rank: int, kind: str, text: str = "No.", setting: str = "") -> None:
         """An engine can't do its work, and says so."""
         self.machines[rank].break_off()
-        self._failed(rank, kind, text, fatal=False)
+        self._failed(rank, kind, text, setting, fatal=False)
 
     def break_ring(self, rank: int, text: str, kind: str = "Raised") -> None:
         """An engine ends over what a neighbour did, or did not do in time."""
         self.machines[rank].empty()
         self._failed(rank, kind, text, fatal=True)
 
-    def _failed(self, rank: int, kind: str, text: str, *, fatal: bool) -> None:
+    def _failed(self, rank: int, kind: str, text: str, setting: str = "", *, fatal: bool) -> None:
         host = self.session.state.hosts.get(rank)
         if host is not None:
             self.feed(
@@ -290,6 +290,7 @@ class Simulation(Generic[S]):
                         kind=kind,
                         text=text,
                         fatal=fatal,
+                        setting=setting,
                     ),
                 )
             )

@@ -325,9 +325,10 @@ def test_a_request_that_is_wrong_ends_the_job_at_once(
 ) -> None:
     sim = kind()
     sim.play(lambda: isinstance(sim.machines[0].at, LOADING))
-    sim.fail(0, error.__name__, "The adapter fits no key.")
+    sim.fail(0, error.__name__, "The adapter fits no key.", "adapters")
     sim.play()
     assert sim.end is not None and type(sim.end.error) is error
+    assert sim.end.error.setting == "adapters"
     assert pieces(sim) == [] and sim.is_idle and sim.lost == []
 
 

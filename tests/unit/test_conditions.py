@@ -388,6 +388,9 @@ class StubPainter:
         self.asked.append(settings.reference)
         self.prompts.append(prompt)
 
+    def reads(self, _settings: GenerateSettings) -> tuple[str, int]:
+        return "klein-4b", KLEIN.architecture.most_references
+
     def paint(self, *_ready: Any, **_more: Any) -> list[Path]:
         return [self.folder / f"painted-{len(self.asked)}.png"]
 

@@ -363,6 +363,10 @@ def test_another_wrong_value_is_told_with_its_variable_too(
     done = run("generate", "a cat", env={"FLUXMESH_OUTPUT": "missing"})
     text = "FLUXMESH_OUTPUT: output missing/: the folder does not exist; make it first."
     assert str(done.exception) == text
+    # What a request calls otherwise than the option.
+    done = run("generate", "a cat", "--model", "schnell", env={"FLUXMESH_NEGATIVE_PROMPT": "blur"})
+    text = "FLUXMESH_NEGATIVE_PROMPT: negative-prompt: schnell takes no negative prompt; "
+    assert str(done.exception).startswith(text)
     # Another option is to blame, whatever the environment says beside it.
     done = run("generate", "a cat", "-o", "missing/a.png", env={"FLUXMESH_MODEL": "tinny"})
     assert str(done.exception).startswith("`output` missing/a.png: the folder missing does not")

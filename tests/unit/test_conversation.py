@@ -16,7 +16,9 @@ from rich.console import Console
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.errors import FluxmeshError, ModelNotFoundError, NotFetchedError
 from fluxmesh.events import Event, Picture
+from fluxmesh.machine import memory
 from fluxmesh.models.base import ModelDefaults
+from fluxmesh.models.registry import published
 from fluxmesh.request import FilledRequest
 from fluxmesh.storage.file_stamps import FileStamps
 from fluxmesh.weights import hub
@@ -30,6 +32,7 @@ from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporte
 from fluxmesh_coordinator.runtime.resolved import Resolved
 from tests.unit.meshes import small, with_defaults
 
+REFERENCES = ("kontext", "klein-4b")  # models with sizes of their own
 DEFAULTS = ModelDefaults(steps=4, guidance=4.0, height=32, width=48, t5_max_length=16)
 SIZES = with_defaults(small(), DEFAULTS)
 
@@ -50,7 +53,8 @@ class CountingMesh:
         if request.prompt == "stop":
             raise KeyboardInterrupt
         for k in range(request.n_images):
-            yield Picture(image=k, seed=request.seed_of(k), pixels=np.zeros((16, 16, 3), np.uint8))
+            pixels = np.zeros((request.height, request.width, 3), np.uint8)
+            yield Picture(image=k, seed=request.seed_of(k), pixels=pixels)
 
 
 @pytest.fixture
@@ -62,7 +66,10 @@ def talk(
     """Says lines to a conversation; returns the mesh's requests and what was shown."""
 
     def resolve(name: str, **_more: Any) -> Any:
-        about = vars(SIZES) | {"defaults": SIZES.defaults, "stamps": FileStamps(), "content": ""}
+        sizes = vars(SIZES)
+        if name in REFERENCES:
+            sizes = sizes | {"architecture": published(name)}
+        about = sizes | {"defaults": SIZES.defaults, "stamps": FileStamps(), "content": ""}
         return SimpleNamespace(name=name, revision="r", **about)
 
     monkeypatch.setenv("FLUXMESH_HOME", str(tmp_path_factory.mktemp("home")))
@@ -131,6 +138,50 @@ def test_mistakes_are_told_and_change_nothing(talk: Any) -> None:
     for part in ("not HEIGHTxWIDTH", "/steps is 0", "'many' is not", "/seed is -1", "/help"):
         assert part in shown
     assert [(request.steps, request.seed) for request in requests] == [(3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "counts", "told"),
+    [
+        ("/model kontext", 1, [1, 1, 1], "kontext reads one reference, here the picture that was"),
+        ("/model klein-4b", 1, [1, 2, 1], ""),
+        (
+            "/model klein-4b",
+            10,
+            [10, 10, 10],
+            "klein-4b reads 10 references, here also the picture",
+        ),
+        # Which goes before the embedded one that reads both.
+        ("/model", 1, [1, 1, 1], "kontext reads one reference, here the picture that was"),
+    ],
+)
+def test_again_but_edits_the_last_picture_with_as_many_references_as_the_model_reads(
+    talk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    model: str, given: int, counts: list[int], told: str,
+) -> None:  # fmt: skip
+    here = [hub.resolve("kontext"), hub.resolve("klein-4b")]
+    here[1].name = "tiny-klein"
+    monkeypatch.setattr(hub, "preferred_here", lambda: iter(here))
+    monkeypatch.setattr(memory, "accelerator_bytes", lambda: 1 << 40)
+    mug = tmp_path / "mug.png"
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(mug)
+    requests, shown = talk(
+        *(
+            model,
+            f"/reference {' '.join([str(mug)] * given)}",
+            "/size 64x64",
+            "a cup",
+            "again, but at night",
+            "a cup",
+        )
+    )
+    assert "Error" not in shown
+    assert [len(request.references) for request in requests] == counts
+    first, again, after = requests
+    # What the mesh of this test paints is black, the set reference red.
+    assert first.references[0].max() == 200 and after.references[0].max() == 200
+    assert again.prompt == "at night" and again.references[0].max() == 0
+    assert shown.count("left out for this prompt") == (1 if told else 0) and told in shown
 
 
 def test_ctrl_c_stops_the_picture_and_not_the_conversation(talk: Any, tmp_path: Path) -> None:

@@ -135,6 +135,10 @@ def test_a_request_with_a_control_map_takes_a_model_that_follows_one(here: Any) 
     assert default_model(ASKED).name == "schnell"
     here(["schnell", "depth"], 128)
     assert default_model(FOLLOWING).name == "depth"
+    edges = replace(FOLLOWING, control_is_found=True)
+    assert default_model(edges).name == "tiny"  # which says that none here follows edges
+    here(["depth", "canny"], 128)
+    assert (default_model(edges).name, default_model(edges).alike) == ("canny", ())
     here(["depth", "canny"], 5)  # neither fits, and no other can: the plan says what lacks
     assert default_model(FOLLOWING).name == "canny"
     here(["schnell", "fill"], 128)

@@ -16,11 +16,13 @@ EVERY = [
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_error_is_made_again_of_its_name_and_its_sentence(
+def test_every_error_is_made_again_of_its_name_its_sentence_and_its_setting(
     kind: type[errors.FluxmeshError],
 ) -> None:
-    made = failures.error_of(kind.__name__, "It can't.")
-    assert type(made) is kind and str(made) == "It can't."
+    made = failures.error_of(kind.__name__, "It can't.", "model")
+    assert type(made) is kind and (str(made), made.setting) == ("It can't.", "model")
+    other = made.saying("It won't.")
+    assert type(other) is kind and (str(other), other.setting) == ("It won't.", "model")
     assert not (failures.is_of_host(kind.__name__) and failures.is_final(kind.__name__))
 
 

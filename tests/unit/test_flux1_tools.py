@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from dataclasses import replace
@@ -22,12 +23,15 @@ from fluxmesh.models.flux1.runtime import plan
 from fluxmesh.models.registry import published
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import AdapterRef, GenerateRequest, SourceImage
-from fluxmesh.sampling.takes import check_given, check_published
+from fluxmesh.sampling.takes import check_given, check_published, check_takes
 from fluxmesh.weights import hub
+from fluxmesh.weights.quantize import quantize_checkpoint
 from fluxmesh_coordinator.artifacts.recipe import Recipe
 from fluxmesh_coordinator.commands.generate import read_conditions
 from fluxmesh_coordinator.commands.settings import GenerateSettings
+from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 from tests.checkpoints import TRANSFORMER, make_checkpoint
+from tests.serving import Serving
 from tests.unit.meshes import resolved
 
 SIZES = {name: ModelSizes(published(name)) for name in ("dev", "schnell", "fill", "canny", "depth")}
@@ -69,16 +73,28 @@ def test_each_tool_takes_its_own_steps_and_guidance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "guidance"), [("flux1-depth-dev", 10.0), ("flux1-canny-dev", 30.0), ("mine", 30.0)]
+    ("name", "guidance", "follows"),
+    [("flux1-depth-dev", 10.0, "depth"), ("flux1-canny-dev", 30.0, "edges"), ("mine", 30.0, None)],
 )
-def test_a_control_model_that_lies_here_is_told_by_its_name(
-    tmp_path: Path, name: str, guidance: float
+def test_what_lies_here_is_told_by_its_name(
+    tmp_path: Path, name: str, guidance: float, follows: Any
 ) -> None:
     wide = replace(TRANSFORMER, in_channels=128)
     made = make_checkpoint(tmp_path / name, layout="bfl", transformer=wide, guidance=True)
     file = made.path.rename(made.path.with_name(f"{name}.safetensors"))
-    model = hub.resolve(str(file)).architecture
-    assert model.takes == {"control"} and model.defaults.guidance == guidance
+    checkpoint = hub.resolve(str(file))
+    model, content = checkpoint.architecture, checkpoint.content
+    assert model.takes == {"control"} | ({"control_from"} if follows == "edges" else set())
+    assert (model.defaults.guidance, model.follows) == (guidance, follows)
+    other = file.rename(file.with_name("other.safetensors"))  # the same on a host that calls it so
+    assert hub.resolve(str(other)).content == content
+
+
+def test_a_folder_that_is_written_keeps_what_it_follows_under_any_name(tmp_path: Path) -> None:
+    wide = replace(TRANSFORMER, in_channels=128)
+    made = make_checkpoint(tmp_path / "flux1-depth-dev", transformer=wide, guidance=True)
+    quantize_checkpoint(hub.resolve(str(made.path)), tmp_path / "mine", 4)
+    assert hub.resolve(str(tmp_path / "mine")).architecture.follows == "depth"
 
 
 def test_a_folder_is_fill_by_its_config(tmp_path: Path) -> None:
@@ -187,8 +203,10 @@ def test_an_adapter_may_bring_a_control_map() -> None:
     adapters = (AdapterRef("canny.safetensors"),)
     check_published(asked(model="dev", control=picture(16, 16), adapters=adapters))
     dev = SIZES["dev"].architecture
-    assert dev.with_inputs({"img_in": 128}, "flux1-canny-dev-lora").takes == {"control"}
-    assert dev.with_inputs({"img_in": 128}, "flux1-depth-dev-lora").defaults.guidance == 10.0
+    edges = dev.with_inputs({"img_in": 128}, "flux1-canny-dev-lora")
+    assert edges.takes == {"control", "control_from"}
+    depth = dev.with_inputs({"img_in": 128}, "flux1-depth-dev-lora")
+    assert (depth.defaults.guidance, depth.takes) == (10.0, {"control"})
 
 
 # What the transformer reads
@@ -242,6 +260,66 @@ def test_opencv_is_not_asked_for_by_a_model_that_follows_no_map(
     for follows in ("canny", None):
         with pytest.raises(UsageError, match="pip install opencv-python-headless"):
             read_conditions(GenerateSettings(model=follows, control_from=str(file)))
+
+
+FOUND = {"control": picture(16, 16), "control_is_found": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("depth", r"`control_from`: m follows a map of depth, .* edges alone; give .* `control`\."),
+        (None, "`control_from`: m follows a map of an unknown kind, "),
+    ],
+)
+def test_edges_are_not_given_to_a_model_that_is_not_known_to_follow_them(
+    name: str | None, sentence: str
+) -> None:
+    model = SIZES["dev"].architecture.with_inputs({"img_in": 128}, name or "mine")
+    check_takes(asked(control=FOUND["control"]).conditions, (), "m", model)
+    with pytest.raises(UsageError, match=sentence):
+        check_takes(asked(**FOUND).conditions, (), "m", model)
+
+
+def test_edges_for_a_published_model_are_refused_before_anything_is_read_or_fetched() -> None:
+    for model, adapters in (("depth", ()), ("FLUX.1-Depth-dev", (AdapterRef("style"),))):
+        with pytest.raises(UsageError, match=f"{model} follows a map of depth"):
+            check_published(asked(model=model, adapters=adapters, **FOUND))
+    check_published(asked(model="canny", **FOUND))
+    check_published(asked(model="dev", adapters=(AdapterRef("flux1-canny-lora"),), **FOUND))
+
+
+def test_edges_are_refused_of_a_model_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command line asks, and a server."""
+    found = SimpleNamespace(Canny=lambda pixels, *_: pixels[:, :, 0])
+    monkeypatch.setitem(sys.modules, "cv2", found)
+    file = tmp_path / "photo.png"
+    Image.fromarray(picture(32, 48)).save(file)
+    wide = replace(TRANSFORMER, in_channels=128)
+    for name in ("my-depth", "my-canny"):
+        model = make_checkpoint(tmp_path / name, transformer=wide, guidance=True).path
+        settings = GenerateSettings(model=str(model), control_from=str(file))
+        _, control, _ = read_conditions(settings)
+        request = settings.request("a cat", 0, model=str(model), control=control)
+        known = ResolvedModel.known(str(model))
+        serving = Serving(tmp_path / name, model=str(model))
+        fields = {"prompt": "a cat", "control_from": base64.b64encode(file.read_bytes()).decode()}
+        with serving.client() as client:
+            answer = client.post("/api/jobs", json=fields)
+            takes = client.get("/api/models").json()["models"][0]["takes"]
+        if name == "my-canny":
+            assert Resolved.of(request, known).request.control is not None
+            assert answer.status_code == 202 and "control_from" in takes
+            continue
+        with pytest.raises(UsageError, match="`control_from`: .*my-depth follows a map of depth"):
+            Resolved.of(request, known)
+        assert Resolved.of(replace(request, control_is_found=False), known)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["setting"]) == (400, "control_from")
+        assert "my-depth follows a map of depth" in error["message"]
+        assert "control" in takes and "control_from" not in takes
 
 
 def test_a_recipe_tells_the_picture_whose_edges_were_followed(

@@ -96,13 +96,31 @@ def test_a_sentence_says_options_for_settings_and_leaves_the_rest() -> None:
     )
 
 
-def test_an_error_about_a_setting_says_which_also_after_it_has_travelled() -> None:
+def test_an_error_about_a_setting_says_which_also_in_other_words() -> None:
     with pytest.raises(UsageError) as caught:
         GenerateRequest("a dog", seed=1, n_images=0)
     assert str(caught.value) == "`n_images` is 0; it must be 1 to 4096."
-    assert caught.value.setting == UsageError(str(caught.value)).setting == "n_images"
-    assert UsageError("`preload` and `low_memory` exclude each other.").setting == ""
+    said = caught.value.saying("No.")
+    assert (type(said), str(said)) == (UsageError, "No.")
+    assert caught.value.setting == said.setting == "n_images"
+    with pytest.raises(UsageError, match="`preload` and `low_memory` exclude") as several:
+        GenerateRequest("a dog", seed=1, preload=True, low_memory=True)
+    assert several.value.setting == ""
     assert UsageError("There is no prompt.").setting == ""
+
+
+def test_an_error_that_begins_with_a_setting_has_it_in_its_field() -> None:
+    """Readers ask the field, and no sentence."""
+    silent = []
+    for path in (path for folder in FOLDERS.values() for path in sorted(folder.rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_error = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error")
+            if not is_error or not node.args:
+                continue
+            named = re.match(r"f?['\"]`(\{.+?\}|\w+)`(?! and `)", ast.unparse(node.args[0]))
+            if named and "setting" not in {keyword.arg for keyword in node.keywords}:
+                silent.append(f"{path.name}:{node.lineno} {named[1]}")
+    assert silent == []
 
 
 def test_a_line_for_programs_has_options_in_sentences_and_leaves_what_users_said(

@@ -24,11 +24,6 @@ from tests.serving import ADDRESS, JSON, Serving
 KEY = "the-key-of-this-test"
 
 
-@pytest.fixture
-def serving(tmp_path: Path) -> Serving:
-    return Serving(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("host", "name"),
     [
@@ -83,6 +78,8 @@ CHANGES = [
     ("POST", "/sdapi/v1/img2img"),
     ("POST", "/sdapi/v1/options"),
     ("POST", "/sdapi/v1/interrupt"),
+    ("POST", "/sdapi/v1/skip"),
+    ("POST", "/sdapi/v1/refresh-checkpoints"),
 ]
 
 

@@ -19,16 +19,10 @@ from starlette.testclient import TestClient
 
 from fluxmesh_coordinator.server.guard.access import Access
 from fluxmesh_coordinator.server.picture_folder import PictureFolder
-from tests.serving import Serving
-from tests.unit.test_server_faces import in_thread, opened, png, sse, text, wait_until_running
+from tests.serving import Serving, in_thread, opened, png, sse, text, wait_until_running
 
 KEY = "the-key-of-this-test"
 BASIC = {"authorization": "Basic " + base64.b64encode(f"user:{KEY}".encode()).decode()}
-
-
-@pytest.fixture
-def serving(tmp_path: Path) -> Serving:
-    return Serving(tmp_path)
 
 
 def wait(until: Any) -> None:

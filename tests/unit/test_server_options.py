@@ -19,16 +19,10 @@ from fluxmesh_coordinator.server.faces.api_fields import CALLED, OPTIONS
 from fluxmesh_coordinator.server.faces.openapi import JOB
 from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.threads import SMALL
-from tests.serving import Serving
-from tests.unit.test_server_faces import png, text, wait_until_running
+from tests.serving import Serving, png, text, wait_until_running
 
 JSON = "application/json"
 FACES = ["/api/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"]
-
-
-@pytest.fixture
-def serving(tmp_path: Path) -> Serving:
-    return Serving(tmp_path)
 
 
 def asked_by(

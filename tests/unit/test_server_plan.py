@@ -12,9 +12,8 @@ import pytest
 
 from fluxmesh.planning.plan import Plan, plan
 from fluxmesh_coordinator.server.faces import api
-from tests.serving import Serving
+from tests.serving import Serving, png, text
 from tests.unit.meshes import full, mac
-from tests.unit.test_server_faces import png, text
 
 
 @pytest.fixture

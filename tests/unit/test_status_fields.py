@@ -27,8 +27,7 @@ from fluxmesh_coordinator.agents.status import Survey
 from fluxmesh_coordinator.cli import status as command
 from fluxmesh_coordinator.server import running_server
 from tests.messages import sample
-from tests.serving import Serving
-from tests.unit.test_server_faces import wait_until_running
+from tests.serving import Serving, wait_until_running
 from tools.status_picture import survey
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "json.md"

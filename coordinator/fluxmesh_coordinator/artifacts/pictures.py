@@ -85,14 +85,19 @@ class PicturePath:
         if os.path.isdir(path):
             target = cls(path, force=force)
         elif output.endswith(("/", os.sep)):
-            raise NoSuchFolderError(f"`output` {output}: the folder does not exist; make it first.")
+            raise NoSuchFolderError(
+                f"`output` {output}: the folder does not exist; make it first.", setting="output"
+            )
         elif path.suffix.lower() in ("", ".png") and path.name:
             target = cls(path.parent, path.stem, path.suffix or ".png", given=True, force=force)
         else:
-            raise UsageError(f"`output` {output}: pictures are written as PNG; end it in .png.")
+            raise UsageError(
+                f"`output` {output}: pictures are written as PNG; end it in .png.", setting="output"
+            )
         if not os.path.lexists(target.folder):
             raise NoSuchFolderError(
-                f"`output` {output}: the folder {target.folder} does not exist; make it first."
+                f"`output` {output}: the folder {target.folder} does not exist; make it first.",
+                setting="output",
             )
         check_file(target.folder / f"{target.stem}{target.suffix}")
         return target
@@ -188,9 +193,13 @@ class StepFiles:
         self.n_images = n_images
         self.force = force
         if os.path.lexists(self.folder) and not self.folder.is_dir():
-            raise NoSuchFolderError(f"`stepwise` {folder} is no folder: name a new one.")
+            raise NoSuchFolderError(
+                f"`stepwise` {folder} is no folder: name a new one.", setting="stepwise"
+            )
         if self.folder.is_dir() and any(self.folder.iterdir()) and not force:
-            raise OutputError(f"`stepwise` {folder} is not empty: name a new folder.")
+            raise OutputError(
+                f"`stepwise` {folder} is not empty: name a new folder.", setting="stepwise"
+            )
         check_folder(self.folder)
 
     def save(self, prompt: int, image: int, step: int, steps: int, data: bytes) -> Path:
@@ -205,10 +214,13 @@ class StepFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"`stepwise`: the folder {self.folder} can't be made: {error.strerror}."
+                f"`stepwise`: the folder {self.folder} can't be made: {error.strerror}.",
+                setting="stepwise",
             ) from error
         try:
             write_file(path, data, replace=self.force)
         except FileExistsError as error:
-            raise OutputError(f"`stepwise`: {path} exists already: name a new folder.") from error
+            raise OutputError(
+                f"`stepwise`: {path} exists already: name a new folder.", setting="stepwise"
+            ) from error
         return path

@@ -263,20 +263,23 @@ def read_recipe(path: str | Path) -> Recipe:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(KEYWORD)
     except FileNotFoundError as error:
-        raise UsageError(f"`recipe` {path}: there is no such file.") from error
+        raise UsageError(f"`recipe` {path}: there is no such file.", setting="recipe") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"`recipe` {path}: this is not a picture that can be read.") from error
+        raise UsageError(
+            f"`recipe` {path}: this is not a picture that can be read.", setting="recipe"
+        ) from error
     if text is None:
         raise UsageError(
             f"`recipe` {path}: this picture does not say how it was made; "
             "only a PNG that fluxmesh wrote does, as long as no other program saved it again, and "
-            "not with `no_metadata`."
+            "not with `no_metadata`.",
+            setting="recipe",
         )
     try:
         return Recipe.from_json(text)
     except ValueError as error:
         raise UsageError(
-            f"`recipe` {path}: its fluxmesh metadata can't be read: {error}."
+            f"`recipe` {path}: its fluxmesh metadata can't be read: {error}.", setting="recipe"
         ) from error
 
 

@@ -234,14 +234,31 @@ class Conversation:
 
     def _again(self, line: str) -> tuple[GenerateSettings, str]:
         """The settings for a prompt, and its words: "again, but at night" is "at night", said of
-        the picture that was painted last."""
+        the picture that was painted last, beside the references that are set."""
         again = AGAIN_BUT.fullmatch(line)
         if again is None or self.last is None:
             return self.settings, line
         asked, given = self.settings, self.settings.reference
         if LAST not in (path for path, _ in given):
             asked = replace(asked, reference=((LAST, 1.0), *given))
-        return asked, again["change"]
+        return self._as_many_as_are_read(self._with_last(asked)), again["change"]
+
+    def _as_many_as_are_read(self, settings: GenerateSettings) -> GenerateSettings:
+        """The settings with no more references than their model reads, of which the picture that
+        was painted last is one; those that are left out for it are told."""
+        given = settings.reference
+        name, most = self.painter.reads(settings) if len(given) > 1 else ("", 0)
+        if not 0 < most < len(given):
+            return settings
+        others = [k for k, (path, _) in enumerate(given) if path != str(self.last)]
+        left = others[most - 1 :]
+        pictures = "one reference, here" if most == 1 else f"{most} references, here also"
+        self.reporter.note(
+            f"{name} reads {pictures} the picture that was painted last; left out for this prompt: "
+            f"{', '.join(str(given[k][0]) for k in left)}."
+        )
+        kept = (each for k, each in enumerate(given) if k not in left)
+        return replace(settings, reference=tuple(kept))
 
     def _with_last(self, settings: GenerateSettings) -> GenerateSettings:
         """The settings with the file that `last` means. Raises `UsageError` where there is none."""

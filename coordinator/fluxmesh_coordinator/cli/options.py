@@ -6,16 +6,16 @@ too: an option that the user did not give says nothing here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from fluxmesh.errors import FluxmeshError, ModelNotFoundError
+from fluxmesh.errors import FluxmeshError
 from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
 from fluxmesh_coordinator.cli.paths import UserPath
+from fluxmesh_coordinator.console.option_names import option_of
 
 if TYPE_CHECKING:
     from fluxmesh_coordinator.artifacts.recipe import Recipe
@@ -138,8 +138,8 @@ class ConfigurableCommand(click.Command):
         except FluxmeshError as error:
             default = _default_at_fault(ctx, error)
             if default is not None:
-                field, title = str(default.setting.option.name), default.setting.title
-                error.args = (f"{default.source}: {str(error).replace(f'`{field}`', title)}",)
+                said = str(error).replace(f"`{error.setting}`", default.setting.title)
+                error.args = (f"{default.source}: {said}",)
             raise
 
 
@@ -147,16 +147,11 @@ def _default_at_fault(ctx: click.Context, error: FluxmeshError) -> Any:
     """The default that an error is about; None where it is about something else."""
     if ctx.obj is None or ctx.params.get("from_"):  # a recipe stands above them
         return None
-    text = str(error)
+    option = option_of(error.setting)
     for name, default in ctx.obj.of(str(ctx.info_name)).items():
-        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
-            continue
-        if text.startswith(f"`{name}`"):
+        is_taken = ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+        if is_taken and option in default.setting.option.opts:
             return default
-        if name == "model" and isinstance(error, ModelNotFoundError):
-            model = re.escape(str(default.value))
-            if re.search(rf"^{model}[ :]|'{model}'|`model`", text):
-                return default
     return None
 
 
@@ -307,7 +302,7 @@ _OPTIONS = [
         "--control-from",
         type=_FILE,
         metavar="PATH",
-        help="Follow the edges that OpenCV finds in this picture.",
+        help="Follow the edges that OpenCV finds in this picture: for Canny.",
     ),
     click.option("--negative-prompt", metavar="TEXT", help="What the picture must not show."),
     click.option(

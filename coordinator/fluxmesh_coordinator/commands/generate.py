@@ -20,7 +20,7 @@ import numpy as np
 from fluxmesh.cluster.snapshot import Placement
 from fluxmesh.errors import UsageError
 from fluxmesh.events import Encoded, Event, Picture, Planned, Step
-from fluxmesh.request import FilledRequest, GenerateRequest, SourceImage
+from fluxmesh.request import MAX_REFERENCES, FilledRequest, GenerateRequest, SourceImage
 from fluxmesh.spelling import nearest
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, StepFiles, encode_png, grid
@@ -189,6 +189,28 @@ class Painter:
             )
         return self._models[name]
 
+    def reads(self, settings: GenerateSettings) -> tuple[str, int]:
+        """The model for these settings' references, and how many it reads: 0 where it reads none by
+        itself, nor with what is here.
+
+        Where none is named, one that reads fewer goes before an embedded one. Raises as `model`
+        does.
+        """
+        from fluxmesh.sampling.takes import read_here
+        from fluxmesh.weights.embedded.checkpoints import embedded_names
+
+        def model_for(count: int) -> ResolvedModel:
+            some = replace(settings, reference=settings.reference[:count])
+            blank = [np.zeros((128, 128, 3), np.uint8)] * len(some.reference)
+            asked = some.request("", 0, model=settings.model or "", references=blank)
+            return self.model(settings.model, asked, paints_into=_paints_into(settings))
+
+        model = model_for(min(len(settings.reference), MAX_REFERENCES))
+        if settings.model is None and model.name in embedded_names():
+            model = model_for(1)
+        reading = read_here(model.sizes.architecture, settings.redux or "")
+        return model.name, reading.most_references if "references" in reading.takes else 0
+
     def _standing_in(self, request: GenerateRequest, *, paints_into: bool) -> DefaultModel:
         """What is taken where neither user nor mesh names a model.
 
@@ -237,9 +259,7 @@ class Painter:
             )
 
         check_published(asked(settings))  # before a model is fetched that is of no use
-        has_mask = settings.mask is not None or settings.outpaint is not None
-        paints_into = settings.image is not None and has_mask
-        model = self.model(settings.model, asked(settings), paints_into=paints_into)
+        model = self.model(settings.model, asked(settings), paints_into=_paints_into(settings))
         settings = settings.as_loaded(self.record.weights if self.record else None)
         source, files = self._source(settings, model.sizes.defaults)
         resolved = Resolved.of(
@@ -428,7 +448,7 @@ def read_conditions(
     """The pixels of references and control picture, and the record of their files.
 
     Of `control_from` the edges are found here. Raises `UsageError` for a file that is no picture,
-    and for a map that a published model does not take.
+    and for a map that a published model does not take, or does not follow edges.
     """
     if not settings.reference and settings.control is None and settings.control_from is None:
         return [], None, ConditionFiles()
@@ -457,6 +477,12 @@ def read_conditions(
             None if source is None else NamedFile.of(source),
         ),
     )
+
+
+def _paints_into(settings: GenerateSettings) -> bool:
+    """Whether a part of a picture is painted."""
+    has_mask = settings.mask is not None or settings.outpaint is not None
+    return settings.image is not None and has_mask
 
 
 def _size(request: FilledRequest) -> str:

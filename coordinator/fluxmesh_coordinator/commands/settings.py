@@ -148,7 +148,9 @@ class GenerateSettings:
         """
         for option in ("mask", "outpaint", "strength") if self.image is None else ():
             if getattr(self, option) is not None:
-                raise UsageError(f"`{option}` says how to change `image`; give one.")
+                raise UsageError(
+                    f"`{option}` says how to change `image`; give one.", setting=option
+                )
         for option in ("image", "mask", "reference", "control", "control_from"):
             names = [file for file, _ in self.reference] if option == "reference" else ()
             if getattr(self, option) == "" or "" in names:
@@ -194,6 +196,7 @@ class GenerateSettings:
             else (),
             redux=self.redux or "",
             control=control,
+            control_is_found=control is not None and self.control_from is not None,
             negative=self.negative_prompt or None,  # "" puts that of config.toml aside
             cfg=self.cfg,
         )

@@ -55,9 +55,10 @@ SAME = {
 
 def in_options(sentence: str) -> str:
     """A sentence of the library with options for settings; all other words stay."""
-    return re.sub(r"`(\w+)`", lambda match: _option(match[1]) or match[0], sentence)
+    return re.sub(r"`(\w+)`", lambda match: option_of(match[1]) or match[0], sentence)
 
 
-def _option(setting: str) -> str:
+def option_of(setting: str) -> str:
+    """The option of a setting, by its field; "" where there is none."""
     same = f"--{setting.replace('_', '-')}" if setting in SAME else ""
     return OPTIONS.get(setting, same)

@@ -108,7 +108,8 @@ class Errand:
                 continue  # left over from an engine that was ended
             if isinstance(report, messages.Failed):
                 self.failure = report.kind
-                raise error_of(report.kind, f"{self.client.title}: {report.text}")
+                text = f"{self.client.title}: {report.text}"
+                raise error_of(report.kind, text, report.setting)
             if isinstance(report, messages.Lost):
                 raise FluxmeshError(f"{self.client.title}: {report.reason}")
             return report

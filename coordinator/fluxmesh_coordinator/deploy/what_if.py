@@ -47,15 +47,17 @@ def load_assumption(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"`assume` {path}: {error.strerror or error}.") from None
+        raise UsageError(f"`assume` {path}: {error.strerror or error}.", setting="assume") from None
     except ValueError as error:
-        raise UsageError(f"`assume` {path}: it is not JSON ({error}).") from None
+        raise UsageError(f"`assume` {path}: it is not JSON ({error}).", setting="assume") from None
     if not isinstance(data, dict):
-        raise UsageError(f"`assume` {path}: expected an object with {', '.join(REQUIRED)}.")
+        raise UsageError(
+            f"`assume` {path}: expected an object with {', '.join(REQUIRED)}.", setting="assume"
+        )
     for key in (*data, *REQUIRED):
         if key not in KEYS or key not in data:
             what = "is missing" if key in KEYS else f"is no key; expected {', '.join(KEYS)}"
-            raise UsageError(f"`assume` {path}: {key} {what}.")
+            raise UsageError(f"`assume` {path}: {key} {what}.", setting="assume")
     read = {
         "memory": hostfile_fields.memory,
         "kind": lambda value: value if isinstance(value, str) else None,
@@ -68,7 +70,9 @@ def load_assumption(path: Path) -> dict[str, Any]:
     checked = {key: read.get(key, _positive)(value) for key, value in data.items()}
     for key, value in checked.items():
         if value is None:
-            raise UsageError(f"`assume` {path}: {key} can't be {json.dumps(data[key])[:60]}.")
+            raise UsageError(
+                f"`assume` {path}: {key} can't be {json.dumps(data[key])[:60]}.", setting="assume"
+            )
     return {"kind": "assumed", "platform": "metal", "warm": True, **NUMBERS, **checked}
 
 

@@ -40,9 +40,9 @@ def is_of_backend(kind: str) -> bool:
     return kind not in OF_NO_BACKEND and not is_of_host(kind)
 
 
-def error_of(kind: str, text: str) -> errors.FluxmeshError:
+def error_of(kind: str, text: str, setting: str = "") -> errors.FluxmeshError:
     """The error of that name; of one that is no error of ours, the base."""
-    return _class_of(kind)(text)
+    return _class_of(kind)(text, setting=setting)
 
 
 def _class_of(kind: str) -> type[errors.FluxmeshError]:

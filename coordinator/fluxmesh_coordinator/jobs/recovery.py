@@ -57,7 +57,7 @@ class Recovery(Generic[H]):
             return None
         reasons = [self._reasons[rank] for rank in ranks if rank in self._reasons]
         if len(ranks) == 1 and reasons and reasons[0].is_here:
-            return reasons[0].kind(reasons[0].text)  # nobody asks which host it was
+            return reasons[0].error(reasons[0].text)  # nobody asks which host it was
         said: dict[str, list[str]] = {}  # what hosts have in common is told once
         for reason in reasons:
             said.setdefault(reason.text, []).append(reason.name)
@@ -65,7 +65,7 @@ class Recovery(Generic[H]):
             f"{' and '.join(dict.fromkeys(names))}: {text}" if any(names) else text
             for text, names in said.items()
         ]
-        last = reasons[-1].kind if reasons else FluxmeshError
+        last = reasons[-1].error if reasons else FluxmeshError
         if len(sentences) == 1:
             return last(sentences[0])
         return last(" ".join(["No host can go on.", *sentences]))
@@ -86,13 +86,16 @@ class Recovery(Generic[H]):
 
     # What is lost
 
-    def failed(self, host: H, kind: str, text: str, *, fatal: bool, now: float) -> None:
-        """An engine died (`fatal`), or could not do its work; `kind` is the error's class."""
+    def failed(
+        self, host: H, kind: str, text: str, setting: str = "", *, fatal: bool, now: float
+    ) -> None:
+        """An engine died (`fatal`), or could not do its work; `kind` is the error's class, and
+        `setting` what it says is at fault."""
         if not fatal and failures.is_final(kind):
-            self.end(failures.error_of(kind, text))
+            self.end(failures.error_of(kind, text, setting))
             return
         if not fatal and failures.is_of_host(kind):
-            self._unfit(host, failures.error_of(kind, text), now)
+            self._unfit(host, failures.error_of(kind, text, setting), now)
             return
         # A survivor of a broken ring fails too; the one to blame is the one that died, or that
         # says itself what it could not do.
@@ -185,7 +188,10 @@ class Recovery(Generic[H]):
         self._end_engine(host, str(why), now)
         name = host.info.name
         is_here = host.entry.is_local
-        self._leave_out(host, Reason(kind=type(why), text=str(why), name=name, is_here=is_here))
+        reason = Reason(
+            kind=type(why), text=str(why), setting=why.setting, name=name, is_here=is_here
+        )
+        self._leave_out(host, reason)
         if self.state.hosts:  # else it is how the job ends, unless others of the mesh can help
             self.tell(HostUnfit(host.rank, name, str(why)))
 
@@ -226,8 +232,13 @@ class Reason:
 
     kind: type[FluxmeshError]
     text: str
+    setting: str = ""  # that is at fault
     name: str = ""  # of the host, where the text does not say it
     is_here: bool = False  # the host is this machine
+
+    def error(self, text: str) -> FluxmeshError:
+        """Of its kind, in these words."""
+        return self.kind(text, setting=self.setting)
 
     @classmethod
     def twice(cls, host: HostState, reason: str) -> Self:

@@ -252,7 +252,7 @@ class JobSession(ABC, Generic[H]):
             case messages.Cancelled():
                 host.cancelled(self.now)
             case messages.Failed():
-                self._failed(host, report.kind, report.text, fatal=report.fatal)
+                self._failed(host, report.kind, report.text, report.setting, fatal=report.fatal)
             case _:
                 self.reported(host, report, unit)
 
@@ -268,11 +268,11 @@ class JobSession(ABC, Generic[H]):
             state.hosts[rank] = self.new_host(leased)
             self.returned(state.hosts[rank])
 
-    def _failed(self, host: H, kind: str, text: str, *, fatal: bool) -> None:
+    def _failed(self, host: H, kind: str, text: str, setting: str = "", *, fatal: bool) -> None:
         if self.state.is_ending:
             host.let_go()
         else:
-            self.recovery.failed(host, kind, text, fatal=fatal, now=self.now)
+            self.recovery.failed(host, kind, text, setting, fatal=fatal, now=self.now)
 
     def _gone(self, rank: int, reason: str, *, counts: bool = True) -> None:
         if self.state.is_ending:

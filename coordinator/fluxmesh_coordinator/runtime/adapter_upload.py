@@ -190,8 +190,12 @@ async def _send_file(
         offset += len(piece)
         tell(offset, total)
     if offset < total:
-        raise AdapterError(f"`adapter` {upload.name} shrinks while it is read; try again.")
+        raise AdapterError(
+            f"`adapter` {upload.name} shrinks while it is read; try again.", setting="adapter"
+        )
 
 
 def _unreadable(name: str, error: OSError) -> AdapterError:
-    return AdapterError(f"`adapter` {name} can't be read: {error.strerror or error}.")
+    return AdapterError(
+        f"`adapter` {name} can't be read: {error.strerror or error}.", setting="adapter"
+    )

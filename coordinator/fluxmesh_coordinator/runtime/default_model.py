@@ -40,6 +40,7 @@ LINK_RATE = 1e9  # bytes/s; a place decides what fits, no rate does
 GIVEN: dict[Condition, str] = {
     "references": "reference pictures",
     "control": "a control map",
+    "control_from": "a map of edges",
     "negative": "a negative prompt",
     "cfg": "classifier-free guidance",
 }

@@ -141,7 +141,7 @@ class JobRunner:
 
     def _named(self, error: FluxmeshError) -> FluxmeshError:
         """An error as the user reads it."""
-        return type(error)(self._in_names(str(error)))
+        return error.saying(self._in_names(str(error)))
 
     def _in_names(self, text: str) -> str:
         """A sentence of an agent, in the user's own names for files."""

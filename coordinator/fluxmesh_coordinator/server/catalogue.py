@@ -7,6 +7,7 @@ none makes the server fetch anything. Below every face; everything here blocks.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -93,7 +94,7 @@ class Catalogue:
         self._given = None if default is None else _served(default, hub.resolve(default))
         self._lock = threading.Lock()
         self._models: dict[str, ServedModel] = {}
-        self._looked = -FRESH
+        self._looked = -math.inf  # of the clock `time.monotonic`
 
     def models(self) -> dict[str, ServedModel]:
         """By name, the default first."""
@@ -104,6 +105,11 @@ class Catalogue:
                 self._models = self._look()
                 self._looked = time.monotonic()
             return dict(self._models)
+
+    def forget(self) -> None:
+        """What is on this machine is looked up anew when it is asked for next."""
+        with self._lock:
+            self._looked = -math.inf
 
     @property
     def is_given(self) -> bool:
@@ -171,7 +177,10 @@ class Catalogue:
         path = known.get(name.removesuffix(SUFFIX))
         if path is None:
             end = did_you_mean(name, list(known), ".")
-            raise UsageError(f"`adapters` names {name[:80]!r}, which is not on this server{end}")
+            raise UsageError(
+                f"`adapters` names {name[:80]!r}, which is not on this server{end}",
+                setting="adapters",
+            )
         return path
 
     def without_paths(self, text: str) -> str:

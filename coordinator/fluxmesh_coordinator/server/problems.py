@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from starlette.responses import Response
 
@@ -80,15 +80,9 @@ class ProblemError(FluxmeshError):
     def __init__(
         self, status: int, message: str, code: str, *, setting: str = "", retry_after: int = 0
     ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.setting = status, code, setting
+        super().__init__(message, setting=setting)
+        self.status, self.code = status, code
         self.retry_after = retry_after  # seconds; 0: nothing is said of it
-
-    def saying(self, text: str) -> Self:
-        """The same in other words."""
-        return type(self)(
-            self.status, text, self.code, setting=self.setting, retry_after=self.retry_after
-        )
 
 
 def problem_of(error: FluxmeshError) -> ProblemError:
@@ -96,9 +90,8 @@ def problem_of(error: FluxmeshError) -> ProblemError:
     if isinstance(error, ProblemError):
         return error
     status, code = next((status, code) for kind, status, code in KINDS if isinstance(error, kind))
-    setting = error.setting if isinstance(error, UsageError) else ""
     retry_after = error.retry_after if isinstance(error, QueueFullError) else 0
-    return ProblemError(status, str(error), code, setting=setting, retry_after=retry_after)
+    return ProblemError(status, str(error), code, setting=error.setting, retry_after=retry_after)
 
 
 def body_of(problem: ProblemError, path: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ pictures too, with Redux, which is published apart (`reading_with`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -39,6 +38,7 @@ from fluxmesh.request import (
     Condition,
     FilledRequest,
     GenerateRequest,
+    MapKind,
     SourceImage,
 )
 
@@ -59,15 +59,24 @@ VISION = (
 DISTILLED_STEPS = 4  # of schnell, whose schedule is the one that shifts nothing
 
 
-def guidance_of(kind: InputKind, *names: str) -> float:
-    """The strength that a model was made for, as black-forest-labs/flux asks for it.
+def map_kind_of(*names: str) -> MapKind | None:
+    """What a model that takes a map follows, by the first of `names` that says; None: none does.
 
-    Canny and Depth look alike, but for what they are called: by the first of `names` that says.
+    Canny and Depth look alike, but for what they are called.
     """
+    for name in map(str.lower, names):
+        if "depth" in name:
+            return "depth"
+        if "canny" in name:
+            return "edges"
+    return None
+
+
+def guidance_of(kind: InputKind, follows: MapKind | None = None) -> float:
+    """The strength that a model was made for, as black-forest-labs/flux asks for it."""
     if kind == "text":
         return 4.0
-    named = (name.lower() for name in names if re.search("canny|depth", name.lower()))
-    return 10.0 if kind == "control" and "depth" in next(named, "") else 30.0
+    return 10.0 if kind == "control" and follows == "depth" else 30.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,13 @@ class Flux1Architecture(Architecture):
     is_kontext: bool = False  # of model_index.json: it edits a reference, and looks like dev
     siglip: SiglipConfig | None = None  # of Redux, where references are read with it
     redux: ReduxConfig | None = None
+    follows: MapKind | None = None
 
     @property
     def takes(self) -> frozenset[Condition]:  # type: ignore[override]
         if self._kind == "control":
-            return frozenset(("control",))
+            is_made: tuple[Condition, ...] = ("control_from",) if self.follows == "edges" else ()
+            return frozenset(("control", *is_made))
         guided: tuple[Condition, ...] = ()
         if self._kind == "text" and self.takes_guidance:
             guided = ("negative", "cfg")
@@ -206,8 +217,10 @@ class Flux1Architecture(Architecture):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Without what it has none of: a model is the same whether there is a Redux or not."""
-        return tuple(value for value in super().identity if value is not None)
+        """Without what it has none of: a model is the same whether there is a Redux or not; and
+        without what it follows, which is known by its name alone."""
+        known = super(Flux1Architecture, replace(self, follows=None)).identity
+        return tuple(value for value in known if value is not None)
 
     @property
     def components(self) -> tuple[ModelComponent, ...]:
@@ -227,11 +240,12 @@ class Flux1Architecture(Architecture):
         return tensor_maps.transformer_tensors(self.transformer)
 
     def with_inputs(self, inputs: Mapping[str, int], name: str) -> Self:
-        guidance = guidance_of("control", name)
+        follows = map_kind_of(name)
         return replace(
             self,
             transformer=replace(self.transformer, in_channels=inputs["img_in"]),
-            defaults=replace(self.defaults, guidance=guidance),
+            defaults=replace(self.defaults, guidance=guidance_of("control", follows)),
+            follows=follows,
         )
 
     def modulates(self, name: str) -> bool:

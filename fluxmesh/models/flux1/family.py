@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fluxmesh.models.files.family import APACHE, Family, Licence, MfluxFolder, PublishedModel
 from fluxmesh.models.flux1.adapter_names import MARKS as ADAPTER_MARKS
-from fluxmesh.models.flux1.architecture import Flux1Architecture
+from fluxmesh.models.flux1.architecture import Flux1Architecture, map_kind_of
 from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
     ClipConfig,
@@ -50,15 +50,17 @@ def _architecture(
 ) -> Flux1Architecture:
     transformer = FluxConfig(in_channels=in_channels, guidance_embed=guided)
     kind = input_kind(transformer, AutoencoderConfig()) or "text"
+    follows = map_kind_of(repo) if kind == "control" else None
     length = 512 if guided else 256
     return Flux1Architecture(
         transformer,
         T5Config(),
         ClipConfig(),
         AutoencoderConfig(),
-        kontext_defaults(length) if is_kontext else defaults_of(kind, transformer, length, repo),
+        kontext_defaults(length) if is_kontext else defaults_of(kind, transformer, length, follows),
         ScheduleConfig(use_dynamic_shifting=guided),
         is_kontext,
+        follows=follows,
     )
 
 

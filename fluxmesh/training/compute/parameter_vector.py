@@ -38,7 +38,8 @@ def select(model: Architecture, blocks: int, targets: Sequence[str]) -> list[str
     if not modules:
         raise UsageError(
             f"`lora_targets` {', '.join(targets)} matches no linear of the last "
-            f"{every - first} blocks; name some, such as '{linears[-1]}', with * for any letters."
+            f"{every - first} blocks; name some, such as '{linears[-1]}', with * for any letters.",
+            setting="lora_targets",
         )
     return sorted(modules)
 

@@ -48,6 +48,7 @@ class Failed(WorkReport):
     kind: str
     text: str
     fatal: bool
+    setting: str = ""  # of the error: which is at fault
 
 
 @dataclass(frozen=True, kw_only=True)

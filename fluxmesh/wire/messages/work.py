@@ -244,7 +244,8 @@ class Paint(ModelWork):
             if array is not None and array.shape != self.noise.shape:
                 raise UsageError(
                     f"`{name}` came as {list(array.shape)} and the noise as "
-                    f"{list(self.noise.shape)}; all are of one image, and of one shape."
+                    f"{list(self.noise.shape)}; all are of one image, and of one shape.",
+                    setting=name,
                 )
         if self.mask is not None and self.mask.shape != (self.height, self.width):
             raise UsageError(

@@ -40,11 +40,13 @@ def check_fields(body: Body) -> None:
         if name in known:
             continue
         if name in CALLED:
-            raise UsageError(f"`{CALLED[name]}` is what {name!r} is called here.")
+            raise UsageError(
+                f"`{CALLED[name]}` is what {name!r} is called here.", setting=CALLED[name]
+            )
         if name in OPTIONS:
             raise UsageError(
                 f"{name!r} is an option of the command line alone: here the server decides it; "
                 "leave it out."
             )
         end = did_you_mean(name[:80], known, "; /api lists what there is.")
-        raise UsageError(f"`{name[:80]}` is no field of a job{end}")
+        raise UsageError(f"`{name[:80]}` is no field of a job{end}", setting=name[:80])

@@ -26,6 +26,7 @@ from fluxmesh_coordinator.server.catalogue import ServedModel
 from fluxmesh_coordinator.server.faces.automatic1111_reply import (
     SAMPLER,
     info,
+    memory_here,
     progress,
     unfinished,
 )
@@ -41,16 +42,26 @@ STRENGTH = 0.75  # of image-to-image there, where a client says nothing
 # What its clients send for Stable Diffusion, and what changes nothing here though they ask for it.
 WITHOUT_EFFECT = ("alwayson_scripts", "enable_hr", "refiner_checkpoint", "restore_faces",
                   "script_name", "styles", "subseed_strength", "tiling")  # fmt: skip
-# Lists that its clients ask for before they show anything: there is one schedule, and no upscaler.
-LISTS: dict[str, list[dict[str, Any]]] = {
+# What its clients ask for before they show anything: there is one schedule, and no upscaler; nor is
+# there anything of what only Stable Diffusion has, or of extensions.
+LISTS: dict[str, Any] = {
     "samplers": [{"name": SAMPLER, "aliases": ["euler"], "options": {}}],
     "schedulers": [{"name": "simple", "label": "Simple", "aliases": None, "default_rho": -1.0,
                     "need_inner_model": False}],
     "upscalers": [{"name": "None", "model_name": None, "model_path": None, "model_url": None,
                    "scale": 1.0}],
-    "latent-upscale-modes": [],
-    "sd-vae": [],
+    "embeddings": {"loaded": {}, "skipped": {}},
+    "scripts": {"txt2img": [], "img2img": []},
+    "cmd-flags": {},  # those of its program
+    **dict.fromkeys(("extensions", "face-restorers", "hypernetworks", "latent-upscale-modes",
+                     "prompt-styles", "realesrgan-models", "script-info", "sd-modules", "sd-vae"),
+                    []),
 }  # fmt: skip
+ALWAYS_FRESH = (
+    "embeddings",
+    "loras",
+    "vae",
+)  # lists that are looked up, or empty, at every request
 LORA = re.compile(r"<lora:([^:<>]{1,200})(?::(-?[\d.]{1,12}))?(?::[^<>]{0,100})?>")
 
 
@@ -78,6 +89,14 @@ def routes(service: PaintingService, statuses: MeshStatuses) -> list[Route]:
 
     async def listed(request: Request) -> Response:
         return JSONResponse(LISTS[request.url.path.rpartition("/")[2]])
+
+    async def refresh(request: Request) -> Response:
+        if request.url.path.endswith("-checkpoints"):
+            service.catalogue.forget()
+        return JSONResponse(None)
+
+    async def memory(_request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(memory_here))
 
     async def loras(_request: Request) -> Response:
         names = await run_in_threadpool(service.catalogue.adapters)
@@ -121,6 +140,23 @@ def routes(service: PaintingService, statuses: MeshStatuses) -> list[Route]:
             service.cancel(job)
         return JSONResponse({})
 
+    async def skip(request: Request) -> Response:
+        """A picture ends with its job where it is the last of it: a job's pictures are painted side
+        by side, and none ends alone."""
+        jobs = service.running(client_of(request))
+        at_last = [job for job in jobs if job.n_images - len(job.pictures) <= 1]
+        if jobs and not at_last:
+            left = jobs[0].n_images - len(jobs[0].pictures)
+            raise ProblemError(
+                409,
+                f"The job has {left} pictures to paint, and none of them ends alone; interrupt "
+                "ends it, and it is answered with those that are finished.",
+                "not_alone",
+            )
+        for job in at_last:
+            service.cancel(job)
+        return JSONResponse(None)
+
     return [
         Route("/sdapi/v1/options", options, methods=["GET"]),
         Route("/sdapi/v1/options", set_options, methods=["POST"]),
@@ -131,6 +167,12 @@ def routes(service: PaintingService, statuses: MeshStatuses) -> list[Route]:
         Route("/sdapi/v1/img2img", img2img, methods=["POST"]),
         Route("/sdapi/v1/progress", how_far, methods=["GET"]),
         Route("/sdapi/v1/interrupt", interrupt, methods=["POST"]),
+        Route("/sdapi/v1/skip", skip, methods=["POST"]),
+        Route("/sdapi/v1/memory", memory, methods=["GET"]),
+        *(
+            Route(f"/sdapi/v1/refresh-{name}", refresh, methods=["POST"])
+            for name in ("checkpoints", *ALWAYS_FRESH)
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What clients of AUTOMATIC1111 read of a job: `info` with its pictures, and how far it is.
+"""What clients of AUTOMATIC1111 read: of a job `info` with its pictures, and how far it is; memory.
 
 Below `automatic1111.py`. Fields are those of its modules/processing.py and modules/api/models.py.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from fluxmesh.machine import memory
 from fluxmesh_coordinator.server.faces.bodies import Body
 from fluxmesh_coordinator.server.paint_request import PaintRequest
 from fluxmesh_coordinator.server.queue.served_job import ServedJob
@@ -97,6 +98,13 @@ def progress(service: PaintingService, client: str, *, with_picture: bool) -> di
         "current_image": seen.data["data"] if seen else None,
         "textinfo": None,
     }
+
+
+def memory_here() -> dict[str, Any]:
+    """Of the machine that the server is on, in bytes; blocks."""
+    total, free = memory.total_bytes(), memory.free_bytes()
+    said = "fluxmesh tells of the memory of each host at /api/status."
+    return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": {"error": said}}
 
 
 def _timestamp(job: ServedJob) -> str:

@@ -87,7 +87,8 @@ JOB = _object(
     reference_strengths=_list(_number(minimum=0, maximum=MAX_STRENGTH))
     | {"maxItems": MAX_REFERENCES},
     control=PICTURE | {"description": "a map of edges or depth that is followed"},
-    control_from=PICTURE | {"description": "a picture whose edges are such a map"},
+    control_from=PICTURE
+    | {"description": "a picture whose edges are such a map, for models that follow edges"},
     negative_prompt=_text(),
     cfg=_number(),
     adapters=_list(ADAPTER),

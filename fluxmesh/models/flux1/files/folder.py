@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fluxmesh.errors import WeightsError
 from fluxmesh.models.base import Architecture, ModelDefaults
@@ -21,7 +21,7 @@ from fluxmesh.models.files.family import (
     TokenizerFolder,
 )
 from fluxmesh.models.flux1 import tensor_maps
-from fluxmesh.models.flux1.architecture import Flux1Architecture, guidance_of
+from fluxmesh.models.flux1.architecture import Flux1Architecture, guidance_of, map_kind_of
 from fluxmesh.models.flux1.config import (
     AutoencoderConfig,
     ClipConfig,
@@ -32,6 +32,7 @@ from fluxmesh.models.flux1.config import (
     input_kind,
 )
 from fluxmesh.models.flux1.files.vocabularies import CLIP_FILES, T5_FILES
+from fluxmesh.request import MapKind
 
 # The library and class of each part, as diffusers' `from_pretrained` looks them up.
 INDEX = {
@@ -61,6 +62,9 @@ PIPELINES: Mapping[InputKind, str] = {
     "fill": "FluxFillPipeline",
 }
 KONTEXT_PIPELINE = "FluxKontextPipeline"
+# Of an index that fluxmesh wrote: the kind of map, which a new name may hide; diffusers reads no
+# key that begins so.
+FOLLOWS = "_follows"
 
 
 def kontext_defaults(length: int) -> ModelDefaults:
@@ -93,7 +97,7 @@ class Flux1Folder(FolderFormat):
         kind = _checked_kind(transformer, autoencoder, where)
         is_kontext = description.index.get("_class_name") == KONTEXT_PIPELINE
         length = _t5_max_length(description.tokenizers["t5"], transformer.guidance_embed)
-        names = tuple(reversed(where.parts))
+        follows = _followed(description.index, where) if kind == "control" else None
         return Flux1Architecture(
             transformer,
             configs["text_encoder_2"],
@@ -101,9 +105,10 @@ class Flux1Folder(FolderFormat):
             autoencoder,
             kontext_defaults(length)
             if is_kontext
-            else defaults_of(kind, transformer, length, *names),
+            else defaults_of(kind, transformer, length, follows),
             description.schedule,
             is_kontext,
+            follows=follows,
         )
 
     def reader(self, architecture: Architecture, tokenizers: Mapping[str, Path]) -> PromptReader:
@@ -122,7 +127,8 @@ class Flux1Folder(FolderFormat):
         assert isinstance(architecture, Flux1Architecture)
         kind = input_kind(architecture.transformer, architecture.autoencoder)
         pipeline = KONTEXT_PIPELINE if architecture.is_kontext else PIPELINES[kind or "text"]
-        return INDEX | {"_class_name": pipeline}
+        follows = {FOLLOWS: architecture.follows} if architecture.follows else {}
+        return INDEX | {"_class_name": pipeline, **follows}
 
     def config(self, architecture: Architecture, folder: str) -> dict[str, Any]:
         assert isinstance(architecture, Flux1Architecture)
@@ -135,10 +141,18 @@ class Flux1Folder(FolderFormat):
         return _transformer_json(architecture.transformer)
 
 
-def defaults_of(kind: InputKind, flux: FluxConfig, length: int, *names: str) -> ModelDefaults:
-    """What a request takes where it says nothing; `length` is T5's, `names` as of `guidance_of`."""
+def _followed(index: Mapping[str, Any], where: Path) -> MapKind | None:
+    """The kind of map that a model follows which takes one."""
+    said: MapKind | None = index.get(FOLLOWS)
+    return said if said in get_args(MapKind) else map_kind_of(*reversed(where.parts))
+
+
+def defaults_of(
+    kind: InputKind, flux: FluxConfig, length: int, follows: MapKind | None
+) -> ModelDefaults:
+    """What a request takes where it says nothing; `length` is T5's."""
     steps = 50 if flux.guidance_embed else 4
-    return ModelDefaults(steps, guidance_of(kind, *names), 512, 512, length)
+    return ModelDefaults(steps, guidance_of(kind, follows), 512, 512, length)
 
 
 def _checked_kind(flux: FluxConfig, ae: AutoencoderConfig, where: Path) -> InputKind:
