@@ -36,7 +36,7 @@ from fluxmesh.planning.activations import (
 from fluxmesh.request import DTYPE_BYTES as BYTES
 from fluxmesh.request import FilledRequest, GenerateRequest
 from fluxmesh.sampling.schedule import first_step
-from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh.weights.checkpoint import Checkpoint, other_bits
 
 TEXT_STATES = 4  # arrays as large as a text encoder's widest that are there at once
 
@@ -61,8 +61,11 @@ class ModelSizes:
         """The request, with what it leaves open as the model has it.
 
         A picture to begin from says the size, where the request does not, or reference pictures,
-        which are brought to the sizes at which the model reads them. Raises `UsageError`.
+        which are brought to the sizes at which the model reads them. Raises `UsageError`, also for
+        other bits than those that the model is stored in.
         """
+        if self.bits and request.bits not in (None, self.bits):
+            raise other_bits(request.model, self.bits)
         own, model = self.defaults, self.architecture
         references = request.references
         if not isinstance(request, FilledRequest):

@@ -26,7 +26,7 @@ SMALL = (256, 256)  # pixels of a picture that still teaches
 
 def transformer_bytes(request: TrainRequest, model: ModelSizes) -> int:
     """Of the frozen transformer in memory."""
-    asked = GenerateRequest("", seed=0, dtype=request.dtype, bits=request.bits)
+    asked = GenerateRequest("", seed=0, model=request.model, dtype=request.dtype, bits=request.bits)
     return Workload.of(model.fill(asked), model).transformer.on_each_of(1)
 
 

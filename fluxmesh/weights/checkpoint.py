@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fluxmesh.errors import IncompleteModelError, ModelNotFoundError, WeightsError
+from fluxmesh.errors import IncompleteModelError, ModelNotFoundError, UsageError, WeightsError
 from fluxmesh.models.base import Architecture, ModelDefaults
 from fluxmesh.models.files.family import Family, FolderDescription
 from fluxmesh.models.registry import FAMILIES, NAMES, READERS, family_of
@@ -140,6 +140,15 @@ class Checkpoint:
         bits = (self.bits,) if self.text_bits is None else (self.bits, self.text_bits)
         digest.update(repr((*self.architecture.identity, *bits)).encode())
         return digest.hexdigest()[:16]
+
+
+def other_bits(name: str, stored: int, setting: str = "bits") -> UsageError:
+    """That a model which is stored in so many bits can't be had in others."""
+    return UsageError(
+        f"{name} is stored in {stored} bits; leave `{setting}` out, or name the model that it was "
+        "made from.",
+        setting=setting,
+    )
 
 
 def of_one_moment(read: Callable[[], Checkpoint]) -> Checkpoint:

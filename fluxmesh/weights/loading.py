@@ -24,7 +24,7 @@ from fluxmesh.models.module_tree import module_at, replace_module
 from fluxmesh.models.partition import Cut, Shard
 from fluxmesh.models.registry import runtime_of
 from fluxmesh.storage.numbers.affine import Packing
-from fluxmesh.weights.checkpoint import Checkpoint
+from fluxmesh.weights.checkpoint import Checkpoint, other_bits
 from fluxmesh.weights.reader import ComponentReader, table_of, verify
 from fluxmesh.weights.zero_copy import filled
 
@@ -344,10 +344,7 @@ def _bits_to_load(reader: ComponentReader, bits: int | None, option: str = "bits
     """
     stored_bits = reader.checkpoint.bits_of(reader.component) or reader.bits
     if stored_bits and bits not in (None, stored_bits):
-        raise UsageError(
-            f"{reader.checkpoint.name} is stored in {stored_bits} bits; leave `{option}` out, or "
-            "name the model that it was made from."
-        )
+        raise other_bits(reader.checkpoint.name, stored_bits, option)
     return None if reader.bits else stored_bits or bits
 
 

@@ -42,6 +42,10 @@ def test_a_quantized_folder_paints(fluxmesh: Run, checkpoint: Path, tmp_path: Pa
     assert done.err == ""
     painted = fluxmesh("generate", "two dogs", "--model", "small", "--seed", 1, "--json")
     assert painted.code == 0, painted.err
+    for command in (("generate", "two dogs"), ("plan",)):
+        other = fluxmesh(*command, "--model", "small", "--bits", 4, "--json")
+        assert other.code == 2  # and no recipe says bits that no weight has had
+        assert "small is stored in 8 bits; leave --bits out" in other.of("error")[0]["message"]
     again = fluxmesh("models", "quantize", checkpoint, "small", "--json")
     assert again.code == 1
     assert "exists already" in again.of("error")[0]["message"]
