@@ -388,7 +388,7 @@ class LinkInfo:
 
 @dataclass(frozen=True)
 class MeshView:
-    """The hosts that answer, in rank order, and the links between them.
+    """The hosts that can be used, in rank order, and the links between them.
 
     A pair without a link can't be neighbours in a ring: in a thunderbolt ring only the hosts at
     the two ends of a cable have one.
@@ -399,6 +399,7 @@ class MeshView:
     backend: str = "ring"  # the hostfile's
     timings: Timings = Timings()
     fallback: Fallback = Fallback()
+    size: int = 0  # hosts that the mesh has, with those that can't be used now; 0: these alone
 
     def __post_init__(self) -> None:
         ranks = [host.rank for host in self.hosts]

@@ -23,6 +23,20 @@ def test_one_host_needs_no_ring() -> None:
     assert choice.reason == "The mesh has one host."
 
 
+def test_one_host_of_several_is_no_mesh_of_one() -> None:
+    two, three = (replace(ring(mac(0)), size=size) for size in (2, 3))
+    assert plan(ask(), two, FLUX).reason == (
+        "One of the mesh's 2 hosts is free for this; the other is busy, gone or left to other jobs."
+    )
+    asked = plan(ask(), three, FLUX, placement="tensor").reason
+    assert asked == (
+        "You asked for tensor, which needs two hosts. One of the mesh's 3 hosts is free for this; "
+        "the others are busy, gone or left to other jobs."
+    )
+    none = plan(ask(), replace(two, hosts=()), FLUX).reason
+    assert none == "No host of the mesh can be used now."
+
+
 def test_one_image_is_spread_over_a_ring_and_four_are_handed_out() -> None:
     view = ring(*(mac(rank) for rank in range(4)))
     single, four = plan(ask(), view, FLUX), plan(ask(n_images=4), view, FLUX)
@@ -147,7 +161,7 @@ def test_force_shard_leaves_out_data_and_still_lists_it() -> None:
 def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
     mesh = ring(mac(0))
     assert plan(ask(), mesh, FLUX, placement="tensor").reason == (
-        "You asked for tensor, which needs two hosts; the mesh has 1."
+        "You asked for tensor, which needs two hosts. The mesh has one host."
     )
     both = plan(ask(), mesh, FLUX, placement="data", force_shard=True)
     assert both.winner is None and "exclude each other" in both.reason

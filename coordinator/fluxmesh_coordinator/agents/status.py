@@ -48,6 +48,7 @@ class Survey:
             self.record.hostfile.backend,
             self.record.timings,
             self.record.fallback,
+            len(self.record.members),
         )
 
 

@@ -54,7 +54,13 @@ class AgentPool:
         """`keep` writes down what jobs find out, for other coordinators of the mesh."""
         self.record, self.deadlines = record, deadlines
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
-        self.links = Links(record.links, record.hostfile.backend, record.timings, record.fallback)
+        self.links = Links(
+            record.links,
+            record.hostfile.backend,
+            record.timings,
+            record.fallback,
+            len(record.members),
+        )
         self._keep = keep
         self._unwritten: list[News] = []  # that is to be kept
         self._writing: asyncio.Task[None] | None = None
