@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fluxmesh.cluster.backends import BackendFault, Fallback
 from fluxmesh.cluster.snapshot import LinkInfo, MeshView, StepTiming
 from fluxmesh.errors import UsageError
 from fluxmesh.planning.plan import Option, check_asked, plan
@@ -174,8 +175,19 @@ def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
 
 def test_a_jaccl_mesh_ends_at_eight_hosts() -> None:
     choice = plan(ask(), full(*(mac(rank) for rank in range(9)), backend="jaccl"), FLUX)
-    problems = [option.problem for option in choice.options if option.problem]
-    assert "a jaccl mesh has at most 8 hosts" in problems
+    assert option(choice, "sequence", 9).problem == "a jaccl mesh has at most 8 hosts"
+    assert not option(choice, "sequence", 8).problem
+
+
+def test_a_ring_that_fell_back_from_jaccl_is_as_wide_as_its_backend_can_be() -> None:
+    view = full(*(mac(rank) for rank in range(9)), backend="jaccl")
+    fault = BackendFault(backend="jaccl", ranks=(0, 1), reason="mac1: errno 60.")
+    fallen = replace(view, fallback=Fallback(("jaccl-ring", "ring"), (fault,)))
+    assert not option(plan(ask(), fallen, FLUX), "sequence", 9).problem
+    # A first death is no fall-back yet.
+    once = replace(fault, is_out=False)
+    tried = replace(view, fallback=Fallback(("jaccl-ring", "ring"), (once,)))
+    assert "at most 8" in option(plan(ask(), tried, FLUX), "sequence", 9).problem
 
 
 def test_reports_that_cannot_be_are_refused() -> None:
