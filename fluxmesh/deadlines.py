@@ -53,7 +53,7 @@ class Deadlines:
     first_sign: float = 60.0  # of a new engine: it imports MLX, or joins a ring
     load_moves: float = 60.0  # in which one byte is loaded, at least
     first_step: float = 30.0  # of an image, at least: kernels compile
-    kill: float = 10.0  # that an agent takes to end its engine
+    kill: float = 12.0  # that an agent takes to end its engine, or to say that this does not end
     stop: float = 1.2  # to let go of it, for whoever stops it; its agents see to the rest
     first_micro_batch: float = 300.0  # of a new ring
     micro_batch: float = 30.0  # of one that has done some, at least
