@@ -39,6 +39,8 @@ class Deadlines:
     look: float = 1.0  # between two looks at who is there
     comes_back: float = 15.0  # a lost host, if no other can do the work
     rewrite: float = 5.0  # between two writes of what jobs have measured
+    record: tuple[float, float] = (0.01, 10.0)  # between two looks whether another process has
+    # let go of the mesh's record, and all of them
 
     # An agent looks after its engine
     letting_go: float = 3.0  # at least, to stop for a coordinator that is gone
