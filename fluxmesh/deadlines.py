@@ -39,6 +39,8 @@ class Deadlines:
     look: float = 1.0  # between two looks at who is there
     comes_back: float = 15.0  # a lost host, if no other can do the work
     rewrite: float = 5.0  # between two writes of what jobs have measured
+    record: tuple[float, float] = (0.01, 10.0)  # between two looks whether another process has
+    # let go of the mesh's record, and all of them
 
     # An agent looks after its engine
     letting_go: float = 3.0  # at least, to stop for a coordinator that is gone
@@ -53,7 +55,7 @@ class Deadlines:
     first_sign: float = 60.0  # of a new engine: it imports MLX, or joins a ring
     load_moves: float = 60.0  # in which one byte is loaded, at least
     first_step: float = 30.0  # of an image, at least: kernels compile
-    kill: float = 10.0  # that an agent takes to end its engine
+    kill: float = 12.0  # that an agent takes to end its engine, or to say that this does not end
     stop: float = 1.2  # to let go of it, for whoever stops it; its agents see to the rest
     first_micro_batch: float = 300.0  # of a new ring
     micro_batch: float = 30.0  # of one that has done some, at least

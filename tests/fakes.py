@@ -339,6 +339,9 @@ class FakeSupervisor:
     async def kill(self) -> None:
         self._end()
 
+    async def gone(self) -> None:
+        """They end at once."""
+
     def die(self) -> None:
         """SIGKILL by somebody else."""
         self._end()

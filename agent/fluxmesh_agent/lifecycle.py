@@ -306,6 +306,10 @@ class Lifecycle:
             return []
         return self._lost(ENGINE_KILLED if is_killed else "Died", text)
 
+    def has_none(self, reason: str) -> None:
+        """There is no engine, and for that reason none could be started; "": one can."""
+        self.reason = reason
+
     def _lost(self, kind: str, text: str) -> list[Instruction]:
         """The engine is gone. Where nobody had asked it for anything, nobody has lost anything."""
         is_own = self.own is not None and self.is_free

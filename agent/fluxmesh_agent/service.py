@@ -50,7 +50,7 @@ from fluxmesh_agent.lifecycle import (
 from fluxmesh_agent.model_paths import Roots
 from fluxmesh_agent.pushes import Pushes, Pushing
 from fluxmesh_agent.status import status_of
-from fluxmesh_agent.supervisor import EngineOptions, Supervisor
+from fluxmesh_agent.supervisor import EngineOptions, EngineStays, Supervisor
 from fluxmesh_agent.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class Service:
         self.lifecycle = Lifecycle(options.envs)
         # Fences of earlier lives were smaller: it begins with the time.
         self.leases = Leases(first_fence=int(time.time() * 1000), deadlines=deadlines)
-        self.supervisor = Supervisor(home, options, self._engine_said, self._engine_ended)
+        engine_heard = (self._engine_said, self._engine_ended)
+        self.supervisor = Supervisor(home, options, *engine_heard, deadlines)
         self.adapters = AdapterStore(home.adapters)
         roots = Roots(home.adapters, options.models, options.roots)
         ip = listener.address.rpartition(":")[0].strip("[]")
@@ -115,7 +116,8 @@ class Service:
         """Serves until `stopping` is set, or a coordinator says `ShutDown`; ends the engine."""
         self.supervisor.end_orphan()
         async with self._order:
-            await self._carry_out(self.lifecycle.start())
+            with contextlib.suppress(EngineStays):  # whoever asks is told
+                await self._carry_out(self.lifecycle.start())
         self._spawn(self._accept())
         self._spawn(self._keep_time())
         try:
@@ -124,7 +126,8 @@ class Service:
             self.home.keep.unlink(missing_ok=True)  # on purpose: the mesh is no more
         finally:
             await end(*self._tasks)
-            await self.supervisor.kill()
+            with contextlib.suppress(EngineStays):  # it is on record for the next agent
+                await self.supervisor.kill()
             self._wakefulness.let_go()
             await self.listener.close()
 
@@ -404,14 +407,16 @@ class Service:
 
     async def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
-            if isinstance(instruction, KillEngine):
-                await self.supervisor.kill()
-            elif isinstance(instruction, StartEngine):
-                await self.supervisor.kill()  # one that told its end may still be about it
+            if isinstance(instruction, KillEngine | StartEngine):
                 try:
-                    self.supervisor.start(instruction.envs)
+                    await self.supervisor.kill()  # one that told its end may still be about it
+                    if isinstance(instruction, StartEngine):
+                        self.supervisor.start(instruction.envs)
                 except FluxmeshError as error:
                     self._engine_ended(str(error))
+                    self.lifecycle.has_none(str(error))
+                    if isinstance(error, EngineStays):
+                        self._spawn(self._until_gone(str(error)))
                     raise
             else:
                 self._send_all([instruction])
@@ -445,16 +450,24 @@ class Service:
         if isinstance(message, messages.Account) and message.is_over:
             self._tick()
 
+    async def _until_gone(self, reason: str) -> None:
+        """Once an engine that did not end is gone after all, there is no `reason` any more."""
+        await self.supervisor.gone()
+        if self.lifecycle.reason == reason:
+            self.lifecycle.has_none("")
+
     async def _give_up(self) -> None:
         """The engine did not let go of what a lost coordinator left behind."""
         async with self._order:
-            await self._carry_out(self.lifecycle.give_up())
+            with contextlib.suppress(EngineStays):
+                await self._carry_out(self.lifecycle.give_up())
 
     async def _end_engine(self) -> None:
         """After it has told that it is of no more use."""
         async with self._order:
             if self.lifecycle.state == "failed":  # not, where the next was started meanwhile
-                await self.supervisor.kill()
+                with contextlib.suppress(EngineStays):
+                    await self._carry_out([KillEngine()])
 
     def _engine_ended(self, text: str, *, is_killed: bool = False) -> None:
         self._engine_known.set()

@@ -78,4 +78,5 @@ def status_of(
         lease=lease,
         line=line,
         kept=life.kept,
+        quantized=device.quantized if device else None,
     )

@@ -3,6 +3,9 @@
 The engine runs in a session of its own and is joined to the agent by a socket pair: when either
 ends, the other reads the end of the stream. Which process it is stands in the state folder, so that
 an agent that is started again can end an engine that its predecessor left behind.
+
+SIGKILL ends whatever an engine does, unless that waits in the kernel: for a disk that does not
+answer, or a driver. Until such a process is gone no other one starts: two would share the memory.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fluxmesh.deadlines import DEADLINES
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.engine.gpu_errors import ON_DARWIN
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.machine import mlx_backend
 from fluxmesh.storage.homes import AgentHome, private_folder, write_private
 from fluxmesh.storage.log_tail import last_lines
-from fluxmesh.storage.processes import kill_recorded, started_at
+from fluxmesh.storage.processes import end_process, read_record, started_at
 from fluxmesh.wire.messages import Message
 from fluxmesh.wire.tasks import end
 from fluxmesh.wire.transport.base import ConnectionClosed
@@ -65,6 +68,18 @@ class _Life:
         self.is_wanted = True
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """A process that was killed, and is not gone yet."""
+
+    pid: int
+    task: asyncio.Task[None]  # done once it is
+
+
+class EngineStays(FluxmeshError):
+    """An engine that was killed does not end."""
+
+
 class OnEnd(Protocol):
     def __call__(self, text: str, *, is_killed: bool) -> None:
         """`is_killed`: by another program, or by the system, and not by what it did itself."""
@@ -79,28 +94,38 @@ class Supervisor:
         options: EngineOptions,
         on_message: Callable[[Message], None],
         on_end: OnEnd,
+        deadlines: Deadlines = DEADLINES,
     ) -> None:
         """`on_end` hears why an engine ended that nobody here has ended."""
-        self.home, self.options = home, options
+        self.home, self.options, self.deadlines = home, options, deadlines
         self.on_message, self.on_end = on_message, on_end
         self._life: _Life | None = None
+        self._ending: _Ending | None = None
 
     @property
     def pid(self) -> int | None:
         return self._life.process.pid if self._life else None
 
     def end_orphan(self) -> None:
-        """Ends the engine of an agent that was killed, if it is still there."""
+        """Ends the engine of an agent that was killed, if it is still there: see `kill`."""
         with contextlib.suppress(OSError):  # nobody saw when it ended
             kernels.drop_written_since(self.home, self.home.engine.stat().st_mtime)
-        pid = kill_recorded(self.home.engine)
-        if pid is not None:
-            log.warning("ended engine %d, which an agent before this one has left", pid)
-        self.home.engine.unlink(missing_ok=True)
+        known = read_record(self.home.engine)
+        if known is None or started_at(known["pid"]) != known["start"]:
+            self.home.engine.unlink(missing_ok=True)
+            return
+        pid, start = known["pid"], known["start"]
+        log.warning("ends engine %d, which an agent before this one has left", pid)
+
+        def wait() -> None:
+            while not end_process(pid, start):  # it is no child of ours
+                pass
+
+        self._see_out(pid, wait)
 
     def start(self, envs: tuple[tuple[str, str], ...] = ()) -> None:
         """Starts an engine; messages may be sent at once. Raises `FluxmeshError`."""
-        assert self._life is None, "end the engine first"
+        assert self._life is None and self._ending is None, "end the engine first"
         near, far = pair()
         scratch = private_folder(self.home.folder / "engine")
         config = {
@@ -160,19 +185,41 @@ class Supervisor:
             self._life.outbox.put_nowait(message)
 
     async def kill(self) -> None:
-        """Ends the engine, whatever it does, and waits until it is gone."""
+        """Ends the engine, whatever it does, and waits until it is gone.
+
+        Raises `EngineStays` where it is not in time, also when asked again; once it is gone, the
+        next one may start.
+        """
         life, self._life = self._life, None
-        if life is None or life.task is None:
-            return
-        life.is_wanted = False
-        life.process.kill()
-        try:
-            await asyncio.wait_for(in_thread(life.process.wait), DEADLINES.engine_ends)
-        except TimeoutError:
-            log.error("engine %d does not end", life.process.pid)
-        log.info("engine %d was ended", life.process.pid)
+        if life is not None and life.task is not None:
+            life.is_wanted = False
+            life.process.kill()
+            self._see_out(life.process.pid, life.process.wait)
+        ending = self._ending
+        await self.gone(self.deadlines.engine_ends)
+        if life is not None and life.task is not None:
+            await end(life.task)
+        if ending is not None and not ending.task.done():
+            log.error("engine %d was killed and does not end", ending.pid)
+            raise EngineStays(
+                f"The engine (process {ending.pid}) was killed and does not end: its system holds "
+                "it. This host starts no other one beside it; if it stays, restart the machine."
+            )
+
+    async def gone(self, seconds: float | None = None) -> None:
+        """Waits until no engine is ending any more, so many seconds at most."""
+        if self._ending is not None:
+            await asyncio.wait({self._ending.task}, timeout=seconds)
+
+    def _see_out(self, pid: int, wait: Callable[[], object]) -> None:
+        """From now on the engine with that id is ending, until `wait()` returns, in a thread."""
+        self._ending = _Ending(pid, asyncio.create_task(self._until_gone(pid, wait)))
+
+    async def _until_gone(self, pid: int, wait: Callable[[], object]) -> None:
+        await in_thread(wait)
+        self._ending = None
+        log.info("engine %d was ended", pid)
         kernels.drop_half_written(self.home)
-        await end(life.task)
         self.home.engine.unlink(missing_ok=True)
 
     async def _serve(self, life: _Life, near: socket.socket) -> None:

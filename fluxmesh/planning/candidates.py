@@ -167,12 +167,12 @@ class Candidates:
     ) -> Option | None:
         """As `ring`; None where it would take no less than `limit` seconds, if memory allowed."""
         shards = self._shards(placement, ranks)
-        unlinked = self._link_problem(ranks)
-        shares = EVEN if unlinked else self.shares.of(placement, ranks, shards)
+        no_ring = self._ring_problem(ranks)
+        shares = EVEN if no_ring else self.shares.of(placement, ranks, shards)
         needs = self.memory.together(placement, ranks, shards, shares)
         needed = [need.needed for need in needs]
         problem = tensor_problem(self.work, len(ranks), shares) if placement == "tensor" else ""
-        problem = problem or unlinked or shortage(needs)
+        problem = problem or no_ring or shortage(needs)
         if problem:
             return Option(name=placement, ranks=ranks, memory=needs, problem=problem)
         step = self.times.together(placement, ranks, shares)
@@ -317,13 +317,14 @@ class Candidates:
         return 1 if all(need.fits for need in whole) else size
 
     def _split_problem(self, placement: Placement, hosts: int) -> str:
-        if self.view.backend == "jaccl" and hosts > JACCL_HOSTS:
-            return f"a jaccl mesh has at most {JACCL_HOSTS} hosts"
         if placement == "sequence" and self.work.tokens < hosts:
             return f"{self.work.tokens} tokens are fewer than {hosts} hosts"
         return ""
 
-    def _link_problem(self, ranks: tuple[int, ...]) -> str:
+    def _ring_problem(self, ranks: tuple[int, ...]) -> str:
+        """Why these hosts can't be a ring over what it would form over: see `backends.py`."""
+        if self.view.backend_of(ranks) == "jaccl" and len(ranks) > JACCL_HOSTS:
+            return f"a jaccl mesh has at most {JACCL_HOSTS} hosts"
         for a, b in neighbours(ranks):
             if self.view.link(a, b) is None:
                 return f"no link from host {a} to host {b}"

@@ -242,7 +242,7 @@ def _best(options: Sequence[Option], warm: float = 0.0) -> Option | None:
 def _why(view: MeshView, winner: Option, allowed: Sequence[Option], asked: str) -> str:
     """One or two sentences about an option that can be taken."""
     if len(view.hosts) == 1:
-        return "The mesh has one host."
+        return _at_hand(view)
     others = [option for option in allowed if not option.problem and option is not winner]
     prediction = f"{_title(winner)} is predicted to take {spoken(winner.seconds)}"
     if not others:
@@ -299,14 +299,28 @@ def _dealt(work: Workload, view: MeshView, option: Option) -> Iterator[str]:
 
 def _why_none(view: MeshView, allowed: Sequence[Option], asked: str) -> str:
     if not view.hosts:
-        return "The mesh has no host."
+        return _at_hand(view)
     if not allowed and asked == "data":
         return EXCLUSIVE
     if not allowed:
-        return f"You asked for {asked}, which needs two hosts; the mesh has {len(view.hosts)}."
+        return f"You asked for {asked}, which needs two hosts. {_at_hand(view)}"
     what = f"You asked for {asked}, which can't be done" if asked else "No placement can be done"
     problems = dict.fromkeys(option.problem for option in allowed)
     return f"{what}: {'; '.join(problems)}."
+
+
+def _at_hand(view: MeshView) -> str:
+    """That there is one host, or none, in a sentence: nothing that isn't so of the whole mesh."""
+    others = view.size - len(view.hosts)
+    if others < 1:
+        return "The mesh has one host." if view.hosts else "The mesh has no host."
+    if not view.hosts:
+        return "No host of the mesh can be used now."
+    rest = "the other is" if others == 1 else "the others are"
+    return (
+        f"One of the mesh's {view.size} hosts is free for this; {rest} busy, gone or left to "
+        "other jobs."
+    )
 
 
 def _title(option: Option) -> str:

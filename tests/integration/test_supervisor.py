@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import os
 import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fluxmesh.storage.homes import AgentHome
+from fluxmesh.deadlines import DEADLINES
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.storage import processes
+from fluxmesh.storage.homes import AgentHome, write_private
+from fluxmesh.storage.processes import started_at
 from fluxmesh.wire.messages import Message, Stepped
 from fluxmesh_agent.supervisor import EngineOptions, Supervisor
 from tests.messages import same
@@ -126,3 +136,72 @@ def test_an_engine_that_others_end_is_told_apart_from_one_that_crashes(
     text, was_killed = asyncio.run(main())
     assert f"was killed by signal {getattr(signal, f'SIG{name}').value}" in text
     assert was_killed is is_killed
+
+
+# An engine that waits in the kernel does not end by SIGKILL. No test can make one, so that here
+# the signal does not reach it until `it_ends`.
+
+SLEEPER = "import time; time.sleep(600)"
+SOON = replace(DEADLINES, engine_ends=0.3)
+
+
+@pytest.fixture
+def stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    """A supervisor whose engines sleep, and can't be killed."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{SLEEPER}"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda self: None)
+    monkeypatch.setattr(processes.os, "kill", lambda pid, number: None)
+    home = AgentHome(tmp_path / "agent")
+    home.folder.mkdir(mode=0o700)
+    supervisor = Supervisor(home, EngineOptions(), lambda _: None, lambda *_, **__: None, SOON)
+    yield supervisor
+    with contextlib.suppress(OSError, ValueError):
+        KILL(json.loads(home.engine.read_text())["pid"], signal.SIGKILL)
+
+
+KILL = os.kill
+
+
+def test_no_engine_starts_beside_one_that_does_not_end(stuck: Supervisor) -> None:
+    async def main() -> None:
+        stuck.start()
+        pid = stuck.pid
+        assert pid is not None
+        for _ in range(2):  # also who asks again is told
+            with pytest.raises(
+                FluxmeshError, match=rf"process {pid}\) was killed and does not end"
+            ):
+                await stuck.kill()
+            assert stuck.pid is None and json.loads(stuck.home.engine.read_text())["pid"] == pid
+        with pytest.raises(AssertionError, match="end the engine first"):
+            stuck.start()
+        KILL(pid, signal.SIGKILL)
+        stuck.deadlines = DEADLINES
+        await stuck.kill()  # waits until it is gone
+        assert started_at(pid) is None and not stuck.home.engine.exists()
+        stuck.start()
+        assert stuck.pid not in (None, pid)
+        KILL(stuck.pid, signal.SIGKILL)
+        await stuck.kill()
+
+    asyncio.run(main())
+
+
+def test_no_engine_starts_beside_an_orphan_that_does_not_end(stuck: Supervisor) -> None:
+    with subprocess.Popen([sys.executable]) as orphan:
+        record = {"pid": orphan.pid, "start": started_at(orphan.pid)}
+        write_private(stuck.home.engine, json.dumps(record))
+
+        async def main() -> None:
+            stuck.end_orphan()
+            with pytest.raises(FluxmeshError, match=rf"process {orphan.pid}\) was killed and does"):
+                await stuck.kill()
+            KILL(orphan.pid, signal.SIGKILL)
+            stuck.deadlines = DEADLINES
+            await stuck.kill()
+            assert started_at(orphan.pid) is None and not stuck.home.engine.exists()
+
+        asyncio.run(main())

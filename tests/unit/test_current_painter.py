@@ -103,6 +103,32 @@ def test_a_mesh_that_fails_after_another_has_come_up_ends_alone(painters: Curren
     assert [painter.is_over for painter in CountedPainter.made] == [True, True, False]
 
 
+def test_nobody_waits_for_the_end_of_a_mesh_but_who_noticed_that_another_one_is_up(
+    painters: CurrentPainter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_ending, may_end = threading.Event(), threading.Event()
+    end = CountedPainter.__exit__
+
+    def slow(self: CountedPainter, *error: object) -> None:
+        is_ending.set()
+        assert may_end.wait(60)
+        end(self, *error)
+
+    monkeypatch.setattr(CountedPainter, "__exit__", slow)
+    first = painters.get()
+    CountedPainter.up = record(3, "other.json")
+    noticing = threading.Thread(target=painters.book)
+    noticing.start()
+    assert is_ending.wait(60)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            assert threads.submit(painters.get).result(10) is not first
+        finally:
+            may_end.set()
+    noticing.join()
+    assert CountedPainter.made[0].is_over and not CountedPainter.made[1].is_over
+
+
 def test_hosts_that_come_free_wake_whoever_listens_then(painters: CurrentPainter) -> None:
     heard: list[str] = []
     book = painters.book()

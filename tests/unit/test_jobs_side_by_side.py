@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,26 @@ def test_a_job_that_has_all_hosts_lets_go_of_those_that_its_plan_leaves_out(
         check(other, second)
         await task
         check(heard, asked)
+
+    play(tmp_path, 2, body)
+
+
+def test_a_plan_tells_what_is_so_of_the_mesh_and_not_of_the_hosts_that_were_leased(
+    tmp_path: Path,
+) -> None:
+    async def body(mesh: FakeMesh, pool: AgentPool) -> None:
+        slow = tuple(replace(link, rate=1.0) for link in pool.links.links)
+        pool.links = replace(pool.links, links=slow)
+        for lent, reason in (
+            (None, r"data on 1 host is predicted to take .*; the next best, .* on 2 hosts .*\."),
+            (HostBook([0, 1]).lend([1]), "One of the mesh's 2 hosts is free for this; the .*"),
+        ):
+            heard = Heard()
+            asked, run = runner(pool, "one", lent, heard)
+            await run.run()
+            check(heard, asked)
+            (planned,) = heard.of(events.Planned)
+            assert len(planned.hosts) == 1 and re.fullmatch(reason, planned.reason), planned.reason
 
     play(tmp_path, 2, body)
 

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from fluxmesh.cluster.snapshot import LinkInfo, MeshView, StepTiming
+from fluxmesh.cluster.backends import BackendFault, Fallback
+from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, QuantizedRates, StepTiming
 from fluxmesh.errors import UsageError
+from fluxmesh.planning.cost import decode_time
 from fluxmesh.planning.plan import Option, check_asked, plan
+from fluxmesh.planning.step_times import StepTimes
+from fluxmesh.planning.workload import Workload
 from tests.unit.meshes import FLUX, ask, full, held, mac, option, ring, small, without, won
 
 
@@ -21,6 +25,46 @@ def test_one_host_needs_no_ring() -> None:
     assert [option.name for option in choice.options] == ["data"]
     assert won(choice).ranks == (0,)
     assert choice.reason == "The mesh has one host."
+
+
+def test_one_host_of_several_is_no_mesh_of_one() -> None:
+    two, three = (replace(ring(mac(0)), size=size) for size in (2, 3))
+    assert plan(ask(), two, FLUX).reason == (
+        "One of the mesh's 2 hosts is free for this; the other is busy, gone or left to other jobs."
+    )
+    asked = plan(ask(), three, FLUX, placement="tensor").reason
+    assert asked == (
+        "You asked for tensor, which needs two hosts. One of the mesh's 3 hosts is free for this; "
+        "the others are busy, gone or left to other jobs."
+    )
+    none = plan(ask(), replace(two, hosts=()), FLUX).reason
+    assert none == "No host of the mesh can be used now."
+
+
+def test_quantized_weights_are_planned_at_the_rate_that_a_processor_has_for_them() -> None:
+    """MLX's quantized product there is many times slower than a plain one, in bfloat16."""
+    rates = QuantizedRates(bfloat16=1e9, float32=8e9)
+    cpu = mac(0, platform="cpu", flops_per_second=20e9, quantized=rates, holds=None)
+
+    def step(host: HostInfo, **keys: Any) -> float:
+        return won(plan(ask(**keys), full(host), FLUX)).phases[0].step_seconds
+
+    attention = 2 * 4608 * 3072 / (12 * 3072**2 + 2 * 4608 * 3072)  # no weights in it
+    for bits in (4, 8):
+        slower = attention + (1 - attention) * 20
+        assert step(cpu, bits=bits) == pytest.approx(slower * step(cpu))
+        # The guess at plain float32 is half of bfloat16's 20.
+        slower = attention + (1 - attention) * 10 / 8
+        full_step = step(cpu, dtype="float32")
+        assert step(cpu, bits=bits, dtype="float32") == pytest.approx(slower * full_step)
+        assert step(mac(0), bits=bits) == step(mac(0))  # a GPU's are no slower
+    # Nor is the autoencoder quantized.
+    work = Workload.of(ask(bits=4), FLUX)
+    assert decode_time(cpu, work) == decode_time(replace(cpu, quantized=None), work)
+    # Shares of unequal hosts go by the same guess.
+    fast = mac(1, platform="cpu", kind="other", flops_per_second=20e9, holds=None)
+    paces, is_timed = StepTimes(work, full(cpu, fast)).paces((0, 1))
+    assert not is_timed and paces[0] == pytest.approx(paces[1] * (attention + (1 - attention) * 20))
 
 
 def test_one_image_is_spread_over_a_ring_and_four_are_handed_out() -> None:
@@ -147,7 +191,7 @@ def test_force_shard_leaves_out_data_and_still_lists_it() -> None:
 def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
     mesh = ring(mac(0))
     assert plan(ask(), mesh, FLUX, placement="tensor").reason == (
-        "You asked for tensor, which needs two hosts; the mesh has 1."
+        "You asked for tensor, which needs two hosts. The mesh has one host."
     )
     both = plan(ask(), mesh, FLUX, placement="data", force_shard=True)
     assert both.winner is None and "exclude each other" in both.reason
@@ -160,8 +204,19 @@ def test_what_is_asked_for_and_cannot_be_done_is_told() -> None:
 
 def test_a_jaccl_mesh_ends_at_eight_hosts() -> None:
     choice = plan(ask(), full(*(mac(rank) for rank in range(9)), backend="jaccl"), FLUX)
-    problems = [option.problem for option in choice.options if option.problem]
-    assert "a jaccl mesh has at most 8 hosts" in problems
+    assert option(choice, "sequence", 9).problem == "a jaccl mesh has at most 8 hosts"
+    assert not option(choice, "sequence", 8).problem
+
+
+def test_a_ring_that_fell_back_from_jaccl_is_as_wide_as_its_backend_can_be() -> None:
+    view = full(*(mac(rank) for rank in range(9)), backend="jaccl")
+    fault = BackendFault(backend="jaccl", ranks=(0, 1), reason="mac1: errno 60.")
+    fallen = replace(view, fallback=Fallback(("jaccl-ring", "ring"), (fault,)))
+    assert not option(plan(ask(), fallen, FLUX), "sequence", 9).problem
+    # A first death is no fall-back yet.
+    once = replace(fault, is_out=False)
+    tried = replace(view, fallback=Fallback(("jaccl-ring", "ring"), (once,)))
+    assert "at most 8" in option(plan(ask(), tried, FLUX), "sequence", 9).problem
 
 
 def test_reports_that_cannot_be_are_refused() -> None:

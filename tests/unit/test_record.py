@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import json
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fluxmesh.cluster.backends import BackendFault
 from fluxmesh.cluster.shares import Shares
 from fluxmesh.cluster.snapshot import (
     CollectiveTime,
@@ -19,11 +25,15 @@ from fluxmesh.cluster.snapshot import (
     StepTiming,
     Timings,
 )
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.request import AdapterRef
 from fluxmesh.storage.homes import Home
-from fluxmesh_coordinator.agents import mesh_file
+from fluxmesh.wire.transport.inproc import Network
+from fluxmesh_coordinator.agents import launch, mesh_file
 from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.runtime.agent_pool import AgentPool, News, Restart
+from fluxmesh_coordinator.runtime.mesh import Mesh
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 HOSTS = json.dumps([{"ssh": f"mac{i}", "ips": [f"192.168.0.{i + 1}"]} for i in range(3)])
@@ -178,3 +188,83 @@ def test_what_a_job_writes_down_brings_no_mesh_back_that_ended_or_changed_meanwh
     job.join()
     command.join()
     assert load(home) == (None if ends else renewed)
+
+
+@contextlib.contextmanager
+def another_process_writes(home: Home) -> Iterator[None]:
+    """As long as the block lasts: one that is stopped, say."""
+    with open(home.folder / "mesh.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_record_that_another_process_keeps_to_itself_is_not_waited_for_for_ever(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh_file.save(MESH, home)
+    with another_process_writes(home):
+        with monkeypatch.context() as short:
+            short.setattr(mesh_file, "DEADLINES", replace(DEADLINES, record=(0.01, 0.2)))
+            with pytest.raises(mesh_file.RecordInUseError, match="mesh.lock for 0 s.*end it"):
+                mesh_file.learn(MESH.text, [Timings()], home)
+        assert mesh_file.load(home) == MESH  # who reads waits for nobody
+        writer = threading.Thread(target=mesh_file.remove, args=(home,))
+        writer.start()
+        writer.join(0.3)
+        assert mesh_file.load(home) == MESH
+    writer.join()
+    assert mesh_file.load(home) is None
+
+
+def test_what_cannot_be_written_down_yet_is_written_later_in_its_order() -> None:
+    written: list[list[str]] = []
+    is_in_use = [True]
+
+    def keep(news: Sequence[News]) -> None:
+        if is_in_use.pop() if is_in_use else False:
+            raise mesh_file.RecordInUseError("Another process has it.")
+        written.append([each.reason for each in news if isinstance(each, BackendFault)])
+
+    async def body() -> None:
+        soon = replace(DEADLINES, rewrite=0.01)
+        pool = AgentPool(MESH, Network().dialer(), None, keep, soon)
+        pool.remember(BackendFault(backend="jaccl", ranks=(0, 1), reason="first"))
+        while is_in_use:
+            await asyncio.sleep(0.01)
+        pool.remember(BackendFault(backend="jaccl-ring", ranks=(0, 1), reason="second"))
+        while not written:
+            await asyncio.sleep(0.01)
+        await pool.__aexit__()
+
+    asyncio.run(body())
+    assert [reason for each in written for reason in each] == ["first", "second"]
+
+
+def test_agents_that_are_started_again_at_once_are_all_on_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each takes seconds, and knew nothing of the others when it began."""
+    both_start, records = threading.Barrier(2), list[MeshRecord]()
+
+    def start_again(record: MeshRecord, rank: int, keys: object) -> Member:
+        member = record.member(rank)
+        assert member is not None
+        both_start.wait(60)
+        return replace(member, boot=f"new {rank}")
+
+    monkeypatch.setattr(launch, "start_again", start_again)
+    keys: Any = None
+    mesh = Connecting._of(MESH, keys, records.append)
+    threads = [threading.Thread(target=mesh.restart, args=(rank,)) for rank in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [member.boot for member in records[-1].members] == ["new 0", "new 2"]
+
+
+class Connecting(Mesh):
+    """A mesh that calls nobody."""
+
+    def __init__(self, _record: MeshRecord, _dialer: object, **given: Any) -> None:
+        self.restart: Restart = given["restart"]

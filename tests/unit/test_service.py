@@ -11,8 +11,10 @@ import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.deadlines import DEADLINES, Deadlines
+from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire import messages
 from fluxmesh_agent.leases import Loses
+from fluxmesh_agent.supervisor import EngineStays
 from fluxmesh_coordinator.agents.client import AgentClient
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool
 from tests.fakes import FakeMesh, FakeSupervisor
@@ -91,6 +93,70 @@ def test_work_that_comes_while_an_engine_ends_finds_a_new_one(
         while not isinstance(await client.report(), messages.Loaded):
             continue
         assert mesh.engine(0).starts == 2
+        await client.close()
+
+    play(tmp_path, body)
+
+
+def test_a_host_whose_engine_does_not_end_says_so_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stays(self: FakeSupervisor) -> None:
+        raise EngineStays("The engine does not end.")
+
+    async def gone(self: FakeSupervisor) -> None:
+        await is_gone.wait()
+
+    is_gone = asyncio.Event()
+
+    async def body(mesh: FakeMesh) -> None:
+        client, load = await leased(mesh, "job")
+        await client.ask(load, messages.Done)
+        while not isinstance(await client.report(), messages.Loaded):
+            continue
+        service, generation = mesh.services[0], load.ring_generation + 1
+        ends = FakeSupervisor.kill
+        monkeypatch.setattr(FakeSupervisor, "kill", stays)
+        monkeypatch.setattr(FakeSupervisor, "gone", gone)
+        kill = messages.Kill(fence=load.fence, ring_generation=generation)
+        again = replace(load, ring_generation=generation)
+        for order in (kill, again):
+            with pytest.raises(FluxmeshError, match=r"The engine does not end\."):
+                await client.ask(order, messages.Done)
+            status = service.status()
+            assert (status.state, status.reason) == ("failed", "The engine does not end.")
+        assert mesh.engine(0).starts == 1
+        monkeypatch.setattr(FakeSupervisor, "kill", ends)
+        is_gone.set()
+        while service.status().reason:
+            await asyncio.sleep(0.01)
+        assert service.status().state == "idle"
+        await client.ask(again, messages.Done)
+        while not isinstance(await client.report(), messages.Loaded):
+            continue
+        assert mesh.engine(0).starts == 2
+        await client.close()
+
+    play(tmp_path, body)
+
+
+def test_an_agent_serves_beside_an_engine_that_one_before_it_left_and_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stays(self: FakeSupervisor) -> None:
+        raise EngineStays("The engine does not end.")
+
+    async def gone(self: FakeSupervisor) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(FakeSupervisor, "kill", stays)
+    monkeypatch.setattr(FakeSupervisor, "gone", gone)
+
+    async def body(mesh: FakeMesh) -> None:
+        client, _ = await leased(mesh, "job")
+        status = await client.ask(messages.AskStatus(), messages.Status)
+        assert (status.state, status.reason) == ("failed", "The engine does not end.")
+        assert mesh.engine(0).starts == 0
         await client.close()
 
     play(tmp_path, body)

@@ -1,12 +1,19 @@
-"""Whether an address and a port are to be had, on Linux and as BSD answers it."""
+"""Whether an address and a port are to be had, on Linux and as BSD answers it; stopping."""
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.storage.homes import write_private
+from fluxmesh.storage.processes import started_at
+from fluxmesh_coordinator.agents import bootstrap
 from fluxmesh_coordinator.agents.bootstrap import can_bind
 
 
@@ -61,3 +68,19 @@ def test_an_address_of_another_machine_is_not_to_be_had() -> None:
     assert can_bind("127.0.0.1", 0)
     assert not can_bind("192.0.2.1", 0)
     assert not can_bind("192.0.2.1", 47100)
+
+
+def test_who_stops_an_agent_is_told_of_an_engine_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUXMESH_STATE", str(tmp_path))
+    monkeypatch.setattr(bootstrap, "kill_recorded", lambda path: None)
+    agent = bootstrap.Agent(47100)
+    agent.remember({"pid": 1, "start": "another one"})  # it has ended
+    here = {"pid": os.getpid(), "start": started_at(os.getpid())}
+    write_private(agent.home.engine, json.dumps(here))
+    with pytest.raises(FluxmeshError, match=rf"engine, process {os.getpid()}, does not end"):
+        agent.stop()
+    agent.remember({"pid": 1, "start": "another one"})
+    agent.home.engine.unlink()
+    assert not agent.stop()

@@ -387,24 +387,24 @@ def test_hosts_whose_moves_differ_end_the_run() -> None:
     assert "differ" in str(sim.end.error)
 
 
-def test_hosts_that_hold_other_files_than_the_run_tells_of_end_it_before_an_update() -> None:
-    """Checkpoints, pictures on the way and the cache of features would name another revision."""
+@pytest.mark.parametrize(
+    ("run", "second_host", "sentence"),
+    [
+        # Checkpoints, pictures on the way and the cache of features would name another revision.
+        ("older", "same", "and this machine hold different files under the name m"),
+        ("", "newer", "host 0 (mac0) same, host 1 (mac1) newer"),
+    ],
+    ids=["hosts and the run", "two hosts"],
+)
+def test_files_that_differ_end_the_run_before_an_update(
+    run: str, second_host: str, sentence: str
+) -> None:
     sim = TrainingSimulation(2)
-    sim.session.state.job = replace(sim.session.state.job, content="older")
+    sim.session.state.job = replace(sim.session.state.job, content=run)
+    sim.machines[1].engine.content = second_host
     sim.want(tasks.OpenTask(0, {}))
     while sim.end is None:
         sim.turn()
-    assert sim.end is not None and isinstance(sim.end.error, WeightsError)
-    assert "and this machine hold different files under the name m" in str(sim.end.error)
-    assert sim.messages(training.Update) == []
-
-
-def test_hosts_that_hold_different_files_end_the_run_before_an_update() -> None:
-    sim = TrainingSimulation(2)
-    sim.machines[1].engine.content = "newer"
-    sim.want(tasks.OpenTask(0, {}))
-    while sim.end is None:
-        sim.turn()
-    assert sim.end is not None and isinstance(sim.end.error, WeightsError)
-    assert "host 0 (mac0) same, host 1 (mac1) newer" in str(sim.end.error)
+    assert isinstance(sim.end.error, WeightsError)
+    assert sentence in str(sim.end.error)
     assert sim.messages(training.Update) == []

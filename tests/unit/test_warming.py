@@ -6,6 +6,7 @@ And what comes of it on agents whose engines only pretend.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fluxmesh.errors import DoesNotFitError, FluxmeshError, HostUnreachableError
 from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
+from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord
 from fluxmesh_coordinator.deploy import leased_work
 from fluxmesh_coordinator.deploy import warmup as warm
@@ -170,6 +172,33 @@ def test_a_host_that_cannot_load_is_named_and_the_others_go_on_where_allowed(
         assert holders == ["", "", ""]
     else:
         assert reporter.left_out == {}
+
+
+def test_hosts_hear_of_their_leases_while_another_process_writes_the_record(
+    tmp_path: Path,
+) -> None:
+    """Blocked for as long as that, the loop would lose them after `Deadlines.silence`."""
+
+    async def scene() -> None:
+        wanted = Workload.of(ask(height=32, width=32), small())
+        record = FakeMesh(tmp_path, 2).record
+        warming = Warming(record, wanted, Told(), Home(tmp_path))
+        renewed = replace(record, envs=(("OMP_NUM_THREADS", "1"),))
+        with open(tmp_path / "mesh.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            writing = asyncio.create_task(warming._save(renewed))
+            for _ in range(10):  # would never come so far, blocked
+                await asyncio.sleep(0.02)
+            assert not writing.done() and mesh_file.load(Home(tmp_path)) is None
+            writing.cancel()
+            await asyncio.sleep(0.1)
+            assert not writing.done()  # what is written next must come after it
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        assert mesh_file.load(Home(tmp_path)) == renewed
+
+    tmp_path.chmod(0o700)
+    asyncio.run(scene())
 
 
 @pytest.mark.parametrize("is_here", [True, False])

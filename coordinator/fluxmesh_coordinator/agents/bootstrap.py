@@ -162,14 +162,21 @@ class Agent:
         self._running.unlink(missing_ok=True)  # first: nobody starts it again from now on
         if record is None:
             if known:
-                kill_recorded(self.home.engine)
+                self._end_engine()
             return False
         pid, start = record["pid"], record["start"]
         asked = end_process(pid, start, signal.SIGTERM, DEADLINES.agent_ends)
         if not asked and not end_process(pid, start):
             raise FluxmeshError(f"Its agent, process {pid}, does not end; restart the machine.")
-        kill_recorded(self.home.engine)  # one that hangs does not see that its agent is gone
+        self._end_engine()  # one that hangs does not see that its agent is gone
         return True
+
+    def _end_engine(self) -> None:
+        kill_recorded(self.home.engine)
+        left = read_record(self.home.engine)
+        if left is not None and started_at(left["pid"]) == left["start"]:
+            pid = left["pid"]
+            raise FluxmeshError(f"Its engine, process {pid}, does not end; restart the machine.")
 
     def kill(self) -> None:
         """Ends it by force, in order to start it again."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -136,8 +136,8 @@ def start(
     return Started(member, bool(answer["fresh"]), tuple(answer["kept"]))
 
 
-def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:
-    """The mesh after an agent that died or hangs was started again, with the keys that it had.
+def start_again(record: MeshRecord, rank: int, keys: Keys) -> Member:
+    """Starts an agent of a mesh again that died or hangs, with the keys that it had.
 
     Only for hosts that are this machine: others are brought back by `fluxmesh up`.
     """
@@ -145,9 +145,7 @@ def start_again(record: MeshRecord, rank: int, keys: Keys) -> MeshRecord:
     spec = agent_spec(hostfile, rank, record.envs, record.roots)
     lost = record.member(rank)
     again = lost.boot if lost else ""
-    member = start(hostfile.hosts[rank], spec, keys, again=again or "unknown").member
-    members = tuple(member if old.rank == rank else old for old in record.members)
-    return replace(record, members=members)
+    return start(hostfile.hosts[rank], spec, keys, again=again or "unknown").member
 
 
 # A mesh of one for one call

@@ -3,6 +3,8 @@
 `fluxmesh up` writes it once the agents run; `generate`, `status`, `logs`, `plan` and `down` read it
 to know whom to talk to. It holds the hostfile's own text, so that a changed hostfile is noticed,
 and of each agent its address and public key. No secret is in it.
+
+Whatever writes waits for other processes that do, and so blocks: an event loop has threads for it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from fluxmesh.cluster.snapshot import (
     TextTiming,
     Timings,
 )
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.planning.learning import learned
 from fluxmesh.request import AdapterRef
@@ -40,6 +44,10 @@ from fluxmesh.storage.keys import is_key
 VERSION = 1
 THIS_MACHINE = '[{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]'
 THIS_NAME = "this machine"
+
+
+class RecordInUseError(FluxmeshError):
+    """Another process keeps the mesh's record to itself, and does not let go of it."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,11 @@ class MeshRecord:
                 raise UsageError(f"The mesh has no host {name!r}; it has {every}.")
             ranks += meant
         return ranks
+
+    def with_member(self, member: Member) -> MeshRecord:
+        """The same with that agent in the place of the one of its rank."""
+        members = tuple(member if old.rank == member.rank else old for old in self.members)
+        return replace(self, members=members)
 
     def only(self, ranks: Iterable[int]) -> MeshRecord:
         """Some of its agents."""
@@ -244,7 +257,7 @@ def _to_read(home: Home | None) -> Home:
 
 
 def save(record: MeshRecord, home: Home | None = None) -> Path:
-    """Writes the mesh that is up, in one piece. Raises `HomeError`."""
+    """Writes the mesh that is up, in one piece. Raises `HomeError`, `RecordInUseError`."""
     home = home or Home.default()
     with _changing(home):
         return _write(record, home)
@@ -281,7 +294,7 @@ def learn(text: str, news: Iterable[Timings | BackendFault], home: Home | None =
 
 
 def remove(home: Home | None = None) -> None:
-    """Forgets the mesh; twice is harmless. Raises `HomeError`."""
+    """Forgets the mesh; twice is harmless. Raises as `save`."""
     home = home or Home.default()
     with _changing(home):
         home.mesh.unlink(missing_ok=True)
@@ -297,7 +310,8 @@ def _changing(home: Home) -> Iterator[None]:
     """No other process changes the record as long as the block lasts.
 
     Else a server that adds what it measured would put back the mesh that `down` has ended, or the
-    agents that `up` has replaced.
+    agents that `up` has replaced. Each needs it for milliseconds, but one that is stopped, or whose
+    disk does not answer, keeps it.
     """
     path = home.folder / "mesh.lock"
     try:
@@ -305,11 +319,27 @@ def _changing(home: Home) -> Iterator[None]:
     except OSError as error:
         raise HomeError(f"{path} can't be used: {error.strerror or error}.") from None
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, path)
         yield
     finally:
         os.close(lock)
+
+
+def _wait_for(lock: int, path: Path) -> None:
+    pause, limit = DEADLINES.record
+    deadline = time.monotonic() + limit
+    with contextlib.suppress(OSError):  # a file system without locks
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RecordInUseError(
+                        f"Another process has had {path} for {limit:.0f} s, a fluxmesh that is "
+                        "stopped, it may be; end it, and try again."
+                    ) from None
+            time.sleep(pause)
 
 
 def begin_start(record: StartRecord, home: Home | None = None) -> None:

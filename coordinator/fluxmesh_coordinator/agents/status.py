@@ -48,6 +48,7 @@ class Survey:
             self.record.hostfile.backend,
             self.record.timings,
             self.record.fallback,
+            len(self.record.members),
         )
 
 
@@ -70,6 +71,7 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         machine_bytes=status.machine_bytes,
         compiled=status.compiled,
         busy_seconds=status.busy_seconds,
+        quantized=status.quantized,
         ring=RingPlace(status.ring, status.ring_rank, status.ring_size, status.ring_backend),
     )
 

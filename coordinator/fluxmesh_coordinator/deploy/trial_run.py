@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fluxmesh.cluster.shares import EVEN, Shares
@@ -129,7 +129,7 @@ class TrialRun:
     hosts: Sequence[int]
     shards: int  # in how many parts
     sizes: Sequence[Size]
-    learn: Callable[[RingFindings], None]  # hears what is found out about a ring that is new
+    learn: Callable[[RingFindings], Awaitable[None]]  # hears of a ring that is new
     reader: int | None = None  # who has the text encoders in memory afterwards
     _errands: dict[int, Errand] = field(default_factory=dict)
 
@@ -255,7 +255,7 @@ class TrialRun:
         members = {rank: self._errands[rank] for rank in ring}
         findings = await form_known_ring(members, infos, self.mesh, self.watcher.note)
         self.mesh = replace(self.mesh, faults=findings.faults)
-        self.learn(findings)
+        await self.learn(findings)
 
     async def _end_engines(self, ranks: Iterable[int]) -> None:
         """A survivor of a broken ring can hang."""

@@ -79,8 +79,7 @@ class Warming:
                 self.watcher.stage("Measuring the links")
                 hosts, note = self.mesh.hostfile.hosts, self.watcher.note
                 links = await measure_links(self.clients, hosts, note)
-                self.mesh = replace(self.mesh, links=links)
-                mesh_file.save(self.mesh, self.home)
+                await self._save(replace(self.mesh, links=links))
             await self._know_ring()
             while not await self._fill():
                 continue  # with the hosts that are left
@@ -120,13 +119,22 @@ class Warming:
                 continue
         return reader
 
-    def _learn(self, findings: RingFindings) -> None:
+    async def _learn(self, findings: RingFindings) -> None:
         """Puts what was found out about rings on the mesh's record."""
         timings = learned(self.mesh.timings, findings.news)
         mesh = replace(self.mesh, timings=timings, faults=findings.faults)
         if mesh != self.mesh:
-            self.mesh = mesh
-            mesh_file.save(self.mesh, self.home)
+            await self._save(mesh)
+
+    async def _save(self, mesh: MeshRecord) -> None:
+        """Agents whose leases this has go on hearing of it, however long another process writes."""
+        self.mesh = mesh
+        writing = asyncio.create_task(asyncio.to_thread(mesh_file.save, mesh, self.home))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing})  # else it came after what a cancelled `up` writes
+            raise
 
     async def _keep(self, reader: int | None) -> None:
         """Every host is told what it shall hold from now on."""
@@ -191,7 +199,7 @@ class Warming:
         self, errands: Mapping[int, Errand], infos: Mapping[int, HostInfo]
     ) -> None:
         """One of all these; its timings go on the mesh's record."""
-        self._learn(await form_known_ring(errands, infos, self.mesh, self.watcher.note))
+        await self._learn(await form_known_ring(errands, infos, self.mesh, self.watcher.note))
 
     # Weights and step times
 

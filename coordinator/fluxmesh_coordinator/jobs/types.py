@@ -62,11 +62,12 @@ class Links:
     backend: str = "ring"  # the hostfile's
     timings: Timings = Timings()
     fallback: Fallback = Fallback()
+    size: int = 0  # hosts that the mesh has; 0 is not known
 
     def view(self, hosts: Iterable[HostInfo]) -> MeshView:
         """These hosts as the planner sees them."""
         ordered = tuple(sorted(hosts, key=lambda host: host.rank))
-        return MeshView(ordered, self.links, self.backend, self.timings, self.fallback)
+        return MeshView(ordered, self.links, self.backend, self.timings, self.fallback, self.size)
 
     def backend_of(self, ranks: Sequence[int]) -> str:
         """What a ring of these hosts forms over."""

@@ -26,7 +26,7 @@ from fluxmesh.wire import messages
 from fluxmesh.wire.tasks import end, together
 from fluxmesh.wire.transport.base import Dialer
 from fluxmesh_coordinator.agents.client import AgentClient
-from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord
+from fluxmesh_coordinator.agents.mesh_file import Member, MeshRecord, RecordInUseError
 from fluxmesh_coordinator.agents.status import host_info
 from fluxmesh_coordinator.jobs.types import Links
 from fluxmesh_coordinator.runtime.clock import OwnClock
@@ -54,7 +54,13 @@ class AgentPool:
         """`keep` writes down what jobs find out, for other coordinators of the mesh."""
         self.record, self.deadlines = record, deadlines
         self.hosts: dict[int, Host] = {host.rank: host for host in record.hosts}
-        self.links = Links(record.links, record.hostfile.backend, record.timings, record.fallback)
+        self.links = Links(
+            record.links,
+            record.hostfile.backend,
+            record.timings,
+            record.fallback,
+            len(record.members),
+        )
         self._keep = keep
         self._unwritten: list[News] = []  # that is to be kept
         self._writing: asyncio.Task[None] | None = None
@@ -147,11 +153,16 @@ class AgentPool:
         """Until all is written: now, and what comes soon after it together, a while later."""
         while self._unwritten:
             news = tuple(self._unwritten)
+            is_written = True
             try:
                 await asyncio.to_thread(keep, news)
+            except RecordInUseError as error:  # it is written with what comes next
+                log.warning("what was found out is not kept yet: %s", error)
+                is_written = self._is_closing.is_set()
             except FluxmeshError as error:  # the pictures are worth more than what is known of them
                 log.warning("what was found out is not kept: %s", error)
-            del self._unwritten[: len(news)]
+            if is_written:
+                del self._unwritten[: len(news)]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.deadlines.rewrite):
                     await self._is_closing.wait()

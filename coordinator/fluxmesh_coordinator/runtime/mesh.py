@@ -11,6 +11,7 @@ thread of its own drives the agents (`agent_pool.py`, `job_runner.py`); everythi
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import secrets
 import threading
@@ -22,7 +23,7 @@ from typing import Any, Self, TypeVar, cast
 from fluxmesh.cluster.backends import BackendFault
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.deadlines import DEADLINES, Deadlines
-from fluxmesh.errors import HostUnreachableError
+from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.events import Event, Planned
 from fluxmesh.planning.capacity import Memory
 from fluxmesh.planning.plan import Plan, check_asked
@@ -60,6 +61,7 @@ from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 from fluxmesh_coordinator.runtime.running import Running
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Mesh:
@@ -162,14 +164,17 @@ class Mesh:
         remember: Callable[[MeshRecord], None],
         keep: Keep | None = None,
     ) -> Self:
-        latest = [record]
+        latest, lock = [record], threading.Lock()
 
         def restart(rank: int) -> Member:
-            latest[0] = launch.start_again(latest[0], rank, keys)
-            remember(latest[0])
-            member = latest[0].member(rank)
-            assert member is not None
-            return member
+            again = launch.start_again(latest[0], rank, keys)
+            with lock:  # others may have been started meanwhile, and are written down too
+                latest[0] = latest[0].with_member(again)
+                try:
+                    remember(latest[0])
+                except FluxmeshError as error:  # it runs, and is of use here
+                    log.warning("an agent that was started again is not on record: %s", error)
+            return again
 
         return cls(record, _curve(keys), restart=restart, keep=keep)
 

@@ -10,6 +10,7 @@ from fluxmesh.cluster.snapshot import (
     Holding,
     KeptModels,
     Platform,
+    QuantizedRates,
     StepShape,
     StepTiming,
     TextHolding,
@@ -121,6 +122,7 @@ class Status(Message):
     lease: LeaseHolder | None = None
     line: JobsInLine = ()
     kept: KeptModels = ()  # models in memory beside `holds`
+    quantized: QuantizedRates | None = None  # as `HostInfo` has it
 
 
 # Between an agent and its engine alone
@@ -136,6 +138,7 @@ class Device(Message):
     memory_bytes: int  # the most that it may use
     flops_per_second: float
     platform: Platform = "cpu"
+    quantized: QuantizedRates | None = None  # as `HostInfo` has it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from fluxmesh import events
 from fluxmesh.cluster.snapshot import HostInfo, Timings
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.images import composite
-from fluxmesh.planning.plan import Plan
+from fluxmesh.planning.plan import Option, Plan
 from fluxmesh.request import FilledRequest
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.jobs.generation.dispatch import GenerationDispatch
@@ -41,6 +41,7 @@ class GenerationSession(JobSession[HostState]):
         self._observer = Observer(self.state)
         self._peaks: dict[str, int] = {}
         self._remaining = RemainingTime()
+        self._proposed: Plan | None = None  # why hosts were leased, until it is told
 
     # Hooks
 
@@ -55,7 +56,8 @@ class GenerationSession(JobSession[HostState]):
         return HostState(replace(leased, info=info), self.now, self.deadlines)
 
     def propose(self, hosts: Sequence[HostInfo]) -> Plan:
-        return self.state.find(hosts)
+        self._proposed = self.state.find(hosts)
+        return self._proposed
 
     def begun(self) -> None:
         self.state.needs_plan = True
@@ -160,10 +162,18 @@ class GenerationSession(JobSession[HostState]):
                     placement=option.name,
                     hosts=option.ranks,
                     seconds=option.seconds,
-                    reason=settled.reason,
+                    reason=self._reason(settled, option),
                     notice=settled.notice,
                 )
             )
+
+    def _reason(self, settled: Plan, option: Option) -> str:
+        """Why it is done so. The plan by which hosts were leased knows what more would take."""
+        proposed, self._proposed = self._proposed, None
+        way = None if proposed is None else proposed.winner
+        if proposed is None or way is None or (way.name, way.ranks) != (option.name, option.ranks):
+            return settled.reason
+        return proposed.reason
 
     def _encoded(
         self, host: HostState, report: messages.TextEncoded, unit: QueuedWork | None

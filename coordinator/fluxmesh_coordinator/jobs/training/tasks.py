@@ -257,7 +257,7 @@ class Choice:
 def choose(job: TrainingJob, hosts: Sequence[HostInfo], links: Links) -> Choice:
     """As many hosts as have the memory and can form a ring."""
     if not hosts:
-        return Choice(None, "The mesh has no host.")
+        return Choice(None, "No host of the mesh can be used now.")
     fitting = _fitting(job.needed_bytes, hosts)
     if not fitting:
         room = _room(hosts)

@@ -108,22 +108,23 @@ class CurrentPainter:
         self._book = HostBook(())  # of the painter's mesh
         self._users: Counter[Painter] = Counter()  # jobs that run, and who asks something
         self._faults: tuple[BackendFault, ...] = ()  # of its backends, as its record had them last
+        self._ended: list[Painter] = []  # that nobody uses any more
 
     def get(self) -> Painter:
         """Raises as `mesh_file.load`. Ends the work of the one before, if there is another mesh."""
-        with self._lock:
+        with self._locked():
             return self._get()
 
     def book(self) -> HostBook:
         """Who has the hosts of the mesh that is up. Raises as `get`."""
-        with self._lock:
+        with self._locked():
             self._get()
             return self._book
 
     @contextmanager
     def using(self) -> Iterator[tuple[Painter, HostBook]]:
         """The painter and its hosts, for as long as the block lasts. Raises as `get`, `Mesh`."""
-        with self._lock:
+        with self._locked():
             painter, book, faults = self._get(), self._book, self._faults
             self._users[painter] += 1
         try:
@@ -137,7 +138,7 @@ class CurrentPainter:
     @contextmanager
     def holding(self) -> Iterator[Painter]:
         """The painter, connected to a mesh or not, for as long as the block lasts; as `get`."""
-        with self._lock:
+        with self._locked():
             painter = self._get()
             self._users[painter] += 1
         try:
@@ -148,7 +149,7 @@ class CurrentPainter:
     @contextmanager
     def looking(self) -> Iterator[Painter | None]:
         """The one that was in use last, whatever has come up since, as long as the block lasts."""
-        with self._lock:
+        with self._locked():
             painter = self._painter
             if painter is not None:
                 self._users[painter] += 1
@@ -160,14 +161,29 @@ class CurrentPainter:
 
     def drop(self) -> None:
         """Lets go of the mesh; the next one that is asked for begins anew."""
-        with self._lock:
+        with self._locked():
             self._drop()
 
     def fails(self, painter: Painter) -> None:
         """The mesh of a painter that is in use is gone: if no other one is up, one begins anew."""
-        with self._lock:
+        with self._locked():
             if painter is self._painter:
                 self._drop()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread at a time. What it let go of ends when others need not wait: it may take long,
+        where what was found out on the mesh is still to be written down."""
+        ended: list[Painter] = []
+        try:
+            with self._lock:
+                try:
+                    yield
+                finally:
+                    ended, self._ended = self._ended, []
+        finally:
+            for painter in ended:
+                painter.__exit__()
 
     def _drop(self) -> None:
         old, self._painter = self._painter, None
@@ -189,7 +205,7 @@ class CurrentPainter:
         return self._painter
 
     def _leave(self, painter: Painter) -> None:
-        with self._lock:
+        with self._locked():
             self._users[painter] -= 1
             if painter is not self._painter:
                 self._let_go(painter)
@@ -197,7 +213,7 @@ class CurrentPainter:
     def _let_go(self, painter: Painter | None) -> None:
         if painter is not None and not self._users[painter]:
             del self._users[painter]
-            painter.__exit__()
+            self._ended.append(painter)
 
 
 def _key(record: MeshRecord | None) -> Any:
