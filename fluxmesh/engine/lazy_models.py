@@ -1,7 +1,7 @@
 """The models of a checkpoint as attributes that load when first used and leave with `del`.
 
 `Models` finds the checkpoint, checks its files and knows how each part loads (dtype, bits,
-adapters); `FluxPipeline` (`pipeline.py`) is built on it and only computes. The text encoder and the
+adapters); `PipelineStages` (`stages.py`) is built on it and only computes. The text encoder and the
 transformer are the two large ones: in bfloat16 FLUX.1's take 9.5 and 23.8 GB, so that it matters
 which is resident when.
 """
@@ -104,6 +104,7 @@ class Models:
         self.on_loading = on_loading
         self.shard = Shard()  # what `flow` loads: set it while there is none
         self.low_memory = False  # whether `flow` is loaded without its modulation
+        self.t5_padding = True  # whether prompts are padded to the checkpoint's own length
         self.by_layers = False  # whether text encoders are read one layer at a time, and none stays
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
         self.stamps = self.checkpoint.stamps  # before anything is read of the files

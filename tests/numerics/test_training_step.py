@@ -285,7 +285,7 @@ def test_mistakes_are_told_before_anything_loads(place, tmp_path, monkeypatch):
     def never(*_args, **_more):
         raise AssertionError("the model was looked for")
 
-    monkeypatch.setattr(local_executor, "FluxPipeline", never)
+    monkeypatch.setattr(local_executor, "PipelineStages", never)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"image": "no.png", "prompt": ""}\n')
     with pytest.raises(UsageError, match="2 problems"):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fluxmesh.engine import device_memory
-from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.errors import DoesNotFitError, FluxmeshError, UsageError
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.encode_units import Unit
@@ -179,7 +179,7 @@ def test_where_memory_runs_out_the_options_of_a_training_are_named(job, monkeypa
     monkeypatch.setattr(Learner, "add", fail)
     with pytest.raises(DoesNotFitError, match="while training with .* `resolution`"):
         host.update(0)
-    monkeypatch.setattr(FluxPipeline, "encode", fail)
+    monkeypatch.setattr(PipelineStages, "encode", fail)
     with pytest.raises(DoesNotFitError, match="Memory ran out while .* `image_size`"):
         host.do(messages.Encode(**HEAD, weights=job.weights, prompt="two dogs"))
 

@@ -1,6 +1,6 @@
 """FLUX's transformer: noisy latents, a prompt's features and a time step in, a velocity out.
 
-Stands on `layers.py`; `pipeline.py` drives it. What depends on the request alone is computed once
+Stands on `layers.py`; `stages.py` drives it. What depends on the request alone is computed once
 a request, not once a block and step: `rope` the rotary tables, `modulations` every block's shifts,
 scales and gates at every time step. Then the modulation weights, 27% of the model, are idle while
 denoising and may leave (`release_modulation`).
