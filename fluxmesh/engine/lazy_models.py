@@ -21,7 +21,7 @@ from fluxmesh.adapters.find import find_adapter
 from fluxmesh.adapters.reading import adapted
 from fluxmesh.adapters.targets import targets_of
 from fluxmesh.engine import tf32
-from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.models.base import Part
 from fluxmesh.models.partition import Shard
@@ -277,23 +277,12 @@ class Models:
                 shard_cuts=self.checkpoint.architecture.partition.cuts(self.shard),
             )
 
-    def check_files(self) -> None:
-        """Raises `WeightsError` where the files are no longer those that were opened.
-
-        What would be read of them now does not belong to what is in memory.
-        """
-        if self.stamps.changed is not None:
-            raise WeightsError(
-                f"The files of {self.name} were changed while they were in use; send the request "
-                "again, and they are read anew."
-            )
-
     @contextmanager
     def _same_files(self) -> Iterator[None]:
         """What is read meanwhile belongs to what was read before. Raises `WeightsError`."""
-        self.check_files()
+        self.checkpoint.check_files()
         yield
-        self.check_files()
+        self.checkpoint.check_files()
 
     def _tell_download(self, done: int, total: int) -> None:
         if self.on_loading is not None:

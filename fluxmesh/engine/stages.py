@@ -72,7 +72,8 @@ class PipelineStages(Models):
     def encode(self, text: str, negative: str | None = None) -> PromptFeatures:
         """The prompt's features, evaluated; encoders run only for a prompt not seen lately.
 
-        `negative` is what to move away from, None the model's own. Raises `NotFiniteError`.
+        `negative` is what to move away from, None the model's own. Raises `NotFiniteError`, and
+        `WeightsError` where the files are no longer those that were opened.
         """
         known = self._memory.get(*self._prompt_key(text, negative))
         if known is None:
@@ -83,6 +84,7 @@ class PipelineStages(Models):
                 if not is_finite.item():
                     reader = self.runtime.readers[name]
                     raise self.not_finite(f"{reader}, for this prompt,", self.dtype_beside)
+            self.checkpoint.check_files()  # rows and layers may have been read where they lie
             self._memory.put(text, self.t5_padding, known, negative, self.text_bits)
         return known
 

@@ -1,6 +1,6 @@
 """Messages to frames and back: a msgpack header, then the arrays as they lie in memory. Pure.
 
-    frame 0   {"v": 3, "type": "Stepped", "seq": 0, "fields": {"job": ..., "latents": <array>}}
+    frame 0   {"v": 4, "type": "Stepped", "seq": 0, "fields": {"job": ..., "latents": <array>}}
     frame 1.. the bytes of the arrays, in the order of their fields
 
 Everything that arrives is held to `limits.py` and to the bounds of its fields (`fields.py`) before
@@ -25,7 +25,7 @@ from fluxmesh.wire.values import Frame, ProtocolError, integer
 
 __all__ = ["TYPES", "VERSION", "Frame", "ProtocolError", "decode", "encode"]
 
-VERSION = 3  # of the protocol: rises when an old peer would misread a message
+VERSION = 4  # of the protocol: rises when an old peer would misread a message
 SEQUENCE = Range(0, MAX_INTEGER)
 
 
