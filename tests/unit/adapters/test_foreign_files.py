@@ -119,6 +119,7 @@ def test_a_published_model_s_adapter_is_known_without_naming_it(
         ("ControlNet", "controlnet_x_embedder.weight"),
         ("Redux", "redux_up.weight"),
         ("textual inversion", "clip_l"),
+        ("textual inversion", "<a-dog>"),
         ("modules_to_save", "base_model.model.x_embedder.modules_to_save.weight"),
         ("replaces whole weights", "diffusion_model.img_in.set_weight"),
         ("a model's own weights", "double_blocks.0.img_attn.qkv.weight"),
