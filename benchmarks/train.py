@@ -237,7 +237,7 @@ def device_bytes() -> int | None:
 
 def use_mlx_attention() -> None:
     """For comparison: the gradient of attention as MLX computes it."""
-    from fluxmesh.models.flux1 import layers
+    from fluxmesh.models import layers
     from fluxmesh.training.compute import custom_gradients
 
     custom_gradients.attention = layers.attention

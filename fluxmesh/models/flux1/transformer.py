@@ -20,15 +20,10 @@ import numpy as np
 from fluxmesh.models.base import Part
 from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.layers import (
-    TIME_CHANNELS,
-    DoubleStreamBlock,
-    LastLayer,
-    MLPEmbedder,
-    SingleStreamBlock,
-)
+from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock
 from fluxmesh.models.flux1.partition import partition
 from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.layers import TIME_CHANNELS, LastLayer, MLPEmbedder
 from fluxmesh.models.lora_linear import widened
 from fluxmesh.models.partition import Partition
 from fluxmesh.models.step_cache import StepCache
