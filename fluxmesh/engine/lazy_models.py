@@ -84,7 +84,10 @@ class Models:
         download: bool = True,
         on_loading: Callable[[Loading], None] | None = None,
     ) -> None:
-        """Options as in `FluxPipeline`. Reads headers only; raises what a wrong one deserves."""
+        """Options as in `FluxPipeline`. Reads headers only.
+
+        Raises `ModelNotFoundError`, `WeightsError`, `AdapterError` or `UsageError`.
+        """
         if dtype not in DTYPES:
             raise UsageError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
         for option, number in (("bits", bits), ("text_bits", text_bits)):

@@ -207,6 +207,8 @@ class PipelineStages(Models):
         """The same as uint8 [B, H, W, 3]. Raises as `picture`."""
         return to_pixels(self.picture(x, latent_size))
 
+    # What a stage is held to: sizes, numbers, memory
+
     def check_size(self, latent_size: LatentSize, source: SourceImage | None = None) -> None:
         """Raises `UsageError` where the sides are odd or the source is of another size."""
         if any(side < latents.PATCH or side % latents.PATCH for side in latent_size):
