@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.models.runtime import DenoisePlan
 from fluxmesh.models.step_cache import StepCache
 from fluxmesh.sampling.denoise import denoise

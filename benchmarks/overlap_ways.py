@@ -31,13 +31,10 @@ from fluxmesh.kernels.ops import (
     device,
     gated_norm,
     gated_sum,
-    gelu_beside,
     modulated_norm,
-    swiglu_beside,
 )
 from fluxmesh.models.collectives import Pending, Ranks
 from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
-from fluxmesh.models.flux2.layers import Flux2SingleBlock
 from fluxmesh.models.flux2.parallel import SequenceFlux2, TensorFlux2
 from fluxmesh.models.flux2.transformer import Flux2
 from fluxmesh.models.layers import attention, run
@@ -180,7 +177,7 @@ class LoneRank(Ranks):
         return self._begun(mx.concatenate([x] * self.size))
 
 
-# Blocks of `sequence`; those of FLUX.2 are also given `memory`, None here, and return a pair
+# Blocks of `sequence`, which also give all ranks' keys and values: here None, for nobody asks
 
 
 class TiedDouble:
@@ -190,9 +187,10 @@ class TiedDouble:
         self.block = block  # the tree's
 
     def __call__(
-        self, streams: Streams, attend: RingAttention, mods: Streams, *memory: None
-    ) -> Any:
-        block, out, start = self.block, {}, 0
+        self, streams: Streams, attend: RingAttention, mods: Streams, memory: None = None
+    ) -> tuple[Streams, None]:
+        block, start = self.block, 0
+        out: Streams = {}
         mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
         normed = {
             name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
@@ -214,7 +212,7 @@ class TiedDouble:
             start += x.shape[1]
             x, hidden = gated_norm(x, gate1, block.attn[name].proj(own), shift2, scale2)
             out[name] = gated_sum(x, gate2, run(block.mlp[name], hidden))
-        return (out, None) if memory else out
+        return out, None
 
 
 class TiedSingle:
@@ -222,10 +220,10 @@ class TiedSingle:
 
     def __init__(self, block: Any) -> None:
         self.block = block  # the tree's
-        is_flux2 = isinstance(block.block, Flux2SingleBlock)
-        self.beside = swiglu_beside if is_flux2 else gelu_beside
 
-    def __call__(self, x: mx.array, attend: RingAttention, mod: mx.array, *memory: None) -> Any:
+    def __call__(
+        self, x: mx.array, attend: RingAttention, mod: mx.array, memory: None = None
+    ) -> tuple[mx.array, None]:
         shift, scale, gate = mx.split(mod, 3, axis=-1)
         normed, project = modulated_norm(x, shift, scale), self.block.project
         sent, pending = attend.send([project.keys_values(normed)], project.heads)
@@ -233,8 +231,8 @@ class TiedSingle:
         queries = attend.queries([(q, (project.query_scale,))], project.heads)
         k, v = attend.keys_values(pending, mlp)
         attn = attention(mx.depends(queries, mlp), k, v)
-        x = gated_sum(x, gate, self.block.block.linear2(self.beside(attn, mlp, start)))
-        return (x, None) if memory else x
+        whole = self.block.block
+        return gated_sum(x, gate, whole.linear2(whole.beside(attn, mlp, start))), None
 
     def queries_and_mlp(self, normed: mx.array, sent: mx.array) -> tuple[mx.array, mx.array, int]:
         """Queries, the MLP's way in, and the first of its columns in that array."""

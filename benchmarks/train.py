@@ -107,7 +107,7 @@ def ours(case: Result) -> None:
     """Trains as `fluxmesh train` on one machine does, without its files."""
     import mlx.core as mx
 
-    from fluxmesh.engine.pipeline import FluxPipeline
+    from fluxmesh.engine.stages import PipelineStages
     from fluxmesh.training.local_executor import LocalExecutor
     from fluxmesh.training.plan import prepare
     from fluxmesh.training.run import read_examples
@@ -126,7 +126,7 @@ def ours(case: Result) -> None:
         **VARIANTS[case["what"]],
     )
     start = time.perf_counter()
-    pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
+    pipeline = PipelineStages(request.model, dtype=request.dtype, bits=request.bits)
     plan = prepare(request, read_examples(request)[0], pipeline.checkpoint)
     executor = LocalExecutor(pipeline, plan)
     for _ in executor.encode():
@@ -237,7 +237,7 @@ def device_bytes() -> int | None:
 
 def use_mlx_attention() -> None:
     """For comparison: the gradient of attention as MLX computes it."""
-    from fluxmesh.models.flux1 import layers
+    from fluxmesh.models import layers
     from fluxmesh.training.compute import custom_gradients
 
     custom_gradients.attention = layers.attention

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 
 flux = FluxPipeline(sys.argv[1] if len(sys.argv) > 1 else "tiny")
 prompt, latent_size = "a cup on a white background", (8, 8)

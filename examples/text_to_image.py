@@ -6,7 +6,7 @@ import mlx.core as mx
 from PIL import Image
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 
 flux = FluxPipeline(sys.argv[1] if len(sys.argv) > 1 else "tiny")
 

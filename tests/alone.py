@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.planning.workload import ModelSizes
 from fluxmesh.request import GenerateRequest
 

@@ -174,6 +174,7 @@ class FakeEngine:
                 yield messages.SourceEncoded(
                     job=unit.job,
                     ring_generation=unit.ring_generation,
+                    content=self.content,
                     # Of a model of `meshes.small`: 16 channels, 2 pixels a latent.
                     latents=np.zeros_like(initial_noise(0, *unit.pixels.shape[:2], 16, 2)),
                 )
@@ -182,7 +183,8 @@ class FakeEngine:
                 yield messages.PicturesEncoded(
                     job=unit.job,
                     ring_generation=unit.ring_generation,
-                    content=self.content if unit.reader else "",
+                    content=self.content,
+                    reader=self.content if unit.reader else "",
                     conditions=encoded(unit.named),
                 )
             case messages.Paint():

@@ -11,7 +11,7 @@ import numpy as np
 
 from fluxmesh.kernels import ops as fused
 from fluxmesh.models.flux1 import positions
-from fluxmesh.models.flux1.layers import rope_tables
+from fluxmesh.models.layers import rope_tables
 
 Arrays = tuple[mx.array, ...]
 

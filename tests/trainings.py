@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.training import checkpoint
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.encoding import Caption, Crop, DatasetEncoder
@@ -73,7 +73,7 @@ def final(out: Path) -> str:
 
 def learner(request: TrainRequest) -> Learner:
     """One host's learner, its features encoded."""
-    pipeline = FluxPipeline(request.model, dtype=request.dtype, bits=request.bits)
+    pipeline = PipelineStages(request.model, dtype=request.dtype, bits=request.bits)
     examples, _ = read_examples(request)
     plan = prepare(request, examples, pipeline.checkpoint)
     cache = FeatureCache(Path(request.cache_dir))

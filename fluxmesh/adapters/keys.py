@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from fluxmesh.storage.safetensors import Entry
+from fluxmesh.weights.foreign_files import EMBEDDING
 
 # An ending of PEFT's may carry the adapter's name: `lora_A.default.weight`.
 ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -61,7 +62,7 @@ OTHER_KINDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"redux_(?:up|down)\..+", "FLUX.1 Redux (`redux` takes it)"),
         (r"controlnet_.+|control_.+|.*input_hint_block\..+", "a ControlNet"),
         (r"pulid_(?:ca|encoder)\..+", "a PuLID model"),
-        (r"string_to_param\..+|emb_params|clip_[lg]|t5xxl?", "a textual inversion's embedding"),
+        (EMBEDDING, "a textual inversion's embedding"),
     )
 )
 

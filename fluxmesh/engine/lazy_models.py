@@ -1,7 +1,7 @@
 """The models of a checkpoint as attributes that load when first used and leave with `del`.
 
 `Models` finds the checkpoint, checks its files and knows how each part loads (dtype, bits,
-adapters); `FluxPipeline` (`pipeline.py`) is built on it and only computes. The text encoder and the
+adapters); `PipelineStages` (`stages.py`) is built on it and only computes. The text encoder and the
 transformer are the two large ones: in bfloat16 FLUX.1's take 9.5 and 23.8 GB, so that it matters
 which is resident when.
 """
@@ -21,7 +21,7 @@ from fluxmesh.adapters.find import find_adapter
 from fluxmesh.adapters.reading import adapted
 from fluxmesh.adapters.targets import targets_of
 from fluxmesh.engine import tf32
-from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.errors import UsageError
 from fluxmesh.events import Loading
 from fluxmesh.models.base import Part
 from fluxmesh.models.partition import Shard
@@ -84,7 +84,10 @@ class Models:
         download: bool = True,
         on_loading: Callable[[Loading], None] | None = None,
     ) -> None:
-        """Options as in `FluxPipeline`. Reads headers only; raises what a wrong one deserves."""
+        """Options as in `FluxPipeline`. Reads headers only.
+
+        Raises `ModelNotFoundError`, `WeightsError`, `AdapterError` or `UsageError`.
+        """
         if dtype not in DTYPES:
             raise UsageError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
         for option, number in (("bits", bits), ("text_bits", text_bits)):
@@ -104,6 +107,7 @@ class Models:
         self.on_loading = on_loading
         self.shard = Shard()  # what `flow` loads: set it while there is none
         self.low_memory = False  # whether `flow` is loaded without its modulation
+        self.t5_padding = True  # whether prompts are padded to the checkpoint's own length
         self.by_layers = False  # whether text encoders are read one layer at a time, and none stays
         self.checkpoint = hub.resolve(name, download=download, progress=self._tell_download)
         self.stamps = self.checkpoint.stamps  # before anything is read of the files
@@ -276,23 +280,12 @@ class Models:
                 shard_cuts=self.checkpoint.architecture.partition.cuts(self.shard),
             )
 
-    def check_files(self) -> None:
-        """Raises `WeightsError` where the files are no longer those that were opened.
-
-        What would be read of them now does not belong to what is in memory.
-        """
-        if self.stamps.changed is not None:
-            raise WeightsError(
-                f"The files of {self.name} were changed while they were in use; send the request "
-                "again, and they are read anew."
-            )
-
     @contextmanager
     def _same_files(self) -> Iterator[None]:
         """What is read meanwhile belongs to what was read before. Raises `WeightsError`."""
-        self.check_files()
+        self.checkpoint.check_files()
         yield
-        self.check_files()
+        self.checkpoint.check_files()
 
     def _tell_download(self, done: int, total: int) -> None:
         if self.on_loading is not None:

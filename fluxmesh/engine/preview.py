@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.engine.state import EngineState
 from fluxmesh.errors import WeightsError
 from fluxmesh.models.autoencoder.packing import PATCH, unpack
@@ -42,14 +42,14 @@ def shipped(checkpoint: Checkpoint) -> Projection | None:
     return table if len(table.factors) == checkpoint.architecture.latent_channels else None
 
 
-def encoded_samples(pipeline: FluxPipeline) -> Iterator[mx.array]:
+def encoded_samples(pipeline: PipelineStages) -> Iterator[mx.array]:
     """Latents [1, L, 4C] of pictures of any kind, `SIDE` a side."""
     side = SIDE * pipeline.checkpoint.architecture.downsampling
     for picture in sample_pictures(PICTURES, side):
         yield pipeline.encode_source(SourceImage(picture)).clean
 
 
-def fit(pipeline: FluxPipeline, pictures: Iterable[mx.array]) -> Projection:
+def fit(pipeline: PipelineStages, pictures: Iterable[mx.array]) -> Projection:
     """That of the pipeline's autoencoder, which decodes `pictures`: latents [1, L, 4C],
     each a square."""
     downsampling = pipeline.checkpoint.architecture.downsampling

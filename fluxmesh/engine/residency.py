@@ -29,7 +29,7 @@ from fluxmesh.cluster.snapshot import (
     prompt_mark,
 )
 from fluxmesh.engine import device_memory
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.events import Loading
 from fluxmesh.models.base import Architecture
@@ -78,7 +78,7 @@ class WorkerOptions:
 class KeptPipeline:
     """A checkpoint in memory that others have followed."""
 
-    pipeline: FluxPipeline
+    pipeline: PipelineStages
     model: KeptModel
     content: str
 
@@ -88,7 +88,7 @@ class ModelStore:
 
     def __init__(self, options: WorkerOptions | None = None) -> None:
         self.options = options or WorkerOptions()
-        self.pipeline: FluxPipeline | None = None
+        self.pipeline: PipelineStages | None = None
         self.ranks: Ranks | None = None
         self.meter = device_memory.PeakMeter()
         self.doing = "starting"
@@ -105,7 +105,7 @@ class ModelStore:
         self._sizes: dict[tuple[str, tuple[str, ...]], tuple[Any, int]] = {}
 
     @property
-    def model(self) -> FluxPipeline:
+    def model(self) -> PipelineStages:
         """The pipeline that `open` made."""
         assert self.pipeline is not None, "open the weights first"
         return self.pipeline
@@ -212,11 +212,11 @@ class ModelStore:
 
     # What comes and what leaves
 
-    def open(self, weights: ModelVariant) -> FluxPipeline:
+    def open(self, weights: ModelVariant) -> PipelineStages:
         """The pipeline of these weights: the one at hand, one that was kept, or a new one.
 
         What was at hand is kept then, if there is room. Reads headers alone. Raises what
-        `FluxPipeline` does; then what is at hand stays.
+        `PipelineStages` does; then what is at hand stays.
         """
         if self.weights is None or weights.denoiser != self.weights.denoiser:
             self._turn_to(weights)
@@ -235,7 +235,7 @@ class ModelStore:
             self.weights = known.model.holds.weights
         else:
             variant = self.options.locate(weights)
-            pipeline = FluxPipeline(
+            pipeline = PipelineStages(
                 variant.model,
                 dtype=variant.dtype,
                 bits=variant.bits,
@@ -355,7 +355,7 @@ class ModelStore:
         return self._spread[placement]
 
     def planner(self, placement: str) -> Flow:
-        """What makes modulations (`FluxPipeline.planner`), as the placement runs it."""
+        """What makes modulations (`PipelineStages.planner`), as the placement runs it."""
         planner = self.model.planner()
         if self.model.is_loaded("flow"):
             return self.flow(placement)

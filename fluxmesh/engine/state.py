@@ -107,7 +107,7 @@ class EngineState(ModelStore):
         """Height and width of this work's latents. Raises `UsageError` for a size that has none."""
         downsampling = self.model.checkpoint.architecture.downsampling
         size = (work.height // downsampling, work.width // downsampling)
-        self.model.check_size(size, None)
+        self.model.check_size(size)
         return size
 
     def check_latents(self, latents: np.ndarray, work: Paint | Decode) -> None:

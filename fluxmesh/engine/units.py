@@ -67,8 +67,6 @@ def encode(engine: EngineState, work: Encode) -> Reports:
             start = time.perf_counter()
         engine.begin("encoding", "encode")
         text = pipeline.encode(work.prompt, work.negative)
-        if not cached:  # rows of it may have been looked up where they lie
-            pipeline.check_files()
         engine.quiet = ""
         if not work.stay or (work.makes_room and not cached):
             pipeline.reload_text_encoders()
@@ -102,7 +100,10 @@ def encode_source(engine: EngineState, work: EncodeSource) -> Reports:
         source = pipeline.encode_source(SourceImage(work.pixels))
         engine.quiet = ""
     yield messages.SourceEncoded(
-        job=work.job, ring_generation=work.ring_generation, latents=np.array(source.clean)
+        job=work.job,
+        ring_generation=work.ring_generation,
+        content=engine.content,
+        latents=np.array(source.clean),
     )
 
 
@@ -128,7 +129,8 @@ def encode_pictures(engine: EngineState, work: EncodePictures) -> Reports:
     yield messages.PicturesEncoded(
         job=work.job,
         ring_generation=work.ring_generation,
-        content="" if reader is None else reader.content,
+        content=engine.content,
+        reader="" if reader is None else reader.content,
         conditions=features.to_arrays(made),
     )
 

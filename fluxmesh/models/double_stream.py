@@ -22,6 +22,7 @@ from fluxmesh.kernels.ops import (
     with_room,
 )
 from fluxmesh.models.layers import (
+    QKNorm,
     SelfAttention,
     attention,
     call,
@@ -29,6 +30,7 @@ from fluxmesh.models.layers import (
     rope_tables,
     run,
     timestep_embedding,
+    values,
 )
 from fluxmesh.models.partition import Shard
 
@@ -59,6 +61,11 @@ class DoubleBlock(nn.Module):
     txt_attn: SelfAttention
     img_mlp: list[nn.Module]
     txt_mlp: list[nn.Module]
+
+    @property
+    def streams(self) -> dict[str, tuple[SelfAttention, list[nn.Module]]]:
+        """Each stream's attention and MLP, text first."""
+        return {"txt": (self.txt_attn, self.txt_mlp), "img": (self.img_attn, self.img_mlp)}
 
     def __call__(
         self,
@@ -98,6 +105,48 @@ class DoubleBlock(nn.Module):
             (self.txt_mlp[2], run(self.txt_mlp[:2], txt_normed)),
         )
         return gated_sum(img, img_gate2, img_out), gated_sum(txt, txt_gate2, txt_out)
+
+
+class SingleBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
+
+    attention = staticmethod(attention)
+    outputs = staticmethod(outputs)
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_hidden_dim: int, inner: int, bias: bool = True
+    ) -> None:
+        """`inner`: columns of the MLP's way in, of which `beside` makes `mlp_hidden_dim`."""
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.qkv_dim = 3 * dim
+        self.linear1 = nn.Linear(dim, 3 * dim + inner, bias)  # q, k, v and the MLP's way in
+        self.linear2 = nn.Linear(dim + mlp_hidden_dim, dim, bias)  # the way out of both
+        self.norm = QKNorm(self.head_dim)
+
+    def beside(self, attn: mx.array, joined: mx.array, start: int) -> mx.array:
+        """Attention's [B, S, D], and behind it the MLP's hidden columns [B, S, M] of what lies in
+        `joined` from column `start` on."""
+        raise NotImplementedError
+
+    def __call__(
+        self, x: mx.array, pe: mx.array, mod: mx.array, memory: KeysValues | None = None
+    ) -> mx.array:
+        """x [B, S, D] in and out; `mod` is [B, 1, 3D]. Tokens also attend to `memory`."""
+        return self._run(x, pe, mod, memory)[0]
+
+    def _run(
+        self, x: mx.array, pe: mx.array, mod: mx.array, memory: KeysValues | None
+    ) -> tuple[mx.array, KeysValues]:
+        """The tokens, and their own keys and values."""
+        shift, scale, gate = mx.split(mod, 3, axis=-1)
+        joined = self.linear1(modulated_norm(x, shift, scale))
+        heads = self.qkv_dim // (3 * self.head_dim)
+        q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
+        own = KeysValues(k, values(joined[..., : self.qkv_dim], self.head_dim))
+        attn = self.attention(q, *with_memory(own, memory))
+        (out,) = self.outputs((self.linear2, self.beside(attn, joined, self.qkv_dim)))
+        return gated_sum(x, gate, out), own
 
 
 def ends_branch(name: str) -> bool:

@@ -1,13 +1,13 @@
-"""What the transformers of all families share on several hosts: sums, tokens dealt out, attention.
+"""What the transformers of both families share on several hosts: sums, dealt tokens, their blocks.
 
-Stands between the collectives (`collectives.py`) and a family's `parallel.py`. For `tensor`, a
-block's partial outputs are `summed`. For `sequence`, tokens are counted through text and image, in
-this order, and dealt out in runs: text and image tokens cost the same, so that the ranks share
-fairly whatever the length of the prompt, and only the rank where text meets image reads the double
-blocks' weights of both. Even runs are of ceil(S / N): after the last token the last ones are filled
-up with zeros, which every rank computes like tokens, so that shapes are equal. Of unequal shares
-(`Shares.tokens`) each rank computes its own tokens alone, and what it gives to a gather is filled
-up to the longest run. What fills up is cut off after each gather.
+Between the collectives (`collectives.py`), the whole blocks (`double_stream.py`) and a family's
+`parallel.py`. For `tensor`, a block's partial outputs are `summed`. For `sequence`, tokens are
+counted through text and image, in this order, and dealt out in runs: text and image tokens cost the
+same, so that the ranks share fairly whatever the length of the prompt, and only the rank where text
+meets image reads the double blocks' weights of both. Even runs are of ceil(S / N): after the last
+token the last ones are filled up with zeros, which every rank computes like tokens, so that shapes
+are equal. Of unequal shares (`Shares.tokens`) each rank computes its own tokens alone, and what it
+gives to a gather is filled up to the longest run. What fills up is cut off after each gather.
 
 Shapes: B images, C tokens of this rank (its run), S tokens in all, H heads of hd channels.
 """
@@ -25,9 +25,17 @@ import numpy as np
 
 from fluxmesh.cluster.shares import Shares
 from fluxmesh.errors import UsageError
-from fluxmesh.kernels.ops import Stream, turned, turned_heads
+from fluxmesh.kernels.ops import (
+    Stream,
+    gated_norm,
+    gated_sum,
+    modulated_norm,
+    turned,
+    turned_heads,
+)
 from fluxmesh.models.collectives import Pending, Ranks
-from fluxmesh.models.layers import QKNorm, attention
+from fluxmesh.models.double_stream import DoubleBlock, KeysValues, SingleBlock, with_memory
+from fluxmesh.models.layers import QKNorm, attention, run
 from fluxmesh.models.lora_linear import innermost
 from fluxmesh.models.partition import Cut, Shard, TokenRuns
 from fluxmesh.models.slicing import cut_linear, shard_of
@@ -251,3 +259,69 @@ class Projections:
 
     def queries(self, x: mx.array) -> Stream:
         return self.q(x), (self.query_scale,)
+
+
+class SequenceDoubleBlock:
+    """A `DoubleBlock` on this rank's tokens of each stream that it has."""
+
+    def __init__(self, block: DoubleBlock, dim: int) -> None:
+        self.attn = {name: attn for name, (attn, _) in block.streams.items()}
+        self.mlp = {name: mlp for name, (_, mlp) in block.streams.items()}
+        self.project = {
+            name: Projections(attn.qkv, attn.norm, dim, 3 * dim) for name, attn in self.attn.items()
+        }
+        self.heads = self.project["img"].heads
+
+    def __call__(
+        self,
+        streams: Streams,
+        attend: RingAttention,
+        mods: Streams,
+        memory: KeysValues | None = None,
+    ) -> tuple[Streams, KeysValues]:
+        """The streams as they leave the block, and all ranks' keys and values in it."""
+        mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
+        normed = {
+            name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
+        }
+        own = [self.project[name].keys_values(x) for name, x in normed.items()]
+        sent, pending = attend.send(own, self.heads)
+        queries = [self.project[name].queries(mx.depends(x, sent)) for name, x in normed.items()]
+        q = attend.queries(queries, self.heads)
+        every = KeysValues(*attend.keys_values(pending, q))
+        attn = attention(q, *with_memory(every, memory))  # [B, C, D]
+
+        out: Streams = {}
+        start = 0
+        for name, x in streams.items():
+            _, _, gate1, shift2, scale2, gate2 = mod[name]
+            part = attn[:, start : start + x.shape[1]]
+            start += x.shape[1]
+            x, hidden = gated_norm(x, gate1, self.attn[name].proj(part), shift2, scale2)
+            out[name] = gated_sum(x, gate2, run(self.mlp[name], hidden))
+        return out, every
+
+
+class SequenceSingleBlock:
+    """A `SingleBlock` on this rank's tokens."""
+
+    def __init__(self, block: SingleBlock, dim: int, inner: int) -> None:
+        """`inner` as the block's: columns of its MLP's way in."""
+        self.block = block
+        width = 3 * dim + inner
+        self.project = Projections(block.linear1, block.norm, dim, width)
+        self.mlp_in = output_rows(block.linear1, 3 * dim, width, width)
+
+    def __call__(
+        self, x: mx.array, attend: RingAttention, mod: mx.array, memory: KeysValues | None = None
+    ) -> tuple[mx.array, KeysValues]:
+        """This rank's tokens as they leave the block, and all ranks' keys and values in it."""
+        shift, scale, gate = mx.split(mod, 3, axis=-1)
+        normed = modulated_norm(x, shift, scale)
+        heads = self.project.heads
+        sent, pending = attend.send([self.project.keys_values(normed)], heads)
+        normed = mx.depends(normed, sent)
+        q, mlp = attend.queries([self.project.queries(normed)], heads), self.mlp_in(normed)
+        every = KeysValues(*attend.keys_values(pending, q, mlp))
+        attn = attention(q, *with_memory(every, memory))
+        return gated_sum(x, gate, self.block.linear2(self.block.beside(attn, mlp, 0))), every

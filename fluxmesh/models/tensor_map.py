@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 COMFY_PREFIX = "model.diffusion_model."  # before BFL's names in single files of some trainers
+GROUP_SIZES = (64, 32)  # columns that share a scale where a matrix is quantized
 
 Shape = tuple[int, ...]
 
@@ -95,9 +96,31 @@ class TensorTable:
         self.same(f"{name}.weight", f"{key}.weight", (out, into, kernel, kernel))
         self.same(f"{name}.bias", f"{key}.bias", (out,))
 
+    def query_key_norms(self, name: str, key: str, theirs: tuple[str, str], width: int) -> None:
+        """The norms of a head's queries and keys, `width` channels each."""
+        for mine, other in zip(("query_norm", "key_norm"), theirs, strict=True):
+            self.same(f"{name}.{mine}.scale", f"{key}.{other}.weight", (width,))
+
+    def swapped(self, name: str, key: str, half: int, into: int, bias: bool = True) -> None:
+        """A linear of twice `half` outputs, whose halves the file has the other way round."""
+        shapes: dict[str, Shape] = {"weight": (2 * half, into)}
+        if bias:
+            shapes["bias"] = (2 * half,)
+        for leaf, shape in shapes.items():
+            rows = [Rows(f"{key}.{leaf}", half, 2 * half), Rows(f"{key}.{leaf}", 0, half)]
+            self.tensor(f"{name}.{leaf}", shape, rows)
+
     def norm(self, name: str, key: str, width: int) -> None:
         self.same(f"{name}.weight", f"{key}.weight", (width,))
         self.same(f"{name}.bias", f"{key}.bias", (width,))
+
+
+def column_group(name: str, shape: Shape, matrices: tuple[str, ...]) -> int | None:
+    """Columns that share a scale when tensor `name` is quantized: the largest group that divides a
+    row. None where it is kept whole: it is no matrix, or begins as none of `matrices` does."""
+    if len(shape) != 2 or not name.endswith(".weight") or not name.startswith(matrices):
+        return None
+    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
 
 
 def in_bfl_file(tensors: Tensors) -> Tensors:

@@ -1,4 +1,5 @@
-"""A transformer of double and single blocks in numbers: what a step computes and sends. Pure.
+"""A transformer of double and single blocks in numbers: what a step computes and sends, and which
+part of the blocks each of N hosts holds for `tensor`. Pure.
 
 Both families' transformers are of this kind (Esser et al. 2024, https://arxiv.org/abs/2403.03206):
 `depth` double blocks, in which text and image have linears of their own and attend together, then
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from fluxmesh.models.partition import Cut, Shard
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,55 @@ def rules_of_heads(config: RotaryConfig) -> dict[str, bool]:
             sum(axes) * heads == size and not any(dim % 2 for dim in axes)
         ),
     }
+
+
+class BlockSizes(Protocol):
+    """What a transformer's config says of its blocks."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def mlp_hidden_dim(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def depth_single_blocks(self) -> int: ...
+
+
+def block_cuts(config: BlockSizes, shard: Shard, *, gated: bool) -> dict[str, Cut]:
+    """The cut of every linear of the blocks, without modulations, by the name of its module.
+
+    Heads and the MLPs' hidden columns are dealt out (Shoeybi et al. 2019, "Megatron-LM",
+    https://arxiv.org/abs/1909.08053): the linear into a branch gives up rows of its weight, so that
+    a host computes whole heads; the linear out of it gives up columns, so that each host gets a
+    part of a sum. A gated MLP's gate and what it gates lie one below the other: each is cut by
+    itself.
+    """
+    D, M = config.hidden_size, config.mlp_hidden_dim
+    part, columns = shard.part, shard.columns
+    heads = tuple(part(D, offset) for offset in (0, D, 2 * D))  # those of q, k and v
+    halves = (0, M) if gated else (0,)
+    cuts: dict[str, Cut] = {}
+
+    def way_in(before: int) -> tuple[tuple[int, int], ...]:
+        """The MLP's rows of a linear that has others before them."""
+        return tuple(columns(M, before + half) for half in halves)
+
+    for i in range(config.depth):
+        for stream in ("img", "txt"):
+            name = f"double_blocks.{i}.{stream}"
+            cuts[f"{name}_attn.qkv"] = Cut(0, heads, 3 * D)
+            cuts[f"{name}_attn.proj"] = Cut(1, (part(D),), D)
+            cuts[f"{name}_mlp.0"] = Cut(0, way_in(0), len(halves) * M)
+            cuts[f"{name}_mlp.2"] = Cut(1, (columns(M),), M)
+    for i in range(config.depth_single_blocks):
+        name = f"single_blocks.{i}"
+        cuts[f"{name}.linear1"] = Cut(0, (*heads, *way_in(3 * D)), 3 * D + len(halves) * M)
+        cuts[f"{name}.linear2"] = Cut(1, (part(D), columns(M, D)), D + M)
+    return cuts
 
 
 BLOCK_LISTS = ("double_blocks", "single_blocks")  # what such a transformer calls them

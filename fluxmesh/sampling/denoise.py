@@ -3,7 +3,7 @@
 A family's runtime computes what all images of a request share (`DenoisePlan`: time steps,
 modulations, rotary tables); `denoise` then walks one image from its noise to its latents and yields
 after each step without evaluating anything: the caller evaluates, reports, shows a preview or
-stops. Stands between the transformer and the pipeline (`pipeline.py`), and knows neither files nor
+stops. Stands between the transformer and the pipeline (`engine/`), and knows neither files nor
 prompts.
 
 The flow is straight: x_t = (1 - t) * clean + t * noise, the model predicts dx/dt, and an Euler

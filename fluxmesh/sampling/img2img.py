@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.images import composite, to_model_range
 from fluxmesh.sampling import latents
-
-__all__ = ["SourceLatents", "composite", "mask_latents", "to_model_range"]
 
 
 @dataclass(frozen=True)

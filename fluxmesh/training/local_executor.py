@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.engine.worker import is_out_of_memory
 from fluxmesh.errors import DoesNotFitError, FluxmeshError
 from fluxmesh.events import Loading
@@ -46,7 +46,7 @@ def train(
     with kept_awake(), _in_words(request.model):
         examples, notes = read_examples(request)
         yield from notes
-        pipeline = FluxPipeline(
+        pipeline = PipelineStages(
             request.model, dtype=request.dtype, bits=request.bits, on_loading=on_loading
         )
         plan = prepare(request, examples, pipeline.checkpoint)
@@ -72,7 +72,7 @@ def _in_words(model: str) -> Iterator[None]:
 class LocalExecutor:
     """This process as the whole executor of a run."""
 
-    def __init__(self, pipeline: FluxPipeline, plan: TrainingPlan) -> None:
+    def __init__(self, pipeline: PipelineStages, plan: TrainingPlan) -> None:
         request = plan.request
         folder = Path(request.cache_dir) if request.cache_dir else default_folder()
         self.plan, self.pipeline = plan, pipeline

@@ -106,6 +106,17 @@ class Checkpoint:
         """All files that it was read from, as they were when this was first asked for."""
         return FileStamps.of(self._sources())
 
+    def check_files(self) -> None:
+        """Raises `WeightsError` where the files are no longer those that it was read from.
+
+        What would be read of them now belongs to another revision, and not to what is in memory.
+        """
+        if self.stamps.changed is not None:
+            raise WeightsError(
+                f"The files of {self.name} were changed while they were in use; send the request "
+                "again, and they are read anew."
+            )
+
     def _sources(self) -> Iterator[Path]:
         weights = [file for part in self.components.values() for file in part.files]
         yield from weights

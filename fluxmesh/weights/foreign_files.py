@@ -16,6 +16,8 @@ _LORA = (
     r"\.lora[_.](A|B|a|b|down|up)(\.|$)|\.lora_(mid|magnitude_vector)\b|^lora_(unet|te\d?|transformer)_"
     r"|\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_(blocks|diag)|dora_scale|diff_b)$|^lycoris_"
 )
+# Keys of a textual inversion: one is all that its file holds, or the encoder that it is for.
+EMBEDDING = r"emb_params|string_to_param(?:\..*)?|clip_[lg]|t5xxl|<[^>]+>"
 
 BESIDE = (
     FileKind(
@@ -26,7 +28,7 @@ BESIDE = (
     FileKind(
         "an embedding (textual inversion), which fluxmesh doesn't read",
         "name the model that it was trained for",
-        pattern=r"^(emb_params|string_to_param(\..*)?|clip_[lg]|t5xxl|<[^>]+>)$",
+        pattern=f"^({EMBEDDING})$",
     ),
     FileKind(
         "a picture's upscaler (ESRGAN)",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.training.data.dataset import load_dataset
 from tests.integration.conftest import Run
 

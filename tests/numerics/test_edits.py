@@ -17,6 +17,7 @@ from PIL import Image
 
 from fluxmesh import FluxPipeline
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.engine.state import GOES_ON, PLANS
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import UsageError
@@ -356,13 +357,13 @@ def test_a_step_counts_the_tokens_of_references_for_the_room_that_it_has(
     models: dict[Made, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int] = []
-    bounded = FluxPipeline.bounded_steps
+    bounded = PipelineStages.bounded_steps
 
-    def spy(flux: FluxPipeline, latent_size: tuple[int, int], added: int = 0) -> Any:
+    def spy(flux: PipelineStages, latent_size: tuple[int, int], added: int = 0) -> Any:
         counted.append(added)
         return bounded(flux, latent_size, added)
 
-    monkeypatch.setattr(FluxPipeline, "bounded_steps", spy)
+    monkeypatch.setattr(PipelineStages, "bounded_steps", spy)
     worker = Worker()
     latents(worker, units(worker, models["klein"]))
     edit(models["klein"], PICTURES, num_steps=1)

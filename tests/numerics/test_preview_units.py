@@ -13,7 +13,7 @@ import pytest
 
 from fluxmesh.cluster.snapshot import ModelVariant
 from fluxmesh.engine import preview
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.engine.worker import Worker
 from fluxmesh.models.autoencoder.packing import unpack
 from fluxmesh.sampling.latents import initial_noise
@@ -140,13 +140,13 @@ def test_another_family_is_fitted_in_its_own_latents(
 ) -> None:
     """FLUX.2, with an autoencoder whose colours are a linear function of its latents."""
 
-    def linear(_pipeline: FluxPipeline, x: mx.array, latent_size: tuple[int, int]) -> np.ndarray:
+    def linear(_pipeline: PipelineStages, x: mx.array, latent_size: tuple[int, int]) -> np.ndarray:
         colours = 0.5 + 0.1 * (unpack(np.array(x), latent_size)[..., :3] @ MIXED)
         return np.clip(colours * 255, 0, 255).round().astype(np.uint8).repeat(8, 1).repeat(8, 2)
 
     small(monkeypatch)
     monkeypatch.setattr(preview, "SIDE", 4)
-    monkeypatch.setattr(FluxPipeline, "pixels", linear)
+    monkeypatch.setattr(PipelineStages, "pixels", linear)
     model = make_flux2(tmp_path / "klein")
     channels = hub.resolve(str(model)).architecture.latent_channels
     noise = initial_noise(7, 32, 48, channels, 8)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import to_pixels
 
 FAR = 60  # by how much a thing's colours differ from the ground's
 

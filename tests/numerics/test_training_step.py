@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +15,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.engine.pipeline import FluxPipeline
-from fluxmesh.errors import UsageError
+from fluxmesh.errors import UsageError, WeightsError
 from fluxmesh.storage.safetensors import read_header
 from fluxmesh.training import checkpoint, local_executor
 from fluxmesh.training.compute import loss as step
 from fluxmesh.training.compute.lora_layers import Dropout
 from fluxmesh.training.compute.loss import loss_and_gradient
+from fluxmesh.training.data.encode_units import Caption
 from fluxmesh.training.events import (
     CheckpointSaved,
     Encoding,
@@ -272,6 +275,17 @@ def test_a_new_picture_leaves_the_others_in_the_cache(place, tmp_path):
     assert [(event.what, event.total) for event in more] == [("pictures", 2)] * 2
 
 
+def test_nothing_is_kept_of_files_that_were_changed_since_the_run_began(place, tmp_path):
+    model = Path(shutil.copytree(place / "model", tmp_path / "model"))
+    encoder = learner(asked(place, tmp_path / "out", model=str(model))).features
+    (file,) = (model / "text_encoder").glob("*.safetensors")
+    os.utime(file, ns=(1, 1))
+    caption = Caption("the encoders that read this may be others by now")
+    with pytest.raises(WeightsError, match="were changed while they were in use"):
+        encoder.store(caption)
+    assert encoder.pending([caption]) == [caption]
+
+
 def test_validation_images_are_not_trained_on(place, tmp_path):
     events = run(asked(place, tmp_path, validation=1))
     prepared = of(events, Prepared)[0]
@@ -285,7 +299,7 @@ def test_mistakes_are_told_before_anything_loads(place, tmp_path, monkeypatch):
     def never(*_args, **_more):
         raise AssertionError("the model was looked for")
 
-    monkeypatch.setattr(local_executor, "FluxPipeline", never)
+    monkeypatch.setattr(local_executor, "PipelineStages", never)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"image": "no.png", "prompt": ""}\n')
     with pytest.raises(UsageError, match="2 problems"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ import numpy as np
 import pytest
 
 from fluxmesh.engine import device_memory
-from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
-from fluxmesh.errors import DoesNotFitError, FluxmeshError, UsageError
+from fluxmesh.engine.stages import PipelineStages
+from fluxmesh.errors import DoesNotFitError, FluxmeshError, UsageError, WeightsError
 from fluxmesh.training.compute.learner import Learner
-from fluxmesh.training.data.encode_units import Unit
+from fluxmesh.training.data.encode_units import Unit, Units
 from fluxmesh.training.data.feature_cache import FeatureCache
 from fluxmesh.training.data.kohya import MAX_REPEATS
 from fluxmesh.training.plan import prepare
+from fluxmesh.training.run import read_examples
 from fluxmesh.training.worker import TrainingWorker
 from fluxmesh.weights.hub import resolve
 from fluxmesh.wire import messages
@@ -179,7 +182,7 @@ def test_where_memory_runs_out_the_options_of_a_training_are_named(job, monkeypa
     monkeypatch.setattr(Learner, "add", fail)
     with pytest.raises(DoesNotFitError, match="while training with .* `resolution`"):
         host.update(0)
-    monkeypatch.setattr(FluxPipeline, "encode", fail)
+    monkeypatch.setattr(PipelineStages, "encode", fail)
     with pytest.raises(DoesNotFitError, match="Memory ran out while .* `image_size`"):
         host.do(messages.Encode(**HEAD, weights=job.weights, prompt="two dogs"))
 
@@ -293,3 +296,17 @@ def test_a_host_shows_pictures_as_often_as_the_run_does(job):
                     repeats=np.array(repeats, np.int32),
                 )
             )
+
+
+def test_a_run_whose_files_were_changed_before_it_travels_does_not_begin(
+    place: Path, tmp_path: Path
+) -> None:
+    """Else hosts have what is here now, and it is kept under the revision that was here before."""
+    model = Path(shutil.copytree(place / "model", tmp_path / "model"))
+    request = asked(place, tmp_path / "out", model=str(model))
+    base, (examples, _) = resolve(request.model), read_examples(request)
+    plan = prepare(request, examples, base)
+    (file,) = (model / "vae").glob("*.safetensors")
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(WeightsError, match="were changed while they were in use"):
+        job_of(plan, base, lambda _: {}, Units(plan.examples, plan.sizes, request.seed).pixels)

@@ -17,6 +17,7 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.features import to_wire
 from fluxmesh.engine.pipeline import FluxPipeline
 from fluxmesh.engine.residency import WorkerOptions
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import DoesNotFitError, ModelNotFoundError, UsageError
 from fluxmesh.models.numpy_bits import from_numpy
@@ -236,7 +237,7 @@ def test_running_out_of_memory_says_what_to_do_and_nothing_else_is_called_that(
     def fail(*_: Any) -> mx.array:
         raise RuntimeError(error)
 
-    monkeypatch.setattr(FluxPipeline, "decode", fail)
+    monkeypatch.setattr(PipelineStages, "decode", fail)
     with pytest.raises(kind, match=sentence):
         list(worker.do(decoding(weights, initial_noise(7, 32, 48, 16, 8))))
 

@@ -18,7 +18,7 @@ from diffusers import FluxPipeline as DiffusersPipeline
 from fluxmesh import FluxPipeline
 from fluxmesh.adapters.convert import convert_adapter
 from fluxmesh.adapters.fuse import fuse_checkpoint
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.weights import hub
 from tests import checkpoints
 from tests.checkpoints import make_checkpoint, write_safetensors

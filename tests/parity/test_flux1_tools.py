@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from fluxmesh import FluxPipeline
 from fluxmesh.adapters.fuse import fuse_checkpoint
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.models.flux1.conditions import kontext
 from fluxmesh.request import SourceImage
 from fluxmesh.sampling import latents

@@ -15,7 +15,8 @@ from diffusers import Flux2KleinPipeline
 
 from fluxmesh.adapters.convert import convert_adapter
 from fluxmesh.adapters.fuse import fuse_checkpoint
-from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.training.local_executor import train
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.weights import hub

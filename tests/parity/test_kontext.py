@@ -19,7 +19,7 @@ from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.models.flux1.conditions import kontext
 from fluxmesh.weights import hub
 from tests.checkpoints import make_checkpoint

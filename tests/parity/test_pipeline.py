@@ -14,7 +14,7 @@ from diffusers.pipelines.flux import pipeline_flux_img2img, pipeline_flux_inpain
 from PIL import Image
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.models.flux1.config import ScheduleConfig
 from fluxmesh.request import SourceImage
 from fluxmesh.sampling import latents

@@ -24,7 +24,7 @@ from transformers import SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.images import read_picture, to_model_range
 from fluxmesh.models.flux1.conditions.pictures import as_siglip_sees
 from tests.checkpoints import make_checkpoint

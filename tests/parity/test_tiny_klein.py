@@ -24,7 +24,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from safetensors.torch import load_file
 
-from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.weights.embedded.checkpoints import folder_of
 from tests.parity import flux2
 from tests.parity.oracles import BOUND, relative_error

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 
 from fluxmesh import FluxPipeline
-from fluxmesh.engine.pipeline import to_pixels
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.sampling import latents
 from fluxmesh.training.local_executor import train
 from fluxmesh.training.request import TrainRequest

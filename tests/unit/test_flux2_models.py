@@ -306,7 +306,7 @@ def test_every_block_returns_the_dtype_of_the_weights(seen, dtype: mx.Dtype) -> 
     ]
     assert {result.dtype for result in results} == {dtype}
     assert seen.keys() >= {
-        "DoubleBlock", "Flux2SingleBlock", "GatedMLP", "LastLayer", "MLPEmbedder",
+        "DoubleBlock", "SingleBlock", "GatedMLP", "LastLayer", "MLPEmbedder",
         "Modulation", "DecoderLayer", "CausalAttention", "GatedFeedForward", "ResnetBlock",
         "AttnBlock", "Level", "Middle", "Upsample", "Downsample",
     }  # fmt: skip

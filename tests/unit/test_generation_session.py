@@ -200,3 +200,18 @@ def test_encoders_that_came_from_other_files_are_refused_too() -> None:
     assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
     assert "newer" in str(mesh.end.error) and "older" in str(mesh.end.error)
     assert mesh.messages(messages.Paint) == []
+
+
+def test_a_picture_that_was_encoded_with_other_files_is_refused_too() -> None:
+    """Whoever reads it need not paint, nor have read the prompt."""
+
+    def swap(mesh: GenerationSimulation) -> None:
+        for machine in mesh.machines.values():
+            is_reading = isinstance(machine.at, messages.EncodeSource)
+            machine.engine.content = "newer" if is_reading else "older"
+
+    source = SourceImage(np.zeros((32, 32, 3), np.uint8), 1.0)
+    mesh = GenerationSimulation(2, placement="sequence", faults=swap, source=source).run()
+    assert mesh.end is not None and isinstance(mesh.end.error, WeightsError)
+    assert "were changed while this job used them" in str(mesh.end.error)
+    assert mesh.messages(messages.Paint) == []

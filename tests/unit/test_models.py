@@ -14,8 +14,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.errors import UsageError, WeightsError
+from fluxmesh.models import double_stream, layers
 from fluxmesh.models.autoencoder import convolutional
-from fluxmesh.models.flux1 import clip, layers, positions, t5
+from fluxmesh.models.flux1 import clip, positions, t5
+from fluxmesh.models.flux1 import layers as flux1_layers
 from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.clip import ClipTextModel
 from fluxmesh.models.flux1.config import AutoencoderConfig, ClipConfig, FluxConfig, T5Config
@@ -51,7 +53,7 @@ AE = AutoencoderConfig(widths=(8, 16), num_res_blocks=1, z_channels=4, norm_grou
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[mx.Dtype]]]:
     """The dtypes that each kind of block returned while the test ran."""
     dtypes: dict[str, set[mx.Dtype]] = {}
-    for module in (layers, t5, clip, convolutional):
+    for module in (layers, double_stream, flux1_layers, t5, clip, convolutional):
         for name, kind in vars(module).items():
             if isinstance(kind, type) and issubclass(kind, nn.Module) and "__call__" in vars(kind):
                 monkeypatch.setattr(kind, "__call__", recording(kind.__call__, name, dtypes))
@@ -101,7 +103,7 @@ def test_every_block_returns_the_dtype_of_the_weights(seen, dtype: mx.Dtype) -> 
     ]
     assert {output.dtype for output in outputs} == {dtype}
     assert seen.keys() >= {
-        "DoubleBlock", "SingleStreamBlock", "LastLayer", "MLPEmbedder", "Modulation",
+        "DoubleBlock", "SingleBlock", "LastLayer", "MLPEmbedder", "Modulation",
         "T5Block", "T5Attention", "T5FeedForward", "ClipLayer", "ClipAttention",
         "ClipMLP", "ResnetBlock", "AttnBlock", "Level", "Middle", "Upsample", "Downsample",
     }  # fmt: skip

@@ -23,19 +23,13 @@ from fluxmesh.weights.reader import table_of
 from tests.third_family.architecture import LetterSizes, PainterSizes, PatchworkArchitecture
 from tools.house import FOLDERS, imported, modules
 
-SHAPE = "a transformer of double and single blocks, whose names both families share"
-WORDS = "what people call files and folders, to tell them from one another"
-
 LEFT = {
-    "fluxmesh.weights.embedded.checkpoints": "the names of those inside fluxmesh",
-    **dict.fromkeys(
-        (
-            *("fluxmesh.adapters.describe", "fluxmesh.adapters.foreign", "fluxmesh.adapters.keys"),
-            *("fluxmesh.weights.foreign_files", "fluxmesh.weights.single_files"),
-        ),
-        WORDS,
-    ),
-    **dict.fromkeys(("fluxmesh.models.double_stream", "fluxmesh.models.transformer_shape"), SHAPE),
+    "fluxmesh.adapters.describe": "a tool's spelling (OMI's) begins with names of text encoders",
+    "fluxmesh.adapters.foreign": "marks of models that are none of ours, by how they differ",
+    "fluxmesh.weights.foreign_files": "files of models that are none of ours, by how they differ",
+    "fluxmesh.weights.single_files": "a folder of ComfyUI's is called clip, whatever lies in it",
+    "fluxmesh.models.double_stream": "the blocks that both families are made of",
+    "fluxmesh.models.transformer_shape": "those blocks in numbers, for planner and trainer",
 }
 # An option of requests and recipes and a field that is written down, which keep their names, also
 # in sentences; and words that only sound so.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from fluxmesh.images import composite, to_model_range
 from fluxmesh.request import SourceImage
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.conditioning import PromptMemory
-from fluxmesh.sampling.img2img import SourceLatents, composite, mask_latents, to_model_range
+from fluxmesh.sampling.img2img import SourceLatents, mask_latents
 
 
 def test_a_single_masked_pixel_paints_its_whole_latent_and_no_other() -> None:

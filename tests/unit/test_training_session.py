@@ -11,7 +11,7 @@ import pytest
 from fluxmesh import events
 from fluxmesh.cluster.snapshot import Holding, LinkInfo, ModelVariant
 from fluxmesh.errors import WeightsError
-from fluxmesh.training.data.encode_units import Caption, Crop
+from fluxmesh.training.data.encode_units import Caption, Crop, Unit
 from fluxmesh.training.events import Dealt
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import training
@@ -408,3 +408,16 @@ def test_files_that_differ_end_the_run_before_an_update(
     assert isinstance(sim.end.error, WeightsError)
     assert sentence in str(sim.end.error)
     assert sim.messages(training.Update) == []
+
+
+@pytest.mark.parametrize("unit", [Caption("a"), Crop(0, 0)])
+def test_what_was_encoded_from_other_files_is_not_kept_under_the_name_of_ours(unit: Unit) -> None:
+    """Of crops alone too, as in a run that finds all captions in the cache."""
+    sim = TrainingSimulation(1)
+    sim.session.state.job = replace(sim.session.state.job, content="older")
+    sim.want(tasks.EncodeTask((unit,)))
+    while sim.end is None and not sim.of(tasks.Answer):
+        sim.turn()
+    assert sim.end is not None and isinstance(sim.end.error, WeightsError)
+    assert "and this machine hold different files under the name m" in str(sim.end.error)
+    assert sim.of(UnitEncoded) == []

@@ -43,7 +43,8 @@ def through_fluxmesh(args: argparse.Namespace, sprites: np.ndarray) -> Paint:
     from fluxmesh.engine.tf32 import prepare
 
     prepare(args.dtype)
-    from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+    from fluxmesh.engine.pipeline import FluxPipeline
+    from fluxmesh.engine.stages import to_pixels
 
     flux = FluxPipeline(args.model, not args.no_t5_padding, dtype=args.dtype)
     size = (args.height // 8, args.width // 8)

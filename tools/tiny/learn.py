@@ -28,7 +28,8 @@ from scenes import questions
 from score import SceneReader, table
 from sprites import FONT, render_sprites
 
-from fluxmesh.engine.pipeline import FluxPipeline, to_pixels
+from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import to_pixels
 from fluxmesh.request import AdapterRef
 from fluxmesh.training.compute.learner import Learner
 from fluxmesh.training.data.dataset import load_dataset

@@ -199,8 +199,9 @@ def job_of(
     features: Callable[[Unit], Mapping[str, np.ndarray]],
     pixels: Callable[[Crop], np.ndarray],
 ) -> TrainingJob:
-    """The run as it travels."""
-    request = plan.request
+    """The run as it travels. Raises `WeightsError` where the files of `base` are others by now."""
+    request, content = plan.request, base.content
+    base.check_files()  # what is encoded has `base.revision` in its name, and no other content
     name = hub.full_name(request.model)
     sizes = ModelSizes.of(base)
     asked = sizes.fill(
@@ -213,7 +214,7 @@ def job_of(
         weights=ModelVariant.of(asked, base.bits, base.text_bits),
         base_bytes=transformer_bytes(request, sizes),
         size=VectorLayout(sizes.architecture, request).size,
-        content=base.content,
+        content=content,
         features=features,
         pixels=pixels,
         ways=ways(request, sizes, max(plan.sizes, key=math.prod)),

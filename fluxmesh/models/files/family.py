@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -228,4 +228,6 @@ class Family:
     adapter_marks: str = ""
     shares_adapter_marks: bool = False
     mflux: MfluxFolder | None = None
+    # Where models of its kind that come with fluxmesh lie, below `fluxmesh/tiny`, by name.
+    embedded: Mapping[str, str] = field(default_factory=dict)
     reader: ReferenceReader | None = None  # of references, for those that read none by themselves

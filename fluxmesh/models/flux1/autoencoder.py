@@ -1,6 +1,6 @@
 """The autoencoder of FLUX.1: pictures to latents and back, 8 pixels a latent along each side.
 
-Last in `pipeline.py`, and first for image-to-image and for training. Its halves and its tiles are
+Last in `stages.py`, and first for image-to-image and for training. Its halves and its tiles are
 those of all families (`models/autoencoder/convolutional.py`); here stands what lies between them.
 
 Shapes are MLX's, channels last: pictures [B, H, W, 3] in [-1, 1], latents [B, h, w, z_channels].

@@ -1,6 +1,6 @@
 """CLIP's text encoder: a prompt's tokens to one vector that steers every block of FLUX.
 
-Beside `t5.py`; `pipeline.py` runs it once a prompt and keeps the pooled vector only. Names are
+Beside `t5.py`; `stages.py` runs it once a prompt and keeps the pooled vector only. Names are
 those of transformers 5 (`CLIPTextModel`; older files put `text_model.` before them, which the
 weight loader removes). Source: Radford et al. 2021 (https://arxiv.org/abs/2103.00020), section 2.4.
 

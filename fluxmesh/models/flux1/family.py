@@ -98,5 +98,6 @@ FLUX1 = Family(
         renamed=mflux_names.in_mflux_folder,
         left_out=mflux_names.LEFT_OUT,
     ),
+    embedded={"tiny": "checkpoint"},
     reader=redux(_architecture(DEV), DEV_LICENCE),
 )

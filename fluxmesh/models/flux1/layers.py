@@ -14,43 +14,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from fluxmesh.kernels.ops import (
-    gated_sum,
-    gelu,
-    gelu_beside,
-    modulated_norm,
-    turned_heads,
-)
-from fluxmesh.models.double_stream import DoubleBlock
-from fluxmesh.models.layers import (
-    TIME_CHANNELS,
-    LastLayer,
-    MLPEmbedder,
-    Modulation,
-    QKNorm,
-    RMSNorm,
-    SelfAttention,
-    attention,
-    outputs,
-    rope_tables,
-    run,
-    timestep_embedding,
-    values,
-)
-
-__all__ = [
-    "TIME_CHANNELS",
-    "DoubleStreamBlock",
-    "LastLayer",
-    "MLPEmbedder",
-    "QKNorm",
-    "RMSNorm",
-    "SingleStreamBlock",
-    "attention",
-    "rope_tables",
-    "run",
-    "timestep_embedding",
-]
+from fluxmesh.kernels.ops import gelu, gelu_beside
+from fluxmesh.models.double_stream import DoubleBlock, SingleBlock
+from fluxmesh.models.layers import Modulation, SelfAttention
 
 
 class GELU(nn.Module):
@@ -78,28 +44,12 @@ class DoubleStreamBlock(DoubleBlock):
         self.txt_mlp = feed_forward(dim, mlp_hidden_dim)
 
 
-class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
-
-    attention = staticmethod(attention)
-    outputs = staticmethod(outputs)
+class SingleStreamBlock(SingleBlock):
+    """Text and image as one sequence, with a modulation of its own."""
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
-        super().__init__()
-        self.head_dim = dim // num_heads
-        self.qkv_dim = 3 * dim
-        self.linear1 = nn.Linear(dim, 3 * dim + mlp_hidden_dim)  # q, k, v and the MLP's way in
-        self.linear2 = nn.Linear(dim + mlp_hidden_dim, dim)  # the attention's and MLP's way out
-        self.norm = QKNorm(self.head_dim)
+        super().__init__(dim, num_heads, mlp_hidden_dim, inner=mlp_hidden_dim)
         self.modulation = Modulation(dim, 3)
 
-    def __call__(self, x: mx.array, pe: mx.array, mod: mx.array) -> mx.array:
-        """x [B, S, D] in and out; `mod` is [B, 1, 3D]."""
-        shift, scale, gate = mx.split(mod, 3, axis=-1)
-        joined = self.linear1(modulated_norm(x, shift, scale))  # q, k, v, and the MLP's way in
-        heads = self.qkv_dim // (3 * self.head_dim)
-        q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
-        v = values(joined[..., : self.qkv_dim], self.head_dim)
-        hidden = gelu_beside(self.attention(q, k, v), joined, self.qkv_dim)
-        (out,) = self.outputs((self.linear2, hidden))
-        return gated_sum(x, gate, out)
+    def beside(self, attn: mx.array, joined: mx.array, start: int) -> mx.array:
+        return gelu_beside(attn, joined, start)

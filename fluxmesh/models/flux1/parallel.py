@@ -23,20 +23,18 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.shares import EVEN, Shares
-from fluxmesh.kernels.ops import gated_norm, gated_sum, gelu_beside, modulated_norm
 from fluxmesh.models.collectives import Ranks
-from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock, run
 from fluxmesh.models.flux1.transformer import Flux, Modulations
 from fluxmesh.models.spread import (
-    Projections,
     RingAttention,
+    SequenceDoubleBlock,
+    SequenceSingleBlock,
     SpreadTransformer,
     Streams,
     check_whole,
     dealt_velocity,
     filled_up,
     joined_tokens,
-    output_rows,
     own_rope,
     sharded,
 )
@@ -110,8 +108,8 @@ class SequenceFlux(SpreadFlux):
         check_whole(flux)
         super().__init__(flux, ranks, shares)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
-        self._doubles = [_DoubleBlock(block, D) for block in flux.double_blocks]
-        self._singles = [_SingleBlock(block, D, M) for block in flux.single_blocks]
+        self._doubles = [SequenceDoubleBlock(block, D) for block in flux.double_blocks]
+        self._singles = [SequenceSingleBlock(block, D, M) for block in flux.single_blocks]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of this rank's tokens, float32 [(B,) 1, C, hd/2, 2]."""
@@ -130,7 +128,7 @@ class SequenceFlux(SpreadFlux):
 
         def first(streams: Streams, attend: RingAttention) -> Streams:
             img_mod, txt_mod = modulation.double[0]
-            return self._doubles[0](streams, attend, {"txt": txt_mod, "img": img_mod})
+            return self._doubles[0](streams, attend, {"txt": txt_mod, "img": img_mod})[0]
 
         def rest(streams: Streams, attend: RingAttention) -> mx.array:
             return self._rest(streams, attend, modulation)
@@ -141,60 +139,8 @@ class SequenceFlux(SpreadFlux):
         """What the first double block gives, through all others: this rank's [B, C, D]."""
         doubles = zip(self._doubles[1:], modulation.double[1:], strict=True)
         for double, (img_mod, txt_mod) in doubles:
-            streams = double(streams, attend, {"txt": txt_mod, "img": img_mod})
+            streams, _ = double(streams, attend, {"txt": txt_mod, "img": img_mod})
         x = joined_tokens(streams)
         for single, mod in zip(self._singles, modulation.single, strict=True):
-            x = single(x, attend, mod)
+            x, _ = single(x, attend, mod)
         return x
-
-
-class _DoubleBlock:
-    """`layers.DoubleStreamBlock` on this rank's tokens of each stream that it has."""
-
-    def __init__(self, block: DoubleStreamBlock, dim: int) -> None:
-        self.attn = {"txt": block.txt_attn, "img": block.img_attn}
-        self.mlp = {"txt": block.txt_mlp, "img": block.img_mlp}
-        self.project = {
-            name: Projections(attn.qkv, attn.norm, dim, 3 * dim) for name, attn in self.attn.items()
-        }
-        self.heads = self.project["img"].heads
-
-    def __call__(self, streams: Streams, attend: RingAttention, mods: Streams) -> Streams:
-        mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
-        normed = {
-            name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
-        }
-        keys_values = [self.project[name].keys_values(x) for name, x in normed.items()]
-        sent, pending = attend.send(keys_values, self.heads)
-        q = [self.project[name].queries(mx.depends(x, sent)) for name, x in normed.items()]
-        attn = attend(q, self.heads, pending)  # [B, C, D]
-
-        out: Streams = {}
-        start = 0
-        for name, x in streams.items():
-            _, _, gate1, shift2, scale2, gate2 = mod[name]
-            own = attn[:, start : start + x.shape[1]]
-            start += x.shape[1]
-            x, hidden = gated_norm(x, gate1, self.attn[name].proj(own), shift2, scale2)
-            out[name] = gated_sum(x, gate2, run(self.mlp[name], hidden))
-        return out
-
-
-class _SingleBlock:
-    """`layers.SingleStreamBlock` on this rank's tokens."""
-
-    def __init__(self, block: SingleStreamBlock, dim: int, mlp_hidden_dim: int) -> None:
-        self.block = block
-        width = 3 * dim + mlp_hidden_dim
-        self.project = Projections(block.linear1, block.norm, dim, width)
-        self.mlp_in = output_rows(block.linear1, 3 * dim, width, width)
-
-    def __call__(self, x: mx.array, attend: RingAttention, mod: mx.array) -> mx.array:
-        shift, scale, gate = mx.split(mod, 3, axis=-1)
-        normed = modulated_norm(x, shift, scale)
-        heads = self.project.heads
-        sent, pending = attend.send([self.project.keys_values(normed)], heads)
-        normed = mx.depends(normed, sent)
-        q, mlp = self.project.queries(normed), self.mlp_in(normed)
-        hidden = gelu_beside(attend([q], heads, pending, mlp), mlp, 0)
-        return gated_sum(x, gate, self.block.linear2(hidden))

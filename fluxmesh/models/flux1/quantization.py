@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-GROUP_SIZES = (64, 32)  # columns that share a scale; the largest that divides a row is taken
+from fluxmesh.models.tensor_map import column_group
 
 
 def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
@@ -20,7 +20,4 @@ def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
         "image_encoder": (),
         "image_embedder": (),
     }[component]
-    is_matrix = len(shape) == 2 and name.endswith(".weight") and name.startswith(blocks)
-    if not is_matrix or "relative_attention_bias" in name:
-        return None
-    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
+    return None if "relative_attention_bias" in name else column_group(name, shape, blocks)

@@ -1,6 +1,6 @@
 """T5's encoder: a prompt's tokens to the features that FLUX's text stream reads.
 
-Beside `clip.py`; `pipeline.py` runs it once a prompt. Names are transformers' (`T5EncoderModel`).
+Beside `clip.py`; `stages.py` runs it once a prompt. Names are transformers' (`T5EncoderModel`).
 This is version 1.1 of the model: gated feed-forward with the tanh form of GELU, no biases, norms
 that only scale, attention scores that are not divided by the root of the head's size.
 

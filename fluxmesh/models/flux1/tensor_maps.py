@@ -65,7 +65,7 @@ TIME_EMBEDDING_DIM = 256  # sines and cosines that a time step becomes
 def transformer_tensors(config: FluxConfig) -> Tensors:
     """Every tensor of the transformer, by BFL's name."""
     table = TensorTable()
-    width, mlp = config.hidden_size, config.mlp_hidden_dim
+    width, mlp, head = config.hidden_size, config.mlp_hidden_dim, config.head_dim
     table.linear("img_in", "x_embedder", width, config.in_channels)
     table.linear("txt_in", "context_embedder", width, config.context_in_dim)
     embedders = [
@@ -96,7 +96,7 @@ def transformer_tensors(config: FluxConfig) -> Tensors:
             table.stacked(
                 f"{name}.{stream}_attn.qkv", [(f"{key}.attn.{part}", width) for part in qkv], width
             )
-            _query_key_norms(table, f"{name}.{stream}_attn.norm", f"{key}.attn", norms, config)
+            table.query_key_norms(f"{name}.{stream}_attn.norm", f"{key}.attn", norms, head)
             table.linear(f"{name}.{stream}_attn.proj", f"{key}.attn.{out}", width, width)
             table.linear(f"{name}.{stream}_mlp.0", f"{key}.{ff}.net.0.proj", mlp, width)
             table.linear(f"{name}.{stream}_mlp.2", f"{key}.{ff}.net.2", width, mlp)
@@ -105,25 +105,12 @@ def transformer_tensors(config: FluxConfig) -> Tensors:
         parts = [(f"{key}.attn.{part}", width) for part in ("to_q", "to_k", "to_v")]
         table.stacked(f"{name}.linear1", [*parts, (f"{key}.proj_mlp", mlp)], width)
         table.linear(f"{name}.linear2", f"{key}.proj_out", width, width + mlp)
-        _query_key_norms(table, f"{name}.norm", f"{key}.attn", ("norm_q", "norm_k"), config)
+        table.query_key_norms(f"{name}.norm", f"{key}.attn", ("norm_q", "norm_k"), head)
         table.linear(f"{name}.modulation.lin", f"{key}.norm.linear", 3 * width, width)
-    for leaf, shape in (("weight", (2 * width, width)), ("bias", (2 * width,))):
-        # BFL has shift above scale; diffusers has scale above shift
-        key = f"norm_out.linear.{leaf}"
-        table.tensor(
-            f"final_layer.adaLN_modulation.1.{leaf}",
-            shape,
-            [Rows(key, width, 2 * width), Rows(key, 0, width)],
-        )
+    # BFL has shift above scale; diffusers has scale above shift
+    table.swapped("final_layer.adaLN_modulation.1", "norm_out.linear", width, width)
     table.linear("final_layer.linear", "proj_out", config.out_channels, width)
     return table.tensors
-
-
-def _query_key_norms(
-    table: TensorTable, name: str, key: str, norms: tuple[str, str], config: FluxConfig
-) -> None:
-    for mine, theirs in zip(("query_norm", "key_norm"), norms, strict=True):
-        table.same(f"{name}.{mine}.scale", f"{key}.{theirs}.weight", (config.head_dim,))
 
 
 def autoencoder_tensors(config: AutoencoderConfig) -> Tensors:

@@ -1,6 +1,6 @@
 """Prompts to token ids: byte-level BPE for CLIP, unigram pieces for T5. Imports no mlx.
 
-First in `pipeline.py`. Both give what transformers 5 gives for the same files (which, unlike its
+First in `stages.py`. Both give what transformers 5 gives for the same files (which, unlike its
 earlier versions, neither unescapes HTML nor repairs Unicode for CLIP). A vocabulary lies in files
 of its own, or whole in a `tokenizer.json` (`tokenizer_json.py`); the former go first.
 

@@ -1,6 +1,6 @@
 """FLUX's transformer: noisy latents, a prompt's features and a time step in, a velocity out.
 
-Stands on `layers.py`; `pipeline.py` drives it. What depends on the request alone is computed once
+Stands on `layers.py`; `stages.py` drives it. What depends on the request alone is computed once
 a request, not once a block and step: `rope` the rotary tables, `modulations` every block's shifts,
 scales and gates at every time step. Then the modulation weights, 27% of the model, are idle while
 denoising and may leave (`release_modulation`).
@@ -20,15 +20,10 @@ import numpy as np
 from fluxmesh.models.base import Part
 from fluxmesh.models.double_stream import DoubleStreamTransformer
 from fluxmesh.models.flux1.config import FluxConfig
-from fluxmesh.models.flux1.layers import (
-    TIME_CHANNELS,
-    DoubleStreamBlock,
-    LastLayer,
-    MLPEmbedder,
-    SingleStreamBlock,
-)
+from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock
 from fluxmesh.models.flux1.partition import partition
 from fluxmesh.models.flux1.tensor_maps import modulates
+from fluxmesh.models.layers import TIME_CHANNELS, LastLayer, MLPEmbedder
 from fluxmesh.models.lora_linear import widened
 from fluxmesh.models.partition import Partition
 from fluxmesh.models.step_cache import StepCache

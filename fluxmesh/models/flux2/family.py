@@ -111,4 +111,5 @@ FLUX2 = Family(
     folder=Flux2Folder(),
     files=Flux2Files(),
     adapter_marks=ADAPTER_MARKS,
+    embedded={"tiny-klein": "klein"},
 )

@@ -23,8 +23,8 @@ from fluxmesh.kernels.ops import (
     swiglu_beside,
     turned_heads,
 )
-from fluxmesh.models.double_stream import DoubleBlock, KeysValues, with_memory
-from fluxmesh.models.layers import QKNorm, SelfAttention, attention, outputs, run, values
+from fluxmesh.models.double_stream import DoubleBlock, KeysValues, SingleBlock
+from fluxmesh.models.layers import SelfAttention, run
 
 
 class GatedMLP(nn.Module):
@@ -68,40 +68,15 @@ class Flux2DoubleBlock(DoubleBlock):
         return gated_sum(img, gate2, out), KeysValues(k, v)
 
 
-class Flux2SingleBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP share a matrix in and a matrix out."""
-
-    attention = staticmethod(attention)
-    outputs = staticmethod(outputs)
+class Flux2SingleBlock(SingleBlock):
+    """Text and image as one sequence."""
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden_dim: int) -> None:
-        super().__init__()
-        self.head_dim = dim // num_heads
-        self.qkv_dim = 3 * dim
-        # q, k, v, and the MLP's gate and what it gates; then the attention's and MLP's way out
-        self.linear1 = nn.Linear(dim, 3 * dim + 2 * mlp_hidden_dim, bias=False)
-        self.linear2 = nn.Linear(dim + mlp_hidden_dim, dim, bias=False)
-        self.norm = QKNorm(self.head_dim)
+        super().__init__(dim, num_heads, mlp_hidden_dim, inner=2 * mlp_hidden_dim, bias=False)
 
-    def __call__(
-        self, x: mx.array, pe: mx.array, mod: mx.array, memory: KeysValues | None = None
-    ) -> mx.array:
-        """x [B, S, D] in and out; `mod` is [B, 1, 3D]. Tokens also attend to `memory`."""
-        return self._run(x, pe, mod, memory)[0]
+    def beside(self, attn: mx.array, joined: mx.array, start: int) -> mx.array:
+        return swiglu_beside(attn, joined, start)
 
     def remember(self, x: mx.array, pe: mx.array, mod: mx.array) -> tuple[mx.array, KeysValues]:
         """As `Flux2DoubleBlock.remember`."""
         return self._run(x, pe, mod, None)
-
-    def _run(
-        self, x: mx.array, pe: mx.array, mod: mx.array, memory: KeysValues | None
-    ) -> tuple[mx.array, KeysValues]:
-        """The tokens, and their own keys and values."""
-        shift, scale, gate = mx.split(mod, 3, axis=-1)
-        joined = self.linear1(modulated_norm(x, shift, scale))  # q, k, v, and the MLP's way in
-        heads = self.qkv_dim // (3 * self.head_dim)
-        q, k = turned_heads([(joined, self.norm.scales)], pe, heads, 2)
-        own = KeysValues(k, values(joined[..., : self.qkv_dim], self.head_dim))
-        attn = self.attention(q, *with_memory(own, memory))
-        (out,) = self.outputs((self.linear2, swiglu_beside(attn, joined, self.qkv_dim)))
-        return gated_sum(x, gate, out), own

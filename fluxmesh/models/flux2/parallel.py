@@ -20,22 +20,18 @@ import mlx.core as mx
 import numpy as np
 
 from fluxmesh.cluster.shares import EVEN, Shares
-from fluxmesh.kernels.ops import gated_norm, gated_sum, modulated_norm, swiglu_beside
 from fluxmesh.models.collectives import Ranks
-from fluxmesh.models.double_stream import KeysValues, with_memory
-from fluxmesh.models.flux2.layers import Flux2DoubleBlock, Flux2SingleBlock
 from fluxmesh.models.flux2.transformer import Flux2, Flux2Modulations, ReferenceMemory
-from fluxmesh.models.layers import attention, run
 from fluxmesh.models.spread import (
-    Projections,
     RingAttention,
+    SequenceDoubleBlock,
+    SequenceSingleBlock,
     SpreadTransformer,
     Streams,
     check_whole,
     dealt_velocity,
     filled_up,
     joined_tokens,
-    output_rows,
     own_rope,
     sharded,
 )
@@ -96,8 +92,8 @@ class SequenceFlux2(SpreadFlux2):
         check_whole(flux)
         super().__init__(flux, ranks, shares)
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
-        self._doubles = [_SequenceDoubleBlock(block, D) for block in flux.double_blocks]
-        self._singles = [_SequenceSingleBlock(block, D, M) for block in flux.single_blocks]
+        self._doubles = [SequenceDoubleBlock(block, D) for block in flux.double_blocks]
+        self._singles = [SequenceSingleBlock(block, D, 2 * M) for block in flux.single_blocks]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of this rank's tokens, float32 [(B,) 1, C, hd/2, 2]."""
@@ -116,11 +112,11 @@ class SequenceFlux2(SpreadFlux2):
         streams: Streams = {"img": self.flux.tokens_of(own, self.flux.img_in)}
         double, single = [], []
         for block in self._doubles:
-            streams, kept = block(streams, attend, {"img": mods.img}, None)
+            streams, kept = block(streams, attend, {"img": mods.img})
             double.append(kept)
         x = streams["img"]
         for single_block in self._singles:
-            x, kept = single_block(x, attend, mods.single, None)
+            x, kept = single_block(x, attend, mods.single)
             single.append(kept)
         return ReferenceMemory(double, single)
 
@@ -149,64 +145,3 @@ class SequenceFlux2(SpreadFlux2):
             return x
 
         return dealt_velocity(self, img, txt, pe, modulation.final, first, rest, cache)
-
-
-class _SequenceDoubleBlock:
-    """`layers.Flux2DoubleBlock` on this rank's tokens of each stream that it has."""
-
-    def __init__(self, block: Flux2DoubleBlock, dim: int) -> None:
-        self.attn = {"txt": block.txt_attn, "img": block.img_attn}
-        self.mlp = {"txt": block.txt_mlp, "img": block.img_mlp}
-        self.project = {
-            name: Projections(attn.qkv, attn.norm, dim, 3 * dim) for name, attn in self.attn.items()
-        }
-        self.heads = self.project["img"].heads
-
-    def __call__(
-        self, streams: Streams, attend: RingAttention, mods: Streams, memory: KeysValues | None
-    ) -> tuple[Streams, KeysValues]:
-        """The streams as they leave the block, and all ranks' keys and values in it."""
-        mod = {name: mx.split(mods[name], 6, axis=-1) for name in streams}
-        normed = {
-            name: modulated_norm(x, mod[name][0], mod[name][1]) for name, x in streams.items()
-        }
-        own = [self.project[name].keys_values(x) for name, x in normed.items()]
-        sent, pending = attend.send(own, self.heads)
-        queries = [self.project[name].queries(mx.depends(x, sent)) for name, x in normed.items()]
-        q = attend.queries(queries, self.heads)
-        every = KeysValues(*attend.keys_values(pending, q))
-        attn = attention(q, *with_memory(every, memory))  # [B, C, D]
-
-        out: Streams = {}
-        start = 0
-        for name, x in streams.items():
-            _, _, gate1, shift2, scale2, gate2 = mod[name]
-            part = attn[:, start : start + x.shape[1]]
-            start += x.shape[1]
-            x, hidden = gated_norm(x, gate1, self.attn[name].proj(part), shift2, scale2)
-            out[name] = gated_sum(x, gate2, run(self.mlp[name], hidden))
-        return out, every
-
-
-class _SequenceSingleBlock:
-    """`layers.Flux2SingleBlock` on this rank's tokens."""
-
-    def __init__(self, block: Flux2SingleBlock, dim: int, mlp_hidden_dim: int) -> None:
-        self.block = block
-        width = 3 * dim + 2 * mlp_hidden_dim
-        self.project = Projections(block.linear1, block.norm, dim, width)
-        self.mlp_in = output_rows(block.linear1, 3 * dim, width, width)
-
-    def __call__(
-        self, x: mx.array, attend: RingAttention, mod: mx.array, memory: KeysValues | None
-    ) -> tuple[mx.array, KeysValues]:
-        """This rank's tokens as they leave the block, and all ranks' keys and values in it."""
-        shift, scale, gate = mx.split(mod, 3, axis=-1)
-        normed = modulated_norm(x, shift, scale)
-        heads = self.project.heads
-        sent, pending = attend.send([self.project.keys_values(normed)], heads)
-        normed = mx.depends(normed, sent)
-        q, mlp = attend.queries([self.project.queries(normed)], heads), self.mlp_in(normed)
-        every = KeysValues(*attend.keys_values(pending, q, mlp))
-        attn = attention(q, *with_memory(every, memory))
-        return gated_sum(x, gate, self.block.linear2(swiglu_beside(attn, mlp, 0))), every

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-GROUP_SIZES = (64, 32)  # columns that share a scale; the largest that divides a row is taken
+from fluxmesh.models.tensor_map import column_group
 
 
 def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
@@ -17,6 +17,4 @@ def group_size(component: str, name: str, shape: tuple[int, ...]) -> int | None:
         "text_encoder": ("layers.",),
         "vae": (),
     }[component]
-    if len(shape) != 2 or not name.endswith(".weight") or not name.startswith(blocks):
-        return None
-    return next((size for size in GROUP_SIZES if shape[1] % size == 0), None)
+    return column_group(name, shape, blocks)

@@ -16,7 +16,7 @@ from collections.abc import Container
 
 from fluxmesh.models.autoencoder.conv_tensors import decoder_tensors, encoder_tensors
 from fluxmesh.models.flux2.config import Flux2AutoencoderConfig, Flux2Config, TextEncoderConfig
-from fluxmesh.models.tensor_map import COMFY_PREFIX, Rows, Tensors, TensorTable
+from fluxmesh.models.tensor_map import COMFY_PREFIX, Tensors, TensorTable
 
 TIME_EMBEDDING_DIM = 256  # sines and cosines that a time step becomes
 
@@ -35,7 +35,7 @@ def is_flux2_transformer(keys: Container[str]) -> bool:
 def transformer_tensors(config: Flux2Config) -> Tensors:
     """Every tensor of the transformer, by BFL's name."""
     table = TensorTable()
-    width, mlp = config.hidden_size, config.mlp_hidden_dim
+    width, mlp, head = config.hidden_size, config.mlp_hidden_dim, config.head_dim
 
     def linear(name: str, key: str, out: int, into: int) -> None:
         table.linear(name, key, out, into, bias=False)
@@ -71,7 +71,7 @@ def transformer_tensors(config: Flux2Config) -> Tensors:
         for stream, qkv, norms, out, ff in streams:
             parts = [(f"{key}.attn.{part}", width) for part in qkv]
             table.stacked(f"{name}.{stream}_attn.qkv", parts, width, bias=False)
-            _query_key_norms(table, f"{name}.{stream}_attn.norm", f"{key}.attn", norms, config)
+            table.query_key_norms(f"{name}.{stream}_attn.norm", f"{key}.attn", norms, head)
             linear(f"{name}.{stream}_attn.proj", f"{key}.attn.{out}", width, width)
             linear(f"{name}.{stream}_mlp.0", f"{key}.{ff}.linear_in", 2 * mlp, width)
             linear(f"{name}.{stream}_mlp.2", f"{key}.{ff}.linear_out", width, mlp)
@@ -79,23 +79,11 @@ def transformer_tensors(config: Flux2Config) -> Tensors:
         name, key = f"single_blocks.{i}", f"single_transformer_blocks.{i}.attn"
         linear(f"{name}.linear1", f"{key}.to_qkv_mlp_proj", 3 * width + 2 * mlp, width)
         linear(f"{name}.linear2", f"{key}.to_out", width, width + mlp)
-        _query_key_norms(table, f"{name}.norm", key, ("norm_q", "norm_k"), config)
+        table.query_key_norms(f"{name}.norm", key, ("norm_q", "norm_k"), head)
     # BFL has shift above scale; diffusers has scale above shift
-    key = "norm_out.linear.weight"
-    table.tensor(
-        "final_layer.adaLN_modulation.1.weight",
-        (2 * width, width),
-        [Rows(key, width, 2 * width), Rows(key, 0, width)],
-    )
+    table.swapped("final_layer.adaLN_modulation.1", "norm_out.linear", width, width, bias=False)
     linear("final_layer.linear", "proj_out", config.out_channels, width)
     return table.tensors
-
-
-def _query_key_norms(
-    table: TensorTable, name: str, key: str, norms: tuple[str, str], config: Flux2Config
-) -> None:
-    for mine, theirs in zip(("query_norm", "key_norm"), norms, strict=True):
-        table.same(f"{name}.{mine}.scale", f"{key}.{theirs}.weight", (config.head_dim,))
 
 
 def autoencoder_tensors(config: Flux2AutoencoderConfig) -> Tensors:

@@ -15,7 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.models.runtime import PromptFeatures
 from fluxmesh.sampling import latents
 from fluxmesh.sampling.denoise import denoise
@@ -44,7 +44,7 @@ class Learner:
 
     def __init__(
         self,
-        pipeline: FluxPipeline,
+        pipeline: PipelineStages,
         features: Features,
         plan: TrainingPlan,
         go_on: Callable[[], None] = lambda: None,

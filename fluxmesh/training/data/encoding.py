@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.engine.pipeline import FluxPipeline
+from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.models.numpy_bits import from_numpy, to_numpy
 from fluxmesh.models.runtime import PromptFeatures
@@ -31,7 +31,7 @@ class DatasetEncoder:
 
     def __init__(
         self,
-        pipeline: FluxPipeline,
+        pipeline: PipelineStages,
         cache: FeatureCache,
         examples: Sequence[Example],
         sizes: Sequence[Size],

@@ -9,11 +9,14 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from fluxmesh.models.registry import FAMILIES
 from fluxmesh.weights.checkpoint import MANIFEST, Checkpoint, from_folder, with_defaults
 from fluxmesh.weights.folder_files import INDEX
 
 # By the name that `--model` takes; the first is the one that is always there.
-FOLDERS: Mapping[str, str] = {"tiny": "checkpoint", "tiny-klein": "klein"}
+FOLDERS: Mapping[str, str] = {
+    name: folder for family in FAMILIES for name, folder in family.embedded.items()
+}
 # The largest pictures that either was trained on are the largest that one reads: a photo would take
 # it minutes, and it would see nothing in it.
 TRAINED_AT: Mapping[str, int] = {

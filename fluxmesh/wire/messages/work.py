@@ -116,6 +116,7 @@ class Encode(ModelWork):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceEncoded(WorkReport):
+    content: str  # `Checkpoint.content` of the files that the autoencoder came from
     latents: Latents = field(repr=False, compare=False)
 
 
@@ -144,8 +145,8 @@ class EncodeSource(PictureWork):
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesEncoded(WorkReport):
-    # `Checkpoint.content` of what read references, where the model reads none by itself
-    content: Annotated[str, Text(64)] = ""
+    content: str  # `Checkpoint.content` of the model
+    reader: Annotated[str, Text(64)] = ""  # of what read references, where that is another one
     conditions: Conditions = field(repr=False, compare=False)
 
 

@@ -99,9 +99,11 @@ class GenerationSession(JobSession[HostState]):
             case messages.TextEncoded():
                 self._encoded(host, report, unit)
             case messages.SourceEncoded():
+                self.check_model(host, report.content)
                 self.state.source = report.latents
             case messages.PicturesEncoded():
-                self._check_reader(host, report.content)
+                self.check_model(host, report.content)
+                self._check_reader(host, report.reader)
                 self.state.conditions = self.state.conditions or report.conditions
             case messages.Stepped():
                 self._stepped(host, report, unit)

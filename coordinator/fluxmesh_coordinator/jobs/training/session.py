@@ -118,6 +118,7 @@ class TrainingSession(JobSession[TrainingHost]):
                 self._check_base(host, report.content)
                 self._encoded(host, report.features)
             case messages.SourceEncoded():
+                self._check_base(host, report.content)
                 self._encoded(host, {"latents": report.latents})
             case training.Opened():
                 host.is_open = True
@@ -170,8 +171,10 @@ class TrainingSession(JobSession[TrainingHost]):
             self.end(other_base(job.weights.model, host.rank, host.info.name))
 
     def _encoded(self, host: TrainingHost, arrays: Arrays) -> None:
+        """A unit of the host is done. What comes once the run ends, as where it was made of other
+        files, is not told: it would be kept under the name of ours."""
         line = self.state.encoding.get(host.rank, [])
-        if line:
+        if line and not self.state.is_ending:
             self.tell(UnitEncoded(line.pop(0), arrays))
 
     def _moved(self) -> None:
