@@ -41,10 +41,9 @@ def check_takes(
     for condition in conditions:
         if condition not in model.takes:
             if condition == "control_from" and "control" in model.takes:
-                what = f"a map of {model.follows}" if model.follows else "a map of an unknown kind"
                 raise UsageError(
-                    f"`control_from`: {name} follows {what}, and fluxmesh makes those of edges "
-                    "alone; give a ready map as `control`.",
+                    f"`control_from`: {name} follows a map of {model.follows}, and fluxmesh makes "
+                    "those of edges alone; give a ready map as `control`.",
                     setting="control_from",
                 )
             able = _sentence(condition, conditions, given)

@@ -84,7 +84,7 @@ def test_what_lies_here_is_told_by_its_name(
     file = made.path.rename(made.path.with_name(f"{name}.safetensors"))
     checkpoint = hub.resolve(str(file))
     model, content = checkpoint.architecture, checkpoint.content
-    assert model.takes == {"control"} | ({"control_from"} if follows == "edges" else set())
+    assert model.takes == {"control"} | (set() if follows == "depth" else {"control_from"})
     assert (model.defaults.guidance, model.follows) == (guidance, follows)
     other = file.rename(file.with_name("other.safetensors"))  # the same on a host that calls it so
     assert hub.resolve(str(other)).content == content
@@ -265,20 +265,15 @@ def test_opencv_is_not_asked_for_by_a_model_that_follows_no_map(
 FOUND = {"control": picture(16, 16), "control_is_found": True}
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("depth", r"`control_from`: m follows a map of depth, .* edges alone; give .* `control`\."),
-        (None, "`control_from`: m follows a map of an unknown kind, "),
-    ],
-)
-def test_edges_are_not_given_to_a_model_that_is_not_known_to_follow_them(
-    name: str | None, sentence: str
-) -> None:
-    model = SIZES["dev"].architecture.with_inputs({"img_in": 128}, name or "mine")
-    check_takes(asked(control=FOUND["control"]).conditions, (), "m", model)
+def test_edges_are_not_given_to_a_model_that_follows_depth() -> None:
+    """What follows a map of which no name says the kind may follow edges: its user knows."""
+    dev = SIZES["dev"].architecture
+    depth, unknown = (dev.with_inputs({"img_in": 128}, name) for name in ("depth", "mine"))
+    check_takes(asked(control=FOUND["control"]).conditions, (), "m", depth)
+    check_takes(asked(**FOUND).conditions, (), "m", unknown)
+    sentence = r"`control_from`: m follows a map of depth, .* edges alone; give .* `control`\."
     with pytest.raises(UsageError, match=sentence):
-        check_takes(asked(**FOUND).conditions, (), "m", model)
+        check_takes(asked(**FOUND).conditions, (), "m", depth)
 
 
 def test_edges_for_a_published_model_are_refused_before_anything_is_read_or_fetched() -> None:

@@ -97,7 +97,8 @@ class Flux1Architecture(Architecture):
     @property
     def takes(self) -> frozenset[Condition]:  # type: ignore[override]
         if self._kind == "control":
-            is_made: tuple[Condition, ...] = ("control_from",) if self.follows == "edges" else ()
+            # Where no name says what it follows, its user knows.
+            is_made: tuple[Condition, ...] = () if self.follows == "depth" else ("control_from",)
             return frozenset(("control", *is_made))
         guided: tuple[Condition, ...] = ()
         if self._kind == "text" and self.takes_guidance:
