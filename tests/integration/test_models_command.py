@@ -46,6 +46,9 @@ def test_a_quantized_folder_paints(fluxmesh: Run, checkpoint: Path, tmp_path: Pa
         other = fluxmesh(*command, "--model", "small", "--bits", 4, "--json")
         assert other.code == 2  # and no recipe says bits that no weight has had
         assert "small is stored in 8 bits; leave --bits out" in other.of("error")[0]["message"]
+    up = fluxmesh("up", "--local", 1, "--model", "small", "--bits", 4)
+    assert up.code == 2 and "small is stored in 8 bits; leave --bits out" in up.err
+    assert "Starting agents" not in up.err  # nothing is up that nobody could use
     again = fluxmesh("models", "quantize", checkpoint, "small", "--json")
     assert again.code == 1
     assert "exists already" in again.of("error")[0]["message"]

@@ -3,6 +3,7 @@ hostfile` has examples of one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.options import ConfigurableCommand, Resolutions
-from fluxmesh_coordinator.cli.paths import UserPath
+from fluxmesh_coordinator.cli.options import ConfigurableCommand
+from fluxmesh_coordinator.cli.parameter_types import Resolutions, UserPath
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import ModelVariant
+    from fluxmesh.request import GenerateRequest
     from fluxmesh_coordinator.agents.mesh_file import MeshRecord
     from fluxmesh_coordinator.deploy.bringup import Wish
     from fluxmesh_coordinator.runtime.default_model import DefaultModel
@@ -103,10 +105,9 @@ def up(
     down` ends it.
     """
     from fluxmesh.cluster.snapshot import ModelVariant
-    from fluxmesh.errors import UsageError
+    from fluxmesh.errors import ModelNotFoundError, UsageError
     from fluxmesh.machine.awake import kept_awake
     from fluxmesh.planning.workload import ModelSizes, Workload
-    from fluxmesh.request import GenerateRequest
     from fluxmesh.storage.own_words import in_own_words
     from fluxmesh.weights import hub
     from fluxmesh_coordinator.agents import mesh_file
@@ -145,6 +146,8 @@ def up(
             named = usual if model is None else model
             assert named is not None
             weights = replace(weights, model=hub.full_name(named))
+        with contextlib.suppress(ModelNotFoundError):  # that its files are wrong, before all else
+            ModelSizes.of(hub.resolve(weights.model, download=False)).fill(_no_prompt(weights))
         wish = replace(
             _wish(hostfile, local, kept, weights, envs),
             allow_partial=allow_partial,
@@ -159,15 +162,7 @@ def up(
             mesh = bringup.run()
             checkpoint = hub.resolve(weights.model, download=False)
             sizes = ModelSizes.of(checkpoint)
-            request = GenerateRequest(
-                prompt="",
-                seed=0,
-                model=weights.model,
-                dtype=weights.dtype,
-                bits=weights.bits,
-                text_bits=weights.text_bits,
-            )
-            work = Workload.of(sizes.fill(request), sizes)
+            work = Workload.of(sizes.fill(_no_prompt(weights)), sizes)
             if mesh.weights != work.weights:  # the checkpoint's own bits are part of it
                 mesh = replace(mesh, weights=work.weights)
                 mesh_file.save(mesh)
@@ -190,19 +185,25 @@ def up(
 def _default(hostfile: Path | None, local: int | None, weights: ModelVariant) -> DefaultModel:
     """What these hosts get where nobody has said it."""
     from fluxmesh.cluster import hostfile as hostfiles
-    from fluxmesh.request import GenerateRequest
     from fluxmesh_coordinator.deploy.bringup import this_machine
     from fluxmesh_coordinator.runtime.default_model import default_model, expected_view
 
     hosts = hostfiles.load(hostfile) if hostfile else hostfiles.parse(this_machine(agents=local))
-    request = GenerateRequest(
+    return default_model(_no_prompt(weights), expected_view(hosts))
+
+
+def _no_prompt(weights: ModelVariant) -> GenerateRequest:
+    """What stands for all requests to a model in these weights."""
+    from fluxmesh.request import GenerateRequest
+
+    return GenerateRequest(
         prompt="",
         seed=0,
+        model=weights.model,
         dtype=weights.dtype,
         bits=weights.bits,
         text_bits=weights.text_bits,
     )
-    return default_model(request, expected_view(hosts))
 
 
 def _wish(
