@@ -1,10 +1,10 @@
 """Errors whose text is the one sentence that the user reads.
 
-Each kind carries the process exit code that the command line ends with, and is made of its message
-and its setting, as which it travels between processes. A message says what
-happened, where, and what to do; it never holds a traceback or a newline. It names a setting by its
-field in backticks, `n_images`: whoever shows it says --n-images, or a server's parameter. The one
-that is at fault, if it is one, is in the error's `setting`.
+Each kind carries the process exit code that the command line ends with. An error is its message and
+its setting, and travels as these between processes. The message says what happened, where, and what
+to do; it never holds a traceback or a newline. It names a setting by its field in backticks,
+`n_images`: whoever shows it says --n-images, or a server's parameter. `setting` is the one that is
+at fault, if it is one.
 """
 
 from __future__ import annotations

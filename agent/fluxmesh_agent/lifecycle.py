@@ -306,9 +306,14 @@ class Lifecycle:
             return []
         return self._lost(ENGINE_KILLED if is_killed else "Died", text)
 
-    def has_none(self, reason: str) -> None:
-        """There is no engine, and for that reason none could be started; "": one can."""
+    def stuck(self, reason: str) -> None:
+        """There is no engine, and for that reason none could be started."""
         self.reason = reason
+
+    def unstuck(self, reason: str) -> None:
+        """That reason is gone."""
+        if self.reason == reason:
+            self.reason = ""
 
     def _lost(self, kind: str, text: str) -> list[Instruction]:
         """The engine is gone. Where nobody had asked it for anything, nobody has lost anything."""

@@ -414,7 +414,7 @@ class Service:
                         self.supervisor.start(instruction.envs)
                 except FluxmeshError as error:
                     self._engine_ended(str(error))
-                    self.lifecycle.has_none(str(error))
+                    self.lifecycle.stuck(str(error))
                     if isinstance(error, EngineStays):
                         self._spawn(self._until_gone(str(error)))
                     raise
@@ -451,10 +451,9 @@ class Service:
             self._tick()
 
     async def _until_gone(self, reason: str) -> None:
-        """Once an engine that did not end is gone after all, there is no `reason` any more."""
+        """Once an engine that did not end is gone after all, another can be started."""
         await self.supervisor.gone()
-        if self.lifecycle.reason == reason:
-            self.lifecycle.has_none("")
+        self.lifecycle.unstuck(reason)
 
     async def _give_up(self) -> None:
         """The engine did not let go of what a lost coordinator left behind."""

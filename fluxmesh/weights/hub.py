@@ -115,11 +115,10 @@ class ModelInfo:
 def resolve(name: str, *, download: bool = True, progress: Progress | None = None) -> Checkpoint:
     """The checkpoint called `name`, fetched from the Hub when it isn't here.
 
-    `progress` hears (bytes done, bytes in all) of a download. Raises `ModelNotFoundError` for a
-    name that leads nowhere, a gated repository, no network, and a file of another kind, by what
-    it is; `NotFetchedError` for what only `pull` fetches; `WeightsError` for broken files; these
-    with the setting `model`;
-    `OutputError` when the disk is full.
+    `progress` hears (bytes done, bytes in all) of a download. Raises, with the setting `model`,
+    `ModelNotFoundError` for a name that leads nowhere, a gated repository, no network, and a file
+    of another kind, by what it is, `NotFetchedError` for what only `pull` fetches, `WeightsError`
+    for broken files; and `OutputError` when the disk is full.
     """
     alias = alias_of(name)
     if alias in embedded_names():

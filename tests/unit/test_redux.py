@@ -40,7 +40,7 @@ from fluxmesh.wire import messages
 from fluxmesh_agent.model_paths import Roots
 from fluxmesh_agent.parcels.packing import packed
 from fluxmesh_coordinator.artifacts.recipe import ConditionFiles, NamedFile, Recipe, differences
-from fluxmesh_coordinator.cli.options import ReferencePicture
+from fluxmesh_coordinator.cli.parameter_types import ReferencePicture
 from fluxmesh_coordinator.commands.models import check
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.jobs.input_log import InputLog

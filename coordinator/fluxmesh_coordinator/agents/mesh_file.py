@@ -336,8 +336,8 @@ def _wait_for(lock: int, path: Path) -> None:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise RecordInUseError(
-                        f"Another process has had {path} for {limit:.0f} s, a fluxmesh that is "
-                        "stopped, it may be; end it, and try again."
+                        f"Another process holds {path}, perhaps a fluxmesh that was stopped with "
+                        f"Ctrl-Z, and has not let go of it in {limit:.0f} s; end it, and try again."
                     ) from None
             time.sleep(pause)
 

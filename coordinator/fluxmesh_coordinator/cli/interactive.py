@@ -13,7 +13,7 @@ from fluxmesh_coordinator.cli.options import (
     settings_options,
     spread_options,
 )
-from fluxmesh_coordinator.cli.paths import UserPath
+from fluxmesh_coordinator.cli.parameter_types import UserPath
 
 
 @click.command(cls=ConfigurableCommand)

@@ -14,7 +14,13 @@ from click.core import ParameterSource
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
-from fluxmesh_coordinator.cli.paths import UserPath
+from fluxmesh_coordinator.cli.parameter_types import (
+    FILE,
+    Adapter,
+    ImageSize,
+    Margins,
+    ReferencePicture,
+)
 from fluxmesh_coordinator.console.option_names import option_of
 
 if TYPE_CHECKING:
@@ -22,108 +28,7 @@ if TYPE_CHECKING:
     from fluxmesh_coordinator.commands.settings import GenerateSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_FILE = UserPath(exists=True, dir_okay=False)
 WEIGHTS = {"model", "dtype", "bits", "text_bits"}  # options that say which weights are held
-MULTIPLE = 16  # of pixels that each side of an image has
-
-
-class Resolution(click.ParamType):
-    """HEIGHTxWIDTH in pixels, or one number for a square."""
-
-    name = "HEIGHTxWIDTH"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.lower().replace("×", "x").split("x")
-        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, such as 512x768.", param, ctx)
-        return int(parts[0]), int(parts[-1])
-
-
-class ImageSize(Resolution):
-    """A resolution, each side rounded up to 16s."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        asked = super().convert(value, param, ctx)
-        if isinstance(value, tuple):
-            return asked
-        height, width = (-(-side // MULTIPLE) * MULTIPLE for side in asked)
-        if (height, width) != asked:
-            click.echo(
-                f"--image-size {value} became {height}x{width}: sides are multiples of 16.",
-                err=True,
-            )
-        return height, width
-
-
-class Resolutions(Resolution):
-    """HEIGHTxWIDTH[,HEIGHTxWIDTH...], each in multiples of 16."""
-
-    name = "SIZE[,SIZE...]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        sizes = tuple(super(Resolutions, self).convert(v, param, ctx) for v in value.split(","))
-        for size in sizes:
-            if not all(size) or any(side % MULTIPLE for side in size):
-                self.fail(f"{size[0]}x{size[1]}: sides are multiples of {MULTIPLE}.", param, ctx)
-        return tuple(dict.fromkeys(sizes))
-
-
-class Adapter(click.ParamType):
-    """NAME, NAME@SCALE or NAME:SCALE; a file that exists wins over a scale."""
-
-    name = "NAME[@SCALE]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float]:
-        from fluxmesh.adapters.find import split_scale
-
-        if isinstance(value, tuple):
-            return value
-        try:
-            return split_scale(value)
-        except ValueError:
-            self.fail(f"{value!r} is not NAME or NAME@SCALE, such as dog.safetensors@0.8.")
-
-
-class ReferencePicture(click.ParamType):
-    """PATH or PATH@STRENGTH; a file that exists wins over a strength."""
-
-    name = "PATH[@STRENGTH]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, float]:
-        from fluxmesh.adapters.find import split_scale
-
-        if isinstance(value, tuple):
-            return value
-        try:
-            path, strength = split_scale(value)
-        except ValueError:
-            self.fail(f"{value!r} is not PATH or PATH@STRENGTH, such as mug.png@0.8.", param, ctx)
-        return _FILE.convert(path, param, ctx), strength
-
-
-class Margins(click.ParamType):
-    """L,T,R,B in pixels."""
-
-    name = "L,T,R,B"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int, int, int]:
-        from fluxmesh.images import parse_margins
-
-        return value if isinstance(value, tuple) else parse_margins(value)
 
 
 class ConfigurableCommand(click.Command):
@@ -271,7 +176,7 @@ _OPTIONS = [
     click.option("--guidance", type=float, help="Guidance, for models that take it.  [4.0]"),
     click.option("--seed", type=int, help="Seed of the noise.  [random, and told]"),
     click.option("--n-rows", type=click.IntRange(min=1), help="Rows of the grid.  [1]"),
-    click.option("--image", type=_FILE, metavar="PATH", help="Begin from this picture."),
+    click.option("--image", type=FILE, metavar="PATH", help="Begin from this picture."),
     click.option(
         "--strength",
         type=float,
@@ -279,7 +184,7 @@ _OPTIONS = [
     ),
     click.option(
         "--mask",
-        type=_FILE,
+        type=FILE,
         metavar="PATH",
         help="Paint where this picture is white, or transparent.",
     ),
@@ -295,12 +200,10 @@ _OPTIONS = [
         metavar="NAME",
         help="The FLUX.1 Redux by which dev and schnell read it: a folder, a file.  [redux]",
     ),
-    click.option(
-        "--control", type=_FILE, metavar="PATH", help="A map of edges or depth to follow."
-    ),
+    click.option("--control", type=FILE, metavar="PATH", help="A map of edges or depth to follow."),
     click.option(
         "--control-from",
-        type=_FILE,
+        type=FILE,
         metavar="PATH",
         help="Follow the edges that OpenCV finds in this picture: for Canny.",
     ),

@@ -57,11 +57,8 @@ LISTS: dict[str, Any] = {
                      "prompt-styles", "realesrgan-models", "script-info", "sd-modules", "sd-vae"),
                     []),
 }  # fmt: skip
-ALWAYS_FRESH = (
-    "embeddings",
-    "loras",
-    "vae",
-)  # lists that are looked up, or empty, at every request
+# Lists that are looked up at every request, or empty.
+ALWAYS_FRESH = ("embeddings", "loras", "vae")
 LORA = re.compile(r"<lora:([^:<>]{1,200})(?::(-?[\d.]{1,12}))?(?::[^<>]{0,100})?>")
 
 
