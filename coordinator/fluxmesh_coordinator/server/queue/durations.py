@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fluxmesh.planning.learning import typical
-
-RECENT = 3  # requests of a model
+from fluxmesh.planning.learning import RECENT, typical
 
 
 @dataclass
