@@ -1,7 +1,7 @@
 """A request on a mesh of one: its events in order, what loads when, and what changes the picture.
 
 What an engine keeps in memory, unit by unit, is `test_worker.py`'s; files and options of the
-command line are `test_generate.py`'s.
+command line are `tests/integration/generate/`'s.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from fluxmesh.request import FilledRequest, GenerateRequest
 from fluxmesh_coordinator.runtime.resolved import Resolved, ResolvedModel
 
 GB = 10**9
+LOWER = ("jaccl-ring", "ring")  # what a ring over jaccl falls back to, in turn
 FLUX = ModelSizes(
     Flux1Architecture(
         FluxConfig(),
