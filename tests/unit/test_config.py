@@ -19,8 +19,8 @@ from fluxmesh_coordinator.artifacts.pictures import encode_png
 from fluxmesh_coordinator.artifacts.recipe import NamedFile, Recipe
 from fluxmesh_coordinator.cli import cli
 from fluxmesh_coordinator.cli import generate as generate_module
-from fluxmesh_coordinator.cli.defaults import PAINTING, Defaults, known_settings
-from fluxmesh_coordinator.cli.options import painting_settings
+from fluxmesh_coordinator.cli.parameters.defaults import PAINTING, Defaults, known_settings
+from fluxmesh_coordinator.cli.parameters.options import painting_settings
 from fluxmesh_coordinator.commands import config_file, train
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from tests.datasets import make_dataset
@@ -174,7 +174,9 @@ def test_a_training_has_a_section_and_shares_the_model(
         raise AskedError
 
     monkeypatch.setattr(train, "request_of", keep)
-    monkeypatch.setattr("fluxmesh_coordinator.cli.defaults.Setting._check", lambda *_: None)
+    monkeypatch.setattr(
+        "fluxmesh_coordinator.cli.parameters.defaults.Setting._check", lambda *_: None
+    )
 
     def chosen(env: dict[str, str] | None = None, *words: str) -> dict[str, Any]:
         run("train", "dogs", *words, env=env)

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from fluxmesh.errors import UsageError
 from fluxmesh.models.base import ModelDefaults
 from fluxmesh.request import GenerateRequest
-from fluxmesh_coordinator.cli.options import chosen, settings_options
-from fluxmesh_coordinator.cli.parameter_types import Adapter, ImageSize, Margins, Resolutions
-from fluxmesh_coordinator.commands.prompts import only_prompt, read_prompts
+from fluxmesh_coordinator.cli.parameters.options import chosen, settings_options
+from fluxmesh_coordinator.cli.parameters.prompts import only_prompt, read_prompts
+from fluxmesh_coordinator.cli.parameters.types import Adapter, ImageSize, Margins, Resolutions
 from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
 from tests.unit.meshes import small, with_defaults
 

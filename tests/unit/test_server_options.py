@@ -145,6 +145,7 @@ def test_bytes_that_are_no_text_are_no_prompt(serving: Serving, path: str) -> No
         assert answer.status_code == 400 and "`prompt` has half of a surrogate" in answer.text
         whole = {**half, "content": rb'{"prompt": "a \ud83d\udc36", "width": 16, "height": 16}'}
         assert client.post(path, **whole).is_success
+        wait_until_running(serving)  # a job is accepted before it is
     (painted,) = serving.lane.painted
     assert painted.ready is None or painted.ready.resolved.request.prompt == "a \U0001f436"
 

@@ -68,7 +68,7 @@ class LazyGroup(SuggestingGroup):
         name, command, rest = super().resolve_command(ctx, args)
         asks_for_help = not {"-h", "--help"}.isdisjoint(rest)
         if name in TAKE_DEFAULTS and not (ctx.resilient_parsing or asks_for_help):
-            from fluxmesh_coordinator.cli.defaults import Defaults
+            from fluxmesh_coordinator.cli.parameters.defaults import Defaults
 
             ctx.obj = Defaults.read()
             values = {key: default.value for key, default in ctx.obj.of(name).items()}

@@ -10,7 +10,7 @@ import click
 
 from fluxmesh_coordinator.cli import SuggestingGroup
 from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
-from fluxmesh_coordinator.cli.parameter_types import Adapter, UserPath
+from fluxmesh_coordinator.cli.parameters.types import Adapter, UserPath
 from fluxmesh_coordinator.console.bytes_bar import bar_of_bytes, size_text
 
 if TYPE_CHECKING:

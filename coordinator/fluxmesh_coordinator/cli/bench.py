@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.parameter_types import ImageSize
+from fluxmesh_coordinator.cli.parameters.types import ImageSize
 
 
 @click.command(short_help="Measure steps, links and placements.")

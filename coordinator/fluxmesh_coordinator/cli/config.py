@@ -11,14 +11,14 @@ from click.shell_completion import CompletionItem
 from fluxmesh_coordinator.cli import SuggestingGroup
 
 if TYPE_CHECKING:
-    from fluxmesh_coordinator.cli.defaults import Setting
+    from fluxmesh_coordinator.cli.parameters.defaults import Setting
 
 
 def complete_settings(
     _context: click.Context, _parameter: click.Parameter, begun: str
 ) -> list[CompletionItem]:
     """What `set` and `unset` take, for a shell's Tab."""
-    from fluxmesh_coordinator.cli.defaults import known_settings
+    from fluxmesh_coordinator.cli.parameters.defaults import known_settings
 
     titles = [setting.title for setting in known_settings().values()]
     return [CompletionItem(title) for title in titles if title.startswith(begun)]
@@ -36,7 +36,7 @@ def config(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from fluxmesh_coordinator.cli.defaults import Defaults, known_settings
+    from fluxmesh_coordinator.cli.parameters.defaults import Defaults, known_settings
     from fluxmesh_coordinator.commands.config_file import config_path
     from fluxmesh_coordinator.console import terminal
     from fluxmesh_coordinator.console.json_lines import emit
@@ -85,7 +85,7 @@ def unset(key: str) -> None:
 def _setting(key: str) -> Setting:
     from fluxmesh.errors import UsageError
     from fluxmesh.spelling import did_you_mean
-    from fluxmesh_coordinator.cli.defaults import known_settings
+    from fluxmesh_coordinator.cli.parameters.defaults import known_settings
 
     by_title = {setting.title: setting for setting in known_settings().values()}
     setting = by_title.get(key.replace("_", "-"))

@@ -24,7 +24,7 @@ from fluxmesh.spelling import did_you_mean
 from fluxmesh.storage import interrupts
 from fluxmesh.storage.homes import Home
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath
-from fluxmesh_coordinator.cli.parameter_types import Adapter, ImageSize, Margins
+from fluxmesh_coordinator.cli.parameters.types import Adapter, ImageSize, Margins
 from fluxmesh_coordinator.commands.generate import Painter, Spread
 from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
 from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.parameter_types import UserPath
+from fluxmesh_coordinator.cli.parameters.types import UserPath
 
 MARKS = {"ok": "ok", "warn": "[yellow]warning[/]", "fail": "[bold red]FAILS[/]"}
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import (
+from fluxmesh_coordinator.cli.parameters.options import (
     ConfigurableCommand,
     display_options,
     painting_settings,
     settings_options,
     spread_options,
 )
-from fluxmesh_coordinator.cli.parameter_types import UserPath
+from fluxmesh_coordinator.cli.parameters.types import UserPath
 
 
 @click.command(cls=ConfigurableCommand)
@@ -78,8 +78,8 @@ def generate(
     """
     from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath, StepFiles
     from fluxmesh_coordinator.artifacts.recipe import read_recipe
+    from fluxmesh_coordinator.cli.parameters.prompts import only_prompt, read_prompts
     from fluxmesh_coordinator.commands.generate import Painter, Spread
-    from fluxmesh_coordinator.commands.prompts import only_prompt, read_prompts
     from fluxmesh_coordinator.commands.settings import draw_seed
     from fluxmesh_coordinator.console.generate_report import (
         Display,

@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import (
+from fluxmesh_coordinator.cli.parameters.options import (
     ConfigurableCommand,
     display_options,
     painting_settings,
     settings_options,
     spread_options,
 )
-from fluxmesh_coordinator.cli.parameter_types import UserPath
+from fluxmesh_coordinator.cli.parameters.types import UserPath
 
 
 @click.command(cls=ConfigurableCommand)

@@ -9,7 +9,7 @@ import click
 
 from fluxmesh_coordinator.cli import SuggestingGroup
 from fluxmesh_coordinator.cli.completion import complete_hosts, complete_models
-from fluxmesh_coordinator.cli.parameter_types import UserPath
+from fluxmesh_coordinator.cli.parameters.types import UserPath
 from fluxmesh_coordinator.console.bytes_bar import bar_of_bytes, size_text
 
 ASKED_SO = {  # how an embedded checkpoint is asked, as `models show` heads the examples

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxmesh_coordinator.cli.options import (
+from fluxmesh_coordinator.cli.parameters.options import (
     ConfigurableCommand,
     painting_settings,
     settings_options,
 )
-from fluxmesh_coordinator.cli.parameter_types import UserPath
+from fluxmesh_coordinator.cli.parameters.types import UserPath
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import MeshView
@@ -66,8 +66,8 @@ def plan(
     from fluxmesh.errors import UsageError
     from fluxmesh.planning import plan as planner
     from fluxmesh_coordinator.agents import mesh_file
+    from fluxmesh_coordinator.cli.parameters.prompts import only_prompt
     from fluxmesh_coordinator.commands.generate import read_conditions
-    from fluxmesh_coordinator.commands.prompts import only_prompt
     from fluxmesh_coordinator.console import plan_table
     from fluxmesh_coordinator.console.json_lines import emit
     from fluxmesh_coordinator.console.option_names import in_options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.parameter_types import UserPath
+from fluxmesh_coordinator.cli.parameters.types import UserPath
 
 if TYPE_CHECKING:
     from fluxmesh_coordinator.server.run import ServeOptions

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_data_sets, complete_models
-from fluxmesh_coordinator.cli.options import ConfigurableCommand, chosen
-from fluxmesh_coordinator.cli.parameter_types import Resolution, UserPath
+from fluxmesh_coordinator.cli.parameters.options import ConfigurableCommand, chosen
+from fluxmesh_coordinator.cli.parameters.types import Resolution, UserPath
 
 
 def choice(*values: str) -> click.Choice:

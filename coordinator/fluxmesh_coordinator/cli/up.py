@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxmesh_coordinator.cli.completion import complete_models
-from fluxmesh_coordinator.cli.options import ConfigurableCommand
-from fluxmesh_coordinator.cli.parameter_types import Resolutions, UserPath
+from fluxmesh_coordinator.cli.parameters.options import ConfigurableCommand
+from fluxmesh_coordinator.cli.parameters.types import Resolutions, UserPath
 
 if TYPE_CHECKING:
     from fluxmesh.cluster.snapshot import ModelVariant

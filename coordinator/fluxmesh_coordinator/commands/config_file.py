@@ -6,8 +6,9 @@
     [train]
     lora-rank = 16
 
-Knows nothing of what the settings mean: `cli/defaults.py` does. A hyphen and an underscore are the
-same in a name. Comments and the order of lines stay as they are when a value is changed.
+Knows nothing of what the settings mean: `cli/parameters/defaults.py` does. A hyphen and an
+underscore are the same in a name. Comments and the order of lines stay as they are when a value is
+changed.
 """
 
 from __future__ import annotations

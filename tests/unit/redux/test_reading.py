@@ -26,7 +26,7 @@ from fluxmesh.weights import hub
 from fluxmesh.weights.reference_readers import resolve_reader
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.artifacts.recipe import ConditionFiles, NamedFile, Recipe, differences
-from fluxmesh_coordinator.cli.parameter_types import ReferencePicture
+from fluxmesh_coordinator.cli.parameters.types import ReferencePicture
 from fluxmesh_coordinator.commands.settings import GenerateSettings
 from fluxmesh_coordinator.jobs.input_log import InputLog
 from fluxmesh_coordinator.jobs.replay import from_bytes, to_bytes

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from fluxmesh.errors import FluxmeshError
 from fluxmesh_coordinator.cli.completion import complete_adapters, complete_models
-from fluxmesh_coordinator.cli.parameter_types import (
+from fluxmesh_coordinator.cli.parameters.types import (
     FILE,
     Adapter,
     ImageSize,
