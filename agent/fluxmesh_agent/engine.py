@@ -28,7 +28,6 @@ from typing import NoReturn
 import mlx.core as mx
 
 from fluxmesh.bounds import sendable
-from fluxmesh.cluster.snapshot import QuantizedRates
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.engine import device_memory as memory
 from fluxmesh.engine.gpu_errors import RELAX, explain, gpu_end
@@ -315,8 +314,8 @@ def failed_of(work: Work, error: FluxmeshError) -> Failed:
 
 
 def device(limit: int | None = None) -> Device:
-    """What this process computes on; takes some 50 ms to find out how fast it is, of a CPU 200."""
-    known, platform = mx.device_info(), ops.device()
+    """What this process computes on; takes some 50 ms to find out how fast it is."""
+    known = mx.device_info()
     kind = str(known.get("device_name") or known.get("name") or _cpu_name())
     total = memory.memory_of_device()
     return Device(
@@ -324,38 +323,19 @@ def device(limit: int | None = None) -> Device:
         name=f"{mx.default_device()}{os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
         mlx_version=metadata.version("mlx"),
         memory_bytes=total if limit is None else min(limit, total),
-        flops_per_second=_flops(_plain, mx.bfloat16),
-        platform=platform,
-        quantized=QuantizedRates(
-            bfloat16=_flops(_quantized, mx.bfloat16), float32=_flops(_quantized, mx.float32)
-        )
-        if platform == "cpu"
-        else None,
+        flops_per_second=_flops(),
+        platform=ops.device(),
     )
 
 
-def _plain(x: mx.array) -> Callable[[], mx.array]:
-    return lambda: x @ x
-
-
-def _quantized(x: mx.array) -> Callable[[], mx.array]:
-    """The product of x [n, n] with itself in 4 bits; 8 take as long."""
-    packed = mx.quantize(x, group_size=64, bits=4)
-    return lambda: mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=4)
-
-
-def _flops(
-    product_of: Callable[[mx.array], Callable[[], mx.array]],
-    dtype: mx.Dtype,
-    seconds: float = 0.01,
-) -> float:
-    """FLOP a second of such square products, as large as take `seconds`: a first guess."""
+def _flops(seconds: float = 0.01) -> float:
+    """FLOP a second of square bfloat16 products, as large as take `seconds`: a first guess."""
     size, rate = 128, 1e9
     while size <= 8192:
-        product = product_of(mx.ones((size, size), dtype))
-        mx.eval(product())
+        x = mx.ones((size, size), mx.bfloat16)
+        mx.eval(x @ x)
         start = time.perf_counter()
-        mx.eval(product())
+        mx.eval(x @ x)
         spent = max(time.perf_counter() - start, 1e-9)
         rate = 2 * size**3 / spent
         if spent >= seconds:

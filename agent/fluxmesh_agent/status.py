@@ -78,5 +78,4 @@ def status_of(
         lease=lease,
         line=line,
         kept=life.kept,
-        quantized=device.quantized if device else None,
     )

@@ -311,28 +311,6 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedRates:
-    """FLOP a second of products with quantized matrices, by the dtype of the other side.
-
-    A GPU unpacks as fast as it multiplies, or fluxmesh does it beforehand
-    (`kernels/packed_linear.py`). MLX's product on a processor unpacks number by number, and in
-    bfloat16 adds so too: on one core 0.28 GFLOP/s, of 5.7 with a plain matrix; in float32 2.3 of
-    2.3 (3072x3072, 64 rows; in 4 and 8 bits the same). So each host measures them.
-    """
-
-    bfloat16: float
-    float32: float
-
-    def __post_init__(self) -> None:
-        _check("bfloat16", self.bfloat16)
-        _check("float32", self.float32)
-
-    def of(self, dtype: str) -> float:
-        """Any dtype but float32 has 16 bits."""
-        return self.float32 if dtype == "float32" else self.bfloat16
-
-
-@dataclass(frozen=True, kw_only=True)
 class HostInfo:
     """One host: an agent and the device that its engine computes on."""
 
@@ -341,7 +319,7 @@ class HostInfo:
     kind: str  # of device, such as "Apple M2 Ultra"
     memory_bytes: int  # the most that its engine may use
     free_bytes: int  # of the device, beside what engines hold now
-    flops_per_second: float  # in bfloat16; used where no step was timed, as is `quantized`
+    flops_per_second: float  # in bfloat16; used where no step was timed
     load_rate: float  # bytes/s from the checkpoint's files into memory
     measured: tuple[StepTiming, ...] = ()
     holds: Holding | None = None
@@ -353,7 +331,6 @@ class HostInfo:
     compiled: tuple[StepShape, ...] = ()  # what its engine has made steps of
     ring: RingPlace = RingPlace()  # that its engine is in
     busy_seconds: float = 0.0  # until its lease is free, as those say who hold it or wait for it
-    quantized: QuantizedRates | None = None  # where they differ from `flops_per_second`: on a CPU
 
     def __post_init__(self) -> None:
         _check("memory_bytes", self.memory_bytes, 0)

@@ -42,11 +42,6 @@ class TransformerShape:
         block = tokens * (2 * self._matrices + 4 * (tokens + remembered) * self.hidden_size)
         return float(self.calls * self.blocks * block)
 
-    def attention_part(self, tokens: int, remembered: int = 0) -> float:
-        """The part of a step's arithmetic in which no matrix of weights takes part."""
-        attention = 2 * (tokens + remembered) * self.hidden_size
-        return attention / (self._matrices + attention)
-
     def heads_part(self, tokens: int) -> float:
         """The part of a step's arithmetic that heads are: the rest are the MLPs' columns."""
         heads = 4 * self.hidden_size**2 + 2 * tokens * self.hidden_size

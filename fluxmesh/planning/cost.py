@@ -58,7 +58,7 @@ def step_time(host: HostInfo, work: Workload, like: Sequence[StepTiming] = ()) -
                 ratio = flops / model.step_flops(timed.height, timed.width)
                 candidates.append((abs(math.log(ratio)), is_other, ratio, timed))
     if not candidates:
-        return Estimate(guessed_step(host, work), "arithmetic")
+        return Estimate(flops / guessed_rate(host, work), "arithmetic")
     _, is_other, ratio, timed = min(candidates, key=lambda candidate: candidate[:2])
     if (timed.height, timed.width) == (work.height, work.width) and work.is_plain:
         figure: Figure = "step of a like host" if is_other else "step"
@@ -146,16 +146,7 @@ def is_of(timed: StepTiming, work: Workload) -> bool:
     return (timed.model, timed.dtype, timed.bits) == (weights.model, weights.dtype, weights.bits)
 
 
-def guessed_step(host: HostInfo, work: Workload) -> float:
-    """Seconds of a step's arithmetic on this host alone, at the rates that its engine guesses."""
-    plain = quantized = guessed_rate(host, work)
-    if work.is_quantized and host.quantized is not None:
-        quantized = host.quantized.of(work.weights.dtype)
-    attention = work.shape.attention_part(work.tokens, work.remembered)
-    return work.step_flops * (attention / plain + (1 - attention) / quantized)
-
-
 def guessed_rate(host: HostInfo, work: Workload) -> float:
-    """FLOP a second, as an engine guesses at its device when it starts, of plain products."""
+    """FLOP a second, as an engine guesses at its device when it starts."""
     slower = FLOAT32_SLOWER if work.weights.dtype == "float32" else 1.0
     return host.flops_per_second / slower

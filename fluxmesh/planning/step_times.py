@@ -15,7 +15,7 @@ from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import MeshView, Placement
 from fluxmesh.models.partition import TokenRuns
 from fluxmesh.planning.collectives import PlainLink, compute_share, exposed_seconds, interpolated
-from fluxmesh.planning.cost import Estimate, Figure, guessed_step, ring_time, step_time
+from fluxmesh.planning.cost import Estimate, Figure, guessed_rate, ring_time, step_time
 from fluxmesh.planning.workload import Workload
 
 
@@ -77,16 +77,17 @@ class StepTimes:
         is_timed = all(self.alone[rank].figure != "arithmetic" for rank in ranks)
         if is_timed:
             return tuple(self.alone[rank].seconds * crowd[rank] for rank in ranks), True
-        hosts, guesses = [self.view.host(rank) for rank in ranks], self._guesses
-        return tuple(guesses[host.kind] * crowd[host.rank] for host in hosts), False
+        hosts, rates = [self.view.host(rank) for rank in ranks], self._rates
+        flops = self.work.step_flops
+        return tuple(flops / rates[host.kind] * crowd[host.rank] for host in hosts), False
 
     @cached_property
-    def _guesses(self) -> dict[str, float]:
-        """For each kind of host, seconds of a step as its engines guess, at their average speed."""
-        speeds: dict[str, list[float]] = {}
+    def _rates(self) -> dict[str, float]:
+        """For each kind of host, FLOP a second as its engines guess, on average."""
+        rates: dict[str, list[float]] = {}
         for host in self.view.hosts:
-            speeds.setdefault(host.kind, []).append(1 / guessed_step(host, self.work))
-        return {kind: len(each) / sum(each) for kind, each in speeds.items()}
+            rates.setdefault(host.kind, []).append(guessed_rate(host, self.work))
+        return {kind: sum(each) / len(each) for kind, each in rates.items()}
 
     def _at(self, size: tuple[int, int]) -> StepTimes:
         """Those of a prompt alone at this height and width."""

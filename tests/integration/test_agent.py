@@ -82,9 +82,6 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProce
             whole = psutil.virtual_memory().total
             assert 1 << 20 < status.memory_bytes <= whole and 1 << 20 < status.free_bytes <= whole
             assert status.flops_per_second > 1e8
-            rates = status.quantized  # on a GPU they are those of plain products
-            assert (rates is None) == (device() != "cpu")
-            assert rates is None or min(rates.bfloat16, rates.float32) > 1e6
             assert abs(status.clock - time.time()) < 5
             assert status.kind != "unknown"
             assert status.platform == device() and status.machine_bytes >= status.free_bytes

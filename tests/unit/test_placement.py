@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 
 from fluxmesh.cluster.backends import BackendFault, Fallback
-from fluxmesh.cluster.snapshot import HostInfo, LinkInfo, MeshView, QuantizedRates, StepTiming
+from fluxmesh.cluster.snapshot import LinkInfo, MeshView, StepTiming
 from fluxmesh.errors import UsageError
-from fluxmesh.planning.cost import decode_time
 from fluxmesh.planning.plan import Option, check_asked, plan
-from fluxmesh.planning.step_times import StepTimes
-from fluxmesh.planning.workload import Workload
 from tests.unit.meshes import FLUX, ask, full, held, mac, option, ring, small, without, won
 
 
@@ -39,32 +36,6 @@ def test_one_host_of_several_is_no_mesh_of_one() -> None:
     )
     none = plan(ask(), replace(two, hosts=()), FLUX).reason
     assert none == "No host of the mesh can be used now."
-
-
-def test_quantized_weights_are_planned_at_the_rate_that_a_processor_has_for_them() -> None:
-    """MLX's quantized product there is many times slower than a plain one, in bfloat16."""
-    rates = QuantizedRates(bfloat16=1e9, float32=8e9)
-    cpu = mac(0, platform="cpu", flops_per_second=20e9, quantized=rates, holds=None)
-
-    def step(host: HostInfo, **keys: Any) -> float:
-        return won(plan(ask(**keys), full(host), FLUX)).phases[0].step_seconds
-
-    attention = 2 * 4608 * 3072 / (12 * 3072**2 + 2 * 4608 * 3072)  # no weights in it
-    for bits in (4, 8):
-        slower = attention + (1 - attention) * 20
-        assert step(cpu, bits=bits) == pytest.approx(slower * step(cpu))
-        # The guess at plain float32 is half of bfloat16's 20.
-        slower = attention + (1 - attention) * 10 / 8
-        full_step = step(cpu, dtype="float32")
-        assert step(cpu, bits=bits, dtype="float32") == pytest.approx(slower * full_step)
-        assert step(mac(0), bits=bits) == step(mac(0))  # a GPU's are no slower
-    # Nor is the autoencoder quantized.
-    work = Workload.of(ask(bits=4), FLUX)
-    assert decode_time(cpu, work) == decode_time(replace(cpu, quantized=None), work)
-    # Shares of unequal hosts go by the same guess.
-    fast = mac(1, platform="cpu", kind="other", flops_per_second=20e9, holds=None)
-    paces, is_timed = StepTimes(work, full(cpu, fast)).paces((0, 1))
-    assert not is_timed and paces[0] == pytest.approx(paces[1] * (attention + (1 - attention) * 20))
 
 
 def test_one_image_is_spread_over_a_ring_and_four_are_handed_out() -> None:

@@ -71,7 +71,6 @@ def host_info(rank: int, status: messages.Status) -> HostInfo:
         machine_bytes=status.machine_bytes,
         compiled=status.compiled,
         busy_seconds=status.busy_seconds,
-        quantized=status.quantized,
         ring=RingPlace(status.ring, status.ring_rank, status.ring_size, status.ring_backend),
     )
 

@@ -55,7 +55,6 @@ CLASSES: dict[str, type[Any]] = protocol.TYPES | {
             shares.Shares,
             snapshot.StepTiming,
             snapshot.RingPlace,
-            snapshot.QuantizedRates,
             snapshot.StepShape,
             snapshot.Timings,
             snapshot.RingTiming,

@@ -10,7 +10,6 @@ from fluxmesh.cluster.snapshot import (
     Holding,
     KeptModels,
     Platform,
-    QuantizedRates,
     StepShape,
     StepTiming,
     TextHolding,
@@ -122,7 +121,6 @@ class Status(Message):
     lease: LeaseHolder | None = None
     line: JobsInLine = ()
     kept: KeptModels = ()  # models in memory beside `holds`
-    quantized: QuantizedRates | None = None  # as `HostInfo` has it
 
 
 # Between an agent and its engine alone
@@ -138,7 +136,6 @@ class Device(Message):
     memory_bytes: int  # the most that it may use
     flops_per_second: float
     platform: Platform = "cpu"
-    quantized: QuantizedRates | None = None  # as `HostInfo` has it
 
 
 @dataclass(frozen=True, kw_only=True)
