@@ -1,10 +1,13 @@
-"""A transformer's quantized linear, and two ways to multiply with it.
+"""A quantized linear, and two ways to multiply with it.
 
 MLX's quantized product reads each packed weight once and unpacks it inside: the best there is for
 few rows. For the thousands of tokens of a picture arithmetic is what takes the time, and on CUDA
 that product reaches a quarter of what a plain one does. There, from `MANY_ROWS` rows on, the whole
 matrix is unpacked first, to the dtype of its scales, and multiplied as a plain one: the same
-weights, their products added in another order. Everywhere else nothing changes.
+weights, their products added in another order. On a CPU that product unpacks number by number, for
+each row again, and in half precision adds so too: 64 rows take 25 times as long as with a plain
+matrix, and a single one longer than unpacking and a plain product. There half precision is always
+unpacked first. Everywhere else nothing changes.
 
 The unpacked matrix is gone after its product. It is made no earlier than the rows that it is
 multiplied with, and how many of them MLX may queue is bounded with everything else that waits for
@@ -33,14 +36,16 @@ class PackedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out], in the wider dtype of x and the scales."""
-        if has_many_rows(x):
+        if pays_unpacked(self, x):
             return unpacked_product(self, x)
         return cast(mx.array, super().__call__(x))
 
 
-def has_many_rows(x: mx.array) -> bool:
-    """Whether this device multiplies x [..., in] faster with an unpacked matrix."""
-    return device() == "cuda" and x.size >= MANY_ROWS * x.shape[-1]
+def pays_unpacked(linear: nn.QuantizedLinear, x: mx.array) -> bool:
+    """Whether this device multiplies x [..., in] faster with the unpacked matrix of `linear`."""
+    if device() == "cuda":
+        return x.size >= MANY_ROWS * x.shape[-1]
+    return device() == "cpu" and mx.float32 not in (x.dtype, linear.scales.dtype)
 
 
 def unpacked(linear: nn.QuantizedLinear, when: mx.array) -> mx.array:

@@ -393,11 +393,8 @@ def _fill(
 def _quantize_modules(model: Any, reader: ComponentReader, bits: int | None) -> None:
     """Puts a quantized linear where a matrix is stored quantized, or will be; computes nothing.
 
-    Each that is stored so keeps its own bits and groups; with `bits`, the others get those. Those
-    of a transformer are `PackedLinear`s; an encoder reads a prompt once, of few tokens.
+    Each that is stored so keeps its own bits and groups; with `bits`, the others get those.
     """
-    is_transformer = reader.component == reader.checkpoint.architecture.folder("denoiser")
-    kind = PackedLinear if is_transformer else nn.QuantizedLinear
     for name, target in table_of(reader.checkpoint, reader.component).items():
         path = name.removesuffix(".weight")
         packing = reader.packings.get(path)
@@ -408,7 +405,7 @@ def _quantize_modules(model: Any, reader: ComponentReader, bits: int | None) -> 
             rows, columns = target.shape
             bias = "bias" in module_at(model, path)
             how = {"group_size": packing.group, "bits": packing.bits}
-            replace_module(model, path, kind(columns, rows, bias, **how))
+            replace_module(model, path, PackedLinear(columns, rows, bias, **how))
 
 
 def _check_packed_cuts(reader: ComponentReader, parts: Mapping[str, Cut]) -> None:

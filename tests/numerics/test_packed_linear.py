@@ -1,4 +1,4 @@
-"""Quantized linears where rows are many on CUDA: unpacked first, and the same values.
+"""Quantized linears whose matrix is unpacked first where that is faster, and the same values.
 
 A CPU stands for the GPU: only which road is taken depends on the device.
 """
@@ -88,11 +88,32 @@ def test_half_precision_rounds_no_more_than_the_quantized_product(dtype, on_cuda
     assert apart(many, exact) < 1.5 * apart(nn.QuantizedLinear.__call__(linear, x), exact)
 
 
-@pytest.mark.parametrize("device", ["cpu", "metal"])
-def test_other_devices_multiply_as_they_did(device, monkeypatch, unpackings):
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", mx.float32), ("metal", mx.float32), ("metal", mx.bfloat16)]
+)
+def test_other_devices_multiply_as_they_did(device, dtype, monkeypatch, unpackings):
     monkeypatch.setattr(packed_linear, "device", lambda: device)
-    linear, x = packed(4), drawn(4 * MANY_ROWS, INPUTS, seed=1)
+    linear, x = packed(4, dtype=dtype), drawn(4 * MANY_ROWS, INPUTS, seed=1, dtype=dtype)
     assert mx.array_equal(linear(x), nn.QuantizedLinear.__call__(linear, x))
+    assert not unpackings
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_cpu_unpacks_for_any_number_of_rows_in_half_precision(dtype, rows, unpackings):
+    linear, x = packed(4, dtype=dtype), drawn(rows, INPUTS, seed=1, dtype=dtype)
+    wide = packed(4, dtype=dtype)
+    wide.set_dtype(mx.float32)
+    exact = nn.QuantizedLinear.__call__(wide, x.astype(mx.float32))
+    assert apart(linear(x), exact) < 1.5 * apart(nn.QuantizedLinear.__call__(linear, x), exact)
+    assert unpackings == [(OUTPUTS, INPUTS)]
+
+
+@pytest.mark.parametrize("scales", [mx.float32, mx.bfloat16])
+def test_a_cpu_multiplies_packed_where_one_side_has_32_bits(scales, unpackings):
+    rows = mx.bfloat16 if scales == mx.float32 else mx.float32
+    linear, x = packed(4, dtype=scales), drawn(7, INPUTS, seed=1, dtype=rows)
+    assert linear(x).dtype == mx.float32
     assert not unpackings
 
 
@@ -137,11 +158,11 @@ def kinds(model: nn.Module) -> set[type]:
     return {type(m) for m in model.modules() if isinstance(m, nn.QuantizedLinear)}
 
 
-def test_a_transformer_is_loaded_with_these_and_a_text_encoder_is_not(folder):
+def test_a_transformer_and_a_text_encoder_are_loaded_with_these(folder):
     checkpoint = hub.resolve(folder)
     assert kinds(loading.load_transformer(checkpoint, bits=8)) == {PackedLinear}
     text = runtime_of(checkpoint.architecture).text_models[-1]
-    assert kinds(loading.load_text_encoder(checkpoint, text, bits=8)) == {nn.QuantizedLinear}
+    assert kinds(loading.load_text_encoder(checkpoint, text, bits=8)) == {PackedLinear}
 
 
 def test_a_step_computes_the_same_either_way(folder, on_cuda, monkeypatch, unpackings):
