@@ -278,7 +278,7 @@ def long_job(machine: MeshMachine) -> Iterator[tuple[subprocess.Popen[str], str]
         text=True,
     ) as painting:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while (host := machine.hosts()[0])["state"] != "busy":
                 assert time.monotonic() < deadline and painting.poll() is None
             yield painting, host["job"]
@@ -313,9 +313,9 @@ def test_up_that_would_end_agents_of_a_job_has_to_be_forced(machine: MeshMachine
             cwd=machine.folder,
             stdout=subprocess.DEVNULL,
         )
-        wait_until_gone(processes(before)[:2], 30)
+        wait_until_gone(processes(before)[:2], 120)
         painting.kill()  # else `up` waits in its line for the other host
-        assert forced.wait(60) == 0
+        assert forced.wait(120) == 0
     assert processes(machine.hosts()) == processes(before)[2:]
 
 
@@ -462,7 +462,7 @@ def test_what_an_up_that_was_killed_has_started_is_found(machine: MeshMachine, f
         cwd=machine.folder,
         stderr=subprocess.DEVNULL,
     ) as killed:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while len(list((machine.folder / "fluxmesh_state").glob("agent-*/started.json"))) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.005)

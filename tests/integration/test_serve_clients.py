@@ -50,7 +50,7 @@ def running(klein: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     key.write_text(f"{KEY}\n")
     options = ("--model", klein, "--key-file", key)
     # 200 steps are not over before a test comes to cancel them, or has filled the line behind them.
-    env = environment(folder) | {"FLUXMESH_DELAYS": "step=0.1"}
+    env = environment(folder) | {"FLUXMESH_DELAYS": "step=0.2"}
     with server(*options, environment=env, folder=folder) as process:
         yield process
         process.signal()

@@ -149,7 +149,7 @@ def test_hosts_are_told_what_they_work_at_and_how_far_it_is(tmp_path: Path) -> N
         assert not any(isinstance(each, str) or each.lease for each in mesh.status().values())
         stream = mesh.generate(ask(model="tiny", height=32, width=32, steps=1000, n_images=3))
         for event in stream:
-            if isinstance(event, events.Step) and event.step == 900:
+            if isinstance(event, events.Step) and event.step == 200:
                 break
         status = mesh.status()[0]
         stream.close()
