@@ -26,7 +26,7 @@ from tests.processes import wait_until_gone
 from tests.server_process import ServerProcess, server
 
 # Of the engine that all tests share: work that is cut off is not over before a test comes to that.
-PACED = {"FLUXMESH_DELAYS": "step=0.1"}
+PACED = {"FLUXMESH_DELAYS": "step=0.4"}
 SMALL: dict[str, Any] = {"size": "64x64", "extra_body": {"steps": 2, "seed": 7}}
 
 
@@ -84,7 +84,7 @@ def test_openai_s_client_follows_a_stream_and_an_engine_that_is_killed_does_not_
 ) -> None:
     killed: list[int] = []
     kinds = []
-    fields = {"steps": 60, "seed": 7}
+    fields = {"steps": 16, "seed": 7}
     stream = client.images.generate(
         prompt="a red apple", size="64x64", stream=True, partial_images=3, extra_body=fields
     )
@@ -194,10 +194,10 @@ def test_a_job_is_seen_by_status_finished_at_ctrl_c_and_there_after_a_restart(
     tmp_path: Path, home: Path, fluxmesh: Run
 ) -> None:
     # The first job runs on until a command has started and looked.
-    env = environment(home) | {"FLUXMESH_DELAYS": "step=0.4"}
+    env = environment(home) | {"FLUXMESH_DELAYS": "step=1"}
     pictures = tmp_path / "pictures"
     with server("--model", "tiny", "--pictures", pictures, environment=env, folder=tmp_path) as it:
-        fields = {"prompt": "a dog", "width": 64, "height": 64, "steps": 60, "id": "the-first-job"}
+        fields = {"prompt": "a dog", "width": 64, "height": 64, "steps": 20, "id": "the-first-job"}
         assert httpx2.post(f"{it.url}/api/jobs", json=fields).status_code == 202
         waiting = {**fields, "id": "the-second-job"}
         httpx2.post(f"{it.url}/api/jobs", json=waiting)
