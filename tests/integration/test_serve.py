@@ -201,7 +201,8 @@ def test_a_job_is_seen_by_status_finished_at_ctrl_c_and_there_after_a_restart(
         assert httpx2.post(f"{it.url}/api/jobs", json=fields).status_code == 202
         waiting = {**fields, "id": "the-second-job"}
         httpx2.post(f"{it.url}/api/jobs", json=waiting)
-        shown = fluxmesh("status").out
+        while "Server" not in (shown := fluxmesh("status").out):  # it gives a server two seconds
+            assert "running" in httpx2.get(f"{it.url}/api/status").text
         assert f"Server {it.url}: 2 jobs." in shown and "place 1" in shown, shown
         lines: list[str] = []
 
