@@ -101,7 +101,7 @@ def runs(pid: int) -> bool:
     return True
 
 
-def until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits for what must come."""
     end = time.monotonic() + seconds
     while not is_so():

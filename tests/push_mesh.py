@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,10 +98,34 @@ class PushMesh:
         return nbytes
 
     def wait_for_bytes(self, rank: int, repo: str, nbytes: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while self.partial(rank, repo) < nbytes:
             assert time.monotonic() < deadline, "nothing arrives"
             time.sleep(0.002)
+
+    @contextmanager
+    def slowed(self, rank: int) -> Iterator[None]:
+        """Inside, what comes to a host comes slowly: its agent stands still most of the time.
+
+        So that a push is under way until whoever looks at it, or breaks it, comes.
+        """
+        pid, is_over = self.agent_pid(rank), threading.Event()
+
+        def slow() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                while not is_over.is_set():
+                    os.kill(pid, signal.SIGSTOP)
+                    time.sleep(0.09)
+                    os.kill(pid, signal.SIGCONT)
+                    time.sleep(0.01)
+
+        slowing = threading.Thread(target=slow)
+        slowing.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            slowing.join()
 
     def up(self) -> None:
         """All agents run, and hold nothing: loading and timing `tiny` takes longer than a push."""

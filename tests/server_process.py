@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-STARTS = 60.0  # seconds
-ENDS = 30.0
+STARTS = 120.0  # seconds
+ENDS = 100.0  # more than a server gives what runs
 
 
 @dataclass

@@ -55,6 +55,7 @@ class SimulatedLane(Lane):
         self.painted: list[ServedJob] = []  # in the order in which they began
         self.fails: FluxmeshError | None = None
         self.seconds = 0.001  # a step
+        self.hurries = threading.Event()  # once it is set, no step takes so long
 
     def open(self) -> None:
         """There is no mesh."""
@@ -80,7 +81,7 @@ class SimulatedLane(Lane):
                         return
                 if job.is_cancelled:
                     return
-                time.sleep(self.seconds)
+                self.hurries.wait(self.seconds)
                 tell("step", {"image": image, "step": step, "steps": job.steps})
                 if job.previews:
                     tell("preview", preview(image, step, pixels))

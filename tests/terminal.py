@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import psutil
+
+STILL = 8  # looks in which a process that waits was never seen to work
 CTRL_C, CTRL_D, TAB, UP = "\x03", "\x04", "\t", "\x1b[A"
 
 
@@ -71,6 +74,14 @@ class TerminalProcess:
                 raise AssertionError(f"it ended without {text!r}: {self.shown!r}")
         before, _, self.shown = self.shown.partition(text)
         return before + text
+
+    def until_it_waits(self, seconds: float = 60.0) -> None:
+        """Until it has stood still for a while: then it waits for keys."""
+        process, still = psutil.Process(self.process.pid), 0
+        deadline = time.monotonic() + seconds
+        while still < STILL and time.monotonic() < deadline:
+            still = still + 1 if process.status() == psutil.STATUS_SLEEPING else 0
+            time.sleep(0.05)
 
     def wait(self, seconds: float = 60.0) -> int:
         """Its exit code, once it has ended; what it showed last is in `shown`."""

@@ -17,7 +17,7 @@ from fluxmesh.wire.transport.dialer import CurveDialer, DialledConnection
 from fluxmesh.wire.transport.listener import AcceptedConnection, CurveListener
 
 
-def run(main: Coroutine[Any, Any, None], seconds: float = 60) -> None:
+def run(main: Coroutine[Any, Any, None], seconds: float = 200) -> None:
     """Runs a test that waits; one that hangs fails."""
     asyncio.run(asyncio.wait_for(main, seconds))
 

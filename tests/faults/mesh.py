@@ -36,7 +36,7 @@ from tests.paths import python_path
 from tests.ports import free_ports
 from tests.processes import commands_of
 
-LIMIT = 120.0  # seconds that anything here may take
+LIMIT = 200.0  # seconds that anything here may take
 
 
 def environment(folder: Path, delays: str = "") -> dict[str, str]:

@@ -108,6 +108,7 @@ class Coordinator:
         self.fence = self.ring_generation = 0
         self.heard: list[Message] = []  # all reports but heartbeats
         self.beats = 0  # heartbeats of the agent
+        self.is_silent = False  # it gives no heartbeats of its own
         self.read = 0
         self._news = asyncio.Condition()
         self.seq = 0
@@ -184,16 +185,14 @@ class Coordinator:
 
 
 @asynccontextmanager
-async def connected(
-    host: AgentProcess, *, beats: bool = True, client: str = ""
-) -> AsyncIterator[Coordinator]:
-    """Connects and says hello; `beats` False falls silent after that."""
+async def connected(host: AgentProcess, *, client: str = "") -> AsyncIterator[Coordinator]:
+    """Connects and says hello."""
     dialer = CurveDialer(host.user)
     connection = await dialer.connect(host.endpoint, host.key)
     coordinator = Coordinator(connection, client or secrets.token_hex(8))
 
     async def beat() -> None:
-        while beats:
+        while not coordinator.is_silent:
             await connection.send(messages.Heartbeat())
             await asyncio.sleep(1.0)
 

@@ -138,9 +138,9 @@ def test_a_long_unit_beats_until_it_is_done(tmp_path: Path, weights: ModelVarian
 
 
 def test_cancel_stops_at_the_next_step_and_drops_what_waits(
-    host: AgentProcess, weights: ModelVariant
+    tmp_path: Path, weights: ModelVariant
 ) -> None:
-    async def scene() -> None:
+    async def scene(host: AgentProcess) -> None:
         async with connected(host) as coordinator:
             await coordinator.lease()
             text = await encode(coordinator, weights)
@@ -159,21 +159,24 @@ def test_cancel_stops_at_the_next_step_and_drops_what_waits(
             assert status.counters.steps == steps + 2
             assert status.engine_pid == engine
 
-    play(scene())
+    with agent(tmp_path, "--root", weights.model, envs={"FLUXMESH_DELAYS": "step=0.1"}) as host:
+        play(scene(host))
 
 
-def test_an_engine_ends_when_its_agent_is_killed(host: AgentProcess, weights: ModelVariant) -> None:
-    async def scene() -> int:
+def test_an_engine_ends_when_its_agent_is_killed(tmp_path: Path, weights: ModelVariant) -> None:
+    async def scene(host: AgentProcess) -> int:
         async with connected(host) as coordinator:
             await coordinator.lease()
             text = await encode(coordinator, weights)
-            await coordinator.done(painting(coordinator, weights, text, steps=300))
+            await coordinator.done(painting(coordinator, weights, text, steps=500))
             await coordinator.until(messages.Stepped)
             engine = await engine_of(coordinator)
             host.process.kill()
             return engine
 
-    wait_until_gone([play(scene())])
+    # It computes when its agent is killed, however late this process comes.
+    with agent(tmp_path, "--root", weights.model, envs={"FLUXMESH_DELAYS": "step=0.1"}) as host:
+        wait_until_gone([play(scene(host))])
 
 
 def test_an_agent_that_starts_again_ends_the_engine_that_was_left_behind(
@@ -198,14 +201,18 @@ def test_an_agent_that_starts_again_ends_the_engine_that_was_left_behind(
 
 
 def test_another_process_with_the_orphans_number_is_left_alone(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as stranger:
+    async def until_it_serves(host: AgentProcess) -> None:
+        async with connected(host):
+            """By then it has looked at the record."""
+
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stranger:
         try:
             (tmp_path / "agent").mkdir(mode=0o700)
             record = tmp_path / "agent" / "engine.json"
             record.write_text(f'{{"pid": {stranger.pid}, "start": "1"}}')
             record.chmod(0o600)
-            with agent(tmp_path / "agent"):
-                time.sleep(0.5)
+            with agent(tmp_path / "agent") as host:
+                play(until_it_serves(host))
             assert stranger.poll() is None
         finally:
             stranger.kill()

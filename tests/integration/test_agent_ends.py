@@ -25,7 +25,7 @@ from fluxmesh.wire.messages import Load
 from tests.integration.agents import AgentProcess, connected, play
 from tests.paths import ROOT
 
-GONE = 15.0  # seconds within which it must have ended, on a machine that others use
+GONE = 60.0  # seconds within which it must have ended, on a machine that others use
 SEED = 7
 
 # The module as `fluxmesh up` runs it, which says when its first line has been run: before that a
@@ -76,13 +76,13 @@ class Life:
         place = (said["endpoint"], said["public_key"], said["boot"])
         return AgentProcess(self.process, self.home.folder, *place, self.user)
 
-    def ends(self, *, signals: int = 1) -> None:
-        """SIGTERM, and what must be so after that."""
+    def ends(self, *, signals: int = 1, within: float = GONE) -> None:
+        """SIGTERM, and what must be so after that, so many seconds later at most."""
         engine = read_record(self.home.engine)
         for _ in range(signals):
             self.process.send_signal(signal.SIGTERM)
             time.sleep(0.001)
-        code = self.process.wait(GONE)
+        code = self.process.wait(within)
         assert self.process.stderr is not None
         assert (code, self.process.stderr.read()) == (0, b"")
         for record in (engine, read_record(self.home.engine)):
@@ -150,8 +150,7 @@ def test_an_agent_ends_whose_engine_loads_for_a_coordinator(tmp_path: Path) -> N
 
 
 def test_an_agent_ends_that_waits_for_a_probe_of_a_link(tmp_path: Path) -> None:
-    """Its port stays open for longer than an agent may take to end, here too."""
-    assert DEADLINES.link_open > GONE
+    """Its port would stay open for longer."""
     with life(tmp_path / "agent") as agent:
         host = agent.listens()
 
@@ -159,7 +158,7 @@ def test_an_agent_ends_that_waits_for_a_probe_of_a_link(tmp_path: Path) -> None:
             async with connected(host) as user:
                 answer = await user.ask(messages.ListenForLink("127.0.0.1", b"token"))
                 assert isinstance(answer, messages.Ports)
-                agent.ends()
+                agent.ends(within=DEADLINES.link_open - 1)
 
         play(scene())
 

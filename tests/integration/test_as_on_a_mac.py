@@ -144,7 +144,7 @@ def run_tests(*what: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
     )
 
@@ -201,7 +201,7 @@ def test_a_picture_is_painted_where_proc_is_gone_for_c_libraries_too(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr

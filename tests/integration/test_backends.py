@@ -51,7 +51,7 @@ def false_mesh(
             host["rdma"] = [None if other == rank else "rdma_en5" for other in range(2)]
         text = json.dumps({"backend": backend, "hosts": hosts})
 
-        soon = replace(DEADLINES, first_sign=10.0)  # a new engine that hangs is found sooner
+        soon = replace(DEADLINES, first_sign=20.0)  # a new engine that hangs is found sooner
         mesh = Mesh(
             replace(record, text=text), lambda: CurveDialer(user), keep=kept.extend, deadlines=soon
         )

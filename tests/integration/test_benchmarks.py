@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    tmp_path: Path, program: str, *options: str, seconds: float = 100
+    tmp_path: Path, program: str, *options: str, seconds: float = 200
 ) -> tuple[str, list[dict[str, Any]]]:
     """What a program printed, and what it measured."""
     written = tmp_path / "measured.json"
@@ -167,7 +167,7 @@ def test_overlap_times_ways_with_a_link_and_without(tmp_path: Path) -> None:
     ways = ("one", "bare gathers", "tree", "own stream", "tensor, halves")
     counts = ("--backend", "ring", "--steps", "2", "--warmup", "1", "--settings", "plain")
     every = (*ways, "peer memory")
-    printed, results = run(tmp_path, "overlap", *counts, "--ways", *every, seconds=200)
+    printed, results = run(tmp_path, "overlap", *counts, "--ways", *every)
     steps = [result for result in results if "ranks" in result]
     spread = [(way, linked) for way in ways[2:] for linked in (True, False)]
     assert [(r["way"], r["linked"]) for r in steps] == [("one", True), *spread]

@@ -73,7 +73,7 @@ class Machine:
             env=self.env | env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ def example(name: str, model: str, folder: Path) -> str:
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr

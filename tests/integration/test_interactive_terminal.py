@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def session(home: Path, folder: Path, checkpoint: Path) -> TerminalProcess:
 
 def press_ctrl_c(talk: TerminalProcess) -> None:
     """Once readline waits for keys: just before, it sees a signal no sooner than the next key."""
-    time.sleep(0.3)
+    talk.until_it_waits()
     talk.type(CTRL_C)
 
 

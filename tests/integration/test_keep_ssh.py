@@ -94,6 +94,7 @@ def soon(so: Callable[[], bool]) -> bool:
 def test_a_connection_that_is_kept_lasts_as_long_as_the_agent(remote: Remote) -> None:
     assert remote.start(keep_ssh=True).is_fresh
     time.sleep(2)  # longer than a starter needs to see that it is not held
+    assert soon(lambda: len(remote.connections) == 1)
     (ssh,) = remote.connections
     assert "ServerAliveCountMax=20" in remote.options(ssh)
     assert "ControlPath=none" in remote.options(ssh)
@@ -111,6 +112,7 @@ def test_without_it_no_connection_outlives_the_command(remote: Remote) -> None:
 
 def test_an_agent_outlives_its_connection_and_is_started_again_for_another(remote: Remote) -> None:
     boot = remote.start(keep_ssh=True).member.boot
+    assert soon(lambda: len(remote.connections) == 1)  # those that started it have ended
     (ssh,) = remote.connections
     again = remote.start(keep_ssh=True)
     assert not again.is_fresh and again.member.boot == boot
@@ -125,7 +127,7 @@ def test_an_agent_outlives_its_connection_and_is_started_again_for_another(remot
     assert not plain.is_fresh and plain.member.boot == boot
     kept = remote.start(keep_ssh=True)
     assert kept.is_fresh and kept.member.boot != boot
-    assert len(remote.connections) == 1
+    assert soon(lambda: len(remote.connections) == 1)
 
 
 def test_an_agent_that_does_not_start_is_told_and_keeps_nothing(remote: Remote) -> None:

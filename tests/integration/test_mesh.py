@@ -128,13 +128,14 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
     number: signal.Signals,
     cache: float,
 ) -> None:
-    request = request_of(checkpoint, n_images=2, steps=4, cache=cache)
+    request = request_of(checkpoint, n_images=2, steps=8, cache=cache)
     alone = painted_alone(request)
     with mesh_of(tmp_path / "whole", 1, checkpoint) as mesh:
         by_one = list(mesh.generate(request))
     with mesh_of(tmp_path, 2, checkpoint, SLOW) as mesh:
         job_events: list[events.Event] = []
         struck = 0.0
+        # Behind the step that is waited for a host has 2.4 s of work at least.
         for event in mesh.generate(request, placement):
             job_events.append(event)
             if isinstance(event, events.Step) and event.step == 2 and not struck:
@@ -146,14 +147,14 @@ def test_an_engine_that_dies_or_hangs_costs_seconds_and_no_step(
         for a, b in zip(alone, pictures(job_events), strict=True):
             assert np.abs(a.astype(int) - b.astype(int)).max() <= (0 if placement == "data" else 1)
         steps = [(e.image, e.step) for e in job_events if isinstance(e, events.Step)]
-        assert len(steps) == len(set(steps)) == 8
+        assert len(steps) == len(set(steps)) == 16
         reused = [
             {(e.image, e.step) for e in t if isinstance(e, events.Step) and e.reused}
             for t in (by_one, job_events)
         ]
         assert reused[0] == reused[1] and bool(reused[0]) is bool(cache)
         assert any(isinstance(event, events.HostLost) for event in job_events)
-        assert took < 60
+        assert took < 100
 
 
 def test_the_command_line_uses_the_mesh_that_is_up(

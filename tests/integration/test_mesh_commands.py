@@ -278,7 +278,7 @@ def long_job(machine: MeshMachine) -> Iterator[tuple[subprocess.Popen[str], str]
         text=True,
     ) as painting:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while (host := machine.hosts()[0])["state"] != "busy":
                 assert time.monotonic() < deadline and painting.poll() is None
             yield painting, host["job"]
@@ -313,9 +313,9 @@ def test_up_that_would_end_agents_of_a_job_has_to_be_forced(machine: MeshMachine
             cwd=machine.folder,
             stdout=subprocess.DEVNULL,
         )
-        wait_until_gone(processes(before)[:2], 30)
+        wait_until_gone(processes(before)[:2], 120)
         painting.kill()  # else `up` waits in its line for the other host
-        assert forced.wait(60) == 0
+        assert forced.wait(120) == 0
     assert processes(machine.hosts()) == processes(before)[2:]
 
 
@@ -456,19 +456,21 @@ def test_what_an_up_that_was_killed_has_started_is_found(machine: MeshMachine, f
     path = machine.hostfile(2)
     command = [sys.executable, "-m", "fluxmesh_coordinator", "up", str(path)]
     starting = machine.folder / "fluxmesh_home" / "starting.json"
-    with subprocess.Popen(
-        [*command, "--model", str(machine.model)],
-        env=machine.env,
-        cwd=machine.folder,
-        stderr=subprocess.DEVNULL,
-    ) as killed:
-        deadline = time.monotonic() + 60
-        while len(list((machine.folder / "fluxmesh_state").glob("agent-*/started.json"))) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        killed.kill()
-    if (machine.folder / "fluxmesh_home" / "mesh.json").exists():
-        pytest.fail("it was faster than its killer")
+    for _ in range(5):
+        with subprocess.Popen(
+            [*command, "--model", str(machine.model)],
+            env=machine.env,
+            cwd=machine.folder,
+            stderr=subprocess.DEVNULL,
+        ) as killed:
+            deadline = time.monotonic() + 120
+            while len(list((machine.folder / "fluxmesh_state").glob("agent-*/started.json"))) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            killed.kill()
+        if not (machine.folder / "fluxmesh_home" / "mesh.json").exists():
+            break
+        assert machine("down").code == 0  # it was faster than its killer
     assert starting.exists()
     if finder == "up":
         assert len(machine.up(path).of("up")[0]["hosts"]) == 2

@@ -125,7 +125,8 @@ def test_an_engine_that_dies_costs_no_reference_and_no_step(
     as_if_apart(monkeypatch)
     more = with_redux(tmp_path / "redux") if kind == "Redux" else {}
     request = request_of(make(kind, tmp_path / "model"), 2, **more)
-    slow = {"FLUXMESH_DELAYS": "step=0.2,encode=1.0"}
+    # Long enough for this process to come and kill it, however busy the machine is.
+    slow = {"FLUXMESH_DELAYS": "encode=3" if moment == "encoding" else "step=1"}
     struck: list[int] = []
 
     def strike(mesh: Mesh, rank: int) -> None:

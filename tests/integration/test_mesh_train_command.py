@@ -33,7 +33,8 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def mesh(place, tmp_path_factory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("mesh")
-    with up(folder, 2, str(place / "model"), delays="step=0.05") as mesh:
+    # An update takes 0.8 s at least: a command is in the next one when it is struck.
+    with up(folder, 2, str(place / "model"), delays="step=0.4") as mesh:
         yield mesh
 
 

@@ -90,10 +90,11 @@ def test_a_folder_or_a_file_is_found_by_the_path_that_it_has_at_home(
 def test_ctrl_c_leaves_what_has_come_and_no_process(mesh: PushMesh, repo: str) -> None:
     cached(mesh.own_cache, repo, pad=LARGE)
     before = mesh.processes()
-    process = mesh.start("models", "push", repo, "--json")
-    mesh.wait_for_bytes(0, repo, random.Random(3).randrange(LARGE // 8, LARGE // 2))
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    with mesh.slowed(0):
+        process = mesh.start("models", "push", repo, "--json")
+        mesh.wait_for_bytes(0, repo, random.Random(3).randrange(LARGE // 8, LARGE // 2))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
     assert process.returncode == 130, (out, err)
     assert b"Traceback" not in err
     deadline = time.monotonic() + 60
@@ -115,9 +116,10 @@ def test_a_host_that_dies_is_told_and_the_others_finish(
     mesh: PushMesh, victim: int, repo: str
 ) -> None:
     made = contents(cached(mesh.own_cache, repo, pad=LARGE))
-    process = mesh.start("models", "push", repo, "--json")
-    mesh.wait_for_bytes(victim, repo, random.Random(victim).randrange(1, LARGE // 2))
-    os.kill(mesh.agent_pid(victim), signal.SIGKILL)
+    with mesh.slowed(victim):
+        process = mesh.start("models", "push", repo, "--json")
+        mesh.wait_for_bytes(victim, repo, random.Random(victim).randrange(1, LARGE // 2))
+        os.kill(mesh.agent_pid(victim), signal.SIGKILL)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 1, err
     (left_out,) = lines_of(out, "left_out")
@@ -141,9 +143,10 @@ def test_where_the_only_host_that_has_it_dies_the_rest_go_on_when_it_is_back(
     mesh: PushMesh, repo: str
 ) -> None:
     made = contents(cached(mesh.cache(0), repo, pad=LARGE))
-    process = mesh.start("models", "push", repo, "--json")
-    mesh.wait_for_bytes(1, repo, LARGE // 10)
-    os.kill(mesh.agent_pid(0), signal.SIGKILL)
+    with mesh.slowed(1):
+        process = mesh.start("models", "push", repo, "--json")
+        mesh.wait_for_bytes(1, repo, LARGE // 10)
+        os.kill(mesh.agent_pid(0), signal.SIGKILL)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 1, (out, err)
     assert {line["host"] for line in lines_of(out, "left_out")} == {1, 2}
@@ -161,10 +164,11 @@ def test_where_the_only_host_that_has_it_dies_the_rest_go_on_when_it_is_back(
 
 def test_an_agent_answers_while_files_come_and_go(mesh: PushMesh, repo: str) -> None:
     cached(mesh.own_cache, repo, pad=2 * LARGE)
-    process = mesh.start("models", "push", repo, "--json")
-    mesh.wait_for_bytes(1, repo, 1 << 20)
-    status = mesh("status", "--json")
-    was_busy = process.poll() is None
+    with mesh.slowed(1):
+        process = mesh.start("models", "push", repo, "--json")
+        mesh.wait_for_bytes(1, repo, 1 << 20)
+        status = mesh("status", "--json")
+        was_busy = process.poll() is None
     assert status.code == 0 and was_busy
     assert all(host["answers"] for host in status.of("status")[0]["hosts"])
     out, _ = process.communicate(timeout=100)

@@ -49,7 +49,9 @@ def running(klein: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     key.touch(mode=0o600)
     key.write_text(f"{KEY}\n")
     options = ("--model", klein, "--key-file", key)
-    with server(*options, environment=environment(folder), folder=folder) as process:
+    # 200 steps are not over before a test comes to cancel them, or has filled the line behind them.
+    env = environment(folder) | {"FLUXMESH_DELAYS": "step=0.2"}
+    with server(*options, environment=env, folder=folder) as process:
         yield process
         process.signal()
         assert process.ended() == 0

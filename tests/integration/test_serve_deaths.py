@@ -32,8 +32,8 @@ ASKED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Two hosts, whose steps take long enough to be hit."""
-    with up(tmp_path_factory.mktemp("mesh"), 2, dtype="bfloat16", delays="step=0.1") as machine:
+    """Two hosts, whose steps take long enough to be hit: four seconds behind a partial picture."""
+    with up(tmp_path_factory.mktemp("mesh"), 2, dtype="bfloat16", delays="step=0.6") as machine:
         yield machine
 
 

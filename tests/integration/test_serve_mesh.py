@@ -76,11 +76,12 @@ def asked_server(machine: MeshMachine, *options: object) -> Iterator[AskedServer
 def test_jobs_of_two_clients_are_painted_at_once_each_on_a_host_of_its_own(
     machine: MeshMachine,
 ) -> None:
-    slow = machine.env | {"FLUXMESH_DELAYS": "step=0.15"}
+    slow = machine.env | {"FLUXMESH_DELAYS": "step=0.5"}
     machine.env, quick = slow, machine.env
     engines = machine.up(machine.hostfile(2), "--no-warm").of("up")[0]["hosts"]
     machine.env = quick
-    fields = {"steps": 30, "n_images": 1, "placement": "data"}
+    # Of 10 s: both run side by side, also where they begin apart.
+    fields = {"steps": 20, "n_images": 1, "placement": "data"}
     with asked_server(machine) as it:
         it.send("job-of-anna", "anna", seed=1, **fields)
         it.send("job-of-ben", "ben", seed=2, **fields)
@@ -106,7 +107,7 @@ def test_jobs_of_two_clients_are_painted_at_once_each_on_a_host_of_its_own(
         it.process.signal()
         assert it.process.ended() == 0, it.process.log
     assert pictures[0] != pictures[1]
-    options = ("--image-size", "32x32", "--steps", 30, "--seed", 2, "--placement", "data")
+    options = ("--image-size", "32x32", "--steps", 20, "--seed", 2, "--placement", "data")
     done = machine("generate", "a red apple", *options, "--output", "ben.png")
     assert done.code == 0, done.err
     assert (machine.folder / "ben.png").read_bytes() == pictures[1]

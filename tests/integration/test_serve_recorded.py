@@ -40,7 +40,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
     key.touch(mode=0o600)
     key.write_text(f"{KEY}\n")
     options = ("--model", "tiny", "--key-file", key)
-    with server(*options, environment=environment(folder), folder=folder) as process:
+    # 200 steps are not over before a test has seen them begin.
+    env = environment(folder) | {"FLUXMESH_DELAYS": "step=0.1"}
+    with server(*options, environment=env, folder=folder) as process:
         yield process
         process.signal()
         assert process.ended() == 0

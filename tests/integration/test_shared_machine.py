@@ -15,6 +15,7 @@ from fluxmesh.cluster.hostfile import CONTROL_PORT
 from fluxmesh.storage.processes import started_at
 from fluxmesh_coordinator.agents import bootstrap
 from tests.integration.test_mesh_commands import MeshMachine
+from tests.ports import free_ports
 
 LOCAL = {"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}
 
@@ -83,11 +84,9 @@ def test_a_port_that_is_taken_between_look_and_start_costs_another_try(
 ) -> None:
     """Somebody else's agent listens there by the time that ours wants to."""
     monkeypatch.setenv("FLUXMESH_STATE", str(tmp_path))
-    with socket.socket() as taken, socket.socket() as other:
-        taken.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        first, second = (sock.getsockname()[1] for sock in (taken, other))
-        other.close()
+    first, second = free_ports(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first))
         looked, can_bind = [], bootstrap.can_bind
 
         def race(address: str, port: int) -> bool:

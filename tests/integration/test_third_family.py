@@ -67,7 +67,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Up:
 
 @pytest.fixture(scope="module")
 def two_hosts(user: Up) -> Iterator[Up]:
-    with up(user.folder / "mesh", 2, user.model, PYTHONPATH=third_path()) as mesh:
+    path = third_path()
+    # Slow: neither host can have done it all before the other began.
+    with up(user.folder / "mesh", 2, user.model, delays="step=0.2", PYTHONPATH=path) as mesh:
         yield mesh
 
 

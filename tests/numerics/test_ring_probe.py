@@ -44,9 +44,12 @@ class Slow:
 
 
 def test_a_slow_ring_is_measured_by_its_smaller_sizes_alone() -> None:
-    ranks, start = Slow(1e6), time.perf_counter()
-    timing = timed(ranks, 1.2, ROOM)  # type: ignore[arg-type]
-    assert time.perf_counter() - start < 20  # 32 MiB alone would take half a minute
+    for seconds in (1.2, 6.0):  # more where a busy machine left no time for a second size
+        ranks = Slow(1e6)
+        timing = timed(ranks, seconds, ROOM)  # type: ignore[arg-type]
+        assert max(nbytes for _, nbytes in ranks.calls) < SIZES[-1]  # it would take half a minute
+        if min(len(timing.gathers), len(timing.sums)) >= 2:
+            break
     for table in (timing.gathers, timing.sums):
         assert 2 <= len(table) < len(SIZES)
         for point in table:

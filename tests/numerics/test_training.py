@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,35 +155,36 @@ def test_a_run_of_flux2_that_was_closed_goes_on_to_the_same_bytes(place_of, tmp_
     test_a_run_that_was_closed_goes_on_to_the_same_bytes(place, tmp_path / "closed", wanted, 1)
 
 
+# Stands still in the middle of what comes behind an event: it can't be over before it is killed.
 PROGRAM = """
-import sys
+import os, signal, sys, threading
 from fluxmesh.training.request import TrainRequest
 from fluxmesh.training.local_executor import train
-for event in train(TrainRequest(**eval(sys.argv[1]))):
-    print(type(event).__name__, flush=True)
+fields, word, left = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+for event in train(TrainRequest(**fields)):
+    left -= type(event).__name__ == word
+    if not left:
+        left = -1
+        print(word, flush=True)
+        threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGSTOP)).start()
 """
-
-
-def lines_until(process: subprocess.Popen, word: str, count: int) -> Iterator[str]:
-    for line in process.stdout:
-        yield line
-        count -= line.strip() == word
-        if not count:
-            return
 
 
 @pytest.mark.parametrize(("word", "count"), [("Updated", 2), ("CheckpointSaved", 2)])
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(place, tmp_path, straight, word, count):
     fields = dataclasses.asdict(asked(place, tmp_path, **RESUMED))
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, repr(fields)],
+        [sys.executable, "-c", PROGRAM, repr(fields), word, str(count)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     with process:
-        assert list(lines_until(process, word, count))[-1].strip() == word
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout.readline().strip() == word
+            os.waitpid(process.pid, os.WUNTRACED)  # it stands still
+        finally:
+            process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / FINAL).exists()
     run(asked(place, tmp_path, resume=True, **RESUMED))

@@ -38,7 +38,8 @@ def browser() -> Iterator[Browser]:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("user")
     own = {"FLUXMESH_HOME": str(folder / "home"), "FLUXMESH_STATE": str(folder / "state")}
-    return {**os.environ, **own}
+    # What is on the page while a picture is painted stays there until a test has looked.
+    return {**os.environ, **own, "FLUXMESH_DELAYS": "step=0.3"}
 
 
 def _adapter(folder: Path) -> None:

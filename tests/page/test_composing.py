@@ -40,7 +40,7 @@ def test_several_pictures_and_a_shape_of_the_models_own_size(page: Page, served:
     page.get_by_label("How many pictures").select_option("2")
     page.get_by_label("Prompt").fill("two dogs")
     page.get_by_label("More settings").click()
-    page.get_by_label("Steps", exact=True).fill("1")
+    page.get_by_label("Steps", exact=True).fill("4")  # so that both tiles are seen
     before = names(page)
     page.get_by_role("button", name="Paint", exact=True).click()
     expect(page.locator(".tile")).to_have_count(2)

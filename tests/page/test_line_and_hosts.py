@@ -81,7 +81,7 @@ def test_a_page_that_is_loaded_again_goes_on_with_what_it_asked_for(page: Page) 
 def test_a_stream_that_breaks_is_taken_up_where_it_broke(page: Page) -> None:
     """The browser is offline for a moment: each step is shown once, and the picture comes."""
     before = names(page)
-    set_up(page, "a blue bird", steps="40", side="64")
+    set_up(page, "a blue bird", steps="20", side="64")
     page.get_by_role("button", name="Paint", exact=True).click()
     expect(page.locator(".job-state")).to_contain_text(re.compile("Step"))
     page.context.set_offline(True)

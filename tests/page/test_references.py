@@ -76,8 +76,10 @@ def test_pictures_that_are_dropped_are_references_of_an_edit(page: Page, klein: 
         ),
     )
     drop(page, *(png(64, colour) for colour in COLOURS))
-    shown = page.locator(".attachment img")
-    assert [shown.nth(k).evaluate("(image) => image.naturalWidth") for k in range(3)] == [64] * 3
+    page.wait_for_function(
+        """() => [...document.querySelectorAll(".attachment img")]
+          .map((image) => image.naturalWidth).join() === '64,64,64'"""
+    )
     for number in (1, 2, 3):
         expect(page.get_by_label(f"What picture {number} is for")).to_have_value("references")
     page.get_by_role("button", name="Remove picture 2").click()

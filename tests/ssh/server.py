@@ -69,7 +69,7 @@ class Server:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
         subprocess.run(["userdel", "-f", USER], check=True, capture_output=True)
 
     def _add_user(self) -> None:
@@ -110,7 +110,7 @@ class Server:
         )
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((ADDRESS, self.port), 1):
                 return

@@ -19,6 +19,7 @@ import pytest
 from tests.integration.conftest import FinishedProcess, environment
 from tests.ports import free_ports
 from tests.processes import wait_until_gone
+from tests.slowness import slowdown
 from tests.ssh.server import ADDRESS, ALIAS, Server
 
 
@@ -40,7 +41,7 @@ class User:
             stdin=subprocess.DEVNULL,
             cwd=self.folder,
             text=True,
-            timeout=110,
+            timeout=200,
             check=False,
         )
         return FinishedProcess(done.returncode, done.stdout, done.stderr)
@@ -88,7 +89,7 @@ def listens(hostfile: Path) -> list[bool]:
     for host in json.loads(hostfile.read_text()):
         address, _, port = host["control"].rpartition(":")
         with socket.socket() as sock:
-            sock.settimeout(2)
+            sock.settimeout(30)
             open_ports.append(sock.connect_ex((address, int(port))) == 0)
     return open_ports
 
@@ -106,8 +107,8 @@ def test_up_starts_an_agent_as_the_other_user_that_outlives_the_ssh_session(
     links = done.of("up")[0]["links"]
     assert {(link["source"], link["target"]) for link in links} == {(0, 1), (1, 0)}
     assert psutil.Process(there["pid"]).uids().real == server.uid
+    wait_for(lambda: not [words for words in server.processes() if "starter" in " ".join(words)])
     commands = server.processes()
-    assert not [words for words in commands if "starter" in " ".join(words)]
     assert len([words for words in commands if "fluxmesh_agent" in words]) == 1
     state = server.home / ".local" / "state" / "fluxmesh"
     (folder,) = state.glob("agent-*")
@@ -119,11 +120,11 @@ def test_up_starts_an_agent_as_the_other_user_that_outlives_the_ssh_session(
 def test_up_again_finds_all_done_and_starts_nothing(user: User, hostfile: Path) -> None:
     before = user.status()
 
-    begin = time.monotonic()
+    begin, slow = time.monotonic(), slowdown()
     done = user("up", hostfile, "--model", "tiny", "--json")
 
     assert done.code == 0, done.err
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 20 * max(slow, slowdown())
     stages = [line["text"] for line in done.of("stage")]
     assert not [text for text in stages if "Loading" in text or "Timing" in text]
     after = done.of("up")[0]["hosts"]
@@ -196,8 +197,8 @@ def test_down_leaves_no_process_and_no_port(server: Server, user: User, hostfile
 
     assert done.code == 0, done.err
     assert listens(hostfile) == [False, False]
-    wait_until_gone(pids, 5)
-    assert server.processes() == []
+    wait_until_gone(pids)
+    wait_for(lambda: server.processes() == [])
     assert not (user.folder / "home" / "mesh.json").exists()
 
 
@@ -249,7 +250,7 @@ def test_a_connection_is_kept_while_its_agent_lives_and_may_break(
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

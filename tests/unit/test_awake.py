@@ -64,7 +64,7 @@ def test_a_coordinator_keeps_its_mac_awake_while_it_has_a_job(tmp_path: Path, a_
                 assert a_mac.caffeinated() == []
                 heard: list[events.Event] = []
 
-                mesh.engine(0).pause = 0.2
+                mesh.engine(0).pause = 0.4
                 request = ask(height=32, width=32, steps=3)
                 asked = GenerationJob(id="job", secret=b"s", request=request, sizes=small())
                 work = asyncio.create_task(

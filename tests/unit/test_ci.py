@@ -45,7 +45,7 @@ class BareMachine:
             env={**kept, "PATH": str(self.tools)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
             check=False,
         )
 

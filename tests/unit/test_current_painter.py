@@ -122,7 +122,7 @@ def test_nobody_waits_for_the_end_of_a_mesh_but_who_noticed_that_another_one_is_
     assert is_ending.wait(60)
     with ThreadPoolExecutor(1) as threads:
         try:
-            assert threads.submit(painters.get).result(10) is not first
+            assert threads.submit(painters.get).result(50) is not first
         finally:
             may_end.set()
     noticing.join()
@@ -184,7 +184,7 @@ def test_a_mesh_that_takes_long_to_begin_holds_up_no_job_of_the_one_before(
         assert begins.wait(60)
         threading.Thread(target=end, daemon=True).start()
         try:
-            assert ended.wait(2)
+            assert ended.wait(50)
             assert painters.book().ranks == {0, 1, 2}
         finally:
             may_begin.set()

@@ -55,7 +55,7 @@ class There:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=60,
+            timeout=200,
             check=False,
         )
 

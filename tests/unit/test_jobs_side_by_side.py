@@ -83,10 +83,13 @@ def test_a_job_that_has_all_hosts_lets_go_of_those_that_its_plan_leaves_out(
         task = asyncio.create_task(first.run())
         await until_steps(heard)
         assert len(lent.ranks) == 1 and len(book.free) == 1
+        (rank,) = lent.ranks
+        mesh.engine(rank).stop()  # until the other is done
         other = Heard()
         second, running = runner(pool, "two", book.lend(book.free), other, steps=3)
         await running.run()
         assert not task.done()
+        mesh.engine(rank)._goes.set()
         check(other, second)
         await task
         check(heard, asked)
@@ -119,7 +122,7 @@ def test_a_job_that_loses_its_only_host_goes_on_with_one_that_comes_free(tmp_pat
         book = HostBook([0, 1])
         heard = Heard(), Heard()
         shares = book.lend([0]), book.lend([1])
-        survivor, first = runner(pool, "long", shares[0], heard[0], steps=60, seed=1)
+        survivor, first = runner(pool, "long", shares[0], heard[0], steps=300, seed=1)
         loser, second = runner(pool, "short", shares[1], heard[1], steps=40, seed=2)
 
         async def whole(run: JobRunner, lent: LentHosts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import stat
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def test_a_connection_that_others_share_and_that_stays_open_holds_up_no_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ssh's ControlMaster outlives the command that began it, and holds its stderr."""
-    fake_ssh(tmp_path, "sleep 30 >/dev/null & cat >/dev/null; echo '{\"result\": {}}'", monkeypatch)
+    master = f"sleep 600 >/dev/null & echo $! >{tmp_path}/pid"
+    fake_ssh(tmp_path, f"{master}; cat >/dev/null; echo '{{\"result\": {{}}}}'", monkeypatch)
     code = (
         "from fluxmesh.cluster.hostfile import Host\n"
         "from fluxmesh_coordinator.agents import remote\n"
@@ -110,7 +112,11 @@ def test_a_connection_that_others_share_and_that_stays_open_holds_up_no_command(
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    said, noise = process.communicate(timeout=60)
+    try:
+        said, noise = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert (process.returncode, said, noise) == (0, "{}\n", "")
 
 

@@ -32,6 +32,7 @@ from fluxmesh_coordinator.deploy import reach
 from fluxmesh_coordinator.deploy.checks import Finding
 from fluxmesh_coordinator.deploy.warmup import Warming
 from tests.fakes import FakeMesh
+from tests.ports import free_ports
 from tests.unit.meshes import ask, small
 from tests.unit.test_warming import Told
 
@@ -114,7 +115,7 @@ def test_an_engine_that_gives_up_for_it_tells_so(
 def test_a_coordinator_that_macos_keeps_out_is_told_so_and_not_that_nobody_listens(
     system: str,
 ) -> None:
-    (port,) = links.free_ports("127.0.0.1", 1)
+    (port,) = free_ports(1)
 
     async def scene() -> None:
         dialer = CurveDialer(Keys.new())
@@ -160,7 +161,7 @@ def test_doctor_asks_agents_and_tries_the_same_from_ssh(
             try:
                 denied = await reach.denied(mesh.record, dialer)
                 if not over_ssh:  # nobody reaches a port that is closed
-                    (closed,) = links.free_ports("127.0.0.1", 1)
+                    (closed,) = free_ports(1)
                     denied = [(*connection[:3], closed) for connection in denied]
                 return denied, await asyncio.to_thread(reach.judged, mesh.record, denied)
             finally:

@@ -24,7 +24,7 @@ def script(*options: object, **env: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
-        timeout=110,
+        timeout=250,
         check=False,
     )
 
@@ -134,7 +134,7 @@ def measured(what: str) -> list[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
         check=True,
     )
     return done.stdout.splitlines()

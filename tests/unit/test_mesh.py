@@ -149,7 +149,7 @@ def test_hosts_are_told_what_they_work_at_and_how_far_it_is(tmp_path: Path) -> N
         assert not any(isinstance(each, str) or each.lease for each in mesh.status().values())
         stream = mesh.generate(ask(model="tiny", height=32, width=32, steps=1000, n_images=3))
         for event in stream:
-            if isinstance(event, events.Step) and event.step == 900:
+            if isinstance(event, events.Step) and event.step == 200:
                 break
         status = mesh.status()[0]
         stream.close()
@@ -217,10 +217,11 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
 ) -> None:
     """Its engine has just been started, on a machine that does much else."""
     run = FakeSupervisor._run
+    may_begin = asyncio.Event()
 
     async def slowly(self: FakeSupervisor, engine: Any) -> None:
         if self.home_rank == 1:
-            await asyncio.sleep(1.5)
+            await may_begin.wait()
         await run(self, engine)
 
     started = iter(range(2))
@@ -235,6 +236,7 @@ def test_a_host_that_is_slow_to_answer_is_waited_for_where_the_job_needs_it(
 
     async def body(mesh: FakeMesh, pool: AgentPool) -> None:
         assert list(pool.clients) == [0] and pool.reasons == {}
+        asyncio.get_running_loop().call_later(1.0, may_begin.set)
         asked, heard = job(placement="sequence"), Heard()
         await JobRunner(pool, GenerationSession(asked), {}, heard).run()
         check(heard, asked)

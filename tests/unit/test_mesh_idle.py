@@ -124,6 +124,8 @@ def test_a_ring_is_left_where_it_was_made_of_what_a_loss_had_left(
 ) -> None:
     """Of two deaths host 2 is to blame, and the job goes on without it."""
     with mesh_of(tmp_path, 3) as (mesh, fake):
+        for rank in range(3):
+            fake.engine(rank).pause = 0.1  # a step: this thread hears of it before the job is over
         left, plans = deaths, []
         for event in mesh.generate(REQUEST, "sequence"):
             if isinstance(event, events.Planned):

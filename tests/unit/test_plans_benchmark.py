@@ -125,10 +125,13 @@ def test_what_others_keep_busy_is_what_none_of_ours_does() -> None:
 
 
 def test_this_machine_says_who_keeps_it_busy() -> None:
-    watch = OtherWork([])
+    watch, began = OtherWork([]), time.monotonic()
     watch.begin()
     time.sleep(0.3)  # counted in hundredths of a second
-    assert 0.0 <= watch.end() <= 1.5 * (psutil.cpu_count() or 1)
+    busy = watch.end()
+    # Its two looks may lie further apart than it thinks, where others use the machine.
+    longest = (time.monotonic() - began) / 0.3
+    assert 0.0 <= busy <= 1.5 * longest * (psutil.cpu_count() or 1)
 
 
 @pytest.mark.parametrize(

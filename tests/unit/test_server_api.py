@@ -57,7 +57,7 @@ def test_a_repeated_id_is_the_same_job_and_another_request_under_it_is_refused(
 
 def test_a_job_that_was_cancelled_can_be_asked_for_again_by_its_id(serving: Serving) -> None:
     fields = {"prompt": "a dog", "seed": 1, "id": "my-own-id-3"}
-    serving.lane.seconds = 3.0  # a step, in which a job hears nothing
+    serving.lane.seconds = 60.0  # a step, in which a job hears nothing
     with serving.client() as client:
         client.post("/api/jobs", json=fields)
         wait_until_running(serving)
@@ -67,10 +67,10 @@ def test_a_job_that_was_cancelled_can_be_asked_for_again_by_its_id(serving: Serv
         second = serving.service.job("my-own-id-3")
         assert second is not first and first.stage == "running"
         serving.lane.may_go.clear()
+        serving.lane.hurries.set()  # that step ends
         while not first.events.is_over:
             time.sleep(0.01)
         assert list(serving.service.journal._open) == ["my-own-id-3"]
-        serving.lane.seconds = 0.001
         serving.lane.may_go.set()
         told = client.get("/api/jobs/my-own-id-3/events").text
         assert "event: done" in told and "event: cancelled" not in told

@@ -127,7 +127,7 @@ def test_a_side_that_is_not_said_is_the_model_s_own(
 
 def test_who_asks_for_progress_sees_the_picture_come(serving: Serving) -> None:
     with serving.client() as client:
-        serving.lane.seconds = 0.2  # a step, of four
+        serving.lane.seconds = 2.0  # a step, of four
         sent = in_thread(lambda: client.post("/sdapi/v1/txt2img", json={"prompt": "a dog"}))
         wait_until_running(serving)
         seen: list[dict[str, Any]] = []
@@ -146,12 +146,13 @@ def test_who_asks_for_progress_sees_the_picture_come(serving: Serving) -> None:
         assert 0 < seen[-1]["progress"] <= 1 and isinstance(seen[-1]["eta_relative"], float)
         skipped = client.get("/sdapi/v1/progress?skip_current_image=true").json()
         assert skipped["current_image"] is None
+        serving.lane.hurries.set()
         assert sent().status_code == 200
 
 
 def test_interrupt_ends_what_runs_and_what_is_finished_comes(serving: Serving) -> None:
     with serving.client() as client:
-        serving.lane.seconds = 0.05
+        serving.lane.seconds = 0.2  # a step, of four
         fields = {"prompt": "a dog", "batch_size": 1, "n_iter": 8, "seed": 5}
         sent = in_thread(lambda: client.post("/sdapi/v1/txt2img", json=fields))
         wait(lambda: serving.lane.painted and len(serving.lane.painted[0].names) >= 2)
@@ -248,7 +249,7 @@ def test_librechat_and_open_webui_edit_with_forms(serving: Serving) -> None:
 
 
 def test_an_event_of_a_stream_has_what_openai_s_types_want(serving: Serving) -> None:
-    serving.lane.seconds = 0.05
+    serving.lane.seconds = 0.3  # a step: who reads is slow beside a lane that only pretends
     fields = {"prompt": "a dog", "stream": True, "partial_images": 1}
     with serving.client() as client:
         answer = client.post("/v1/images/generations", json=fields)

@@ -95,14 +95,10 @@ def test_a_client_that_has_gone_before_its_job_was_accepted_has_none(
     async def life() -> None:
         await serving.service.open()
         await app(scope("/v1/images/generations", body), receive, send)
-        for _ in range(200):
-            if not serving.service.rows():
-                break
+        while serving.service.rows():
             await asyncio.sleep(0.01)
-        rows = serving.service.rows()
         serving.lane.may_go.set()
         await serving.service.close()
-        assert not rows
 
     app = application(serving.service, Access.of(None))
     asyncio.run(asyncio.wait_for(life(), 60))

@@ -72,14 +72,16 @@ def scope(**more: Any) -> Scope:
 
 
 async def answer_of(
-    app: Callable[[Scope, Receive, Send], Awaitable[None]], receive: Receive
+    app: Callable[[Scope, Receive, Send], Awaitable[None]],
+    receive: Receive,
+    limits: BodyLimits = SMALL,
 ) -> list[Message]:
     messages: list[Message] = []
 
     async def send(message: Message) -> None:
         messages.append(message)
 
-    await LimitsMiddleware(app, SMALL)(scope(), receive, send)
+    await LimitsMiddleware(app, limits)(scope(), receive, send)
     return messages
 
 
@@ -94,7 +96,7 @@ def test_a_body_without_a_length_is_counted_as_it_comes() -> None:
     async def endless() -> Message:
         return {"type": "http.request", "body": b"x" * 100_000, "more_body": True}
 
-    messages = asyncio.run(answer_of(reads, endless))
+    messages = asyncio.run(answer_of(reads, endless, BodyLimits(body_bytes=2 << 20)))
     assert messages[0]["status"] == 413
 
 

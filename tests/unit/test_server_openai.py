@@ -55,7 +55,7 @@ def test_pictures_come_in_the_format_that_was_asked_for(
 
 def test_a_stream_shows_as_many_partial_pictures_as_were_asked_for(serving: Serving) -> None:
     fields = {"prompt": "a dog", "n": 2, "stream": True, "partial_images": 2}
-    serving.lane.seconds = 0.05  # a step: who reads is slow beside a lane that only pretends
+    serving.lane.seconds = 0.3  # a step: who reads is slow beside a lane that only pretends
     with serving.client() as client:
         answer = client.post("/v1/images/generations", json=fields)
     assert answer.headers["content-type"].startswith("text/event-stream")

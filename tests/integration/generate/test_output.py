@@ -174,7 +174,7 @@ def test_a_reader_that_goes_away_is_no_traceback(
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fluxmesh_coordinator", "generate", "dogs", "--json"]
-        + ["--model", str(checkpoint), *SIZE, "--steps", "500"],
+        + ["--model", str(checkpoint), *SIZE, "--steps", "500", "-n", "50"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fluxmesh.deadlines import DEADLINES
+from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.wire.messages import ModelParcel, ParcelFile
 from fluxmesh_agent.parcels.landing import Landing, landing
@@ -28,7 +28,7 @@ FILES = {
     "model_index.json": b'{"a": 1}',
     "empty.txt": b"",
 }
-QUICK = replace(DEADLINES, link_open=2.0, handshake=0.5)
+QUICK = replace(DEADLINES, link_open=2.0, handshake=0.5)  # where nobody comes, or says a word
 
 
 class ModelDisk:
@@ -117,14 +117,19 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def comes(pool: ThreadPoolExecutor, place: Landing, token: bytes = b"t" * 32) -> Comes:
-    return Comes(ParcelReceiver(place, token, ["127.0.0.1"], QUICK), pool)
+def comes(
+    pool: ThreadPoolExecutor,
+    place: Landing,
+    token: bytes = b"t" * 32,
+    deadlines: Deadlines = DEADLINES,
+) -> Comes:
+    return Comes(ParcelReceiver(place, token, ["127.0.0.1"], deadlines), pool)
 
 
 def goes(
     parcel: ModelParcel, source: FileSource, addresses: Sequence[str], token: bytes = b"t" * 32
 ) -> ParcelSender:
-    return ParcelSender(parcel, source, token, addresses, QUICK)
+    return ParcelSender(parcel, source, token, addresses, DEADLINES)
 
 
 def sent(

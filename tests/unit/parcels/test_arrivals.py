@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError, WeightsError
 from fluxmesh.wire.messages import ParcelFile
 from fluxmesh_agent.parcels.channel import END, ChannelError, ParcelChannel
@@ -23,6 +24,7 @@ from fluxmesh_agent.parcels.sending import DiskSource
 from tests.unit.parcels.pushes import (
     COMMIT,
     FILES,
+    QUICK,
     ModelDisk,
     SlowSource,
     comes,
@@ -143,7 +145,7 @@ def test_two_files_of_one_content_are_sent_once(tmp_path: Path, target: ModelDis
 
 def test_nobody_who_comes_is_not_waited_for_for_ever(source: ModelDisk, target: ModelDisk) -> None:
     with threads() as pool, pytest.raises(LocalNetworkError, match="No host came"):
-        comes(pool, target.landing(source.parcel())).end.result(60)
+        comes(pool, target.landing(source.parcel()), deadlines=QUICK).end.result(60)
 
 
 def test_a_sender_tries_one_address_after_another(source: ModelDisk, target: ModelDisk) -> None:
@@ -185,7 +187,8 @@ def test_a_stranger_gets_nothing_and_gives_nothing(
     """Who has not the token: silence, noise, or the right protocol with another one."""
     parcel = source.parcel()
     with threads() as pool:
-        receiver = comes(pool, target.landing(parcel))
+        soon = replace(DEADLINES, handshake=2.0)
+        receiver = comes(pool, target.landing(parcel), deadlines=soon)
         ip, _, port = receiver.addresses[0].rpartition(":")
         with socket.create_connection((ip, int(port))) as stranger:
             if words is None:
@@ -259,23 +262,25 @@ def test_what_comes_in_goes_on_meanwhile(
 ) -> None:
     parcel = source.parcel(hub=hub)
     last = ModelDisk(tmp_path / "last", {})
-    seen: list[int] = []
+    half, waited = parcel.nbytes // 2, time.monotonic() + 60
     with threads() as pool:
         middle = comes(pool, target.landing(parcel))
         end = comes(pool, last.landing(parcel), b"u" * 32)
         relay = goes(parcel, RelaySource(middle.receiver), end.addresses, b"u" * 32)
         relaying = pool.submit(relay.run)
-        slow = SlowSource(
-            DiskSource(parcel, source.paths),
-            lambda _: (time.sleep(0.01), seen.append(end.receiver.done_bytes))[0],
-            1 << 18,
-        )
+
+        def wait(sent: int) -> None:
+            """Nothing more is sent before the last host has the first half."""
+            while sent > 3 * half // 2 and end.receiver.done_bytes < half:
+                assert time.monotonic() < waited, "it does not go on"
+                time.sleep(0.01)
+
+        slow = SlowSource(DiskSource(parcel, source.paths), wait, 1 << 18)
         goes(parcel, slow, middle.addresses).run()
         middle.end.result(60)
         relaying.result(60)
         end.end.result(60)
     assert target.has(parcel) and last.has(parcel)
-    assert max(seen) > parcel.nbytes // 2  # it had most of it before the first had sent all
 
 
 def test_what_an_earlier_push_brought_goes_on_too(
