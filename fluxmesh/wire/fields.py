@@ -83,11 +83,10 @@ _BOUND_OF: dict[Any, type[Bound]] = {
 }
 
 
-def pack_fields(value: Any, where: str, arrays: list[Frame]) -> dict[str, Any]:
+def pack_fields(value: Any, arrays: list[Frame]) -> dict[str, Any]:
     """The fields of a dataclass, plain; the bytes of its arrays are added to `arrays`, uncopied."""
     return {
-        name: _pack(getattr(value, name), hint, f"{where}.{name}", arrays)
-        for name, hint in hints_of(value.__class__).items()
+        name: pack(getattr(value, name), arrays) for name, pack in _packers(value.__class__).items()
     }
 
 
@@ -95,15 +94,13 @@ def unpack_fields(plain: Any, kind: type, where: str, arrays: Iterator[Frame]) -
     """A dataclass of plain fields that came from anyone; its arrays are the next of `arrays`."""
     if type(plain) is not dict:
         raise ProtocolError(f"{where} is not a map of fields.")
-    hints: dict[str, Any] = hints_of(kind)
-    if not plain.keys() <= hints.keys():
+    unpackers = _unpackers(kind)
+    if not plain.keys() <= unpackers.keys():
         raise ProtocolError(f"{where} has fields that are unknown.")
     if missing := _needed(kind) - plain.keys():
         raise ProtocolError(f"{where} lacks {', '.join(sorted(missing))}.")
     given = {
-        name: _unpack(plain[name], hint, f"{kind.__name__}.{name}", arrays)
-        for name, hint in hints.items()
-        if name in plain
+        name: unpack(plain[name], arrays) for name, unpack in unpackers.items() if name in plain
     }
     try:
         return kind(**given)
@@ -111,67 +108,98 @@ def unpack_fields(plain: Any, kind: type, where: str, arrays: Iterator[Frame]) -
         raise ProtocolError(f"{where}: {error}") from None
 
 
-def _pack(value: Any, hint: Any, where: str, arrays: list[Frame]) -> Any:
+# What is done with each field, worked out once a class. A class may hold itself: its own fields
+# are looked up when there is a value.
+
+Step = Callable[[Any, Any], Any]  # of a value, and of the arrays
+
+
+@functools.cache
+def _packers(kind: type) -> dict[str, Step]:
+    return {name: _packer(hint, f"{kind.__name__}.{name}") for name, hint in hints_of(kind).items()}
+
+
+@functools.cache
+def _unpackers(kind: type) -> dict[str, Step]:
+    return {
+        name: _unpacker(hint, f"{kind.__name__}.{name}") for name, hint in hints_of(kind).items()
+    }
+
+
+def _packer(hint: Any, where: str) -> Step:
     hint, bound = bounded(hint)
     if isinstance(bound, ArrayOf):
-        return values.pack_array(value, bound, where, arrays)
+        return lambda value, arrays: values.pack_array(value, bound, where, arrays)
     if isinstance(bound, NamedArrays):
-        return values.pack_named(value, bound, where, arrays)
+        return lambda value, arrays: values.pack_named(value, bound, where, arrays)
     if dataclasses.is_dataclass(hint):
-        if type(value) is not hint:
-            raise ProtocolError(f"{where} must be a {getattr(hint, '__name__', hint)}.")
-        return pack_fields(value, type(value).__name__, arrays)
-    return _common(value, hint, bound, where, lambda v, h: _pack(v, h, where, arrays))
+
+        def pack(value: Any, arrays: list[Frame]) -> dict[str, Any]:
+            if type(value) is not hint:
+                raise ProtocolError(f"{where} must be a {getattr(hint, '__name__', hint)}.")
+            return pack_fields(value, arrays)
+
+        return pack
+    return _common(hint, bound, where, lambda part: _packer(part, where))
 
 
-def _unpack(plain: Any, hint: Any, where: str, arrays: Iterator[Frame]) -> Any:
+def _unpacker(hint: Any, where: str) -> Step:
     hint, bound = bounded(hint)
     if isinstance(bound, ArrayOf):
-        return values.unpack_array(plain, bound, where, arrays)
+        return lambda plain, arrays: values.unpack_array(plain, bound, where, arrays)
     if isinstance(bound, NamedArrays):
-        return values.unpack_named(plain, bound, where, arrays)
+        return lambda plain, arrays: values.unpack_named(plain, bound, where, arrays)
     if dataclasses.is_dataclass(hint):
-        return unpack_fields(plain, typing.cast(type, hint), where, arrays)
-    return _common(plain, hint, bound, where, lambda v, h: _unpack(v, h, where, arrays))
+        kind = typing.cast(type, hint)
+        return lambda plain, arrays: unpack_fields(plain, kind, where, arrays)
+    return _common(hint, bound, where, lambda part: _unpacker(part, where))
 
 
-def _common(
-    value: Any, hint: Any, bound: Bound | None, where: str, inner: Callable[[Any, Any], Any]
-) -> Any:
-    """What is held to the same rules on both ways; `inner` does the items of a tuple."""
+def _common(hint: Any, bound: Bound | None, where: str, step_of: Callable[[Any], Step]) -> Step:
+    """For what is held to the same rules on both ways; `step_of` is for the items of a tuple."""
     match bound:
         case Range():
-            return values.integer(value, bound, where)
+            return lambda value, _arrays: values.integer(value, bound, where)
         case Text():
-            return values.text(value, bound, where)
+            return lambda value, _arrays: values.text(value, bound, where)
         case Bytes():
-            return values.octets(value, bound, where)
+            return lambda value, _arrays: values.octets(value, bound, where)
         case Count():
-            return _tuple(value, typing.get_args(hint), bound, where, inner)
+            return _tuple(typing.get_args(hint), bound, where, step_of)
     if hint is bool:
-        return values.boolean(value, where)
+        return lambda value, _arrays: values.boolean(value, where)
     if hint is float:
-        return values.number(value, where)
+        return lambda value, _arrays: values.number(value, where)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        if type(value) is not str or value not in parts:
-            raise ProtocolError(f"{where} must be one of {', '.join(parts)}.")
-        return value
+
+        def one_of(value: Any, _arrays: Any) -> str:
+            if type(value) is not str or value not in parts:
+                raise ProtocolError(f"{where} must be one of {', '.join(parts)}.")
+            return value
+
+        return one_of
     if origin not in (types.UnionType, typing.Union):
         raise TypeError(f"{where}: no rule for {hint}")
-    (other,) = (part for part in parts if part is not type(None))
-    return None if value is None else inner(value, other)
+    (other,) = (step_of(part) for part in parts if part is not type(None))
+    return lambda value, arrays: None if value is None else other(value, arrays)
 
 
 def _tuple(
-    value: Any, parts: tuple[Any, ...], bound: Count, where: str, inner: Callable[[Any, Any], Any]
-) -> tuple[Any, ...]:
-    if not isinstance(value, tuple | list):
-        raise ProtocolError(f"{where} must be a list.")
-    if len(parts) == 2 and parts[1] is Ellipsis:
-        if len(value) > bound.most:
-            raise ProtocolError(f"{where} has {len(value)} items; at most {bound.most}.")
-        return tuple(inner(item, parts[0]) for item in value)
-    if len(value) != len(parts):
-        raise ProtocolError(f"{where} must have {len(parts)} items each.")
-    return tuple(inner(item, part) for item, part in zip(value, parts, strict=True))
+    parts: tuple[Any, ...], bound: Count, where: str, step_of: Callable[[Any], Step]
+) -> Step:
+    any_number = len(parts) == 2 and parts[1] is Ellipsis
+    steps = [step_of(part) for part in parts if part is not Ellipsis]
+
+    def items(value: Any, arrays: Any) -> tuple[Any, ...]:
+        if not isinstance(value, tuple | list):
+            raise ProtocolError(f"{where} must be a list.")
+        if any_number:
+            if len(value) > bound.most:
+                raise ProtocolError(f"{where} has {len(value)} items; at most {bound.most}.")
+            return tuple(steps[0](item, arrays) for item in value)
+        if len(value) != len(steps):
+            raise ProtocolError(f"{where} must have {len(steps)} items each.")
+        return tuple(step(item, arrays) for step, item in zip(steps, value, strict=True))
+
+    return items

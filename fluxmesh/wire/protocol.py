@@ -39,7 +39,7 @@ def encode(message: Message, seq: int = 0) -> list[Frame]:
     if TYPES.get(name) is not type(message):
         raise ProtocolError(f"{name} is no message that can be sent.")
     arrays: list[Frame] = []
-    fields = pack_fields(message, name, arrays)
+    fields = pack_fields(message, arrays)
     header = {"v": VERSION, "type": name, "seq": integer(seq, SEQUENCE, "seq"), "fields": fields}
     try:
         packed: bytes = msgpack.packb(header)

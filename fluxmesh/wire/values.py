@@ -18,6 +18,11 @@ from fluxmesh.errors import FluxmeshError
 Frame = bytes | memoryview
 Code = Literal["version", "malformed"]
 
+# Python's own and NumPy's
+_TRUTHS = (bool, np.bool_)
+_INTEGERS = (int, np.integer)
+_NUMBERS = (float, int, np.floating)
+
 
 class ProtocolError(FluxmeshError):
     """Frames that are no message. `code` is that of `messages.Refused`; `seq` 0 if unknown."""
@@ -32,14 +37,14 @@ class ProtocolError(FluxmeshError):
 
 
 def boolean(value: Any, where: str) -> bool:
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, _TRUTHS):
         raise ProtocolError(f"{where} must be true or false.")
     return bool(value)
 
 
 def integer(value: Any, bound: Range, where: str) -> int:
     """A number of Python's or NumPy's, held to `bound`."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    if not isinstance(value, _INTEGERS) or isinstance(value, bool):
         raise ProtocolError(f"{where} must be an integer.")
     if not bound.least <= value <= bound.most:
         raise ProtocolError(f"{where} must be from {bound.least} to {bound.most}.")
@@ -47,7 +52,7 @@ def integer(value: Any, bound: Range, where: str) -> int:
 
 
 def number(value: Any, where: str) -> float:
-    if not isinstance(value, float | int | np.floating) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise ProtocolError(f"{where} must be a number.")
     try:
         number = float(value)
