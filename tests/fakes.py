@@ -353,6 +353,10 @@ class FakeSupervisor:
         """SIGSTOP."""
         self._goes.clear()
 
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._goes.set()
+
     def _end(self) -> None:
         self.engine = None
         if self._task is not None:

@@ -108,25 +108,25 @@ def unpack_fields(plain: Any, kind: type, where: str, arrays: Iterator[Frame]) -
         raise ProtocolError(f"{where}: {error}") from None
 
 
-# What is done with each field, worked out once a class. A class may hold itself: its own fields
-# are looked up when there is a value.
+# How each field is converted, worked out once a class. A class may hold itself: its own fields are
+# looked up when there is a value.
 
-Step = Callable[[Any, Any], Any]  # of a value, and of the arrays
+Conversion = Callable[[Any, Any], Any]  # of a value, with the arrays of its message
 
 
 @functools.cache
-def _packers(kind: type) -> dict[str, Step]:
+def _packers(kind: type) -> dict[str, Conversion]:
     return {name: _packer(hint, f"{kind.__name__}.{name}") for name, hint in hints_of(kind).items()}
 
 
 @functools.cache
-def _unpackers(kind: type) -> dict[str, Step]:
+def _unpackers(kind: type) -> dict[str, Conversion]:
     return {
         name: _unpacker(hint, f"{kind.__name__}.{name}") for name, hint in hints_of(kind).items()
     }
 
 
-def _packer(hint: Any, where: str) -> Step:
+def _packer(hint: Any, where: str) -> Conversion:
     hint, bound = bounded(hint)
     if isinstance(bound, ArrayOf):
         return lambda value, arrays: values.pack_array(value, bound, where, arrays)
@@ -143,7 +143,7 @@ def _packer(hint: Any, where: str) -> Step:
     return _common(hint, bound, where, lambda part: _packer(part, where))
 
 
-def _unpacker(hint: Any, where: str) -> Step:
+def _unpacker(hint: Any, where: str) -> Conversion:
     hint, bound = bounded(hint)
     if isinstance(bound, ArrayOf):
         return lambda plain, arrays: values.unpack_array(plain, bound, where, arrays)
@@ -155,8 +155,10 @@ def _unpacker(hint: Any, where: str) -> Step:
     return _common(hint, bound, where, lambda part: _unpacker(part, where))
 
 
-def _common(hint: Any, bound: Bound | None, where: str, step_of: Callable[[Any], Step]) -> Step:
-    """For what is held to the same rules on both ways; `step_of` is for the items of a tuple."""
+def _common(
+    hint: Any, bound: Bound | None, where: str, conversion_of: Callable[[Any], Conversion]
+) -> Conversion:
+    """Of what is held to the same rules on both ways; `conversion_of` is for what is within."""
     match bound:
         case Range():
             return lambda value, _arrays: values.integer(value, bound, where)
@@ -165,7 +167,7 @@ def _common(hint: Any, bound: Bound | None, where: str, step_of: Callable[[Any],
         case Bytes():
             return lambda value, _arrays: values.octets(value, bound, where)
         case Count():
-            return _tuple(typing.get_args(hint), bound, where, step_of)
+            return _tuple(typing.get_args(hint), bound, where, conversion_of)
     if hint is bool:
         return lambda value, _arrays: values.boolean(value, where)
     if hint is float:
@@ -181,15 +183,15 @@ def _common(hint: Any, bound: Bound | None, where: str, step_of: Callable[[Any],
         return one_of
     if origin not in (types.UnionType, typing.Union):
         raise TypeError(f"{where}: no rule for {hint}")
-    (other,) = (step_of(part) for part in parts if part is not type(None))
+    (other,) = (conversion_of(part) for part in parts if part is not type(None))
     return lambda value, arrays: None if value is None else other(value, arrays)
 
 
 def _tuple(
-    parts: tuple[Any, ...], bound: Count, where: str, step_of: Callable[[Any], Step]
-) -> Step:
+    parts: tuple[Any, ...], bound: Count, where: str, conversion_of: Callable[[Any], Conversion]
+) -> Conversion:
     any_number = len(parts) == 2 and parts[1] is Ellipsis
-    steps = [step_of(part) for part in parts if part is not Ellipsis]
+    each = [conversion_of(part) for part in parts if part is not Ellipsis]
 
     def items(value: Any, arrays: Any) -> tuple[Any, ...]:
         if not isinstance(value, tuple | list):
@@ -197,9 +199,9 @@ def _tuple(
         if any_number:
             if len(value) > bound.most:
                 raise ProtocolError(f"{where} has {len(value)} items; at most {bound.most}.")
-            return tuple(steps[0](item, arrays) for item in value)
-        if len(value) != len(steps):
-            raise ProtocolError(f"{where} must have {len(steps)} items each.")
-        return tuple(step(item, arrays) for step, item in zip(steps, value, strict=True))
+            return tuple(each[0](item, arrays) for item in value)
+        if len(value) != len(each):
+            raise ProtocolError(f"{where} must have {len(each)} items each.")
+        return tuple(convert(item, arrays) for convert, item in zip(each, value, strict=True))
 
     return items

@@ -89,7 +89,7 @@ def test_a_job_that_has_all_hosts_lets_go_of_those_that_its_plan_leaves_out(
         second, running = runner(pool, "two", book.lend(book.free), other, steps=3)
         await running.run()
         assert not task.done()
-        mesh.engine(rank)._goes.set()
+        mesh.engine(rank).go_on()
         check(other, second)
         await task
         check(heard, asked)

@@ -115,7 +115,7 @@ def test_an_adapter_has_a_scale_unless_a_file_has_that_name(tmp_path: Path) -> N
     odd.write_bytes(b"")
     assert convert(str(odd)) == (str(odd), 1.0)
     for wrong in ("dog:nan", "dog:inf", ":1"):
-        with pytest.raises(click.BadParameter, match="not NAME or NAME@SCALE"):
+        with pytest.raises(click.BadParameter, match=r"not NAME\[@SCALE\], such as"):
             convert(wrong)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from fluxmesh_coordinator.cli.completion import complete_data_sets, complete_models
-from fluxmesh_coordinator.cli.parameters.options import ConfigurableCommand, chosen
+from fluxmesh_coordinator.cli.completion import complete_data_sets
+from fluxmesh_coordinator.cli.parameters.options import ConfigurableCommand, chosen, model_option
 from fluxmesh_coordinator.cli.parameters.types import Resolution, UserPath
 
 
@@ -17,13 +17,7 @@ def choice(*values: str) -> click.Choice:
 
 
 _OPTIONS = [
-    click.option(
-        "-m",
-        "--model",
-        metavar="MODEL",
-        shell_complete=complete_models,
-        help="tiny, schnell, dev, a Hub repo or a path.  [the best that is here]",
-    ),
+    model_option("the best that is here"),
     click.option("--seed", type=int, help="Where all that is random comes from.  [drawn, told]"),
     click.option("--dtype", type=choice("bfloat16", "float32"), help="Of the model.  [bfloat16]"),
     click.option("-q", "--quantize", is_flag=True, help="Quantize the model (QLoRA)."),

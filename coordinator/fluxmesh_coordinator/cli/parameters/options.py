@@ -160,14 +160,21 @@ _SPREAD = [
         help="How long hosts that are lost may take to return.",
     ),
 ]  # fmt: skip
-_OPTIONS = [
-    click.option(
+
+
+def model_option(default: str) -> Callable[[Command], Command]:
+    """--model; `default` tells what is taken without it."""
+    return click.option(
         "-m",
         "--model",
         metavar="MODEL",
         shell_complete=complete_models,
-        help="A name of `models list`, a Hub repo, a path.  [the best that is here and fits]",
-    ),
+        help=f"A name of `models list`, a Hub repo, a path.  [{default}]",
+    )
+
+
+_OPTIONS = [
+    model_option("the best that is here and fits"),
     click.option("-n", "--n-images", type=int, help="How many images; image k has seed + k.  [1]"),
     click.option(
         "--image-size", type=ImageSize(), help="Height and width in pixels.  [the model's own]"

@@ -72,10 +72,10 @@ class Resolutions(Resolution):
         return tuple(dict.fromkeys(sizes))
 
 
-class Adapter(click.ParamType):
+class Scaled(click.ParamType):
     """NAME, NAME@SCALE or NAME:SCALE; a file that exists wins over a scale."""
 
-    name = "NAME[@SCALE]"
+    example: str
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -87,25 +87,24 @@ class Adapter(click.ParamType):
         try:
             return split_scale(value)
         except ValueError:
-            self.fail(f"{value!r} is not NAME or NAME@SCALE, such as dog.safetensors@0.8.")
+            self.fail(f"{value!r} is not {self.name}, such as {self.example}.", param, ctx)
 
 
-class ReferencePicture(click.ParamType):
-    """PATH or PATH@STRENGTH; a file that exists wins over a strength."""
+class Adapter(Scaled):
+    """An adapter's file or name, and its scale."""
 
-    name = "PATH[@STRENGTH]"
+    name, example = "NAME[@SCALE]", "dog.safetensors@0.8"
+
+
+class ReferencePicture(Scaled):
+    """A picture that is there, and its strength."""
+
+    name, example = "PATH[@STRENGTH]", "mug.png@0.8"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, float]:
-        from fluxmesh.adapters.find import split_scale
-
-        if isinstance(value, tuple):
-            return value
-        try:
-            path, strength = split_scale(value)
-        except ValueError:
-            self.fail(f"{value!r} is not PATH or PATH@STRENGTH, such as mug.png@0.8.", param, ctx)
+        path, strength = super().convert(value, param, ctx)
         return FILE.convert(path, param, ctx), strength
 
 
