@@ -63,7 +63,7 @@ def test_jobs_of_two_shares_paint_at_the_same_time_each_on_its_own_host(tmp_path
         await until_steps(heard[0])
         mesh.engine(0).stop()  # until the other has begun: neither waits for the other's end
         await until_steps(heard[1])
-        mesh.engine(0)._goes.set()
+        mesh.engine(0).go_on()
         await asyncio.gather(*tasks)
         for rank, (asked, _) in enumerate(jobs):
             check(heard[rank], asked)
