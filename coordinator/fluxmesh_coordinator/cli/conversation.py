@@ -24,7 +24,7 @@ from fluxmesh.spelling import did_you_mean
 from fluxmesh.storage import interrupts
 from fluxmesh.storage.homes import Home
 from fluxmesh_coordinator.artifacts.pictures import PictureFiles, PicturePath
-from fluxmesh_coordinator.cli.parameters.types import Adapter, ImageSize, Margins
+from fluxmesh_coordinator.cli.parameters.types import Adapter, ImageSize, Margins, ScaledPicture
 from fluxmesh_coordinator.commands.generate import Painter, Spread
 from fluxmesh_coordinator.commands.settings import GenerateSettings, draw_seed
 from fluxmesh_coordinator.console.generate_report import GenerateTerminalReporter
@@ -80,14 +80,9 @@ class References(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[tuple[str, float], ...]:
-        from fluxmesh.adapters.find import split_scale
-
         read, references = PicturePathType("reference").convert, []
         for word in _words(self, value, param, ctx):
-            try:
-                path, strength = split_scale(word)
-            except ValueError:
-                self.fail(f"{word!r} is not PATH or PATH@STRENGTH, such as mug.png@0.8.")
+            path, strength = ScaledPicture().convert(word, param, ctx)
             references.append((path if path == LAST else read(path, param, ctx), strength))
         return tuple(references)
 

@@ -96,10 +96,14 @@ class Adapter(Scaled):
     name, example = "NAME[@SCALE]", "dog.safetensors@0.8"
 
 
-class ReferencePicture(Scaled):
-    """A picture that is there, and its strength."""
+class ScaledPicture(Scaled):
+    """A picture's path, and its strength."""
 
     name, example = "PATH[@STRENGTH]", "mug.png@0.8"
+
+
+class ReferencePicture(ScaledPicture):
+    """The same of a picture that is there."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
