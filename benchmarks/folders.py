@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from benchmarks.randomfile import RandomValues, write_random
@@ -32,6 +33,13 @@ def scratch() -> str | None:
     if shared.is_dir() and shutil.disk_usage(shared).free > 40e9:
         return str(shared)
     return None
+
+
+def temporary(prefix: str, folder: Path | None) -> Path:
+    """A new folder in `folder`, which is made where it is missing, or in `scratch`."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=folder or scratch()))
 
 
 def write_models(folder: Path, sizes: Sizes) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.cluster.rendezvous import joining
+from tests.ports import free_ports
 
 
 def environments(
@@ -19,6 +18,8 @@ def environments(
     """For each rank its environment, as an agent would tell its engine; files go into `scratch`.
 
     Each gets a GPU of its own where there are as many. Without `addresses` all are on loopback.
+    NVLink's multicast stays off: a program that uses it can take a shared host's GPUs out of
+    service.
     """
     addresses = addresses or ["127.0.0.1"] * engines
     hosts = [Host(rank, address, (address,)) for rank, address in enumerate(addresses)]
@@ -26,7 +27,7 @@ def environments(
     there = gpus()
     envs = []
     for rank, own in enumerate(joining(backend, hosts, ports)):
-        env = dict(own.envs)
+        env = {**dict(own.envs), "NCCL_NVLS_ENABLE": "0"}
         for variable, text in own.files:
             path = scratch / f"{variable}-{rank}.json"
             path.write_text(text)
@@ -47,12 +48,3 @@ def gpus() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return [str(i) for i in range(len(listing.stdout.strip().splitlines()))]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens at now."""
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]

@@ -8,11 +8,13 @@ with `results_of`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import platform
 import queue
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from fluxmesh.errors import FluxmeshError
 
 ROOT = Path(__file__).parents[1]
 MARK = "@result "  # begins a line of a case's output that is a result
+WINDOW = 3  # steps that are taken together
 Result = dict[str, Any]
 
 
@@ -36,6 +39,20 @@ class Skipped(Exception):
 def emit(**result: Any) -> None:
     """Prints a result of this case to the parent, at once."""
     print(MARK + json.dumps(result), flush=True)
+
+
+def options_of(
+    parser: argparse.ArgumentParser, measure: Callable[[Any], None], small: str = "tiny models"
+) -> argparse.Namespace:
+    """The command line, with what all benchmarks take. A case's own process measures, and ends."""
+    parser.add_argument("--small", action="store_true", help=f"{small}, to try this program")
+    parser.add_argument("--json", type=Path, help="write everything measured into this file")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        run_case(options.case, measure)
+        sys.exit()
+    return options
 
 
 def run_case(case: Mapping[str, Any], measure: Callable[[Any], None]) -> None:
@@ -128,6 +145,16 @@ class Stopwatch:
         now = time.perf_counter()
         self.times.append(now - self._last)
         self._last = now
+
+
+def typical(times: list[float]) -> float:
+    """Seconds of a step: the median of the means of a few neighbours.
+
+    Where a part of the next step has begun when one is reported, a step that is reported late makes
+    the next look short. Leave out the last one, which always is.
+    """
+    windows = [times[i : i + WINDOW] for i in range(max(1, len(times) - WINDOW + 1))]
+    return statistics.median(statistics.mean(window) for window in windows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.folders import write_models
+from benchmarks.folders import temporary, write_models
 from benchmarks.harness import ROOT, Result, emit, say
 from benchmarks.sizes import FULL, SMALL, Sizes
 from fluxmesh.errors import FluxmeshError
@@ -51,17 +49,11 @@ def main() -> None:
     parser.add_argument("--model", help="time the commands alone, with this model")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a request")
     parser.add_argument("--no-requests", action="store_true", help="leave the command line out")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = harness.options_of(parser, load)
     if options.model and (options.no_requests or options.blocks):
         parser.error("--model times the commands alone: leave --no-requests and --blocks out.")
-    if options.case:
-        harness.run_case(options.case, load)
-        return
     say(f"{harness.machine()}\n")
-    folder = Path(tempfile.mkdtemp(prefix="fluxmesh-load-", dir=options.folder))
+    folder = temporary("fluxmesh-load-", options.folder)
     results: list[Result] = []
 
     def tell(result: Result) -> None:

@@ -15,7 +15,6 @@ that each phase took.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import groups, harness
-from benchmarks.folders import scratch, write_klein, write_models
+from benchmarks.folders import temporary, write_klein, write_models
 from benchmarks.harness import Result, Skipped, emit, say
 from benchmarks.sizes import FULL, SMALL, Sizes
 from fluxmesh.events import Encoded, Loading, Peak, Picture, Step
@@ -54,16 +53,10 @@ def main() -> None:
     parser.add_argument("--backend", choices=("ring", "nccl"), default="ring", help="of shards")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of each image")
     parser.add_argument("--folder", type=Path, help="where the weights go for the time of the run")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        harness.run_case(options.case, measure)
-        return
+    options = harness.options_of(parser, measure)
     say(f"{harness.machine()}\n")
     sizes = SMALL if options.small else FULL
-    folder = Path(tempfile.mkdtemp(prefix="fluxmesh-memory-", dir=options.folder or scratch()))
+    folder = temporary("fluxmesh-memory-", options.folder)
     results: list[Result] = []
     try:
         start = time.perf_counter()

@@ -14,7 +14,6 @@ one engine's step and the rate and latency of the group, both measured in the sa
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import groups, harness, peers
-from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
+from benchmarks.harness import Result, Skipped, Stopwatch, emit, say, typical
 from benchmarks.sizes import FULL, SMALL, Sizes
 
 PLACEMENTS = ("tensor", "sequence", "data")
@@ -46,13 +45,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="images of `data`")
     parser.add_argument("--image-steps", type=int, default=4, help="steps of each of these")
     parser.add_argument("--apple", type=Path, help="folder of mlx-examples/flux")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        harness.run_case(options.case, measure)
-        return
+    options = harness.options_of(parser, measure)
     say(f"{harness.machine()}\n")
     results: list[Result] = []
     for case in cases(options):
@@ -99,6 +92,7 @@ def measure(case: Result) -> None:
     """One process of the group: builds, joins, and runs what all ranks run."""
     import mlx.core as mx
 
+    from benchmarks.placements import spread
     from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
@@ -113,7 +107,9 @@ def measure(case: Result) -> None:
         peer: Any = _apple(case, sizes, group)
     else:
         peer = peers.Fluxmesh(sizes.transformer, case["dtype"], case["bits"], low_memory=False)
-        _spread(peer, case["what"], ranks)
+        if case["what"] in ("tensor", "sequence"):
+            peer.ranks = ranks
+            peer.flow = spread(case["what"], peer.flow, ranks)  # by tensor, the whole leaves memory
     link = _link(ranks, small=case["small"])
     for size in case["sizes"]:
         if case["what"] in ("one", "data"):
@@ -131,18 +127,6 @@ def _apple(case: Result, sizes: Sizes, group: Any) -> Any:
     peer.pipeline.flow.shard(group)
     mx.eval(peer.pipeline.flow.parameters())
     return peer
-
-
-def _spread(peer: Any, placement: str, ranks: Any) -> None:
-    """Puts the transformer that the ranks run together in the place of the whole one."""
-    from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
-
-    if placement == "tensor":
-        peer.flow = TensorFlux(peer.flow, ranks)  # the whole leaves memory
-    elif placement == "sequence":
-        peer.flow = SequenceFlux(peer.flow, ranks)
-    if placement in ("tensor", "sequence"):
-        peer.ranks = ranks
 
 
 def _link(ranks: Any, *, small: bool) -> dict[str, float]:
@@ -177,12 +161,12 @@ def _steps(
     peer.reset_peak()
     before = ranks.traffic.bytes
     watch = Stopwatch()
-    steps = case["warmup"] + case["steps"]
+    steps = case["warmup"] + case["steps"] + 1  # the last one looks short
     first = peer.denoise(size, size, steps, sizes.text_tokens, watch.tick)
     emit(
         size=size,
-        seconds=statistics.median(watch.times[case["warmup"] :]),
-        times=watch.times,
+        seconds=typical(watch.times[case["warmup"] : -1]),
+        times=watch.times[:-1],
         sent_a_step=(ranks.traffic.bytes - before) / steps,
         peak=peer.peak(),
         sample=first.reshape(-1)[:1024].tolist(),

@@ -1,24 +1,21 @@
-"""What does the link cost `sequence` and `tensor` beyond its bytes, and which order hides it?
+"""What does the link cost `sequence` and `tensor` on several GPUs beyond what each rank computes?
 
     python -m benchmarks.overlap --engines 2 --sizes 1024 2048    # two GPUs of this machine
-    python -m benchmarks.overlap --engines 4 --ways tree edges    # some ways only
     python -m benchmarks.overlap --backend none --settings plain  # what ranks compute, on one GPU
     python -m benchmarks.overlap --model klein-9b                 # FLUX.2 klein; dev unless said
     python -m benchmarks.overlap --small --backend ring           # tiny sizes on any machine
 
-Random plain weights, one image. Each way (`overlap_ways.py`) gives the same picture by another
-order of the work; "differs" is how far its latents are from the tree's after a step. "no link" is
-the same step where what a rank sends comes back at once: what it computes alone. "one" is one
-engine by itself, "bare gathers" are 20 of a block's keys and values, one after another and alone.
-Engines start anew for each way under each setting of MLX and NCCL (`SETTINGS`); a way that hangs is
-given up after `--limit` seconds. Under settings other than `plain` only `SHORT` ways run, at one
-size.
+Random plain weights, one image. "no link" is the same step where what a rank sends comes back at
+once: what it computes alone. "one" is one engine by itself, "bare gathers" are 20 of a block's keys
+and values, one after another and alone. "differs" is how far the latents are from those of
+`sequence` after a step. Engines start anew for each way under each setting of MLX and NCCL
+(`SETTINGS`); a way that hangs is given up after `--limit` seconds. Under settings other than
+`plain` only `SHORT` ways run, at one size.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -26,22 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import groups, harness
-from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
+from benchmarks.harness import Result, Skipped, Stopwatch, emit, say, typical
 from benchmarks.sizes import FULL, SMALL, SMALL_TRANSFORMERS, TRANSFORMERS
 from fluxmesh.models.flux2.config import Flux2Config
 
-WAYS = (
-    *("one", "bare gathers", "bare gathers, peer memory"),
-    *("tree", "edges", "together", "own stream", "peer memory", "peer memory, edges"),
-    *("tensor", "tensor, halves", "peer memory, tensor"),
-)
-PEER_WAYS = tuple(way for way in WAYS if "peer memory" in way)
-SHORT = ("bare gathers", "tree", "edges", "own stream", "peer memory")
-# What MLX and NCCL can be told by the environment. NVLink's multicast stays off everywhere: a
-# program that uses it can take a shared host's GPUs out of service.
+WAYS = ("one", "bare gathers", "sequence", "tensor")
+SHORT = ("bare gathers", "sequence")
+# What MLX and NCCL can be told by the environment.
 SETTINGS: dict[str, dict[str, str]] = {
     "plain": {},
-    # More room for NCCL beside a product: gathers were hidden better with 16 of them.
+    # More room for NCCL beside a product.
     "16 channels": {"NCCL_MIN_NCHANNELS": "16"},
     "32 channels": {"NCCL_MIN_NCHANNELS": "32"},
     # Kernels run beside one another within a graph, and not between two.
@@ -55,8 +46,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
 }
 GATHERS = 20
-PUSH_BLOCKS = (8, 16, 32, 64, 128)  # tried by bare gathers
-WINDOW = 3  # steps: one that is begun ahead makes the next look short
 
 
 def main() -> None:
@@ -77,14 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--limit", type=float, default=120, help="seconds that a way may take")
-    parser.add_argument("--push-blocks", type=int, default=32, help="of `peer memory`")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        harness.run_case(options.case, measure)
-        return
+    options = harness.options_of(parser, measure)
     say(f"{harness.machine()}\n")
     results: list[Result] = []
     for setting in options.settings:
@@ -108,10 +90,9 @@ def results_of(setting: str, way: str, options: argparse.Namespace) -> Iterator[
         "sizes": sizes if setting == "plain" else sizes[:1],
         "steps": options.steps,
         "warmup": options.warmup,
-        "push_blocks": options.push_blocks,
         "small": options.small,
     }
-    env = {"NCCL_NVLS_ENABLE": "0", **SETTINGS[setting]}
+    env = dict(SETTINGS[setting])
     if options.small:
         env["MLX_ENABLE_TF32"] = "0"
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,8 +110,8 @@ def measure(case: Result) -> None:
     """One process of the group, or without a group each end of it in turn."""
     import mlx.core as mx
 
-    from benchmarks import flux2_peers, overlap_ways, peers
-    from benchmarks.peer_memory import PeerRanks
+    from benchmarks import flux2_peers, peers
+    from benchmarks.placements import LoneRank, spread
     from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
@@ -140,38 +121,29 @@ def measure(case: Result) -> None:
     way, N, group = case["way"], case["engines"], None
     if case["backend"] != "none":
         group = mx.distributed.init(strict=True, backend=case["backend"])
-    if way in PEER_WAYS and case["backend"] != "nccl":
-        raise Skipped("ranks that reach each other's memory are NVIDIA GPUs of one machine")
-    if way.startswith("bare gathers"):
+    if way == "bare gathers":
         if group is None:
             raise Skipped("a rank alone gathers nothing")
-        kinds: list[tuple[dict[str, int], Ranks]] = [({}, Ranks(group))]
-        if way in PEER_WAYS:
-            kinds = [({"blocks": n}, PeerRanks(group, n)) for n in PUSH_BLOCKS]
         for size in case["sizes"]:
             tokens = sizes.text_tokens + (size // 16) ** 2
-            for kind, ranks in kinds:
-                _gathers(config, tokens, ranks, getattr(mx, dtype), size, kind)
+            _gathers(config, tokens, Ranks(group), getattr(mx, dtype), size)
         return
     ours = flux2_peers.FluxmeshKlein if isinstance(config, Flux2Config) else peers.Fluxmesh
     peer: Any = ours(config, dtype, None, low_memory=False)
     whole = peer.flow
+    if way == "one" or group is not None:
+        if group is not None and way != "one":
+            peer.ranks = Ranks(group)
+            peer.flow = spread(way, whole, peer.ranks)
+        for size in case["sizes"]:
+            times, first = _steps(peer, size, case, sizes.text_tokens)
+            _tell(peer, size, times, _of_all(group, typical(times)), first, is_linked=True)
     if way == "one":
-        for size in case["sizes"]:
-            times, first = _steps(peer, size, case, sizes.text_tokens)
-            _tell(peer, size, times, _of_all(group, typical(times)), first, is_linked=True)
         return
-    if group is not None:
-        peer.ranks = overlap_ways.ranks_of(way, group, case["push_blocks"])
-        peer.flow = overlap_ways.flow_of(way, whole, peer.ranks)
-        for size in case["sizes"]:
-            times, first = _steps(peer, size, case, sizes.text_tokens)
-            _tell(peer, size, times, _of_all(group, typical(times)), first, is_linked=True)
-    size = case["sizes"][0]
-    every: list[float] = []
+    size, every = case["sizes"][0], []
     for rank in [0, N - 1] if group is None else [group.rank()]:
-        peer.ranks = overlap_ways.LoneRank(rank, N)
-        peer.flow = overlap_ways.flow_of(way, whole, peer.ranks)
+        peer.ranks = LoneRank(rank, N)
+        peer.flow = spread(way, whole, peer.ranks)
         times, _ = _steps(peer, size, case, sizes.text_tokens)
         every.append(typical(times))
     if group is not None:
@@ -183,15 +155,9 @@ def _steps(peer: Any, size: int, case: Result, text_tokens: int) -> tuple[list[f
     """Seconds of the steps that count, and the latents after the first."""
     peer.reset_peak()
     watch = Stopwatch()
-    steps = case["warmup"] + case["steps"]
+    steps = case["warmup"] + case["steps"] + 1
     first = peer.denoise(size, size, steps, text_tokens, watch.tick)
-    return watch.times[case["warmup"] :], first
-
-
-def typical(times: list[float]) -> float:
-    """Seconds of a step: the median of the means of a few neighbours."""
-    windows = [times[i : i + WINDOW] for i in range(max(1, len(times) - WINDOW + 1))]
-    return statistics.median(statistics.mean(window) for window in windows)
+    return watch.times[case["warmup"] : -1], first
 
 
 def _of_all(group: Any, seconds: float) -> list[float]:
@@ -221,9 +187,7 @@ def _tell(
     )
 
 
-def _gathers(
-    config: Any, tokens: int, ranks: Any, dtype: Any, size: int, kind: dict[str, int]
-) -> None:
+def _gathers(config: Any, tokens: int, ranks: Any, dtype: Any, size: int) -> None:
     """Times gathers of a block's keys and values, each of what the one before gave."""
     import mlx.core as mx
 
@@ -240,7 +204,7 @@ def _gathers(
         times.append(watch.times[0] / GATHERS)
     seconds = statistics.median(times[1:])
     rate = (ranks.size - 1) * own.nbytes / seconds
-    emit(linked=True, size=size, seconds=seconds, rate=rate, **kind)
+    emit(linked=True, size=size, seconds=seconds, rate=rate)
 
 
 # What is printed
@@ -253,8 +217,6 @@ def line_of(result: Result) -> str:
         if problem in result:
             return f"{where}: {problem}: {result[problem]}"
     where += f", {result['size']}²"
-    if "blocks" in result:
-        where += f", {result['blocks']} blocks"
     if "rate" in result:
         return f"{where}: {1000 * result['seconds']:.3f} ms each, {result['rate'] / 1e9:.0f} GB/s"
     link = "" if result["linked"] else " without a link"
@@ -276,7 +238,7 @@ def row(result: Result, steps: list[Result]) -> list[str]:
         return next((known for known in steps if asked.items() <= known.items()), None)
 
     lone = other(result["way"], result["setting"], False)
-    one, tree = other("one", "plain", True), other("tree", "plain", True)
+    one, sequence = other("one", "plain", True), other("sequence", "plain", True)
     seconds = result["seconds"]
     return [
         result["setting"],
@@ -288,7 +250,7 @@ def row(result: Result, steps: list[Result]) -> list[str]:
         " / ".join(f"{1000 * own:.2f}" for own in lone["ranks"]) if lone else "",
         f"{1000 * (seconds - lone['seconds']):.2f}" if lone and result["linked"] else "",
         f"{result['peak'] / 1e9:.1f}",
-        harness.difference(result, tree),
+        harness.difference(result, sequence),
     ]
 
 

@@ -12,9 +12,7 @@ every larger number: `MANY_ROWS` should be near the largest of these. Random num
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
@@ -37,13 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", help="1 to 8192 unless --small")
     parser.add_argument("--steps", type=int, default=3, help="times twelve products, timed")
     parser.add_argument("--warmup", type=int, default=1, help="times twelve before them")
-    parser.add_argument("--small", action="store_true", help="tiny matrices, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        harness.run_case(options.case, measure)
-        return
+    options = harness.options_of(parser, measure, "tiny matrices")
     say(f"{harness.machine()}\n")
     results: list[Result] = []
     for inputs, outputs in ((128, 96),) if options.small else MATRICES:

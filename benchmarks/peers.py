@@ -167,7 +167,8 @@ class Fluxmesh(OnMlx):
         first = None
         tokens = text_tokens + noise.shape[1]
         walk = denoise(self.flow, made, noise)
-        with bounded(denoising_room(self.config.hidden_size, tokens, self.dtype, self.low_memory)):
+        how = {"scarce": self.low_memory, "is_quantized": self.bits is not None}
+        with bounded(denoising_room(self.config.hidden_size, tokens, self.dtype, **how)):
             for step, _ in walked(walk, steps, self.ranks, stopping=lambda: False):
                 tick()
                 first = np.array(step.x) if first is None else first

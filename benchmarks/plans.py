@@ -30,7 +30,6 @@ import itertools
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,12 +108,12 @@ def _mesh(options: argparse.Namespace) -> Iterator[Mesh]:
 @contextlib.contextmanager
 def _agents(options: argparse.Namespace) -> Iterator[None]:
     """A mesh of `--hosts` agents of this machine that is up."""
-    from benchmarks.folders import scratch, write_models
+    from benchmarks.folders import temporary, write_models
     from benchmarks.limited import environment
     from benchmarks.sizes import FULL
     from benchmarks.warm import LocalMesh, line_of
 
-    folder = Path(tempfile.mkdtemp(prefix="fluxmesh-plans-", dir=scratch()))
+    folder = temporary("fluxmesh-plans-", None)
     try:
         if options.model is None:
             say(f"wrote {write_models(folder, FULL) / 1e9:.1f} GB")

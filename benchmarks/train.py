@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.folders import scratch, write_models
+from benchmarks.folders import temporary, write_models
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say
 from benchmarks.sizes import FULL, SMALL
 from fluxmesh.training.request import TrainRequest
@@ -54,16 +52,10 @@ def main() -> None:
     parser.add_argument("--mlx-attention", action="store_true", help="MLX's gradient of attention")
     parser.add_argument("--apple", type=Path, help="folder of mlx-examples/flux")
     parser.add_argument("--folder", type=Path, help="where the weights go for the time of the run")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        harness.run_case(options.case, measure)
-        return
+    options = harness.options_of(parser, measure)
     side = options.side or (64 if options.small else 512)
     say(f"{harness.machine()}\n")
-    folder = Path(tempfile.mkdtemp(prefix="fluxmesh-train-", dir=options.folder or scratch()))
+    folder = temporary("fluxmesh-train-", options.folder)
     results: list[Result] = []
     try:
         if set(options.what) - {"apple"}:

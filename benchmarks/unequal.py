@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -75,13 +74,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--slow", type=float, default=0.5, help="speed of the last one")
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after one that is not")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try this program")
-    parser.add_argument("--json", type=Path, help="write everything measured into this file")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.case:
-        harness.run_case(options.case, measure)
-        return
+    options = harness.options_of(parser, measure, "a tiny model")
     say(f"{harness.machine()}\n")
     results: list[Result] = []
     for placement in options.placements:
@@ -109,18 +102,9 @@ def measure(case: Result) -> None:
     """One rank: steps alone, with equal shares, and with those that the planner chooses."""
     import mlx.core as mx
 
+    from benchmarks.placements import LoneRank, spread
     from fluxmesh.cluster.shares import EVEN
     from fluxmesh.models.collectives import Ranks
-    from fluxmesh.models.flux1.parallel import SequenceFlux, TensorFlux
-
-    class FalseRanks(Ranks):
-        """This rank's place, without the others: a gather repeats its own array, a sum is it."""
-
-        def sum(self, x: mx.array) -> mx.array:
-            return x
-
-        def begin_gather(self, x: mx.array) -> Any:
-            return self._begun(mx.concatenate([x] * self.size))
 
     ranks = Ranks.join("ring")
     sizes = SMALL if case["small"] else MIDDLE
@@ -138,16 +122,15 @@ def measure(case: Result) -> None:
     with braked(case["slow"]) if is_slow else contextlib.nullcontext():
         peer = peers.Fluxmesh(sizes.transformer, "float32", None, low_memory=False)
         whole = peer.flow
-        kind = TensorFlux if case["placement"] == "tensor" else SequenceFlux
         alone, busy = timed(peer, sizes, case["steps"])
         own = {"alone": every(alone), "alone_compute": every(busy * slower)}
-        false = FalseRanks(mx.distributed.init())
+        lone = LoneRank(ranks.rank, ranks.size)
         chosen, predicted = planned(case["placement"], sizes, own["alone"])
         for name, shares in (("equal", EVEN), ("chosen", chosen)):
-            peer.flow, peer.ranks = kind(whole, false, shares), None
+            peer.flow, peer.ranks = spread(case["placement"], whole, lone, shares), None
             _, busy = timed(peer, sizes, case["steps"])
             compute = every(busy * slower)
-            peer.flow, peer.ranks = kind(whole, ranks, shares), ranks
+            peer.flow, peer.ranks = spread(case["placement"], whole, ranks, shares), ranks
             seconds, _ = timed(peer, sizes, case["steps"])
             peer.flow, peer.ranks = whole, None
             units = shares.tokens or shares.heads

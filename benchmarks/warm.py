@@ -19,23 +19,22 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.folders import scratch, write_models
+from benchmarks.folders import scratch, temporary, write_models
 from benchmarks.harness import ROOT, Result, say
 from benchmarks.sizes import FULL
 from fluxmesh.errors import FluxmeshError
+from tests.ports import free_ports
 
 PLACEMENTS = ("chosen", "data", "sequence", "tensor")  # "chosen" is whichever the plan prefers
 LIMIT = 900.0  # seconds that a command may take
@@ -68,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     options.model = options.model or ("tiny" if options.small else None)
     say(f"{harness.machine()}\n")
-    folder = Path(tempfile.mkdtemp(prefix="fluxmesh-warm-", dir=options.folder))
+    folder = temporary("fluxmesh-warm-", options.folder)
     results: list[Result] = []
 
     def tell(result: Result) -> None:
@@ -274,14 +273,6 @@ def held(host: dict[str, Any]) -> str:
     if what is None:
         return f"{host['state']}: nothing"
     return f"{host['state']}: {', '.join(host['components'])}, {what['nbytes'] / 1e9:.2f} GB"
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in socks:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in socks]
 
 
 # What is printed

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
+from tests.ports import free_ports
+
 BEGIN = 0  # a fault at this collective comes while the group forms
 PATIENCE = 60.0  # seconds until ranks that do not meet give up
 
@@ -96,9 +98,7 @@ def _place(backend: str) -> tuple[int, int, str]:
 
 def _meet(rank: int, size: int, meeting: str) -> list[str]:
     """Where all ranks listen for the ring that they really are. Rank 0 tells the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        own = f"127.0.0.1:{free.getsockname()[1]}"
+    own = f"127.0.0.1:{free_ports(1)[0]}"
     host, _, port = meeting.rpartition(":")
     if rank:
         end = time.monotonic() + PATIENCE

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from fluxmesh.models.flux1.autoencoder import AutoEncoder
 from fluxmesh.models.flux1.config import AutoencoderConfig
 from fluxmesh.models.flux1.family import FLUX1
 from fluxmesh.models.waiting import InGraph, OnHost, Waiting
+from tests.ports import free_ports
 
 ROUNDS = 10
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -156,14 +156,6 @@ def rank(seconds: float) -> None:
         print(f"{error} (after {time.perf_counter() - begin:.1f} s)", flush=True)
     time.sleep(1.0)  # the other one reads what was sent
     os._exit(0)
-
-
-def free_ports(count: int) -> list[int]:
-    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in socks]
-    for sock in socks:
-        sock.close()
-    return ports
 
 
 if __name__ == "__main__":

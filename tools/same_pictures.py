@@ -25,13 +25,12 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxmesh.storage.safetensors import read_header
+from tests.ports import free_ports
 from tools.same_cases import INPUTS, MODEL, PICTURES, TRAINING, write_inputs
 
 HOSTS = 3
@@ -232,15 +232,6 @@ def fields_of(lines: Iterable[Json]) -> dict[str, dict[str, list[str]]]:
         for name, value in line.items():
             fields.setdefault(name, set()).add(type(value).__name__)
     return {event: {name: sorted(t) for name, t in f.items()} for event, f in shape.items()}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens at."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 # What differs

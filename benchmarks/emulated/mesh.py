@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -78,9 +79,12 @@ class TracedModels:
             self._fresh.add(key)
         return self._traces[key]
 
-    @property
+    @functools.cached_property
     def scale(self) -> float:
-        """Times as long as this processor takes a host, in slow motion."""
+        """Times as long as this processor takes a host, in slow motion.
+
+        Of the first round: a step that was measured then is held against predictions of the last.
+        """
         return STEP / computed(self.trace("tiny", 128))
 
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from benchmarks.peers import Fluxmesh
+from benchmarks.placements import NoGroup
 from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.cluster.snapshot import CollectiveTime, Placement
 from fluxmesh.engine.ring_probe import hidden_part
@@ -58,24 +59,11 @@ def computed(pieces: Sequence[StepPiece]) -> float:
 # Taken apart
 
 
-class _Place:
-    """A rank of a group that nobody else is in."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
-
-
 class _TracedRanks(Ranks):
     """This rank's place, alone: a gather repeats its own array, a sum is it."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(_Place(rank, size), waiting=OnHost())
+        super().__init__(NoGroup(rank, size), waiting=OnHost())
         self.restart()
 
     def restart(self) -> None:

@@ -90,10 +90,17 @@ def is_roomy(
     return resident_bytes(checkpoint, dtype, bits, shards, text_bits) <= ROOMY * room
 
 
-def denoising_room(hidden_size: int, tokens: int, dtype: mx.Dtype, scarce: bool) -> float:
-    """Bytes for what a step computes beside the weights (`planning/activations.py`)."""
+def denoising_room(
+    hidden_size: int, tokens: int, dtype: mx.Dtype, scarce: bool, *, is_quantized: bool
+) -> float:
+    """Bytes for what a step computes beside the weights (`planning/activations.py`).
+
+    Whoever has quantized the weights wants memory more than the last hundredths of speed.
+    """
     state = tokens * hidden_size * dtype.size
-    return activations.denoising_room(state, device(), scarce)
+    most = min(mx.get_memory_limit(), memory_of_device())
+    free = 0 if is_quantized else most - mx.get_active_memory()
+    return activations.denoising_room(state, device(), scarce, free)
 
 
 def decoding_room(

@@ -249,9 +249,11 @@ class PipelineStages(Models):
         rows, columns = (side // latents.PATCH for side in latent_size)
         tokens = rows * columns + self.architecture.text_length + added
         hidden_size, dtype = self.architecture.shape.hidden_size, self.dtype
-        return device_memory.bounded(
-            device_memory.denoising_room(hidden_size, tokens, dtype, self.low_memory)
+        is_quantized = bool(self.checkpoint.bits or self.bits)
+        room = device_memory.denoising_room(
+            hidden_size, tokens, dtype, self.low_memory, is_quantized=is_quantized
         )
+        return device_memory.bounded(room)
 
     def bounded_pixels(
         self, height: int, width: int, images: int = 1

@@ -4,7 +4,7 @@ Stands on `residency.py` (the models in memory, the place in a ring). The units 
 `painting.py`, `measuring.py`) are functions of it, and `worker.py` does one after another.
 
 In a ring all ranks are given the same `Paint`s, and before each step they agree on whether anyone
-was told to stop (`Ranks.most`): a rank that stopped alone would leave the others in a collective.
+was told to stop (`lookahead.py`): a rank that stopped alone would leave the others in a collective.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ template <typename T> __device__ inline void store(T* to, const float (&from)[8]
 
 // The tanh form: 0.5 v (1 + tanh(u)) = v / (1 + exp(-2u)), u = sqrt(2 / pi) (v + 0.044715 v^3).
 __device__ inline float gelu(float v) {
-  return v / (1.0f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
+  return __fdividef(v, 1.0f + __expf(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
 }
 
-__device__ inline float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ inline float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 
 // The sum over a block of THREADS threads, in every thread.
 template <int THREADS> __device__ inline float block_sum(float value) {

@@ -3,9 +3,9 @@
 FLUX's norms, gates and rotations do little arithmetic on much data: written operation by operation
 they take a quarter of a step. Each function here is one of them with its neighbours: the layers
 call these and know of no device. The plain forms (`plain_*`) say what is computed. On a CUDA GPU
-`cuda_transformer.py` and `cuda_group_norm.py` have a kernel for each, which keeps float32 inside
-and rounds once; on Metal MLX compiles the plain form into one kernel where it can; the CPU runs it
-as it stands.
+`cuda_transformer.py`, `cuda_group_norm.py` and `cuda_unpacking.py` have a kernel for each, which
+keeps float32 inside and rounds once; on Metal MLX compiles the plain form into one kernel where it
+can; the CPU runs it as it stands.
 
 In float16, which has no number above 65504, tokens are float32 between the blocks, and what leads
 into a linear that ends a branch is divided by `HEADROOM`: so are then the linear's products, and
@@ -30,7 +30,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from fluxmesh.cluster.snapshot import Platform
-from fluxmesh.kernels import cuda_group_norm, cuda_transformer
+from fluxmesh.kernels import cuda_group_norm, cuda_transformer, cuda_unpacking
 
 EPS = 1e-6
 HEADROOM = 64.0
@@ -169,6 +169,14 @@ def group_norm(
 def offset_sum(x: mx.array, y: mx.array, offset: mx.array) -> mx.array:
     """x + y + offset: [..., C], twice, and a convolution's bias [C]."""
     return _chosen("offset_sum", cuda_transformer.suits(x.shape[-1]))(x, y, offset)
+
+
+def unpacked(
+    packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """The matrix [out, in] that `mx.quantize` packed, in the dtype of its scales; a constant."""
+    form = cuda_unpacking.unpacked if device() == "cuda" else mx.dequantize
+    return form(packed, scales, biases, group_size, bits)
 
 
 # The plain forms

@@ -25,6 +25,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from fluxmesh.kernels import ops
 from fluxmesh.kernels.ops import device
 
 # Rows from which on unpacking pays on CUDA: `python -m benchmarks.packed` prints where, by bits.
@@ -51,7 +52,7 @@ def pays_unpacked(linear: nn.QuantizedLinear, x: mx.array) -> bool:
 def unpacked(linear: nn.QuantizedLinear, when: mx.array) -> mx.array:
     """A quantized linear's matrix [out, in], in its scales' dtype, not before `when` is there."""
     packed, scales, biases = mx.depends([linear.weight, linear.scales, linear.biases], [when])
-    return mx.dequantize(packed, scales, biases, linear.group_size, linear.bits)
+    return ops.unpacked(packed, scales, biases, linear.group_size, linear.bits)
 
 
 def unpacked_product(linear: nn.QuantizedLinear, x: mx.array) -> mx.array:

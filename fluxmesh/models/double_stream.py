@@ -6,6 +6,9 @@ single blocks. Between `layers.py` and a family's `layers.py` and `transformer.p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -33,6 +36,36 @@ from fluxmesh.models.layers import (
     values,
 )
 from fluxmesh.models.partition import Shard
+
+_watched: ContextVar[list[mx.array] | None] = ContextVar("watched", default=None)
+
+
+@contextmanager
+def watching() -> Iterator[list[mx.array]]:
+    """Gives what the calls of a transformer inside put between double and single blocks, in order.
+
+    To compute the first before the rest: a seventh of a call (FLUX.2 dev) to a third (FLUX.1).
+    """
+    seen: list[mx.array] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
+
+
+def between_blocks(*streams: mx.array) -> mx.array:
+    """What the double blocks give, text first, as the single ones take it: [B, S, D]."""
+    x = mx.concatenate(list(streams), axis=1)
+    seen = _watched.get()
+    if seen is not None:
+        seen.append(x)
+    return x
+
+
+def at_step(mods: mx.array, step: int) -> mx.array:
+    """`mods[step]` where it lies: an index would be a kernel of its own."""
+    return mods[step : step + 1].reshape(mods.shape[1:])
 
 
 class KeysValues(NamedTuple):

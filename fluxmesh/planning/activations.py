@@ -31,16 +31,19 @@ KEPT, IN_USE = 3, 90
 SCORES = 64 * 2**20  # bytes of attention weights at a time, on the way back
 
 
-def denoising_room(state: int, platform: Platform, scarce: bool) -> float:
-    """Bytes that may wait for their use in a step: enough that a GPU never waits for the host.
+def denoising_room(state: int, platform: Platform, scarce: bool, free: float) -> float:
+    """Bytes that may wait for their use in a step, so that a GPU does not wait for the host.
 
-    `state` is a hidden state's bytes. With `scarce`, as little as costs an H100 a few hundredths of
-    its speed (docs/performance.md); a Mac's GPU takes a hundred times as long for an operation, and
-    has the memory in common with everything else there: it always gets that.
+    `state` is a hidden state's bytes, `free` what the device has beside the weights. Where four
+    times as much is free, twice as much waits: what a GPU of 130 ms a step works on while the host
+    reports a step and describes the next. With `scarce`, as little as costs an H100 a few
+    hundredths of its speed (docs/performance.md); a Mac's GPU takes a hundred times as long for an
+    operation, and has the memory in common with everything else there: it always gets that.
     """
     if scarce or platform != "cuda":
         return max(1.5e9, 70 * state)
-    return max(3e9, 106 * state)  # a step's results together are about 500
+    room = max(3e9, 106 * state)  # a step's results together are about 500
+    return 2 * room if free >= 4 * room else room
 
 
 def largest_of_decode(model: Architecture, height: int, width: int, size: int) -> int:

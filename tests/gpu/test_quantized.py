@@ -1,4 +1,4 @@
-"""`make gpu`: quantized products of many rows, and the order that a benchmark's kernel keeps."""
+"""`make gpu`: quantized products of many rows, and the matrices unpacked for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from benchmarks.overlap_ways import by_edge, edge
+from fluxmesh.kernels import ops
 from fluxmesh.kernels.packed_linear import MANY_ROWS, PackedLinear
 from tests import fusing
 
@@ -31,20 +31,12 @@ def test_a_quantized_product_is_as_near_as_mlx_s_own(bits: int, rows: int) -> No
     assert fusing.worst([np.array(packed(x).astype(mx.float32))], [exact]) < bound
 
 
-@pytest.mark.parametrize("size", [8, 128, 3 * 2304 * 128])
-def test_an_edge_is_a_copy(size: int) -> None:
-    x, before = drawn(size, seed=1), drawn(3, 40, seed=2)
-    assert mx.array_equal(edge(x, before), x)
-    assert mx.array_equal(edge(x, before, before + 1), x)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_behind_an_edge_is_the_same(bias: bool) -> None:
-    linear = nn.Linear(512, 384, bias)
-    linear.set_dtype(mx.bfloat16)
-    x, before = drawn(1, 600, 512, seed=1), drawn(16, seed=2)
-    apart = fusing.worst(
-        [np.array(by_edge(linear, x, before).astype(mx.float32))],
-        [np.array(linear(x).astype(mx.float32))],
-    )
-    assert apart < 5e-3
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_matrix_is_unpacked_as_mlx_unpacks_it(bits: int, dtype: mx.Dtype) -> None:
+    packed = mx.quantize(drawn(384, 512, seed=1).astype(dtype), group_size=64, bits=bits)
+    wide = [packed[0], *(part.astype(mx.float32) for part in packed[1:])]
+    exact = mx.dequantize(*wide, 64, bits)
+    actual = ops.unpacked(*packed, 64, bits)
+    assert actual.dtype == dtype
+    assert mx.array_equal(actual, exact.astype(dtype))  # rounded once

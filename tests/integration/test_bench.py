@@ -32,6 +32,7 @@ def test_a_machine_without_a_mesh_is_measured_with_the_embedded_model(fluxmesh: 
 
 
 def test_a_mesh_is_measured_by_each_placement(machine: MeshMachine) -> None:
+    machine.env |= {"FLUXMESH_DELAYS": "step=0.4"}  # else one host is done before the other begins
     machine.up(machine.hostfile(2), "--no-warm")
     done = machine("bench", "--model", machine.model, "--steps", 2)
     assert done.code == 0, done.err

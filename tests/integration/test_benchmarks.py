@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import trace
 from benchmarks.flux2_peers import FluxmeshKlein
 from benchmarks.folders import file_shapes
-from benchmarks.harness import difference
+from benchmarks.harness import difference, typical
 from benchmarks.packed import pays_from
 from benchmarks.peers import Fluxmesh
 from benchmarks.products import products
@@ -163,38 +164,40 @@ def test_mesh_measures_each_placement_beside_what_was_predicted(tmp_path: Path) 
     assert "failed" not in printed
 
 
-def test_overlap_times_ways_with_a_link_and_without(tmp_path: Path) -> None:
-    ways = ("one", "bare gathers", "tree", "own stream", "tensor, halves")
+def test_overlap_times_placements_with_a_link_and_without(tmp_path: Path) -> None:
     counts = ("--backend", "ring", "--steps", "2", "--warmup", "1", "--settings", "plain")
-    every = (*ways, "peer memory")
-    printed, results = run(tmp_path, "overlap", *counts, "--ways", *every)
+    printed, results = run(tmp_path, "overlap", *counts)
     steps = [result for result in results if "ranks" in result]
-    spread = [(way, linked) for way in ways[2:] for linked in (True, False)]
+    spread = [(way, linked) for way in ("sequence", "tensor") for linked in (True, False)]
     assert [(r["way"], r["linked"]) for r in steps] == [("one", True), *spread]
-    tree = next(result for result in steps if result["way"] == "tree")
+    one = steps[0]
     for result in steps:
         assert len(result["ranks"]) == 2 and result["seconds"] == max(result["ranks"]) > 0
-        if result["linked"] and result is not tree:
-            assert float(difference(result, tree)) < 1e-5  # the same weights, the same picture
+        if result["linked"] and result is not one:
+            assert float(difference(result, one)) < 1e-5  # the same weights, the same picture
     assert "plain, bare gathers, 64²" in printed and "fail" not in printed
-    assert "peer memory: skipped: ranks that reach each other's memory are NVIDIA" in printed
 
 
 def test_overlap_computes_both_ends_of_a_group_without_one(tmp_path: Path) -> None:
     counts = ("--backend", "none", "--engines", "4", "--steps", "2", "--warmup", "1")
-    ways = ("one", "bare gathers", "tree", "together")
+    ways = ("one", "bare gathers", "sequence")
     printed, results = run(tmp_path, "overlap", *counts, "--settings", "plain", "--ways", *ways)
     assert [(result["way"], len(result.get("ranks", ()))) for result in results] == [
-        *(("one", 1), ("bare gathers", 0), ("tree", 2), ("together", 2))
+        *(("one", 1), ("bare gathers", 0), ("sequence", 2))
     ]
     assert "bare gathers: skipped: a rank alone gathers nothing" in printed
-    assert "| plain | together | 64² |" in printed and "failed" not in printed
+    assert "| plain | sequence | 64² |" in printed and "failed" not in printed
+
+
+def test_a_step_that_is_reported_late_counts_with_its_neighbours() -> None:
+    assert typical([0.3, 0.1, 0.2, 0.3, 0.1, 0.2]) == pytest.approx(0.2)
+    assert typical([0.4]) == 0.4
 
 
 def test_overlap_gives_up_a_way_that_hangs_and_goes_on(tmp_path: Path) -> None:
     options = ("--backend", "none", "--settings", "plain", "--limit", "0.01")
-    _, results = run(tmp_path, "overlap", *options, "--ways", "one", "tree")
-    assert [result["way"] for result in results] == ["one", "tree"]
+    _, results = run(tmp_path, "overlap", *options, "--ways", "one", "sequence")
+    assert [result["way"] for result in results] == ["one", "sequence"]
     assert all("failed" in result for result in results)
 
 
@@ -325,3 +328,34 @@ def test_unequal_hosts_are_timed_with_equal_shares_and_with_the_planners(tmp_pat
         assert len(result["alone"]) == len(result["compute"]) == 2
         assert min(result["seconds"], *result["compute"], result["predicted"]) > 0
     assert results[0]["shares"] == [] and "| sequence | equal |" in printed
+
+
+def test_a_trace_tells_the_host_s_time_and_needs_a_gpu_for_the_rest(tmp_path: Path) -> None:
+    for options in ((), ("--engines", "2", "--backend", "ring")):
+        printed, (host, gpu) = run(tmp_path, "trace", *options)
+        assert host["described"] > 0 and host["handed"] > 0
+        assert "The host, ms a step: described in " in printed
+        assert gpu["skipped"] == "kernels are traced on NVIDIA GPUs"
+
+
+def test_a_trace_is_summed_up_by_kernels_and_pauses() -> None:
+    def kernel(name: str, begins: float, lasts: float) -> dict[str, Any]:
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": begins, "dur": lasts}
+
+    events = [
+        kernel("b", 105, 20),  # with a; then a pause of 5 µs
+        kernel("a", 100, 10),
+        {"ph": "X", "cat": "cpu_op", "name": "no kernel", "ts": 0, "dur": 999},
+        kernel("a", 130, 10),
+        kernel("c", 240, 60),  # after a pause of 100
+    ]
+    found = trace.summary(events, steps=2)
+    assert found["kernels"] == [("c", 1, 60e-6), ("a", 2, pytest.approx(20e-6)), ("b", 1, 20e-6)]
+    assert found["whole"] == pytest.approx(200e-6)
+    assert found["busy"] == pytest.approx(95e-6)
+    assert found["short_pauses"] == pytest.approx(5e-6)
+    assert found["long_pauses"] == [(pytest.approx(100e-6), "a", "c")]
+    printed = trace.told(found, top=2)
+    assert "0.10 in all, busy 0.05" in printed
+    assert "| a | 1.0 | 10.0 | 0.01 |" in printed and "| b |" not in printed
+    assert "| 0.10 | a | c |" in printed

@@ -90,7 +90,8 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
     before, worker = mx.get_memory_limit(), Worker()
     paint = painting(worker, weights)
     assert limits == [], "T5's activations are small"
-    for_steps = activations.denoising_room(0, platform, False)
+    monkeypatch.setattr(device_memory, "memory_of_device", lambda: 10 * GB)
+    for_steps = activations.denoising_room(0, platform, False, 10 * GB)
     for_pixels = activations.decoding_room(0, platform, False)
     units: list[tuple[messages.Work, list[float]]] = [
         (
@@ -111,6 +112,35 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
         held = [limit - mx.get_active_memory() for limit in limits if limit != before]
         assert held == pytest.approx(rooms, abs=0.02 * GB), unit
         assert mx.get_memory_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("platform", "free", "cap", "how", "room"),
+    [
+        ("cuda", 80, 80, {}, 6),
+        ("cuda", 80, 80, {"is_quantized": True}, 3),
+        ("cuda", 80, 80, {"scarce": True}, 1.5),
+        ("cuda", 80, 10, {}, 3),  # what the engine may use counts
+        ("cuda", 10, 80, {}, 3),
+        ("metal", 80, 80, {}, 1.5),
+    ],
+)
+def test_twice_as_much_waits_where_there_is_plenty(
+    platform: Any,
+    free: int,
+    cap: int,
+    how: dict[str, bool],
+    room: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on(platform, monkeypatch)
+    monkeypatch.setattr(device_memory, "memory_of_device", lambda: free * GB)
+    before = mx.set_memory_limit(cap * GB)
+    try:
+        given = {"scarce": False, "is_quantized": False, **how}
+        assert device_memory.denoising_room(3072, 16, mx.bfloat16, **given) == room * 1e9
+    finally:
+        mx.set_memory_limit(before)
 
 
 def test_the_limit_stays_within_what_was_allowed_and_what_the_device_may_use(

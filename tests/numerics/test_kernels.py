@@ -29,9 +29,10 @@ def emulated(monkeypatch, libraries):
     """`ops.py` behaves as on a CUDA GPU; names of the kernels that ran."""
     ran = []
 
-    def kernel(name, inputs, outputs, source):
+    def kernel(name, inputs, outputs, source, header=""):
         ran.append(name)
-        return Emulated(libraries, cuda_transformer.HEADER, source, list(inputs), list(outputs))
+        header = cuda_transformer.HEADER + header
+        return Emulated(libraries, header, source, list(inputs), list(outputs))
 
     monkeypatch.setattr(cuda_transformer, "kernel_of", kernel)
     monkeypatch.setattr(ops, "device", lambda: "cuda")
@@ -68,3 +69,13 @@ def test_groups_are_normed_over_several_chunks(places, channels, emulated):
     wanted = ops.plain_group_norm(x, *weights, groups=32, silu=True)
     assert mx.abs(normed - wanted).max().item() < 2e-5
     assert emulated == ["group_stats", "group_join", "group_apply"]
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_matrix_is_unpacked_to_the_same_numbers(bits, group, emulated):
+    matrix = mx.random.normal((37, 3 * 128), key=mx.random.key(bits))  # 3.5 blocks' numbers
+    packed = mx.quantize(matrix, group_size=group, bits=bits)
+    wanted = mx.dequantize(*packed, group, bits)
+    assert mx.abs(ops.unpacked(*packed, group, bits) - wanted).max().item() < 1e-6
+    assert emulated == ["unpacked"]

@@ -24,6 +24,7 @@ import numpy as np
 
 from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.double_stream import between_blocks
 from fluxmesh.models.flux1.transformer import Flux, Modulations
 from fluxmesh.models.spread import (
     RingAttention,
@@ -34,7 +35,6 @@ from fluxmesh.models.spread import (
     check_whole,
     dealt_velocity,
     filled_up,
-    joined_tokens,
     own_rope,
     sharded,
 )
@@ -140,7 +140,7 @@ class SequenceFlux(SpreadFlux):
         doubles = zip(self._doubles[1:], modulation.double[1:], strict=True)
         for double, (img_mod, txt_mod) in doubles:
             streams, _ = double(streams, attend, {"txt": txt_mod, "img": img_mod})
-        x = joined_tokens(streams)
+        x = between_blocks(*streams.values())
         for single, mod in zip(self._singles, modulation.single, strict=True):
             x, _ = single(x, attend, mod)
         return x

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fluxmesh.models.base import Part
-from fluxmesh.models.double_stream import DoubleStreamTransformer
+from fluxmesh.models.double_stream import DoubleStreamTransformer, at_step, between_blocks
 from fluxmesh.models.flux1.config import FluxConfig
 from fluxmesh.models.flux1.layers import DoubleStreamBlock, SingleStreamBlock
 from fluxmesh.models.flux1.partition import partition
@@ -51,9 +51,9 @@ class Modulations(NamedTuple):
     def at(self, step: int) -> Modulations:
         """The modulations of time step `step`, counted from 0."""
         return Modulations(
-            double=[(img[step], txt[step]) for img, txt in self.double],
-            single=[mod[step] for mod in self.single],
-            final=self.final[step],
+            double=[(at_step(img, step), at_step(txt, step)) for img, txt in self.double],
+            single=[at_step(mod, step) for mod in self.single],
+            final=at_step(self.final, step),
         )
 
     def of(self, row: int) -> Modulations:
@@ -164,7 +164,7 @@ class Flux(DoubleStreamTransformer):
         doubles = zip(self.double_blocks[1:], modulation.double[1:], strict=True)
         for double, (img_mod, txt_mod) in doubles:
             img, txt = self.call(double, img, txt, pe, img_mod, txt_mod)
-        x = mx.concatenate([txt, img], axis=1)  # [B, S, D]
+        x = between_blocks(txt, img)
         for single, mod in zip(self.single_blocks, modulation.single, strict=True):
             x = self.call(single, x, pe, mod)
         return x[:, txt.shape[1] :]

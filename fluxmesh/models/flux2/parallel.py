@@ -21,6 +21,7 @@ import numpy as np
 
 from fluxmesh.cluster.shares import EVEN, Shares
 from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.double_stream import between_blocks
 from fluxmesh.models.flux2.transformer import Flux2, Flux2Modulations, ReferenceMemory
 from fluxmesh.models.spread import (
     RingAttention,
@@ -31,7 +32,6 @@ from fluxmesh.models.spread import (
     check_whole,
     dealt_velocity,
     filled_up,
-    joined_tokens,
     own_rope,
     sharded,
 )
@@ -139,7 +139,7 @@ class SequenceFlux2(SpreadFlux2):
             for i in range(1, len(self._doubles)):
                 kept = memory and memory.double[i]
                 streams, _ = self._doubles[i](streams, attend, mods, kept)
-            x = joined_tokens(streams)
+            x = between_blocks(*streams.values())
             for i, single in enumerate(self._singles):
                 x, _ = single(x, attend, modulation.single, memory and memory.single[i])
             return x

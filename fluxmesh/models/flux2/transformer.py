@@ -22,7 +22,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from fluxmesh.models.double_stream import DoubleStreamTransformer, KeysValues
+from fluxmesh.models.double_stream import (
+    DoubleStreamTransformer,
+    KeysValues,
+    at_step,
+    between_blocks,
+)
 from fluxmesh.models.flux2.config import Flux2Config
 from fluxmesh.models.flux2.layers import Flux2DoubleBlock, Flux2SingleBlock
 from fluxmesh.models.flux2.partition import partition
@@ -50,7 +55,7 @@ class Flux2Modulations(NamedTuple):
 
     def at(self, step: int) -> Flux2Modulations:
         """The modulations of time step `step`, counted from 0."""
-        return Flux2Modulations(*(mod[step] for mod in self))
+        return Flux2Modulations(*(at_step(mod, step) for mod in self))
 
 
 class ReferenceMemory(NamedTuple):
@@ -188,7 +193,7 @@ class Flux2(DoubleStreamTransformer):
         """What the first double block gives, through all others: the image's [B, S - L, D]."""
         for i in range(1, len(self.double_blocks)):
             img, txt = self._double(i, img, txt, pe, modulation, memory)
-        x = mx.concatenate([txt, img], axis=1)  # [B, S, D]
+        x = between_blocks(txt, img)
         for i, single in enumerate(self.single_blocks):
             kept = () if memory is None else (memory.single[i],)
             x = self.call(single, x, pe, modulation.single, *kept)
