@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hmac
-import ipaddress
 import logging
 import socket
 import struct
@@ -20,7 +18,7 @@ from collections.abc import Iterator
 from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, UsageError
 from fluxmesh.wire.messages import LinkRate
-from fluxmesh.wire.transport import local_network
+from fluxmesh.wire.transport import local_network, ports
 from fluxmesh_agent.threads import in_thread
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,7 @@ def listen(ip: str, token: bytes, deadlines: Deadlines = DEADLINES) -> int:
     Raises `UsageError` where `ip` is not an address of this machine.
     """
     try:
-        server = _server(ip)
+        server = ports.bound(ip)
         with _closed_on_error(server):
             server.listen(4)
     except (OSError, ValueError) as error:
@@ -75,7 +73,7 @@ def free_ports(ip: str, count: int) -> tuple[int, ...]:
     taken: list[socket.socket] = []
     try:
         for _ in range(count):
-            taken.append(_server(ip))
+            taken.append(ports.bound(ip))
         return tuple(server.getsockname()[1] for server in taken)
     except (OSError, ValueError) as error:
         raise _no_address(ip, error) from None
@@ -87,17 +85,6 @@ def free_ports(ip: str, count: int) -> tuple[int, ...]:
 def _no_address(ip: str, error: OSError | ValueError) -> UsageError:
     reason = error.strerror if isinstance(error, OSError) else "an IP address is needed"
     return UsageError(f"{ip!r} is not an address of this host: {reason}.")
-
-
-def _server(ip: str) -> socket.socket:
-    """A socket at a port of its own, which does not listen yet."""
-    if ipaddress.ip_address(ip).is_unspecified:
-        raise OSError(errno.EADDRNOTAVAIL, "it means all addresses")
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    server = socket.socket(family)
-    with _closed_on_error(server):
-        server.bind((ip, 0))
-    return server
 
 
 @contextlib.contextmanager

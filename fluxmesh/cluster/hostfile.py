@@ -42,7 +42,7 @@ ENVS = frozenset(
         *("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "OMP_NUM_THREADS"),
         *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "FLUX_DEV", "FLUX_SCHNELL", "AE"),
         *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"),
-        *("NCCL_NVLS_ENABLE", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"),
+        *("NCCL_NVLS_ENABLE", "NCCL_MIN_NCHANNELS", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"),
     )
 )
 SSH = 'a name, an address or "user@name", with ":port" where it is not 22'

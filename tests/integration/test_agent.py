@@ -81,7 +81,7 @@ def test_status_says_what_the_host_is_before_anything_is_loaded(host: AgentProce
             # better than that all of it is.
             whole = psutil.virtual_memory().total
             assert 1 << 20 < status.memory_bytes <= whole and 1 << 20 < status.free_bytes <= whole
-            assert status.flops_per_second > 1e8
+            assert status.flops_per_second > 1e6  # of a product during which others may have run
             assert abs(status.clock - time.time()) < 5
             assert status.kind != "unknown"
             assert status.platform == device() and status.machine_bytes >= status.free_bytes

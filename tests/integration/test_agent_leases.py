@@ -23,7 +23,7 @@ from tests.integration.agents import (
     painting,
     play,
 )
-from tests.processes import is_gone
+from tests.processes import wait_until_gone
 
 
 def test_who_has_no_lease_changes_nothing(host: AgentProcess, weights: ModelVariant) -> None:
@@ -142,7 +142,7 @@ def test_an_engine_that_does_not_let_go_of_a_lost_coordinators_work_is_ended(
             os.kill(engine, signal.SIGSTOP)
             first.is_silent = True
             await second.lease("mine")
-            assert is_gone(engine)
+            wait_until_gone([engine])
             assert second.ring_generation == first.ring_generation + 1
             await encode(second, weights)
 

@@ -476,6 +476,8 @@ def test_what_an_up_that_was_killed_has_started_is_found(machine: MeshMachine, f
         assert len(machine.up(path).of("up")[0]["hosts"]) == 2
         assert not starting.exists()
     down = machine("down")
-    assert down.code == 0 and "agents ended" in down.out, down.err
+    # Those who started them may have been faster than `down`: they had nobody to answer any more.
+    ended = "2 agents ended" if finder == "up" else r"[012] agents? ended"
+    assert down.code == 0 and re.search(ended, down.out), down.err
     assert not starting.exists()
     assert list((machine.folder / "fluxmesh_state").glob("agent-*/started.json")) == []

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fluxmesh.cluster.hostfile import CONTROL_PORT
-from fluxmesh.storage.processes import started_at
-from fluxmesh_coordinator.agents import bootstrap
+from fluxmesh.errors import FluxmeshError
+from fluxmesh.storage.processes import end_process, started_at
+from fluxmesh.version import __version__
+from fluxmesh_coordinator.agents import agent_here, bootstrap, remote
+from fluxmesh_coordinator.agents.agent_here import Agent
 from tests.integration.test_mesh_commands import MeshMachine
 from tests.ports import free_ports
 
@@ -110,3 +116,91 @@ def test_a_port_that_is_taken_between_look_and_start_costs_another_try(
             finally:
                 bootstrap.stop({"port": second}, print)
     assert started_at(answer["pid"]) is None or os.getpid() == answer["pid"]
+
+
+Start = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Asks the starter of this machine for the agent at a port of its own."""
+    monkeypatch.setenv("FLUXMESH_STATE", str(tmp_path))
+    (port,) = free_ports(1)
+    spec = {"address": "127.0.0.1", "port": port}
+    request = {"spec": spec, "authorized": {"ann": "k" * 40}, "rotate": False}
+    yield lambda **more: bootstrap.start({**request, **more}, print)
+    bootstrap.stop({"port": port}, print)
+
+
+def at(answer: dict[str, Any]) -> int:
+    return int(answer["endpoint"].rpartition(":")[2])
+
+
+def test_an_agent_that_two_have_asked_for_is_ended_by_neither_alone(start: Start) -> None:
+    """One of them has started it, the other has found it; then one is cancelled."""
+    first = start(asker="first")
+    port = at(first)
+    assert start(asker="second") == {**first, "fresh": False}
+    for asker in ("first", "second"):
+        assert not bootstrap.stop({"port": port, "asker": asker}, print)["stopped"]
+    anew = start(asker="second", rotate=True)
+    assert anew["fresh"] and anew["boot"] != first["boot"]
+    assert not bootstrap.stop({"port": port, "asker": "first"}, print)["stopped"]
+    assert bootstrap.stop({"port": port, "asker": "second"}, print)["stopped"]
+    assert Agent(port).running() is None and Agent(port).was_stopped
+
+
+def test_an_agent_that_would_lose_its_connection_is_ended_with_it(start: Start) -> None:
+    """Though another has found it: on a Mac it would be kept out of the local network."""
+    port = at(start(asker="first", kept=True))
+    assert not start(asker="second", kept=True)["fresh"]
+    assert bootstrap.stop({"port": port, "asker": "first"}, print)["stopped"]
+
+
+def test_what_another_has_found_stays_on_record_though_it_has_died(start: Start) -> None:
+    first = start(asker="first")
+    start(asker="second")
+    assert end_process(first["pid"], started_at(first["pid"]) or "")
+    bootstrap.stop({"port": at(first), "asker": "first"}, print)
+    assert start(again=first["boot"])["fresh"]
+
+
+def test_a_mesh_s_agent_that_did_not_start_again_may_be_tried_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(asker="first")
+    assert end_process(first["pid"], started_at(first["pid"]) or "")
+    with monkeypatch.context() as patch:
+        patch.setattr(agent_here, "hand_over", lambda *_: None)
+        with pytest.raises(FluxmeshError, match="did not start"):
+            start(again=first["boot"])
+    assert start(again=first["boot"])["fresh"]
+    bootstrap.stop({"port": at(first)}, print)
+    with pytest.raises(FluxmeshError, match="ended by `fluxmesh down`"):
+        start(again=first["boot"])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_starter_whose_asker_is_gone_ends_what_no_mesh_has_on_record(
+    start: Start, again: bool
+) -> None:
+    first = start(asker="first")
+    port = at(first)
+    if again:
+        assert end_process(first["pid"], started_at(first["pid"]) or "")
+    else:
+        bootstrap.stop({"port": port}, print)
+    request = {
+        "action": "start", "version": __version__, "keep_ssh": False, "rotate": False,
+        "spec": {"address": "127.0.0.1", "port": port}, "authorized": {"ann": "k" * 40},
+        "again": first["boot"] if again else "", "asker": "" if again else "first",
+    }  # fmt: skip
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", remote.MODULE],
+        input=json.dumps(request) + "\n", stdout=writing, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 0
+    assert (Agent(port).running() is not None) == again

@@ -15,14 +15,14 @@ from fluxmesh import events
 from fluxmesh.cluster.shares import EVEN
 from fluxmesh.cluster.snapshot import LinkInfo, RingTiming, StepShape, Timings
 from fluxmesh.errors import CancelledError, FluxmeshError
-from fluxmesh.planning.learning import learned
+from fluxmesh.planning.learning import learned, typical
 from fluxmesh.planning.workload import Workload
 from fluxmesh.storage.homes import Home
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents import mesh_file
 from fluxmesh_coordinator.agents.mesh_file import MeshRecord, learn
 from fluxmesh_coordinator.deploy.warmup import Warming
-from fluxmesh_coordinator.jobs.generation.job_times import JobTimes
+from fluxmesh_coordinator.jobs.generation.job_times import JobTimes, _later
 from fluxmesh_coordinator.jobs.generation.session import GenerationSession
 from fluxmesh_coordinator.runtime.agent_pool import AgentPool, News
 from fluxmesh_coordinator.runtime.job_runner import JobRunner
@@ -68,6 +68,21 @@ def test_an_image_tells_its_steps_its_decode_and_what_stands_between() -> None:
     assert (measured.height, measured.width, measured.first_seconds) == (32, 48, None)
     assert job.begin_seconds == 0.5
     assert job.gap_seconds == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "learnt"),
+    [
+        ((9.0, 1.0), 1.0),
+        ((9.0, 1.2, 0.8), 1.0),
+        ((9.0, 1.2, 1.0, 0.8), 1.0),
+        ((9.0, 1.2, 1.0, 1.0, 0.8), 1.0),
+    ],
+)
+def test_a_last_step_that_began_early_makes_no_step_short(
+    steps: tuple[float, ...], learnt: float
+) -> None:
+    assert typical(_later(list(steps))) == pytest.approx(learnt)
 
 
 def test_by_data_what_goes_on_round_the_decode_is_time_of_the_image() -> None:

@@ -18,7 +18,7 @@ from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, HostUnreachableError
 from fluxmesh.storage.keys import Keys
 from fluxmesh_coordinator.agents import launch, remote
-from fluxmesh_coordinator.agents.bootstrap import agent_command
+from fluxmesh_coordinator.agents.agent_here import agent_command
 
 REMOTE = Host(1, "me@mac1")
 

@@ -12,6 +12,7 @@ import pytest
 from fluxmesh.deadlines import DEADLINES
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.wire.messages import LinkRate
+from fluxmesh.wire.transport import ports
 from fluxmesh_agent import links
 
 
@@ -60,9 +61,9 @@ def test_a_probe_has_a_limit() -> None:
 
 
 def test_free_ports_are_different_and_can_be_bound() -> None:
-    ports = links.free_ports("127.0.0.1", 8)
-    assert len(set(ports)) == 8
-    for port in ports:
+    given = links.free_ports("127.0.0.1", 8)
+    assert len(set(given)) == 8 and set(given) <= set(ports.PORTS)
+    for port in given:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", port))
 
@@ -73,3 +74,12 @@ def test_an_address_that_is_not_one_of_this_host_is_refused(ip: str) -> None:
         links.free_ports(ip, 1)
     with pytest.raises(UsageError, match="not an address of this host"):
         links.listen(ip, b"token")
+
+
+def test_ports_that_others_have_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used, other = taken.getsockname()[1], links.free_ports("127.0.0.1", 1)[0]
+        monkeypatch.setattr(ports.random, "sample", lambda ports, count: [used, other])
+        assert links.free_ports("127.0.0.1", 1) == (other,)
+        monkeypatch.setattr(ports.random, "sample", lambda ports, count: [used])
+        assert links.free_ports("127.0.0.1", 1)[0] not in (used, 0)

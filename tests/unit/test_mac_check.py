@@ -82,7 +82,7 @@ def test_what_takes_too_long_ends_with_all_that_it_has_started(tmp_path: Path) -
     tell = f"sh -c 'echo $$ >>{tmp_path}/pids; exec sleep 60 >/dev/null 2>&1'"
     step = f"step() {{ {tell} & {tell}; }}; "
 
-    assert function(f"{step}limit 1 step; echo $?", "").endswith("124\n")
+    assert function(f"{step}limit 3 step; echo $?", "").endswith("124\n")
 
     pids = [int(line) for line in (tmp_path / "pids").read_text().splitlines()]
     assert len(pids) == 2
@@ -97,7 +97,9 @@ def test_whether_anything_keeps_the_mac_awake_during_a_job(tmp_path: Path, is_aw
     )
     said = f"   PreventUserIdleSystemSleep    {int(is_awake)}\n" + assertion * is_awake
     pmset = tmp_path / "pmset"
-    pmset.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    pmset.write_text(
+        f"#!/bin/sh\nuntil [ -s {tmp_path}/pid ]; do sleep 0.1; done\ncat <<'END'\n{said}\nEND\n"
+    )
     pmset.chmod(0o755)
     job = tmp_path / "python"
     job.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 5\n")

@@ -30,7 +30,7 @@ def test_a_cancelled_job_leaves_the_mesh_idle_and_warm(tmp_path: Path, placement
         runner = JobRunner(pool, GenerationSession(asked), {}, heard)
         with pytest.raises(CancelledError):
             await runner.run()
-        assert len(heard.of(events.Step)) < 10
+        assert len(heard.of(events.Step)) < 50
         assert all(service.lifecycle.is_free for service in mesh.services.values())
         assert [mesh.engine(rank).starts for rank in range(2)] == [1, 1]
         again, heard = job("two", placement=placement), Heard()

@@ -13,7 +13,7 @@ import pytest
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage.homes import write_private
 from fluxmesh.storage.processes import started_at
-from fluxmesh_coordinator.agents import bootstrap
+from fluxmesh_coordinator.agents import agent_here
 from fluxmesh_coordinator.agents.bootstrap import can_bind
 
 
@@ -74,8 +74,8 @@ def test_who_stops_an_agent_is_told_of_an_engine_that_does_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLUXMESH_STATE", str(tmp_path))
-    monkeypatch.setattr(bootstrap, "kill_recorded", lambda path: None)
-    agent = bootstrap.Agent(47100)
+    monkeypatch.setattr(agent_here, "kill_recorded", lambda path: None)
+    agent = agent_here.Agent(47100)
     agent.remember({"pid": 1, "start": "another one"})  # it has ended
     here = {"pid": os.getpid(), "start": started_at(os.getpid())}
     write_private(agent.home.engine, json.dumps(here))

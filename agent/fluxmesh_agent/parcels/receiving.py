@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import ipaddress
 import logging
 import os
 import selectors
@@ -26,7 +25,7 @@ from fluxmesh.deadlines import DEADLINES, Deadlines
 from fluxmesh.errors import FluxmeshError, LocalNetworkError, OutputError, UsageError, WeightsError
 from fluxmesh.storage import durable
 from fluxmesh.wire.messages.parcel import ParcelFile
-from fluxmesh.wire.transport import sockets
+from fluxmesh.wire.transport import ports, sockets
 from fluxmesh_agent.parcels.channel import (
     BLOCK,
     BYE,
@@ -126,11 +125,8 @@ class ParcelReceiver:
         reason = "none was named"
         for ip in dict.fromkeys(self._ips):
             try:
-                if ipaddress.ip_address(ip).is_unspecified:
-                    raise OSError(errno.EADDRNOTAVAIL, "it means all addresses")
-                server = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+                server = ports.bound(ip)
                 stack.callback(server.close)
-                server.bind((ip, 0))
                 server.listen(STRANGERS)
                 server.setblocking(False)
             except (OSError, ValueError) as error:

@@ -30,7 +30,7 @@ from fluxmesh.storage.homes import AgentHome
 from fluxmesh.storage.keys import Keys
 from fluxmesh.storage.processes import kill_recorded
 from fluxmesh_coordinator.agents.addresses import is_address
-from fluxmesh_coordinator.agents.bootstrap import agent_command, hand_over
+from fluxmesh_coordinator.agents.agent_here import agent_command, hand_over
 from fluxmesh_coordinator.agents.mesh_file import THIS_MACHINE, THIS_NAME, Member, MeshRecord
 from fluxmesh_coordinator.agents.remote import ask, ssh_name
 
@@ -108,13 +108,15 @@ def start(
     rotate: bool = False,
     forget: Sequence[str] = (),
     again: str = "",
+    asker: str = "",
     keep_ssh: bool = False,
 ) -> Started:
     """The agent of a host, which listens and lets this user in.
 
     With `keep_ssh` the connection that starts it stays open as long as it lives.
     `rotate` gives it new keys; the public keys `forget` are let in no more; `again` is
-    the boot of an agent that does not answer, and does nothing for one that was ended on purpose.
+    the boot of an agent that does not answer, and does nothing for one that was ended on purpose;
+    `asker` is a name of its own for each `up`, by which it can have ended what it has started.
     Raises `FluxmeshError` naming the host.
     """
     answer = ask(
@@ -124,6 +126,7 @@ def start(
         **wanted(spec, keys, rotate=rotate, keep_ssh=keep_ssh),
         forget=list(forget),
         again=again,
+        asker=asker,
     )
     member = Member(
         rank=host.rank,

@@ -99,7 +99,6 @@ class Bringup:
     watcher: Watcher
     home: Home = field(default_factory=Home.default)
     _started: StartedAgents | None = field(default=None, init=False)
-    _boots: dict[int, str] = field(default_factory=dict, init=False)  # of agents that ran, by rank
     _copies: tuple[int, ...] = field(default=(), init=False)  # ranks that get the model of another
 
     @contextmanager
@@ -150,6 +149,9 @@ class Bringup:
         self.watcher.stage("Starting agents")
         forget = [before.public] if wish.rotate_keys else []
 
+        beginning = StartRecord(wish.name, wish.text)
+        self._started = mine = StartedAgents(beginning, self.home)
+
         def start(host: Host) -> launch.Started:
             spec = self._spec(host)
             return launch.start(
@@ -158,12 +160,11 @@ class Bringup:
                 keys,
                 rotate=wish.rotate_keys,
                 forget=forget,
+                asker=mine.asker,
                 keep_ssh=self._keeps(host),
             )
 
-        beginning = StartRecord(wish.name, wish.text)
-        self._started = StartedAgents(beginning, self._boots, self.home)
-        self._started.begin(hosts)
+        mine.begin(hosts)
         started, errors = remote.each(hosts, start)
         if wish.rotate_keys and started:  # every agent that could be reached has the new key by now
             store_keys(self.home.folder, "client", keys)
@@ -199,7 +200,7 @@ class Bringup:
             timings=timings,
         )
         mesh_file.save(up, self.home)
-        self._started.done()
+        mine.done()
         self._copy(up, keys)
         return up
 
@@ -259,11 +260,6 @@ class Bringup:
         ]
         good = self._without_failures(hosts, looks, models)
         seen = [looks[host.rank][0] for host in good]
-        self._boots = {
-            host.rank: look["agent"]["boot"]
-            for host, look in zip(good, seen, strict=True)
-            if look["agent"]
-        }
         return good, [
             look["agent"]["endpoint"] for look in seen if look["agent"] and not look["ends"]
         ]

@@ -8,8 +8,10 @@ what an `up` that was killed has left is in `starting.json`, where `down` and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import secrets
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.deadlines import DEADLINES
@@ -28,8 +30,8 @@ class StartedAgents:
     """Those of one `up`."""
 
     record: StartRecord
-    boots: Mapping[int, str]  # of the agents that ran before, by rank
     home: Home
+    asker: str = field(default_factory=partial(secrets.token_hex, 8), init=False)  # to the hosts
     _hosts: tuple[Host, ...] = field(default=(), init=False)  # where one may have been started
 
     def begin(self, hosts: Iterable[Host]) -> None:
@@ -44,7 +46,8 @@ class StartedAgents:
     def undo(self) -> tuple[int, dict[int, FluxmeshError]]:
         """Ends those that were started: (how many, the hosts where one may run on).
 
-        Who ran before, and was not started anew, runs on, and stays on record.
+        Who ran before, and was not started anew, runs on, and stays on record; so does whom another
+        `up` has found meanwhile.
         """
         hosts, self._hosts = self._hosts, ()
         hostfile = self.record.hostfile
@@ -55,7 +58,7 @@ class StartedAgents:
                 "stop",
                 deadlines=UNDOING,
                 ports=list(hostfile.control_ports(host.rank)),
-                unless=self.boots.get(host.rank, ""),
+                asker=self.asker,
             )
             return str(answer["endpoint"]) if answer["stopped"] else ""
 

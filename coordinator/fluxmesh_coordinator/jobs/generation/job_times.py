@@ -7,6 +7,7 @@ that have their devices to themselves, of jobs in which nothing was lost.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -91,7 +92,8 @@ class JobTimes:
         known = self._images.pop(image, None)
         if known is None or len(known.steps) != self.work.steps:
             return
-        seen, rest = self._seen.setdefault(known.members, _Seen()), known.steps[1:]
+        seen = self._seen.setdefault(known.members, _Seen())
+        rest = _later(known.steps)
         if known.readiness != "warm":
             seen.steps += rest
             if rest and known.readiness != "loading":
@@ -151,6 +153,15 @@ class JobTimes:
             begin_seconds=self._begin,
             gap_seconds=_known(seen.gaps),
         )
+
+
+def _later(steps: list[float]) -> list[float]:
+    """Of an image's steps those after the first, as long as they are.
+
+    Where the last one begins early (`engine/lookahead.py`) it looks short, and the one before long.
+    """
+    later = steps[1:]
+    return [statistics.mean(later)] if len(later) == 2 else later[:-1] or later
 
 
 def _known(seconds: list[float]) -> float | None:
