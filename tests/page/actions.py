@@ -74,6 +74,26 @@ def dropped(page: Page, kind: str, data: bytes) -> None:
     )
 
 
+def see(page: Page, *, is_hidden: bool) -> None:
+    """Hides the page, as behind another tab, or shows it again."""
+    page.evaluate(
+        """(isHidden) => {
+          Object.defineProperty(document, "hidden", { configurable: true, get: () => isHidden });
+          document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        is_hidden,
+    )
+
+
+def until(page: Page, condition: str) -> None:
+    """Waits until an expression of JavaScript holds.
+
+    It travels as a function: Playwright evaluates a bare expression again at every look, and
+    from the second look on the page's Content-Security-Policy refuses that.
+    """
+    page.wait_for_function(f"() => {condition}")
+
+
 def pixel(page: Page, x: float, y: float) -> list[int]:
     """A colour of the canvas that is brushed on; `x` and `y` are of its width and height."""
     script = """([x, y]) => {

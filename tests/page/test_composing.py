@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
-from tests.page.actions import attach, dropped, finished, names, paint, png, set_up
+from tests.page.actions import LONG, attach, dropped, finished, names, paint, png, set_up, until
 from tests.page.conftest import ADAPTER, Served
+from tests.page.gallery_actions import hold
 
 
 def test_a_prompt_becomes_a_picture_that_is_seen_while_it_is_painted(
     page: Page, served: Served
 ) -> None:
     before = names(page)
-    set_up(page, "a red apple on a yellow background", steps="12", side="64", seed="7")
+    set_up(page, "a red apple on a yellow background", steps="40", side="64", seed="7")
     page.get_by_label("Prompt").press("Control+Enter")
     expect(page.locator(".tile img.preview")).to_be_visible()
     source = page.locator(".tile img.preview").get_attribute("src") or ""
@@ -31,7 +32,7 @@ def test_a_prompt_becomes_a_picture_that_is_seen_while_it_is_painted(
     assert names(page)[0] == name
     recipe = read_recipe(served.pictures / name)
     assert (recipe.prompt, recipe.seed) == ("a red apple on a yellow background", 7)
-    assert (recipe.steps, recipe.height, recipe.width) == (12, 64, 64)
+    assert (recipe.steps, recipe.height, recipe.width) == (40, 64, 64)
     expect(page.get_by_text("Nothing here yet.")).to_be_hidden()
 
 
@@ -40,7 +41,7 @@ def test_several_pictures_and_a_shape_of_the_models_own_size(page: Page, served:
     page.get_by_label("How many pictures").select_option("2")
     page.get_by_label("Prompt").fill("two dogs")
     page.get_by_label("More settings").click()
-    page.get_by_label("Steps", exact=True).fill("4")  # so that both tiles are seen
+    page.get_by_label("Steps", exact=True).fill("12")  # so that both tiles are seen
     before = names(page)
     page.get_by_role("button", name="Paint", exact=True).click()
     expect(page.locator(".tile")).to_have_count(2)
@@ -102,7 +103,7 @@ def test_addresses_of_pictures_that_are_shown_no_more_are_given_back(page: Page)
     for _ in range(2):  # the second one takes the first one's place
         page.locator("#file").set_input_files(file)
         expect(page.locator(".attachment img")).to_have_count(1)
-        page.wait_for_function("held.size === 1")
+        until(page, "held.size === 1")
     for _ in range(2):
         page.get_by_role("button", name=re.compile("mask$")).click()
         box = page.locator("#mask-canvas").bounding_box()
@@ -110,12 +111,12 @@ def test_addresses_of_pictures_that_are_shown_no_more_are_given_back(page: Page)
         page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
         page.get_by_role("button", name="Use mask").click()
         expect(page.get_by_role("button", name="Change mask")).to_be_visible()
-        page.wait_for_function("held.size === 2")  # the picture and its newest mask
+        until(page, "held.size === 2")  # the picture and its newest mask
     page.locator("#file").set_input_files(broken)
     expect(page.locator("#form-error")).to_contain_text("can't be read")
-    page.wait_for_function("held.size === 2")
+    until(page, "held.size === 2")
     page.get_by_role("button", name="Remove this picture").click()
-    page.wait_for_function("held.size === 0")
+    until(page, "held.size === 0")
 
 
 def test_what_is_no_picture_is_told_in_a_sentence(page: Page) -> None:
@@ -195,3 +196,87 @@ def test_mistakes_are_told_beside_what_they_are_about(page: Page) -> None:
     page.get_by_role("button", name="Paint", exact=True).click()
     expect(page.locator("#form-error")).to_have_text("Steps is a number.")
     expect(page.locator(".job")).to_have_count(0)
+
+
+def test_a_request_is_sent_once_however_often_and_long_its_key_is_pressed(page: Page) -> None:
+    sent = hold(page, "**/api/jobs", ["POST"])
+    before = names(page)
+    set_up(page, "one dog")
+    page.get_by_label("Prompt").focus()
+    page.keyboard.down("Control")
+    for _ in range(5):
+        page.keyboard.down("Enter")
+    page.keyboard.up("Enter")
+    page.keyboard.press("Enter")  # its upload takes its time
+    page.keyboard.up("Control")
+    sent.wait_for(1)
+    page.wait_for_timeout(300)
+    assert len(sent.routes) == 1
+    sent.answer()
+    expect(page.locator("#paint")).to_be_enabled()
+    page.get_by_label("Steps", exact=True).focus()
+    page.keyboard.down("Enter")
+    sent.wait_for(1)
+    sent.answer()
+    expect(page.locator("#paint")).to_be_enabled()
+    for _ in range(5):
+        page.keyboard.down("Enter")
+    page.keyboard.up("Enter")
+    page.wait_for_timeout(300)
+    assert sent.routes == []
+    expect(page.locator("#pictures li")).to_have_count(len(before) + 2)
+
+
+def test_nothing_is_sent_before_the_models_are_known(
+    context: BrowserContext, served: Served
+) -> None:
+    page = context.new_page()
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.method))
+    models = hold(page, "**/api/models")
+    page.goto(served.url)
+    page.get_by_label("Prompt").fill("a dog")
+    page.get_by_label("Prompt").press("Control+Enter")
+    expect(page.locator("#form-error")).to_contain_text("has not said yet what it can paint with")
+    assert "POST" not in sent
+    models.wait_for(1)
+    models.answer()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    expect(page.locator("#form-error")).to_be_hidden()
+
+
+def test_a_request_whose_answer_was_lost_is_the_same_job_when_it_is_sent_again(page: Page) -> None:
+    ids: list[str] = []
+
+    def lose(route: Route) -> None:
+        ids.append(route.request.headers["idempotency-key"])
+        if len(ids) in (1, 3):
+            assert route.fetch().status == 202
+            route.abort()
+        else:
+            route.continue_()
+
+    while (idle := page.request.get(f"{page.url}api/status").json())["queue"]:
+        page.wait_for_timeout(50)  # of tests before
+    page.route("**/api/status", lambda route: route.fulfill(json=idle))
+    page.route("**/api/jobs", lose)
+    set_up(page, "a dog that is asked for twice", **LONG)
+    paint, job = page.get_by_role("button", name="Paint", exact=True), page.locator(".job")
+    paint.click()
+    expect(page.locator("#form-error")).to_have_text("The server does not answer.")
+    expect(job).to_have_count(0)
+    paint.click()
+    expect(job).to_have_count(1)
+    assert ids[1] == ids[0]
+    page.unroute("**/api/status")
+    # This time the line tells of it first: who presses again has seen it, and wants another one.
+    page.get_by_label("Prompt").fill("another dog")
+    paint.click()
+    expect(page.locator(".job-prompt", has_text="another dog")).to_have_count(1)
+    expect(job).to_have_count(2)
+    paint.click()
+    expect(job).to_have_count(3)
+    assert len(set(ids)) == 3
+    for left in (2, 1, 0):
+        job.first.get_by_role("button", name="Cancel").click()
+        expect(job).to_have_count(left)

@@ -11,6 +11,7 @@ from playwright.sync_api import BrowserContext, Page, Route, expect
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.page.actions import finished, names, paint
 from tests.page.conftest import Served, open_page
+from tests.page.gallery_actions import ANSWERABLE
 
 
 def test_again_vary_and_settings_once_more(page: Page, served: Served) -> None:
@@ -100,6 +101,7 @@ def test_by_keyboard_alone_pictures_are_looked_through_and_deleted(
     page.keyboard.press("Delete")
     expect(page.get_by_role("button", name="Delete for good?")).to_be_visible()
     assert (served.pictures / kept[1]).exists()
+    page.wait_for_timeout(ANSWERABLE)
     page.keyboard.press("Delete")
     expect(page.locator("#pictures li")).to_have_count(len(kept) - 1)
     assert not (served.pictures / kept[1]).exists()

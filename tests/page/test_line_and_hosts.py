@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from typing import get_args
 
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import APIResponse, Browser, Page, Response, Route, expect
 
 from fluxmesh.wire.messages.status import State
 from tests.page.actions import LONG, finished, names, set_up
-from tests.page.conftest import open_page
+from tests.page.conftest import WAIT, open_page
 
 
 def test_the_line_shows_a_place_and_is_left_by_a_button(page: Page, browser: Browser) -> None:
     """Two people: one paints something long, the other waits behind it."""
     other = browser.new_context().new_page()
+    other.set_default_timeout(WAIT)
     open_page(other, page.url)
     set_up(other, "a long picture", **LONG)
     other.get_by_role("button", name="Paint", exact=True).click()
@@ -67,6 +68,29 @@ def test_hosts_show_their_memory_and_the_links_between_them(page: Page) -> None:
     expect(page.locator("#placement")).to_be_visible()
 
 
+def test_a_job_is_shown_once_though_the_line_tells_of_it_before_its_own_answer(page: Page) -> None:
+    held: list[tuple[Route, APIResponse]] = []
+    page.route("**/api/jobs", lambda route: held.append((route, route.fetch())))
+    before = names(page)
+    set_up(page, "a dog that is heard of early", steps="20", side="64")
+    page.get_by_label("Prompt").press("Control+Enter")
+
+    def tells(response: Response) -> bool:
+        if not response.url.endswith("/api/status"):
+            return False
+        return any(row["mine"] for row in response.json()["queue"])
+
+    with page.expect_response(tells):
+        page.locator("#mesh-open").click()  # as long as it is open, the line is asked for often
+    page.keyboard.press("Escape")
+    while not held:  # it is in the line, so its answer is on the way
+        page.wait_for_timeout(50)
+    ((route, answer),) = held
+    route.fulfill(response=answer)
+    expect(page.locator(".job-prompt")).to_have_text("a dog that is heard of early")
+    finished(page, before)
+
+
 def test_a_page_that_is_loaded_again_goes_on_with_what_it_asked_for(page: Page) -> None:
     set_up(page, "a long picture", **LONG)
     page.get_by_role("button", name="Paint", exact=True).click()
@@ -89,3 +113,29 @@ def test_a_stream_that_breaks_is_taken_up_where_it_broke(page: Page) -> None:
     page.context.set_offline(False)
     finished(page, before)
     expect(page.locator("#offline")).to_be_hidden()
+
+
+def test_a_job_that_could_not_be_cancelled_can_be_asked_to_end_again(page: Page) -> None:
+    set_up(page, "a long picture", **LONG)
+    page.get_by_role("button", name="Paint", exact=True).click()
+    cancel = page.locator(".job").get_by_role("button", name="Cancel")
+    page.route("**/api/jobs/*", lambda route: route.abort(), times=1)
+    with page.expect_event("requestfailed"):
+        cancel.click()
+    expect(cancel).to_be_enabled()
+    cancel.click()
+    expect(page.locator(".job")).to_have_count(0)
+
+
+def test_the_keyboard_stays_on_a_row_of_the_line_while_the_line_moves(page: Page) -> None:
+    set_up(page, "a long picture", **LONG)
+    page.get_by_role("button", name="Paint", exact=True).click()
+    page.locator("#mesh-open").click()
+    cancel = page.locator("#queue").get_by_role("button", name="Cancel")
+    cancel.focus()
+    where = page.locator("#queue .where").text_content()
+    expect(page.locator("#queue .where")).not_to_have_text(where or "")
+    expect(cancel).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#queue")).to_have_text("Nobody waits.")
+    expect(page.locator("#mesh-close")).to_be_focused()

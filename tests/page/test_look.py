@@ -79,6 +79,17 @@ def test_everything_that_is_used_has_a_name_and_is_large_enough_for_a_finger(pag
     assert page.locator("[role=status]#told").count() == 1
 
 
+def test_what_is_painted_is_as_wide_as_the_form_however_long_its_prompt(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 780})
+    set_up(page, "a long picture of two dogs on a blue background before a green house", **LONG)
+    page.get_by_role("button", name="Paint", exact=True).click()
+    expect(page.locator(".job")).to_have_count(1)
+    card, form = (page.locator(name).bounding_box() for name in (".job", "#composer"))
+    assert card is not None and form is not None and card["width"] <= form["width"]
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    expect(page.locator(".job")).to_have_count(0)
+
+
 def test_who_wants_no_motion_gets_none(page: Page) -> None:
     page.emulate_media(reduced_motion="reduce")
     set_up(page, "a long picture", **LONG)

@@ -15,7 +15,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from tests.flux2_checkpoint import make_flux2
-from tests.page.actions import finished, names, png, set_up
+from tests.page.actions import finished, names, png, set_up, until
 from tests.page.conftest import Served, open_page
 from tests.server_process import server
 
@@ -76,10 +76,8 @@ def test_pictures_that_are_dropped_are_references_of_an_edit(page: Page, klein: 
         ),
     )
     drop(page, *(png(64, colour) for colour in COLOURS))
-    page.wait_for_function(
-        """() => [...document.querySelectorAll(".attachment img")]
-          .map((image) => image.naturalWidth).join() === '64,64,64'"""
-    )
+    widths = "[...document.querySelectorAll('.attachment img')].map((image) => image.naturalWidth)"
+    until(page, f"{widths}.join() === '64,64,64'")
     for number in (1, 2, 3):
         expect(page.get_by_label(f"What picture {number} is for")).to_have_value("references")
     page.get_by_role("button", name="Remove picture 2").click()
@@ -95,7 +93,7 @@ def test_pictures_that_are_dropped_are_references_of_an_edit(page: Page, klein: 
     assert len(read_recipe(klein.pictures / name).references) == 2
     # They are looked at: without them it is another picture.
     plain = {key: value for key, value in fields.items() if key != "references"}
-    job = httpx2.post(f"{klein.url}/api/jobs", json=plain).json()["id"]
+    job = httpx2.post(f"{klein.url}/api/jobs", json=plain, timeout=60).json()["id"]
     assert "event: done" in httpx2.get(f"{klein.url}/api/jobs/{job}/events", timeout=60).text
     expect(page.locator("#pictures li")).to_have_count(len(before) + 1)
     (other,) = {path.name for path in klein.pictures.glob("*.png")} - {*before, name}

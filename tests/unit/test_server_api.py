@@ -184,3 +184,15 @@ def test_what_no_face_has_is_told_as_that_and_a_wrong_method_as_what_it_is(
         assert client.get("/").headers["content-type"].startswith("text/html")
         assert client.get("/app.js").status_code == client.get("/healthz").status_code == 200
         assert client.get("/nothing.js").status_code == 404
+
+
+def test_the_files_of_the_page_are_asked_for_again_and_sent_only_where_they_changed(
+    serving: Serving,
+) -> None:
+    """Else a browser goes on with those of the fluxmesh before for as long as it likes."""
+    with serving.client() as client:
+        for path in ("/", "/app.js", "/style.css"):
+            first = client.get(path)
+            assert (first.status_code, first.headers["cache-control"]) == (200, "no-cache")
+            again = client.get(path, headers={"if-none-match": first.headers["etag"]})
+            assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")

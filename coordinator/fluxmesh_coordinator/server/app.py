@@ -6,6 +6,7 @@ log → who may ask → how much and how slowly → a face → the painting serv
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -70,9 +71,21 @@ def application(
     return app
 
 
+class _PageFiles(StaticFiles):
+    """Files that a browser asks for again each time, and is told that they are the same.
+
+    Without that it takes them for fresh for a while, and runs those of the fluxmesh before.
+    """
+
+    def file_response(self, *args: Any, **fields: Any) -> Response:
+        response = super().file_response(*args, **fields)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
 def _page() -> ASGIApp:
     """The page's files, for what no face knows."""
-    files = StaticFiles(directory=PAGE, html=True)
+    files = _PageFiles(directory=PAGE, html=True)
 
     async def page(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(FACES):

@@ -23,7 +23,7 @@ const EXAMPLES = [
 ];
 
 startTheme();
-const composer = new Composer((fields) => jobs.submit(fields), showHint);
+const composer = new Composer(send, showHint);
 const gallery = new Gallery({ again, vary, edit, reuse }, (name) => composer.guided(name));
 const jobs = new Jobs({
   ended: showFinished,
@@ -31,8 +31,8 @@ const jobs = new Jobs({
   view: (name) => gallery.open(name),
 });
 const mesh = new MeshView({
-  heard: ({ queue }) => jobs.resume(queue),
-  cancel: (id) => jobs.cancel(id).then(() => mesh.look(), (error) => tell(error.message)),
+  heard: ({ queue }) => jobs.hear(queue),
+  cancel: (id) => jobs.cancel(id).catch((error) => tell(error.message)),
 });
 
 let asking = 0;
@@ -52,9 +52,19 @@ function request({ recipe, width, height }) {
   return { prompt, model: known ? model : undefined, width, height, ...Object.fromEntries(said), n_images: 1 };
 }
 
-async function submit(fields) {
+/** Sends a request. Throws `ApiError`. */
+async function send(fields) {
   try {
     await jobs.submit(fields);
+  } catch (error) {
+    if (error.code === "model_not_found") composer.load().catch(() => {}); // there are others now
+    throw error;
+  }
+}
+
+async function submit(fields) {
+  try {
+    await send(fields);
     scrollTo({ top: 0 });
     $("prompt").focus({ preventScroll: true });
   } catch (error) {
@@ -131,6 +141,13 @@ $("hint-close").addEventListener("click", () => {
   memory.set("hint", "seen");
   showHint();
   $("prompt").focus();
+});
+
+// Meanwhile others may have painted, and models may have come.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden || !document.documentElement.dataset.ready) return;
+  showFinished();
+  composer.load().catch(() => {});
 });
 
 async function start() {

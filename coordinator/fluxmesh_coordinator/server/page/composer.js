@@ -6,6 +6,7 @@ import { $, bytes, icon, make, memory, showError } from "./dom.js";
 import { Sizes } from "./sizes.js";
 
 const FIELDS = { negative_prompt: "negative", n_images: "number", adapters: "adapter-add" }; // where their names differ
+const UNKNOWN = "The server has not said yet what it can paint with. Try again in a moment.";
 
 /** Whether a model is shown pictures and paints them as the prompt says. */
 export function isEditor({ takes }) {
@@ -29,9 +30,11 @@ export class Composer {
     });
     addEventListener("keydown", (event) => {
       const isOver = document.querySelector("dialog[open]");
+      // A key that is held sends once; on a button, or in a field, a browser presses it again and again.
+      if (event.key === "Enter" && event.repeat && event.target.matches("#composer :not(textarea)")) event.preventDefault();
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !isOver) {
         event.preventDefault();
-        this.send();
+        if (!event.repeat) this.send();
       } else if (event.key === "/" && !isOver && !event.target.closest("input, textarea, select")) {
         event.preventDefault();
         $("prompt").focus();
@@ -61,9 +64,13 @@ export class Composer {
     this.#grow();
   }
 
-  /** Asks the server for its models and adapters. Throws `ApiError`. */
+  /** Asks the server for its models and adapters; what the form says stays. Throws `ApiError`. */
   async load() {
     const [models, adapters] = await Promise.all([ask("GET", "/api/models"), ask("GET", "/api/adapters")]);
+    const heard = JSON.stringify([models, adapters], (name, value) => (name === "loaded" ? undefined : value));
+    if (heard === this.heard) return; // fields that are built anew lose the focus
+    this.heard = heard;
+    if (!this.models.length) this.fail(""); // that it can't be asked, or is yet to answer
     this.models = models.models;
     this.knownAdapters = adapters.adapters;
     const wanted = $("model").value || memory.get("model");
@@ -112,6 +119,11 @@ export class Composer {
   }
 
   async send() {
+    if ($("paint").disabled) return; // one is being sent
+    if (!this.models.length) {
+      this.fail(UNKNOWN);
+      return;
+    }
     if (!$("prompt").value.trim()) {
       this.fail("Say what to paint.", "prompt");
       return;

@@ -12,6 +12,17 @@ export function make(tag, { data = {}, vars = {}, aria = {}, ...properties } = {
   return element;
 }
 
+/** Makes these the children of an element. What is there already is not taken out on the way. */
+export function arrange(parent, children) {
+  const kept = new Set(children);
+  const focused = document.activeElement;
+  for (const child of [...parent.children]) if (!kept.has(child)) child.remove();
+  children.forEach((child, k) => {
+    if (parent.children[k] !== child) parent.insertBefore(child, parent.children[k] ?? null);
+  });
+  if (parent.contains(focused)) focused.focus({ preventScroll: true }); // it may have been moved
+}
+
 /** One of the page's own icons. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");

@@ -1,59 +1,106 @@
 // Finished pictures, newest first, and the window in which one is looked at.
 
 import { ask } from "./server.js";
-import { $, counted, make, tell } from "./dom.js";
+import { $, arrange, counted, make, tell } from "./dom.js";
 
 const PAGE = 50;
+const ANSWERABLE = 500; // milliseconds after which a question may be answered: a double press is no answer
 
 export class Gallery {
   /** `actions`: again, vary, edit and reuse, each given a picture; `guided(model)`: whether a model
    * reads its guidance. */
   constructor(actions, guided) {
     this.guided = guided;
-    this.pictures = []; // as the server lists them
-    this.next = null; // where the list goes on
-    this.at = -1; // the picture in the window
-    $("show-more").addEventListener("click", () => this.#more().catch((error) => tell(error.message)));
+    this.pictures = []; // as the server lists them: by name, newest first
+    this.next = null; // where the list goes on: before this name
+    this.viewed = null; // the picture in the window
+    this.deleting = new Set(); // names of which the server has not answered yet
+    this.deleted = new Set(); // names that a list which was asked for before may still have
+    this.asked = 0; // lists, by number
+    this.shown = 0; // the number of the one on the page
+    this.questioned = 0; // when it was asked whether to delete
+    $("show-more").addEventListener("click", () => this.#more());
     $("pictures").addEventListener("keydown", (event) => this.#move(event));
     this.#listenToViewer(actions);
   }
 
-  /** Asks for the newest pictures. Throws `ApiError`. */
+  /** Asks for the newest pictures; older ones that are on the page stay. Throws `ApiError`. */
   async load() {
-    const { pictures, next } = await ask("GET", `/api/pictures?limit=${PAGE}`);
-    // Those that are on the page already keep their place.
-    const open = this.pictures[this.at]?.name;
-    const kept = this.pictures.length > pictures.length ? this.pictures.slice(pictures.length) : [];
-    const names = new Set(pictures.map(({ name }) => name));
-    this.pictures = [...pictures, ...kept.filter(({ name }) => !names.has(name) && name < (pictures.at(-1)?.name ?? ""))];
-    this.next = kept.length ? this.next : next;
-    this.at = open ? this.pictures.findIndex(({ name }) => name === open) : -1;
+    const number = ++this.asked;
+    let { pictures, next } = await this.#ask();
+    while (next && this.pictures.length && this.pictures[0].name < next) { // more are new than one answer has
+      const further = await this.#ask(next);
+      pictures = [...pictures, ...further.pictures];
+      next = further.next;
+    }
+    if (number < this.shown) return; // one that was asked for later is on the page
+    this.shown = number;
+    const older = next ? this.pictures.filter(({ name }) => name < next) : [];
+    this.pictures = [...this.#withoutDeleted(pictures), ...older];
+    if (!older.length) this.next = next;
     this.#show();
+    const { name } = this.viewed ?? {};
+    if (!name || this.#find(name) || this.deleting.has(name)) return;
+    $("viewer").close();
+    tell("The picture was deleted elsewhere.");
   }
 
+  /** Views a picture, also one that is not on the page yet. */
   async open(name) {
-    if (!this.pictures.some((picture) => picture.name === name)) await this.load();
-    const index = this.pictures.findIndex((picture) => picture.name === name);
-    if (index >= 0) this.#view(index);
+    try {
+      if (!this.#find(name)) await this.load();
+      const picture = this.#find(name);
+      if (picture) this.#view(picture);
+      else tell("The picture is not there any more.");
+    } catch (error) {
+      tell(error.message);
+    }
   }
 
   async #more() {
-    const { pictures, next } = await ask("GET", `/api/pictures?limit=${PAGE}&before=${encodeURIComponent(this.next)}`);
-    const first = this.pictures.length;
-    this.pictures.push(...pictures);
-    this.next = next;
-    this.#show();
-    $("pictures").children[first]?.querySelector("button").focus();
+    const button = $("show-more");
+    const before = this.next;
+    button.disabled = true;
+    try {
+      const { pictures, next } = await this.#ask(before);
+      if (this.next !== before) return; // the list ends elsewhere by now
+      const first = this.pictures.length;
+      this.pictures.push(...this.#withoutDeleted(pictures));
+      this.next = next;
+      this.#show();
+      if (isNobodyElsewhere(button)) $("pictures").children[first]?.querySelector("button").focus();
+    } catch (error) {
+      tell(error.message);
+    } finally {
+      button.disabled = false;
+      if (isNobodyElsewhere(button)) button.focus(); // which it lost when it was disabled
+    }
+  }
+
+  #ask(before = "") {
+    return ask("GET", `/api/pictures?limit=${PAGE}${before && `&before=${encodeURIComponent(before)}`}`);
+  }
+
+  #withoutDeleted(pictures) {
+    return pictures.filter(({ name }) => !this.deleted.has(name));
+  }
+
+  #find(wanted) {
+    return this.pictures.find(({ name }) => name === wanted);
   }
 
   #show() {
     const shown = new Map([...$("pictures").children].map((item) => [item.dataset.name, item]));
-    $("pictures").replaceChildren(...this.pictures.map((picture) => shown.get(picture.name) ?? this.#item(picture)));
-    const buttons = $("pictures").querySelectorAll("button");
-    buttons.forEach((button, k) => { button.tabIndex = k ? -1 : 0; }); // one stop; arrows go on
-    $("empty").hidden = this.pictures.length > 0;
+    const hadFocus = $("pictures").contains(document.activeElement);
+    arrange($("pictures"), this.pictures.map((picture) => shown.get(picture.name) ?? this.#item(picture)));
+    const buttons = [...$("pictures").querySelectorAll("button")];
+    const stop = buttons.find((button) => button === document.activeElement) ?? buttons[0];
+    for (const button of buttons) button.tabIndex = button === stop ? 0 : -1; // one stop; arrows go on
+    if (hadFocus) stop?.focus({ preventScroll: true });
+    $("empty").hidden = this.pictures.length > 0 || Boolean(this.next);
     $("show-more").hidden = !this.next;
     $("gallery-count").textContent = this.pictures.length && !this.next ? counted(this.pictures.length, "picture") : "";
+    this.#showEnds();
   }
 
   #item(picture) {
@@ -61,7 +108,7 @@ export class Gallery {
     const prompt = picture.recipe.prompt ?? "";
     const image = make("img", { src: picture.thumbnail_url, alt: "", loading: "lazy", decoding: "async" });
     const button = make("button", { type: "button", aria: { label: prompt || "Picture" } }, image, make("span", { className: "caption", textContent: prompt, ariaHidden: "true" }));
-    button.addEventListener("click", () => this.#view(this.pictures.findIndex(({ name }) => name === picture.name)));
+    button.addEventListener("click", () => this.#view(picture));
     return make("li", { data: { name: picture.name }, vars: { ratio: ratio.toFixed(4) } }, button);
   }
 
@@ -94,19 +141,15 @@ export class Gallery {
 
   // The window
 
-  #view(index) {
-    const picture = this.pictures[index];
-    if (!picture) return;
-    this.at = index;
+  #view(picture) {
+    this.viewed = picture;
     const { recipe } = picture;
-    $("viewer-image").src = picture.url;
-    $("viewer-image").alt = recipe.prompt ?? "";
+    this.#showPixels(picture);
     $("viewer-prompt").textContent = recipe.prompt ?? "";
     $("viewer-recipe").replaceChildren(...rows(picture, this.guided).flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]));
     $("download").href = picture.url;
     $("download").download = picture.name;
-    $("viewer-previous").disabled = index === 0;
-    $("viewer-next").disabled = index === this.pictures.length - 1;
+    this.#showEnds();
     // What began from another picture can't begin so again: that one is not kept.
     const began = Boolean(recipe.from_picture || recipe.references || recipe.control);
     $("again").disabled = !recipe.prompt || began;
@@ -119,8 +162,35 @@ export class Gallery {
     }
   }
 
+  /** The small form, which the page has, until the whole one is there. Each is an element of its own:
+   * one whose `src` changes shows the picture before until then. */
+  async #showPixels({ url, thumbnail_url, recipe }) {
+    const form = (src) => make("img", { id: "viewer-image", alt: recipe.prompt ?? "", src });
+    const small = form(thumbnail_url);
+    $("viewer-image").replaceWith(small);
+    const whole = form(url);
+    await whole.decode().catch(() => {}); // what is wrong with it is seen
+    if (small.isConnected) small.replaceWith(whole);
+  }
+
+  #beside(by) {
+    const at = this.pictures.findIndex(({ name }) => name === this.viewed?.name);
+    return at < 0 ? undefined : this.pictures[at + by];
+  }
+
+  #showEnds() {
+    for (const [button, by] of [[$("viewer-previous"), -1], [$("viewer-next"), 1]]) {
+      button.disabled = !this.#beside(by);
+      // Where nothing has the focus, nothing hears the keys.
+      if (button.disabled && button === document.activeElement) $("viewer-prompt").focus();
+    }
+  }
+
   #listenToViewer(actions) {
-    const step = (by) => this.#view(this.at + by);
+    const step = (by) => {
+      const picture = this.#beside(by);
+      if (picture) this.#view(picture);
+    };
     $("viewer-previous").addEventListener("click", () => step(-1));
     $("viewer-next").addEventListener("click", () => step(1));
     $("viewer-close").addEventListener("click", () => $("viewer").close());
@@ -128,14 +198,15 @@ export class Gallery {
     $("viewer").addEventListener("keydown", (event) => {
       if (event.key === "ArrowLeft") step(-1);
       if (event.key === "ArrowRight") step(1);
-      if (event.key === "Delete") this.#remove();
+      // A Mac calls the key Delete that sends Backspace.
+      if (["Delete", "Backspace"].includes(event.key) && !event.repeat) this.#remove();
     });
     $("viewer").addEventListener("close", () => {
       const { leaves } = $("viewer").dataset;
       delete $("viewer").dataset.leaves;
       if ($("viewer").open) return; // this event came late: the window is open again
-      const name = this.pictures[this.at]?.name;
-      this.at = -1;
+      const name = this.viewed?.name;
+      this.viewed = null;
       // Who is elsewhere by now is not called back.
       const focused = document.activeElement;
       const isElsewhere = leaves || (focused !== document.body && !$("pictures").contains(focused));
@@ -144,13 +215,14 @@ export class Gallery {
     });
     for (const name of ["again", "vary", "edit", "reuse"]) {
       $(name).addEventListener("click", () => {
-        const picture = this.pictures[this.at];
+        const picture = this.viewed;
         $("viewer").dataset.leaves = "yes"; // the focus goes elsewhere
         $("viewer").close();
         actions[name](picture);
       });
     }
-    $("delete").addEventListener("click", () => this.#remove());
+    $("delete").addEventListener("click", ({ detail }) => { if (detail < 2) this.#remove(); });
+    $("delete").addEventListener("keydown", (event) => { if (event.repeat && event.key === "Enter") event.preventDefault(); });
   }
 
   #unsure() {
@@ -160,26 +232,46 @@ export class Gallery {
 
   /** The first time asks, the second time does. */
   async #remove() {
-    if (!$("delete").classList.contains("sure")) {
-      $("delete").classList.add("sure");
-      $("delete").textContent = "Delete for good?";
+    const button = $("delete");
+    if (!button.classList.contains("sure")) {
+      button.classList.add("sure");
+      button.textContent = "Delete for good?";
       tell("Delete for good? Press Delete once more.");
+      this.questioned = performance.now();
       return;
     }
-    const index = this.at;
+    if (performance.now() - this.questioned < ANSWERABLE) return;
+    const { name } = this.viewed;
+    const isViewed = () => $("viewer").open && this.viewed.name === name;
     this.#unsure(); // a third press is not a second deletion
+    this.deleting.add(name);
     try {
-      await ask("DELETE", `/api/pictures/${encodeURIComponent(this.pictures[index].name)}`);
+      await ask("DELETE", `/api/pictures/${encodeURIComponent(name)}`);
     } catch (error) {
-      $("delete").textContent = error.message;
-      return;
+      if (error.status !== 404) { // else it was deleted elsewhere
+        tell(error.message);
+        if (!isViewed()) return;
+        this.#unsure();
+        button.textContent = error.message;
+        return;
+      }
+    } finally {
+      this.deleting.delete(name);
     }
-    this.pictures.splice(index, 1);
+    this.deleted.add(name);
+    this.pictures = this.#withoutDeleted(this.pictures);
     tell("Deleted.");
     this.#show();
-    if (this.pictures.length) this.#view(Math.min(index, this.pictures.length - 1));
+    if (!isViewed()) return;
+    const beside = this.pictures.find((each) => each.name < name) ?? this.pictures.at(-1);
+    if (beside) this.#view(beside);
     else $("viewer").close();
   }
+}
+
+/** Whether the focus is on this element, or nowhere: who went elsewhere is not called back. */
+function isNobodyElsewhere(element) {
+  return [element, document.body].includes(document.activeElement);
 }
 
 /** What a recipe says, in lines. */

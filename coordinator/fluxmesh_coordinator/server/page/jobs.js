@@ -1,14 +1,22 @@
 // What is being painted: a card for each of this browser's jobs, from its place in line to its pictures.
 
-import { ask, follow } from "./server.js";
+import { ask, drawnName, EventStream } from "./server.js";
 import { $, duration, make, memory, ordinal, tell } from "./dom.js";
 
 const SHOWN = 420; // pixels of the longer side of a picture that is painted alone, at least
 const LINGER = 600; // milliseconds for which a finished card stays, so that its last picture is seen
+const STREAMS = 2; // open at once: a browser has six connections to a server, for all its tabs together
+const ANEW = "The server was started anew before this was finished. Paint it again.";
 
 /** Prompts and sizes of jobs by id, so that a page that is loaded again knows its cards. */
 const notes = {
-  all: () => JSON.parse(memory.get("jobs") ?? "{}"),
+  all() {
+    try {
+      return { ...JSON.parse(memory.get("jobs")) };
+    } catch {
+      return {}; // something else has written there
+    }
+  },
   keep(id, about) {
     memory.set("jobs", JSON.stringify({ ...this.all(), [id]: about }));
   },
@@ -21,52 +29,123 @@ const notes = {
 export class Jobs {
   /** `ended()` hears of each job that is over, `changed()` of those that come and go. */
   constructor({ ended, changed, view }) {
-    Object.assign(this, { ended, changed, view, cards: new Map() });
+    Object.assign(this, { ended, changed, view });
+    this.cards = new Map(); // by id
+    this.over = new Set(); // ids: a late word of the line brings no card back
+    this.line = []; // everybody's jobs, as the server told last
+    this.sent = []; // requests that the server has not answered, and those whose answer was lost
+    document.addEventListener("visibilitychange", () => this.#listen());
   }
 
-  /** Sends a request. Throws `ApiError`. */
+  /**
+   * Sends a request. One whose answer was lost goes by the same id when it is sent again, so that
+   * the server takes both for one job. Throws `ApiError`.
+   */
   async submit(fields) {
-    const accepted = await ask("POST", "/api/jobs", { ...fields, previews: true });
-    const { prompt, n_images, width, height, adapters, steps } = fields;
-    const about = { prompt, n_images, width, height, adapters, steps, seed: accepted.seed };
-    notes.keep(accepted.id, about);
-    this.#show(accepted.id, about);
-    this.changed();
-    return accepted.id;
-  }
-
-  /** Goes on with this browser's jobs that the server still has. */
-  resume(queue) {
-    const known = notes.all();
-    for (const row of queue.filter((each) => each.mine)) {
-      const isNew = !this.cards.has(row.id);
-      if (isNew) this.#show(row.id, known[row.id] ?? { prompt: "", n_images: row.n_images });
+    const text = JSON.stringify(fields);
+    let request = this.sent.find((each) => each.isLost && each.text === text);
+    if (!request) {
+      const { prompt, n_images, width, height, adapters, steps } = fields;
+      request = { id: drawnName(), text, about: { prompt, n_images, width, height, adapters, steps } };
+      this.sent.push(request);
     }
-    for (const id of Object.keys(known)) if (!this.cards.has(id)) notes.drop(id);
+    const { id, about } = request;
+    request.isLost = false;
+    let accepted;
+    try {
+      accepted = await ask("POST", "/api/jobs", { ...fields, previews: true }, { "Idempotency-Key": id });
+    } catch (error) {
+      request.isLost = error.code === "offline" && !this.cards.has(id) && !this.over.has(id);
+      if (!request.isLost) this.#answered(id);
+      throw error;
+    }
+    this.#answered(id);
+    if (this.over.has(id)) return; // so late is the answer
+    const { place, seconds_left, seed } = accepted;
+    notes.keep(id, { ...about, seed });
+    this.#show(id, about);
+    this.#see({ id, state: place ? "queued" : "running", place, seconds_left });
+    this.#listen();
+    this.changed();
   }
 
+  /** Hears the line: goes on with this browser's jobs, those that have left it included. */
+  hear(queue) {
+    this.line = queue;
+    const known = notes.all();
+    for (const row of queue.filter(({ id, mine }) => mine && !this.over.has(id))) {
+      const sent = this.sent.find(({ id }) => id === row.id);
+      this.#show(row.id, known[row.id] ?? sent?.about ?? { prompt: "", n_images: row.n_images });
+      this.#see(row);
+      if (sent?.isLost) this.#answered(row.id); // who sends the like now wants another one
+    }
+    // Those that have left the line tell how they ended; a job of long ago may be known no more.
+    for (const [id, about] of Object.entries(known)) {
+      if (!this.over.has(id)) this.#show(id, about, { isHidden: true });
+    }
+    this.#listen();
+  }
+
+  /** Has a job end. Throws `ApiError`. */
   async cancel(id) {
     await ask("DELETE", `/api/jobs/${encodeURIComponent(id)}`);
+    this.changed();
   }
 
-  #show(id, about) {
-    const card = new JobCard(about, { cancel: () => this.cancel(id), close: () => this.#end(id), view: this.view });
+  #answered(id) {
+    this.sent = this.sent.filter((each) => each.id !== id);
+  }
+
+  /** A card for a job that has none yet; a hidden one is seen once something is heard of its job. */
+  #show(id, about, { isHidden = false } = {}) {
+    if (this.cards.has(id)) return;
+    const card = new JobCard(about, { cancel: () => this.cancel(id), close: () => this.#remove(id), view: this.view });
+    card.stream = new EventStream(id, (kind, data) => {
+      card.hear(kind, data);
+      if (!card.isOver) return;
+      this.#finish(id);
+      this.ended();
+      this.changed();
+    }, () => {
+      if (card.element.hidden) this.#remove(id);
+      else card.fail(ANEW);
+      this.#finish(id);
+    });
+    card.element.hidden = isHidden;
     this.cards.set(id, card);
     $("work").prepend(card.element);
-    follow(id, (kind, data) => {
-      card.hear(kind, data);
-      if (["done", "error", "cancelled"].includes(kind)) {
-        notes.drop(id);
-        this.ended();
-        this.changed();
-      }
-    }, () => {
-      notes.drop(id);
-      card.fail("The server was started anew and knows this job no more. Paint it again.");
-    });
   }
 
-  #end(id) {
+  /** What the line says of a job; its stream says more. */
+  #see(row) {
+    const card = this.cards.get(row.id);
+    if (!card.stream.tells) card.see(row);
+  }
+
+  /**
+   * Has streams for the jobs that have something to tell: those that have left the line, and so are
+   * over, before those that run. One that waits has one only where there is none of these.
+   */
+  #listen() {
+    const followed = (id) => this.cards.has(id) && !this.over.has(id);
+    const rows = this.line.filter(({ id }) => followed(id));
+    const inLine = new Set(rows.map(({ id }) => id));
+    const gone = [...this.cards.keys()].filter((id) => followed(id) && !inLine.has(id));
+    const running = rows.filter(({ state }) => state === "running").map(({ id }) => id);
+    const telling = [...gone, ...running].slice(0, STREAMS);
+    if (!telling.length && rows.length) telling.push(rows[0].id);
+    const open = new Set(document.hidden ? [] : telling);
+    for (const [id, { stream }] of this.cards) if (!open.has(id)) stream.close();
+    for (const id of open) this.cards.get(id).stream.open();
+  }
+
+  #finish(id) {
+    this.over.add(id);
+    notes.drop(id);
+    this.#listen();
+  }
+
+  #remove(id) {
     this.cards.get(id)?.element.remove();
     this.cards.delete(id);
   }
@@ -83,21 +162,36 @@ class JobCard {
     this.button.addEventListener("click", async () => {
       if (this.isOver) return this.close();
       this.button.disabled = true;
-      await cancel().catch((error) => { this.state.textContent = error.message; });
+      await cancel().catch((error) => {
+        this.state.textContent = error.message;
+        this.button.disabled = false;
+      });
     });
     const words = make("div", { className: "job-words" }, make("p", { className: "job-prompt", textContent: about.prompt, title: about.prompt }), this.state);
     this.element = make("article", { className: "job", aria: { label: `Painting: ${about.prompt}` } }, grid, make("div", { className: "job-foot" }, words, this.button));
   }
 
-  hear(kind, data) {
-    const heard = this[`on_${kind}`];
-    if (heard) heard.call(this, data);
+  /** What the line says of it. */
+  see({ state, place, seconds_left, progress = 0 }) {
+    if (this.isOver) return;
+    this.element.hidden = false;
+    const time = duration(seconds_left);
+    this.element.classList.toggle("in-line", state === "queued"); // without places for its pictures yet
+    if (state === "queued") {
+      this.state.textContent = `${ordinal(place)} in line${time ? `, about ${time}` : ""}`;
+      if (place !== this.place) tell(`${this.state.textContent}.`);
+      this.place = place;
+    } else {
+      this.state.textContent = progress ? `${Math.round(progress * 100)} % painted${time ? `, ${time} left` : ""}` : "Begins now";
+    }
   }
 
-  on_queued({ place, seconds_left }) {
-    const time = duration(seconds_left);
-    this.state.textContent = place === 0 ? "Next" : `${ordinal(place)} in line${time ? `, about ${time}` : ""}`;
-    tell(`${this.state.textContent}.`);
+  /** What its stream says of it. */
+  hear(kind, data) {
+    this.element.hidden = false;
+    if (kind !== "note") this.element.classList.remove("in-line");
+    const heard = this[`on_${kind}`];
+    if (heard) heard.call(this, data);
   }
 
   on_planned({ seconds, notice }) {
@@ -145,12 +239,13 @@ class JobCard {
     this.close();
   }
 
-  on_error({ message }) {
-    this.fail(message);
+  on_error({ message, code }) {
+    this.fail(code === "lost" ? ANEW : message);
   }
 
   fail(message) {
     this.isOver = true;
+    this.element.classList.remove("in-line");
     this.state.textContent = message.replace(/`(\w+)`/g, "$1");
     this.state.setAttribute("role", "alert");
     this.element.classList.add("failed");

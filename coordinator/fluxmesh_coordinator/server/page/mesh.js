@@ -1,7 +1,7 @@
 // The hosts, their links and the line: a word at the top, more for who asks.
 
 import { ask } from "./server.js";
-import { $, bytes, counted, duration, make, ordinal } from "./dom.js";
+import { $, arrange, bytes, counted, duration, make, ordinal } from "./dom.js";
 
 const OFTEN = 2000; // milliseconds between two looks
 const SELDOM = 6000; // with nothing to do
@@ -12,6 +12,7 @@ export class MeshView {
   /** `heard(status)` hears of each look; `cancel(id)` ends a job. */
   constructor({ heard, cancel }) {
     Object.assign(this, { heard, cancel, timer: 0 });
+    this.rows = new Map(); // of the line, by the id of the job
     $("mesh-open").addEventListener("click", () => {
       $("mesh").showModal();
       this.look();
@@ -59,7 +60,7 @@ export class MeshView {
     $("links").replaceChildren(...links.map((link) => make("li", {},
       make("span", { textContent: `${names.get(link.from) ?? link.from} → ${names.get(link.to) ?? link.to}` }),
       make("span", { textContent: `${bytes(link.bytes_per_second)}/s` }))));
-    $("queue").replaceChildren(...(queue.length ? queue.map((row) => this.#row(row)) : [make("li", {}, make("span", { className: "nobody", textContent: "Nobody waits." }))]));
+    this.#queue(queue);
     $("version").textContent = `fluxmesh ${version}`;
   }
 
@@ -72,12 +73,23 @@ export class MeshView {
     $("line").textContent = others.length ? `${counted(others.length, "job")} of others before you${time ? `, about ${time}` : ""}.` : "";
   }
 
-  #row({ id, state, place, seconds_left, mine, n_images, model, progress }) {
-    const where = state === "running" ? `${Math.round(progress * 100)} %` : ordinal(place);
-    const time = duration(seconds_left);
+  /** Rows stay the same elements, so that a look takes no focus from a button. */
+  #queue(queue) {
+    this.rows = new Map(queue.map((row) => [row.id, this.rows.get(row.id) ?? this.#row(row)]));
+    for (const { id, state, place, seconds_left, progress } of queue) {
+      const where = state === "running" ? `${Math.round(progress * 100)} %` : ordinal(place);
+      const time = duration(seconds_left);
+      this.rows.get(id).querySelector(".where").textContent = `${where}${time ? `, ${time}` : ""}`;
+    }
+    const had = $("queue").contains(document.activeElement);
+    arrange($("queue"), queue.length ? [...this.rows.values()] : [make("li", {}, make("span", { className: "nobody", textContent: "Nobody waits." }))]);
+    if (had && !$("queue").contains(document.activeElement)) $("mesh-close").focus(); // its job is over
+  }
+
+  #row({ id, mine, n_images, model }) {
     const item = make("li", {},
       make("span", { className: mine ? "mine" : "", textContent: `${mine ? "Yours" : "Somebody’s"}: ${counted(n_images, "picture")}, ${model}` }),
-      make("span", { textContent: `${where}${time ? `, ${time}` : ""}` }));
+      make("span", { className: "where" }));
     if (mine) {
       const button = make("button", { type: "button", className: "quiet", textContent: "Cancel" });
       button.addEventListener("click", () => this.cancel(id));
