@@ -10,6 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# An example may stand still for as long as others have the processor. All other settings are
+# Hypothesis' own: where CI is set, the same examples each time.
+settings.register_profile(
+    "patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
 
 # Whoever runs the tests in the background may have them ignore Ctrl-C, and so would every command
 # that they start and interrupt.

@@ -2,8 +2,8 @@
 
 `Emulated` stands in the place of what `mx.fast.cuda_kernel` gives. Fibers run in turn from one
 point at which threads meet (`__syncthreads`, a shuffle) to the next, so that all arrive at one
-before any leaves it. What it can't show is what a GPU alone does: rounding of `__expf` and
-`rsqrtf`, bfloat16, races.
+before any leaves it. What it can't show is what a GPU alone does: rounding of `__expf`,
+`__fdividef` and `rsqrtf`, bfloat16, races.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-TYPES = {mx.float32: "float", mx.int32: "int", mx.int64: "long"}
+TYPES = {mx.float32: "float", mx.int32: "int", mx.int64: "long", mx.uint32: "unsigned"}
 
 RUNTIME = """
 #include <algorithm>
@@ -31,6 +31,7 @@ RUNTIME = """
 #define __shared__ static
 using std::min;
 #define __expf expf
+#define __fdividef(a, b) ((a) / (b))
 static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 struct Three { int x, y, z; };

@@ -149,10 +149,12 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_may_return(
         assert outcome.error is None, outcome.error
         assert len(outcome.pictures) == request.n_images
         assert difference(alone, outcome.pictures) <= allowed(placement)
-        slow = max(slow, slowdown())
-        assert struck.noticed is not None and struck.noticed <= DEADLINE + LOOKS * slow
+        # An image of its own may be done before the cable is out.
+        assert struck.noticed is not None or placement == "data"
+        noticed, slow = struck.noticed or 0.0, max(slow, slowdown())
+        assert noticed <= DEADLINE + LOOKS * slow
         # Those who are left may have to form a ring of their own, and to load.
-        assert outcome.seconds - clean.seconds - struck.noticed <= (STEP + SLACK) * slow
+        assert outcome.seconds - clean.seconds - noticed <= (STEP + SLACK) * slow
         assert struck.log.again == []
         assert sorted(outcome.steps) == [
             (k, n + 1) for k in range(request.n_images) for n in range(STEPS)

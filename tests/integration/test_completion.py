@@ -132,7 +132,7 @@ def test_a_tab_loads_nothing_heavy(machine: Machine) -> None:
     assert out.splitlines()[-1] == "[]"
 
 
-def test_a_tab_takes_less_than_half_a_second_of_the_processor(machine: Machine) -> None:
+def test_a_tab_takes_less_than_a_second_of_the_processor(machine: Machine) -> None:
     """Which is what passes where nothing else runs: it waits for nobody."""
 
     def once() -> float:
@@ -141,7 +141,7 @@ def test_a_tab_takes_less_than_half_a_second_of_the_processor(machine: Machine) 
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert 0 < min(once() for _ in range(3)) < 0.5
+    assert 0 < min(once() for _ in range(3)) < 1.0
 
 
 def test_bash_completes_words_and_paths(machine: Machine) -> None:

@@ -26,7 +26,7 @@ from fluxmesh_coordinator.artifacts.recipe import read_recipe
 from fluxmesh_coordinator.deploy import diagnosis
 from tests.alone import painted_alone
 from tests.checkpoints import make_checkpoint
-from tests.integration.agents import agent, as_if_apart
+from tests.integration.agents import PATIENCE, agent, as_if_apart
 from tests.integration.conftest import Run
 
 SLOW = {"FLUXMESH_DELAYS": "step=0.4"}
@@ -52,6 +52,17 @@ def _port(process: Any) -> int:
 
 
 @contextmanager
+def connected_to(record: MeshRecord, user: Keys) -> Iterator[Mesh]:
+    """A mesh all of whose hosts answer: `connect` waits no longer than a second for the others."""
+    with Mesh.connect(record, user) as mesh:
+        end = time.monotonic() + PATIENCE
+        while len(mesh.view.hosts) < len(record.members):
+            assert time.monotonic() < end, "not all agents answer"
+            time.sleep(0.05)
+        yield mesh
+
+
+@contextmanager
 def mesh_of(
     folder: Path, hosts: int, root: Path, envs: dict[str, str] | None = None
 ) -> Iterator[Mesh]:
@@ -63,7 +74,7 @@ def mesh_of(
             )
             for rank in range(hosts)
         ]
-        yield stack.enter_context(Mesh.connect(record_of(agents), user))
+        yield stack.enter_context(connected_to(record_of(agents), user))
 
 
 def request_of(checkpoint: Path, **keys: Any) -> GenerateRequest:
@@ -195,13 +206,13 @@ def test_a_checkpoint_that_is_replaced_is_read_anew_and_never_mixed(tmp_path: Pa
             stack.enter_context(agent(tmp_path / str(k), "--root", str(folder), user=user))
             for k in range(2)
         ]
-        with Mesh.connect(record_of(agents[:1]), user) as alone:
+        with connected_to(record_of(agents[:1]), user) as alone:
             (old,) = pictures(list(alone.generate(request_of(first))))
         folder.rename(tmp_path / "older")
         other.rename(folder)
-        with Mesh.connect(record_of(agents[1:]), user) as alone:
+        with connected_to(record_of(agents[1:]), user) as alone:
             (new,) = pictures(list(alone.generate(request_of(first))))
-        mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
+        mesh = stack.enter_context(connected_to(record_of(agents), user))
         (both,) = pictures(list(mesh.generate(request_of(first), "tensor")))
         assert np.abs(both.astype(int) - new.astype(int)).max() <= 1
         assert np.abs(both.astype(int) - old.astype(int)).max() > 10

@@ -20,7 +20,7 @@ from fluxmesh_coordinator.runtime.job_runner import JobRunner
 from tests.checkpoints import make_checkpoint
 from tests.flux2_checkpoint import TWELVE_HEADS, Kind, make_flux2
 from tests.integration.agents import agent, as_if_apart
-from tests.integration.test_mesh import counters, pictures, record_of
+from tests.integration.test_mesh import connected_to, counters, pictures, record_of
 from tests.parallel.cases import ODD, ON_DISK
 
 # 12 heads divide by 2, 3 and 4; the tokens, with text of 16, by none of them.
@@ -47,7 +47,7 @@ def meshes(
             for k in range(max(sizes))
         ]
         whole = record_of(agents)
-        yield {n: stack.enter_context(Mesh.connect(whole.only(range(n)), user)) for n in sizes}
+        yield {n: stack.enter_context(connected_to(whole.only(range(n)), user)) for n in sizes}
 
 
 class Latents:

@@ -6,9 +6,7 @@ import dataclasses
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,20 +50,7 @@ def alone(place, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def three(place, tmp_path_factory) -> Iterator[Mesh]:
-    with mesh_with(tmp_path_factory.mktemp("three"), 3, place, SLOW) as mesh:
-        yield mesh
-
-
-@contextmanager
-def mesh_with(
-    folder: Path, hosts: int, root: Path, envs: dict[str, str] | None = None
-) -> Iterator[Mesh]:
-    """A mesh all of whose hosts answer."""
-    with mesh_of(folder, hosts, root, envs) as mesh:
-        end = time.monotonic() + 60
-        while len(mesh.view.hosts) < hosts:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+    with mesh_of(tmp_path_factory.mktemp("three"), 3, place, SLOW) as mesh:
         yield mesh
 
 
@@ -98,7 +83,7 @@ def follow(
 def test_any_number_of_hosts_gives_the_same_bytes(place, tmp_path, hosts, dtype):
     wanted = small(place, tmp_path / "alone", dtype=dtype)
     run(wanted)
-    with mesh_with(tmp_path, hosts, place) as mesh:
+    with mesh_of(tmp_path, hosts, place) as mesh:
         events = follow(mesh, dataclasses.replace(wanted, output_dir=str(tmp_path / "out")))
         steps = [status.counters.steps for status in mesh.status().values()]
     assert final(tmp_path / "out") == final(tmp_path / "alone")
@@ -119,7 +104,7 @@ def test_any_number_of_hosts_trains_flux2_to_the_same_bytes(tmp_path):
     run(wanted)
     for hosts in (1, 2, 3):
         out = tmp_path / f"out{hosts}"
-        with mesh_with(tmp_path / f"mesh{hosts}", hosts, tmp_path) as mesh:
+        with mesh_of(tmp_path / f"mesh{hosts}", hosts, tmp_path) as mesh:
             events = follow(mesh, dataclasses.replace(wanted, output_dir=str(out)))
         (dealt,) = of(events, Dealt)
         assert list(dealt.shares.values()) == {1: [3], 2: [2, 1], 3: [1, 1, 1]}[hosts]
@@ -234,7 +219,7 @@ def test_updates_since_the_last_checkpoint_are_done_again_when_a_ring_breaks(
 
 
 def test_a_host_that_is_gone_is_done_without(place, tmp_path, alone):
-    with mesh_with(tmp_path, 3, place, SLOW) as mesh:
+    with mesh_of(tmp_path, 3, place, SLOW) as mesh:
         agent = mesh.status()[2].pid
 
         def strike(event: object) -> None:

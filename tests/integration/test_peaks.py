@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluxmesh import Mesh, events
+from fluxmesh import events
 from fluxmesh.kernels.ops import device
 from fluxmesh.planning.workload import ModelSizes, Workload
 from fluxmesh.request import GenerateRequest
@@ -17,7 +17,7 @@ from fluxmesh.weights import hub
 from fluxmesh.wire import messages
 from fluxmesh_coordinator.agents.client import AgentClient
 from tests.integration.agents import agent
-from tests.integration.test_mesh import record_of
+from tests.integration.test_mesh import connected_to, record_of
 
 # The embedded checkpoint, since its weights outweigh the activations of so small a picture.
 REQUEST = GenerateRequest("two dogs", 5, "tiny", 1, 32, 32, 2)
@@ -37,7 +37,7 @@ def peaks(
             stack.enter_context(agent(folder / str(rank), *options, user=user))
             for rank in range(hosts)
         ]
-        mesh = stack.enter_context(Mesh.connect(record_of(agents), user))
+        mesh = stack.enter_context(connected_to(record_of(agents), user))
         highest: dict[int, int] = {}
         receive = AgentClient.report
 

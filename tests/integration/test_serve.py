@@ -231,7 +231,9 @@ def test_a_job_is_seen_by_status_finished_at_ctrl_c_and_there_after_a_restart(
     with server("--model", "tiny", "--pictures", pictures, environment=env, folder=tmp_path) as it:
         lost = httpx2.get(f"{it.url}/api/jobs/the-third-job/events").text
         assert '"code": "lost"' in lost
-        assert fluxmesh("status").out.count("Server") == 1
+        while "Server" not in (shown := fluxmesh("status").out):  # it gives a server two seconds
+            assert httpx2.get(f"{it.url}/api/status").is_success
+        assert shown.count("Server") == 1
         it.signal()
         assert it.ended() == 0
     assert "Server" not in fluxmesh("status").out

@@ -26,7 +26,7 @@ SAYS_OPTIONS = {"cli", "console", "server"}
 # style, whose variables are written so.
 # Keys of a hostfile and of PEFT's settings, and a command: no settings of ours.
 WORDS = {"ips", "models", "rdma", "up", "bias", "modules_to_save"}
-OTHERS = {"bootstrap.py", "launch.py", "macos.py", "macos_checks.py", "training_html.py"}
+OTHERS = {"agent_here.py", "launch.py", "macos.py", "macos_checks.py", "training_html.py"}
 
 
 def strings(path: Path) -> Iterator[str]:

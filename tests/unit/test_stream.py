@@ -58,6 +58,7 @@ def test_messages_of_every_type_pass_in_order_both_ways(pair: Pair) -> None:
             assert seq == number and same(message, arrived)
         for number, message in enumerate(sent):
             await channel.send(message, number)
+        assert await asyncio.to_thread(has_read.wait, 60)  # what `close` finds unread is lost
         await channel.close()
 
     def engine() -> None:
@@ -67,11 +68,13 @@ def test_messages_of_every_type_pass_in_order_both_ways(pair: Pair) -> None:
         for number, message in enumerate(sent):
             seq, arrived = channel.receive()
             answers.append(seq == number and same(message, arrived))
+        has_read.set()
         with pytest.raises(ConnectionClosed):
             channel.receive()
         answers.append(True)
 
     answers: list[bool] = []
+    has_read = threading.Event()
     thread = threading.Thread(target=engine)
     thread.start()
     asyncio.run(agent())
@@ -101,14 +104,14 @@ def test_megabytes_pass_both_ways_at_once(pair: Pair) -> None:
         sending = asyncio.create_task(send_all())
         received = [await channel.receive() for _ in range(count)]
         await sending
+        for thread in threads:  # what was sent may wait in this loop, and would end with it
+            await asyncio.to_thread(thread.join, 60)
         return received
 
     threads = [threading.Thread(target=work, daemon=True) for work in (send, receive)]
     for thread in threads:
         thread.start()
-    returned = asyncio.run(asyncio.wait_for(agent(), 60))
-    for thread in threads:
-        thread.join(60)
+    returned = asyncio.run(asyncio.wait_for(agent(), 120))
     for messages in (returned, arrived):
         assert [number for number, _ in messages] == list(range(count))
         assert all(same(message, large()) for _, message in messages)
