@@ -93,6 +93,7 @@ def measure(case: Result) -> None:
     import mlx.core as mx
 
     from benchmarks.placements import spread
+    from fluxmesh.engine.replay import replayed
     from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
@@ -109,7 +110,8 @@ def measure(case: Result) -> None:
         peer = peers.Fluxmesh(sizes.transformer, case["dtype"], case["bits"], low_memory=False)
         if case["what"] in ("tensor", "sequence"):
             peer.ranks = ranks
-            peer.flow = spread(case["what"], peer.flow, ranks)  # by tensor, the whole leaves memory
+            # By tensor, the whole leaves memory.
+            peer.flow = replayed(spread(case["what"], peer.flow, ranks), ranks)
     link = _link(ranks, small=case["small"])
     for size in case["sizes"]:
         if case["what"] in ("one", "data"):

@@ -7,10 +7,11 @@
 
 Random plain weights, one image. "no link" is the same step where what a rank sends comes back at
 once: what it computes alone. "one" is one engine by itself, "bare gathers" are 20 of a block's keys
-and values, one after another and alone. "differs" is how far the latents are from those of
-`sequence` after a step. Engines start anew for each way under each setting of MLX and NCCL
-(`SETTINGS`); a way that hangs is given up after `--limit` seconds. Under settings other than
-`plain` only `SHORT` ways run, at one size.
+and values, one after another and alone. Steps are replayed, as an engine's are, but where they are
+"described anew". "differs" is how far the latents are from those of `sequence` after a step.
+Engines start anew for each way under each setting of MLX and NCCL (`SETTINGS`); a way that hangs is
+given up after `--limit` seconds. Under settings other than `plain` only `SHORT` ways run, at one
+size.
 """
 
 from __future__ import annotations
@@ -27,23 +28,21 @@ from benchmarks.harness import Result, Skipped, Stopwatch, emit, say, typical
 from benchmarks.sizes import FULL, SMALL, SMALL_TRANSFORMERS, TRANSFORMERS
 from fluxmesh.models.flux2.config import Flux2Config
 
-WAYS = ("one", "bare gathers", "sequence", "tensor")
+ANEW = ", described anew"  # at each step, and not replayed
+WAYS = ("one", "bare gathers", "sequence", "tensor", f"sequence{ANEW}", f"tensor{ANEW}")
 SHORT = ("bare gathers", "sequence")
-# What MLX and NCCL can be told by the environment.
+# What MLX and NCCL can be told by the environment, beside what engines are (`NCCL_ENGINES`).
 SETTINGS: dict[str, dict[str, str]] = {
     "plain": {},
     # More room for NCCL beside a product.
     "16 channels": {"NCCL_MIN_NCHANNELS": "16"},
     "32 channels": {"NCCL_MIN_NCHANNELS": "32"},
-    # Kernels run beside one another within a graph, and not between two.
-    "larger graphs": {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "100000"},
+    # Less that MLX queues before it waits: less memory, and more pauses.
+    "30 operations": {"MLX_MAX_OPS_PER_BUFFER": "30"},
+    # Kernels of a graph run beside one another.
+    "graphs": {"MLX_USE_CUDA_GRAPHS": "1"},
     # No events around each collective in a graph.
-    "no mixing": {"NCCL_GRAPH_MIXING_SUPPORT": "0"},
-    # Kernels start in the order in which they were launched, whatever their streams.
-    "no graphs, one connection": {
-        "MLX_USE_CUDA_GRAPHS": "0",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    },
+    "graphs, no mixing": {"MLX_USE_CUDA_GRAPHS": "1", "NCCL_GRAPH_MIXING_SUPPORT": "0"},
 }
 GATHERS = 20
 
@@ -111,7 +110,7 @@ def measure(case: Result) -> None:
     import mlx.core as mx
 
     from benchmarks import flux2_peers, peers
-    from benchmarks.placements import LoneRank, spread
+    from benchmarks.placements import LoneRank
     from fluxmesh.models.collectives import Ranks
 
     if case["backend"] == "nccl" and not mx.cuda.is_available():
@@ -134,7 +133,7 @@ def measure(case: Result) -> None:
     if way == "one" or group is not None:
         if group is not None and way != "one":
             peer.ranks = Ranks(group)
-            peer.flow = spread(way, whole, peer.ranks)
+            peer.flow = placed(way, whole, peer.ranks)
         for size in case["sizes"]:
             times, first = _steps(peer, size, case, sizes.text_tokens)
             _tell(peer, size, times, _of_all(group, typical(times)), first, is_linked=True)
@@ -143,12 +142,22 @@ def measure(case: Result) -> None:
     size, every = case["sizes"][0], []
     for rank in [0, N - 1] if group is None else [group.rank()]:
         peer.ranks = LoneRank(rank, N)
-        peer.flow = spread(way, whole, peer.ranks)
+        peer.flow = placed(way, whole, peer.ranks)
         times, _ = _steps(peer, size, case, sizes.text_tokens)
         every.append(typical(times))
     if group is not None:
         every = _of_all(group, every[0])
     _tell(peer, size, times, every, None, is_linked=False)
+
+
+def placed(way: str, whole: Any, ranks: Any) -> Any:
+    """The transformer as an engine has it, or without a trace to replay."""
+    from benchmarks.placements import spread
+    from fluxmesh.engine.replay import replayed
+
+    placement = way.removesuffix(ANEW)
+    flow = spread(placement, whole, ranks)
+    return flow if way != placement else replayed(flow, ranks)
 
 
 def _steps(peer: Any, size: int, case: Result, text_tokens: int) -> tuple[list[float], Any]:

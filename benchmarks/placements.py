@@ -41,7 +41,10 @@ class LoneRank(Ranks):
 
 
 def spread(placement: str, whole: Any, ranks: Ranks, shares: Shares = EVEN) -> Any:
-    """The transformer `whole`, which stays as it is, over `ranks`: `tensor` or `sequence`."""
+    """The transformer `whole`, which stays as it is, over `ranks`: `tensor` or `sequence`.
+
+    Each call describes it anew; an engine's are `replayed`.
+    """
     if isinstance(whole, Flux2):
         return (TensorFlux2 if placement == "tensor" else SequenceFlux2)(whole, ranks, shares)
     return (TensorFlux if placement == "tensor" else SequenceFlux)(whole, ranks, shares)

@@ -72,6 +72,7 @@ def measure(case: Result) -> None:
 
     from benchmarks import flux2_peers, peers
     from benchmarks.placements import spread
+    from fluxmesh.engine.replay import replayed
     from fluxmesh.models.collectives import Ranks
 
     transformers, sizes = (SMALL_TRANSFORMERS, SMALL) if case["small"] else (TRANSFORMERS, FULL)
@@ -81,7 +82,7 @@ def measure(case: Result) -> None:
     if case["engines"] > 1:
         group = mx.distributed.init(strict=True, backend=case["backend"])
         peer.ranks = Ranks(group)
-        peer.flow = spread(case["placement"], peer.flow, peer.ranks)
+        peer.flow = replayed(spread(case["placement"], peer.flow, peer.ranks), peer.ranks)
     _host(peer)
     size, text_tokens = case["size"], sizes.text_tokens
     if not mx.cuda.is_available():

@@ -38,8 +38,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # names of this machine
 # precision are fluxmesh's own to set.
 ENVS = frozenset(
     (
-        *("MLX_BFS_MAX_WIDTH", "MLX_DISABLE_COMPILE", "MLX_RING_VERBOSE"),
-        *("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "OMP_NUM_THREADS"),
+        *("MLX_BFS_MAX_WIDTH", "MLX_DISABLE_COMPILE", "MLX_RING_VERBOSE", "OMP_NUM_THREADS"),
+        *("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", "MLX_USE_CUDA_GRAPHS"),
         *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "FLUX_DEV", "FLUX_SCHNELL", "AE"),
         *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"),
         *("NCCL_NVLS_ENABLE", "NCCL_MIN_NCHANNELS", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"),

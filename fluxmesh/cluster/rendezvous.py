@@ -15,6 +15,12 @@ from dataclasses import dataclass, replace
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import UsageError
 
+# What engines that talk by nccl are started with, if the user doesn't say otherwise. A CUDA graph
+# with a collective in it is built anew each time: of a step on four GPUs, 950 kernels, the host
+# needs 24 ms to hand it over so, and 11 where each kernel is launched by itself
+# (docs/performance.md).
+NCCL_ENGINES = (("MLX_USE_CUDA_GRAPHS", "0"),)
+
 
 @dataclass(frozen=True)
 class Joining:

@@ -29,6 +29,7 @@ from fluxmesh.cluster.snapshot import (
     prompt_mark,
 )
 from fluxmesh.engine import device_memory
+from fluxmesh.engine.replay import replayed
 from fluxmesh.engine.stages import PipelineStages
 from fluxmesh.errors import FluxmeshError, UsageError
 from fluxmesh.events import Loading
@@ -351,7 +352,8 @@ class ModelStore:
         if placement == "data":
             return self.model.flow
         if placement not in self._spread:
-            self._spread[placement] = self._spread_out(self.model.flow, placement)
+            spread = self._spread_out(self.model.flow, placement)
+            self._spread[placement] = replayed(spread, self.ring())
         return self._spread[placement]
 
     def planner(self, placement: str) -> Flow:

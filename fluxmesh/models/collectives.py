@@ -26,6 +26,11 @@ class Traffic:
     gathers: int = 0
     bytes: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.sums + other.sums, self.gathers + other.gathers, self.bytes + other.bytes
+        )
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -105,6 +110,17 @@ class Ranks:
     def rewind(self, mark: Mark) -> None:
         """Forgets collectives that were built after `mark` and that no rank will evaluate."""
         self._last, self.traffic = mark.last, mark.traffic
+
+    def begin_anew(self) -> None:
+        """Describes collectives as if there had been none: for a trace (`go_on`)."""
+        self._last, self.traffic = None, Traffic()
+
+    def go_on(self, last: mx.array, traffic: Traffic) -> None:
+        """Counts collectives that a trace has put into the graph, with `last` behind them all.
+
+        Whoever replays a trace has what it computes with wait for `mark().last`.
+        """
+        self._last, self.traffic = last, self.traffic + traffic
 
     def sum(self, x: mx.array) -> mx.array:
         """The sum of every rank's `x`; of one shape and dtype on all."""

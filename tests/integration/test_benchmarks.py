@@ -15,6 +15,7 @@ from benchmarks import trace
 from benchmarks.flux2_peers import FluxmeshKlein
 from benchmarks.folders import file_shapes
 from benchmarks.harness import difference, typical
+from benchmarks.overlap import ANEW
 from benchmarks.packed import pays_from
 from benchmarks.peers import Fluxmesh
 from benchmarks.products import products
@@ -168,7 +169,8 @@ def test_overlap_times_placements_with_a_link_and_without(tmp_path: Path) -> Non
     counts = ("--backend", "ring", "--steps", "2", "--warmup", "1", "--settings", "plain")
     printed, results = run(tmp_path, "overlap", *counts)
     steps = [result for result in results if "ranks" in result]
-    spread = [(way, linked) for way in ("sequence", "tensor") for linked in (True, False)]
+    ways = [f"{placement}{way}" for way in ("", ANEW) for placement in ("sequence", "tensor")]
+    spread = [(way, linked) for way in ways for linked in (True, False)]
     assert [(r["way"], r["linked"]) for r in steps] == [("one", True), *spread]
     one = steps[0]
     for result in steps:

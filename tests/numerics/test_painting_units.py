@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.snapshot import ModelVariant
+from fluxmesh.engine.replay import Replayed
 from fluxmesh.engine.residency import WorkerOptions
 from fluxmesh.engine.worker import Worker
 from fluxmesh.errors import UsageError
+from fluxmesh.models.collectives import Ranks
+from fluxmesh.models.waiting import InGraph
 from fluxmesh.sampling.latents import initial_noise
 from fluxmesh.wire import messages
 from fluxmesh.wire.messages import Decode, EncodeSource
@@ -43,6 +47,26 @@ def test_an_image_goes_on_from_any_step_to_the_same_bytes(
         assert len(rest) == len(whole) - first
         assert np.array_equal(rest[-1], whole[-1])
         assert other.counters.steps == len(rest)
+
+
+@pytest.mark.parametrize("placement", ["sequence", "tensor"])
+def test_a_gpu_of_a_ring_replays_its_steps_and_lets_the_weights_go(
+    weights: ModelVariant, monkeypatch: pytest.MonkeyPatch, placement: str
+) -> None:
+    worker = Worker()
+    worker.join(Ranks(mx.distributed.init(), waiting=InGraph()))  # a group of one
+    work = painting(worker, weights, placement=placement)
+    expected = latents(worker, work)
+    monkeypatch.setattr("fluxmesh.engine.replay.device", lambda: "cuda")
+    few = worker.counters.transformer_bytes / 10
+    worker.release()
+    before = mx.get_active_memory()
+    for _ in range(2):
+        worker.release()  # and loads again
+        assert mx.get_active_memory() <= before + few
+        actual = latents(worker, work)
+        assert isinstance(worker.flow(placement), Replayed)
+        assert np.allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cached_image_goes_on_from_any_step_to_the_same_bytes(

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from fluxmesh.engine import lookahead
+from fluxmesh.engine import lookahead, replay
 from fluxmesh.errors import NotFiniteError
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.waiting import InGraph, OnHost
@@ -32,6 +32,7 @@ def main(devices: str, out: Path) -> None:
     group = mx.distributed.init(strict=True, backend="ring")
     device = devices.split(",")[group.rank()]
     lookahead.SHORT = 60.0  # so that steps are short on a slow machine, too
+    replay.device = lambda: device  # type: ignore[assignment]
     ranks = Ranks(group, waiting=OnHost() if device == "metal" else InGraph())
     ends = {
         f"{placement}, {way}": ended(ParallelCase("odd", placement, steps=6), way, ranks, device)
@@ -42,7 +43,7 @@ def main(devices: str, out: Path) -> None:
 
 
 def ended(case: ParallelCase, way: str, ranks: Ranks, device: str) -> dict[str, Any]:
-    flow = flow_of(case, ranks)
+    flow = replay.replayed(flow_of(case, ranks), ranks)
     plan = plan_of(case, flow)
     mx.eval(*plan.arrays)
 

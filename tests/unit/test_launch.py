@@ -192,6 +192,11 @@ def test_agents_of_one_machine_have_a_gpu_each_where_they_talk_by_nccl() -> None
         specs = [launch.agent_spec(hosts, rank, [("NCCL_DEBUG", "INFO")]) for rank in range(2)]
         assert [dict(spec["envs"]).get("CUDA_VISIBLE_DEVICES") for spec in specs] == wanted
         assert all(["NCCL_DEBUG", "INFO"] in spec["envs"] for spec in specs)
+        graphs = [dict(spec["envs"]).get("MLX_USE_CUDA_GRAPHS") for spec in specs]
+        assert graphs == (["0", "0"] if backend == "nccl" else [None, None])
+    chosen = parse(f'{{"backend": "nccl", "hosts": [{host}, {host}]}}')
+    spec = launch.agent_spec(chosen, 0, [("MLX_USE_CUDA_GRAPHS", "1")])
+    assert dict(spec["envs"])["MLX_USE_CUDA_GRAPHS"] == "1"  # the user's own goes before ours
 
 
 def test_the_command_of_an_agent_holds_no_secret() -> None:

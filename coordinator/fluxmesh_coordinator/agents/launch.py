@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fluxmesh.cluster.hostfile import Host, Hostfile
+from fluxmesh.cluster.rendezvous import NCCL_ENGINES
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage import interrupts
 from fluxmesh.storage.homes import AgentHome
@@ -48,7 +49,8 @@ def agent_spec(
     """What the agent of a rank is started with, as `starter` reads it. Raises `FluxmeshError`."""
     host = hostfile.hosts[rank]
     if hostfile.backend == "nccl":  # each agent of a machine has a GPU of its own
-        envs = [("CUDA_VISIBLE_DEVICES", str(hostfile.local_index(rank))), *envs]
+        gpu = ("CUDA_VISIBLE_DEVICES", str(hostfile.local_index(rank)))
+        envs = [gpu, *NCCL_ENGINES, *envs]
     return {
         **place_of(hostfile, rank),
         "models": host.models,
