@@ -5,9 +5,10 @@ step of FLUX.1 on several hosts; MLX hands out copies of what it once traced in 
 shares a step with others that is much of what is left to compute (docs/performance.md).
 
 A trace holds the weights that it met: a `Replayed` is made anew where its transformer is, and
-leaves with it. What it computes is what the transformer would. MLX joins neighbouring elementwise
-operations in a trace; between a transformer's products there are none where this project's CUDA
-kernels run, so that in float16, which they don't take, and elsewhere than on CUDA nothing is
+leaves with it. What it computes is what the transformer would, to the bit. MLX joins neighbouring
+elementwise operations in a trace, and what is joined may round once instead of twice; with this
+project's CUDA kernels no two such operations are neighbours, but in float16, which the kernels
+don't take, and in adapters beside the weights. There, and elsewhere than on CUDA, nothing is
 replayed.
 """
 
@@ -21,6 +22,7 @@ import mlx.core as mx
 from fluxmesh.kernels.ops import device
 from fluxmesh.models.collectives import Ranks, Traffic
 from fluxmesh.models.double_stream import tell_watcher, watching
+from fluxmesh.models.lora_linear import AdaptedLinear
 
 KEPT = 8  # traces, each of one set of shapes
 
@@ -40,7 +42,10 @@ class Trace(NamedTuple):
 
 def replayed(flow: Any, ranks: Ranks) -> Any:
     """`flow`, a transformer spread over `ranks`; replayed where that changes nothing but time."""
-    fits = device() == "cuda" and ranks.looks_ahead and flow.dtype != mx.float16
+    is_exact = flow.dtype != mx.float16 and not any(
+        isinstance(module, AdaptedLinear) for module in flow.flux.modules()
+    )
+    fits = device() == "cuda" and ranks.looks_ahead and is_exact
     return Replayed(flow, ranks) if fits else flow
 
 

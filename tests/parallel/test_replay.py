@@ -37,7 +37,7 @@ CASES = {
     for case in (
         ParallelCase("odd", "sequence"),
         ParallelCase("small", "sequence", **SMALL),
-        ParallelCase("quantized", "sequence", config=quantizable(2), bits=4, adapter="beside"),
+        ParallelCase("quantized", "sequence", config=quantizable(2), bits=4),
         ParallelCase("filled", "sequence", replace(ODD, in_channels=16 + 16 + 64)),
         ParallelCase("guided twice", "sequence", **SMALL, cfg=3.0),
     )
@@ -195,6 +195,11 @@ def test_what_a_trace_would_change_is_not_replayed() -> None:
     case, ranks = CASES["small"], lone()
     half = flow_of(replace(case, dtype="float16"), ranks)
     assert replayed(half, ranks) is half  # its plain forms would be joined, and round otherwise
+    beside, fused = (
+        flow_of(replace(case, adapter=adapter), ranks) for adapter in ("beside", "fused")
+    )
+    assert replayed(beside, ranks) is beside  # as would an adapter's scale and sum
+    assert replayed(fused, ranks) is not fused
     waits = Ranks(mx.distributed.init(), waiting=OnHost())
     flow = flow_of(case, waits)
     assert replayed(flow, waits) is flow  # the host computes as it describes
