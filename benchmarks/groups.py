@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluxmesh.cluster.hostfile import Host
-from fluxmesh.cluster.rendezvous import NCCL_ENGINES, joining
+from fluxmesh.cluster.rendezvous import engine_envs, joining
 from tests.ports import free_ports
 
 
@@ -27,9 +27,7 @@ def environments(
     there = gpus()
     envs = []
     for rank, own in enumerate(joining(backend, hosts, ports)):
-        env = {**dict(own.envs), "NCCL_NVLS_ENABLE": "0"}
-        if backend == "nccl":
-            env |= dict(NCCL_ENGINES)
+        env = {**dict(engine_envs(backend, engines)), **dict(own.envs), "NCCL_NVLS_ENABLE": "0"}
         for variable, text in own.files:
             path = scratch / f"{variable}-{rank}.json"
             path.write_text(text)

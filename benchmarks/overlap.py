@@ -7,11 +7,11 @@
 
 Random plain weights, one image. "no link" is the same step where what a rank sends comes back at
 once: what it computes alone. "one" is one engine by itself, "bare gathers" are 20 of a block's keys
-and values, one after another and alone. Steps are replayed, as an engine's are, but where they are
-"described anew". "differs" is how far the latents are from those of `sequence` after a step.
-Engines start anew for each way under each setting of MLX and NCCL (`SETTINGS`); a way that hangs is
-given up after `--limit` seconds. Under settings other than `plain` only `SHORT` ways run, at one
-size.
+and values, one after another and alone. On CUDA steps are replayed, as an engine's are, but where
+they are "described anew". "differs" is how far the latents are from those of `sequence` after a
+step. Engines start anew for each way under each setting of MLX and NCCL (`SETTINGS`); a way that
+hangs is given up after `--limit` seconds. Under settings other than `plain` only `SHORT` ways run,
+at one size.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from typing import Any
 from benchmarks import groups, harness
 from benchmarks.harness import Result, Skipped, Stopwatch, emit, say, typical
 from benchmarks.sizes import FULL, SMALL, SMALL_TRANSFORMERS, TRANSFORMERS
+from fluxmesh.cluster.rendezvous import engine_envs
 from fluxmesh.models.flux2.config import Flux2Config
 
 ANEW = ", described anew"  # at each step, and not replayed
 WAYS = ("one", "bare gathers", "sequence", "tensor", f"sequence{ANEW}", f"tensor{ANEW}")
 SHORT = ("bare gathers", "sequence")
-# What MLX and NCCL can be told by the environment, beside what engines are (`NCCL_ENGINES`).
+# What MLX and NCCL can be told by the environment.
 SETTINGS: dict[str, dict[str, str]] = {
-    "plain": {},
+    "plain": {},  # as engines are started: `rendezvous.engine_envs`
     # More room for NCCL beside a product.
     "16 channels": {"NCCL_MIN_NCHANNELS": "16"},
     "32 channels": {"NCCL_MIN_NCHANNELS": "32"},
-    # Less that MLX queues before it waits: less memory, and more pauses.
-    "30 operations": {"MLX_MAX_OPS_PER_BUFFER": "30"},
-    # Kernels of a graph run beside one another.
-    "graphs": {"MLX_USE_CUDA_GRAPHS": "1"},
-    # No events around each collective in a graph.
-    "graphs, no mixing": {"MLX_USE_CUDA_GRAPHS": "1", "NCCL_GRAPH_MIXING_SUPPORT": "0"},
+    # Kernels of a graph run beside one another; of a hundred, as many as read 1000 Mi numbers.
+    "graphs": {"MLX_USE_CUDA_GRAPHS": "1", "MLX_MAX_OPS_PER_BUFFER": "100"},
+    # Each kernel launched by itself; so many wait for the device, whatever they hold.
+    "no graphs, 30": {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "30"},
+    "no graphs, 100": {"MLX_USE_CUDA_GRAPHS": "0", "MLX_MAX_OPS_PER_BUFFER": "100"},
 }
 GATHERS = 20
 
@@ -98,6 +98,9 @@ def results_of(setting: str, way: str, options: argparse.Namespace) -> Iterator[
         ranks: list[dict[str, str]] = [{}]
         if options.backend != "none":
             ranks = groups.environments(options.backend, options.engines, Path(scratch))
+        if way == "one":  # an engine that is in no ring
+            alone = dict(engine_envs(options.backend, options.engines))
+            ranks = [{k: v for k, v in own.items() if k not in alone} for own in ranks]
         envs = [{**own, **env} for own in ranks]
         yield from harness.results_of("benchmarks.overlap", case, envs, timeout=options.limit)
 

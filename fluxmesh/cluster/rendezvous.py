@@ -15,12 +15,6 @@ from dataclasses import dataclass, replace
 from fluxmesh.cluster.hostfile import Host
 from fluxmesh.errors import UsageError
 
-# What engines that talk by nccl are started with, if the user doesn't say otherwise. A CUDA graph
-# with a collective in it is built anew each time: of a step on four GPUs, 950 kernels, the host
-# needs 24 ms to hand it over so, and 11 where each kernel is launched by itself
-# (docs/performance.md).
-NCCL_ENGINES = (("MLX_USE_CUDA_GRAPHS", "0"),)
-
 
 @dataclass(frozen=True)
 class Joining:
@@ -101,6 +95,19 @@ def joining(
         envs.append(("MLX_JACCL_RING", "1"))
     files = (("MLX_IBV_DEVICES", rdma_file(hosts)),)
     return tuple(Joining((("MLX_RANK", str(i)), *envs), files) for i in range(len(hosts)))
+
+
+def engine_envs(backend: str, hosts: int) -> tuple[tuple[str, str], ...]:
+    """What each engine of a mesh is started with, if the user doesn't say otherwise.
+
+    Where more than two GPUs share a step by nccl, each kernel is launched by itself: MLX builds a
+    CUDA graph with a collective in it anew each time, and takes the host 24 ms a step so, not 11
+    (docs/performance.md). MLX then counts what waits for the device in operations alone, and no
+    longer in bytes: so these are few.
+    """
+    if backend != "nccl" or hosts <= 2:
+        return ()
+    return (("MLX_USE_CUDA_GRAPHS", "0"), ("MLX_MAX_OPS_PER_BUFFER", "30"))
 
 
 def rdma_file(hosts: Sequence[Host]) -> str:

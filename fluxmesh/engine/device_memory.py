@@ -6,6 +6,7 @@ come from the checkpoint's configs, so that the answer is there before any weigh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def encoding_room(model: Architecture, pixels: int, dtype: mx.Dtype, scarce: boo
     return activations.decoding_room(largest, device(), scarce)
 
 
+def counts_operations() -> bool:
+    """Whether MLX counts what waits for the device in operations alone (`engine_envs`)."""
+    return device() == "cuda" and os.environ.get("MLX_USE_CUDA_GRAPHS") == "0"
+
+
 @contextmanager
 def bounded(room: float) -> Iterator[None]:
     """Inside, results that wait for their use take at most about `room` bytes.
@@ -126,6 +132,8 @@ def bounded(room: float) -> Iterator[None]:
     each of which may be one convolution of a picture with gigabytes of its own. Beyond its limit
     MLX waits for the device before it describes more, and on Metal keeps no more freed memory
     than that. What is computed stays the same to the bit.
+
+    Where it `counts_operations`, MLX looks at that limit once in 30 of them (`engine_envs`).
 
     The limit stays within the one that holds already, and within what the device may use: there it
     is better to wait for the device than to make macOS page the weights out.

@@ -1,15 +1,15 @@
 """A placement's transformer that is described once and then replayed.
 
 Between `models/*/parallel.py` and the walk over a picture's steps. Python takes 14 ms to describe a
-step of FLUX.1 on several hosts; MLX hands out copies of what it once traced in 5. On a GPU that
-shares a step with others that is much of what is left to compute (docs/performance.md).
+step of FLUX.1 on four GPUs; MLX hands out copies of what it once traced in 2 to 5. Of the 40 ms
+that each GPU computes, that is much (docs/performance.md).
 
 A trace holds the weights that it met: a `Replayed` is made anew where its transformer is, and
 leaves with it. What it computes is what the transformer would, to the bit. MLX joins neighbouring
 elementwise operations in a trace, and what is joined may round once instead of twice; with this
-project's CUDA kernels no two such operations are neighbours, but in float16, which the kernels
-don't take, and in adapters beside the weights. There, and elsewhere than on CUDA, nothing is
-replayed.
+project's CUDA kernels no two such operations are neighbours, but in float16 and in widths that the
+kernels don't take, and in adapters beside the weights. There, and elsewhere than on CUDA, nothing
+is replayed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from fluxmesh.kernels.ops import device
+from fluxmesh.kernels.ops import device, has_kernels
 from fluxmesh.models.collectives import Ranks, Traffic
 from fluxmesh.models.double_stream import tell_watcher, watching
 from fluxmesh.models.lora_linear import AdaptedLinear
@@ -42,8 +42,11 @@ class Trace(NamedTuple):
 
 def replayed(flow: Any, ranks: Ranks) -> Any:
     """`flow`, a transformer spread over `ranks`; replayed where that changes nothing but time."""
-    is_exact = flow.dtype != mx.float16 and not any(
-        isinstance(module, AdaptedLinear) for module in flow.flux.modules()
+    config = flow.config
+    is_exact = (
+        flow.dtype != mx.float16
+        and has_kernels(config.head_dim, config.hidden_size, config.mlp_hidden_dim)
+        and not any(isinstance(module, AdaptedLinear) for module in flow.flux.modules())
     )
     fits = device() == "cuda" and ranks.looks_ahead and is_exact
     return Replayed(flow, ranks) if fits else flow
@@ -101,6 +104,7 @@ def _traced(flow: Any, ranks: Ranks, structure: Any, leaves: Sequence[mx.array])
         last = velocity if after.last is None else after.last
         return [velocity, *told, last]
 
+    mx.eval(flow.views())
     run = mx.compile(describe)
     run(*leaves)  # described here, once; nothing is computed
     return Trace(run, traffic)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,7 @@ from fluxmesh.engine import device_memory
 from fluxmesh.engine.lazy_models import Lazy, Models
 from fluxmesh.errors import NotFiniteError, UsageError
 from fluxmesh.images import to_model_range
+from fluxmesh.models.autoencoder.convolutional import in_pieces
 from fluxmesh.models.runtime import (
     NO_CONDITIONS,
     Conditions,
@@ -261,12 +262,23 @@ class PipelineStages(Models):
         """The same for decoding `images` pictures of so many pixels at once."""
         model, dtype = self.architecture, self.dtype
         room = device_memory.decoding_room(model, height, width, dtype, self.low_memory)
-        return device_memory.bounded(images * room)
+        return _bounded_blocks(images * room)
 
     def bounded_encode(self, pixels: int) -> AbstractContextManager[None]:
         """The same for encoding a picture of so many pixels."""
         room = device_memory.encoding_room(self.architecture, pixels, self.dtype, self.low_memory)
-        return device_memory.bounded(room)
+        return _bounded_blocks(room)
+
+
+@contextmanager
+def _bounded_blocks(room: float) -> Iterator[None]:
+    """Inside, an autoencoder's results that wait take about `room`, whatever MLX counts."""
+    with device_memory.bounded(room):
+        if device_memory.counts_operations():
+            with in_pieces():
+                yield
+        else:
+            yield
 
 
 def to_pixels(images: mx.array) -> np.ndarray:

@@ -62,6 +62,11 @@ def _suits(x: mx.array, *widths: int) -> bool:
     return x.dtype != mx.float16 and cuda_transformer.suits(*widths)
 
 
+def has_kernels(head_dim: int, *widths: int) -> bool:
+    """Whether on CUDA all that a transformer of these widths does between its products is ours."""
+    return cuda_transformer.suits_heads(head_dim) and cuda_transformer.suits(*widths)
+
+
 def modulated_norm(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     """Layer norm without weights of its own, then a scale and shift that depend on t and prompt.
 

@@ -118,7 +118,7 @@ class Ranks:
     def go_on(self, last: mx.array, traffic: Traffic) -> None:
         """Counts collectives that a trace has put into the graph, with `last` behind them all.
 
-        Whoever replays a trace has what it computes with wait for `mark().last`.
+        What such a trace computes with has to wait for the `mark().last` of before.
         """
         self._last, self.traffic = last, self.traffic + traffic
 

@@ -15,13 +15,14 @@ Shapes: B images, C tokens of this rank (its run), S tokens in all, H heads of h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from fluxmesh.cluster.shares import Shares
 from fluxmesh.errors import UsageError
@@ -96,6 +97,13 @@ class SpreadTransformer:
     def release_modulation(self) -> None:
         """As the transformer's."""
         self.flux.release_modulation()
+
+    def views(self) -> list[mx.array]:
+        """What the placement made of the weights, without copies, to multiply with; lazy at first.
+
+        Whoever traces a call evaluates them before, or each replay makes them anew.
+        """
+        return []
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables for this rank's calls, as the transformer makes them."""
@@ -254,11 +262,20 @@ class Projections:
         self.query_scale, self.key_scale = norm.scales
         self.heads = dim // self.query_scale.shape[0]
 
+    @property
+    def linears(self) -> list[nn.Module]:
+        return [self.q, self.kv]
+
     def keys_values(self, x: mx.array) -> Stream:
         return self.kv(x), (self.key_scale,)
 
     def queries(self, x: mx.array) -> Stream:
         return self.q(x), (self.query_scale,)
+
+
+def parameters(linears: Iterable[nn.Module]) -> list[mx.array]:
+    """All arrays of these modules."""
+    return [array for linear in linears for _, array in tree_flatten(linear.parameters())]
 
 
 class SequenceDoubleBlock:
@@ -271,6 +288,11 @@ class SequenceDoubleBlock:
             name: Projections(attn.qkv, attn.norm, dim, 3 * dim) for name, attn in self.attn.items()
         }
         self.heads = self.project["img"].heads
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """Those that are parts of the block's."""
+        return [linear for project in self.project.values() for linear in project.linears]
 
     def __call__(
         self,
@@ -311,6 +333,11 @@ class SequenceSingleBlock:
         width = 3 * dim + inner
         self.project = Projections(block.linear1, block.norm, dim, width)
         self.mlp_in = output_rows(block.linear1, 3 * dim, width, width)
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """Those that are parts of the block's."""
+        return [*self.project.linears, self.mlp_in]
 
     def __call__(
         self, x: mx.array, attend: RingAttention, mod: mx.array, memory: KeysValues | None = None

@@ -28,7 +28,7 @@ from fluxmesh.wire.transport.base import ConnectionClosed
 from fluxmesh.wire.transport.stream import Channel
 from fluxmesh_agent import engine
 from tests.checkpoints import make_checkpoint
-from tests.numerics.units import painting
+from tests.numerics.units import only, painting
 from tests.unit.meshes import FLUX, ask
 
 PLATFORMS = ("metal", "cuda", "cpu")
@@ -112,6 +112,39 @@ def test_every_unit_that_computes_pixels_or_steps_is_held_back(
         held = [limit - mx.get_active_memory() for limit in limits if limit != before]
         assert held == pytest.approx(rooms, abs=0.02 * GB), unit
         assert mx.get_memory_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("platform", "graphs", "is_paced"),
+    [("cuda", "0", True), ("cuda", "1", False), ("cuda", None, False), ("cpu", "0", False)],
+)
+def test_a_picture_is_computed_block_by_block_where_only_operations_are_counted(
+    weights: ModelVariant,
+    monkeypatch: pytest.MonkeyPatch,
+    platform: Any,
+    graphs: str | None,
+    is_paced: bool,
+) -> None:
+    """Thirty of a large picture's are gigabytes (`rendezvous.engine_envs`)."""
+
+    def pixels() -> np.ndarray:
+        worker = Worker()
+        noise = painting(worker, weights).noise
+        unit = Decode(**HEAD, weights=weights, images=(0,), height=32, width=48, latents=noise)
+        begun.clear()
+        return only(worker, unit, messages.Pictured)[0].pixels
+
+    begun: list[mx.array] = []
+    commit = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *x: (begun.extend(x), commit(*x))[1])
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    expected = pixels()
+    assert begun == []
+    on(platform, monkeypatch)
+    if graphs is not None:
+        monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", graphs)
+    assert np.array_equal(pixels(), expected)
+    assert (len(begun) > 3) is is_paced  # each level has several blocks
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from benchmarks.placements import spread
 from benchmarks.sizes import SMALL_TRANSFORMERS
 from fluxmesh.engine import replay
 from fluxmesh.engine.replay import KEPT, Replayed, replayed
+from fluxmesh.kernels.ops import has_kernels
 from fluxmesh.models.collectives import Ranks
 from fluxmesh.models.double_stream import watching
 from fluxmesh.models.step_cache import StepCache
@@ -62,6 +64,7 @@ class Counted:
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(replay, "device", lambda: "cuda")
+    monkeypatch.setattr(replay, "has_kernels", lambda *_: True)  # of models of any width
     yield
 
 
@@ -170,10 +173,12 @@ def test_a_few_shapes_are_kept() -> None:
     for shape in sizes:
         painted(flow, shape)
     assert counted.calls == len(sizes)
-    painted(flow, sizes[-1])
-    assert counted.calls == len(sizes)
-    painted(flow, sizes[0])  # used longest ago
+    painted(flow, sizes[0])  # has left, for it was used longest ago
     assert counted.calls == len(sizes) + 1
+    painted(flow, sizes[2])  # the next to leave, but for being used now
+    painted(flow, sizes[1])
+    painted(flow, sizes[2])
+    assert counted.calls == len(sizes) + 2
 
 
 @pytest.mark.usefixtures("on_cuda")
@@ -217,4 +222,36 @@ def test_what_a_trace_would_change_is_not_replayed() -> None:
 def test_nothing_is_replayed_elsewhere_than_on_cuda() -> None:
     case, ranks = CASES["small"], lone()
     flow = flow_of(case, ranks)
+    assert replayed(flow, ranks) is flow
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_a_replay_makes_no_part_of_the_weights_anew() -> None:
+    case = ParallelCase("plain", "sequence", config=quantizable(2), bits=4)
+    dots = []
+    for is_replayed in (False, True):
+        ranks = lone()
+        flow = flow_of(case, ranks)
+        if is_replayed:
+            flow = replayed(flow, ranks)
+        plan = plan_of(case, flow)
+        mx.eval(plan.velocity(flow, noise_of(case), 0))
+        dot = io.StringIO()
+        mx.export_to_dot(dot, plan.velocity(flow, noise_of(case), 1))
+        dots.append(dot.getvalue())
+    described, again = (dot.count('"Slice"') for dot in dots)
+    assert 0 < again <= described
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "widths", "is_ours"),
+    [(128, (3072, 12288), True), (16, (64,), True), (6, (72,), False), (128, (3070,), False)],
+)
+def test_models_of_odd_widths_are_not_replayed(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, widths: tuple[int, ...], is_ours: bool
+) -> None:
+    assert has_kernels(head_dim, *widths) is is_ours
+    monkeypatch.setattr(replay, "device", lambda: "cuda")
+    ranks = lone()
+    flow = flow_of(CASES["odd"], ranks)  # heads of 6 channels
     assert replayed(flow, ranks) is flow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def test_a_list_of_hosts_is_a_ring_in_the_order_of_the_list() -> None:
     assert hostfile == Hostfile(
         (Host(0, "a", ("10.0.0.1",)), Host(1, "me@b", ("10.0.0.2",))), "ring"
     )
+
+
+def test_the_keys_that_the_page_lists_are_those_that_are_taken_over() -> None:
+    page = (EXAMPLES[0].parent / "README.md").read_text()
+    listed = page.partition("with a warning:\n")[2].partition(". ")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == ENVS
 
 
 def test_the_object_that_distributed_config_writes_for_a_jaccl_mesh() -> None:

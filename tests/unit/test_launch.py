@@ -192,11 +192,23 @@ def test_agents_of_one_machine_have_a_gpu_each_where_they_talk_by_nccl() -> None
         specs = [launch.agent_spec(hosts, rank, [("NCCL_DEBUG", "INFO")]) for rank in range(2)]
         assert [dict(spec["envs"]).get("CUDA_VISIBLE_DEVICES") for spec in specs] == wanted
         assert all(["NCCL_DEBUG", "INFO"] in spec["envs"] for spec in specs)
-        graphs = [dict(spec["envs"]).get("MLX_USE_CUDA_GRAPHS") for spec in specs]
-        assert graphs == (["0", "0"] if backend == "nccl" else [None, None])
-    chosen = parse(f'{{"backend": "nccl", "hosts": [{host}, {host}]}}')
-    spec = launch.agent_spec(chosen, 0, [("MLX_USE_CUDA_GRAPHS", "1")])
-    assert dict(spec["envs"])["MLX_USE_CUDA_GRAPHS"] == "1"  # the user's own goes before ours
+        assert not any("MLX_USE_CUDA_GRAPHS" in dict(spec["envs"]) for spec in specs)
+
+
+def test_three_gpus_or_more_launch_kernels_without_graphs_unless_told_otherwise() -> None:
+    hosts = ", ".join(['{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}'] * 3)
+    for backend, given, wanted in (
+        ("nccl", [], ("0", "30")),
+        ("nccl", [("MLX_USE_CUDA_GRAPHS", "1"), ("MLX_MAX_OPS_PER_BUFFER", "50")], ("1", "50")),
+        ("ring", [], (None, None)),
+    ):
+        mesh = parse(f'{{"backend": "{backend}", "hosts": [{hosts}]}}')
+        for rank in range(3):
+            envs = dict(launch.agent_spec(mesh, rank, given)["envs"])
+            found = tuple(
+                envs.get(key) for key in ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")
+            )
+            assert found == wanted
 
 
 def test_the_command_of_an_agent_holds_no_secret() -> None:

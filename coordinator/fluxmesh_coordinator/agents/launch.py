@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fluxmesh.cluster.hostfile import Host, Hostfile
-from fluxmesh.cluster.rendezvous import NCCL_ENGINES
+from fluxmesh.cluster.rendezvous import engine_envs
 from fluxmesh.errors import FluxmeshError
 from fluxmesh.storage import interrupts
 from fluxmesh.storage.homes import AgentHome
@@ -50,7 +50,7 @@ def agent_spec(
     host = hostfile.hosts[rank]
     if hostfile.backend == "nccl":  # each agent of a machine has a GPU of its own
         gpu = ("CUDA_VISIBLE_DEVICES", str(hostfile.local_index(rank)))
-        envs = [gpu, *NCCL_ENGINES, *envs]
+        envs = [gpu, *engine_envs(hostfile.backend, len(hostfile.hosts)), *envs]
     return {
         **place_of(hostfile, rank),
         "models": host.models,

@@ -11,6 +11,9 @@ Shapes are MLX's, channels last: pictures [B, H, W, 3] in [-1, 1], latents [B, h
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import mlx.core as mx
@@ -23,8 +26,23 @@ from fluxmesh.models.autoencoder.tiling import UNTILED_LATENTS, Tile, tiles
 # Queries that the middle attention takes at once: bounds the scores it holds to this many rows.
 QUERY_ROWS = 4096
 
+_in_pieces: ContextVar[bool] = ContextVar("in_pieces", default=False)
+
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 conv1x1 = partial(nn.Conv2d, kernel_size=1)
+
+
+@contextmanager
+def in_pieces() -> Iterator[None]:
+    """Inside, each block is given to the device as soon as it is described.
+
+    For where MLX counts what waits in operations alone: of a large picture a few are gigabytes.
+    """
+    token = _in_pieces.set(True)
+    try:
+        yield
+    finally:
+        _in_pieces.reset(token)
 
 
 class GroupNorm(nn.Module):
@@ -127,6 +145,8 @@ class Level(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         for block in self.block:
             x = block(x)
+            if _in_pieces.get():
+                mx.async_eval(x)
         if "downsample" in self:
             x = self.downsample(x)
         if "upsample" in self:
