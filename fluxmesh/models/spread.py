@@ -15,7 +15,7 @@ Shapes: B images, C tokens of this rank (its run), S tokens in all, H heads of h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -77,6 +77,8 @@ class SpreadTransformer:
 
     def __init__(self, flux: Any, ranks: Ranks, shares: Shares) -> None:
         self.flux, self.ranks, self.shares = flux, ranks, shares
+        # Blocks that multiply with parts of the transformer's linears.
+        self.parted: list[SequenceDoubleBlock | SequenceSingleBlock] = []
 
     def runs(self, tokens: int) -> TokenRuns:
         """Which of so many tokens each rank has, with `sequence`."""
@@ -103,7 +105,8 @@ class SpreadTransformer:
 
         Whoever traces a call evaluates them before, or each replay makes them anew.
         """
-        return []
+        linears = [linear for block in self.parted for linear in block.linears]
+        return [array for linear in linears for _, array in tree_flatten(linear.parameters())]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables for this rank's calls, as the transformer makes them."""
@@ -271,11 +274,6 @@ class Projections:
 
     def queries(self, x: mx.array) -> Stream:
         return self.q(x), (self.query_scale,)
-
-
-def parameters(linears: Iterable[nn.Module]) -> list[mx.array]:
-    """All arrays of these modules."""
-    return [array for linear in linears for _, array in tree_flatten(linear.parameters())]
 
 
 class SequenceDoubleBlock:

@@ -33,7 +33,6 @@ from fluxmesh.models.spread import (
     dealt_velocity,
     filled_up,
     own_rope,
-    parameters,
     sharded,
 )
 from fluxmesh.models.step_cache import StepCache
@@ -95,13 +94,7 @@ class SequenceFlux2(SpreadFlux2):
         D, M = flux.config.hidden_size, flux.config.mlp_hidden_dim
         self._doubles = [SequenceDoubleBlock(block, D) for block in flux.double_blocks]
         self._singles = [SequenceSingleBlock(block, D, 2 * M) for block in flux.single_blocks]
-
-    def views(self) -> list[mx.array]:
-        """As of every `SpreadTransformer`: parts of the blocks' linears."""
-        linears = [linear for double in self._doubles for linear in double.linears]
-        return parameters(
-            linears + [linear for single in self._singles for linear in single.linears]
-        )
+        self.parted = [*self._doubles, *self._singles]
 
     def rope(self, txt_ids: mx.array | np.ndarray, img_ids: mx.array | np.ndarray) -> mx.array:
         """Rotary tables of this rank's tokens, float32 [(B,) 1, C, hd/2, 2]."""
